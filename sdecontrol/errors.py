@@ -1,0 +1,51 @@
+"""The errors of the package. Each is a ValueError, TypeError or RuntimeError, so that ordinary handlers catch them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "BadFileError",
+    "NoExactSolution",
+    "NonFiniteError",
+    "NotDifferentiable",
+    "unknown_name",
+]
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or an infinity appeared; the message names what, at which step, and in how many rows.
+
+    Attributes:
+        what: the quantity that was not finite ("state", "reward", "gradient", ...).
+        step: index of the simulation step, or None where there is none.
+        rows: number of batch rows concerned.
+        solution: the last good solution, where training was stopped (set by ``solve``).
+    """
+
+    def __init__(self, message: str, *, what: str, step: int | None = None, rows: int | None = None) -> None:
+        super().__init__(message)
+        self.what, self.step, self.rows = what, step, rows
+        self.solution: Any = None
+
+
+class NotDifferentiable(TypeError):
+    """A method that needs the reward's gradient met a reward that has none."""
+
+
+class NoExactSolution(ValueError):
+    """No closed form is known for this problem (or for this question about it)."""
+
+
+class BadFileError(ValueError):
+    """A saved file is corrupt, truncated, foreign, or belongs to another problem."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for an unknown name, with the nearest known ones."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(names)}."
+    return ValueError(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,326 @@
+"""``ControlProblem``: a reference process, a start, a reward, a running cost and a temperature."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..errors import NonFiniteError, unknown_name
+from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
+from ..processes.linear import LinearSDE, moments
+from ..processes.sde import MEMORYLESS, SDE, _positional, check_memoryless
+from ..randomness import derive_seed, generator_for
+from ..simulation.chains import Chain, JoinedChain, StretchChain, chain_of
+from ..simulation.diffusion import DiffusionChain
+from ..tensors import as_float, check_output, check_tensor, nonfinite_rows
+from .rewards import Linear, LogProb, Quadratic, QuadraticCost
+
+__all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
+
+DEFAULT_TIME_STEPS = 100
+STARTS = ("fixed", "controlled", "memoryless")
+_PLACE_CONDITION = 7
+
+
+class ControlProblem:
+    """``max_u E_{P^u}[ r(X_T) - int f dt ] - alpha KL(P^u || Q0)``, which is ``min_u KL(P^u || Q_fine)``.
+
+    Args:
+        reference: an :class:`SDE`, :class:`LinearSDE`, :func:`generative_sde` or :func:`diffusion_chain`.
+        initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None for
+            the reference's own (generative references).
+        reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
+        running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor, or None.
+        alpha: temperature of the entropy (KL) cost, > 0.
+        start: "fixed" (X_0 keeps its law), "controlled" (a stretch of time before 0 makes the start part of the control),
+            "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative references:
+            memoryless if they are, else controlled; fixed for all others.
+        condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
+        reward_batch_size: call the reward on at most so many states at once.
+
+    Raises:
+        ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
+    """
+
+    def __init__(
+        self,
+        reference: SDE | DiffusionChain,
+        initial: Any = None,
+        reward: Callable[..., Tensor] | None = None,
+        running_cost: Callable[..., Tensor] | None = None,
+        alpha: float = 1.0,
+        start: str | None = None,
+        condition: Any = None,
+        reward_batch_size: int | None = None,
+    ) -> None:
+        if not isinstance(reference, (SDE, DiffusionChain)):
+            raise TypeError("reference must be an SDE, LinearSDE, generative_sde(...) or diffusion_chain(...), "
+                            f"got {type(reference).__name__}.")
+        self.reference, self.alpha = reference, as_float("alpha", alpha, positive=True)
+        self.initial = self._check_initial(initial)
+        sample = draw(self.initial, 1, 0)
+        self.dtype, self.device = sample.dtype, sample.device
+        self._check_agreement("reference", reference.dtype, reference.device)
+        if reward_batch_size is not None and (not isinstance(reward_batch_size, int) or reward_batch_size < 1):
+            raise ValueError(f"reward_batch_size must be an int >= 1 or None, got {reward_batch_size!r}.")
+        self.reward_function, self.running_cost_function = reward, running_cost
+        self.reward_batch_size = reward_batch_size
+        self.condition = condition
+        self.start = self._choose_start(start)
+        self._chains: dict[Any, Chain] = {}
+        self._stretch_checked = False
+        with self.evaluating():
+            self._probe()
+
+    # ---------------------------------------------------------------- checks
+
+    def _check_initial(self, initial: Any) -> Any:
+        if initial is None:
+            initial = self.reference.own_initial
+            if initial is None:
+                raise TypeError(f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
+                                "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution.")
+        if isinstance(initial, Tensor):
+            raise TypeError("initial must be a law; for a fixed start pass sc.Dirac(x0).")
+        if not isinstance(initial, Distribution):
+            raise TypeError(f"initial must be sc.Dirac, sc.Gaussian or a torch distribution, got {type(initial).__name__}.")
+        shape = torch.Size(initial.batch_shape) + torch.Size(initial.event_shape)
+        if shape != self.reference.event_shape:
+            raise ValueError(f"initial gives states of shape {tuple(shape)}, the reference has states of shape "
+                             f"{tuple(self.reference.event_shape)}.")
+        return initial
+
+    def _check_agreement(self, name: str, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        if dtype is not None and dtype != self.dtype:
+            raise TypeError(f"{name} has dtype {dtype}, the initial law {self.dtype}; make them agree "
+                            f"(e.g. x0.to({dtype})).")
+        if device is not None and device != self.device:
+            raise ValueError(f"{name} is on {device}, the initial law on {self.device}; move one of them.")
+
+    def _choose_start(self, start: str | None) -> str:
+        if start is not None and start not in STARTS:
+            raise unknown_name("start", start, STARTS)
+        generative = getattr(self.reference, "generative", False)
+        if start is None:
+            memory = self.memory
+            start = ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled") if generative else "fixed"
+        if start == "memoryless" and not isinstance(self.initial, Dirac):
+            check_memoryless(self.memory)
+        if isinstance(self.initial, Dirac):
+            return "fixed"
+        if start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
+            raise ValueError(f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
+                             f"{type(self.initial).__name__}; pass initial=sc.Gaussian(mean, cov) or start='fixed'.")
+        return start
+
+    @property
+    def memory(self) -> float | None:
+        """Correlation of X_0 and X_T under the reference (largest canonical one), or None where it is not known."""
+        if isinstance(self.reference, LinearSDE) and isinstance(self.initial, (Dirac, Gaussian)):
+            if isinstance(self.initial, Dirac):
+                return 0.0
+            _, cov = moments(self.initial)
+            law = self.reference.transition(0.0, self.reference.horizon)
+            end = law.matrix @ cov @ law.matrix.mT + law.covariance
+            white = [torch.linalg.pinv(_root(c), hermitian=True) for c in (cov, end)]
+            return float(torch.linalg.matrix_norm(white[0] @ cov @ law.matrix.mT @ white[1], 2))
+        return self.reference.memory
+
+    def _probe(self) -> None:
+        rows = next(n for n in range(6, 64) if n not in self.event_shape)
+        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
+        x = x.to(device=self.device, dtype=self.dtype)
+        y = self.draw_condition(rows, 0)
+        if self.condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
+            raise ValueError("condition must draw a tensor (n, ...) of n conditions.")
+        self.reference.probe(self.dtype, self.device, y)
+        t = torch.zeros((), dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            decoded = self.reference.decode(x, y) if isinstance(self.reference, DiffusionChain) else x
+            if self.running_cost_function is not None:
+                if not callable(self.running_cost_function):
+                    raise TypeError("running_cost must be a function (x, t) -> (batch,) or None, got "
+                                    f"{type(self.running_cost_function).__name__}.")
+                check_output("running_cost", self.running_cost(x, t, y), (rows,), x, "One number per row.")
+        self._reward_rows = decoded.shape[1:]
+        self.has_gradient = self._probe_reward(decoded, y)
+
+    def _probe_reward(self, x: Tensor, y: Any) -> bool:
+        """Check the reward's output, and find out whether it has a gradient."""
+        if self.reward_function is None:
+            return True
+        if not callable(self.reward_function):
+            raise TypeError(f"reward must be a function x -> (batch,) or None, got {type(self.reward_function).__name__}.")
+        for name in ("G", "g"):
+            part = getattr(self.reward_function, name, None)
+            if isinstance(self.reward_function, (Quadratic, Linear)) and part is not None:
+                self._check_agreement(f"reward.{name}", part.dtype, part.device)
+                if part.shape[-len(self.event_shape):] != self.event_shape:
+                    raise ValueError(f"reward.{name} has shape {tuple(part.shape)}, which does not fit states of shape "
+                                     f"{tuple(self.event_shape)}.")
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_(True)
+            try:
+                value = self._call_reward(leaf, y)
+            except RuntimeError as error:
+                if "requires grad" not in str(error) and "detach()" not in str(error):
+                    raise
+                value = self._call_reward(x, y)  # a black box that leaves torch (.numpy() refuses tensors with a graph)
+            hint = "A reward gives one number per row, shape (batch,)."
+            if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
+                hint += " Use .squeeze(-1)."
+            elif isinstance(value, Tensor) and value.ndim == 0:
+                hint += " Do not average over the batch."
+            check_output("reward", value, (x.shape[0],), x, hint)
+            if not value.requires_grad:
+                return False
+            gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
+        return gradient is not None
+
+    # ---------------------------------------------------------------- what the rest of the package asks
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self.reference.event_shape
+
+    @property
+    def control_shape(self) -> torch.Size:
+        return self.reference.control_shape
+
+    @property
+    def horizon(self) -> float:
+        return self.reference.horizon
+
+    def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
+        """The chain that simulates this problem: the reference's, after the stretch of a controlled start.
+
+        Args:
+            time_steps: number of steps (default 100), or a grid of times from 0 to the horizon.
+            scheme: "euler" (default) or "exact".
+        """
+        if isinstance(self.reference, DiffusionChain):
+            if time_steps is not None or scheme is not None:
+                raise ValueError("time_steps and scheme do not apply: the reference is a chain with its own "
+                                 f"{self.reference.steps} steps.")
+            key: Any = "own"
+        else:
+            time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+            scheme = getattr(self.reference, "default_scheme", "euler") if scheme is None else scheme
+            key = (time_steps if isinstance(time_steps, (int, float, bool, str)) else tuple(float(t) for t in time_steps), scheme)
+        if key not in self._chains:
+            main = self.reference if isinstance(self.reference, DiffusionChain) else chain_of(
+                self.reference, time_steps, scheme or "euler", self.dtype, self.device)
+            if self.start == "controlled":
+                stretch = StretchChain(self.initial, max(5, main.steps // 4), self.dtype, self.device)
+                main = JoinedChain(stretch, main)
+            self._chains[key] = main
+        return self._chains[key]
+
+    def draw_start(self, n: int, seed: int, first_block: int = 0) -> Tensor:
+        """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
+        law = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
+        return draw(law, n, seed, first_block=first_block)
+
+    def draw_condition(self, n: int, seed: int) -> Any:
+        """``n`` conditions, or None."""
+        return None if self.condition is None else draw(self.condition, n, derive_seed(seed, _PLACE_CONDITION))
+
+    def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
+        assert self.reward_function is not None
+        if condition is None or _positional(self.reward_function) < 2:
+            return self.reward_function(x)
+        return self.reward_function(x, condition)
+
+    def reward(self, x: Tensor, condition: Any = None) -> Tensor:
+        """``r`` at decoded states, ``(batch,)``, checked; in pieces of ``reward_batch_size``.
+
+        Raises:
+            NonFiniteError: with the number of rows.
+        """
+        if self.reward_function is None:
+            return x.new_zeros(x.shape[0]) + 0.0 * x.flatten(1).sum(1) if x.requires_grad else x.new_zeros(x.shape[0])
+        size = self.reward_batch_size or x.shape[0]
+        pieces = []
+        for i in range(0, x.shape[0], size):
+            y = None if condition is None else condition[i : i + size]
+            piece = self._call_reward(x[i : i + size], y)
+            pieces.append(check_output("reward", piece, (min(size, x.shape[0] - i),), x, "One number per row."))
+        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if not bool(torch.isfinite(value).all()):
+            rows = nonfinite_rows(value)
+            large = float(x.detach().abs().max())
+            raise NonFiniteError(f"reward is not finite in {rows} of {len(value)} rows (largest |x|: {large:.3g}). "
+                                 "A reward must be finite wherever the process can go; floor it (e.g. torch.clamp).",
+                                 what="reward", rows=rows)
+        return value
+
+    def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """``f(x, t)``, ``(batch,)``."""
+        f = self.running_cost_function
+        assert f is not None
+        return f(x, t) if condition is None or _positional(f) < 3 else f(x, t, condition)
+
+    @property
+    def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:
+        return None if self.running_cost_function is None else self.running_cost
+
+    def modules(self) -> list[nn.Module]:
+        """The user's modules: they leave every call with their gradients, modes and flags untouched."""
+        parts = [getattr(self.reference, "model", None), getattr(self.reference, "_drift", None),
+                 getattr(self.reference, "_diffusion_function", None), self.reward_function,
+                 getattr(self.reward_function, "classifier", None), self.running_cost_function]
+        return [p for p in parts if isinstance(p, nn.Module)]
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored afterwards."""
+        modes = [(m, m.training) for module in self.modules() for m in module.modules()]
+        try:
+            for module in self.modules():
+                module.eval()
+            yield
+        finally:
+            for m, training in modes:
+                m.training = training
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain facts and a few numbers by which a saved file recognises its problem."""
+        with torch.no_grad(), self.evaluating():
+            x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 1), dtype=torch.float64)
+            x = x.to(device=self.device, dtype=self.dtype)
+            y = self.draw_condition(3, 1)
+            t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
+            numbers = {"drift": self.reference.drift(x, t, y)}
+            if isinstance(self.reference, SDE):
+                numbers["diffusion"] = self.reference.diffusion(x, t)
+            if self.reward_function is not None:
+                decoded = self.reference.decode(x, y) if isinstance(self.reference, DiffusionChain) else x
+                first, again = self._call_reward(decoded, y), self._call_reward(decoded, y)
+                if torch.equal(first, again):  # a random reward has no fingerprint
+                    numbers["reward"] = first
+            if self.running_cost_function is not None:
+                numbers["running_cost"] = self.running_cost(x, t, y)
+            numbers["initial"] = draw(self.initial, 2, 1)
+        return {
+            "reference": self.reference.describe(), "alpha": self.alpha, "start": self.start,
+            "initial": type(self.initial).__name__, "conditional": self.condition is not None,
+            "numbers": {name: v.detach().double().cpu().flatten()[:64].tolist() for name, v in numbers.items()},
+        }
+
+    def __repr__(self) -> str:
+        reward = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
+        return (f"ControlProblem({type(self.reference).__name__}{tuple(self.event_shape)}, horizon={self.horizon:g}, "
+                f"start={self.start!r}, reward={reward}, alpha={self.alpha:g})")
+
+
+def _root(cov: Tensor) -> Tensor:
+    from ..processes.laws import factor
+
+    return factor(cov)
+
+

@@ -1,0 +1,92 @@
+"""Rewards ``r(x) -> (batch,)`` and running costs ``f(x, t) -> (batch,)`` with a structure that exact solutions know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors import check_tensor
+
+__all__ = ["Linear", "LogProb", "Quadratic", "QuadraticCost"]
+
+
+def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
+    check_tensor(name, matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name} must be a square (d, d) matrix, got shape {tuple(matrix.shape)}.")
+    if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=1e-6 * float(matrix.abs().max().clamp(min=1e-30))):
+        raise ValueError(f"{name} must be symmetric; only its symmetric part enters x'{name}x, so pass ({name} + {name}.T)/2.")
+    return 0.5 * (matrix + matrix.mT)
+
+
+class Quadratic:
+    """``r(x) = -x'Gx/2 + g'x``. G symmetric ``(d, d)``, not necessarily positive; g ``(d,)`` or None for zero."""
+
+    def __init__(self, G: Tensor, g: Tensor | None = None) -> None:
+        self.G = _check_symmetric("G", G)
+        self.g = check_tensor("g", g, shape=(G.shape[0],)) if g is not None else G.new_zeros(G.shape[0])
+        if self.g.dtype != G.dtype:
+            raise TypeError(f"g has dtype {self.g.dtype}, G has {G.dtype}; make them agree.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ((self.g - 0.5 * (x @ self.G)) * x).sum(-1)
+
+
+class Linear:
+    """``r(x) = g'x`` for vectors, or ``sum(g * x)`` for events of any shape."""
+
+    def __init__(self, g: Tensor) -> None:
+        self.g = check_tensor("g", g)
+        if g.ndim == 0:
+            raise ValueError("g must have the shape of a state; got a 0-d tensor.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x * self.g).flatten(x.ndim - self.g.ndim).sum(-1)
+
+
+class LogProb:
+    """``r(x) = log p(label | x)`` of a classifier that returns logits ``(batch, classes)``.
+
+    With alpha = 1 the tilted law is the conditional law p(x | label) (tutorial Section 8). With ``label=None`` the
+    problem's condition is the label: ``r(x, y) = log p(y | x)``, y ``(batch,)`` integers.
+    """
+
+    def __init__(self, classifier: nn.Module | Callable[[Tensor], Tensor], label: int | None) -> None:
+        if not callable(classifier):
+            raise TypeError(f"classifier must be callable, x -> logits (batch, classes); got {type(classifier).__name__}.")
+        self.classifier, self.label = classifier, label
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.classifier(x)
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}.")
+        log_probs = logits.log_softmax(-1)
+        if self.label is not None:
+            if not 0 <= self.label < logits.shape[1]:
+                raise ValueError(f"label {self.label} is not one of the classifier's {logits.shape[1]} classes.")
+            return log_probs[:, self.label]
+        if y is None:
+            raise ValueError("LogProb(label=None) needs the problem's condition: ControlProblem(..., condition=labels).")
+        return log_probs.gather(1, y.long().reshape(-1, 1))[:, 0]
+
+
+class QuadraticCost:
+    """``f(x, t) = x'F(t)x/2``. F symmetric ``(d, d)``, or a function of time (0-d tensor) returning one."""
+
+    def __init__(self, F: Tensor | Callable[[Tensor], Tensor]) -> None:
+        self._F = F if callable(F) and not isinstance(F, Tensor) else _check_symmetric("F", F)  # type: ignore[arg-type]
+        if not isinstance(self._F, Tensor):
+            _check_symmetric("F(0)", self.F_at(torch.zeros((), dtype=torch.get_default_dtype())))
+
+    def F_at(self, t: Any) -> Tensor:
+        """``F(t)``, ``(d, d)``."""
+        if isinstance(self._F, Tensor):
+            return self._F
+        value = self._F(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64))
+        return 0.5 * (value + value.mT)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * ((x @ self.F_at(t).to(x.dtype)) * x).sum(-1)

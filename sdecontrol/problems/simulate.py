@@ -1,0 +1,118 @@
+"""``simulate``: paths of a problem's reference, or of any control."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, unknown_name
+from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
+from ..simulation.chains import Chain
+from ..simulation.integrator import KEEP, integrate
+from ..simulation.paths import Paths
+from ..simulation.shifts import shift_function
+from ..tensors import check_tensor
+from .problem import ControlProblem
+
+__all__ = ["simulate", "simulate_chain"]
+
+
+def simulate(
+    problem: ControlProblem,
+    num_paths: int,
+    control: Any = None,
+    time_steps: Any = None,
+    scheme: str | None = None,
+    seed: int | None = None,
+    keep: str = "all",
+    noise: Tensor | None = None,
+    antithetic: bool = False,
+    state: Tensor | None = None,
+    step: int = 0,
+    condition: Tensor | None = None,
+) -> Paths:
+    """Simulate ``num_paths`` paths of the problem's chain.
+
+    Args:
+        control: ``(x, t) -> (batch, *control_shape)`` with t ``(batch,)``; a solution's control; None for the reference.
+        time_steps, scheme: as in ``solve``; default: those that the control was solved with, else 100 and "euler".
+        seed: None draws one from torch's global generator.
+        keep: "all"; "states" (noise and shifts are drawn again when asked for); "end" (states too).
+        noise: ``(K, num_paths, *noise_shape)`` standard normal numbers of your own, e.g. another run's ``paths.noises``
+            for common random numbers.
+        antithetic: paths 2i and 2i+1 get opposite noise.
+        state, step: resume from states ``(num_paths, *event)`` at step ``step``; with the seed of an earlier run the noise
+            is that run's, so that the paths continue it.
+        condition: ``(num_paths, ...)`` conditions; default: drawn from the problem's.
+
+    Returns:
+        :class:`Paths`.
+    """
+    if isinstance(num_paths, bool) or not isinstance(num_paths, int) or num_paths < 1:
+        raise ValueError(f"num_paths must be an int >= 1, got {num_paths!r}.")
+    if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
+        time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
+    chain = problem.chain(time_steps, scheme)
+    return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, noise=noise, antithetic=antithetic,
+                          state=state, step=step, condition=condition)
+
+
+def simulate_chain(
+    problem: ControlProblem,
+    chain: Chain,
+    num_paths: int,
+    control: Any = None,
+    *,
+    seed: int | None = None,
+    keep: str = "all",
+    noise: Tensor | None = None,
+    antithetic: bool = False,
+    state: Tensor | None = None,
+    step: int = 0,
+    condition: Tensor | None = None,
+    grad: bool = False,
+) -> Paths:
+    """:func:`simulate` on a chain that is already made; with ``grad`` the graph is kept."""
+    if keep not in KEEP:
+        raise unknown_name("keep", keep, KEEP)
+    if control is not None and not callable(control):
+        raise TypeError(f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}.")
+    if not 0 <= step < chain.steps:
+        raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
+    if step and state is None:
+        raise ValueError("step without state: pass the states to resume from as state=paths.states[step].")
+    seed = fresh_seed(seed)
+    if state is None:
+        state = problem.draw_start(num_paths, seed)
+    else:
+        check_tensor("state", state, shape=(num_paths, *chain.event_shape))
+    if condition is None:
+        condition = problem.draw_condition(num_paths, seed)
+    elif problem.condition is None:
+        raise ValueError("condition given, but the problem has none; make it with ControlProblem(..., condition=...).")
+    elif condition.shape[0] != num_paths:
+        raise ValueError(f"condition must have {num_paths} rows, one per path; got {tuple(condition.shape)}.")
+    if noise is not None:
+        check_tensor("noise", noise, shape=(chain.steps, num_paths, *chain.noise_shape))
+        if antithetic:
+            raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
+        source: Any = SuppliedNoise(noise)
+    else:
+        source = SeededNoise(seed, num_paths, chain.steps, chain.noise_shape, dtype=chain.times.dtype,
+                             device=chain.times.device, antithetic=antithetic)
+
+    def run(keep: str) -> Paths:
+        shift = None if control is None else shift_function(chain, control)
+        with torch.set_grad_enabled(grad), problem.evaluating():
+            return integrate(chain, state, source, shift, condition=condition, running_cost=problem.running_cost_or_none,
+                             keep=keep, first=step, replay=(lambda: run("all")) if keep != "all" else None)
+
+    try:
+        return run(keep)
+    except NonFiniteError:
+        if keep == "all":
+            raise
+        run("all")  # the same paths with everything kept: names the step
+        raise

@@ -1,0 +1,297 @@
+"""Pre-trained diffusion and flow models as SDEs: ``generative_sde``.
+
+All parametrisations are linear in the state and in one another (MATH.md section 5). With ``x = mu x0 + std eps`` at
+noising time s, ``score = -eps / std``, the forward rate ``g_f^2 = 2 std (std' - (log mu)' std)``, and any noise level g,
+generation in ``ds -> -ds`` has the drift ``-(log mu)' x - (g_f^2 + g^2) / (2 std) eps`` (ordinary reversal: g = g_f).
+Process time runs over [0, 1] with ``s = noise_end (1 - t)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import unknown_name
+from ..randomness import generator_for
+from ..tensors import check_output
+from .laws import Gaussian, GaussianMixture
+from .linear import LinearSDE
+from .schedules import Schedule
+from .sde import SDE, StepFunction, _positional, check_memoryless
+
+__all__ = ["PREDICTIONS", "GenerativeSDE", "MixtureNoise", "call_model", "generative_sde", "noise_coefficients"]
+
+PREDICTIONS = ("noise", "sample", "score", "v", "velocity")
+_S_MIN = 1e-5  # models are not trained at noising time 0, and predictions of noise are singular there
+
+
+def noise_coefficients(prediction: str, mu: Tensor, std: Tensor, log_mu_slope: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """``(a, b)`` with ``eps = a x + b prediction``, elementwise in the noising times (float64 tensors)."""
+    zero = torch.zeros_like(mu)
+    if prediction == "noise":
+        return zero, zero + 1
+    if prediction == "score":
+        return zero, -std
+    if prediction == "sample":
+        return 1 / std, -mu / std
+    if prediction == "v":  # v = mu eps - std x0 (Salimans & Ho 2202.00512)
+        norm = mu**2 + std**2
+        return std / norm, mu / norm
+    if prediction == "velocity":  # of the probability flow towards the data: -(log mu)' x - rate/(2 std) eps
+        return -2 * std * log_mu_slope / rate, -2 * std / rate
+    raise unknown_name("prediction", prediction, PREDICTIONS)
+
+
+class MixtureNoise(nn.Module):
+    """The exact noise prediction of a Gaussian mixture under a schedule: ``(x, s) -> -std score``. No parameters."""
+
+    def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        s0 = self.schedule.noising_time(s.reshape(-1)[0].double().cpu())
+        if s.numel() > 1 and bool((s != s.reshape(-1)[0]).any()):
+            return torch.stack([self(row[None], time[None])[0] for row, time in zip(x, s)])
+        mu, std = float(self.schedule.mu(s0)), float(self.schedule.std(s0))
+        return -std * self.mixture.noised(mu, std).score(x)
+
+
+def call_model(model: Callable[..., Tensor], x: Tensor, clock: Tensor, condition: Any) -> Tensor:
+    """``model(x, clock)`` with the clock expanded to ``(batch,)``, and the condition where the model takes one."""
+    clock = clock.expand(x.shape[0])
+    return model(x, clock) if condition is None or _positional(model) < 3 else model(x, clock, condition)
+
+
+def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> float:
+    """Correlation of ``X_0`` and ``X_T`` for standardised Gaussian data: the memory that the noise level leaves."""
+    import numpy as np
+    from scipy.integrate import quad
+
+    def slope(s: float) -> float:  # of log X in generation time, for data N(0, 1)
+        at = torch.tensor(s, dtype=torch.float64)
+        variance = float(schedule.mu(at) ** 2 + schedule.std(at) ** 2)
+        rate = float(schedule.forward_variance_rate(at))
+        return -float(schedule.log_mu_slope(at)) - (rate + noise_level(s) ** 2) / (2 * variance)
+
+    end = schedule.noise_end
+    total = quad(slope, 0.0, end, limit=400, points=[p for p in (1e-3 * end, 0.5 * end, 0.99 * end)])[0]
+    ends = torch.tensor([end, 0.0], dtype=torch.float64)
+    start, last = (schedule.mu(ends) ** 2 + schedule.std(ends) ** 2).tolist()
+    return float(np.exp(min(total, 50.0)) * math.sqrt(start / last))
+
+
+class GenerativeSDE(SDE):
+    """The reverse-time SDE of a pre-trained model. Made by :func:`generative_sde`."""
+
+    generative = True
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        schedule: Schedule,
+        prediction: str,
+        shape: Sequence[int],
+        noise_level: Any,
+        mixture: GaussianMixture | None,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction", prediction, PREDICTIONS)
+        self.model, self.schedule, self.prediction, self.mixture = model, schedule, prediction, mixture
+        self.event_shape = torch.Size(int(n) for n in shape)
+        self.control_shape = self.event_shape
+        self.horizon = 1.0
+        self.drift_takes_condition = True
+        self._constant, self._diffusion_function = None, self.diffusion
+        if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
+            raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
+        self.noise_level = noise_level
+        #: the process is the exact time reversal of the noising (then and only then exact bridges are the noising's)
+        self.reversal = isinstance(noise_level, str)
+        self.memory = memory_of(schedule, self._level)
+        parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+        like = mixture.means if mixture is not None else parameter
+        self.dtype = like.dtype if like is not None else torch.get_default_dtype()
+        self.device = like.device if like is not None else torch.device("cpu")
+        if mixture is not None:
+            start = self.marginal(0.0)
+            self.own_initial = Gaussian(start.means[0], start.covariances[0]) if len(start.means) == 1 else start
+        else:
+            self.own_initial = Gaussian(
+                torch.zeros(self.event_shape, dtype=self.dtype, device=self.device), schedule.start_std() ** 2)
+
+    def _level(self, s: float) -> float:
+        """The noise level at noising time s, per unit of noising time."""
+        at = torch.tensor(s, dtype=torch.float64)
+        if self.reversal:
+            return math.sqrt(max(float(self.schedule.forward_variance_rate(at)), 0.0))
+        if not callable(self.noise_level):
+            return float(self.noise_level)
+        value = float(self.noise_level(torch.tensor(self.process_time(s), dtype=torch.float64)))
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"noise_level must be finite and > 0 at every time, got {value} at t={self.process_time(s):.4g}.")
+        return value / math.sqrt(self.schedule.noise_end)
+
+    def process_time(self, s: float | Tensor) -> Any:
+        """Process time t of noising time s."""
+        return 1.0 - s / self.schedule.noise_end
+
+    def noising_time(self, t: float | Tensor) -> Any:
+        """Noising time s of process time t."""
+        return self.schedule.noise_end * (1.0 - t)
+
+    def _table(self, times: Tensor) -> dict[str, list[float]]:
+        """Coefficients at process times, in float64: drift = x_part x + model_part prediction, noise level g."""
+        s = self.noising_time(times.detach().double().cpu()).clamp(min=_S_MIN)
+        end = self.schedule.noise_end
+        mu, std = self.schedule.mu(s), self.schedule.std(s)
+        slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
+        level = torch.tensor([self._level(float(v)) for v in s], dtype=torch.float64)
+        a, b = noise_coefficients(self.prediction, mu, std, slope, rate)
+        eps_part = -end * (rate + level**2) / (2 * std)
+        g = level * math.sqrt(end)
+        return {
+            "x": (-end * slope + eps_part * a).tolist(),
+            "model": (eps_part * b).tolist(),
+            "g": g.tolist(),
+            "gain": (eps_part * b / g).tolist(),
+            "clock": self.schedule.model_time(s).tolist(),
+        }
+
+    def predict(self, model: Callable[..., Tensor], x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
+        """A model's prediction at process time t (0-d): called on its own clock."""
+        s = max(float(self.noising_time(float(t))), _S_MIN)
+        clock = torch.tensor(float(self.schedule.model_time(torch.tensor(s, dtype=torch.float64))), dtype=x.dtype,
+                             device=x.device)
+        return call_model(model, x, clock, condition)
+
+    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        table = self._table(torch.as_tensor(t).reshape(1))
+        return table["x"][0] * x + table["model"][0] * self.predict(self.model, x, t, condition)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.as_tensor(self._table(torch.as_tensor(t).reshape(1))["g"][0], dtype=x.dtype, device=x.device)
+
+    def gains(self, times: Tensor) -> Tensor:
+        """``du / d prediction`` at process times, ``(K,)`` float64: ``u = gain (tuned - pre-trained prediction)``."""
+        return torch.tensor(self._table(times)["gain"], dtype=torch.float64)
+
+    def on_grid(self, times: Tensor) -> StepFunction:
+        table = self._table(times)
+        clocks = torch.tensor(table["clock"], dtype=times.dtype, device=times.device)
+        levels = torch.tensor(table["g"], dtype=times.dtype, device=times.device)
+        x_part, model_part = table["x"], table["model"]
+
+        def terms(k: int, x: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+            prediction = self.remembered(k, x)
+            if prediction is None:
+                prediction = call_model(self.model, x, clocks[k], y)
+                self._memo = (k, x, prediction)
+            return torch.add(x_part[k] * x, prediction, alpha=model_part[k]), levels[k]
+
+        return terms
+
+    _memo: tuple[int, Tensor, Tensor] | None = None
+
+    def remembered(self, k: int, x: Tensor) -> Tensor | None:
+        """The pre-trained prediction at step k, if it was just computed at this very x (a tuned control needs it too)."""
+        memo = self._memo
+        return memo[2] if memo is not None and memo[0] == k and memo[1] is x else None
+
+    def forget(self) -> None:
+        """Drop what is remembered (it would keep a graph alive)."""
+        self._memo = None
+
+    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
+        x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
+        x = x.to(device=device, dtype=dtype)
+        y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
+        with torch.no_grad():
+            check_output("model", self.predict(self.model, x, 0.5, y), x.shape, x,
+                         "It is called as model(x, s), x (batch, *shape), s (batch,).")
+
+    def marginal(self, t: float) -> GaussianMixture:
+        """The exact law of X_t (a mixture in the model's place only)."""
+        if self.mixture is None:
+            raise ValueError("marginal(t) is known for a GaussianMixture in the model's place only.")
+        s = torch.tensor(self.noising_time(t), dtype=torch.float64)
+        return self.mixture.noised(float(self.schedule.mu(s)), float(self.schedule.std(s)))
+
+    def as_linear(self) -> LinearSDE | None:
+        """The same process as a linear SDE, where the model is a single Gaussian; else None."""
+        if self.mixture is None or len(self.mixture.means) != 1:
+            return None
+        mean, cov = self.mixture.means[0].double(), self.mixture.covariances[0].double()
+        d = len(mean)
+        eye = torch.eye(d, dtype=torch.float64, device=mean.device)
+
+        def parts(t: Tensor) -> tuple[float, float, Tensor, float]:
+            s = torch.as_tensor(self.noising_time(t), dtype=torch.float64).cpu().clamp(min=_S_MIN)
+            mu, std, end = float(self.schedule.mu(s)), float(self.schedule.std(s)), self.schedule.noise_end
+            rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
+            precision = torch.linalg.inv(mu**2 * cov + std**2 * eye)
+            return mu, -end * float(self.schedule.log_mu_slope(s)), end * (rate + level**2) / 2 * precision, level * math.sqrt(end)
+
+        def A(t: Tensor) -> Tensor:
+            _, x_part, pull, _ = parts(t)
+            return (x_part * eye - pull).to(t.dtype)
+
+        def offset(t: Tensor) -> Tensor:
+            mu, _, pull, _ = parts(t)
+            return (pull @ (mu * mean)).to(t.dtype)
+
+        def sigma(t: Tensor) -> Tensor:
+            return (parts(t)[3] * eye).to(t.dtype)
+
+        return LinearSDE(A, sigma, offset, horizon=self.horizon)
+
+    def describe(self) -> dict[str, Any]:
+        level = self.noise_level if isinstance(self.noise_level, (str, float, int)) else "callable"
+        return {**super().describe(), "schedule": repr(self.schedule), "prediction": self.prediction, "noise_level": level}
+
+
+def generative_sde(
+    model: nn.Module | GaussianMixture,
+    schedule: Schedule,
+    prediction: str = "noise",
+    shape: Sequence[int] | None = None,
+    noise_level: str | float | Callable[[Tensor], float] = "reverse",
+) -> GenerativeSDE:
+    """The SDE that samples from a pre-trained diffusion or flow model, ready to be controlled.
+
+    Args:
+        model: any nn.Module ``model(x, s) -> (batch, *shape)`` (``model(x, s, y)`` for a conditional one) on its own
+            clock: s of shape (batch,) is the noising time, 0 = data, 1 = noise; for :class:`FlowMatching` the model's own
+            t, 1 = data. Or a :class:`GaussianMixture`: the data law itself, whose score is exact.
+        schedule: :class:`VP`, :class:`CosineVP`, :class:`VE`, :class:`FlowMatching`.
+        prediction: what the model predicts: "noise", "sample", "score", "v" or "velocity".
+        shape: shape of one state (not needed for a mixture).
+        noise_level: "reverse" (the ordinary time reversal), "memoryless" (``g^2 = 2 eta``; the same noise, since
+            ``2 eta`` is the rate of the noising process, with the claim that it forgets the start, which is checked),
+            a number, or a function of process time t (0-d tensor, 0 = noise) giving g > 0. The marginals are the model's
+            for every level.
+
+    Raises:
+        ValueError: unknown prediction or noise level; "memoryless" for a schedule that keeps memory of its start.
+    """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
+    if isinstance(model, GaussianMixture):
+        if shape is not None and tuple(shape) != tuple(model.event_shape):
+            raise ValueError(f"shape {tuple(shape)} does not fit a mixture on {tuple(model.event_shape)}; leave it out.")
+        sde = GenerativeSDE(MixtureNoise(model, schedule), schedule, "noise", model.event_shape, noise_level, model)
+    else:
+        if not callable(model):
+            raise TypeError(f"model must be an nn.Module or a GaussianMixture, got {type(model).__name__}.")
+        if shape is None:
+            raise TypeError("shape is needed: the shape of one state, e.g. shape=(1, 8, 8).")
+        if isinstance(shape, int):
+            shape = (shape,)
+        sde = GenerativeSDE(model, schedule, prediction, shape, noise_level, None)
+    if noise_level == "memoryless":
+        check_memoryless(sde.memory)
+    return sde

@@ -1,0 +1,327 @@
+"""Laws of a state: ``Dirac``, ``Gaussian`` and ``GaussianMixture`` as torch distributions, and seeded draws from any law.
+
+They serve as initial laws and as the marginals, kernels and bridges that exact solutions return. torch's own
+``MultivariateNormal`` needs a positive definite covariance; here degenerate ones are allowed (a noise of rank m < d,
+time 0 of a fixed start).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from ..randomness import BLOCK, derive_seed, generator_for, global_rng
+from ..tensors import check_tensor, symmetric
+
+__all__ = ["Dirac", "Gaussian", "GaussianMixture", "draw", "factor"]
+
+_LOG_2PI = 1.8378770664093453
+
+
+def factor(covariance: Tensor) -> Tensor:
+    """A symmetric factor ``L`` with ``L L^T = covariance``, for any positive semi-definite ``(..., d, d)`` matrix."""
+    values, vectors = torch.linalg.eigh(symmetric(covariance))
+    return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def _check_covariance(name: str, covariance: Tensor) -> Tensor:
+    if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-7 * float(covariance.abs().max())):
+        raise ValueError(f"{name} must be symmetric.")
+    values = torch.linalg.eigvalsh(symmetric(covariance))
+    if bool((values < -1e-5 * values.abs().amax().clamp(min=1e-30)).any()):
+        raise ValueError(f"{name} must be positive semi-definite; its smallest eigenvalue is {float(values.min()):.3g}.")
+    return symmetric(covariance)
+
+
+class Dirac(Distribution):
+    """A point mass at ``point`` of shape ``(*event)``: every path starts there."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, point: Tensor) -> None:
+        self.point = check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
+        if point.ndim == 0:
+            raise ValueError("Dirac(point) must have at least one dimension; use torch.tensor([x]) for a scalar state.")
+        super().__init__(event_shape=point.shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.point
+
+    @property
+    def variance(self) -> Tensor:
+        return torch.zeros_like(self.point)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        return self.point.new_zeros((self.point.numel(),) * 2)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.point.expand(torch.Size(sample_shape) + self.event_shape)
+
+    rsample = sample
+
+    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
+        return self.sample((rows,))
+
+
+class Gaussian(Distribution):
+    """A Gaussian ``N(mean, cov)``, possibly degenerate.
+
+    Args:
+        mean: ``(*event)``, or ``(batch, d)`` for a batch of laws of vectors.
+        cov: a number (isotropic variance), variances of the shape of an event, or a ``(d, d)`` covariance for vectors
+            (``(batch, d, d)`` for a batch of laws).
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
+        mean = check_tensor("Gaussian(mean)", mean)
+        if mean.ndim == 0:
+            raise ValueError("Gaussian(mean) must have at least one dimension; use torch.tensor([m]) for a scalar state.")
+        cov = check_tensor("Gaussian(cov)", torch.as_tensor(cov, dtype=mean.dtype, device=mean.device)
+                           if not isinstance(cov, Tensor) else cov)
+        if cov.dtype != mean.dtype:
+            raise TypeError(f"Gaussian(cov) has dtype {cov.dtype}, the mean {mean.dtype}; make them agree.")
+        if cov.device != mean.device:
+            raise ValueError(f"Gaussian(cov) is on {cov.device}, the mean on {mean.device}; move one of them.")
+        self.loc = mean
+        d = mean.shape[-1]
+        self._full = cov.ndim == mean.ndim + 1 and cov.shape == (*mean.shape, d)
+        if self._full:
+            event = mean.shape[-1:]
+            shared = cov.ndim == 3 and cov.stride(0) == 0  # one covariance, expanded over a batch of laws
+            self._cov = _check_covariance("Gaussian(cov)", cov[:1] if shared else cov).expand(cov.shape)
+            self._root = factor(self._cov[:1] if shared else self._cov).expand(cov.shape)
+        else:
+            event = mean.shape
+            if cov.ndim and cov.shape != mean.shape:
+                raise ValueError(
+                    f"Gaussian(cov) must be a number, variances of shape {tuple(mean.shape)}, or a ({d}, {d}) matrix "
+                    f"for a vector mean; got shape {tuple(cov.shape)}."
+                )
+            if bool((cov < 0).any()):
+                raise ValueError("Gaussian(cov) has a negative variance.")
+            self._cov = cov.expand(mean.shape)
+            self._root = self._cov.sqrt()
+        super().__init__(mean.shape[: mean.ndim - len(event)], event, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """``(..., n, n)``, n the number of entries of an event."""
+        if self._full:
+            return self._cov
+        return torch.diag_embed(self._cov.flatten(self.loc.ndim - len(self.event_shape)))
+
+    @property
+    def variance(self) -> Tensor:
+        return self._cov.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape) if self._full else self._cov
+
+    @property
+    def scale_root(self) -> Tensor:
+        """The symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape."""
+        return self._root
+
+    @property
+    def is_diagonal(self) -> bool:
+        return not self._full
+
+    def shape_noise(self, z: Tensor) -> Tensor:
+        """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
+        return (self._root @ z.unsqueeze(-1)).squeeze(-1) if self._full else self._root * z
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self.loc + self.shape_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn((rows, *self.loc.shape), generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.shape_noise(z)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density ``(...)``; raises where the covariance is singular (there is no density)."""
+        difference = value - self.loc
+        if not self._full:
+            if bool((self._cov == 0).any()):
+                raise ValueError("this Gaussian is degenerate (a variance is 0) and has no density.")
+            terms = -0.5 * (difference**2 / self._cov + self._cov.log() + _LOG_2PI)
+            return terms.flatten(terms.ndim - len(self.event_shape)).sum(-1)
+        root, info = torch.linalg.cholesky_ex(self._cov)
+        if bool((info != 0).any()):
+            raise ValueError("this Gaussian is degenerate (its covariance is singular) and has no density.")
+        white = torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).squeeze(-1)
+        half_log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (white**2).sum(-1) - half_log_det - 0.5 * difference.shape[-1] * _LOG_2PI
+
+    def entropy(self) -> Tensor:
+        n = self.event_shape.numel()
+        return 0.5 * (n * (1 + _LOG_2PI) + torch.linalg.slogdet(self.covariance_matrix).logabsdet)
+
+
+class GaussianMixture(Distribution):
+    """``sum_i weights_i N(means_i, covariances_i)`` on vectors, with its score and its noised versions in closed form.
+
+    Args:
+        weights: ``(k,)``, > 0; normalised here.
+        means: ``(k, d)``.
+        covariances: a number, ``(k,)`` or ``(k, d)`` variances, or ``(k, d, d)`` matrices.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
+        means = check_tensor("GaussianMixture(means)", means, shape=("k", "d"))
+        weights = check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],))
+        if weights.dtype != means.dtype or weights.device != means.device:
+            raise TypeError(f"GaussianMixture(weights) is {weights.dtype} on {weights.device}, the means {means.dtype} "
+                            f"on {means.device}; make them agree.")
+        if bool((weights <= 0).any()):
+            raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
+        k, d = means.shape
+        self.means, self.log_weights = means, (weights / weights.sum()).log()
+        cov = torch.as_tensor(covariances, dtype=means.dtype, device=means.device) if not isinstance(
+            covariances, Tensor) else covariances
+        cov = check_tensor("GaussianMixture(covariances)", cov)
+        if cov.dtype != means.dtype or cov.device != means.device:
+            raise TypeError(f"GaussianMixture(covariances) is {cov.dtype} on {cov.device}, the means {means.dtype} "
+                            f"on {means.device}; make them agree.")
+        if cov.shape == (k, d, d):
+            cov = _check_covariance("GaussianMixture(covariances)", cov)
+            self._values, self._vectors = torch.linalg.eigh(cov)
+            off = (cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))).abs().amax()
+            if float(off) == 0.0:
+                self._values, self._vectors = cov.diagonal(dim1=-2, dim2=-1).contiguous(), None
+        elif cov.ndim <= 1 and cov.numel() in (1, k):
+            self._values, self._vectors = cov.reshape(-1, 1).expand(k, d), None
+        elif cov.shape == (k, d):
+            self._values, self._vectors = cov, None
+        else:
+            raise ValueError(f"GaussianMixture(covariances) must be a number, ({k},), ({k}, {d}) or ({k}, {d}, {d}); "
+                             f"got {tuple(cov.shape)}.")
+        if bool((self._values <= 0).any()):
+            raise ValueError("GaussianMixture(covariances) must be positive definite.")
+        super().__init__(event_shape=torch.Size((d,)), validate_args=False)
+
+    @classmethod
+    def _from_parts(cls, log_weights: Tensor, means: Tensor, values: Tensor, vectors: Tensor | None) -> GaussianMixture:
+        self = cls.__new__(cls)
+        self.log_weights, self.means, self._values, self._vectors = log_weights, means, values, vectors
+        Distribution.__init__(self, event_shape=means.shape[-1:], validate_args=False)
+        return self
+
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
+
+    @property
+    def covariances(self) -> Tensor:
+        """``(k, d, d)``."""
+        if self._vectors is None:
+            return torch.diag_embed(self._values)
+        return (self._vectors * self._values.unsqueeze(-2)) @ self._vectors.mT
+
+    @property
+    def mean(self) -> Tensor:
+        return self.weights @ self.means
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        centred = self.means - self.mean
+        return torch.einsum("k,kij->ij", self.weights, self.covariances) + (centred * self.weights[:, None]).mT @ centred
+
+    @property
+    def variance(self) -> Tensor:
+        return self.covariance_matrix.diagonal()
+
+    def noised(self, mu: Tensor | float, std: Tensor | float) -> GaussianMixture:
+        """The law of ``mu X + std eps``."""
+        return self._from_parts(self.log_weights, mu * self.means, mu**2 * self._values + std**2, self._vectors)
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Joint log densities ``(..., k)`` and differences in each component's own axes ``(..., k, d)``."""
+        difference = x.unsqueeze(-2) - self.means
+        if self._vectors is not None:
+            difference = torch.einsum("...kd,kde->...ke", difference, self._vectors)
+        log_det = self._values.log().sum(-1)
+        square = (difference**2 / self._values).sum(-1)
+        return self.log_weights - 0.5 * (square + log_det + x.shape[-1] * _LOG_2PI), difference
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._terms(value)[0].logsumexp(-1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """``grad log p(x)``, of the shape of x."""
+        joint, difference = self._terms(x)
+        pull = difference / self._values
+        if self._vectors is not None:
+            pull = torch.einsum("...ke,kde->...kd", pull, self._vectors)
+        return -(joint.softmax(-1).unsqueeze(-1) * pull).sum(-2)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior probabilities of the components, ``(..., k)``."""
+        return self._terms(x)[0].softmax(-1)
+
+    def _shape(self, index: Tensor, z: Tensor) -> Tensor:
+        y = z * self._values[index].sqrt()
+        if self._vectors is not None:
+            y = (self._vectors[index] @ y.unsqueeze(-1)).squeeze(-1)
+        return self.means[index] + y
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        index = torch.multinomial(self.weights, max(1, shape.numel()), replacement=True)
+        z = torch.randn((index.numel(), *self.event_shape), dtype=self.means.dtype, device=self.means.device)
+        return self._shape(index, z).reshape(shape + self.event_shape)
+
+    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
+        options: dict[str, Any] = {"dtype": self.means.dtype, "device": self.means.device, "generator": generator}
+        edges = self.weights.cumsum(0)
+        index = torch.searchsorted(edges, torch.rand(rows, **options)).clamp(max=len(edges) - 1)
+        return self._shape(index, torch.randn((rows, *self.event_shape), **options))
+
+
+def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -> Tensor:
+    """``n`` seeded draws from a law, ``(n, *event)``: block by block, so that row i does not depend on n.
+
+    A law is one of this module, any ``torch.distributions.Distribution``, a tensor ``(N, *event)`` of values to draw
+    from with replacement, or a function ``n -> (n, *event)`` that draws from torch's global generator.
+    """
+    if isinstance(law, Dirac):
+        return law.sample((n,))
+    parts = []
+    for block in range(first_block, first_block + -(-n // BLOCK)):
+        where = derive_seed(seed, 1_000_003 + place, block)
+        if hasattr(law, "_draw_block"):
+            parts.append(law._draw_block(BLOCK, generator_for(_device_of(law), where)))
+        elif isinstance(law, Tensor):
+            generator = generator_for(law.device, where)
+            parts.append(law[torch.randint(law.shape[0], (BLOCK,), generator=generator, device=law.device)])
+        else:
+            with global_rng(where, _device_of(law)):
+                parts.append(law.sample((BLOCK,)) if isinstance(law, Distribution) else law(BLOCK))
+    return torch.cat(parts)[:n]
+
+
+def _device_of(law: Any) -> torch.device:
+    for name in ("loc", "means", "point", "mean"):
+        try:
+            value = getattr(law, name, None)
+        except NotImplementedError:
+            continue
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")

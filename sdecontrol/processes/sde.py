@@ -1,0 +1,198 @@
+"""``SDE``: a process ``dX = b(X, t) dt + sigma(X, t) dW`` given by plain functions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..randomness import generator_for
+from ..tensors import as_float, check_output, check_tensor, is_matrix_scale
+
+__all__ = ["MEMORYLESS", "SDE", "StepFunction", "check_memoryless"]
+
+#: ``(k, x, condition) -> (drift, diffusion)`` at the k-th of a list of times.
+StepFunction = Callable[[int, Tensor, Any], tuple[Tensor, Tensor]]
+
+MEMORYLESS = 0.01  #: largest correlation of start and end that counts as memoryless
+_PROBE = 5  # rows of a probe batch; made different from every dimension it could be confused with
+
+
+class SDE:
+    """``dX = drift(X, t) dt + diffusion(X, t) dW`` on ``0 <= t <= horizon``.
+
+    Args:
+        drift: ``(x, t) -> (batch, *event)`` with x ``(batch, *event)`` and t a 0-d tensor; ``(x, t, y)`` where the
+            problem has a condition y.
+        diffusion: a number or 0-d tensor, standard deviations of the event's shape, a ``(d, m)`` matrix (vector
+            events), or a function ``(x, t)`` returning a number or 0-d tensor, ``(batch, *event)`` (diagonal) or
+            ``(batch, d, m)``.
+        dim: size d of a vector state; or give ``shape``.
+        horizon: the end time T > 0.
+        shape: the event's shape, for states of any rank.
+
+    Attributes:
+        event_shape, control_shape: shapes of one state and of one control (``(m,)`` for a matrix diffusion).
+    """
+
+    #: law of X_0 that belongs to the process itself, or None.
+    own_initial: Any = None
+    #: correlation of X_0 and X_T, where it is known.
+    memory: float | None = None
+    #: True for the reversal of a noising process (a pre-trained generative model).
+    generative: bool = False
+
+    def __init__(
+        self,
+        drift: Callable[..., Tensor],
+        diffusion: Any,
+        dim: int | None = None,
+        horizon: float = 1.0,
+        *,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        if (dim is None) == (shape is None):
+            raise TypeError("give exactly one of dim (vector states) and shape (states of any rank).")
+        self.event_shape = torch.Size((int(dim),) if dim is not None else tuple(int(n) for n in shape or ()))
+        if len(self.event_shape) == 0 or min(self.event_shape) < 1:
+            raise ValueError(f"the event's shape must have at least one dimension, all >= 1; got {tuple(self.event_shape)}.")
+        if not callable(drift):
+            raise TypeError(f"drift must be callable (x, t) -> (batch, *event), got {type(drift).__name__}.")
+        self.horizon = as_float("horizon", horizon, positive=True)
+        self._drift = drift
+        self.drift_takes_condition = _positional(drift) >= 3
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self._diffusion_function: Callable[..., Any] | None = None
+        self._constant: Tensor | float | None = None
+        if callable(diffusion) and not isinstance(diffusion, Tensor):
+            self._diffusion_function = diffusion
+            self.control_shape = self.event_shape  # settled by the first probe
+        else:
+            self._constant = self._check_constant(diffusion)
+            matrix = isinstance(self._constant, Tensor) and is_matrix_scale(self._constant, self.event_ndim)
+            self.control_shape = torch.Size((self._constant.shape[-1],)) if matrix else self.event_shape  # type: ignore[union-attr]
+
+    @property
+    def event_ndim(self) -> int:
+        return len(self.event_shape)
+
+    @property
+    def constant_diffusion(self) -> Tensor | None:
+        """The diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None."""
+        return None if self._constant is None else torch.as_tensor(self._constant)
+
+    def _check_constant(self, sigma: Any) -> Tensor | float:
+        hint = "diffusion: a number, standard deviations of the event's shape, a (d, m) matrix, or a function of (x, t)."
+        if not isinstance(sigma, Tensor):
+            value = as_float("diffusion", sigma)
+            if value == 0:
+                raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
+            return value
+        check_tensor("diffusion", sigma, hint=hint)
+        if not bool((sigma != 0).any()):
+            raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
+        if sigma.ndim:
+            self.dtype, self.device = sigma.dtype, sigma.device
+        if sigma.ndim == 0 or sigma.shape == self.event_shape and not (self.event_ndim == 1 and sigma.ndim == 2):
+            return sigma
+        if self.event_ndim == 1 and sigma.ndim == 2 and sigma.shape[0] == self.event_shape[0]:
+            return sigma.unsqueeze(0)
+        raise ValueError(f"diffusion has shape {tuple(sigma.shape)}, which does not fit a state of shape "
+                         f"{tuple(self.event_shape)}. {hint}")
+
+    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
+        """Call drift and diffusion once on random states and check what they return.
+
+        Raises:
+            TypeError, ValueError: naming the function, what it returned and what it should.
+        """
+        rows = _PROBE
+        while rows in self.event_shape or (condition is None and rows == self.control_shape[0]):
+            rows += 1
+        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
+        x = x.to(device=device, dtype=dtype)
+        y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
+        t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
+        with torch.no_grad():
+            check_output("drift", self.drift(x, t, y), x.shape, x, "Its first dimension is the batch.")
+            if self._diffusion_function is not None:
+                self._probe_diffusion(x, t)
+
+    def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
+        raw = self._diffusion_function(x, t)  # type: ignore[misc]
+        value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
+        if isinstance(raw, Tensor) and raw.ndim:
+            if raw.dtype != x.dtype:
+                raise TypeError(f"diffusion returned dtype {raw.dtype} for an input of dtype {x.dtype}; make them agree.")
+            if raw.device != x.device:
+                raise ValueError(f"diffusion returned a tensor on {raw.device} for an input on {x.device}.")
+        d = self.event_shape
+        if value.ndim == 0 or value.shape == x.shape or value.shape == d:
+            self._layout = "elementwise"
+        elif self.event_ndim == 1 and value.ndim == 3 and value.shape[:2] == x.shape:
+            self._layout, self.control_shape = "matrix", torch.Size((value.shape[-1],))
+        elif self.event_ndim == 1 and value.ndim == 2 and value.shape[0] == d[0]:
+            self._layout, self.control_shape = "shared matrix", torch.Size((value.shape[-1],))
+        else:
+            raise ValueError(
+                f"diffusion must return a number or 0-d tensor, {tuple(x.shape)} (diagonal)"
+                + (f" or ({x.shape[0]}, {d[0]}, m)" if self.event_ndim == 1 else "")
+                + f" for x of shape {tuple(x.shape)}; got {tuple(value.shape)}."
+            )
+
+    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """``b(x, t)``, ``(batch, *event)``."""
+        return self._drift(x, t, condition) if self.drift_takes_condition else self._drift(x, t)
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """``sigma(x, t)``: elementwise (0-d, event or batch of events) or a matrix ``(1 | batch, d, m)``."""
+        if self._diffusion_function is None:
+            return torch.as_tensor(self._constant, dtype=x.dtype, device=x.device) if isinstance(
+                self._constant, float) else self._constant  # type: ignore[return-value]
+        value = self._diffusion_function(x, t)
+        if not isinstance(value, Tensor):
+            return torch.as_tensor(value, dtype=x.dtype, device=x.device)
+        return value.unsqueeze(0) if getattr(self, "_layout", "") == "shared matrix" else value
+
+    def on_grid(self, times: Tensor) -> StepFunction:
+        """Drift and diffusion at each of ``times``, with whatever depends on time alone computed once."""
+        clock = list(times)
+        if self._constant is not None:
+            sigma = torch.as_tensor(self._constant, dtype=times.dtype, device=times.device) if isinstance(
+                self._constant, float) else self._constant
+            return lambda k, x, y: (self.drift(x, clock[k], y), sigma)
+        return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for a saved file."""
+        return {"kind": type(self).__name__, "event_shape": list(self.event_shape), "horizon": self.horizon}
+
+
+def _positional(function: Callable[..., Any]) -> int:
+    """How many positional arguments a function takes (its ``forward`` for a module)."""
+    target = getattr(function, "forward", function)
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and (p.default is inspect.Parameter.empty or p.name in ("y", "condition")) for p in parameters)
+
+
+def check_memoryless(memory: float | None) -> None:
+    """Raise unless the end of a process has forgotten its start (correlation <= 0.01).
+
+    Raises:
+        ValueError: saying what is left, what it would bias, and the ways out.
+    """
+    if memory is None or memory > MEMORYLESS:
+        left = "not known" if memory is None else f"{memory:.3g}"
+        raise ValueError(
+            f"start='memoryless' needs a reference whose end has forgotten its start (correlation <= {MEMORYLESS}); "
+            f"here the correlation is {left}, so tilting the end without tilting the start would be biased. "
+            "Use start='controlled' (learns the start), a schedule with more noise, or start='fixed' with its bias."
+        )

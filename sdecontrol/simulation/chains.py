@@ -1,0 +1,306 @@
+"""Chains of Gaussian kernels, ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``, ``xi_k ~ N(0, I)``.
+
+Everything that is simulated with likelihoods is written as such a chain, the control entering as a shift ``c_k`` of
+the noise; log-ratios are then exact at every step size. ``EulerChain`` is Euler-Maruyama, ``TransitionChain`` the exact
+transitions of a linear SDE, ``StretchChain`` the stretch of time before 0 that makes a start controllable, and
+``JoinedChain`` one after another. Discrete diffusion models are chains of their own (``diffusion.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import unknown_name
+from ..processes.laws import Dirac, Gaussian, GaussianMixture
+from ..processes.linear import LinearSDE
+from ..processes.sde import SDE
+from ..tensors import check_tensor
+
+__all__ = ["Chain", "EulerChain", "JoinedChain", "StretchChain", "TransitionChain", "chain_of", "make_grid"]
+
+
+class Chain:
+    """Base of the chains.
+
+    Attributes:
+        times: ``(K+1,)`` of the states, in the chain's dtype and on its device.
+        clock: the same as Python floats (float64).
+        event_shape: shape of one state.
+        noise_shape: shape of one ``xi_k`` (and of a shift ``c_k``), the same for all steps.
+        control_shape: shape of one control ``u``.
+        reference: what the chain was made from.
+    """
+
+    times: Tensor
+    clock: list[float]
+    event_shape: torch.Size
+    noise_shape: torch.Size
+    control_shape: torch.Size
+    reference: Any
+
+    def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.clock = clock
+        self.times = torch.tensor(clock, dtype=torch.float64).to(device=device, dtype=dtype)
+        self.step_sizes = [b - a for a, b in zip(clock, clock[1:])]
+
+    @property
+    def steps(self) -> int:
+        return len(self.clock) - 1
+
+    @property
+    def event_ndim(self) -> int:
+        return len(self.event_shape)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """Mean and scale of step k at x; scales as in :func:`sdecontrol.tensors.apply_scale`."""
+        raise NotImplementedError
+
+    def gain(self, k: int) -> float | Tensor:
+        """``c = gain u``: a number, or a ``(noise, m)`` matrix."""
+        return math.sqrt(self.step_sizes[k])
+
+    def shift(self, k: int, u: Tensor) -> Tensor:
+        """The shift ``c_k`` that a control u makes at step k."""
+        gain = self.gain(k)
+        return u * gain if isinstance(gain, float) else u @ gain.mT
+
+    def control(self, k: int, c: Tensor) -> Tensor:
+        """The control (of minimum norm) whose shift is c."""
+        gain = self.gain(k)
+        return c / gain if isinstance(gain, float) else c @ torch.linalg.pinv(gain).mT
+
+    def step_at(self, t: float) -> int:
+        """The step that contains time t (matched to the grid within 1e-9 of the horizon)."""
+        span = self.clock[-1] - self.clock[0]
+        inside = sum(time <= t + 1e-9 * span for time in self.clock) - 1
+        return min(max(inside, 0), self.steps - 1)
+
+    @property
+    def start(self) -> int:
+        """The step at which time 0 is reached: the length of the stretch of a controlled start, else 0."""
+        return 0
+
+    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+        """From the last state to what rewards, samples and metrics see."""
+        return x
+
+    def forget(self) -> None:
+        """Drop anything remembered from the last step."""
+
+
+class EulerChain(Chain):
+    """Euler-Maruyama: ``mean = x + h b(x, t_k)``, ``scale = sqrt(h) sigma(x, t_k)``, ``c = sqrt(h) u``. Weak order 1,
+    strong order 1/2 (1 for additive noise)."""
+
+    def __init__(self, sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
+        self.noise_shape = sde.control_shape
+        self._terms = sde.on_grid(self.times[:-1])
+        self._roots = [math.sqrt(h) for h in self.step_sizes]
+        constant = sde.constant_diffusion
+        self._scales = None
+        if constant is not None:
+            made: dict[float, Tensor] = {}
+            constant = constant.to(dtype=dtype, device=device) if constant.ndim == 0 else constant
+            self._scales = [made.setdefault(root, constant * root) for root in self._roots]
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        drift, sigma = self._terms(k, x, condition)
+        scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]
+        return torch.add(x, drift, alpha=self.step_sizes[k]), scale
+
+    def gain(self, k: int) -> float:
+        return self._roots[k]
+
+    def forget(self) -> None:
+        forget = getattr(self.reference, "forget", None)
+        if forget is not None:
+            forget()
+
+
+class TransitionChain(Chain):
+    """The exact transitions of a linear SDE, the control held constant over each step.
+
+    The noise is d-dimensional, ``scale`` the symmetric root of the transition covariance, and ``c = C u`` with
+    ``scale C = int Phi sigma dr``; where m != d the inverse gives the control of minimum norm.
+    """
+
+    def __init__(self, sde: LinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        from ..processes.laws import factor
+
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
+        self.noise_shape = sde.event_shape
+        made: dict[tuple[float, float], tuple[Tensor, ...]] = {}
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for s, t in zip(clock, clock[1:]):
+            key = (0.0, round(t - s, 14)) if sde.autonomous else (s, t)
+            if key not in made:
+                matrix, shift, cov, effect = sde._transition_and_gain(key[0], key[1] if sde.autonomous else t)
+                root = factor(cov)
+                made[key] = (matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
+            self._steps.append(made[key])  # type: ignore[arg-type]
+        self.matrices64 = self._steps
+        seen: dict[int, tuple[Tensor, ...]] = {}
+        move = lambda step: seen.setdefault(id(step), tuple(p.to(device=device, dtype=dtype) for p in step))  # noqa: E731
+        self._cast = [move(step) for step in self._steps]
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        matrix, shift, root, _ = self._cast[k]
+        return x @ matrix.mT + shift, root.unsqueeze(0)
+
+    def gain(self, k: int) -> Tensor:
+        return self._cast[k][3]
+
+
+class StretchChain(Chain):
+    """The stretch [-1, 0) that turns a random start into part of the chain.
+
+    From the mean of the start's law a Brownian motion of covariance S reaches N(mean, S) at time 0 (the idea of
+    ELEGANT, Uehara et al. 2402.15194). For a Gaussian mixture the same Brownian motion, conditioned to end in the
+    mixture, is the Foellmer process; its drift is the closed form ``(E[X_0 | X_s = x] - x) / -s``.
+    """
+
+    def __init__(self, law: Gaussian | GaussianMixture, steps: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.reference = law
+        self._set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
+        self.event_shape = law.event_shape
+        self.noise_shape = self.control_shape = law.event_shape
+        self.law = law
+        self.mixture = law if isinstance(law, GaussianMixture) else None
+        spread = Gaussian(law.mean, law.covariance_matrix) if isinstance(law, GaussianMixture) else law
+        self.point = law.mean.to(device=device, dtype=dtype)
+        self.covariance = spread.covariance_matrix if not spread.is_diagonal else spread.variance
+        root = spread.scale_root.to(device=device, dtype=dtype)
+        self._matrix = not spread.is_diagonal
+        self._scales = [(root.unsqueeze(0) if self._matrix else root) * math.sqrt(h) for h in self.step_sizes]
+        self._bridges = [self._between(t + 1.0) for t in self.clock[:-1]] if self.mixture is not None else None
+
+    def _between(self, past: float) -> GaussianMixture:
+        """The law of the Foellmer process a time ``past`` after its start (its marginal: a mixture again)."""
+        assert self.mixture is not None
+        mean, spread = self.mixture.mean, self.mixture.covariance_matrix
+        means = mean + past * (self.mixture.means - mean)
+        tiny = 1e-12 * spread.diagonal().max() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        return GaussianMixture(self.mixture.weights, means,
+                               past**2 * self.mixture.covariances + past * (1 - past) * spread + tiny)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        if self._bridges is None:
+            return x, self._scales[k]
+        past = self.clock[k] + 1.0
+        if past == 0.0:  # everything starts in the mean, and the end's mean is the mean
+            return x, self._scales[k]
+        drift = self._bridges[k].score(x) @ self.covariance + (x - self.point) / past
+        return torch.add(x, drift, alpha=self.step_sizes[k]), self._scales[k]
+
+
+class JoinedChain(Chain):
+    """One chain after another; shapes of noise and control are padded to the larger of the two.
+
+    Padding is exact: the padded entries of a shift are zero, those of the noise move nothing.
+    """
+
+    def __init__(self, first: Chain, second: Chain) -> None:
+        self.first, self.second, self.reference = first, second, second.reference
+        self.event_shape, self.control_shape = second.event_shape, second.control_shape
+        same = first.noise_shape == second.noise_shape
+        self.noise_shape = first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
+        self._padded = not same
+        self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
+
+    @property
+    def start(self) -> int:
+        return self.first.steps
+
+    def part(self, k: int) -> tuple[Chain, int]:
+        """The chain that step k belongs to, and the step's number there."""
+        return (self.first, k) if k < self.first.steps else (self.second, k - self.first.steps)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        chain, j = self.part(k)
+        mean, scale = chain.kernel(j, x, condition)
+        missing = self.noise_shape[0] - chain.noise_shape[0]
+        if missing:
+            if scale.ndim < 3:
+                scale = torch.diag_embed(scale.expand(chain.event_shape) if scale.ndim < 2 else scale)
+                scale = scale.unsqueeze(0) if scale.ndim == 2 else scale
+            scale = torch.nn.functional.pad(scale, (0, missing))
+        return mean, scale
+
+    def gain(self, k: int) -> float | Tensor:
+        chain, j = self.part(k)
+        return chain.gain(j)
+
+    def shift(self, k: int, u: Tensor) -> Tensor:
+        chain, j = self.part(k)
+        c = chain.shift(j, u)
+        missing = self.noise_shape[0] - chain.noise_shape[0]
+        return torch.nn.functional.pad(c, (0, missing)) if missing else c
+
+    def control(self, k: int, c: Tensor) -> Tensor:
+        chain, j = self.part(k)
+        return chain.control(j, c[..., : chain.noise_shape[0]] if self._padded else c)
+
+    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+        return self.second.decode(x, condition)
+
+    def forget(self) -> None:
+        self.second.forget()
+
+
+def make_grid(time_steps: Any, horizon: float) -> list[float]:
+    """A grid of times from a number of steps, or from an increasing sequence ``0 = t_0 < ... < t_K = horizon``.
+
+    Uniform grids are computed point by point, never accumulated, so that K steps are exactly K.
+    """
+    if isinstance(time_steps, bool) or time_steps is None:
+        raise TypeError(f"time_steps must be a number of steps or a grid of times, got {time_steps!r}.")
+    if isinstance(time_steps, int):
+        if time_steps < 1:
+            raise ValueError(f"time_steps must be >= 1, got {time_steps}.")
+        return [horizon * k / time_steps for k in range(time_steps)] + [horizon]
+    if isinstance(time_steps, float):
+        raise TypeError(f"time_steps must be an int (or a grid of times), got the float {time_steps}.")
+    grid = time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(list(time_steps), dtype=torch.float64)
+    check_tensor("time_steps", grid.double(), shape=("K+1",), hint="a grid of times from 0 to the horizon.")
+    values = [float(t) for t in grid]
+    if len(values) < 2:
+        raise ValueError("time_steps as a grid needs at least two times.")
+    if any(b <= a for a, b in zip(values, values[1:])):
+        k = next(i for i, (a, b) in enumerate(zip(values, values[1:])) if b <= a)
+        raise ValueError(f"time_steps must be strictly increasing; entry {k + 1} ({values[k + 1]:g}) is not above "
+                         f"entry {k} ({values[k]:g}).")
+    if abs(values[0]) > 1e-6 * horizon or abs(values[-1] - horizon) > 1e-6 * horizon:
+        raise ValueError(f"time_steps must go from 0 to the horizon {horizon:g}, got {values[0]:g} to {values[-1]:g}.")
+    values[0], values[-1] = 0.0, horizon
+    return values
+
+
+SCHEMES = ("euler", "exact")
+
+
+def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
+    """The chain of an SDE on a grid, by the scheme "euler" or "exact" (linear references)."""
+    clock = make_grid(time_steps, sde.horizon)
+    if scheme == "euler":
+        return EulerChain(sde, clock, dtype, device)
+    if scheme == "exact":
+        linear = sde if isinstance(sde, LinearSDE) else getattr(sde, "as_linear", lambda: None)()
+        if linear is None:
+            raise ValueError("scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
+                             f"{type(sde).__name__} has no exact transitions. Use scheme='euler'.")
+        return TransitionChain(linear, clock, dtype, device)
+    raise unknown_name("scheme", scheme, SCHEMES)
+
+
+def initial_state(law: Any) -> Any:
+    """The law from which a chain that begins with a stretch starts: the point."""
+    return Dirac(law.mean)

@@ -1,0 +1,149 @@
+"""The one integrator: runs a chain of Gaussian kernels. Nothing else steps a process that carries likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..tensors import apply_scale, event_sum, nonfinite_rows
+from .chains import Chain
+from .paths import Paths
+from .shifts import ShiftFunction
+
+__all__ = ["KEEP", "NoiseSource", "RunningCost", "explain_nonfinite", "integrate", "one_step"]
+
+KEEP = ("all", "states", "end")
+
+#: ``f(x, t) -> (batch,)``, with the condition where there is one.
+RunningCost = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class NoiseSource(Protocol):
+    """``source[k]`` is the noise of step k, ``(batch, *noise)``."""
+
+    def __getitem__(self, k: int, /) -> Tensor: ...
+
+
+def one_step(chain: Chain, k: int, x: Tensor, xi: Tensor, shift: ShiftFunction | None, condition: Any) -> tuple[Tensor, Tensor | None]:
+    """``x_{k+1}`` and the shift ``c_k`` that was used (None for the reference)."""
+    mean, scale = chain.kernel(k, x, condition)
+    c = None if shift is None else shift(k, x, condition)
+    z = xi if c is None else xi + c
+    if scale.ndim < 3:
+        return torch.addcmul(mean, scale, z), c
+    return mean + apply_scale(scale, z, chain.event_ndim), c
+
+
+def integrate(
+    chain: Chain,
+    x: Tensor,
+    noise: NoiseSource,
+    shift: ShiftFunction | None = None,
+    *,
+    condition: Any = None,
+    running_cost: RunningCost | None = None,
+    keep: str = "all",
+    first: int = 0,
+    last: int | None = None,
+    replay: Callable[[], Paths] | None = None,
+) -> Paths:
+    """Run steps ``first .. last-1`` of a chain from states x ``(batch, *event)``.
+
+    The graph is kept if gradients are enabled and something requires them. Log-ratios are reduced after the loop from
+    what it stored; finiteness is checked afterwards and located from the stored states.
+
+    Raises:
+        NonFiniteError: naming the quantity, the step and the number of rows.
+    """
+    last = chain.steps if last is None else last
+    everything = keep == "all"
+    states = [x] if keep != "end" else None
+    noises: list[Tensor] = []
+    shifts: list[Tensor] = []
+    cost: Tensor | None = None
+    cross = square = None
+    dims = len(chain.noise_shape)
+    for k in range(first, last):
+        xi = noise[k]
+        if running_cost is not None and chain.clock[k] >= 0:
+            here = running_cost(x, chain.times[k], condition)
+            cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
+        x, c = one_step(chain, k, x, xi, shift, condition)
+        if states is not None:
+            states.append(x)
+        if everything:
+            noises.append(xi)
+            if c is not None:
+                shifts.append(c)
+        elif c is not None:
+            a, b = event_sum(c * xi, dims), event_sum(0.5 * c * c, dims)
+            cross, square = (a, b) if cross is None else (cross + a, square + b)  # type: ignore[operator]
+    chain.forget()
+    if everything and shift is None:
+        zero = x.new_zeros(()).expand(x.shape[0], *chain.noise_shape)
+        shifts = [zero] * (last - first)
+    if not everything and cross is None:
+        cross = square = x.new_zeros(x.shape[0])
+    if cost is None:
+        cost = x.new_zeros(x.shape[0])
+    paths = Paths(
+        chain,
+        first=first,
+        last=last,
+        end=x,
+        running_cost=cost,
+        condition=condition,
+        states=states,
+        noises=noises if everything else None,
+        shifts=shifts if everything else None,
+        sums=None if everything else (cross, square),  # type: ignore[arg-type]
+        replay=replay,
+    )
+    if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(cost).all()):
+        raise explain_nonfinite(paths, shift, running_cost)
+    return paths
+
+
+def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: RunningCost | None) -> NonFiniteError:
+    """Find where a path stopped being finite, and what did it."""
+    with torch.no_grad():
+        chain = paths.chain
+        states = paths._states
+        if states is None:
+            return _nonfinite("state", None, nonfinite_rows(paths.end), chain)
+        for j, x in enumerate(states[:-1]):
+            k = paths.first + j
+            if running_cost is not None and chain.clock[k] >= 0:
+                rows = nonfinite_rows(running_cost(x, chain.times[k], paths.condition))
+                if rows:
+                    return _nonfinite("running cost", k, rows, chain)
+            if bool(torch.isfinite(states[j + 1]).all()):
+                continue
+            mean, scale = chain.kernel(k, x, paths.condition)
+            if rows := nonfinite_rows(mean):
+                large = float(x.abs().max())
+                return _nonfinite("drift", k, rows, chain, f" (largest |x| there: {large:.3g})")
+            if not bool(torch.isfinite(scale).all()):
+                rows = nonfinite_rows(scale) if scale.ndim and scale.shape[0] == x.shape[0] else x.shape[0]
+                return _nonfinite("diffusion", k, rows, chain)
+            if shift is not None and (rows := nonfinite_rows(shift(k, x, paths.condition))):
+                return _nonfinite("control", k, rows, chain)
+            return _nonfinite("state", k, nonfinite_rows(states[j + 1]), chain)
+    return _nonfinite("state", None, nonfinite_rows(paths.end), chain)
+
+
+def _nonfinite(what: str, step: int | None, rows: int, chain: Chain, more: str = "") -> NonFiniteError:
+    where = "" if step is None else f" at step {step} of {chain.steps} (t = {chain.clock[step]:.4g})"
+    remedy = {
+        "drift": "Check the drift there; if it merely explodes, use more time steps.",
+        "diffusion": "Check the diffusion there.",
+        "control": "Check the control there (a smaller learning rate, if it was being trained).",
+        "running cost": "Check the running cost there.",
+        "state": "Use more time steps, or check drift and diffusion.",
+    }[what]
+    return NonFiniteError(f"{what} is not finite{where}, in {rows} row{'s' if rows != 1 else ''}{more}. {remedy}",
+                          what=what, step=step, rows=rows)

@@ -1,0 +1,62 @@
+"""From controls ``u(x, t)`` to shifts ``c_k``: the one place where u is converted.
+
+A control is any callable ``(x, t) -> (batch, *control_shape)`` with t of shape ``(batch,)`` (``(x, t, y)`` where there is
+a condition). The library's own controls may offer two faster ways, which this module prefers:
+``on_chain(chain) -> (k, x, y) -> c`` with all work on times done once, and ``along(chain, states, y) -> (K, batch, ...)``,
+all stored states in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors import check_output
+from .chains import Chain
+
+__all__ = ["ShiftFunction", "shift_function", "shifts_along"]
+
+#: ``(k, x, condition) -> c_k``.
+ShiftFunction = Callable[[int, Tensor, Any], Tensor]
+
+
+def _call(control: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Any) -> Tensor:
+    return control(x, t) if condition is None else control(x, t, condition)
+
+
+def shift_function(chain: Chain, control: Any) -> ShiftFunction:
+    """The shift of a control at step k and state x."""
+    if hasattr(control, "on_chain"):
+        return control.on_chain(chain)
+    times, start = chain.times, chain.start
+    nothing = chain.times.new_zeros(()).expand(1, *chain.noise_shape)
+
+    def shift(k: int, x: Tensor, condition: Any) -> Tensor:
+        if k < start:  # a control of the process says nothing of the stretch before it
+            return nothing.expand(x.shape[0], *chain.noise_shape)
+        u = _call(control, x, times[k].expand(x.shape[0]), condition)
+        check_output("control", u, (x.shape[0], *chain.control_shape), x,
+                     "A control is called as control(x, t), t (batch,).")
+        return chain.shift(k, u)
+
+    return shift
+
+
+def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = None, first: int = 0) -> Tensor:
+    """Shifts of a control at the stored states of steps ``first, first+1, ...``: ``(K, batch, *noise)``."""
+    count = states.shape[0]
+    if hasattr(control, "along"):
+        return control.along(chain, states, condition, first)
+    if hasattr(control, "on_chain") or chain.start:
+        function = shift_function(chain, control)
+        return torch.stack([function(first + k, states[k], condition) for k in range(count)])
+    batch = states.shape[1]
+    t = chain.times[first : first + count].repeat_interleave(batch)
+    y = None if condition is None else condition.repeat(count, *(1 for _ in condition.shape[1:]))
+    u = _call(control, states.flatten(0, 1), t, y)
+    check_output("control", u, (count * batch, *chain.control_shape), states, "A control is called as control(x, t).")
+    u = u.unflatten(0, (count, batch))
+    return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])

@@ -1,0 +1,113 @@
+"""Small tensor helpers that every room uses: sums over events, noise-shaping matrices, early checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "apply_scale",
+    "apply_scale_transposed",
+    "as_float",
+    "batch_like",
+    "check_output",
+    "check_tensor",
+    "event_sum",
+    "is_matrix_scale",
+    "nonfinite_rows",
+    "symmetric",
+]
+
+
+def event_sum(x: Tensor, event_ndim: int) -> Tensor:
+    """Sum over the last ``event_ndim`` dimensions (log-probabilities and KLs are sums over an event, never means)."""
+    return x if event_ndim == 0 else x.flatten(x.ndim - event_ndim).sum(-1)
+
+
+def is_matrix_scale(scale: Tensor, event_ndim: int) -> bool:
+    """Whether ``scale`` is a matrix ``(1 | batch, d, m)``; otherwise it multiplies elementwise and broadcasts."""
+    return scale.ndim == event_ndim + 2
+
+
+def apply_scale(scale: Tensor, z: Tensor, event_ndim: int) -> Tensor:
+    """``scale z`` for a scalar, diagonal ``(batch, *event)`` or matrix ``(1 | batch, d, m)`` scale."""
+    if not is_matrix_scale(scale, event_ndim):
+        return scale * z
+    if scale.shape[0] == 1:
+        return z @ scale[0].mT
+    return (scale @ z.unsqueeze(-1)).squeeze(-1)
+
+
+def apply_scale_transposed(scale: Tensor, z: Tensor, event_ndim: int) -> Tensor:
+    """``scale^T z``."""
+    return apply_scale(scale.mT, z, event_ndim) if is_matrix_scale(scale, event_ndim) else scale * z
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part."""
+    return 0.5 * (matrix + matrix.mT)
+
+
+def batch_like(t: Tensor, x: Tensor) -> Tensor:
+    """A per-row number ``(batch,)`` shaped to broadcast against ``(batch, *event)``; 0-d stays 0-d."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+def nonfinite_rows(x: Tensor, rows_dim: int = 0) -> int:
+    """How many rows of ``x`` have a NaN or an infinity."""
+    bad = ~torch.isfinite(x)
+    return int(bad.movedim(rows_dim, 0).flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())
+
+
+def as_float(name: str, value: Any, *, positive: bool = False, finite: bool = True) -> float:
+    """A number as float, or an error that names the argument."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}.") from error
+    if finite and not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}.")
+    if positive and not number > 0:
+        raise ValueError(f"{name} must be > 0, got {number}.")
+    return number
+
+
+def check_tensor(name: str, value: Any, *, shape: tuple[int | str, ...] | None = None, hint: str = "") -> Tensor:
+    """``value`` as a finite floating-point tensor of the given shape (names in ``shape`` match any size)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}. {hint}".rstrip())
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}; use {name}.float().")
+    if shape is not None:
+        fits = value.ndim == len(shape) and all(
+            isinstance(want, str) or want == have for want, have in zip(shape, value.shape)
+        )
+        if not fits:
+            text = ", ".join(str(s) for s in shape)
+            raise ValueError(f"{name} must have shape ({text}), got {tuple(value.shape)}. {hint}".rstrip())
+    if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} non-finite entries.")
+    return value
+
+
+def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like: Tensor, hint: str = "") -> Tensor:
+    """Check what a user's function returned: a tensor of the wanted shape, of the dtype and on the device of ``like``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a torch tensor, got {type(value).__name__}. {hint}".rstrip())
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(f"{name} must return shape {tuple(want)}, got {tuple(value.shape)}. {hint}".rstrip())
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{name} returned dtype {value.dtype} for an input of dtype {like.dtype}; "
+            f"make them agree (e.g. module.to({like.dtype}))."
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} returned a tensor on {value.device} for an input on {like.device}; move one of them.")
+    return value
+
+
+TimeFunction = Callable[[Tensor], Tensor]
