@@ -1,0 +1,143 @@
+"""``Control``: the base of the library's own controls.
+
+A control is called by users as ``control(x, t)``, and by the package step by step on a chain (``on_chain``) or at all
+stored states at once (``along``). What depends on time and parameters alone is computed once per chain: ``tables``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..simulation.chains import Chain
+from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
+
+__all__ = ["Control", "StartedControl", "UserControl"]
+
+
+class Control(nn.Module):
+    """A control ``u(x, t)``, called with x ``(batch, *event)`` and t a float or a tensor of shape () or (batch,).
+
+    Attributes:
+        settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
+        learning_rate: a sensible step of Adam for its parameters.
+    """
+
+    learning_rate = 5e-3
+
+    def __init__(self, event_shape: torch.Size, control_shape: torch.Size, first_time: float, last_time: float) -> None:
+        super().__init__()
+        self.event_shape, self.control_shape = torch.Size(event_shape), torch.Size(control_shape)
+        self.first_time, self.last_time = first_time, last_time
+        self.settings: dict[str, Any] = {}
+
+    # ------------------------------------------------------------ for users
+
+    def forward(self, x: Tensor, t: Any, y: Any = None) -> Tensor:
+        """``u(x, t)``, ``(batch, *control_shape)``.
+
+        Raises:
+            ValueError, TypeError: wrong shape or dtype of x, or t outside of the horizon.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch tensor (batch, *event), got {type(x).__name__}.")
+        if x.shape[1:] != self.event_shape or x.ndim == 0:
+            raise ValueError(f"x must have shape (batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}.")
+        like = next(iter(self.parameters()), None)
+        if like is not None and like.dtype != x.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, the control {like.dtype}; use x.to({like.dtype}).")
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):
+            raise ValueError(f"t must be a float or a tensor of shape () or ({x.shape[0]},), got {tuple(t.shape)}.")
+        slack = 1e-5 * (self.last_time - self.first_time)
+        if bool((t < self.first_time - slack).any()) or bool((t > self.last_time + slack).any()):
+            raise ValueError(f"t must be within [{self.first_time:g}, {self.last_time:g}], got {float(t.min()):g} to "
+                             f"{float(t.max()):g}.")
+        return self.at(x, t, y)
+
+    # ------------------------------------------------------------ for the package
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """``u(x, t)`` without checks; t of shape () or (batch,)."""
+        raise NotImplementedError
+
+    def tables(self, chain: Chain) -> tuple[Tensor, ...]:
+        """What depends on the chain's times and the parameters alone (with its graph)."""
+        return ()
+
+    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+        """``(k, x, y) -> c_k`` on a chain."""
+        times = chain.times
+        return lambda k, x, y: chain.shift(k, self.at(x, times[k], y))
+
+    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+        """Shifts at stored states ``(K, batch, *event)`` of steps ``first, first+1, ...``."""
+        function = self.on_chain(chain)
+        return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
+
+
+class UserControl(Control):
+    """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
+
+    learning_rate = 1e-3
+
+    def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
+        super().__init__(event_shape, control_shape, 0.0, horizon)
+        self.module = module
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        t = t.expand(x.shape[0])
+        return self.module(x, t) if y is None else self.module(x, t, y)
+
+    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+        return shift_function(chain, self.module)
+
+    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+        return shifts_along(chain, self.module, states, y, first)
+
+
+class StartedControl(Control):
+    """A control of the stretch [-1, 0) that makes the start, and one of the process after it."""
+
+    def __init__(self, start: Control, main: Control) -> None:
+        super().__init__(main.event_shape, main.control_shape, -1.0, main.last_time)
+        self.start, self.main = start, main
+        self.learning_rate = main.learning_rate
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        if t.ndim == 0:
+            return self.start.at(x, t, y) if t < 0 else self.main.at(x, t, y)
+        before = t < 0
+        if bool(before.all()):
+            return self.start.at(x, t, y)
+        if not bool(before.any()):
+            return self.main.at(x, t, y)
+        if self.start.control_shape != self.main.control_shape:
+            raise ValueError("t mixes times before and after 0, where the controls have different shapes; ask separately.")
+        a = self.start.at(x, t.clamp(max=0.0), y)
+        b = self.main.at(x, t.clamp(min=0.0), y)
+        return torch.where(before.reshape(-1, *(1,) * (x.ndim - 1)), a, b)
+
+    def tables(self, chain: Chain) -> tuple[Tensor, ...]:
+        return (*self.start.tables(chain.first), *self.main.tables(chain.second))  # type: ignore[attr-defined]
+
+    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+        if not hasattr(chain, "first"):  # the problem's chain without its stretch
+            return self.main.on_chain(chain, tables)
+        first, second = chain.first, chain.second  # type: ignore[attr-defined]
+        tables = self.tables(chain) if tables is None else tables
+        cut = len(tables) - len(self.main.tables(second)) if tables else 0
+        before = self.start.on_chain(first, tables[:cut])
+        after = self.main.on_chain(second, tables[cut:])
+        missing = [chain.noise_shape[0] - part.noise_shape[0] for part in (first, second)]
+
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            early = k < first.steps
+            c = before(k, x, y) if early else after(k - first.steps, x, y)
+            pad = missing[0] if early else missing[1]
+            return torch.nn.functional.pad(c, (0, pad)) if pad else c
+
+        return shift

@@ -1,0 +1,151 @@
+"""Which control a problem gets: a tuned copy of its model, the default network, or the user's own module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..problems.problem import ControlProblem
+from ..problems.simulate import simulate_chain
+from ..processes.sde import SDE
+from ..randomness import derive_seed, generator_for
+from ..simulation.chains import Chain, JoinedChain
+from ..simulation.diffusion import DiffusionChain
+from ..tensors import check_output
+from .base import Control, StartedControl, UserControl
+from .network import DefaultControl
+from .tuned import TunedControl, has_trainable_model
+
+__all__ = ["build_control", "control_from_configuration", "control_kind"]
+
+_PILOT_PATHS = 256
+
+
+def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0) -> Control:
+    """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default network.
+
+    Raises:
+        TypeError, ValueError: a module of the wrong output size, shape or dtype.
+    """
+    main_chain = chain.second if isinstance(chain, JoinedChain) else chain
+    if control is not None:
+        main = _users(problem, main_chain, control)
+    elif has_trainable_model(problem.reference):
+        main = TunedControl(problem.reference)  # type: ignore[arg-type]
+    else:
+        main = _network(problem, main_chain, derive_seed(seed, 11), normalise=True)
+    if not isinstance(chain, JoinedChain) or isinstance(main, StartedControl):
+        return main
+    return StartedControl(_start_network(problem, derive_seed(seed, 12)), main)
+
+
+def _users(problem: ControlProblem, chain: Chain, control: Any) -> Control:
+    if isinstance(control, Control):
+        if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
+            raise ValueError(f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
+                             f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}.")
+        return control
+    if not isinstance(control, nn.Module):
+        raise TypeError("control must be an nn.Module (x, t) -> u to be trained (plain functions have no parameters; "
+                        f"use them with simulate), got {type(control).__name__}.")
+    x = problem.draw_start(3, 0) + torch.randn((3, *problem.event_shape), dtype=problem.dtype, device=problem.device,
+                                               generator=generator_for(problem.device, 3))
+    t = chain.times[0].expand(3)
+    y = problem.draw_condition(3, 0)
+    with torch.no_grad():
+        u = control(x, t) if y is None else control(x, t, y)
+    check_output("control", u, (3, *problem.control_shape), x, "A control is called as control(x, t), t (batch,).")
+    if not any(p.requires_grad for p in control.parameters()):
+        raise ValueError("control has no trainable parameters.")
+    return UserControl(control, problem.event_shape, problem.control_shape, problem.horizon)
+
+
+def _reward_gradient(problem: ControlProblem) -> Any:
+    def gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        with torch.enable_grad():
+            leaf = x if create_graph else x.detach().requires_grad_(True)
+            value = problem.reward(leaf, y).sum()
+            return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
+
+    return gradient
+
+
+def _condition_parts(problem: ControlProblem) -> dict[str, int]:
+    if problem.condition is None:
+        return {}
+    y = problem.draw_condition(1024, 0)
+    if y.is_floating_point():
+        return {"condition_size": y[0].numel()}
+    if y[0].numel() != 1:
+        raise ValueError("integer conditions must be labels, one per row; pass other conditions as floating-point tensors.")
+    classes = int(y.max()) + 1
+    return {"condition_size": classes, "classes": classes}
+
+
+def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, **options: Any) -> DefaultControl:
+    sde = problem.reference
+    gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
+    if not options:
+        options = _condition_parts(problem)
+    if normalise:
+        with torch.no_grad():
+            states = simulate_chain(problem, problem.chain(*_key(problem, chain)), _PILOT_PATHS, seed=seed).states
+            flat = states.flatten(0, 1)
+            centre, spread = flat.mean(0), flat.std(0)
+            spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
+            options.update(centre=centre, spread=spread)
+    network = DefaultControl(
+        problem.event_shape, problem.control_shape, 0.0, problem.horizon,
+        reward_gradient=_reward_gradient(problem) if gated else None,
+        diffusion=sde.diffusion if gated and isinstance(sde, SDE) else None,
+        generator=generator_for("cpu", seed), **options,
+    )
+    return network.to(device=problem.device, dtype=problem.dtype)
+
+
+def _key(problem: ControlProblem, chain: Chain) -> tuple[Any, Any]:
+    for key, made in problem._chains.items():
+        if made is chain or getattr(made, "second", None) is chain:
+            return (None, None) if key == "own" else key
+    return (None, None)
+
+
+def _start_network(problem: ControlProblem, seed: int) -> DefaultControl:
+    law = problem.initial
+    network = DefaultControl(
+        problem.event_shape, problem.event_shape, -1.0, 0.0, centre=law.mean,
+        spread=law.variance.sqrt().clamp(min=1e-12), generator=generator_for("cpu", seed), **_condition_parts(problem),
+    )
+    return network.to(device=problem.device, dtype=problem.dtype)
+
+
+def control_kind(control: Control) -> dict[str, Any]:
+    """What a saved file says of a control, so that :func:`control_from_configuration` can make it again."""
+    if isinstance(control, StartedControl):
+        return {"kind": "started", "start": control_kind(control.start), "main": control_kind(control.main)}
+    if isinstance(control, TunedControl):
+        return {"kind": "tuned"}
+    if isinstance(control, DefaultControl):
+        return {"kind": "network", **control.configuration}
+    return {"kind": "user"}
+
+
+def control_from_configuration(problem: ControlProblem, chain: Chain, kind: dict[str, Any], given: Any) -> Control:
+    """The control of a saved file, with fresh parameters.
+
+    Raises:
+        TypeError: the control was the user's own and is not given again.
+    """
+    if kind["kind"] == "started":
+        main = control_from_configuration(problem, chain.second, kind["main"], given)  # type: ignore[attr-defined]
+        return StartedControl(_start_network(problem, 0), main)
+    if kind["kind"] == "tuned":
+        return TunedControl(problem.reference)  # type: ignore[arg-type]
+    if kind["kind"] == "network":
+        return _network(problem, chain, 0, normalise=False, hidden=kind["hidden"],
+                        condition_size=kind["condition_size"], classes=kind["classes"])
+    if given is None:
+        raise TypeError("this solution's control is your own module: give it again as load(..., control=module).")
+    return _users(problem, chain, given)

@@ -1,0 +1,188 @@
+"""The default network of a control.
+
+Beside its hidden layers it has an affine path in x whose coefficients are functions of time, time features that resolve
+both ends of the horizon, and, where the reward has a gradient, a learned gate times ``sigma^T grad r / alpha``, which is
+the exact control at the end. It starts at zero output: training starts from the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..simulation.chains import Chain
+from ..simulation.shifts import ShiftFunction
+from ..tensors import apply_scale_transposed
+from .base import Control
+
+__all__ = ["DefaultControl", "time_features"]
+
+_FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
+_RESOLUTIONS = tuple(2.0**-j for j in range(1, 8))
+
+
+def time_features(s: Tensor) -> Tensor:
+    """Features ``(..., 16)`` of relative time s in [0, 1]: polynomials and waves for the middle, and rational functions
+    that resolve the ends down to 1/128 of the horizon (solutions of Riccati equations are rational in what remains)."""
+    left = 1 - s
+    parts = [torch.ones_like(s), s, s * s]
+    parts += [left / (left + e) for e in _RESOLUTIONS]
+    parts += [s / (s + e) for e in _RESOLUTIONS[2::3]]
+    parts += [torch.cos(math.pi * k * s) for k in (1, 2)] + [torch.sin(math.pi * k * s) for k in (1, 2)]
+    return torch.stack(parts, dim=-1)
+
+
+_FEATURES = time_features(torch.zeros(1)).shape[-1]
+
+
+class DefaultControl(Control):
+    """See the module's docstring.
+
+    Args:
+        reward_gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape, or None for no gate.
+        diffusion: ``(x, t) -> sigma`` for the gate.
+        centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
+        condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
+        hidden: widths of the hidden layers.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        control_shape: Sequence[int],
+        first_time: float,
+        last_time: float,
+        *,
+        hidden: Sequence[int] | None = None,
+        reward_gradient: Callable[[Tensor, Any, bool], Tensor] | None = None,
+        diffusion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        centre: Tensor | None = None,
+        spread: Tensor | None = None,
+        condition_size: int = 0,
+        classes: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
+        n, m = self.event_shape.numel(), self.control_shape.numel()
+        self.hidden = tuple(hidden) if hidden is not None else ((64, 64) if n <= 32 else (128, 128))
+        self.reward_gradient, self.diffusion = reward_gradient, diffusion
+        self.condition_size, self.classes = condition_size, classes
+        self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
+        self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float().flatten())
+        self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float().flatten())
+        widths = (n + condition_size, *self.hidden)
+        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in zip(widths, widths[1:]))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
+        self.time_weight = _uniform(self.hidden[0], _FEATURES, generator)
+        self.last = nn.Parameter(torch.zeros(m, self.hidden[-1]))
+        # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
+        self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
+        self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
+        self.gate = nn.Parameter(torch.zeros(_FEATURES)) if reward_gradient is not None else None
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What makes the same architecture again, for a saved file."""
+        return {"hidden": list(self.hidden), "condition_size": self.condition_size, "classes": self.classes,
+                "gate": self.gate is not None}
+
+    # ------------------------------------------------------------ pieces
+
+    def _features(self, t: Tensor) -> Tensor:
+        s = (t - self.first_time) / (self.last_time - self.first_time)
+        return time_features(s.clamp(0.0, 1.0))
+
+    def tables_at(self, t: Tensor) -> tuple[Tensor, ...]:
+        """Everything that depends on time, at times ``(K,)``, with the normalisation of x folded in."""
+        n = self.event_shape.numel()
+        phi = self._features(t)
+        inverse = 1 / self.spread
+        first = self.weights[0][:, :n] * inverse
+        time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ self.centre)
+        scale = inverse if self.full else inverse.expand(n)
+        affine = torch.einsum("kf,f...->k...", phi, self.affine) * (scale if self.full else scale[: self.affine.shape[1]])
+        centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
+        offset = phi @ self.offset - centre
+        gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t))
+        return first, time_part, affine, offset, gate
+
+    def tables(self, chain: Chain) -> tuple[Tensor, ...]:
+        return self.tables_at(chain.times[:-1])
+
+    def _condition(self, y: Any) -> Tensor:
+        if self.classes:
+            return torch.nn.functional.one_hot(y.long().reshape(-1), self.classes).to(self.last.dtype)
+        return y.to(self.last.dtype).flatten(1) if y.ndim > 1 else y.to(self.last.dtype).unsqueeze(1)
+
+    def _hidden(self, z: Tensor) -> Tensor:
+        z = torch.nn.functional.silu(z)
+        for W, b in zip(list(self.weights)[1:], list(self.biases)[1:]):
+            z = torch.nn.functional.silu(torch.nn.functional.linear(z, W, b))
+        return z
+
+    def _pull(self, x: Tensor, sigma: Tensor, y: Any) -> Tensor:
+        """``sigma^T grad r / alpha``, flattened."""
+        assert self.reward_gradient is not None
+        gradient = self.reward_gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
+        return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
+
+    def _value(self, x: Tensor, row: Sequence[Tensor], first: Tensor, sigma: Tensor | None, y: Any) -> Tensor:
+        time_part, affine, offset, gate = row
+        flat = x.flatten(1)
+        z = torch.addmm(time_part, flat, first.mT)
+        if self.condition_size:
+            z = z + self._condition(y) @ self.weights[0][:, flat.shape[1] :].mT
+        u = torch.addmm(offset, flat, affine.mT) if self.full else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
+        u = torch.addmm(u, self._hidden(z), self.last.mT)
+        if self.gate is not None and sigma is not None:
+            u = u + gate * self._pull(x, sigma, y)
+        return u.unflatten(1, self.control_shape)
+
+    # ------------------------------------------------------------ Control
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        if t.ndim == 0:
+            first, *rest = self.tables_at(t.reshape(1))
+            sigma = self.diffusion(x, t) if self.diffusion is not None and self.gate is not None else None
+            return self._value(x, [p[0] for p in rest], first, sigma, y)
+        times, where = torch.unique(t, return_inverse=True)
+        if len(times) == 1:
+            return self.at(x, times[0], y)
+        out = x.new_empty((x.shape[0], *self.control_shape))
+        for j in range(len(times)):
+            rows = (where == j).nonzero().flatten()
+            out = out.index_copy(0, rows, self.at(x[rows], times[j], None if y is None else y[rows]))
+        return out
+
+    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+        first, *rest = self.tables(chain) if tables is None or len(tables) == 0 else tables
+        rows = list(zip(*(p.unbind(0) for p in rest)))  # one unbind: indexing step by step would cost K^2 in backward
+        gated = self.gate is not None and self.diffusion is not None
+        times = chain.times
+
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            sigma = self.diffusion(x, times[k]) if gated else None  # type: ignore[misc]
+            return chain.shift(k, self._value(x, rows[k], first, sigma, y))
+
+        return shift
+
+    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+        if self.gate is not None or self.condition_size or not self.full:
+            return super().along(chain, states, y, first)
+        count = states.shape[0]
+        W, *rest = self.tables(chain)
+        time_part, affine, offset, _ = (p[first : first + count] for p in rest)
+        flat = states.flatten(2)
+        z = flat @ W.mT + time_part.unsqueeze(1)
+        u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT) + self._hidden(z) @ self.last.mT
+        u = u.unflatten(2, self.control_shape)
+        return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])
+
+
+def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:
+    bound = 1 / math.sqrt(columns)
+    return nn.Parameter((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound)

@@ -1,0 +1,209 @@
+"""``evaluate``: how good a control is, each number an estimate with its standard error."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problems.problem import ControlProblem
+from ..problems.simulate import simulate_chain
+from ..processes.laws import Dirac
+from ..randomness import derive_seed, fresh_seed
+from ..simulation.chains import Chain
+from ..simulation.paths import Paths
+from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+
+__all__ = ["Evaluation", "evaluate_control", "log_weights"]
+
+_ESS_FLOOR = 100  # effective samples below which no weight average is trusted
+_REPLICAS = 32  # paths per start, where the start is random and fixed
+_AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
+
+
+def log_weights(problem: ControlProblem, paths: Paths) -> Tensor:
+    """Log importance weights ``R/alpha - log dP^u/dQ0`` of paths towards the exact law, ``(batch,)``.
+
+    ``mean(exp(log_w))`` is Z without bias at every step size.
+    """
+    with torch.no_grad(), problem.evaluating():
+        total = problem.reward(paths.samples, paths.condition) - paths.running_cost
+        return total / problem.alpha - paths.log_ratio()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` returns; prints as a table.
+
+    Attributes:
+        reward: ``E r(X_T)``.
+        running_cost: ``E sum h f``.
+        kl: ``KL(P^u || Q0)``.
+        objective: ``J = reward - running_cost - alpha kl``.
+        elbo: ``J / alpha``, a lower bound of log Z.
+        log_z: log Z by importance weights (its exponential is unbiased), or the exact one in ``gap``'s stead.
+        ess: effective sample size of the weights, a fraction.
+        gap: what the objective lacks to its maximum over controls, in units of alpha: ``KL(P^u || Q_fine)`` for a point
+            or controlled start; against ``E log Z(X_0)`` where a random start is fixed.
+        start_gap: ``log Z - E log Z(X_0)``, what no control removes where a random start is fixed; else 0.
+        reliable: whether ``gap`` and ``log_z`` can be trusted (see ``reliability``).
+        reliability: why, in words.
+        pareto_k: tail index of the weights.
+        exact: whether ``gap`` is measured against an exact log Z; otherwise it is *estimated*, and blind to modes that
+            were never visited.
+        n: number of paths.
+    """
+
+    reward: Estimate
+    running_cost: Estimate
+    kl: Estimate
+    objective: Estimate
+    elbo: Estimate
+    log_z: Estimate
+    ess: Estimate
+    gap: Estimate
+    start_gap: Estimate
+    reliable: bool
+    reliability: str
+    pareto_k: float
+    exact: bool
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Estimate):
+                out[field.name] = {"value": _plain(value.value), "stderr": _plain(value.stderr)}
+            else:
+                out[field.name] = _plain(value) if isinstance(value, float) else value
+        return out
+
+    def __str__(self) -> str:
+        how = "exact" if self.exact else "estimated"
+        rows = [("reward", self.reward, "E r(X_T)")]
+        if self.running_cost.value or self.running_cost.stderr > 0:
+            rows.append(("running cost", self.running_cost, "E sum h f"))
+        rows += [
+            ("KL", self.kl, "KL(P^u || Q0)"),
+            ("objective", self.objective, "reward - cost - alpha KL"),
+            ("ELBO", self.elbo, "objective / alpha, below log Z"),
+            ("log Z", self.log_z, "by importance weights"),
+            ("ESS", self.ess, f"fraction of {self.n} paths"),
+            ("gap", self.gap, f"KL to the optimum, {how}"),
+        ]
+        if self.start_gap.value or self.start_gap.stderr > 0:
+            rows.append(("start gap", self.start_gap, "left by the fixed random start"))
+        width = max(len(str(r[1])) for r in rows)
+        lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
+        return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def evaluate_control(
+    problem: ControlProblem,
+    control: Any,
+    chain: Chain,
+    n: int = 4096,
+    seed: int | None = None,
+    *,
+    log_z: float | None = None,
+    start_log_z: float | None = None,
+) -> Evaluation:
+    """Evaluate a control on fresh paths of the chain.
+
+    Args:
+        control: any control; None for the reference.
+        log_z, start_log_z: the chain's exact log Z and ``E_nu log Z(X_0)``, where they are known.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 64:
+        raise ValueError(f"n must be an int >= 64 (paths to estimate from), got {n!r}.")
+    seed = fresh_seed(seed)
+    paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
+    with torch.no_grad(), problem.evaluating():
+        reward = problem.reward(paths.samples, paths.condition).double()
+    cost, kl = paths.running_cost.double(), paths.kl().double()
+    log_w = (reward - cost) / problem.alpha - paths.log_ratio().double()
+    elbo = mean_estimate((reward - cost) / problem.alpha - kl)
+    estimated = log_mean_weight(log_w)
+    tail = pareto_k(log_w)
+    second = None
+    if control is not None:
+        reference = simulate_chain(problem, chain, n, None, seed=derive_seed(seed, 1), keep="end")
+        second = log_weights(problem, reference).double()
+    reliable, why = _reliability(log_w, tail, estimated, second)
+    random_start = problem.start == "fixed" and not isinstance(problem.initial, Dirac)
+    if random_start:
+        top = Estimate(start_log_z, 0.0) if start_log_z is not None else _start_log_z(problem, control, chain, n, seed)
+        start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
+    else:
+        top = Estimate(log_z, 0.0) if log_z is not None else estimated
+        start_gap = Estimate(0.0, 0.0)
+    if log_z is None and not random_start:  # the same paths give both: their errors are not independent
+        gap = _gap(log_w, (reward - cost) / problem.alpha - kl)
+    else:
+        gap = top - elbo
+    return Evaluation(
+        reward=mean_estimate(reward), running_cost=mean_estimate(cost), kl=mean_estimate(kl),
+        objective=mean_estimate(reward - cost - problem.alpha * kl), elbo=elbo, log_z=estimated,
+        ess=_ess(log_w), gap=gap, start_gap=start_gap, reliable=reliable, reliability=why, pareto_k=tail,
+        exact=log_z is not None and (not random_start or start_log_z is not None), n=n,
+    )
+
+
+def _gap(log_w: Tensor, elbo: Tensor) -> Estimate:
+    """``log mean w - mean elbo`` with the error of the difference (both come from the same paths)."""
+    level = log_mean_weight(log_w).value
+    influence = (log_w - level).exp() - elbo
+    return Estimate(level - float(elbo.mean()), float(influence.std()) / math.sqrt(len(elbo)))
+
+
+def _ess(log_w: Tensor) -> Estimate:
+    """The effective sample size with a jackknife error over 16 groups."""
+    value = effective_sample_size(log_w)
+    groups = 16
+    kept = len(log_w) // groups * groups
+    parts = log_w[:kept].reshape(groups, -1)
+    left_out = [effective_sample_size(torch.cat((parts[:j], parts[j + 1 :])).flatten()) for j in range(groups)]
+    spread = torch.tensor(left_out, dtype=torch.float64)
+    return Estimate(value, float(((groups - 1) * spread.var(correction=0)).sqrt()))
+
+
+def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor | None) -> tuple[bool, str]:
+    effective = effective_sample_size(log_w) * len(log_w)
+    if not tail < 0.7:
+        return False, f"heavy-tailed weights (Pareto k = {tail:.2f}, must be < 0.7)"
+    if effective < _ESS_FLOOR:
+        return False, f"only {effective:.0f} effective samples (at least {_ESS_FLOOR} wanted)"
+    if second is None:
+        return True, f"Pareto k = {tail:.2f}; these are the reference's own paths"
+    other_tail = pareto_k(second)
+    if not other_tail < 0.7 or effective_sample_size(second) * len(second) < _ESS_FLOOR:
+        return True, f"Pareto k = {tail:.2f}; unconfirmed: the reference's paths give no second estimate of log Z"
+    other = log_mean_weight(second)
+    if abs(other.value - estimate.value) > _AGREEMENT * math.hypot(other.stderr, estimate.stderr) + 1e-6:
+        return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
+    return True, f"Pareto k = {tail:.2f}; confirmed by the reference's paths (log Z = {other})"
+
+
+def _start_log_z(problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int) -> Estimate:
+    """``E_nu log Z(X_0)`` from replicated paths per start, with the bias of the logarithm removed by the jackknife."""
+    starts = max(8, n // _REPLICAS)
+    x0 = problem.draw_start(starts, derive_seed(seed, 2)).repeat_interleave(_REPLICAS, 0)
+    y = problem.draw_condition(starts, derive_seed(seed, 2))
+    y = None if y is None else y.repeat_interleave(_REPLICAS, 0)
+    paths = simulate_chain(problem, chain, starts * _REPLICAS, control, seed=derive_seed(seed, 3), keep="end", state=x0,
+                           condition=y)
+    log_w = log_weights(problem, paths).double().reshape(starts, _REPLICAS)
+    whole = torch.logsumexp(log_w, 1) - math.log(_REPLICAS)
+    without = torch.stack([
+        torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)
+    ]).mean(0) - math.log(_REPLICAS - 1)
+    return mean_estimate(_REPLICAS * whole - (_REPLICAS - 1) * without)
