@@ -42,7 +42,8 @@ class Evaluation:
         reward: ``E r(X_T)``.
         running_cost: ``E sum h f``.
         kl: ``KL(P^u || Q0)``.
-        objective: ``J = reward - running_cost - alpha kl``.
+        objective: ``J = E[reward - running_cost] - alpha KL``, from the mean log weight: near the optimum its error is
+            far below those of its parts, with which it agrees within theirs.
         elbo: ``J / alpha``, a lower bound of log Z.
         log_z: log Z by importance weights (its exponential is unbiased), or the exact one in ``gap``'s stead.
         ess: effective sample size of the weights, a fraction.
@@ -131,7 +132,7 @@ def evaluate_control(
         reward = problem.reward(paths.samples, paths.condition).double()
     cost, kl = paths.running_cost.double(), paths.kl().double()
     log_w = (reward - cost) / problem.alpha - paths.log_ratio().double()
-    elbo = mean_estimate((reward - cost) / problem.alpha - kl)
+    elbo = mean_estimate(log_w)  # its mean is J/alpha too, and its spread vanishes at the optimum
     estimated = log_mean_weight(log_w)
     tail = pareto_k(log_w)
     second = None
@@ -140,29 +141,28 @@ def evaluate_control(
         second = log_weights(problem, reference).double()
     reliable, why = _reliability(log_w, tail, estimated, second)
     random_start = problem.start == "fixed" and not isinstance(problem.initial, Dirac)
-    if random_start:
-        top = Estimate(start_log_z, 0.0) if start_log_z is not None else _start_log_z(problem, control, chain, n, seed)
+    start_gap = Estimate(0.0, 0.0)
+    if not random_start:
+        gap = Estimate(log_z, 0.0) - elbo if log_z is not None else _gap(log_w)
+    else:
+        top, gap = _per_start(problem, control, chain, n, seed)
+        if start_log_z is not None:
+            top = Estimate(start_log_z, 0.0)
+            gap = top - elbo
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
-    else:
-        top = Estimate(log_z, 0.0) if log_z is not None else estimated
-        start_gap = Estimate(0.0, 0.0)
-    if log_z is None and not random_start:  # the same paths give both: their errors are not independent
-        gap = _gap(log_w, (reward - cost) / problem.alpha - kl)
-    else:
-        gap = top - elbo
     return Evaluation(
         reward=mean_estimate(reward), running_cost=mean_estimate(cost), kl=mean_estimate(kl),
-        objective=mean_estimate(reward - cost - problem.alpha * kl), elbo=elbo, log_z=estimated,
+        objective=Estimate(problem.alpha * elbo.value, problem.alpha * elbo.stderr), elbo=elbo, log_z=estimated,
         ess=_ess(log_w), gap=gap, start_gap=start_gap, reliable=reliable, reliability=why, pareto_k=tail,
         exact=log_z is not None and (not random_start or start_log_z is not None), n=n,
     )
 
 
-def _gap(log_w: Tensor, elbo: Tensor) -> Estimate:
-    """``log mean w - mean elbo`` with the error of the difference (both come from the same paths)."""
+def _gap(log_w: Tensor) -> Estimate:
+    """``log mean w - mean log w``, with the error of the difference (both come from the same paths)."""
     level = log_mean_weight(log_w).value
-    influence = (log_w - level).exp() - elbo
-    return Estimate(level - float(elbo.mean()), float(influence.std()) / math.sqrt(len(elbo)))
+    influence = (log_w - level).exp() - log_w
+    return Estimate(level - float(log_w.mean()), float(influence.std()) / math.sqrt(len(log_w)))
 
 
 def _ess(log_w: Tensor) -> Estimate:
@@ -193,8 +193,9 @@ def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor 
     return True, f"Pareto k = {tail:.2f}; confirmed by the reference's paths (log Z = {other})"
 
 
-def _start_log_z(problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int) -> Estimate:
-    """``E_nu log Z(X_0)`` from replicated paths per start, with the bias of the logarithm removed by the jackknife."""
+def _per_start(problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int) -> tuple[Estimate, Estimate]:
+    """``E_nu log Z(X_0)`` and ``E_nu[log Z(X_0) - E log w]`` from replicated paths per start; the bias of the logarithm is
+    removed by the jackknife."""
     starts = max(8, n // _REPLICAS)
     x0 = problem.draw_start(starts, derive_seed(seed, 2)).repeat_interleave(_REPLICAS, 0)
     y = problem.draw_condition(starts, derive_seed(seed, 2))
@@ -206,4 +207,5 @@ def _start_log_z(problem: ControlProblem, control: Any, chain: Chain, n: int, se
     without = torch.stack([
         torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)
     ]).mean(0) - math.log(_REPLICAS - 1)
-    return mean_estimate(_REPLICAS * whole - (_REPLICAS - 1) * without)
+    level = _REPLICAS * whole - (_REPLICAS - 1) * without
+    return mean_estimate(level), mean_estimate(level - log_w.mean(1))

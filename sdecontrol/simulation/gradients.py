@@ -133,7 +133,8 @@ def _checkpointed(setting: _Setting, x0: Tensor) -> PathCost:
     x = x0
     running = kl = x0.new_zeros(x0.shape[0])
     for first in range(0, steps, size):
-        x, running, kl = checkpoint(segment, x, running, kl, first, use_reentrant=False)  # type: ignore[misc]
+        x, running, kl = checkpoint(  # type: ignore[misc]
+            segment, x, running, kl, first, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
     terminal = setting.terminal(x)
     _descend(setting, terminal, running, kl)
     return PathCost(terminal.detach(), running.detach(), kl.detach(), x.detach())

@@ -1,0 +1,70 @@
+"""sdecontrol: continuous-time stochastic control in PyTorch.
+
+Fine-tuning a diffusion model, driving a stochastic system and sampling an unnormalised density are one problem,
+``min_u KL(P^u || Q_fine)``: state it as a :class:`ControlProblem`, then :func:`solve` it.
+"""
+
+from .controls.base import Control
+from .errors import BadFileError, NoExactSolution, NonFiniteError, NotDifferentiable
+from .evaluation.estimates import Estimate
+from .evaluation.evaluate import Evaluation, log_weights
+from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
+from .evaluation.solution import Solution
+from .exact import exact_solution
+from .methods import Method, RewardBackprop
+from .problems.problem import ControlProblem
+from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
+from .problems.simulate import simulate
+from .processes.generative import generative_sde
+from .processes.laws import Dirac, Gaussian, GaussianMixture
+from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
+from .processes.schedules import VE, VP, CosineVP, FlowMatching
+from .processes.sde import SDE
+from .simulation.diffusion import diffusion_chain
+from .simulation.paths import Paths
+from .training.callbacks import Callback
+from .training.solve import load, solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SDE",
+    "VE",
+    "VP",
+    "BadFileError",
+    "BrownianMotion",
+    "Callback",
+    "Control",
+    "ControlProblem",
+    "CosineVP",
+    "Dirac",
+    "Estimate",
+    "Evaluation",
+    "FlowMatching",
+    "Gaussian",
+    "GaussianMixture",
+    "Linear",
+    "LinearSDE",
+    "LogProb",
+    "Method",
+    "NoExactSolution",
+    "NonFiniteError",
+    "NotDifferentiable",
+    "OrnsteinUhlenbeck",
+    "Paths",
+    "Quadratic",
+    "QuadraticCost",
+    "RewardBackprop",
+    "Solution",
+    "control_error",
+    "diffusion_chain",
+    "exact_solution",
+    "generative_sde",
+    "load",
+    "log_weights",
+    "simulate",
+    "sinkhorn",
+    "sliced_wasserstein",
+    "solve",
+    "wasserstein",
+]

@@ -1,0 +1,213 @@
+"""Quadratic forms and their soft averages over Gaussian noise: the algebra under every linear-quadratic solution.
+
+A value is ``v(x)/alpha = -x'Px/2 + q'x + c``. One function, :func:`soft_average`, is the Gaussian integral of MATH.md section
+2, written with a factor of the noise so that degenerate noise needs no case of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import NoExactSolution
+from ..problems.problem import ControlProblem
+from ..problems.rewards import Linear, Quadratic, QuadraticCost
+from ..processes.laws import Dirac, Gaussian, factor
+from ..processes.linear import Transition
+from ..simulation.chains import Chain
+from ..simulation.shifts import ShiftFunction
+from ..tensors import symmetric
+from .base import ExactSolution
+
+__all__ = ["Form", "LinearQuadraticSolution", "SoftAverage", "Terms", "compose", "quadratic_terms", "soft_average"]
+
+
+class Form(NamedTuple):
+    """``x -> -x'Px/2 + q'x + c``; P ``(d, d)`` symmetric, q ``(d,)``, c 0-d, all float64."""
+
+    P: Tensor
+    q: Tensor
+    c: Tensor
+
+    def at(self, x: Tensor) -> Tensor:
+        """Its value at x ``(..., d)``."""
+        return ((self.q - 0.5 * x @ self.P) * x).sum(-1) + self.c
+
+    def mean_over(self, mean: Tensor, cov: Tensor) -> Tensor:
+        """``E[form(X)]`` for X of this mean and covariance."""
+        return self.at(mean) - 0.5 * (self.P * cov).sum()
+
+    def through(self, matrix: Tensor, shift: Tensor) -> Form:
+        """The form ``x -> form(matrix x + shift)``."""
+        return Form(symmetric(matrix.mT @ self.P @ matrix), matrix.mT @ (self.q - self.P @ shift), self.at(shift))
+
+
+class SoftAverage(NamedTuple):
+    """``y -> log E[exp(form(y + L xi))]`` and the law of ``y + L xi`` so tilted, ``N(keep y + pull, root root')``."""
+
+    form: Form
+    keep: Tensor
+    pull: Tensor
+    root: Tensor
+    push: Tensor  # B^-1 L', (n, d): the tilted noise has the mean push (q - P y)
+
+
+def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
+    """Average ``exp(form)`` over ``L xi``, ``xi ~ N(0, I)``; L ``(d, n)``.
+
+    With ``B = I + L'PL`` and ``T = L B^-1 L'``: ``P~ = (I - TP)'P(I - TP) + |B^-1 L'P|^2`` (Joseph's form of ``P - PTP``, which
+    cancels badly for a large P), ``q~ = (I - TP)'q``, ``c~ = c + q'Tq/2 - log det B/2``.
+
+    Raises:
+        NoExactSolution: the expectation is infinite (B is not positive definite); ``where`` says at which step.
+    """
+    P, q, c = form
+    d, n = L.shape
+    B = torch.eye(n, dtype=L.dtype) + symmetric(L.mT @ P @ L)
+    R, info = torch.linalg.cholesky_ex(B)
+    if bool(info != 0):
+        raise NoExactSolution(f"E exp(v/alpha) is infinite {where}: the reward (or -running cost) is too convex for the "
+                              "noise there. Use a larger alpha, a less convex reward or a shorter horizon.")
+    root = torch.linalg.solve_triangular(R, L.mT, upper=False).mT
+    push = torch.cholesky_solve(L.mT, R)
+    inner = push @ P
+    keep = torch.eye(d, dtype=L.dtype) - L @ inner
+    averaged = Form(symmetric(keep.mT @ P @ keep + inner.mT @ inner), keep.mT @ q,
+                    c + 0.5 * (root.mT @ q).square().sum() - R.diagonal().log().sum())
+    return SoftAverage(averaged, keep, root @ (root.mT @ q), root, push)
+
+
+def compose(first: Transition, second: Transition) -> Transition:
+    """The transition of one Gaussian kernel after another."""
+    M, b, Q = second
+    return Transition(M @ first.matrix, M @ first.shift + b, symmetric(M @ first.covariance @ M.mT + Q))
+
+
+class Terms(NamedTuple):
+    """Reward and running cost over alpha: ``r/alpha`` as a form, and ``F(t)/alpha`` (None without a running cost)."""
+
+    reward: Form
+    F: Callable[[float], Tensor] | None
+
+
+def quadratic_terms(problem: ControlProblem) -> Terms:
+    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU.
+
+    Raises:
+        NoExactSolution: naming the one that is not quadratic.
+    """
+    reward, cost, alpha = problem.reward_function, problem.running_cost_function, problem.alpha
+    d = problem.event_shape[0]
+    P, q = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    if isinstance(reward, Quadratic):
+        P = reward.G.detach().to("cpu", torch.float64) / alpha
+    if isinstance(reward, (Quadratic, Linear)):
+        q = reward.g.detach().to("cpu", torch.float64) / alpha
+    elif reward is not None:
+        raise NoExactSolution(f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, "
+                              "Linear or None.")
+    form = Form(P, q, torch.zeros((), dtype=torch.float64))
+    if cost is None:
+        return Terms(form, None)
+    if not isinstance(cost, QuadraticCost):
+        raise NoExactSolution(f"no exact solution is known for the running cost {type(cost).__name__}: it must be "
+                              "QuadraticCost or None.")
+    return Terms(form, lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha)
+
+
+class LinearQuadraticSolution(ExactSolution):
+    """What the chain and the continuous-time solution share: quadratic values, affine feedback, Gaussian laws."""
+
+    def _form(self, time: float) -> Form:
+        """``v(., time)/alpha``."""
+        raise NotImplementedError
+
+    def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
+        """``(gain, offset)`` of ``u*(x, time) = gain x + offset``."""
+        raise NotImplementedError
+
+    def _moments(self, time: float) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of X_time under the optimum."""
+        raise NotImplementedError
+
+    def _transition(self, s: float, t: float) -> Transition:
+        """The law of X_t given X_s under the optimum."""
+        raise NotImplementedError
+
+    @property
+    def log_z(self) -> Tensor:
+        """0-d.
+
+        Raises:
+            NoExactSolution: ``E_nu[Z(X_0)]`` is infinite, or not known for this kind of start.
+        """
+        mean, root = self._first_state()
+        return self._out(soft_average(self._form(self._marks[0]), root, "over the start").form.at(mean))
+
+    @property
+    def start_log_z(self) -> Tensor:
+        return self._out(self._over_start(self._form(self._marks[0])))
+
+    def _over_start(self, form: Form) -> Tensor:
+        mean, root = self._first_state()
+        return form.mean_over(mean, root @ root.mT)
+
+    def _first_state(self) -> tuple[Tensor, Tensor]:
+        """Mean and root of the covariance of the first state: the point before a controlled start, or nu."""
+        mean, root = self._start()
+        return (mean, torch.zeros_like(root)) if self.problem.start == "controlled" else (mean, root)
+
+    @property
+    def initial(self) -> Any:
+        return self.marginal(0.0) if self.problem.start == "controlled" else self.problem.initial
+
+    def _value_at(self, x: Tensor, time: float) -> Tensor:
+        return self.problem.alpha * self._form(time).at(x)
+
+    def _control_at(self, x: Tensor, time: float) -> Tensor:
+        gain, offset = self._feedback(time)
+        return x @ gain.mT + offset
+
+    def _shift_function(self, chain: Chain) -> ShiftFunction:
+        gains, offsets = [], []
+        for k in range(chain.steps):
+            gain, offset = self._feedback(self._snap(chain.clock[k]))
+            effect = chain.shift(k, torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device))
+            effect = effect.to("cpu", torch.float64)  # (m, noise): shifts are linear in u
+            gains.append((gain.mT @ effect).to(chain.times))
+            offsets.append((offset @ effect).to(chain.times))
+        return lambda k, x, condition: torch.addmm(offsets[k], x, gains[k])
+
+    def marginal(self, t: float) -> Gaussian:
+        return self._gaussian(*self._moments(self._snap(float(t))))
+
+    def bridge(self, s: float, t: float, x_t: Tensor) -> Gaussian:
+        s, t = self._ordered(s, t)
+        x = self._in("x_t", x_t)
+        mean, cov = self._moments(s)
+        M, shift, Q = self._transition(s, t)
+        # the gain by least squares: the covariance of X_t is singular for degenerate noise
+        gain = torch.linalg.lstsq(symmetric(M @ cov @ M.mT + Q), M @ cov, driver="gelsd").solution.mT
+        keep = torch.eye(len(mean), dtype=mean.dtype) - gain @ M
+        return self._gaussian(mean + (x - mean @ M.mT - shift) @ gain.mT, keep @ cov @ keep.mT + gain @ Q @ gain.mT)
+
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """Mean and root of the covariance of the problem's X_0."""
+        law = self.problem.initial
+        if not isinstance(law, (Dirac, Gaussian)):
+            raise NoExactSolution(f"this quantity depends on the start, and no closed form is known for a "
+                                  f"{type(law).__name__} start; use Dirac or Gaussian. (value and control are exact.)")
+        root = torch.zeros_like(law.covariance_matrix) if isinstance(law, Dirac) else factor(law.covariance_matrix.double())
+        return law.mean.detach().to("cpu", torch.float64), root.detach().to("cpu", torch.float64)
+
+
+def linear_reference(reference: Any) -> Any:
+    """The reference as a LinearSDE, or None."""
+    from ..processes.linear import LinearSDE
+
+    if isinstance(reference, LinearSDE):
+        return reference
+    return getattr(reference, "as_linear", lambda: None)()

@@ -1,0 +1,142 @@
+"""The exact solution of a linear-quadratic problem in continuous time: Riccati equations and the closed loop's laws."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import NoExactSolution
+from ..problems.problem import ControlProblem
+from ..processes.laws import Gaussian
+from ..processes.linear import LinearSDE, Transition
+from ..tensors import symmetric
+from .quadratic import Form, LinearQuadraticSolution, Terms, compose, quadratic_terms, soft_average
+
+__all__ = ["RiccatiSolution"]
+
+_PIECES = 64  # the dense interpolant is of lower order than the steps, so they are kept short
+_BLOW_UP = 1e8
+
+
+def solve_riccati(linear: LinearSDE, terms: Terms) -> Any:
+    """``t -> (P, q, c)`` flattened, by integrating back from the horizon.
+
+    ``P' = -A'P - PA + P Sigma P - F/alpha``, ``q' = -A'q + P a + P Sigma q``, ``c' = -a.q + tr(Sigma P)/2 - q'Sigma q/2``.
+
+    Raises:
+        NoExactSolution: P blows up before time 0, naming the time.
+    """
+    from scipy.integrate import solve_ivp
+
+    d = linear.event_shape[0]
+    end = np.concatenate([terms.reward.P.numpy().ravel(), terms.reward.q.numpy(), [0.0]])
+    limit = _BLOW_UP * (1.0 + np.abs(end).max())
+
+    def slope(t: float, y: np.ndarray) -> np.ndarray:
+        A, a, sigma = linear.coefficients(t)
+        P, q = y[: d * d].reshape(d, d), y[d * d : -1]
+        noise = sigma @ sigma.T
+        pull = A.T @ P
+        dP = -pull - pull.T + P @ noise @ P
+        if terms.F is not None:
+            dP -= terms.F(t).numpy()
+        dq = -A.T @ q + P @ (a + noise @ q)
+        dc = -a @ q + 0.5 * (noise * P).sum() - 0.5 * q @ noise @ q
+        return np.concatenate([0.5 * (dP + dP.T).ravel(), dq, [dc]])
+
+    def blow_up(t: float, y: np.ndarray) -> float:  # only towards minus infinity: P Sigma P bounds it from above
+        return float(np.linalg.eigvalsh(y[: d * d].reshape(d, d))[0]) + limit
+
+    blow_up.terminal = True  # type: ignore[attr-defined]
+    result = solve_ivp(slope, (linear.horizon, 0.0), end, method="DOP853", rtol=1e-12, atol=1e-13, dense_output=True,
+                       max_step=linear.horizon / _PIECES, events=blow_up)
+    if result.status != 0 or not np.isfinite(result.y).all():
+        raise NoExactSolution(f"the Riccati equation blows up at t = {result.t[-1]:.6g}: the reward (or -running cost) is "
+                              "too convex, and E exp(R/alpha) is infinite from any earlier time. Use a larger alpha, a less "
+                              "convex reward or a shorter horizon.")
+    return result.sol
+
+
+class RiccatiSolution(LinearQuadraticSolution):
+    """Exact solution of a linear-quadratic problem in continuous time (relative error about 1e-11).
+
+    ``u* = sigma'(q - P x)``. The stretch before a controlled start is a Brownian motion of covariance S, for which the
+    same soft average as over one step is exact: ``v(., t)/alpha`` averaged over ``sqrt(-t) S^(1/2) xi``.
+    """
+
+    kind = "linear-quadratic"
+
+    def __init__(self, problem: ControlProblem, linear: LinearSDE) -> None:
+        super().__init__(problem, {})
+        self._linear = linear
+        if problem.start == "controlled" and not isinstance(problem.initial, Gaussian):
+            raise NoExactSolution(f"a controlled {type(problem.initial).__name__} start has no exact solution with a linear "
+                                  "reference; use a Gaussian start.")
+        self._dense = solve_riccati(linear, quadratic_terms(problem))
+        self._flow = lru_cache(maxsize=4096)(self._integrate)
+        if problem.start == "controlled":
+            self._form(-1.0)  # infinite expectations are found now, not later
+
+    def _form(self, time: float) -> Form:
+        if time < 0:
+            return soft_average(self._form(0.0), (-time) ** 0.5 * self._start()[1], "over the controlled start").form
+        d = self._linear.event_shape[0]
+        y = torch.from_numpy(self._dense(time))
+        return Form(symmetric(y[: d * d].reshape(d, d)), y[d * d : -1], y[-1])
+
+    def _sigma(self, time: float) -> Tensor:
+        return self._start()[1] if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
+
+    def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
+        sigma, form = self._sigma(time), self._form(time)
+        return -sigma.mT @ form.P, sigma.mT @ form.q
+
+    @property
+    def elbo(self) -> Tensor:
+        return self.start_log_z
+
+    def _moments(self, time: float) -> tuple[Tensor, Tensor]:
+        mean, root = self._first_state()
+        cov = root @ root.mT
+        M, b, Q = self._transition(self._marks[0], time)
+        return M @ mean + b, symmetric(M @ cov @ M.mT + Q)
+
+    def _transition(self, s: float, t: float) -> Transition:
+        if s < 0 < t:
+            return compose(self._stretch(s, 0.0), self._flow(0.0, t))
+        return self._stretch(s, t) if s < 0 else self._flow(s, t)
+
+    def _stretch(self, s: float, t: float) -> Transition:
+        """The law of X_t given X_s under the optimum, s <= t <= 0."""
+        average = soft_average(self._form(t), (t - s) ** 0.5 * self._start()[1], "over the controlled start")
+        return Transition(average.keep, average.pull, average.root @ average.root.mT)
+
+    def _integrate(self, s: float, t: float) -> Transition:
+        """The closed loop ``dX = (A X + a + Sigma (q - P X)) dt + sigma dW`` from s to t, 0 <= s <= t."""
+        from scipy.integrate import solve_ivp
+
+        d = self._linear.event_shape[0]
+        start = np.zeros((d, 2 * d + 1))
+        start[:, :d] = np.eye(d)
+
+        def slope(r: float, flat: np.ndarray) -> np.ndarray:
+            A, a, sigma = self._linear.coefficients(r)
+            dense = self._dense(r)
+            P, q = dense[: d * d].reshape(d, d), dense[d * d : -1]
+            noise = sigma @ sigma.T
+            closed = A - noise @ P
+            y = flat.reshape(d, 2 * d + 1)
+            out = closed @ y
+            out[:, d : 2 * d] += y[:, d : 2 * d] @ closed.T + noise
+            out[:, 2 * d] += a + noise @ q
+            return out.ravel()
+
+        result = solve_ivp(slope, (s, t), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-13) if t > s else None
+        if result is not None and not result.success:
+            raise RuntimeError(f"the closed loop from {s} to {t} could not be integrated: {result.message}")
+        end = torch.from_numpy((start if result is None else result.y[:, -1].reshape(d, 2 * d + 1)).copy())
+        return Transition(end[:, :d], end[:, 2 * d], symmetric(end[:, d : 2 * d]))

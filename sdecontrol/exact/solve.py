@@ -1,0 +1,73 @@
+"""``exact_solution``: the closed form of a control problem, where one is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import NoExactSolution
+from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
+from ..processes.sde import SDE
+from ..simulation.chains import JoinedChain, TransitionChain
+from .base import ExactSolution
+from .discrete import ChainSolution
+from .mixtures import MixtureSolution
+from .quadratic import linear_reference
+from .riccati import RiccatiSolution
+
+__all__ = ["exact_solution"]
+
+
+def exact_solution(problem: ControlProblem, time_steps: Any = None, *, like: Any = None,
+                   scheme: str | None = None) -> ExactSolution:
+    """The exact solution of a problem, in continuous time or of its discretised chain.
+
+    Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
+    ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; and Gaussian-mixture models with
+    a linear or quadratic reward, in continuous time.
+
+    Args:
+        time_steps: number of steps or grid of times of the chain; None for continuous time.
+        like: a solution, whose chain is meant (its ``settings``: "time_steps" and "scheme").
+        scheme: "euler" or "exact", with time_steps; default: the problem's own.
+
+    Raises:
+        NoExactSolution: naming what is missing.
+    """
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    discrete, time_steps, scheme = _discretisation(time_steps, like, scheme)
+    if problem.condition is not None:
+        raise NoExactSolution("condition: no exact solution is known for conditional problems; make one problem per condition.")
+    if not isinstance(problem.reference, SDE):
+        raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
+    linear = linear_reference(problem.reference)
+    if linear is not None and not discrete:
+        return RiccatiSolution(problem, linear)
+    if linear is not None:
+        chain = problem.chain(time_steps, scheme)
+        main = chain.second if isinstance(chain, JoinedChain) else chain
+        steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+        settings = {"time_steps": steps if isinstance(steps, int) else [float(t) for t in steps],
+                    "scheme": "exact" if isinstance(main, TransitionChain) else "euler"}
+        return ChainSolution(problem, linear, chain, settings)
+    if getattr(problem.reference, "mixture", None) is None:
+        raise NoExactSolution(f"reference: {type(problem.reference).__name__} is neither linear nor a generative_sde of a "
+                              "GaussianMixture, so no exact solution is known.")
+    if discrete:
+        raise NoExactSolution("time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
+                              "time_steps and like out.")
+    return MixtureSolution(problem)
+
+
+def _discretisation(time_steps: Any, like: Any, scheme: str | None) -> tuple[bool, Any, str | None]:
+    """Whether a chain is meant, and which."""
+    if like is not None:
+        if time_steps is not None or scheme is not None:
+            raise TypeError("give time_steps (and scheme), or like=solution, not both.")
+        settings = getattr(like, "settings", None)
+        if not isinstance(settings, dict):
+            raise TypeError(f"like must be a solution (with settings), got {type(like).__name__}.")
+        return bool(settings), settings.get("time_steps"), settings.get("scheme")
+    if time_steps is None and scheme is not None:
+        raise TypeError(f"scheme={scheme!r} without time_steps: continuous time has no scheme; pass time_steps too.")
+    return time_steps is not None, time_steps, scheme

@@ -1,0 +1,161 @@
+"""What a method is: a frozen dataclass of its own settings that knows paths, problems and controls, and nothing else.
+
+It meets the training loop in three calls: ``setup(run)`` makes its state, an nn.Module that holds everything training
+changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(state, run)`` gives the control.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.base import Control
+from ..controls.build import build_control
+from ..errors import NotDifferentiable, unknown_name
+from ..problems.problem import ControlProblem
+from ..randomness import SeededNoise, derive_seed
+from ..simulation.chains import Chain
+
+__all__ = ["Batch", "ControlState", "Method", "Run", "find_method", "method_names", "register"]
+
+
+@dataclass
+class Batch:
+    """What a batch of paths starts from: states, noise and conditions, all functions of one seed."""
+
+    x0: Tensor
+    noise: SeededNoise
+    condition: Any
+    seed: int
+
+
+@dataclass
+class Run:
+    """What a method sees of a run.
+
+    Attributes:
+        batch_size: paths per gradient; ``accumulate`` of them make one step.
+        control: the user's own control, or None.
+        iteration: number of the current iteration.
+        descend: take one optimiser step from the gradients of the state's parameters (checked to be finite).
+    """
+
+    problem: ControlProblem
+    chain: Chain
+    batch_size: int
+    accumulate: int
+    seed: int
+    control: Any = None
+    iteration: int = 0
+    descend: Callable[[], None] = field(default=lambda: None)
+
+    def batch(self, part: int = 0) -> Batch:
+        """The ``part``-th batch of this iteration."""
+        seed = derive_seed(self.seed, 2, self.iteration, part)
+        chain, problem = self.chain, self.problem
+        noise = SeededNoise(seed, self.batch_size, chain.steps, chain.noise_shape, dtype=chain.times.dtype,
+                            device=chain.times.device)
+        return Batch(problem.draw_start(self.batch_size, seed), noise, problem.draw_condition(self.batch_size, seed), seed)
+
+
+class ControlState(nn.Module):
+    """State of a method that trains a control and nothing else."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__()
+        self.control = control
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods."""
+
+    #: iterations at most, where the user gives none
+    default_iterations: ClassVar[int] = 2000
+    #: whether the reward must have a gradient
+    needs_gradient: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return kebab(type(self).__name__)
+
+    def check(self, problem: ControlProblem) -> None:
+        """Raise early where the problem is none for this method."""
+        if self.needs_gradient and not problem.has_gradient:
+            raise NotDifferentiable(
+                f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without a "
+                "graph for an input that requires one). Use a method for black-box rewards (soft-ppo), or write the reward "
+                "in torch operations without .detach(), .item() or .numpy()."
+            )
+
+    def setup(self, run: Run) -> nn.Module:
+        return ControlState(build_control(run.problem, run.chain, run.control, seed=run.seed))
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        raise NotImplementedError
+
+    def finish(self, state: nn.Module, run: Run) -> Control:
+        control = state.control
+        assert isinstance(control, Control)
+        return control
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def kebab(name: str) -> str:
+    """``RewardBackprop`` -> ``reward-backprop``, ``SoftPPO`` -> ``soft-ppo``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method known by its name in kebab case."""
+    _REGISTRY[kebab(cls.__name__)] = cls
+    return cls
+
+
+def method_names() -> list[str]:
+    return sorted(_REGISTRY)
+
+
+def find_method(method: Any) -> Method:
+    """A method from itself, its class, or its name.
+
+    Raises:
+        ValueError: unknown name, with the nearest ones. TypeError: something else.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        return method()
+    if isinstance(method, str):
+        if method not in _REGISTRY:
+            raise unknown_name("method", method, _REGISTRY)
+        return _REGISTRY[method]()
+    raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
+
+
+def path_metrics(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -> dict[str, float]:
+    """Metrics that every method on paths of the current control reports."""
+    objective = reward - running_cost - alpha * kl
+    return {
+        "objective": float(objective.mean()),
+        "objective_stderr": float(objective.std()) / max(1, len(objective)) ** 0.5 if len(objective) > 1 else float("nan"),
+        "reward": float(reward.mean()),
+        "running_cost": float(running_cost.mean()),
+        "kl": float(kl.mean()),
+    }
+
+
+def parameters_of(state: nn.Module) -> list[Tensor]:
+    """The parameters that training changes."""
+    return [p for p in state.parameters() if p.requires_grad]
+
+
+def concatenate(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(parts))

@@ -1,0 +1,66 @@
+"""``RewardBackprop``: the gradient of the objective through the simulation (tutorial Algorithm 2, [22])."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import unknown_name
+from ..problems.problem import ControlProblem
+from ..simulation.gradients import GRADIENT_MODES, backpropagate
+from .base import Method, Run, concatenate, parameters_of, path_metrics, register
+
+__all__ = ["RewardBackprop"]
+
+
+@register
+@dataclass(frozen=True)
+class RewardBackprop(Method):
+    """Minimise ``E_{P^u}[-R/alpha + sum_k |c_k|^2/2]`` by its pathwise gradient, on differentiable paths of P^u.
+
+    It is the relative entropy KL(P^u || Q_fine) less log Z; reference: tutorial Algorithm 2 and eq. [22].
+
+    Args:
+        gradient: how the gradient goes through the simulation. "full": ordinary backpropagation. "checkpoint": the same
+            gradient with segments recomputed. "adjoint": the same gradient by the exact adjoint of the chain, memory of
+            one step's graph. An integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): cheaper, biased.
+    """
+
+    gradient: str | int = "full"
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gradient, str):
+            if self.gradient not in GRADIENT_MODES:
+                raise unknown_name("gradient", self.gradient, GRADIENT_MODES)
+        elif isinstance(self.gradient, bool) or not isinstance(self.gradient, int) or self.gradient < 1:
+            raise ValueError(f"gradient must be one of {', '.join(GRADIENT_MODES)} or a number of last steps >= 1, "
+                             f"got {self.gradient!r}.")
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        problem, chain = run.problem, run.chain
+        parameters = parameters_of(state)
+        rewards, costs, kls = [], [], []
+        for part in range(run.accumulate):
+            batch = run.batch(part)
+
+            def terminal(x: Tensor, y: Tensor | None = batch.condition) -> Tensor:
+                return -_decoded_reward(problem, run, x, y) / problem.alpha
+
+            cost = backpropagate(
+                chain, state.control, batch.x0, batch.noise, terminal, parameters=parameters, mode=self.gradient,
+                running_cost=problem.running_cost_or_none, alpha=problem.alpha, condition=batch.condition,
+                weight=1 / run.accumulate,
+            )
+            rewards.append(-problem.alpha * cost.terminal)
+            costs.append(cost.running_cost)
+            kls.append(cost.kl)
+        run.descend()
+        return path_metrics(concatenate(rewards), concatenate(costs), concatenate(kls), problem.alpha)
+
+
+def _decoded_reward(problem: ControlProblem, run: Run, x: Tensor, y: Tensor | None) -> Tensor:
+    return problem.reward(run.chain.decode(x, y), y)

@@ -1,0 +1,62 @@
+"""Checkpoints of a run: two are kept, each complete or not there at all; resuming takes the newest good one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BadFileError
+from ..evaluation.files import check_fingerprint, read_bundle, write_bundle
+
+__all__ = ["Checkpoints"]
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints in a folder."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint_dir {self.folder} is a file; pass a folder.")
+
+    def names(self) -> list[str]:
+        """Oldest first."""
+        return sorted(p.stem for p in self.folder.glob("checkpoint-*.json")) if self.folder.is_dir() else []
+
+    def write(self, iteration: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
+        path = write_bundle(self.folder, f"checkpoint-{iteration:08d}", tensors, {"kind": "checkpoint", **settings})
+        for old in self.names()[:-_KEPT]:
+            self._remove(old)
+        return path
+
+    def _remove(self, name: str) -> None:
+        (self.folder / f"{name}.json").unlink(missing_ok=True)  # first: without it the tensors do not count
+        for path in self.folder.glob(f"{name}-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def newest(self, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest good checkpoint of this problem, or None where the folder has none.
+
+        A damaged newest one is passed over with a warning.
+
+        Raises:
+            BadFileError: all are damaged, or they belong to another problem.
+        """
+        damaged: BadFileError | None = None
+        for name in reversed(self.names()):
+            try:
+                tensors, settings = read_bundle(self.folder, name, "checkpoint")
+            except BadFileError as error:
+                damaged = error
+                warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
+                continue
+            check_fingerprint(settings.get("problem"), fingerprint, self.folder / name)
+            return tensors, settings
+        if damaged is not None:
+            raise damaged
+        return None

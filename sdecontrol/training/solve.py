@@ -1,0 +1,295 @@
+"""``solve``: one verb for every method."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NoExactSolution, NonFiniteError
+from ..evaluation import solution as solutions
+from ..evaluation.solution import Solution, load_tensors, plain_settings
+from ..methods.base import Method, Run, find_method, parameters_of
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, fresh_seed
+from .callbacks import TrainingState, notify
+from .checkpoints import Checkpoints
+from .optimiser import Descent, Pace
+from .progress import ProgressBar
+
+__all__ = ["load", "solve"]
+
+
+def solve(
+    problem: ControlProblem,
+    method: Method | str = "reward-backprop",
+    *,
+    time_steps: Any = None,
+    scheme: str | None = None,
+    iterations: int | None = None,
+    batch_size: int = 256,
+    seed: int | None = None,
+    control: nn.Module | None = None,
+    learning_rate: float | None = None,
+    optimizer: Any = None,
+    accumulate: int = 1,
+    tolerance: float | None = None,
+    budget: str | float | None = None,
+    checkpoint_dir: Any = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    progress: bool | None = None,
+) -> Solution:
+    """Solve a control problem, ``min_u KL(P^u || Q_fine)``.
+
+    Args:
+        method: a method such as ``sc.RewardBackprop()``, or its name in kebab case.
+        time_steps: number of steps (default 100) or a grid from 0 to the horizon; not with a chain.
+        scheme: "euler" (default) or "exact" (linear references).
+        iterations: exactly so many; None: the method's default at most, with a stop where the objective no longer
+            improves.
+        batch_size: paths per gradient; ``accumulate`` such gradients make one step.
+        seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same result,
+            bit for bit, on the same machine and thread count.
+        control: your own nn.Module ``(x, t) -> (batch, m)`` (a copy of it is trained); None: a copy of the pre-trained
+            model if it is trainable, else the default network.
+        learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
+        tolerance: stop once the gap is reliable and below this.
+        budget: seconds, or "300s", "5m": stop there; the result is then marked as not reproducible.
+        checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with ``resume=True`` go
+            on from the newest good one, to the same numbers as an uninterrupted run.
+        callbacks: objects with on_train_begin, on_step_end, on_evaluate, on_save, on_exception, on_train_end.
+        progress: show a progress bar; None: if the terminal can.
+
+    Returns:
+        :class:`Solution`.
+
+    Raises:
+        NonFiniteError: naming the quantity, the iteration and the rows; its ``solution`` is the last good one.
+    """
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    chosen = find_method(method)
+    _check_counts(batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    if iterations is not None:
+        _check_counts(iterations=iterations)
+    chosen.check(problem)
+    trainer = _Trainer(
+        problem, chosen, {"time_steps": time_steps, "scheme": scheme}, iterations, batch_size, accumulate, seed, control,
+        learning_rate, optimizer, tolerance, _seconds(budget), checkpoint_dir, checkpoint_every, resume, callbacks, progress,
+    )
+    with problem.evaluating():
+        return trainer.train()
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+
+
+def _seconds(budget: str | float | None) -> float | None:
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*(s|m|min|h)?\s*", budget)
+        if match is None:
+            raise ValueError(f"budget must be seconds or a string such as '300s', '5m' or '1h', got {budget!r}.")
+        budget = float(match[1]) * {"s": 1, None: 1, "m": 60, "min": 60, "h": 3600}[match[2]]
+    if not budget > 0:
+        raise ValueError(f"budget must be > 0 seconds, got {budget}.")
+    return float(budget)
+
+
+class _Trainer:
+    """One run of the loop."""
+
+    evaluate_every = 200
+
+    def __init__(
+        self, problem: ControlProblem, method: Method, settings: dict[str, Any], iterations: int | None, batch_size: int,
+        accumulate: int, seed: int | None, control: nn.Module | None, learning_rate: float | None, optimizer: Any,
+        tolerance: float | None, budget: float | None, checkpoint_dir: Any, checkpoint_every: int, resume: bool,
+        callbacks: Sequence[Any], progress: bool | None,
+    ) -> None:
+        self.problem, self.method = problem, method
+        self.settings = plain_settings(settings)
+        self.chain = problem.chain(settings["time_steps"], settings["scheme"])
+        self.tolerance, self.budget, self.callbacks, self.show = tolerance, budget, callbacks, progress
+        self.checkpoints = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
+        self.checkpoint_every = checkpoint_every
+        saved = self._find_checkpoint(resume)
+        if saved is not None and seed is None:
+            seed = saved[1]["identity"]["seed"]
+        self.seed = fresh_seed(seed)
+        self.run = Run(problem, self.chain, batch_size, accumulate, self.seed, copy.deepcopy(control))
+        self.state = method.setup(self.run)
+        parameters = parameters_of(self.state)
+        rate = getattr(getattr(self.state, "control", None), "learning_rate", 1e-3)
+        self.descent = Descent(parameters, optimizer, learning_rate, rate)
+        self.run.descend = self.descent.step
+        most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
+        self.pace = Pace(most, adaptive=iterations is None and budget is None)
+        if budget is not None and iterations is None:
+            self.pace.decay_from = None
+        self.history: list[dict[str, float]] = []
+        self.done = 0
+        self.out_of_time = False
+        if saved is not None:
+            self._restore(*saved)
+
+    # ------------------------------------------------------------ checkpoints
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one it resumes."""
+        return {"method": self.method.name, "method_settings": asdict(self.method), "settings": self.settings,
+                "seed": self.seed, "batch_size": self.run.batch_size, "accumulate": self.run.accumulate}
+
+    def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self.checkpoints is None:
+            if resume:
+                raise ValueError("resume=True needs checkpoint_dir, the folder to resume from.")
+            return None
+        if not resume:
+            if self.checkpoints.names():
+                raise ValueError(f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
+                                 "on from them, or another folder.")
+            return None
+        return self.checkpoints.newest(self.problem.fingerprint())
+
+    def _save(self) -> None:
+        assert self.checkpoints is not None
+        tensors, plain = self.descent.tensors()
+        tensors.update({f"state.{name}": value for name, value in self.state.state_dict().items()})
+        path = self.checkpoints.write(self.done, tensors, {
+            "identity": self.identity, "done": self.done, "pace": self.pace.state(), "optimizer": plain,
+            "history": self.history, "problem": self.problem.fingerprint(),
+        })
+        self._notify("on_save", path=path)
+
+    def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if saved["identity"].get(name) != value:
+                raise ValueError(f"this run has {name}={value!r}, the checkpoint {saved['identity'].get(name)!r}; resume with "
+                                 "the same arguments, or use another checkpoint_dir.")
+        prefix = "state."
+        load_tensors(self.state, {n[len(prefix):]: v for n, v in tensors.items() if n.startswith(prefix)},
+                     self.checkpoints.folder if self.checkpoints else "")
+        self.descent.restore(tensors, saved["optimizer"])
+        self.pace.restore(saved["pace"])
+        self.history, self.done = saved["history"], saved["done"]
+
+    # ------------------------------------------------------------ the loop
+
+    def train(self) -> Solution:
+        self._notify("on_train_begin")
+        began = time.monotonic()
+        try:
+            with ProgressBar(self.pace.last, self.method.name, self.show) as bar, _kept_gradients(self.problem):
+                while self.done < self.pace.last:
+                    elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
+                    if elapsed >= 1:
+                        self.out_of_time = True
+                        break
+                    self._iterate(elapsed)
+                    bar.update(self.done, self.pace.last, self.history[-1])
+                    if self._good_enough():
+                        break
+        except BaseException as error:
+            self._stop(error)
+            raise
+        if self.checkpoints is not None and self.done % self.checkpoint_every:
+            self._save()
+        self._notify("on_train_end")
+        return self._solution()
+
+    def _iterate(self, elapsed: float) -> None:
+        self.run.iteration = self.done
+        self.descent.begin(self.pace.factor(self.done, elapsed))
+        metrics = self.method.step(self.state, self.run)
+        metrics["gradient_norm"] = self.descent.norm
+        self.history.append(metrics)
+        self.pace.observe(self.done, [m["objective"] for m in self.history[-2 * self.pace.window :]])
+        self.done += 1
+        self._notify("on_step_end")
+        if self.checkpoints is not None and self.done % self.checkpoint_every == 0:
+            self._save()
+
+    def _good_enough(self) -> bool:
+        if self.tolerance is None or self.done % self.evaluate_every:
+            return False
+        evaluation = self._solution().evaluate(seed=derive_seed(self.seed, 5, self.done))
+        self._notify("on_evaluate", evaluation=evaluation)
+        return evaluation.reliable and evaluation.gap.value < self.tolerance
+
+    def _stop(self, error: BaseException) -> None:
+        """Keep the last good state: parameters change only after a whole iteration, so they are good."""
+        self._notify("on_exception", exception=error)
+        if isinstance(error, NonFiniteError):
+            error.args = (f"{error.args[0]} Training stopped at iteration {self.done}; the last good solution is in this "
+                          "error's .solution" + (" and in the checkpoint." if self.checkpoints is not None else "."),)
+            error.solution = self._solution()
+        if self.checkpoints is not None and self.done and isinstance(error, (NonFiniteError, KeyboardInterrupt)):
+            self._save()
+
+    def _notify(self, event: str, **more: Any) -> None:
+        if self.callbacks:
+            notify(self.callbacks, event, TrainingState(
+                self.done, self.pace.last, self.history[-1] if self.history else {}, self.history, self._solution, **more))
+
+    def _solution(self) -> Solution:
+        """The solution so far: a copy, with the averaged weights."""
+        state = copy.deepcopy(self.state)
+        with torch.no_grad():
+            for p, mean in zip(parameters_of(state), self.descent.averaged()):
+                p.copy_(mean)
+                p.grad = None
+        control = self.method.finish(state, self.run)
+        made = Solution(self.problem, control, method=self.method.name, settings=self.settings, history=list(self.history),
+                        seed=self.seed, reproducible=not self.out_of_time)
+        return _with_exact_values(made)
+
+
+@contextlib.contextmanager
+def _kept_gradients(problem: ControlProblem) -> Iterator[None]:
+    """The user's modules leave with the gradients they came with."""
+    parameters = [p for module in problem.modules() for p in module.parameters()]
+    before = [p.grad for p in parameters]
+    try:
+        yield
+    finally:
+        for p, grad in zip(parameters, before):
+            p.grad = grad
+
+
+def _with_exact_values(solution: Solution) -> Solution:
+    """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known."""
+    known: list[tuple[float, float] | None] = []
+
+    def values() -> tuple[float, float] | None:
+        if not known:
+            from ..exact import exact_solution
+
+            try:
+                exact = exact_solution(solution.problem, like=solution)
+                known.append((float(exact.log_z), float(exact.start_log_z)))
+            except NoExactSolution:
+                known.append(None)
+        return known[0]
+
+    solution._exact_values = values
+    return solution
+
+
+def load(folder: Any, problem: ControlProblem, control: nn.Module | None = None) -> Solution:
+    """Load a solution that ``solution.save`` wrote; see :func:`sdecontrol.evaluation.solution.load`."""
+    return _with_exact_values(solutions.load(folder, problem, control))
