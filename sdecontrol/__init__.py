@@ -11,6 +11,7 @@ from .evaluation.evaluate import Evaluation, log_weights
 from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
 from .evaluation.solution import Solution
 from .exact import exact_solution
+from .library.problems import named_problem, problem_names
 from .methods import Method, RewardBackprop
 from .problems.problem import ControlProblem
 from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
@@ -23,6 +24,7 @@ from .processes.sde import SDE
 from .simulation.diffusion import diffusion_chain
 from .simulation.paths import Paths
 from .training.callbacks import Callback
+from .training.fit_score import fit_score
 from .training.solve import load, solve
 
 __version__ = "0.1.0"
@@ -59,9 +61,12 @@ __all__ = [
     "control_error",
     "diffusion_chain",
     "exact_solution",
+    "fit_score",
     "generative_sde",
     "load",
     "log_weights",
+    "named_problem",
+    "problem_names",
     "simulate",
     "sinkhorn",
     "sliced_wasserstein",

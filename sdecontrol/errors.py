@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "BadFileError",
+    "MissingFileError",
     "NoExactSolution",
     "NonFiniteError",
     "NotDifferentiable",
@@ -41,6 +42,10 @@ class NoExactSolution(ValueError):
 
 class BadFileError(ValueError):
     """A saved file is corrupt, truncated, foreign, or belongs to another problem."""
+
+
+class MissingFileError(BadFileError, FileNotFoundError):
+    """There is no such file."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:

@@ -73,7 +73,12 @@ class SeededNoise:
         first_block: int = 0,
     ) -> None:
         self.seed, self.batch, self.steps, self.shape = seed, batch, steps, tuple(shape)
-        self.dtype, self.device, self.antithetic, self.first_block = dtype, torch.device(device), antithetic, first_block
+        self.dtype, self.device, self.antithetic, self.first_block = (
+            dtype,
+            torch.device(device),
+            antithetic,
+            first_block,
+        )
         per_step = BLOCK * max(1, int(np.prod(self.shape, dtype=np.int64)))
         self.segment = max(1, min(BLOCK, _SEGMENT_NUMBERS // per_step))
         self._held: tuple[int, Tensor] | None = None

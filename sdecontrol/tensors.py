@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "event_sum",
     "is_matrix_scale",
     "nonfinite_rows",
+    "probing",
     "symmetric",
 ]
 
@@ -108,6 +110,17 @@ def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like
     if value.device != like.device:
         raise ValueError(f"{name} returned a tensor on {value.device} for an input on {like.device}; move one of them.")
     return value
+
+
+@contextlib.contextmanager
+def probing(name: str, called_as: str) -> Iterator[None]:
+    """Name a user's function that fails at its first call, and say how it was called."""
+    try:
+        yield
+    except TypeError as error:
+        raise TypeError(f"{name} failed when called as {called_as}: {error}") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} failed when called as {called_as}: {error}") from error
 
 
 TimeFunction = Callable[[Tensor], Tensor]

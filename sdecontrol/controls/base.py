@@ -45,7 +45,9 @@ class Control(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch tensor (batch, *event), got {type(x).__name__}.")
         if x.shape[1:] != self.event_shape or x.ndim == 0:
-            raise ValueError(f"x must have shape (batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}.")
+            raise ValueError(
+                f"x must have shape (batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}."
+            )
         like = next(iter(self.parameters()), None)
         if like is not None and like.dtype != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, the control {like.dtype}; use x.to({like.dtype}).")
@@ -54,8 +56,10 @@ class Control(nn.Module):
             raise ValueError(f"t must be a float or a tensor of shape () or ({x.shape[0]},), got {tuple(t.shape)}.")
         slack = 1e-5 * (self.last_time - self.first_time)
         if bool((t < self.first_time - slack).any()) or bool((t > self.last_time + slack).any()):
-            raise ValueError(f"t must be within [{self.first_time:g}, {self.last_time:g}], got {float(t.min()):g} to "
-                             f"{float(t.max()):g}.")
+            raise ValueError(
+                f"t must be within [{self.first_time:g}, {self.last_time:g}], got {float(t.min()):g} to "
+                f"{float(t.max()):g}."
+            )
         return self.at(x, t, y)
 
     # ------------------------------------------------------------ for the package
@@ -116,7 +120,9 @@ class StartedControl(Control):
         if not bool(before.any()):
             return self.main.at(x, t, y)
         if self.start.control_shape != self.main.control_shape:
-            raise ValueError("t mixes times before and after 0, where the controls have different shapes; ask separately.")
+            raise ValueError(
+                "t mixes times before and after 0, where the controls have different shapes; ask separately."
+            )
         a = self.start.at(x, t.clamp(max=0.0), y)
         b = self.main.at(x, t.clamp(min=0.0), y)
         return torch.where(before.reshape(-1, *(1,) * (x.ndim - 1)), a, b)

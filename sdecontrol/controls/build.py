@@ -13,7 +13,7 @@ from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
 from ..simulation.chains import Chain, JoinedChain
 from ..simulation.diffusion import DiffusionChain
-from ..tensors import check_output
+from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
 from .network import DefaultControl
 from .tuned import TunedControl, has_trainable_model
@@ -44,17 +44,26 @@ def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *,
 def _users(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     if isinstance(control, Control):
         if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
-            raise ValueError(f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
-                             f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}.")
+            raise ValueError(
+                f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
+                f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}."
+            )
         return control
     if not isinstance(control, nn.Module):
-        raise TypeError("control must be an nn.Module (x, t) -> u to be trained (plain functions have no parameters; "
-                        f"use them with simulate), got {type(control).__name__}.")
-    x = problem.draw_start(3, 0) + torch.randn((3, *problem.event_shape), dtype=problem.dtype, device=problem.device,
-                                               generator=generator_for(problem.device, 3))
+        raise TypeError(
+            "control must be an nn.Module (x, t) -> u to be trained (plain functions have no parameters; "
+            f"use them with simulate), got {type(control).__name__}."
+        )
+    x = problem.draw_start(3, 0) + torch.randn(
+        (3, *problem.event_shape),
+        dtype=problem.dtype,
+        device=problem.device,
+        generator=generator_for(problem.device, 3),
+    )
     t = chain.times[0].expand(3)
     y = problem.draw_condition(3, 0)
-    with torch.no_grad():
+    called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
+    with torch.no_grad(), probing("control", called):
         u = control(x, t) if y is None else control(x, t, y)
     check_output("control", u, (3, *problem.control_shape), x, "A control is called as control(x, t), t (batch,).")
     if not any(p.requires_grad for p in control.parameters()):
@@ -66,20 +75,36 @@ def _reward_gradient(problem: ControlProblem) -> Any:
     def gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
         with torch.enable_grad():
             leaf = x if create_graph else x.detach().requires_grad_(True)
-            value = problem.reward(leaf, y).sum()
+            value = problem._call_reward(leaf, y).sum()
             return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
 
-    return gradient
+    def finite_gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        # before its end a path may be where the reward is not finite (a logarithm): there the gate is closed
+        value = gradient(x, y, create_graph)
+        good = torch.isfinite(value.detach()).flatten(1).all(1)
+        if bool(good.all()):
+            return value
+        rows = good.nonzero().flatten()
+        out = torch.zeros_like(x)
+        return (
+            out
+            if len(rows) == 0
+            else out.index_copy(0, rows, gradient(x[rows], None if y is None else y[rows], create_graph))
+        )
+
+    return finite_gradient
 
 
-def _condition_parts(problem: ControlProblem) -> dict[str, int]:
+def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
     if problem.condition is None:
         return {}
     y = problem.draw_condition(1024, 0)
     if y.is_floating_point():
         return {"condition_size": y[0].numel()}
     if y[0].numel() != 1:
-        raise ValueError("integer conditions must be labels, one per row; pass other conditions as floating-point tensors.")
+        raise ValueError(
+            "integer conditions must be labels, one per row; pass other conditions as floating-point tensors."
+        )
     classes = int(y.max()) + 1
     return {"condition_size": classes, "classes": classes}
 
@@ -97,10 +122,14 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
             spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
             options.update(centre=centre, spread=spread)
     network = DefaultControl(
-        problem.event_shape, problem.control_shape, 0.0, problem.horizon,
+        problem.event_shape,
+        problem.control_shape,
+        0.0,
+        problem.horizon,
         reward_gradient=_reward_gradient(problem) if gated else None,
-        diffusion=sde.diffusion if gated and isinstance(sde, SDE) else None,
-        generator=generator_for("cpu", seed), **options,
+        sde=sde if gated and isinstance(sde, SDE) else None,
+        generator=generator_for("cpu", seed),
+        **options,
     )
     return network.to(device=problem.device, dtype=problem.dtype)
 
@@ -115,8 +144,14 @@ def _key(problem: ControlProblem, chain: Chain) -> tuple[Any, Any]:
 def _start_network(problem: ControlProblem, seed: int) -> DefaultControl:
     law = problem.initial
     network = DefaultControl(
-        problem.event_shape, problem.event_shape, -1.0, 0.0, centre=law.mean,
-        spread=law.variance.sqrt().clamp(min=1e-12), generator=generator_for("cpu", seed), **_condition_parts(problem),
+        problem.event_shape,
+        problem.event_shape,
+        -1.0,
+        0.0,
+        centre=law.mean,
+        spread=law.variance.sqrt().clamp(min=1e-12),
+        generator=generator_for("cpu", seed),
+        **_condition_parts(problem),
     )
     return network.to(device=problem.device, dtype=problem.dtype)
 
@@ -144,8 +179,15 @@ def control_from_configuration(problem: ControlProblem, chain: Chain, kind: dict
     if kind["kind"] == "tuned":
         return TunedControl(problem.reference)  # type: ignore[arg-type]
     if kind["kind"] == "network":
-        return _network(problem, chain, 0, normalise=False, hidden=kind["hidden"],
-                        condition_size=kind["condition_size"], classes=kind["classes"])
+        return _network(
+            problem,
+            chain,
+            0,
+            normalise=False,
+            hidden=kind["hidden"],
+            condition_size=kind["condition_size"],
+            classes=kind["classes"],
+        )
     if given is None:
         raise TypeError("this solution's control is your own module: give it again as load(..., control=module).")
     return _users(problem, chain, given)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..processes.sde import SDE
 from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale_transposed
@@ -44,7 +46,7 @@ class DefaultControl(Control):
 
     Args:
         reward_gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape, or None for no gate.
-        diffusion: ``(x, t) -> sigma`` for the gate.
+        sde: whose diffusion the gate uses.
         centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
         condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
         hidden: widths of the hidden layers.
@@ -59,7 +61,7 @@ class DefaultControl(Control):
         *,
         hidden: Sequence[int] | None = None,
         reward_gradient: Callable[[Tensor, Any, bool], Tensor] | None = None,
-        diffusion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        sde: SDE | None = None,
         centre: Tensor | None = None,
         spread: Tensor | None = None,
         condition_size: int = 0,
@@ -69,13 +71,15 @@ class DefaultControl(Control):
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
         n, m = self.event_shape.numel(), self.control_shape.numel()
         self.hidden = tuple(hidden) if hidden is not None else ((64, 64) if n <= 32 else (128, 128))
-        self.reward_gradient, self.diffusion = reward_gradient, diffusion
+        self.reward_gradient, self.sde = reward_gradient, sde
         self.condition_size, self.classes = condition_size, classes
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
+        self.centre: Tensor
+        self.spread: Tensor
         self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float().flatten())
         self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float().flatten())
         widths = (n + condition_size, *self.hidden)
-        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in zip(widths, widths[1:]))
+        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
         self.time_weight = _uniform(self.hidden[0], _FEATURES, generator)
         self.last = nn.Parameter(torch.zeros(m, self.hidden[-1]))
@@ -87,8 +91,12 @@ class DefaultControl(Control):
     @property
     def configuration(self) -> dict[str, Any]:
         """What makes the same architecture again, for a saved file."""
-        return {"hidden": list(self.hidden), "condition_size": self.condition_size, "classes": self.classes,
-                "gate": self.gate is not None}
+        return {
+            "hidden": list(self.hidden),
+            "condition_size": self.condition_size,
+            "classes": self.classes,
+            "gate": self.gate is not None,
+        }
 
     # ------------------------------------------------------------ pieces
 
@@ -104,7 +112,9 @@ class DefaultControl(Control):
         first = self.weights[0][:, :n] * inverse
         time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ self.centre)
         scale = inverse if self.full else inverse.expand(n)
-        affine = torch.einsum("kf,f...->k...", phi, self.affine) * (scale if self.full else scale[: self.affine.shape[1]])
+        affine = torch.einsum("kf,f...->k...", phi, self.affine) * (
+            scale if self.full else scale[: self.affine.shape[1]]
+        )
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
         gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t))
@@ -136,7 +146,11 @@ class DefaultControl(Control):
         z = torch.addmm(time_part, flat, first.mT)
         if self.condition_size:
             z = z + self._condition(y) @ self.weights[0][:, flat.shape[1] :].mT
-        u = torch.addmm(offset, flat, affine.mT) if self.full else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
+        u = (
+            torch.addmm(offset, flat, affine.mT)
+            if self.full
+            else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
+        )
         u = torch.addmm(u, self._hidden(z), self.last.mT)
         if self.gate is not None and sigma is not None:
             u = u + gate * self._pull(x, sigma, y)
@@ -147,7 +161,7 @@ class DefaultControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:
             first, *rest = self.tables_at(t.reshape(1))
-            sigma = self.diffusion(x, t) if self.diffusion is not None and self.gate is not None else None
+            sigma = self.sde.diffusion(x, t) if self.sde is not None and self.gate is not None else None
             return self._value(x, [p[0] for p in rest], first, sigma, y)
         times, where = torch.unique(t, return_inverse=True)
         if len(times) == 1:
@@ -161,11 +175,10 @@ class DefaultControl(Control):
     def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
         first, *rest = self.tables(chain) if tables is None or len(tables) == 0 else tables
         rows = list(zip(*(p.unbind(0) for p in rest)))  # one unbind: indexing step by step would cost K^2 in backward
-        gated = self.gate is not None and self.diffusion is not None
-        times = chain.times
+        diffusion = self.sde.diffusion_on_grid(chain.times) if self.gate is not None and self.sde is not None else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            sigma = self.diffusion(x, times[k]) if gated else None  # type: ignore[misc]
+            sigma = None if diffusion is None else diffusion(k, x)
             return chain.shift(k, self._value(x, rows[k], first, sigma, y))
 
         return shift

@@ -119,7 +119,8 @@ class ControlledModel(nn.Module):
             if len(rows):
                 picked = None if y is None else y[rows]
                 tuned = call_model(self.control.model, x[rows], s[rows], picked) - call_model(
-                    self.base, x[rows], s[rows], picked)
+                    self.base, x[rows], s[rows], picked
+                )
                 change = change.index_copy(0, rows, tuned)
             return change
         levels = torch.tensor(reference.levels[:-1], device=x.device)

@@ -17,7 +17,7 @@ from ..simulation.chains import Chain
 from ..simulation.paths import Paths
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
-__all__ = ["Evaluation", "evaluate_control", "log_weights"]
+__all__ = ["Evaluation", "evaluate", "log_weights"]
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
@@ -108,7 +108,7 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def evaluate_control(
+def evaluate(
     problem: ControlProblem,
     control: Any,
     chain: Chain,
@@ -151,10 +151,20 @@ def evaluate_control(
             gap = top - elbo
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
     return Evaluation(
-        reward=mean_estimate(reward), running_cost=mean_estimate(cost), kl=mean_estimate(kl),
-        objective=Estimate(problem.alpha * elbo.value, problem.alpha * elbo.stderr), elbo=elbo, log_z=estimated,
-        ess=_ess(log_w), gap=gap, start_gap=start_gap, reliable=reliable, reliability=why, pareto_k=tail,
-        exact=log_z is not None and (not random_start or start_log_z is not None), n=n,
+        reward=mean_estimate(reward),
+        running_cost=mean_estimate(cost),
+        kl=mean_estimate(kl),
+        objective=Estimate(problem.alpha * elbo.value, problem.alpha * elbo.stderr),
+        elbo=elbo,
+        log_z=estimated,
+        ess=_ess(log_w),
+        gap=gap,
+        start_gap=start_gap,
+        reliable=reliable,
+        reliability=why,
+        pareto_k=tail,
+        exact=log_z is not None and (not random_start or start_log_z is not None),
+        n=n,
     )
 
 
@@ -200,12 +210,13 @@ def _per_start(problem: ControlProblem, control: Any, chain: Chain, n: int, seed
     x0 = problem.draw_start(starts, derive_seed(seed, 2)).repeat_interleave(_REPLICAS, 0)
     y = problem.draw_condition(starts, derive_seed(seed, 2))
     y = None if y is None else y.repeat_interleave(_REPLICAS, 0)
-    paths = simulate_chain(problem, chain, starts * _REPLICAS, control, seed=derive_seed(seed, 3), keep="end", state=x0,
-                           condition=y)
+    paths = simulate_chain(
+        problem, chain, starts * _REPLICAS, control, seed=derive_seed(seed, 3), keep="end", state=x0, condition=y
+    )
     log_w = log_weights(problem, paths).double().reshape(starts, _REPLICAS)
     whole = torch.logsumexp(log_w, 1) - math.log(_REPLICAS)
-    without = torch.stack([
-        torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)
-    ]).mean(0) - math.log(_REPLICAS - 1)
+    without = torch.stack(
+        [torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)]
+    ).mean(0) - math.log(_REPLICAS - 1)
     level = _REPLICAS * whole - (_REPLICAS - 1) * without
     return mean_estimate(level), mean_estimate(level - log_w.mean(1))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadFileError
+from ..errors import BadFileError, MissingFileError
 
 __all__ = ["FORMAT", "check_fingerprint", "read_bundle", "write_bundle"]
 
@@ -37,7 +37,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def write_bundle(folder: str | os.PathLike[str], name: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
+def write_bundle(
+    folder: str | os.PathLike[str], name: str, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> Path:
     """Write a bundle; what was there before is intact until the new one is complete."""
     from safetensors.torch import save
 
@@ -63,14 +65,16 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
     """Read a bundle back.
 
     Raises:
-        FileNotFoundError: there is none.
+        MissingFileError: there is none.
         BadFileError: it is corrupt, truncated, or not of this package; the message says which.
     """
     from safetensors.torch import load
 
     path = Path(folder) / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; expected a folder written by solution.save or solve(checkpoint_dir=...).")
+        raise MissingFileError(
+            f"there is no {path}; expected a folder written by solution.save or solve(checkpoint_dir=...)."
+        )
     try:
         settings = json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -87,7 +91,9 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
         raise BadFileError(f"{tensor_file} is missing beside {path.name}.")
     content = tensor_file.read_bytes()
     if hashlib.sha256(content).hexdigest() != settings.get("sha256"):
-        raise BadFileError(f"{tensor_file} does not have the checksum in {path.name}: it is corrupt, truncated or foreign.")
+        raise BadFileError(
+            f"{tensor_file} does not have the checksum in {path.name}: it is corrupt, truncated or foreign."
+        )
     try:
         return load(content), settings
     except Exception as error:  # safetensors raises its own kinds
@@ -104,15 +110,17 @@ def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
         raise BadFileError(f"{path} has no fingerprint of its problem.")
     for key in ("reference", "alpha", "start", "initial", "conditional"):
         if saved.get(key) != json.loads(json.dumps(current[key])):
-            raise BadFileError(f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's "
-                               f"{current[key]!r}.")
+            raise BadFileError(
+                f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
+            )
     for name, now in current["numbers"].items():
         then = saved.get("numbers", {}).get(name)
         if then is None:
             raise BadFileError(f"{path} belongs to another problem: it had no {name}.")
         a, b = torch.tensor(then, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-5 * max(1.0, float(b.abs().max())),
-                                                    equal_nan=True):
+        if a.shape != b.shape or not torch.allclose(
+            a, b, rtol=1e-3, atol=1e-5 * max(1.0, float(b.abs().max())), equal_nan=True
+        ):
             raise BadFileError(f"{path} belongs to another problem: its {name} differs from this one's.")
     for name in saved.get("numbers", {}):
         if name not in current["numbers"]:

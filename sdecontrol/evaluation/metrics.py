@@ -48,7 +48,9 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
             ndim = u.ndim - 1
             difference = event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
             size = event_sum(star**2, ndim).double() * chain.step_sizes[k]
-            error, square = (difference, size) if error is None or square is None else (error + difference, square + size)
+            error, square = (
+                (difference, size) if error is None or square is None else (error + difference, square + size)
+            )
     chain.forget()
     assert error is not None and square is not None
     horizon = chain.clock[-1]
@@ -61,19 +63,22 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
 
 
 def _arrays(a: Tensor, b: Tensor, weights_a: Tensor | None, weights_b: Tensor | None) -> tuple[Any, ...]:
-    parts = [x.detach().flatten(1).double().cpu().numpy() for x in (a, b)]
+    parts: list[Any] = [x.detach().flatten(1).double().cpu().numpy() for x in (a, b)]
     for log_w in (weights_a, weights_b):
         parts.append(None if log_w is None else torch.softmax(log_w.detach().double().cpu(), 0).numpy())
     return tuple(parts)
 
 
-def wasserstein(a: Tensor, b: Tensor, log_weights_a: Tensor | None = None, log_weights_b: Tensor | None = None) -> float:
+def wasserstein(
+    a: Tensor, b: Tensor, log_weights_a: Tensor | None = None, log_weights_b: Tensor | None = None
+) -> float:
     """Exact 2-Wasserstein distance between samples ``(n, ...)`` and ``(m, ...)``, optionally weighted."""
     import ot
 
     x, y, w, v = _arrays(a, b, log_weights_a, log_weights_b)
-    return math.sqrt(max(float(ot.emd2(ot.unif(len(x)) if w is None else w, ot.unif(len(y)) if v is None else v,
-                                       ot.dist(x, y), numItermax=10_000_000)), 0.0))
+    w, v = ot.unif(len(x)) if w is None else w, ot.unif(len(y)) if v is None else v
+    cost: Any = ot.emd2(w, v, ot.dist(x, y), numItermax=10_000_000)
+    return math.sqrt(max(float(cost), 0.0))
 
 
 def sinkhorn(a: Tensor, b: Tensor, regularisation: float = 0.1) -> float:
@@ -81,15 +86,23 @@ def sinkhorn(a: Tensor, b: Tensor, regularisation: float = 0.1) -> float:
     import ot
 
     x, y, _, _ = _arrays(a, b, None, None)
-    return float(ot.bregman.empirical_sinkhorn_divergence(x, y, regularisation))
+    value: Any = ot.bregman.empirical_sinkhorn_divergence(x, y, regularisation)
+    return float(value)
 
 
 def sliced_wasserstein(
-    a: Tensor, b: Tensor, *, order: int = 1, directions: int = 500, seed: int = 0,
-    log_weights_a: Tensor | None = None, log_weights_b: Tensor | None = None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    order: int = 1,
+    directions: int = 500,
+    seed: int = 0,
+    log_weights_a: Tensor | None = None,
+    log_weights_b: Tensor | None = None,
 ) -> float:
     """Sliced Wasserstein distance of the given order, over random directions."""
     import ot
 
     x, y, w, v = _arrays(a, b, log_weights_a, log_weights_b)
-    return float(ot.sliced_wasserstein_distance(x, y, w, v, n_projections=directions, p=order, seed=seed))
+    value: Any = ot.sliced_wasserstein_distance(x, y, w, v, n_projections=directions, p=order, seed=seed)
+    return float(value)

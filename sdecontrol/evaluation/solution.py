@@ -20,7 +20,7 @@ from ..simulation.chains import Chain
 from ..simulation.diffusion import DiffusionChain
 from ..simulation.paths import Paths
 from ..tensors import check_tensor
-from .evaluate import Evaluation, evaluate_control, log_weights
+from .evaluate import Evaluation, evaluate, log_weights
 from .files import check_fingerprint, read_bundle, write_bundle
 
 __all__ = ["Solution", "TiltedStart", "load"]
@@ -37,7 +37,9 @@ class TiltedStart:
         shape = torch.Size(sample_shape if not isinstance(sample_shape, int) else (sample_shape,))
         solution = self._solution
         chain = solution.chain
-        paths = simulate_chain(solution.problem, chain, max(1, shape.numel()), solution.control, seed=seed, keep="states")
+        paths = simulate_chain(
+            solution.problem, chain, max(1, shape.numel()), solution.control, seed=seed, keep="states"
+        )
         return paths.states[chain.start].reshape(shape + self.event_shape)
 
     def __repr__(self) -> str:
@@ -83,7 +85,7 @@ class Solution:
         return len(self.history)
 
     def __repr__(self) -> str:
-        return (f"Solution({self.method}, {self.iterations} iterations, {self.chain.steps} steps, of {self.problem!r})")
+        return f"Solution({self.method}, {self.iterations} iterations, {self.chain.steps} steps, of {self.problem!r})"
 
     def _module(self) -> Control:
         return self.control
@@ -120,7 +122,7 @@ class Solution:
         """
         known = self._exact_values() if self._exact_values is not None else None
         log_z, start_log_z = known if known is not None else (None, None)
-        return evaluate_control(self.problem, self.control, self.chain, n, seed, log_z=log_z, start_log_z=start_log_z)
+        return evaluate(self.problem, self.control, self.chain, n, seed, log_z=log_z, start_log_z=start_log_z)
 
     @property
     def initial(self) -> Any:
@@ -136,18 +138,31 @@ class Solution:
         """
         reference = self.problem.reference
         if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
-            raise ValueError("solution.model needs a pre-trained model as reference (generative_sde or diffusion_chain); "
-                             "use solution.control here.")
+            raise ValueError(
+                "solution.model needs a pre-trained model as reference (generative_sde or diffusion_chain); "
+                "use solution.control here."
+            )
         main = self.control.main if isinstance(self.control, StartedControl) else self.control
         return as_model(reference, main)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the solution to a folder: tensors as safetensors, settings as JSON."""
-        write_bundle(folder, "solution", self.control.state_dict(), {
-            "kind": "solution", "method": self.method, "settings": plain_settings(self.settings), "seed": self.seed,
-            "reproducible": self.reproducible, "control": control_kind(self.control), "history": self.history,
-            "details": self.details, "problem": self.problem.fingerprint(),
-        })
+        write_bundle(
+            folder,
+            "solution",
+            self.control.state_dict(),
+            {
+                "kind": "solution",
+                "method": self.method,
+                "settings": plain_settings(self.settings),
+                "seed": self.seed,
+                "reproducible": self.reproducible,
+                "control": control_kind(self.control),
+                "history": self.history,
+                "details": self.details,
+                "problem": self.problem.fingerprint(),
+            },
+        )
 
 
 def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +173,7 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {"time_steps": steps, "scheme": settings.get("scheme")}
 
 
-def load(
-    folder: str | os.PathLike[str], problem: ControlProblem, control: nn.Module | None = None
-) -> Solution:
+def load(folder: str | os.PathLike[str], problem: ControlProblem, control: nn.Module | None = None) -> Solution:
     """Load a solution that ``solution.save`` wrote.
 
     Args:
@@ -168,7 +181,7 @@ def load(
         control: your own control, where the solution has one (its parameters are overwritten).
 
     Raises:
-        FileNotFoundError, BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
+        BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
     """
     tensors, saved = read_bundle(folder, "solution", "solution")
     check_fingerprint(saved.get("problem"), problem.fingerprint(), folder)
@@ -176,8 +189,16 @@ def load(
     chain = problem.chain(settings.get("time_steps"), settings.get("scheme"))
     module = control_from_configuration(problem, chain, saved["control"], control)
     load_tensors(module, tensors, folder)
-    return Solution(problem, module, method=saved["method"], settings=settings, history=saved["history"],
-                    seed=saved["seed"], reproducible=saved["reproducible"], details=saved.get("details"))
+    return Solution(
+        problem,
+        module,
+        method=saved["method"],
+        settings=settings,
+        history=saved["history"],
+        seed=saved["seed"],
+        reproducible=saved["reproducible"],
+        details=saved.get("details"),
+    )
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any) -> None:
@@ -189,11 +210,13 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any) -> No
     wanted = module.state_dict()
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted:
-            raise BadFileError(f"{path} does not fit this control: {name!r} is {'missing' if name not in tensors else 'extra'}.")
+            raise BadFileError(
+                f"{path} does not fit this control: {name!r} is {'missing' if name not in tensors else 'extra'}."
+            )
         if tensors[name].shape != wanted[name].shape or tensors[name].dtype != wanted[name].dtype:
-            raise BadFileError(f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
-                               f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}.")
+            raise BadFileError(
+                f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
+                f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
+            )
         check_tensor(name, tensors[name]) if tensors[name].is_floating_point() else None
     module.load_state_dict(tensors)
-
-

@@ -78,7 +78,7 @@ def shift_step(form: Form, step: Step, where: str) -> tuple[Form, tuple[Tensor, 
     over ``L Q``; its constant has ``-tr(L'PL)/2`` in place of ``-log det/2``, the covariance being kept.
     """
     U, S, Vh = torch.linalg.svd(step.C, full_matrices=False)
-    rank = int((S > _RANK * S[0]).sum())
+    rank = int((_RANK * S[0] < S).sum())
     LQ = step.L @ U[:, :rank]
     average = soft_average(form, LQ, where)
     constant = form.c + 0.5 * (average.root.mT @ form.q).square().sum() - 0.5 * (form.P * (step.L @ step.L.mT)).sum()

@@ -58,9 +58,12 @@ class Run:
         """The ``part``-th batch of this iteration."""
         seed = derive_seed(self.seed, 2, self.iteration, part)
         chain, problem = self.chain, self.problem
-        noise = SeededNoise(seed, self.batch_size, chain.steps, chain.noise_shape, dtype=chain.times.dtype,
-                            device=chain.times.device)
-        return Batch(problem.draw_start(self.batch_size, seed), noise, problem.draw_condition(self.batch_size, seed), seed)
+        noise = SeededNoise(
+            seed, self.batch_size, chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
+        )
+        return Batch(
+            problem.draw_start(self.batch_size, seed), noise, problem.draw_condition(self.batch_size, seed), seed
+        )
 
 
 class ControlState(nn.Module):
@@ -145,7 +148,9 @@ def path_metrics(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float)
     objective = reward - running_cost - alpha * kl
     return {
         "objective": float(objective.mean()),
-        "objective_stderr": float(objective.std()) / max(1, len(objective)) ** 0.5 if len(objective) > 1 else float("nan"),
+        "objective_stderr": float(objective.std()) / max(1, len(objective)) ** 0.5
+        if len(objective) > 1
+        else float("nan"),
         "reward": float(reward.mean()),
         "running_cost": float(running_cost.mean()),
         "kl": float(kl.mean()),

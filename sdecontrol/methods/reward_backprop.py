@@ -37,8 +37,10 @@ class RewardBackprop(Method):
             if self.gradient not in GRADIENT_MODES:
                 raise unknown_name("gradient", self.gradient, GRADIENT_MODES)
         elif isinstance(self.gradient, bool) or not isinstance(self.gradient, int) or self.gradient < 1:
-            raise ValueError(f"gradient must be one of {', '.join(GRADIENT_MODES)} or a number of last steps >= 1, "
-                             f"got {self.gradient!r}.")
+            raise ValueError(
+                f"gradient must be one of {', '.join(GRADIENT_MODES)} or a number of last steps >= 1, "
+                f"got {self.gradient!r}."
+            )
 
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
@@ -51,8 +53,16 @@ class RewardBackprop(Method):
                 return -_decoded_reward(problem, run, x, y) / problem.alpha
 
             cost = backpropagate(
-                chain, state.control, batch.x0, batch.noise, terminal, parameters=parameters, mode=self.gradient,
-                running_cost=problem.running_cost_or_none, alpha=problem.alpha, condition=batch.condition,
+                chain,
+                state.control,
+                batch.x0,
+                batch.noise,
+                terminal,
+                parameters=parameters,
+                mode=self.gradient,
+                running_cost=problem.running_cost_or_none,
+                alpha=problem.alpha,
+                condition=batch.condition,
                 weight=1 / run.accumulate,
             )
             rewards.append(-problem.alpha * cost.terminal)

@@ -15,10 +15,10 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
 from ..processes.sde import MEMORYLESS, SDE, _positional, check_memoryless
 from ..randomness import derive_seed, generator_for
-from ..simulation.chains import Chain, JoinedChain, StretchChain, chain_of
+from ..simulation.chains import Chain, JoinedChain, StretchChain, chain_of, make_grid
 from ..simulation.diffusion import DiffusionChain
-from ..tensors import as_float, check_output, check_tensor, nonfinite_rows
-from .rewards import Linear, LogProb, Quadratic, QuadraticCost
+from ..tensors import as_float, check_output, nonfinite_rows, probing
+from .rewards import Linear, Quadratic
 
 __all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
 
@@ -59,8 +59,10 @@ class ControlProblem:
         reward_batch_size: int | None = None,
     ) -> None:
         if not isinstance(reference, (SDE, DiffusionChain)):
-            raise TypeError("reference must be an SDE, LinearSDE, generative_sde(...) or diffusion_chain(...), "
-                            f"got {type(reference).__name__}.")
+            raise TypeError(
+                "reference must be an SDE, LinearSDE, generative_sde(...) or diffusion_chain(...), "
+                f"got {type(reference).__name__}."
+            )
         self.reference, self.alpha = reference, as_float("alpha", alpha, positive=True)
         self.initial = self._check_initial(initial)
         sample = draw(self.initial, 1, 0)
@@ -83,22 +85,29 @@ class ControlProblem:
         if initial is None:
             initial = self.reference.own_initial
             if initial is None:
-                raise TypeError(f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
-                                "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution.")
+                raise TypeError(
+                    f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
+                    "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution."
+                )
         if isinstance(initial, Tensor):
             raise TypeError("initial must be a law; for a fixed start pass sc.Dirac(x0).")
         if not isinstance(initial, Distribution):
-            raise TypeError(f"initial must be sc.Dirac, sc.Gaussian or a torch distribution, got {type(initial).__name__}.")
+            raise TypeError(
+                f"initial must be sc.Dirac, sc.Gaussian or a torch distribution, got {type(initial).__name__}."
+            )
         shape = torch.Size(initial.batch_shape) + torch.Size(initial.event_shape)
         if shape != self.reference.event_shape:
-            raise ValueError(f"initial gives states of shape {tuple(shape)}, the reference has states of shape "
-                             f"{tuple(self.reference.event_shape)}.")
+            raise ValueError(
+                f"initial gives states of shape {tuple(shape)}, the reference has states of shape "
+                f"{tuple(self.reference.event_shape)}."
+            )
         return initial
 
     def _check_agreement(self, name: str, dtype: torch.dtype | None, device: torch.device | None) -> None:
         if dtype is not None and dtype != self.dtype:
-            raise TypeError(f"{name} has dtype {dtype}, the initial law {self.dtype}; make them agree "
-                            f"(e.g. x0.to({dtype})).")
+            raise TypeError(
+                f"{name} has dtype {dtype}, the initial law {self.dtype}; make them agree (e.g. x0.to({dtype}))."
+            )
         if device is not None and device != self.device:
             raise ValueError(f"{name} is on {device}, the initial law on {self.device}; move one of them.")
 
@@ -108,14 +117,20 @@ class ControlProblem:
         generative = getattr(self.reference, "generative", False)
         if start is None:
             memory = self.memory
-            start = ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled") if generative else "fixed"
+            start = (
+                ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled")
+                if generative
+                else "fixed"
+            )
         if start == "memoryless" and not isinstance(self.initial, Dirac):
             check_memoryless(self.memory)
         if isinstance(self.initial, Dirac):
             return "fixed"
         if start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
-            raise ValueError(f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
-                             f"{type(self.initial).__name__}; pass initial=sc.Gaussian(mean, cov) or start='fixed'.")
+            raise ValueError(
+                f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
+                f"{type(self.initial).__name__}; pass initial=sc.Gaussian(mean, cov) or start='fixed'."
+            )
         return start
 
     @property
@@ -144,9 +159,13 @@ class ControlProblem:
             decoded = self.reference.decode(x, y) if isinstance(self.reference, DiffusionChain) else x
             if self.running_cost_function is not None:
                 if not callable(self.running_cost_function):
-                    raise TypeError("running_cost must be a function (x, t) -> (batch,) or None, got "
-                                    f"{type(self.running_cost_function).__name__}.")
-                check_output("running_cost", self.running_cost(x, t, y), (rows,), x, "One number per row.")
+                    raise TypeError(
+                        "running_cost must be a function (x, t) -> (batch,) or None, got "
+                        f"{type(self.running_cost_function).__name__}."
+                    )
+                with probing("running_cost", f"running_cost(x, t), x {tuple(x.shape)}, t 0-d"):
+                    cost = self.running_cost(x, t, y)
+                check_output("running_cost", cost, (rows,), x, "One number per row.")
         self._reward_rows = decoded.shape[1:]
         self.has_gradient = self._probe_reward(decoded, y)
 
@@ -155,18 +174,23 @@ class ControlProblem:
         if self.reward_function is None:
             return True
         if not callable(self.reward_function):
-            raise TypeError(f"reward must be a function x -> (batch,) or None, got {type(self.reward_function).__name__}.")
+            raise TypeError(
+                f"reward must be a function x -> (batch,) or None, got {type(self.reward_function).__name__}."
+            )
         for name in ("G", "g"):
             part = getattr(self.reward_function, name, None)
             if isinstance(self.reward_function, (Quadratic, Linear)) and part is not None:
                 self._check_agreement(f"reward.{name}", part.dtype, part.device)
-                if part.shape[-len(self.event_shape):] != self.event_shape:
-                    raise ValueError(f"reward.{name} has shape {tuple(part.shape)}, which does not fit states of shape "
-                                     f"{tuple(self.event_shape)}.")
+                if part.shape[-len(self.event_shape) :] != self.event_shape:
+                    raise ValueError(
+                        f"reward.{name} has shape {tuple(part.shape)}, which does not fit states of shape "
+                        f"{tuple(self.event_shape)}."
+                    )
         with torch.enable_grad():
             leaf = x.clone().requires_grad_(True)
             try:
-                value = self._call_reward(leaf, y)
+                with probing("reward", f"reward(x{'' if y is None else ', y'}), x {tuple(x.shape)}"):
+                    value = self._call_reward(leaf, y)
             except RuntimeError as error:
                 if "requires grad" not in str(error) and "detach()" not in str(error):
                     raise
@@ -205,16 +229,22 @@ class ControlProblem:
         """
         if isinstance(self.reference, DiffusionChain):
             if time_steps is not None or scheme is not None:
-                raise ValueError("time_steps and scheme do not apply: the reference is a chain with its own "
-                                 f"{self.reference.steps} steps.")
+                raise ValueError(
+                    "time_steps and scheme do not apply: the reference is a chain with its own "
+                    f"{self.reference.steps} steps."
+                )
             key: Any = "own"
         else:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
             scheme = getattr(self.reference, "default_scheme", "euler") if scheme is None else scheme
-            key = (time_steps if isinstance(time_steps, (int, float, bool, str)) else tuple(float(t) for t in time_steps), scheme)
+            grid = make_grid(time_steps, self.reference.horizon)
+            key = (time_steps if isinstance(time_steps, int) else tuple(grid), scheme)
         if key not in self._chains:
-            main = self.reference if isinstance(self.reference, DiffusionChain) else chain_of(
-                self.reference, time_steps, scheme or "euler", self.dtype, self.device)
+            main = (
+                self.reference
+                if isinstance(self.reference, DiffusionChain)
+                else chain_of(self.reference, time_steps, scheme or "euler", self.dtype, self.device)
+            )
             if self.start == "controlled":
                 stretch = StretchChain(self.initial, max(5, main.steps // 4), self.dtype, self.device)
                 main = JoinedChain(stretch, main)
@@ -254,9 +284,12 @@ class ControlProblem:
         if not bool(torch.isfinite(value).all()):
             rows = nonfinite_rows(value)
             large = float(x.detach().abs().max())
-            raise NonFiniteError(f"reward is not finite in {rows} of {len(value)} rows (largest |x|: {large:.3g}). "
-                                 "A reward must be finite wherever the process can go; floor it (e.g. torch.clamp).",
-                                 what="reward", rows=rows)
+            raise NonFiniteError(
+                f"reward is not finite in {rows} of {len(value)} rows (largest |x|: {large:.3g}). "
+                "A reward must be finite wherever the process can go; floor it (e.g. torch.clamp).",
+                what="reward",
+                rows=rows,
+            )
         return value
 
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
@@ -271,9 +304,14 @@ class ControlProblem:
 
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""
-        parts = [getattr(self.reference, "model", None), getattr(self.reference, "_drift", None),
-                 getattr(self.reference, "_diffusion_function", None), self.reward_function,
-                 getattr(self.reward_function, "classifier", None), self.running_cost_function]
+        parts = [
+            getattr(self.reference, "model", None),
+            getattr(self.reference, "_drift", None),
+            getattr(self.reference, "_diffusion_function", None),
+            self.reward_function,
+            getattr(self.reward_function, "classifier", None),
+            self.running_cost_function,
+        ]
         return [p for p in parts if isinstance(p, nn.Module)]
 
     @contextlib.contextmanager
@@ -307,20 +345,26 @@ class ControlProblem:
                 numbers["running_cost"] = self.running_cost(x, t, y)
             numbers["initial"] = draw(self.initial, 2, 1)
         return {
-            "reference": self.reference.describe(), "alpha": self.alpha, "start": self.start,
-            "initial": type(self.initial).__name__, "conditional": self.condition is not None,
+            "reference": self.reference.describe(),
+            "alpha": self.alpha,
+            "start": self.start,
+            "initial": type(self.initial).__name__,
+            "conditional": self.condition is not None,
             "numbers": {name: v.detach().double().cpu().flatten()[:64].tolist() for name, v in numbers.items()},
         }
 
+    def __deepcopy__(self, memo: Any) -> ControlProblem:
+        return self
+
     def __repr__(self) -> str:
         reward = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)
-        return (f"ControlProblem({type(self.reference).__name__}{tuple(self.event_shape)}, horizon={self.horizon:g}, "
-                f"start={self.start!r}, reward={reward}, alpha={self.alpha:g})")
+        return (
+            f"ControlProblem({type(self.reference).__name__}{tuple(self.event_shape)}, horizon={self.horizon:g}, "
+            f"start={self.start!r}, reward={reward}, alpha={self.alpha:g})"
+        )
 
 
 def _root(cov: Tensor) -> Tensor:
     from ..processes.laws import factor
 
     return factor(cov)
-
-

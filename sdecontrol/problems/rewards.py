@@ -18,7 +18,9 @@ def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"{name} must be a square (d, d) matrix, got shape {tuple(matrix.shape)}.")
     if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=1e-6 * float(matrix.abs().max().clamp(min=1e-30))):
-        raise ValueError(f"{name} must be symmetric; only its symmetric part enters x'{name}x, so pass ({name} + {name}.T)/2.")
+        raise ValueError(
+            f"{name} must be symmetric; only its symmetric part enters x'{name}x, so pass ({name} + {name}.T)/2."
+        )
     return 0.5 * (matrix + matrix.mT)
 
 
@@ -56,7 +58,9 @@ class LogProb:
 
     def __init__(self, classifier: nn.Module | Callable[[Tensor], Tensor], label: int | None) -> None:
         if not callable(classifier):
-            raise TypeError(f"classifier must be callable, x -> logits (batch, classes); got {type(classifier).__name__}.")
+            raise TypeError(
+                f"classifier must be callable, x -> logits (batch, classes); got {type(classifier).__name__}."
+            )
         self.classifier, self.label = classifier, label
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -69,7 +73,9 @@ class LogProb:
                 raise ValueError(f"label {self.label} is not one of the classifier's {logits.shape[1]} classes.")
             return log_probs[:, self.label]
         if y is None:
-            raise ValueError("LogProb(label=None) needs the problem's condition: ControlProblem(..., condition=labels).")
+            raise ValueError(
+                "LogProb(label=None) needs the problem's condition: ControlProblem(..., condition=labels)."
+            )
         return log_probs.gather(1, y.long().reshape(-1, 1))[:, 0]
 
 

@@ -55,8 +55,19 @@ def simulate(
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
     chain = problem.chain(time_steps, scheme)
-    return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, noise=noise, antithetic=antithetic,
-                          state=state, step=step, condition=condition)
+    return simulate_chain(
+        problem,
+        chain,
+        num_paths,
+        control,
+        seed=seed,
+        keep=keep,
+        noise=noise,
+        antithetic=antithetic,
+        state=state,
+        step=step,
+        condition=condition,
+    )
 
 
 def simulate_chain(
@@ -78,7 +89,9 @@ def simulate_chain(
     if keep not in KEEP:
         raise unknown_name("keep", keep, KEEP)
     if control is not None and not callable(control):
-        raise TypeError(f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}.")
+        raise TypeError(
+            f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
+        )
     if not 0 <= step < chain.steps:
         raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
     if step and state is None:
@@ -100,14 +113,30 @@ def simulate_chain(
             raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
         source: Any = SuppliedNoise(noise)
     else:
-        source = SeededNoise(seed, num_paths, chain.steps, chain.noise_shape, dtype=chain.times.dtype,
-                             device=chain.times.device, antithetic=antithetic)
+        source = SeededNoise(
+            seed,
+            num_paths,
+            chain.steps,
+            chain.noise_shape,
+            dtype=chain.times.dtype,
+            device=chain.times.device,
+            antithetic=antithetic,
+        )
 
     def run(keep: str) -> Paths:
         shift = None if control is None else shift_function(chain, control)
         with torch.set_grad_enabled(grad), problem.evaluating():
-            return integrate(chain, state, source, shift, condition=condition, running_cost=problem.running_cost_or_none,
-                             keep=keep, first=step, replay=(lambda: run("all")) if keep != "all" else None)
+            return integrate(
+                chain,
+                state,
+                source,
+                shift,
+                condition=condition,
+                running_cost=problem.running_cost_or_none,
+                keep=keep,
+                first=step,
+                replay=(lambda: run("all")) if keep != "all" else None,
+            )
 
     try:
         return run(keep)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import unknown_name
 from ..randomness import generator_for
-from ..tensors import check_output
+from ..tensors import as_float, check_output, probing
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
 from .schedules import Schedule
@@ -29,7 +29,9 @@ PREDICTIONS = ("noise", "sample", "score", "v", "velocity")
 _S_MIN = 1e-5  # models are not trained at noising time 0, and predictions of noise are singular there
 
 
-def noise_coefficients(prediction: str, mu: Tensor, std: Tensor, log_mu_slope: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+def noise_coefficients(
+    prediction: str, mu: Tensor, std: Tensor, log_mu_slope: Tensor, rate: Tensor
+) -> tuple[Tensor, Tensor]:
     """``(a, b)`` with ``eps = a x + b prediction``, elementwise in the noising times (float64 tensors)."""
     zero = torch.zeros_like(mu)
     if prediction == "noise":
@@ -79,7 +81,7 @@ def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> floa
         return -float(schedule.log_mu_slope(at)) - (rate + noise_level(s) ** 2) / (2 * variance)
 
     end = schedule.noise_end
-    total = quad(slope, 0.0, end, limit=400, points=[p for p in (1e-3 * end, 0.5 * end, 0.99 * end)])[0]
+    total = quad(slope, 0.0, end, limit=400, points=[1e-3 * end, 0.5 * end, 0.99 * end])[0]
     ends = torch.tensor([end, 0.0], dtype=torch.float64)
     start, last = (schedule.mu(ends) ** 2 + schedule.std(ends) ** 2).tolist()
     return float(np.exp(min(total, 50.0)) * math.sqrt(start / last))
@@ -109,7 +111,9 @@ class GenerativeSDE(SDE):
         self._constant, self._diffusion_function = None, self.diffusion
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
-        self.noise_level = noise_level
+        if not isinstance(noise_level, str) and not callable(noise_level):
+            noise_level = as_float("noise_level", noise_level, positive=True)
+        self.noise_level: Any = noise_level
         #: the process is the exact time reversal of the noising (then and only then exact bridges are the noising's)
         self.reversal = isinstance(noise_level, str)
         self.memory = memory_of(schedule, self._level)
@@ -122,7 +126,8 @@ class GenerativeSDE(SDE):
             self.own_initial = Gaussian(start.means[0], start.covariances[0]) if len(start.means) == 1 else start
         else:
             self.own_initial = Gaussian(
-                torch.zeros(self.event_shape, dtype=self.dtype, device=self.device), schedule.start_std() ** 2)
+                torch.zeros(self.event_shape, dtype=self.dtype, device=self.device), schedule.start_std() ** 2
+            )
 
     def _level(self, s: float) -> float:
         """The noise level at noising time s, per unit of noising time."""
@@ -130,10 +135,12 @@ class GenerativeSDE(SDE):
         if self.reversal:
             return math.sqrt(max(float(self.schedule.forward_variance_rate(at)), 0.0))
         if not callable(self.noise_level):
-            return float(self.noise_level)
+            return float(self.noise_level) / math.sqrt(self.schedule.noise_end)
         value = float(self.noise_level(torch.tensor(self.process_time(s), dtype=torch.float64)))
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"noise_level must be finite and > 0 at every time, got {value} at t={self.process_time(s):.4g}.")
+            raise ValueError(
+                f"noise_level must be finite and > 0 at every time, got {value} at t={self.process_time(s):.4g}."
+            )
         return value / math.sqrt(self.schedule.noise_end)
 
     def process_time(self, s: float | Tensor) -> Any:
@@ -165,8 +172,9 @@ class GenerativeSDE(SDE):
     def predict(self, model: Callable[..., Tensor], x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         """A model's prediction at process time t (0-d): called on its own clock."""
         s = max(float(self.noising_time(float(t))), _S_MIN)
-        clock = torch.tensor(float(self.schedule.model_time(torch.tensor(s, dtype=torch.float64))), dtype=x.dtype,
-                             device=x.device)
+        clock = torch.tensor(
+            float(self.schedule.model_time(torch.tensor(s, dtype=torch.float64))), dtype=x.dtype, device=x.device
+        )
         return call_model(model, x, clock, condition)
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
@@ -195,6 +203,10 @@ class GenerativeSDE(SDE):
 
         return terms
 
+    def diffusion_on_grid(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
+        levels = torch.tensor(self._table(times)["g"], dtype=times.dtype, device=times.device)
+        return lambda k, x: levels[k]
+
     _memo: tuple[int, Tensor, Tensor] | None = None
 
     def remembered(self, k: int, x: Tensor) -> Tensor | None:
@@ -211,8 +223,10 @@ class GenerativeSDE(SDE):
         x = x.to(device=device, dtype=dtype)
         y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
         with torch.no_grad():
-            check_output("model", self.predict(self.model, x, 0.5, y), x.shape, x,
-                         "It is called as model(x, s), x (batch, *shape), s (batch,).")
+            called = "model(x, s), x (batch, *shape), s (batch,)" if y is None else "model(x, s, y)"
+            with probing("model", f"{called}, x {tuple(x.shape)}"):
+                value = self.predict(self.model, x, 0.5, y)
+            check_output("model", value, x.shape, x, f"It is called as {called}.")
 
     def marginal(self, t: float) -> GaussianMixture:
         """The exact law of X_t (a mixture in the model's place only)."""
@@ -234,7 +248,12 @@ class GenerativeSDE(SDE):
             mu, std, end = float(self.schedule.mu(s)), float(self.schedule.std(s)), self.schedule.noise_end
             rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
             precision = torch.linalg.inv(mu**2 * cov + std**2 * eye)
-            return mu, -end * float(self.schedule.log_mu_slope(s)), end * (rate + level**2) / 2 * precision, level * math.sqrt(end)
+            return (
+                mu,
+                -end * float(self.schedule.log_mu_slope(s)),
+                end * (rate + level**2) / 2 * precision,
+                level * math.sqrt(end),
+            )
 
         def A(t: Tensor) -> Tensor:
             _, x_part, pull, _ = parts(t)
@@ -251,7 +270,12 @@ class GenerativeSDE(SDE):
 
     def describe(self) -> dict[str, Any]:
         level = self.noise_level if isinstance(self.noise_level, (str, float, int)) else "callable"
-        return {**super().describe(), "schedule": repr(self.schedule), "prediction": self.prediction, "noise_level": level}
+        return {
+            **super().describe(),
+            "schedule": repr(self.schedule),
+            "prediction": self.prediction,
+            "noise_level": level,
+        }
 
 
 def generative_sde(
@@ -282,7 +306,9 @@ def generative_sde(
         raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
     if isinstance(model, GaussianMixture):
         if shape is not None and tuple(shape) != tuple(model.event_shape):
-            raise ValueError(f"shape {tuple(shape)} does not fit a mixture on {tuple(model.event_shape)}; leave it out.")
+            raise ValueError(
+                f"shape {tuple(shape)} does not fit a mixture on {tuple(model.event_shape)}; leave it out."
+            )
         sde = GenerativeSDE(MixtureNoise(model, schedule), schedule, "noise", model.event_shape, noise_level, model)
     else:
         if not callable(model):

@@ -7,11 +7,11 @@ time 0 of a fixed start).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 
 from ..randomness import BLOCK, derive_seed, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
@@ -32,14 +32,16 @@ def _check_covariance(name: str, covariance: Tensor) -> Tensor:
         raise ValueError(f"{name} must be symmetric.")
     values = torch.linalg.eigvalsh(symmetric(covariance))
     if bool((values < -1e-5 * values.abs().amax().clamp(min=1e-30)).any()):
-        raise ValueError(f"{name} must be positive semi-definite; its smallest eigenvalue is {float(values.min()):.3g}.")
+        raise ValueError(
+            f"{name} must be positive semi-definite; its smallest eigenvalue is {float(values.min()):.3g}."
+        )
     return symmetric(covariance)
 
 
 class Dirac(Distribution):
     """A point mass at ``point`` of shape ``(*event)``: every path starts there."""
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, point: Tensor) -> None:
         self.point = check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
@@ -59,13 +61,13 @@ class Dirac(Distribution):
     def covariance_matrix(self) -> Tensor:
         return self.point.new_zeros((self.point.numel(),) * 2)
 
+    def __repr__(self) -> str:
+        return f"Dirac(point of shape {tuple(self.point.shape)})"
+
     def sample(self, sample_shape: Any = ()) -> Tensor:
         return self.point.expand(torch.Size(sample_shape) + self.event_shape)
 
     rsample = sample
-
-    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
-        return self.sample((rows,))
 
 
 class Gaussian(Distribution):
@@ -77,15 +79,18 @@ class Gaussian(Distribution):
             (``(batch, d, d)`` for a batch of laws).
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
         mean = check_tensor("Gaussian(mean)", mean)
         if mean.ndim == 0:
-            raise ValueError("Gaussian(mean) must have at least one dimension; use torch.tensor([m]) for a scalar state.")
-        cov = check_tensor("Gaussian(cov)", torch.as_tensor(cov, dtype=mean.dtype, device=mean.device)
-                           if not isinstance(cov, Tensor) else cov)
+            raise ValueError(
+                "Gaussian(mean) must have at least one dimension; use torch.tensor([m]) for a scalar state."
+            )
+        cov = check_tensor(
+            "Gaussian(cov)",
+            torch.as_tensor(cov, dtype=mean.dtype, device=mean.device) if not isinstance(cov, Tensor) else cov,
+        )
         if cov.dtype != mean.dtype:
             raise TypeError(f"Gaussian(cov) has dtype {cov.dtype}, the mean {mean.dtype}; make them agree.")
         if cov.device != mean.device:
@@ -135,6 +140,10 @@ class Gaussian(Distribution):
     def is_diagonal(self) -> bool:
         return not self._full
 
+    def __repr__(self) -> str:
+        kind = "full covariance" if self._full else "independent entries"
+        return f"Gaussian(batch {tuple(self.batch_shape)}, event {tuple(self.event_shape)}, {kind})"
+
     def shape_noise(self, z: Tensor) -> Tensor:
         """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
         return (self._root @ z.unsqueeze(-1)).squeeze(-1) if self._full else self._root * z
@@ -180,25 +189,31 @@ class GaussianMixture(Distribution):
         covariances: a number, ``(k,)`` or ``(k, d)`` variances, or ``(k, d, d)`` matrices.
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
         means = check_tensor("GaussianMixture(means)", means, shape=("k", "d"))
         weights = check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],))
         if weights.dtype != means.dtype or weights.device != means.device:
-            raise TypeError(f"GaussianMixture(weights) is {weights.dtype} on {weights.device}, the means {means.dtype} "
-                            f"on {means.device}; make them agree.")
+            raise TypeError(
+                f"GaussianMixture(weights) is {weights.dtype} on {weights.device}, the means {means.dtype} "
+                f"on {means.device}; make them agree."
+            )
         if bool((weights <= 0).any()):
             raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
         k, d = means.shape
         self.means, self.log_weights = means, (weights / weights.sum()).log()
-        cov = torch.as_tensor(covariances, dtype=means.dtype, device=means.device) if not isinstance(
-            covariances, Tensor) else covariances
+        cov = (
+            torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
+            if not isinstance(covariances, Tensor)
+            else covariances
+        )
         cov = check_tensor("GaussianMixture(covariances)", cov)
         if cov.dtype != means.dtype or cov.device != means.device:
-            raise TypeError(f"GaussianMixture(covariances) is {cov.dtype} on {cov.device}, the means {means.dtype} "
-                            f"on {means.device}; make them agree.")
+            raise TypeError(
+                f"GaussianMixture(covariances) is {cov.dtype} on {cov.device}, the means {means.dtype} "
+                f"on {means.device}; make them agree."
+            )
         if cov.shape == (k, d, d):
             cov = _check_covariance("GaussianMixture(covariances)", cov)
             self._values, self._vectors = torch.linalg.eigh(cov)
@@ -210,8 +225,10 @@ class GaussianMixture(Distribution):
         elif cov.shape == (k, d):
             self._values, self._vectors = cov, None
         else:
-            raise ValueError(f"GaussianMixture(covariances) must be a number, ({k},), ({k}, {d}) or ({k}, {d}, {d}); "
-                             f"got {tuple(cov.shape)}.")
+            raise ValueError(
+                f"GaussianMixture(covariances) must be a number, ({k},), ({k}, {d}) or ({k}, {d}, {d}); "
+                f"got {tuple(cov.shape)}."
+            )
         if bool((self._values <= 0).any()):
             raise ValueError("GaussianMixture(covariances) must be positive definite.")
         super().__init__(event_shape=torch.Size((d,)), validate_args=False)
@@ -241,11 +258,16 @@ class GaussianMixture(Distribution):
     @property
     def covariance_matrix(self) -> Tensor:
         centred = self.means - self.mean
-        return torch.einsum("k,kij->ij", self.weights, self.covariances) + (centred * self.weights[:, None]).mT @ centred
+        return (
+            torch.einsum("k,kij->ij", self.weights, self.covariances) + (centred * self.weights[:, None]).mT @ centred
+        )
 
     @property
     def variance(self) -> Tensor:
         return self.covariance_matrix.diagonal()
+
+    def __repr__(self) -> str:
+        return f"GaussianMixture({len(self.means)} components, d={self.means.shape[1]})"
 
     def noised(self, mu: Tensor | float, std: Tensor | float) -> GaussianMixture:
         """The law of ``mu X + std eps``."""
@@ -305,7 +327,7 @@ def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -
     parts = []
     for block in range(first_block, first_block + -(-n // BLOCK)):
         where = derive_seed(seed, 1_000_003 + place, block)
-        if hasattr(law, "_draw_block"):
+        if isinstance(law, (Gaussian, GaussianMixture)):
             parts.append(law._draw_block(BLOCK, generator_for(_device_of(law), where)))
         elif isinstance(law, Tensor):
             generator = generator_for(law.device, where)

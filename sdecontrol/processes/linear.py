@@ -52,8 +52,10 @@ class LinearSDE(SDE):
             check_tensor("A", probe)
         root = self.sigma_at(0.0, like=probe)
         if root.shape[0] != d:
-            raise ValueError(f"sigma must be a number or a ({d}, m) matrix to go with A {tuple(probe.shape)}, "
-                             f"got {tuple(root.shape)}.")
+            raise ValueError(
+                f"sigma must be a number or a ({d}, m) matrix to go with A {tuple(probe.shape)}, "
+                f"got {tuple(root.shape)}."
+            )
         constant_sigma = not callable(sigma) or isinstance(sigma, Tensor)
         if constant_sigma:
             check_tensor("sigma", root)
@@ -105,8 +107,10 @@ class LinearSDE(SDE):
         if value.ndim == 0:
             return value.to(like.dtype) * torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
         if value.ndim != 2:
-            raise ValueError(f"sigma must be a number or a (d, m) matrix, got shape {tuple(value.shape)}; "
-                             f"use torch.diag for a diagonal one.")
+            raise ValueError(
+                f"sigma must be a number or a (d, m) matrix, got shape {tuple(value.shape)}; "
+                f"use torch.diag for a diagonal one."
+            )
         return value
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
@@ -141,8 +145,11 @@ class LinearSDE(SDE):
             raise ValueError(f"transition needs s <= t, got {s} > {t}.")
         d = self.event_shape[0]
         if t == s:
-            return Transition(torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64),
-                              torch.zeros(d, d, dtype=torch.float64))
+            return Transition(
+                torch.eye(d, dtype=torch.float64),
+                torch.zeros(d, dtype=torch.float64),
+                torch.zeros(d, d, dtype=torch.float64),
+            )
         matrix, shift, cov, _ = self._transition_and_gain(s, t)
         return Transition(matrix, shift, cov)
 
@@ -204,8 +211,10 @@ class LinearSDE(SDE):
         """The law of ``X_t`` for a start from ``initial`` at time 0."""
         mean, cov = moments(initial)
         law = self.transition(0.0, t)
-        return Gaussian((law.matrix @ mean + law.shift).to(initial.mean),
-                        symmetric(law.matrix @ cov @ law.matrix.mT + law.covariance).to(initial.mean))
+        return Gaussian(
+            (law.matrix @ mean + law.shift).to(initial.mean),
+            symmetric(law.matrix @ cov @ law.matrix.mT + law.covariance).to(initial.mean),
+        )
 
     def bridge(self, t: float, x: Tensor, y: Tensor, s: float = 0.0, u: float | None = None) -> Gaussian:
         """The law of ``X_t`` given ``X_s = x`` and ``X_u = y`` (u defaults to the horizon), s < t < u."""

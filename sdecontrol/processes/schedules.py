@@ -70,7 +70,9 @@ class VP(Schedule):
 
     def __post_init__(self) -> None:
         if not (self.beta_min >= 0 and self.beta_max > 0 and self.beta_max >= self.beta_min):
-            raise ValueError(f"VP needs 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min}, {self.beta_max}.")
+            raise ValueError(
+                f"VP needs 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min}, {self.beta_max}."
+            )
 
     def _beta(self, s: Tensor) -> Tensor:
         return self.beta_min + (self.beta_max - self.beta_min) * s

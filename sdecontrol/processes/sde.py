@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..randomness import generator_for
-from ..tensors import as_float, check_output, check_tensor, is_matrix_scale
+from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
 
 __all__ = ["MEMORYLESS", "SDE", "StepFunction", "check_memoryless"]
 
@@ -58,7 +58,9 @@ class SDE:
             raise TypeError("give exactly one of dim (vector states) and shape (states of any rank).")
         self.event_shape = torch.Size((int(dim),) if dim is not None else tuple(int(n) for n in shape or ()))
         if len(self.event_shape) == 0 or min(self.event_shape) < 1:
-            raise ValueError(f"the event's shape must have at least one dimension, all >= 1; got {tuple(self.event_shape)}.")
+            raise ValueError(
+                f"the event's shape must have at least one dimension, all >= 1; got {tuple(self.event_shape)}."
+            )
         if not callable(drift):
             raise TypeError(f"drift must be callable (x, t) -> (batch, *event), got {type(drift).__name__}.")
         self.horizon = as_float("horizon", horizon, positive=True)
@@ -67,7 +69,8 @@ class SDE:
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self._diffusion_function: Callable[..., Any] | None = None
-        self._constant: Tensor | float | None = None
+        self._constant: Tensor | None = None
+        self._layout = "elementwise"
         if callable(diffusion) and not isinstance(diffusion, Tensor):
             self._diffusion_function = diffusion
             self.control_shape = self.event_shape  # settled by the first probe
@@ -83,26 +86,30 @@ class SDE:
     @property
     def constant_diffusion(self) -> Tensor | None:
         """The diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None."""
-        return None if self._constant is None else torch.as_tensor(self._constant)
+        return self._constant
 
-    def _check_constant(self, sigma: Any) -> Tensor | float:
-        hint = "diffusion: a number, standard deviations of the event's shape, a (d, m) matrix, or a function of (x, t)."
+    def _check_constant(self, sigma: Any) -> Tensor:
+        hint = (
+            "diffusion: a number, standard deviations of the event's shape, a (d, m) matrix, or a function of (x, t)."
+        )
         if not isinstance(sigma, Tensor):
             value = as_float("diffusion", sigma)
             if value == 0:
                 raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
-            return value
+            return torch.tensor(value)
         check_tensor("diffusion", sigma, hint=hint)
         if not bool((sigma != 0).any()):
             raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
         if sigma.ndim:
             self.dtype, self.device = sigma.dtype, sigma.device
-        if sigma.ndim == 0 or sigma.shape == self.event_shape and not (self.event_ndim == 1 and sigma.ndim == 2):
+        if sigma.ndim == 0 or (sigma.shape == self.event_shape and not (self.event_ndim == 1 and sigma.ndim == 2)):
             return sigma
         if self.event_ndim == 1 and sigma.ndim == 2 and sigma.shape[0] == self.event_shape[0]:
             return sigma.unsqueeze(0)
-        raise ValueError(f"diffusion has shape {tuple(sigma.shape)}, which does not fit a state of shape "
-                         f"{tuple(self.event_shape)}. {hint}")
+        raise ValueError(
+            f"diffusion has shape {tuple(sigma.shape)}, which does not fit a state of shape "
+            f"{tuple(self.event_shape)}. {hint}"
+        )
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         """Call drift and diffusion once on random states and check what they return.
@@ -118,16 +125,24 @@ class SDE:
         y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
         t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
         with torch.no_grad():
-            check_output("drift", self.drift(x, t, y), x.shape, x, "Its first dimension is the batch.")
+            called = (
+                f"drift(x, t{'' if y is None or not self.drift_takes_condition else ', y'}), x {tuple(x.shape)}, t 0-d"
+            )
+            with probing("drift", called):
+                value = self.drift(x, t, y)
+            check_output("drift", value, x.shape, x, "Its first dimension is the batch.")
             if self._diffusion_function is not None:
                 self._probe_diffusion(x, t)
 
     def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
-        raw = self._diffusion_function(x, t)  # type: ignore[misc]
+        with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d"):
+            raw = self._diffusion_function(x, t)  # type: ignore[misc]
         value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
         if isinstance(raw, Tensor) and raw.ndim:
             if raw.dtype != x.dtype:
-                raise TypeError(f"diffusion returned dtype {raw.dtype} for an input of dtype {x.dtype}; make them agree.")
+                raise TypeError(
+                    f"diffusion returned dtype {raw.dtype} for an input of dtype {x.dtype}; make them agree."
+                )
             if raw.device != x.device:
                 raise ValueError(f"diffusion returned a tensor on {raw.device} for an input on {x.device}.")
         d = self.event_shape
@@ -150,22 +165,29 @@ class SDE:
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """``sigma(x, t)``: elementwise (0-d, event or batch of events) or a matrix ``(1 | batch, d, m)``."""
-        if self._diffusion_function is None:
-            return torch.as_tensor(self._constant, dtype=x.dtype, device=x.device) if isinstance(
-                self._constant, float) else self._constant  # type: ignore[return-value]
+        if self._constant is not None:
+            return self._constant
+        assert self._diffusion_function is not None
         value = self._diffusion_function(x, t)
         if not isinstance(value, Tensor):
             return torch.as_tensor(value, dtype=x.dtype, device=x.device)
-        return value.unsqueeze(0) if getattr(self, "_layout", "") == "shared matrix" else value
+        return value.unsqueeze(0) if self._layout == "shared matrix" else value
 
     def on_grid(self, times: Tensor) -> StepFunction:
         """Drift and diffusion at each of ``times``, with whatever depends on time alone computed once."""
         clock = list(times)
         if self._constant is not None:
-            sigma = torch.as_tensor(self._constant, dtype=times.dtype, device=times.device) if isinstance(
-                self._constant, float) else self._constant
+            sigma = self._constant
             return lambda k, x, y: (self.drift(x, clock[k], y), sigma)
         return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))
+
+    def diffusion_on_grid(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """``(k, x) -> sigma`` at each of ``times``."""
+        clock = list(times)
+        return lambda k, x: self.diffusion(x, clock[k])
+
+    def __deepcopy__(self, memo: Any) -> SDE:
+        return self  # a process is a definition: a copied control refers to the same one
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for a saved file."""
@@ -180,7 +202,9 @@ def _positional(function: Callable[..., Any]) -> int:
     except (TypeError, ValueError):
         return 2
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and (p.default is inspect.Parameter.empty or p.name in ("y", "condition")) for p in parameters)
+    return sum(
+        p.kind in kinds and (p.default is inspect.Parameter.empty or p.name in ("y", "condition")) for p in parameters
+    )
 
 
 def check_memoryless(memory: float | None) -> None:

@@ -9,6 +9,7 @@ transitions of a linear SDE, ``StretchChain`` the stretch of time before 0 that 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Chain:
     def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.clock = clock
         self.times = torch.tensor(clock, dtype=torch.float64).to(device=device, dtype=dtype)
-        self.step_sizes = [b - a for a, b in zip(clock, clock[1:])]
+        self.step_sizes = [b - a for a, b in pairwise(clock)]
 
     @property
     def steps(self) -> int:
@@ -66,12 +67,12 @@ class Chain:
     def shift(self, k: int, u: Tensor) -> Tensor:
         """The shift ``c_k`` that a control u makes at step k."""
         gain = self.gain(k)
-        return u * gain if isinstance(gain, float) else u @ gain.mT
+        return u @ gain.mT if isinstance(gain, Tensor) else u * gain
 
     def control(self, k: int, c: Tensor) -> Tensor:
         """The control (of minimum norm) whose shift is c."""
         gain = self.gain(k)
-        return c / gain if isinstance(gain, float) else c @ torch.linalg.pinv(gain).mT
+        return c @ torch.linalg.pinv(gain).mT if isinstance(gain, Tensor) else c / gain
 
     def step_at(self, t: float) -> int:
         """The step that contains time t (matched to the grid within 1e-9 of the horizon)."""
@@ -90,6 +91,9 @@ class Chain:
 
     def forget(self) -> None:
         """Drop anything remembered from the last step."""
+
+    def __deepcopy__(self, memo: Any) -> Chain:
+        return self  # a chain is a definition: a copied control refers to the same one
 
 
 class EulerChain(Chain):
@@ -140,7 +144,7 @@ class TransitionChain(Chain):
         self.noise_shape = sde.event_shape
         made: dict[tuple[float, float], tuple[Tensor, ...]] = {}
         self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for s, t in zip(clock, clock[1:]):
+        for s, t in pairwise(clock):
             key = (0.0, round(t - s, 14)) if sde.autonomous else (s, t)
             if key not in made:
                 matrix, shift, cov, effect = sde._transition_and_gain(key[0], key[1] if sde.autonomous else t)
@@ -189,8 +193,9 @@ class StretchChain(Chain):
         mean, spread = self.mixture.mean, self.mixture.covariance_matrix
         means = mean + past * (self.mixture.means - mean)
         tiny = 1e-12 * spread.diagonal().max() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-        return GaussianMixture(self.mixture.weights, means,
-                               past**2 * self.mixture.covariances + past * (1 - past) * spread + tiny)
+        return GaussianMixture(
+            self.mixture.weights, means, past**2 * self.mixture.covariances + past * (1 - past) * spread + tiny
+        )
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         if self._bridges is None:
@@ -212,7 +217,9 @@ class JoinedChain(Chain):
         self.first, self.second, self.reference = first, second, second.reference
         self.event_shape, self.control_shape = second.event_shape, second.control_shape
         same = first.noise_shape == second.noise_shape
-        self.noise_shape = first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
+        self.noise_shape = (
+            first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
+        )
         self._padded = not same
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
@@ -267,17 +274,19 @@ def make_grid(time_steps: Any, horizon: float) -> list[float]:
         if time_steps < 1:
             raise ValueError(f"time_steps must be >= 1, got {time_steps}.")
         return [horizon * k / time_steps for k in range(time_steps)] + [horizon]
-    if isinstance(time_steps, float):
-        raise TypeError(f"time_steps must be an int (or a grid of times), got the float {time_steps}.")
+    if isinstance(time_steps, (float, str)):
+        raise TypeError(f"time_steps must be an int (or a grid of times), got {time_steps!r}.")
     grid = time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(list(time_steps), dtype=torch.float64)
     check_tensor("time_steps", grid.double(), shape=("K+1",), hint="a grid of times from 0 to the horizon.")
     values = [float(t) for t in grid]
     if len(values) < 2:
         raise ValueError("time_steps as a grid needs at least two times.")
-    if any(b <= a for a, b in zip(values, values[1:])):
-        k = next(i for i, (a, b) in enumerate(zip(values, values[1:])) if b <= a)
-        raise ValueError(f"time_steps must be strictly increasing; entry {k + 1} ({values[k + 1]:g}) is not above "
-                         f"entry {k} ({values[k]:g}).")
+    if any(b <= a for a, b in pairwise(values)):
+        k = next(i for i, (a, b) in enumerate(pairwise(values)) if b <= a)
+        raise ValueError(
+            f"time_steps must be strictly increasing; entry {k + 1} ({values[k + 1]:g}) is not above "
+            f"entry {k} ({values[k]:g})."
+        )
     if abs(values[0]) > 1e-6 * horizon or abs(values[-1] - horizon) > 1e-6 * horizon:
         raise ValueError(f"time_steps must go from 0 to the horizon {horizon:g}, got {values[0]:g} to {values[-1]:g}.")
     values[0], values[-1] = 0.0, horizon
@@ -295,8 +304,10 @@ def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device:
     if scheme == "exact":
         linear = sde if isinstance(sde, LinearSDE) else getattr(sde, "as_linear", lambda: None)()
         if linear is None:
-            raise ValueError("scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
-                             f"{type(sde).__name__} has no exact transitions. Use scheme='euler'.")
+            raise ValueError(
+                "scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
+                f"{type(sde).__name__} has no exact transitions. Use scheme='euler'."
+            )
         return TransitionChain(linear, clock, dtype, device)
     raise unknown_name("scheme", scheme, SCHEMES)
 

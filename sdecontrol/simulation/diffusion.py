@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import unknown_name
 from ..processes.generative import call_model
 from ..processes.laws import Gaussian
 from ..randomness import generator_for
-from ..tensors import as_float, check_output, check_tensor
+from ..tensors import as_float, check_output, check_tensor, probing
 from .chains import Chain
 
 __all__ = ["DiffusionChain", "diffusion_chain"]
@@ -53,8 +54,10 @@ class DiffusionChain(Chain):
         self.alphas_cumprod = alphas_cumprod
         abar = [float(alphas_cumprod[n]) for n in levels]
         self._mu, self._std = [math.sqrt(a) for a in abar], [math.sqrt(1 - a) for a in abar]
-        self._coefficients = [self._step_coefficients(a, b) for a, b in zip(abar, abar[1:])]
-        self._scales = torch.tensor([c[2] for c in self._coefficients], dtype=torch.float64).to(device=device, dtype=dtype)
+        self._coefficients = [self._step_coefficients(a, b) for a, b in pairwise(abar)]
+        self._scales = torch.tensor([c[2] for c in self._coefficients], dtype=torch.float64).to(
+            device=device, dtype=dtype
+        )
         self.own_initial = Gaussian(torch.zeros(self.event_shape, dtype=dtype, device=device), 1.0)
         self.memory = self._memory(abar)
         self.drift_takes_condition = True
@@ -136,12 +139,20 @@ class DiffusionChain(Chain):
         x = x.to(device=device, dtype=dtype)
         y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
         with torch.no_grad():
-            check_output("model", self.predict(self.model, 0, x, y), x.shape, x,
-                         "It is called as model(x, n), x (batch, *shape), n (batch,) integers.")
+            called = "model(x, n), x (batch, *shape), n (batch,) integers" if y is None else "model(x, n, y)"
+            with probing("model", f"{called}, x {tuple(x.shape)}"):
+                value = self.predict(self.model, 0, x, y)
+            check_output("model", value, x.shape, x, f"It is called as {called}.")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "DiffusionChain", "event_shape": list(self.event_shape), "prediction": self.prediction,
-                "levels": self.levels, "eta": self.eta, "clip": self.clip}
+        return {
+            "kind": "DiffusionChain",
+            "event_shape": list(self.event_shape),
+            "prediction": self.prediction,
+            "levels": self.levels,
+            "eta": self.eta,
+            "clip": self.clip,
+        }
 
 
 def diffusion_chain(
@@ -189,12 +200,23 @@ def diffusion_chain(
     if len(tuple(shape)) == 0:
         raise TypeError("shape is needed: the shape of one state, e.g. shape=(1, 8, 8).")
     levels = torch.linspace(len(abar) - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-    for a, b in zip(levels, levels[1:]):
+    for a, b in pairwise(levels):
         variance = (1 - abar[b]) / (1 - abar[a]) * (1 - abar[a] / abar[b])
         if 1 - abar[b] - eta**2 * variance < -1e-12:
-            raise ValueError(f"eta={eta} is too large: the step from level {a} to {b} would need more noise than there is.")
+            raise ValueError(
+                f"eta={eta} is too large: the step from level {a} to {b} would need more noise than there is."
+            )
     parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
     dtype = parameter.dtype if parameter is not None else alphas_cumprod.dtype
     device = parameter.device if parameter is not None else alphas_cumprod.device
-    return DiffusionChain(model, abar, prediction, shape, levels, eta,
-                          None if clip is None else as_float("clip", clip, positive=True), dtype, device)
+    return DiffusionChain(
+        model,
+        abar,
+        prediction,
+        shape,
+        levels,
+        eta,
+        None if clip is None else as_float("clip", clip, positive=True),
+        dtype,
+        device,
+    )

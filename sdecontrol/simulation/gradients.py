@@ -114,8 +114,9 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
     paths = integrate(chain, x, setting.noise, setting.shift(), keep="all", first=cut, **options)
     terminal, kl = setting.terminal(paths.end), paths.kl()
     _descend(setting, terminal, paths.running_cost, kl)
-    return PathCost(terminal.detach(), (early_cost + paths.running_cost).detach(), (early_kl + kl).detach(),
-                    paths.end.detach())
+    return PathCost(
+        terminal.detach(), (early_cost + paths.running_cost).detach(), (early_kl + kl).detach(), paths.end.detach()
+    )
 
 
 def _checkpointed(setting: _Setting, x0: Tensor) -> PathCost:
@@ -134,7 +135,8 @@ def _checkpointed(setting: _Setting, x0: Tensor) -> PathCost:
     running = kl = x0.new_zeros(x0.shape[0])
     for first in range(0, steps, size):
         x, running, kl = checkpoint(  # type: ignore[misc]
-            segment, x, running, kl, first, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+            segment, x, running, kl, first, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+        )
     terminal = setting.terminal(x)
     _descend(setting, terminal, running, kl)
     return PathCost(terminal.detach(), running.detach(), kl.detach(), x.detach())
@@ -147,8 +149,15 @@ def _adjoint(setting: _Setting, x0: Tensor) -> PathCost:
     leaves = [table.detach().requires_grad_(table.requires_grad) for table in tables]
     shift = setting.shift(leaves)
     with torch.no_grad():
-        paths = integrate(chain, x0, setting.noise, shift, condition=setting.condition,
-                          running_cost=setting.running_cost, keep="states")
+        paths = integrate(
+            chain,
+            x0,
+            setting.noise,
+            shift,
+            condition=setting.condition,
+            running_cost=setting.running_cost,
+            keep="states",
+        )
     states, kl = paths._states, paths.kl()
     assert states is not None
     end = states[-1].requires_grad_(True)

@@ -28,7 +28,9 @@ class NoiseSource(Protocol):
     def __getitem__(self, k: int, /) -> Tensor: ...
 
 
-def one_step(chain: Chain, k: int, x: Tensor, xi: Tensor, shift: ShiftFunction | None, condition: Any) -> tuple[Tensor, Tensor | None]:
+def one_step(
+    chain: Chain, k: int, x: Tensor, xi: Tensor, shift: ShiftFunction | None, condition: Any
+) -> tuple[Tensor, Tensor | None]:
     """``x_{k+1}`` and the shift ``c_k`` that was used (None for the reference)."""
     mean, scale = chain.kernel(k, x, condition)
     c = None if shift is None else shift(k, x, condition)
@@ -145,5 +147,9 @@ def _nonfinite(what: str, step: int | None, rows: int, chain: Chain, more: str =
         "running cost": "Check the running cost there.",
         "state": "Use more time steps, or check drift and diffusion.",
     }[what]
-    return NonFiniteError(f"{what} is not finite{where}, in {rows} row{'s' if rows != 1 else ''}{more}. {remedy}",
-                          what=what, step=step, rows=rows)
+    return NonFiniteError(
+        f"{what} is not finite{where}, in {rows} row{'s' if rows != 1 else ''}{more}. {remedy}",
+        what=what,
+        step=step,
+        rows=rows,
+    )

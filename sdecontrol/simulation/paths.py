@@ -55,8 +55,10 @@ class Paths:
 
     def __repr__(self) -> str:
         kept = "all" if self._noises is not None else "states" if self._states is not None else "end"
-        return (f"Paths({self.last - self.first} steps, batch={self.end.shape[0]}, "
-                f"event={tuple(self.chain.event_shape)}, kept={kept!r})")
+        return (
+            f"Paths({self.last - self.first} steps, batch={self.end.shape[0]}, "
+            f"event={tuple(self.chain.event_shape)}, kept={kept!r})"
+        )
 
     def _stacked(self, name: str) -> Tensor:
         if name not in self._stacks:

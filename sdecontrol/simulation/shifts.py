@@ -38,8 +38,9 @@ def shift_function(chain: Chain, control: Any) -> ShiftFunction:
         if k < start:  # a control of the process says nothing of the stretch before it
             return nothing.expand(x.shape[0], *chain.noise_shape)
         u = _call(control, x, times[k].expand(x.shape[0]), condition)
-        check_output("control", u, (x.shape[0], *chain.control_shape), x,
-                     "A control is called as control(x, t), t (batch,).")
+        check_output(
+            "control", u, (x.shape[0], *chain.control_shape), x, "A control is called as control(x, t), t (batch,)."
+        )
         return chain.shift(k, u)
 
     return shift

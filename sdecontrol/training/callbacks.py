@@ -56,5 +56,8 @@ def notify(callbacks: Sequence[Any], event: str, state: TrainingState) -> None:
         try:
             function(state)
         except Exception as error:
-            warnings.warn(f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}; training goes on.",
-                          RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}; training goes on.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -66,7 +66,9 @@ class Descent:
 
     decay = 0.99
 
-    def __init__(self, parameters: list[Tensor], optimizer: Any, learning_rate: float | None, default_rate: float) -> None:
+    def __init__(
+        self, parameters: list[Tensor], optimizer: Any, learning_rate: float | None, default_rate: float
+    ) -> None:
         self.parameters = parameters
         rate = default_rate if learning_rate is None else as_float("learning_rate", learning_rate, positive=True)
         self.optimizer = _make(parameters, optimizer, rate)
@@ -94,9 +96,12 @@ class Descent:
         if not bool(torch.isfinite(norm)):
             bad = sum(int((~torch.isfinite(g)).sum()) for g in gradients)
             total = sum(g.numel() for g in gradients)
-            raise NonFiniteError(f"gradient is not finite in {bad} of {total} entries. Reward and paths were finite, so look "
-                                 "at the derivative of the reward, drift or control (sqrt or norm at 0, for instance).",
-                                 what="gradient", rows=bad)
+            raise NonFiniteError(
+                f"gradient is not finite in {bad} of {total} entries. Reward and paths were finite, so look "
+                "at the derivative of the reward, drift or control (sqrt or norm at 0, for instance).",
+                what="gradient",
+                rows=bad,
+            )
         self.norm = float(norm)
         self.optimizer.step()
         torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
@@ -110,7 +115,11 @@ class Descent:
                 p.copy_(mean / self.weight)
 
     def averaged(self) -> list[Tensor]:
-        return [mean / self.weight for mean in self.average] if self.weight > 0 else [p.detach().clone() for p in self.parameters]
+        return (
+            [mean / self.weight for mean in self.average]
+            if self.weight > 0
+            else [p.detach().clone() for p in self.parameters]
+        )
 
     # ------------------------------------------------------------ saving
 
@@ -149,10 +158,14 @@ def _make(parameters: list[Tensor], optimizer: Any, rate: float) -> torch.optim.
     if optimizer is None:
         return torch.optim.Adam(parameters, lr=rate)
     if isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError("optimizer must be a function that makes one, parameters -> torch.optim.Optimizer (the parameters "
-                        "do not exist yet), e.g. optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3).")
+        raise TypeError(
+            "optimizer must be a function that makes one, parameters -> torch.optim.Optimizer (the parameters "
+            "do not exist yet), e.g. optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)."
+        )
     if not callable(optimizer):
-        raise TypeError(f"optimizer must be a function parameters -> torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        raise TypeError(
+            f"optimizer must be a function parameters -> torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
     made = optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer(parameters) must return a torch.optim.Optimizer, got {type(made).__name__}.")

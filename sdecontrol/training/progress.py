@@ -3,46 +3,86 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
 __all__ = ["ProgressBar"]
 
+_PLAIN_EVERY = 5.0  # seconds between two lines where the error stream is no terminal
+
 
 class ProgressBar:
-    """A bar on the terminal's error stream; silent where ``show`` is false (by default: where that is no terminal)."""
+    """A bar on the terminal's error stream; silent where ``show`` is false (by default: where that is no terminal).
 
-    def __init__(self, total: int, title: str, show: bool | None) -> None:
+    Where ``show`` is true and the error stream is no terminal (a log file), a plain line every five seconds.
+
+    Args:
+        measure: the metric shown, with ``{measure}_stderr`` as its error if there is one.
+    """
+
+    def __init__(self, total: int, title: str, show: bool | None, measure: str = "objective") -> None:
         self._bar: Any = None
+        self._measure, self._title = measure, title
         self._mean = self._weight = self._variance = 0.0
-        if sys.stderr.isatty() if show is None else show:
+        terminal = sys.stderr.isatty()
+        self._plain = bool(show) and not terminal
+        self._began = self._last = time.monotonic()
+        if terminal and show is not False:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TextColumn("objective {task.fields[objective]}"), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), console=Console(stderr=True),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn(measure + " {task.fields[shown]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(title, total=total, objective="...")
+            self._task = self._bar.add_task(title, total=total, shown="...")
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def update(self, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Show how far it is; the objective is averaged over about the last ten iterations."""
-        if self._bar is None:
+        """Show how far it is; the measure is averaged over about the last ten iterations."""
+        if self._bar is None and not self._plain:
             return
-        value, error = metrics.get("objective", float("nan")), metrics.get("objective_stderr", float("nan"))
+        value, error = metrics.get(self._measure, float("nan")), metrics.get(f"{self._measure}_stderr", float("nan"))
         if value == value:
             self._mean += 0.1 * (value - self._mean)
             self._weight += 0.1 * (1 - self._weight)
             self._variance += 0.1 * ((0.0 if error != error else error**2) - self._variance)
-        shown = f"{self._mean / max(self._weight, 1e-12):.4g} ± {(self._variance / 19) ** 0.5:.2g}" if self._weight else "..."
-        self._bar.update(self._task, completed=done, total=total, objective=shown)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, shown=self._shown())
+        elif done == total or time.monotonic() - self._last >= _PLAIN_EVERY:
+            self._last = time.monotonic()
+            print(
+                f"{self._title} {done}/{total}, {self._measure} {self._shown()}, {self._last - self._began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _shown(self) -> str:
+        if not self._weight:
+            return "..."
+        error = f" ± {(self._variance / 19) ** 0.5:.2g}" if self._variance else ""
+        return f"{self._mean / max(self._weight, 1e-12):.4g}{error}"

@@ -83,8 +83,23 @@ def solve(
         _check_counts(iterations=iterations)
     chosen.check(problem)
     trainer = _Trainer(
-        problem, chosen, {"time_steps": time_steps, "scheme": scheme}, iterations, batch_size, accumulate, seed, control,
-        learning_rate, optimizer, tolerance, _seconds(budget), checkpoint_dir, checkpoint_every, resume, callbacks, progress,
+        problem,
+        chosen,
+        {"time_steps": time_steps, "scheme": scheme},
+        iterations,
+        batch_size,
+        accumulate,
+        seed,
+        control,
+        learning_rate,
+        optimizer,
+        tolerance,
+        _seconds(budget),
+        checkpoint_dir,
+        checkpoint_every,
+        resume,
+        callbacks,
+        progress,
     )
     with problem.evaluating():
         return trainer.train()
@@ -115,14 +130,28 @@ class _Trainer:
     evaluate_every = 200
 
     def __init__(
-        self, problem: ControlProblem, method: Method, settings: dict[str, Any], iterations: int | None, batch_size: int,
-        accumulate: int, seed: int | None, control: nn.Module | None, learning_rate: float | None, optimizer: Any,
-        tolerance: float | None, budget: float | None, checkpoint_dir: Any, checkpoint_every: int, resume: bool,
-        callbacks: Sequence[Any], progress: bool | None,
+        self,
+        problem: ControlProblem,
+        method: Method,
+        settings: dict[str, Any],
+        iterations: int | None,
+        batch_size: int,
+        accumulate: int,
+        seed: int | None,
+        control: nn.Module | None,
+        learning_rate: float | None,
+        optimizer: Any,
+        tolerance: float | None,
+        budget: float | None,
+        checkpoint_dir: Any,
+        checkpoint_every: int,
+        resume: bool,
+        callbacks: Sequence[Any],
+        progress: bool | None,
     ) -> None:
         self.problem, self.method = problem, method
-        self.settings = plain_settings(settings)
         self.chain = problem.chain(settings["time_steps"], settings["scheme"])
+        self.settings = plain_settings(settings)
         self.tolerance, self.budget, self.callbacks, self.show = tolerance, budget, callbacks, progress
         self.checkpoints = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
         self.checkpoint_every = checkpoint_every
@@ -151,8 +180,14 @@ class _Trainer:
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one it resumes."""
-        return {"method": self.method.name, "method_settings": asdict(self.method), "settings": self.settings,
-                "seed": self.seed, "batch_size": self.run.batch_size, "accumulate": self.run.accumulate}
+        return {
+            "method": self.method.name,
+            "method_settings": asdict(self.method),
+            "settings": self.settings,
+            "seed": self.seed,
+            "batch_size": self.run.batch_size,
+            "accumulate": self.run.accumulate,
+        }
 
     def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.checkpoints is None:
@@ -161,8 +196,10 @@ class _Trainer:
             return None
         if not resume:
             if self.checkpoints.names():
-                raise ValueError(f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
-                                 "on from them, or another folder.")
+                raise ValueError(
+                    f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
+                    "on from them, or another folder."
+                )
             return None
         return self.checkpoints.newest(self.problem.fingerprint())
 
@@ -170,20 +207,33 @@ class _Trainer:
         assert self.checkpoints is not None
         tensors, plain = self.descent.tensors()
         tensors.update({f"state.{name}": value for name, value in self.state.state_dict().items()})
-        path = self.checkpoints.write(self.done, tensors, {
-            "identity": self.identity, "done": self.done, "pace": self.pace.state(), "optimizer": plain,
-            "history": self.history, "problem": self.problem.fingerprint(),
-        })
+        path = self.checkpoints.write(
+            self.done,
+            tensors,
+            {
+                "identity": self.identity,
+                "done": self.done,
+                "pace": self.pace.state(),
+                "optimizer": plain,
+                "history": self.history,
+                "problem": self.problem.fingerprint(),
+            },
+        )
         self._notify("on_save", path=path)
 
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
             if saved["identity"].get(name) != value:
-                raise ValueError(f"this run has {name}={value!r}, the checkpoint {saved['identity'].get(name)!r}; resume with "
-                                 "the same arguments, or use another checkpoint_dir.")
+                raise ValueError(
+                    f"this run has {name}={value!r}, the checkpoint {saved['identity'].get(name)!r}; resume with "
+                    "the same arguments, or use another checkpoint_dir."
+                )
         prefix = "state."
-        load_tensors(self.state, {n[len(prefix):]: v for n, v in tensors.items() if n.startswith(prefix)},
-                     self.checkpoints.folder if self.checkpoints else "")
+        load_tensors(
+            self.state,
+            {n[len(prefix) :]: v for n, v in tensors.items() if n.startswith(prefix)},
+            self.checkpoints.folder if self.checkpoints else "",
+        )
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
         self.history, self.done = saved["history"], saved["done"]
@@ -235,16 +285,28 @@ class _Trainer:
         """Keep the last good state: parameters change only after a whole iteration, so they are good."""
         self._notify("on_exception", exception=error)
         if isinstance(error, NonFiniteError):
-            error.args = (f"{error.args[0]} Training stopped at iteration {self.done}; the last good solution is in this "
-                          "error's .solution" + (" and in the checkpoint." if self.checkpoints is not None else "."),)
+            error.args = (
+                f"{error.args[0]} Training stopped at iteration {self.done}; the last good solution is in this "
+                "error's .solution" + (" and in the checkpoint." if self.checkpoints is not None else "."),
+            )
             error.solution = self._solution()
         if self.checkpoints is not None and self.done and isinstance(error, (NonFiniteError, KeyboardInterrupt)):
             self._save()
 
     def _notify(self, event: str, **more: Any) -> None:
         if self.callbacks:
-            notify(self.callbacks, event, TrainingState(
-                self.done, self.pace.last, self.history[-1] if self.history else {}, self.history, self._solution, **more))
+            notify(
+                self.callbacks,
+                event,
+                TrainingState(
+                    self.done,
+                    self.pace.last,
+                    self.history[-1] if self.history else {},
+                    self.history,
+                    self._solution,
+                    **more,
+                ),
+            )
 
     def _solution(self) -> Solution:
         """The solution so far: a copy, with the averaged weights."""
@@ -254,8 +316,15 @@ class _Trainer:
                 p.copy_(mean)
                 p.grad = None
         control = self.method.finish(state, self.run)
-        made = Solution(self.problem, control, method=self.method.name, settings=self.settings, history=list(self.history),
-                        seed=self.seed, reproducible=not self.out_of_time)
+        made = Solution(
+            self.problem,
+            control,
+            method=self.method.name,
+            settings=self.settings,
+            history=list(self.history),
+            seed=self.seed,
+            reproducible=not self.out_of_time,
+        )
         return _with_exact_values(made)
 
 

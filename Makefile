@@ -1,0 +1,41 @@
+# make run    the demo: installs what it needs into .venv and runs `sdecontrol demo`
+# make test   ruff, pyright and the default tests;  make test-slow  the longer statistical ones
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+WORKERS ?= 2
+
+# One thread per process: more are slower here (small matrices), and far slower beside other work.
+export OMP_NUM_THREADS := 1
+
+.PHONY: run test test-slow clean
+
+run: $(VENV)/.installed
+	$(BIN)/sdecontrol demo $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sdecontrol needs Python >= 3.11; run: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (once; a few minutes, most of it torch) ..."
+	$(PIP) install --constraint constraints.txt --editable '.[examples]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (once; a few minutes, most of it torch) ..."
+	$(PIP) install --constraint constraints.txt --editable '.[dev,examples]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) output build sdecontrol.egg-info

@@ -1,0 +1,94 @@
+"""What the commands share: errors as one line, results as a table or as JSON, common options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+__all__ = ["DebugOption", "JsonOption", "SeedOption", "handles_errors", "note", "plain", "print_json", "print_table"]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same numbers.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def handles_errors(command: Command) -> Command:
+    """Errors as one line on standard error: exit code 2 for bad input, 1 for a failure, no traceback unless ``debug``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _report("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            if isinstance(error, (typer.Exit, typer.Abort)) or type(error).__module__.startswith(("click", "typer")):
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            bad_input = isinstance(error, (ValueError, TypeError, FileNotFoundError))
+            known = bad_input or isinstance(error, (RuntimeError, OSError, ImportError))
+            _report(str(error) if known and str(error) else f"{type(error).__name__}: {error} (--debug shows where)")
+            raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
+
+    return run  # type: ignore[return-value]
+
+
+def _report(message: str) -> None:
+    from rich.console import Console
+
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+
+
+def note(message: str) -> None:
+    """One line of progress or advice on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(result: Any) -> None:
+    """Strict JSON on standard output: numbers that are not finite become null."""
+    print(json.dumps(plain(result), indent=2, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every number that JSON cannot hold as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]], notes: Iterable[str] = ()) -> None:
+    """A table on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 120  # a file is not cut to 80 columns
+    console = Console(highlight=False, width=width)
+    console.print(table)
+    for line in notes:
+        console.print(line, soft_wrap=True, markup=False)

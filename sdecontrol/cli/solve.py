@@ -1,0 +1,120 @@
+"""``sdecontrol solve``: a named problem, or one in a TOML file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import DebugOption, JsonOption, handles_errors, note, print_json
+
+if TYPE_CHECKING:
+    from ..evaluation.solution import Solution
+    from ..problems.problem import ControlProblem
+
+__all__ = ["solve"]
+
+
+@handles_errors
+def solve(
+    problem: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file.")],
+    method: Annotated[str | None, typer.Option(help="The method.", show_default="reward-backprop")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Exactly so many; else until it stops improving.")] = None,
+    time_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the control's")] = None,
+    paths: Annotated[int, typer.Option(min=64, help="Paths of the evaluation.")] = 4096,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Solve a control problem and evaluate the solution, beside the exact one where that is known.
+
+    Named problems: ou-quadratic-easy, ou-quadratic-hard, ou-linear, double-well. A TOML file states a linear-quadratic problem
+    ([bold]\\[sde][/bold] A, sigma, offset, horizon; [bold]\\[initial][/bold] point; [bold]\\[reward][/bold] G, g;
+    [bold]\\[running_cost][/bold] F; alpha) or names a Python function that makes one
+    ([bold]\\[problem][/bold] function = "module:object"; the module is imported, so its code runs).
+
+    Example:  [bold]sdecontrol solve ou-quadratic-easy --iterations 500 --seed 0[/bold]
+
+    Example:  [bold]sdecontrol solve problem.toml --save runs/first --json[/bold]
+    """
+    from ..training import solve as training
+
+    made, defaults, name = _problem(problem)
+    given = {"method": method, "iterations": iterations, "time_steps": time_steps, "batch_size": batch_size,
+             "learning_rate": learning_rate, "seed": seed}
+    settings: dict[str, Any] = {"method": "reward-backprop", "seed": 0}
+    settings.update(defaults)
+    settings.update({key: value for key, value in given.items() if value is not None})
+    began = time.monotonic()
+    solution = training.solve(made, progress=True, **settings)
+    seconds = time.monotonic() - began
+    evaluation = solution.evaluate(paths, seed=settings["seed"] + 1)
+    exact = _exact(solution, paths)
+    if save is not None:
+        solution.save(save)
+    if as_json:
+        print_json({
+            "problem": name, "settings": settings, "iterations": solution.iterations, "seconds": seconds,
+            "evaluation": evaluation.as_dict(), "exact": exact, "saved": None if save is None else str(save),
+        })
+        return
+    print(f"{name}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s\n")
+    print(evaluation)
+    _print_exact(exact)
+    if save is not None:
+        note(f"saved in {save}")
+
+
+def _problem(text: str) -> tuple[ControlProblem, dict[str, Any], str]:
+    """The problem, its default settings, and its name."""
+    from ..library.problems import problem_card
+    from .problem_file import read_problem_file
+
+    if text.lower().endswith(".toml"):
+        made, settings = read_problem_file(Path(text))
+        return made, settings, text
+    card = problem_card(text)
+    return card.make(), {"time_steps": card.time_steps, "batch_size": card.batch_size}, card.name
+
+
+def _exact(solution: Solution, paths: int) -> dict[str, Any] | None:
+    """What the exact solutions say, of the chain and in continuous time; None where none is known."""
+    from ..errors import NoExactSolution
+    from ..evaluation.metrics import control_error
+    from ..exact import exact_solution
+
+    out: dict[str, Any] = {}
+    for name, options in (("discretised", {"like": solution}), ("continuous", {})):
+        try:
+            exact = exact_solution(solution.problem, **options)
+        except NoExactSolution:
+            continue
+        error = control_error(solution, exact, n=paths)
+        out[name] = {
+            "log_z": float(exact.log_z),
+            "elbo": float(exact.start_log_z),
+            "control_error": {"value": error.absolute.value, "stderr": error.absolute.stderr},
+            "relative_control_error": {"value": error.relative.value, "stderr": error.relative.stderr},
+        }
+    return out or None
+
+
+def _print_exact(exact: dict[str, Any] | None) -> None:
+    from ..evaluation.estimates import Estimate
+
+    if exact is None:
+        print("\nexact         not known for this problem")
+        return
+    titles = {"discretised": "of the chain", "continuous": "in continuous time"}
+    for name, found in exact.items():
+        absolute, relative = (Estimate(**found[key]) for key in ("control_error", "relative_control_error"))
+        print(f"\nexact solution {titles[name]}")
+        print(f"log Z         {found['log_z']:.6g}")
+        if abs(found["elbo"] - found["log_z"]) > 1e-12:
+            print(f"largest ELBO  {found['elbo']:.6g}  (the random start is fixed)")
+        print(f"control error {absolute}, relative {relative}  E|u - u*|^2 on optimal paths")

@@ -1,0 +1,76 @@
+"""scikit-learn's 8x8 digits: real data without a download, and a classifier that judges them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..randomness import derive_seed, fresh_seed, global_rng
+from ..training.progress import ProgressBar
+
+__all__ = ["DIGIT_SHAPE", "DigitClassifier", "digits", "fit_digit_classifier"]
+
+DIGIT_SHAPE = (1, 8, 8)
+_CLASSES = 10
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """All 1797 images, ``(1797, 1, 8, 8)`` in [-1, 1], and their labels ``(1797,)``.
+
+    Raises:
+        ImportError: scikit-learn is not installed; names the extra that has it.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn, which is not installed; "
+                          "pip install 'sdecontrol[examples]'.") from error
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.get_default_dtype()).div(8).sub(1)
+    return images.unsqueeze(1), torch.tensor(bunch.target, dtype=torch.long)
+
+
+class DigitClassifier(nn.Module):
+    """A small convolutional network: images ``(batch, 1, 8, 8)`` to logits ``(batch, 10)``."""
+
+    def __init__(self, channels: int = 16, width: int = 64) -> None:
+        super().__init__()
+        pixels = DIGIT_SHAPE[1] * DIGIT_SHAPE[2]
+        self.body = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2), nn.SiLU(),
+            nn.Flatten(), nn.Linear(2 * channels * pixels // 4, width), nn.SiLU(), nn.Linear(width, _CLASSES),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def fit_digit_classifier(
+    images: Tensor, labels: Tensor, *, iterations: int = 1500, batch_size: int = 128, learning_rate: float = 3e-3,
+    noise: float = 0.4, smoothing: float = 0.02, seed: int | None = None, progress: bool | None = None,
+) -> DigitClassifier:
+    """Cross-entropy on images with Gaussian noise, its standard deviation uniform in [0, noise] per image.
+
+    Noise and label smoothing keep the log-probabilities tame off the data, where a reward is asked too.
+    """
+    seed = fresh_seed(seed)
+    with global_rng(derive_seed(seed, 1)):
+        network = DigitClassifier().to(images)
+    generator = torch.Generator().manual_seed(derive_seed(seed, 2))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with ProgressBar(iterations, "classifier", progress, measure="loss") as bar:
+        for i in range(iterations):
+            index = torch.randint(len(images), (batch_size,), generator=generator)
+            x = images[index]
+            sd = noise * torch.rand((batch_size, 1, 1, 1), generator=generator, dtype=x.dtype)
+            x = x + sd * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            loss = F.cross_entropy(network(x), labels[index], label_smoothing=smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(i + 1, iterations, {"loss": float(loss.detach())})
+    return network.eval()

@@ -1,0 +1,119 @@
+"""The default network of ``fit_score``: the best linear prediction, corrected by a residual network, in the data's basis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..processes.schedules import Schedule
+
+__all__ = ["ScoreNetwork"]
+
+_LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
+
+
+class _Block(nn.Module):
+    """Residual block: norm, linear, scale and shift by the time features, SiLU, linear (zero at the start)."""
+
+    def __init__(self, width: int, inner: int, time_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, inner)
+        self.film = nn.Linear(time_width, 2 * inner)
+        self.contract = nn.Linear(inner, width)
+        for layer in (self.film, self.contract):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor, features: Tensor) -> Tensor:
+        scale, shift = self.film(features).chunk(2, dim=-1)
+        return h + self.contract(F.silu(torch.addcmul(shift, self.expand(self.norm(h)), 1 + scale)))
+
+
+class ScoreNetwork(nn.Module):
+    """A model ``(x, clock) -> prediction`` under a schedule, in any parametrisation.
+
+    Were the data ``N(mean, Q diag(lam) Q')``, then in the basis Q, with ``y = Q'(x - mu mean)`` and ``v = mu^2 lam + std^2``,
+    the best predictions would be ``x0 = mean + mu lam y / v`` and ``eps = std y / v``. The network reads ``y / sqrt(v)`` (unit
+    variance at every noise level), and its output f, scaled by the standard deviation that is left, corrects both:
+    ``x0 - std sqrt(lam / v) f`` and ``eps + mu sqrt(lam / v) f``. Every other parametrisation is a combination of the
+    two, without cancellation at either end. Untrained (f = 0) the model samples that Gaussian.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    lam: Tensor
+    frequencies: Tensor
+
+    def __init__(self, shape: Sequence[int], schedule: Schedule, prediction: str, *, width: int = 128, inner: int = 256,
+                 blocks: int = 3, time_width: int = 64) -> None:
+        super().__init__()
+        self.shape, self.schedule, self.prediction = tuple(shape), schedule, prediction
+        size = math.prod(self.shape)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("basis", torch.eye(size) if size <= _LARGEST_BASIS else torch.zeros(0, 0))
+        self.register_buffer("lam", torch.ones(size))
+        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
+        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
+        self.inlet = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(_Block(width, inner, time_width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.outlet = nn.Linear(width, size)
+        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.outlet.bias)
+
+    @torch.no_grad()
+    def fit_statistics(self, data: Tensor) -> None:
+        """Take mean, principal components and variances along them from data ``(n, *shape)`` (buffers, not trained)."""
+        x = data.flatten(1).double()
+        self.mean.copy_(x.mean(0))
+        if self.basis.numel():
+            variances, basis = torch.linalg.eigh(torch.cov(x.mT).reshape(x.shape[1], x.shape[1]))
+            self.basis.copy_(basis)
+        else:
+            variances = x.var(0)
+        self.lam.copy_(variances.clamp_min(1e-5 * float(variances.max()) + 1e-12))
+
+    def forward(self, x: Tensor, clock: Tensor) -> Tensor:
+        """The prediction, shaped as x ``(batch, *shape)``; clock ``(batch,)`` is the schedule's model time."""
+        if clock.ndim and clock.stride(0) == 0:
+            clock = clock[:1]  # the whole batch is at one time: its features once
+        s = self.schedule.noising_time(clock.reshape(-1, 1)).clamp(1e-5, self.schedule.noise_end)
+        mu, std = self.schedule.mu(s), self.schedule.std(s)
+        v = mu**2 * self.lam + std**2
+        x = x.flatten(1)
+        y = x - mu * self.mean
+        y = y @ self.basis if self.basis.numel() else y
+        left = self._correction(y * v.rsqrt(), torch.atan2(std, mu * self.lam.mean().sqrt())) * (self.lam / v).sqrt()
+        x0, eps = mu * self.lam / v * y - std * left, std / v * y + mu * left
+        on_x0, on_eps = self._parts(s, mu, std)
+        out = x0 * on_x0 + eps * on_eps if isinstance(on_x0, Tensor) else eps * on_eps
+        out = out @ self.basis.mT if self.basis.numel() else out
+        if isinstance(on_x0, Tensor):
+            out = out + on_x0 * self.mean
+        return out.reshape(-1, *self.shape)
+
+    def _correction(self, z: Tensor, angle: Tensor) -> Tensor:
+        angles = angle * self.frequencies  # of the signal-to-noise ratio's angle, in [0, pi/2]
+        features = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        h = self.inlet(z)
+        for block in self.blocks:
+            h = block(h, features)
+        return self.outlet(F.silu(self.norm(h)))
+
+    def _parts(self, s: Tensor, mu: Tensor, std: Tensor) -> tuple[Tensor | None, Tensor]:
+        """``(a, b)`` with ``prediction = a x0 + b eps``; None for zero."""
+        if self.prediction == "noise":
+            return None, torch.ones_like(mu)
+        if self.prediction == "sample":
+            return torch.ones_like(mu), torch.zeros_like(mu)
+        if self.prediction == "score":
+            return None, -1 / std
+        if self.prediction == "v":
+            return -std, mu
+        slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
+        return -slope * mu, -(rate / (2 * std) + slope * std)  # velocity: -(mu' x0 + std' eps)

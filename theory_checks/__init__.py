@@ -1,0 +1,1 @@
+"""The theory of the tutorial, checked numerically, with the power to fail: ``python -m theory_checks``."""
