@@ -31,7 +31,9 @@ def fine_euler(sde, s, t, steps=20_000):
 def test_transition_law_of_a_linear_sde(time_dependent):
     A0, sigma0, a0 = randn(3, 3, seed=1), randn(3, 2, seed=2), randn(3, seed=3)
     if time_dependent:
-        sde = sc.LinearSDE(lambda t: A0 * (1 + t.to(F64)), lambda t: sigma0 * torch.cos(t.to(F64)), lambda t: a0 * t.to(F64))
+        sde = sc.LinearSDE(
+            lambda t: A0 * (1 + t.to(F64)), lambda t: sigma0 * torch.cos(t.to(F64)), lambda t: a0 * t.to(F64)
+        )
     else:
         sde = sc.LinearSDE(A0, sigma0, a0)
     want = fine_euler(sde, 0.2, 0.9)
@@ -129,7 +131,9 @@ def test_mixture_score_is_the_gradient_of_its_density(shape):
 
 
 def test_mixture_moments_match_its_samples():
-    gm = sc.GaussianMixture(torch.tensor([0.2, 0.8]), torch.tensor([[-2.0, 0.0], [1.0, 1.0]]), torch.stack([spd(2, 1), spd(2, 2)]).float())
+    gm = sc.GaussianMixture(
+        torch.tensor([0.2, 0.8]), torch.tensor([[-2.0, 0.0], [1.0, 1.0]]), torch.stack([spd(2, 1), spd(2, 2)]).float()
+    )
     x = draw(gm, 100_000, 3).double()
     error = (x.mean(0) - gm.mean.double()).abs() / (gm.variance.double() / len(x)).sqrt()
     assert error.max() < 5
@@ -161,7 +165,9 @@ def test_the_drift_does_not_depend_on_the_parametrisation(prediction):
             mu, std = schedule.mu(s), schedule.std(s)
             eps = -std * gm.noised(float(mu), float(std)).score(x)
             x0 = (x - std * eps) / mu
-            return {"noise": eps, "sample": x0, "score": -eps / std, "v": mu * eps - std * x0, "velocity": x0 - eps}[prediction]
+            return {"noise": eps, "sample": x0, "score": -eps / std, "v": mu * eps - std * x0, "velocity": x0 - eps}[
+                prediction
+            ]
 
     model = Model()
     model.register_parameter("dummy", torch.nn.Parameter(torch.zeros(1, dtype=F64)))

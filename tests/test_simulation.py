@@ -205,7 +205,8 @@ def test_a_uniform_grid_has_exactly_its_number_of_steps(steps, horizon):
 def test_states_of_any_rank(shape, sigma):
     scale = 0.5 if sigma == "number" else torch.rand(shape, dtype=F64) + 0.1
     problem = sc.ControlProblem(
-        sc.SDE(lambda x, t: -x, scale, shape=shape), initial=sc.Gaussian(torch.zeros(shape, dtype=F64), 1.0),
+        sc.SDE(lambda x, t: -x, scale, shape=shape),
+        initial=sc.Gaussian(torch.zeros(shape, dtype=F64), 1.0),
         reward=lambda x: -(x**2).flatten(1).sum(1),
     )
     paths = sc.simulate(problem, 7, control=lambda x, t: 0.1 * x, time_steps=4, seed=1)
@@ -218,8 +219,10 @@ def test_states_of_any_rank(shape, sigma):
 def test_conditions_reach_drift_control_and_reward():
     labels = torch.tensor([[0.0], [1.0], [2.0]])
     problem = sc.ControlProblem(
-        sc.SDE(lambda x, t, y: y - x, 0.5, dim=1), initial=sc.Dirac(torch.zeros(1)),
-        reward=lambda x, y: -((x - y) ** 2).sum(1), condition=labels,
+        sc.SDE(lambda x, t, y: y - x, 0.5, dim=1),
+        initial=sc.Dirac(torch.zeros(1)),
+        reward=lambda x, y: -((x - y) ** 2).sum(1),
+        condition=labels,
     )
     paths = sc.simulate(problem, 300, control=lambda x, t, y: y, time_steps=30, seed=0)
     assert paths.condition.shape == (300, 1) and set(paths.condition.flatten().tolist()) == {0.0, 1.0, 2.0}

@@ -4,10 +4,10 @@ The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + |c
 same gradient to rounding:
 
 * ``full``: ordinary backpropagation; memory grows with the number of steps.
-* ``checkpoint``: segments of about sqrt(K) steps are recomputed on the way back.
 * ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores the states; the backward
   pass takes one step's vector-Jacobian product at a time, with the noise drawn again from its seed. Memory: one step's
   graph, plus the states.
+* ``checkpoint``: the same with segments of sqrt(K) steps: memory of sqrt(K) states and one segment's graph.
 * an integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): a biased gradient.
 """
 
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..tensors import event_sum
 from .chains import Chain
@@ -91,10 +90,8 @@ def backpropagate(
         mode: "full", "checkpoint", "adjoint", or a number of last steps.
     """
     setting = _Setting(chain, noise, control, terminal, running_cost, alpha, condition, list(parameters), weight)
-    if mode == "checkpoint":
-        return _checkpointed(setting, x0)
-    if mode == "adjoint":
-        return _adjoint(setting, x0)
+    if mode in ("checkpoint", "adjoint"):
+        return _by_segments(setting, x0, math.isqrt(chain.steps) if mode == "checkpoint" else 1)
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
@@ -119,62 +116,38 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
     )
 
 
-def _checkpointed(setting: _Setting, x0: Tensor) -> PathCost:
-    steps = setting.chain.steps
-    size = max(1, math.isqrt(steps))
-    shift = setting.shift()
-
-    def segment(x: Tensor, running: Tensor, kl: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        for k in range(first, min(first + size, steps)):
-            x, f, one = setting.step(shift, k, x)
-            running, kl = running + f, kl + one
-        setting.chain.forget()
-        return x, running, kl
-
-    x = x0
-    running = kl = x0.new_zeros(x0.shape[0])
-    for first in range(0, steps, size):
-        x, running, kl = checkpoint(  # type: ignore[misc]
-            segment, x, running, kl, first, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-        )
-    terminal = setting.terminal(x)
-    _descend(setting, terminal, running, kl)
-    return PathCost(terminal.detach(), running.detach(), kl.detach(), x.detach())
-
-
-def _adjoint(setting: _Setting, x0: Tensor) -> PathCost:
-    chain, batch = setting.chain, x0.shape[0]
-    control = setting.control
+def _by_segments(setting: _Setting, x0: Tensor, size: int) -> PathCost:
+    """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment at a
+    time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment."""
+    chain, control = setting.chain, setting.control
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
+    # what depends on time alone is computed once: its gradient is collected in leaves and passed on at the end
     leaves = [table.detach().requires_grad_(table.requires_grad) for table in tables]
-    shift = setting.shift(leaves)
+    starts, (running, kl) = [x0], (x0.new_zeros(x0.shape[0]), x0.new_zeros(x0.shape[0]))
     with torch.no_grad():
-        paths = integrate(
-            chain,
-            x0,
-            setting.noise,
-            shift,
-            condition=setting.condition,
-            running_cost=setting.running_cost,
-            keep="states",
-        )
-    states, kl = paths._states, paths.kl()
-    assert states is not None
-    end = states[-1].requires_grad_(True)
+        shift = setting.shift(leaves)
+        for first in range(0, chain.steps, size):
+            part = integrate(
+                chain, starts[-1], setting.noise, shift, condition=setting.condition,
+                running_cost=setting.running_cost, keep="end", first=first, last=min(first + size, chain.steps),
+            )  # fmt: skip
+            starts.append(part.end)
+            running, kl = running + part.running_cost, kl + part.kl()
+    end = starts.pop().requires_grad_(True)
     terminal = setting.terminal(end)
-    scale = setting.weight / batch
+    scale = setting.weight / x0.shape[0]
     adjoint = torch.autograd.grad(terminal.sum() * scale, end)[0]
     inputs = [*(leaf for leaf in leaves if leaf.requires_grad), *setting.parameters]
-    for k in reversed(range(chain.steps)):
-        x = states.pop(-2).detach().requires_grad_(True)
-        with torch.enable_grad():
-            step_shift = setting.shift(leaves) if leaves else shift
-            nxt, running, one = setting.step(step_shift, k, x)
-            cost = (running / setting.alpha + one).sum() * scale
-        torch.autograd.backward([nxt, cost], [adjoint, torch.ones_like(cost)], inputs=[x, *inputs])
-        adjoint = x.grad if x.grad is not None else torch.zeros_like(x)
+    for first in reversed(range(0, chain.steps, size)):
+        start = x = starts.pop().detach().requires_grad_(True)
+        shift, cost = setting.shift(leaves), x0.new_zeros(())
+        for k in range(first, min(first + size, chain.steps)):
+            x, f, one = setting.step(shift, k, x)
+            cost = cost + (f / setting.alpha + one).sum() * scale
+        torch.autograd.backward([x, cost], [adjoint, torch.ones_like(cost)], inputs=[start, *inputs])
+        adjoint = start.grad if start.grad is not None else torch.zeros_like(start)
         chain.forget()
     pairs = [(table, leaf.grad) for table, leaf in zip(tables, leaves) if leaf.grad is not None]
     if pairs:
         torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs], inputs=list(setting.parameters))
-    return PathCost(terminal.detach(), paths.running_cost, kl, paths.end.detach())
+    return PathCost(terminal.detach(), running, kl, end.detach())

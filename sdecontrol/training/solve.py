@@ -155,6 +155,7 @@ class _Trainer:
         self.tolerance, self.budget, self.callbacks, self.show = tolerance, budget, callbacks, progress
         self.checkpoints = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
         self.checkpoint_every = checkpoint_every
+        self.fingerprint = problem.fingerprint() if checkpoint_dir is not None else {}
         saved = self._find_checkpoint(resume)
         if saved is not None and seed is None:
             seed = saved[1]["identity"]["seed"]
@@ -201,7 +202,7 @@ class _Trainer:
                     "on from them, or another folder."
                 )
             return None
-        return self.checkpoints.newest(self.problem.fingerprint())
+        return self.checkpoints.newest(self.fingerprint)
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -216,7 +217,7 @@ class _Trainer:
                 "pace": self.pace.state(),
                 "optimizer": plain,
                 "history": self.history,
-                "problem": self.problem.fingerprint(),
+                "problem": self.fingerprint,
             },
         )
         self._notify("on_save", path=path)

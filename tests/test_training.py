@@ -1,0 +1,232 @@
+"""solve: reproducible, resumable, stopped early where something is not finite, and undisturbed by callbacks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from problems import SmallControl, random_lq
+
+import sdecontrol as sc
+from sdecontrol.evaluation.files import read_bundle
+
+F32 = torch.float32
+QUICK = {"time_steps": 8, "batch_size": 64, "seed": 3}
+
+
+def quick(problem=None, method=None, **options):
+    problem = random_lq(2, seed=1, dtype=F32) if problem is None else problem
+    return sc.solve(problem, method or sc.RewardBackprop(), **{**QUICK, "iterations": 12, **options})
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.control.state_dict().values(), b.control.state_dict().values()))
+
+
+def test_the_same_seed_gives_the_same_solution_bit_for_bit():
+    assert same(quick(), quick())
+    assert not same(quick(), quick(seed=4))
+
+
+def test_training_does_not_touch_the_global_generator():
+    state = torch.get_rng_state()
+    quick()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("iterations", [12, None])
+def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, iterations, monkeypatch):
+    from sdecontrol.training import optimiser
+
+    monkeypatch.setattr(optimiser.Pace, "window", 5)  # so that the adaptive pace decides something within the test
+    monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
+
+    class Stop:
+        def __init__(self, at):
+            self.at = at
+
+        def on_step_end(self, state):
+            if state.iteration == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    options = {"iterations": iterations, "checkpoint_every": 3}
+    whole = quick(**options, checkpoint_dir=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        quick(**options, checkpoint_dir=tmp_path / "part", callbacks=[Stop(7)])
+    resumed = quick(**options, checkpoint_dir=tmp_path / "part", resume=True)
+    assert same(whole, resumed)
+    assert resumed.history == whole.history
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from problems import random_lq
+import sdecontrol as sc
+problem = random_lq(2, seed=1, dtype=torch.float32)
+s = sc.solve(problem, time_steps=8, batch_size=64, seed=3, iterations=150, checkpoint_dir={folder!r}, checkpoint_every=2, resume=True)
+s.save({folder!r} + "/done")
+"""
+
+
+def test_a_run_killed_at_any_moment_resumes_bit_identically(tmp_path):
+    """kill -9 at arbitrary moments, checkpoints being written every other iteration; then resume to the end."""
+    tests = os.path.dirname(__file__)
+
+    def start(folder):
+        code = SCRIPT.format(tests=tests, folder=str(folder))
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    killed = 0
+    for attempt in range(4):
+        process = start(tmp_path / "killed")
+        deadline = time.monotonic() + 60
+        while (
+            not list((tmp_path / "killed").glob("checkpoint-*"))
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        time.sleep(0.13 * (attempt + 1))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+        process.stderr.close()
+    assert killed > 0
+    for name in ("killed", "whole"):
+        process = start(tmp_path / name)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err.decode()
+    a, _ = read_bundle(tmp_path / "killed" / "done", "solution", "solution")
+    b, _ = read_bundle(tmp_path / "whole" / "done", "solution", "solution")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch():
+    """One step of plain gradient descent from 2 x 64 paths moves like the mean of the two gradients."""
+    problem = random_lq(2, seed=1)
+    sgd = lambda p: torch.optim.SGD(p, lr=1.0)  # noqa: E731
+    two = quick(problem, iterations=1, accumulate=2, optimizer=sgd)
+    assert (
+        two.history[0]["objective_stderr"] < quick(problem, iterations=1, optimizer=sgd).history[0]["objective_stderr"]
+    )
+
+
+def test_a_tolerance_stops_training_once_the_gap_is_below_it(monkeypatch):
+    from sdecontrol.training.solve import _Trainer
+
+    monkeypatch.setattr(_Trainer, "evaluate_every", 50)
+    seen = []
+
+    class Watch:
+        def on_evaluate(self, state):
+            seen.append(state.evaluation.gap.value)
+
+    solution = quick(iterations=2000, tolerance=0.2, callbacks=[Watch()])
+    assert seen and seen[-1] < 0.2 and all(g >= 0.2 for g in seen[:-1]) and solution.iterations < 2000
+
+
+def test_a_time_budget_marks_the_result_as_not_reproducible():
+    solution = quick(iterations=None, budget="1s")
+    assert not solution.reproducible and solution.iterations > 1
+
+
+def test_without_a_number_of_iterations_training_gets_near_the_optimum_untouched():
+    problem = random_lq(2, seed=4, dtype=F32)
+    solution = sc.solve(problem, time_steps=20, batch_size=128, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    assert solution.evaluate(4096, seed=1).gap.value < 2 * float(exact.floor)
+    assert solution.iterations < sc.RewardBackprop.default_iterations
+
+
+# ------------------------------------------------------------------------------------------------ things that go wrong
+
+
+@pytest.mark.parametrize("what", ["drift", "reward", "running cost", "gradient"])
+def test_the_first_non_finite_value_stops_training_and_keeps_the_last_good_solution(what, tmp_path):
+    calls = {"n": 0}
+
+    def poisoned(value, x):
+        calls["n"] += 1
+        return torch.where(torch.arange(len(x)) == 3, torch.nan, value) if calls["n"] > calls["allowed"] else value
+
+    def reward(x):
+        if what == "gradient":  # finite values, infinite slope
+            calls["n"] += 1
+            floor = 0.0 if calls["n"] > calls["allowed"] else 1.0
+            return -((x * 0).abs().sum(1) + floor).sqrt() - (x**2).sum(1)
+        value = -(x**2).sum(1)
+        return poisoned(value, x) if what == "reward" else value
+
+    def drift(x, t):
+        return poisoned(-x[:, 0], x)[:, None].expand(-1, 1) if what == "drift" else -x
+
+    def cost(x, t):
+        return poisoned(x[:, 0] ** 2, x) if what == "running cost" else x[:, 0] ** 2
+
+    calls["allowed"] = 10**9
+    problem = sc.ControlProblem(
+        sc.SDE(drift, 1.0, dim=1), initial=sc.Dirac(torch.zeros(1)), reward=reward, running_cost=cost
+    )
+    control = SmallControl(1, 1, dtype=F32)
+
+    class Poison:
+        def on_step_end(self, state):
+            if state.iteration == 4:
+                calls["allowed"] = calls["n"]
+
+    with pytest.raises(sc.NonFiniteError) as caught:
+        quick(problem, control=control, callbacks=[Poison()], checkpoint_dir=tmp_path)
+    error = caught.value
+    assert error.what == what and "iteration 4" in str(error)
+    if what != "gradient":
+        assert error.rows == 1
+    if what in ("drift", "running cost"):
+        assert error.step == 0 and "step 0" in str(error)
+    assert all(torch.isfinite(p).all() for p in error.solution.control.parameters())
+    calls["allowed"] = 10**9
+    assert error.solution.iterations == 4
+    assert quick(problem, control=control, checkpoint_dir=tmp_path, resume=True).iterations == 12
+
+
+def test_a_callback_that_raises_gives_a_warning_and_changes_nothing():
+    class Broken:
+        def on_step_end(self, state):
+            raise KeyError("oops")
+
+    with pytest.warns(RuntimeWarning, match="KeyError"):
+        disturbed = quick(callbacks=[Broken()])
+    assert same(disturbed, quick())
+
+
+def test_callbacks_see_every_event(tmp_path):
+    events = []
+
+    class Record:
+        def __getattr__(self, name):
+            if name.startswith("on_"):
+                return lambda state: events.append((name, state.iteration))
+            raise AttributeError(name)
+
+    quick(iterations=4, callbacks=[Record()], checkpoint_dir=tmp_path, checkpoint_every=3)
+    names = [name for name, _ in events]
+    assert names[0] == "on_train_begin" and names[-1] == "on_train_end"
+    assert names.count("on_step_end") == 4 and names.count("on_save") == 2
+
+
+def test_the_users_own_control_is_copied_and_its_training_is_saved(tmp_path):
+    control = SmallControl(2, 2, dtype=F32)
+    before = {n: p.detach().clone() for n, p in control.named_parameters()}
+    problem = random_lq(2, seed=1, dtype=F32)
+    solution = quick(problem, control=control)
+    assert all(torch.equal(before[n], p) for n, p in control.named_parameters())
+    solution.save(tmp_path)
+    with pytest.raises(TypeError, match=r"load\(..., control=module\)"):
+        sc.load(tmp_path, problem)
+    again = sc.load(tmp_path, problem, control=SmallControl(2, 2, seed=9, dtype=F32))
+    assert same(again, solution)
