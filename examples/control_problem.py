@@ -1,6 +1,6 @@
 """Steer a linear stochastic system to high reward at low effort, with the exact solution beside it.
 
-    python examples/control_problem.py [--quick]
+python examples/control_problem.py [--quick]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a small diffusion model on data, then fine-tune it towards a reward, staying close to it.
 
-    python examples/finetune_model.py [--quick]
+python examples/finetune_model.py [--quick]
 """
 
 import argparse

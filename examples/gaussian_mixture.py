@@ -1,6 +1,6 @@
 """Tilt a Gaussian mixture, whose exact answer is known, and compare the tuned samples with it.
 
-    python examples/gaussian_mixture.py [--quick]
+python examples/gaussian_mixture.py [--quick]
 """
 
 import argparse
@@ -25,7 +25,11 @@ def main(quick: bool = False) -> None:
     target = exact.sample(4096, seed=2)
     print(f"\nlog Z  exact {float(exact.log_z):.3f} in continuous time, estimated {evaluation.log_z} with 50 steps")
     untuned = sc.simulate(problem, 4096, time_steps=50, seed=3, keep="end").samples
-    for name, x in (("untuned", untuned), ("tuned", solution.sample(4096, seed=3)), ("exact", exact.sample(4096, seed=4))):
+    for name, x in (
+        ("untuned", untuned),
+        ("tuned", solution.sample(4096, seed=3)),
+        ("exact", exact.sample(4096, seed=4)),
+    ):
         print(f"sliced W1 to the exact tilt, {name:<8} {sc.sliced_wasserstein(x, target):.3f}")
 
 

@@ -27,7 +27,7 @@ STRETCH = 5  #: steps of the stretch before 0 of a controlled start, for chains 
 
 
 def tensor(x: Any) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(x, dtype=np.float64))
+    return torch.as_tensor(np.array(x, dtype=np.float64))
 
 
 def affine_map(f: Callable[[torch.Tensor], torch.Tensor], d: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,9 @@ import typer
 
 __all__ = ["DebugOption", "JsonOption", "SeedOption", "handles_errors", "note", "plain", "print_json", "print_table"]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same numbers.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -20,7 +20,9 @@ def demo(
         "output/demo.png"
     ),
     iterations: Annotated[int | None, typer.Option(min=1, help="Iterations of tuning.", show_default="200")] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny settings: shows in seconds that everything runs, not more.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Tiny settings: shows in seconds that everything runs, not more.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 1,
     seed: SeedOption = 0,
     as_json: JsonOption = False,

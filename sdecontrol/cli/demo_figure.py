@@ -23,8 +23,12 @@ def draw_figure(result: DemoResult, path: Path) -> None:
     figure = Figure(figsize=(10, 6.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1], hspace=0.03)
-    top.suptitle(f"A diffusion model of handwritten digits, tuned towards the digit {result.label}", color=_INK,
-                 fontsize=13, fontweight="bold")
+    top.suptitle(
+        f"A diffusion model of handwritten digits, tuned towards the digit {result.label}",
+        color=_INK,
+        fontsize=13,
+        fontweight="bold",
+    )
     shares = (*result.shares, result.tilt.share)
     titles = ("before tuning", "after tuning", "exact answer (importance sampling)")
     for axes, title, share, x in zip(top.subplots(1, 3), titles, shares, result.samples):
@@ -55,14 +59,22 @@ def _curve(axes: Any, result: DemoResult) -> None:
     value = np.array([m["objective"] for m in result.history])
     error = np.array([m["objective_stderr"] for m in result.history])
     steps = np.arange(1, len(value) + 1)
-    axes.fill_between(steps, value - 2 * error, value + 2 * error, color=_SOFT, alpha=0.5, linewidth=0,
-                      label="± 2 standard errors")
+    axes.fill_between(
+        steps, value - 2 * error, value + 2 * error, color=_SOFT, alpha=0.5, linewidth=0, label="± 2 standard errors"
+    )
     axes.plot(steps, value, color=_ACCENT, linewidth=1.4, label="objective, E reward - KL")
     log_z = result.tilt.log_z
-    axes.axhline(log_z.value, color=_INK, linewidth=1.1, linestyle="--",
-                 label=f"log Z = {log_z.value:.2f} (estimated), the largest possible")
+    axes.axhline(
+        log_z.value,
+        color=_INK,
+        linewidth=1.1,
+        linestyle="--",
+        label=f"log Z = {log_z.value:.2f} (estimated), the largest possible",
+    )
     low = float(np.quantile(value, 0.02))
-    axes.set_ylim(min(low, value[0]) if value[0] > 3 * log_z.value else low - 0.3, log_z.value + 0.12 * (log_z.value - low) + 0.1)
+    axes.set_ylim(
+        min(low, value[0]) if value[0] > 3 * log_z.value else low - 0.3, log_z.value + 0.12 * (log_z.value - low) + 0.1
+    )
     axes.set_xlim(1, max(2, len(value)))
     axes.set_xlabel("iteration", color=_INK)
     axes.set_ylabel("nats", color=_INK)
@@ -71,5 +83,10 @@ def _curve(axes: Any, result: DemoResult) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=9.5)
-    axes.set_title(f"training curve: gap left {result.after.gap.value:.2f} nats, effective sample size "
-                   f"{result.after.ess.value:.0%}", color=_INK, fontsize=11, loc="left")
+    axes.set_title(
+        f"training curve: gap left {result.after.gap.value:.2f} nats, effective sample size "
+        f"{result.after.ess.value:.0%}",
+        color=_INK,
+        fontsize=11,
+        loc="left",
+    )

@@ -162,8 +162,13 @@ class DemoResult:
             "before": {**self.before.as_dict(), "share": number(self.shares[0]), "sliced_wasserstein": far},
             "after": {**self.after.as_dict(), "share": number(self.shares[1]), "sliced_wasserstein": near},
             "exact_tilt": {
-                "reward": number(tilt.reward), "kl": number(tilt.kl), "log_z": number(tilt.log_z), "ess": tilt.ess,
-                "share": number(tilt.share), "sliced_wasserstein": floor, "n": len(tilt.samples),
+                "reward": number(tilt.reward),
+                "kl": number(tilt.kl),
+                "log_z": number(tilt.log_z),
+                "ess": tilt.ess,
+                "share": number(tilt.share),
+                "sliced_wasserstein": floor,
+                "n": len(tilt.samples),
             },
             "seconds": self.seconds,
             "history": self.history,
@@ -189,12 +194,19 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
     models = demo_models(seed, settings)
     problem = ControlProblem(
         generative_sde(models.noise, VP(), prediction="noise", shape=DIGIT_SHAPE),
-        reward=LogProb(models.classifier, label), alpha=1.0,
+        reward=LogProb(models.classifier, label),
+        alpha=1.0,
     )
     mark = time.monotonic()
     solution = solve(
-        problem, RewardBackprop(), time_steps=settings.time_steps, iterations=settings.iterations,
-        batch_size=settings.batch_size, learning_rate=settings.learning_rate, seed=derive_seed(seed, 1), progress=True,
+        problem,
+        RewardBackprop(),
+        time_steps=settings.time_steps,
+        iterations=settings.iterations,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        seed=derive_seed(seed, 1),
+        progress=True,
     )
     tuning = time.monotonic() - mark
     note("evaluating ...")
@@ -207,8 +219,17 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
     untuned = simulate(problem, n, time_steps=settings.time_steps, seed=derive_seed(seed, 6), keep="end").samples
     shares = (_share(models.classifier, untuned, label), _share(models.classifier, tuned, label))
     return DemoResult(
-        label, seed, settings, models, before, after, tilt, shares, _distances(untuned, tuned, tilt),
-        (untuned, tuned, tilt.resampled(256, derive_seed(seed, 7))), solution.history,
+        label,
+        seed,
+        settings,
+        models,
+        before,
+        after,
+        tilt,
+        shares,
+        _distances(untuned, tuned, tilt),
+        (untuned, tuned, tilt.resampled(256, derive_seed(seed, 7))),
+        solution.history,
         {"models": models.seconds, "tuning": tuning, "total": time.monotonic() - began},
     )
 
@@ -226,18 +247,25 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
         noise, classifier = ScoreNetwork(DIGIT_SHAPE, VP(), "noise").eval(), DigitClassifier().eval()
         try:
             for prefix, module in (("noise.", noise), ("classifier.", classifier)):
-                load_tensors(module, {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}, name)
+                load_tensors(module, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, name)
             return DemoModels(noise, classifier, float(saved["accuracy"]), time.monotonic() - began, True)
         except (BadFileError, KeyError, TypeError) as error:
             note(f"the cache is damaged and will be made again: {error}")
     images, labels = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive_seed(seed, 11)))
     train, test = order[:_TRAINED_ON], order[_TRAINED_ON:]
-    classifier = fit_digit_classifier(images[train], labels[train], iterations=settings.classifier_iterations,
-                                      seed=derive_seed(seed, 12), progress=True)
+    classifier = fit_digit_classifier(
+        images[train],
+        labels[train],
+        iterations=settings.classifier_iterations,
+        seed=derive_seed(seed, 12),
+        progress=True,
+    )
     with torch.no_grad():
         accuracy = float((classifier(images[test]).argmax(1) == labels[test]).double().mean())
-    noise = fit_score(images, VP(), "noise", iterations=settings.model_iterations, seed=derive_seed(seed, 13), progress=True)
+    noise = fit_score(
+        images, VP(), "noise", iterations=settings.model_iterations, seed=derive_seed(seed, 13), progress=True
+    )
     tensors = {f"noise.{k}": v for k, v in noise.state_dict().items()}
     tensors.update({f"classifier.{k}": v for k, v in classifier.state_dict().items()})
     write_cached(name, _KIND, tensors, {"accuracy": accuracy, "recipe": RECIPE, "seed": seed})
@@ -274,8 +302,16 @@ def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: 
     log_z = log_mean_weight(log_w)
     reward = _weighted_mean(log_w, log_w)  # alpha = 1 and no running cost: the log weight is the reward
     kl = _weighted_mean(log_w - log_z.value, log_w)
-    return Tilt(x, log_w, reward, kl, log_z, effective_sample_size(log_w), _share(classifier, x, label, log_w),
-                time.monotonic() - began)
+    return Tilt(
+        x,
+        log_w,
+        reward,
+        kl,
+        log_z,
+        effective_sample_size(log_w),
+        _share(classifier, x, label, log_w),
+        time.monotonic() - began,
+    )
 
 
 def _distances(untuned: Tensor, tuned: Tensor, tilt: Tilt) -> tuple[float, float, float]:

@@ -47,7 +47,12 @@ from ..processes.linear import LinearSDE
 __all__ = ["SOLVE_KEYS", "read_problem_file"]
 
 SOLVE_KEYS: dict[str, type | tuple[type, ...]] = {
-    "method": str, "time_steps": int, "iterations": int, "batch_size": int, "learning_rate": (int, float), "scheme": str,
+    "method": str,
+    "time_steps": int,
+    "iterations": int,
+    "batch_size": int,
+    "learning_rate": (int, float),
+    "scheme": str,
     "seed": int,
 }
 _TABLES = {
@@ -127,8 +132,9 @@ def _from_function(table: dict[str, Any], path: Path) -> ControlProblem:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"[problem] function: cannot import {module_name!r} ({error}); it must lie beside the file or be "
-                         "installed.") from error
+        raise ValueError(
+            f"[problem] function: cannot import {module_name!r} ({error}); it must lie beside the file or be installed."
+        ) from error
     finally:
         sys.path.pop(0)
     if not hasattr(module, attribute):
@@ -183,7 +189,9 @@ def _from_tables(content: dict[str, Any]) -> ControlProblem:
     cost = None
     if "running_cost" in content:
         with _located("[running_cost]"):
-            cost = QuadraticCost(_sized(_Reader(content, "running_cost", dtype).tensor("F", (2,), "a d x d matrix"), "F", len(A)))
+            cost = QuadraticCost(
+                _sized(_Reader(content, "running_cost", dtype).tensor("F", (2,), "a d x d matrix"), "F", len(A))
+            )
     return ControlProblem(sde, initial, reward, cost, content.get("alpha", 1.0), content.get("start"))
 
 

@@ -19,15 +19,25 @@ __all__ = ["solve"]
 
 @handles_errors
 def solve(
-    problem: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file.")],
+    problem: Annotated[
+        str, typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file.")
+    ],
     method: Annotated[str | None, typer.Option(help="The method.", show_default="reward-backprop")] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Exactly so many; else until it stops improving.")] = None,
-    time_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many; else until it stops improving.")
+    ] = None,
+    time_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the control's")] = None,
     paths: Annotated[int, typer.Option(min=64, help="Paths of the evaluation.")] = 4096,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -45,8 +55,14 @@ def solve(
     from ..training import solve as training
 
     made, defaults, name = _problem(problem)
-    given = {"method": method, "iterations": iterations, "time_steps": time_steps, "batch_size": batch_size,
-             "learning_rate": learning_rate, "seed": seed}
+    given = {
+        "method": method,
+        "iterations": iterations,
+        "time_steps": time_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     settings: dict[str, Any] = {"method": "reward-backprop", "seed": 0}
     settings.update(defaults)
     settings.update({key: value for key, value in given.items() if value is not None})
@@ -58,10 +74,17 @@ def solve(
     if save is not None:
         solution.save(save)
     if as_json:
-        print_json({
-            "problem": name, "settings": settings, "iterations": solution.iterations, "seconds": seconds,
-            "evaluation": evaluation.as_dict(), "exact": exact, "saved": None if save is None else str(save),
-        })
+        print_json(
+            {
+                "problem": name,
+                "settings": settings,
+                "iterations": solution.iterations,
+                "seconds": seconds,
+                "evaluation": evaluation.as_dict(),
+                "exact": exact,
+                "saved": None if save is None else str(save),
+            }
+        )
         return
     print(f"{name}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s\n")
     print(evaluation)

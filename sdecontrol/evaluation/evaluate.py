@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = ["Evaluation", "evaluate", "log_weights"]
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
+_START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased
 _AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
 
 
@@ -117,12 +119,14 @@ def evaluate(
     *,
     log_z: float | None = None,
     start_log_z: float | None = None,
+    start_value: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Evaluate a control on fresh paths of the chain.
 
     Args:
         control: any control; None for the reference.
         log_z, start_log_z: the chain's exact log Z and ``E_nu log Z(X_0)``, where they are known.
+        start_value: exact ``x_0 -> log Z(x_0)``, ``(batch,)``: a random fixed start then adds no noise to the gap.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 64:
         raise ValueError(f"n must be an int >= 64 (paths to estimate from), got {n!r}.")
@@ -145,10 +149,16 @@ def evaluate(
     if not random_start:
         gap = Estimate(log_z, 0.0) - elbo if log_z is not None else _gap(log_w)
     else:
-        top, gap = _per_start(problem, control, chain, n, seed)
-        if start_log_z is not None:
-            top = Estimate(start_log_z, 0.0)
-            gap = top - elbo
+        if start_log_z is not None and start_value is not None:
+            top, gap = (
+                Estimate(start_log_z, 0.0),
+                mean_estimate(start_value(problem.draw_start(n, seed)).double() - log_w),
+            )
+        else:
+            top, gap, effective = _per_start(problem, control, chain, n, seed)
+            if effective < _START_ESS * _REPLICAS and reliable:
+                reliable = False
+                why = f"only {effective:.1f} effective of {_REPLICAS} paths per start: log Z(X_0) is biased low there"
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
     return Evaluation(
         reward=mean_estimate(reward),
@@ -163,7 +173,7 @@ def evaluate(
         reliable=reliable,
         reliability=why,
         pareto_k=tail,
-        exact=log_z is not None and (not random_start or start_log_z is not None),
+        exact=log_z is not None and (not random_start or start_value is not None),
         n=n,
     )
 
@@ -203,9 +213,11 @@ def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor 
     return True, f"Pareto k = {tail:.2f}; confirmed by the reference's paths (log Z = {other})"
 
 
-def _per_start(problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int) -> tuple[Estimate, Estimate]:
-    """``E_nu log Z(X_0)`` and ``E_nu[log Z(X_0) - E log w]`` from replicated paths per start; the bias of the logarithm is
-    removed by the jackknife."""
+def _per_start(
+    problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int
+) -> tuple[Estimate, Estimate, float]:
+    """``E_nu log Z(X_0)`` and ``E_nu[log Z(X_0) - E log w]`` from replicated paths per start, and the mean effective
+    number of paths per start. The bias of the logarithm is removed by the jackknife, to second order."""
     starts = max(8, n // _REPLICAS)
     x0 = problem.draw_start(starts, derive_seed(seed, 2)).repeat_interleave(_REPLICAS, 0)
     y = problem.draw_condition(starts, derive_seed(seed, 2))
@@ -219,4 +231,5 @@ def _per_start(problem: ControlProblem, control: Any, chain: Chain, n: int, seed
         [torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)]
     ).mean(0) - math.log(_REPLICAS - 1)
     level = _REPLICAS * whole - (_REPLICAS - 1) * without
-    return mean_estimate(level), mean_estimate(level - log_w.mean(1))
+    effective = (2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp().mean()
+    return mean_estimate(level), mean_estimate(level - log_w.mean(1)), float(effective)

@@ -68,7 +68,7 @@ class Solution:
         seed: int | None = None,
         reproducible: bool = True,
         details: dict[str, Any] | None = None,
-        exact_values: Callable[[], tuple[float, float] | None] | None = None,
+        exact_values: Callable[[], dict[str, Any] | None] | None = None,
     ) -> None:
         self.problem, self.control, self.method, self.settings = problem, control, method, settings
         self.history = history or []
@@ -121,8 +121,7 @@ class Solution:
         Where an exact solution of the chain is known, the gap is against it; else it is an estimate.
         """
         known = self._exact_values() if self._exact_values is not None else None
-        log_z, start_log_z = known if known is not None else (None, None)
-        return evaluate(self.problem, self.control, self.chain, n, seed, log_z=log_z, start_log_z=start_log_z)
+        return evaluate(self.problem, self.control, self.chain, n, seed, **(known or {}))
 
     @property
     def initial(self) -> Any:

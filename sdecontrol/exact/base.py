@@ -107,11 +107,19 @@ class ExactSolution:
 
         In continuous time the control is simulated with 100 steps, so the gap shows the discretisation.
         """
-        from ..evaluation.evaluate import evaluate  # pyright: ignore[reportMissingImports]
+        from ..evaluation.evaluate import evaluate
 
         chain = self.chain if self.chain is not None else self.problem.chain(100)
-        return evaluate(self.problem, self.control, chain, n, seed, log_z=self._known("log_z"),
-                        start_log_z=self._known("start_log_z"))
+        return evaluate(self.problem, self.control, chain, n, seed, **self.known_values())
+
+    def known_values(self) -> dict[str, Any]:
+        """What ``evaluate`` compares with: "log_z", "start_log_z" (floats or None), "start_value" (``x_0 -> log Z(x_0)``)."""
+        log_z, start_log_z = self._known("log_z"), self._known("start_log_z")
+        return {
+            "log_z": None if log_z is None else float(log_z),
+            "start_log_z": None if start_log_z is None else float(start_log_z),
+            "start_value": lambda x: self.value(x, 0.0) / self.problem.alpha,
+        }
 
     @property
     def floor(self) -> Tensor:

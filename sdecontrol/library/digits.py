@@ -24,8 +24,9 @@ def digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn, which is not installed; "
-                          "pip install 'sdecontrol[examples]'.") from error
+        raise ImportError(
+            "the digits come with scikit-learn, which is not installed; pip install 'sdecontrol[examples]'."
+        ) from error
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.get_default_dtype()).div(8).sub(1)
     return images.unsqueeze(1), torch.tensor(bunch.target, dtype=torch.long)
@@ -38,9 +39,14 @@ class DigitClassifier(nn.Module):
         super().__init__()
         pixels = DIGIT_SHAPE[1] * DIGIT_SHAPE[2]
         self.body = nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1), nn.SiLU(),
-            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2), nn.SiLU(),
-            nn.Flatten(), nn.Linear(2 * channels * pixels // 4, width), nn.SiLU(), nn.Linear(width, _CLASSES),
+            nn.Conv2d(1, channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(2 * channels * pixels // 4, width),
+            nn.SiLU(),
+            nn.Linear(width, _CLASSES),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,8 +54,16 @@ class DigitClassifier(nn.Module):
 
 
 def fit_digit_classifier(
-    images: Tensor, labels: Tensor, *, iterations: int = 1500, batch_size: int = 128, learning_rate: float = 3e-3,
-    noise: float = 0.4, smoothing: float = 0.02, seed: int | None = None, progress: bool | None = None,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    iterations: int = 1500,
+    batch_size: int = 128,
+    learning_rate: float = 3e-3,
+    noise: float = 0.4,
+    smoothing: float = 0.02,
+    seed: int | None = None,
+    progress: bool | None = None,
 ) -> DigitClassifier:
     """Cross-entropy on images with Gaussian noise, its standard deviation uniform in [0, noise] per image.
 

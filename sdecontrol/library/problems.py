@@ -93,8 +93,13 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 def _quadratic(drift: float, running: float, terminal: float) -> ControlProblem:
     """``b = drift x``, ``f = running |x|^2``, ``g = terminal |x|^2`` in 20 dimensions."""
     eye = torch.eye(20)
-    return ControlProblem(LinearSDE(A=drift * eye, sigma=eye, horizon=1.0), initial=Dirac(0.5 * _normal(20)),
-                          reward=Quadratic(G=2 * terminal * eye), running_cost=QuadraticCost(F=2 * running * eye), alpha=1.0)
+    return ControlProblem(
+        LinearSDE(A=drift * eye, sigma=eye, horizon=1.0),
+        initial=Dirac(0.5 * _normal(20)),
+        reward=Quadratic(G=2 * terminal * eye),
+        running_cost=QuadraticCost(F=2 * running * eye),
+        alpha=1.0,
+    )
 
 
 @_card("ou-quadratic-easy", version=1, time_steps=50, batch_size=128)
@@ -113,8 +118,12 @@ def _ou_quadratic_hard() -> ControlProblem:
 def _ou_linear() -> ControlProblem:
     """d = 10, b = (-I + xi) x, sigma = I + xi, f = 0, g = sum x; start 0; xi = 0.1 randn(10, 10) with seed 0."""
     xi, eye = 0.1 * _normal(10, 10), torch.eye(10)
-    return ControlProblem(LinearSDE(A=-eye + xi, sigma=eye + xi, horizon=1.0), initial=Dirac(torch.zeros(10)),
-                          reward=Linear(-torch.ones(10)), alpha=1.0)
+    return ControlProblem(
+        LinearSDE(A=-eye + xi, sigma=eye + xi, horizon=1.0),
+        initial=Dirac(torch.zeros(10)),
+        reward=Linear(-torch.ones(10)),
+        alpha=1.0,
+    )
 
 
 @_card("double-well", version=1, time_steps=200, batch_size=128)
@@ -130,5 +139,6 @@ def _double_well() -> ControlProblem:
     def reward(x: Tensor) -> Tensor:
         return -(nu * (x**2 - 1) ** 2).sum(-1)
 
-    return ControlProblem(SDE(drift, diffusion=1.0, dim=10, horizon=1.0), initial=Dirac(torch.zeros(10)), reward=reward,
-                          alpha=1.0)
+    return ControlProblem(
+        SDE(drift, diffusion=1.0, dim=10, horizon=1.0), initial=Dirac(torch.zeros(10)), reward=reward, alpha=1.0
+    )

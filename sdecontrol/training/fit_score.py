@@ -82,7 +82,9 @@ def fit_score(
 def _check(data: Any, schedule: Any, prediction: str, iterations: Any, batch_size: Any) -> None:
     check_tensor("data", data, hint="data: (n, *event).")
     if data.ndim < 2 or len(data) < 1:
-        raise ValueError(f"data must have shape (n, *event), got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers.")
+        raise ValueError(
+            f"data must have shape (n, *event), got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers."
+        )
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
     if prediction not in PREDICTIONS:
@@ -108,8 +110,9 @@ def _network(data: Tensor, schedule: Schedule, prediction: str, model: nn.Module
     return copy.deepcopy(model).train()
 
 
-def _loss(network: nn.Module, schedule: Schedule, prediction: str, x0: Tensor, s: Tensor, eps: Tensor,
-          variance: float) -> Tensor:
+def _loss(
+    network: nn.Module, schedule: Schedule, prediction: str, x0: Tensor, s: Tensor, eps: Tensor, variance: float
+) -> Tensor:
     """The weighted squared error at noising times s ``(batch,)`` (float64); coefficients are computed in float64."""
     mu, std = schedule.mu(s), schedule.std(s)
     a, b = noise_coefficients(prediction, mu, std, schedule.log_mu_slope(s), schedule.forward_variance_rate(s))
@@ -134,8 +137,12 @@ class _Descent:
 
     def step(self, loss: Tensor, i: int) -> None:
         if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"the loss is not finite at iteration {i}: the model's prediction is {float(loss.detach())}; "
-                                 "try a smaller learning_rate.", what="loss", step=i)
+            raise NonFiniteError(
+                f"the loss is not finite at iteration {i}: the model's prediction is {float(loss.detach())}; "
+                "try a smaller learning_rate.",
+                what="loss",
+                step=i,
+            )
         warm = min(1.0, (i + 1) / max(1.0, min(_WARMUP, 0.1 * self.iterations)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * i / self.iterations))

@@ -49,8 +49,17 @@ class ScoreNetwork(nn.Module):
     lam: Tensor
     frequencies: Tensor
 
-    def __init__(self, shape: Sequence[int], schedule: Schedule, prediction: str, *, width: int = 128, inner: int = 256,
-                 blocks: int = 3, time_width: int = 64) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        schedule: Schedule,
+        prediction: str,
+        *,
+        width: int = 128,
+        inner: int = 256,
+        blocks: int = 3,
+        time_width: int = 64,
+    ) -> None:
         super().__init__()
         self.shape, self.schedule, self.prediction = tuple(shape), schedule, prediction
         size = math.prod(self.shape)

@@ -343,15 +343,15 @@ def _kept_gradients(problem: ControlProblem) -> Iterator[None]:
 
 def _with_exact_values(solution: Solution) -> Solution:
     """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known."""
-    known: list[tuple[float, float] | None] = []
+    known: list[dict[str, Any] | None] = []
 
-    def values() -> tuple[float, float] | None:
+    def values() -> dict[str, Any] | None:
         if not known:
             from ..exact import exact_solution
 
             try:
                 exact = exact_solution(solution.problem, like=solution)
-                known.append((float(exact.log_z), float(exact.start_log_z)))
+                known.append(exact.known_values())
             except NoExactSolution:
                 known.append(None)
         return known[0]

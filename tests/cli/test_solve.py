@@ -66,7 +66,13 @@ def test_table_and_problem_without_exact_solution(run) -> None:
 def test_toml_file_and_save(run, tmp_path: Path) -> None:
     Path("problem.toml").write_text(GOOD)
     result = only_json(run("solve", "problem.toml", "--save", "kept", "--json"))
-    assert result["settings"] == {"method": "reward-backprop", "seed": 0, "time_steps": 10, "iterations": 3, "batch_size": 32}
+    assert result["settings"] == {
+        "method": "reward-backprop",
+        "seed": 0,
+        "time_steps": 10,
+        "iterations": 3,
+        "batch_size": 32,
+    }
     assert set(result["exact"]) == {"discretised", "continuous"}
     from sdecontrol.cli.problem_file import read_problem_file
 

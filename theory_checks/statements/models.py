@@ -207,7 +207,7 @@ def transitions(setting: Setting, defect: str) -> Lines:
     an ODE, for coefficients that are functions of time, says the same; so do Brownian motion and Ornstein-Uhlenbeck."""
     for case in linear_cases(setting, scheme="exact"):
         given, (s, t) = spoil(case, defect), case.grid[1:3]
-        (M, b, C), _ = case.steps()[1], None
+        M, b, C = case.steps()[1]
         varying = sc.LinearSDE(lambda _, A=given.A: tensor(A), tensor(given.sigma), tensor(given.offset), horizon=case.grid[-1])
         for how, sde in (("exponential", given.sde()), ("ODE", varying)):
             law = sde.transition(s, t)
@@ -231,7 +231,6 @@ def doob(setting: Setting, defect: str) -> Lines:
     for case in linear_cases(setting, scheme="exact"):
         sde, (k, t) = spoil(case, defect).sde(), (1, case.grid[1])
         x, y = setting.rng(63).normal(size=(2, 3, case.d))
-        M, b, C = path_law(case.mean, 0 * case.cov, case.steps()[k:]).mean, None, None
         later = [case.reference(k, row).of(-1) for row in x]
         flow = np.stack([case.reference(k, e).of(-1).mean - case.reference(k, 0 * e).of(-1).mean for e in np.eye(case.d)]).T
         pull = np.stack([np.linalg.solve(law.cov, end - law.mean) for law, end in zip(later, y)]) @ flow

@@ -1,0 +1,19 @@
+"""``python -m benchmarks SUITE ...``: one suite per module."""
+
+from __future__ import annotations
+
+import typer
+
+from .control import control
+
+app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
+app.command()(control)
+
+
+@app.callback()
+def _suites() -> None:
+    pass
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,123 @@
+"""``fit_score``: the fitted predictions against the exact ones of a Gaussian; seeds; bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdecontrol as sc
+from sdecontrol.processes.generative import noise_coefficients
+
+COV = torch.tensor([[1.0, 0.6], [0.6, 0.5]])
+MEAN = torch.tensor([1.0, -0.5])
+SCHEDULES = {"vp": sc.VP(), "cosine": sc.CosineVP(), "ve": sc.VE(0.01, 20.0), "flow": sc.FlowMatching()}
+
+
+def gaussian_data(n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return MEAN + torch.randn(n, 2, generator=generator) @ torch.linalg.cholesky(COV).mT
+
+
+def exact_noise(x: Tensor, s: float, schedule) -> Tensor:
+    time = torch.tensor(s, dtype=torch.float64)
+    mu, std = float(schedule.mu(time)), float(schedule.std(time))
+    return std * torch.linalg.solve(mu**2 * COV + std**2 * torch.eye(2), (x - mu * MEAN).mT).mT
+
+
+def error_against_exact(model: nn.Module, schedule, prediction: str) -> float:
+    """Largest root mean square error of the noise that the prediction implies, over noise levels, on states there."""
+    worst = 0.0
+    for s in (0.02, 0.1, 0.3, 0.6, 0.9):
+        time = torch.tensor([s], dtype=torch.float64)
+        mu, std = schedule.mu(time), schedule.std(time)
+        generator = torch.Generator().manual_seed(2)
+        x = float(mu) * gaussian_data(2000) + float(std) * torch.randn(2000, 2, generator=generator)
+        clock = schedule.model_time(time).float().expand(2000)
+        a, b = noise_coefficients(
+            prediction, mu, std, schedule.log_mu_slope(time), schedule.forward_variance_rate(time)
+        )
+        with torch.no_grad():
+            eps = float(a) * x + float(b) * model(x, clock)
+        worst = max(worst, float((eps - exact_noise(x, s, schedule)).square().mean().sqrt()))
+    return worst
+
+
+@pytest.mark.parametrize("prediction", ["noise", "sample", "score", "v", "velocity"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_default_model_recovers_the_noise_of_a_gaussian(schedule: str, prediction: str) -> None:
+    model = sc.fit_score(gaussian_data(4096), SCHEDULES[schedule], prediction, iterations=100, seed=0)
+    assert not model.training
+    assert error_against_exact(model, SCHEDULES[schedule], prediction) < 0.1
+
+
+class Plain(nn.Module):
+    """A network without any preconditioning, as a user might write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        assert s.shape == (len(x),)
+        return self.layers(torch.cat((x, s[:, None]), 1))
+
+
+@pytest.mark.parametrize("prediction", ["noise", "v", "velocity"])
+def test_a_users_model_learns_and_a_copy_is_trained(prediction: str) -> None:
+    mine = Plain()
+    before = [p.clone() for p in mine.parameters()]
+    model = sc.fit_score(gaussian_data(4096), sc.VP(), prediction, mine, iterations=1500, learning_rate=5e-3, seed=0)
+    assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), before)) and isinstance(model, Plain)
+    limit = 0.25 if prediction == "noise" else 0.35
+    assert error_against_exact(model, sc.VP(), prediction) < limit
+
+
+def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None:
+    data, state = gaussian_data(256), torch.get_rng_state()
+    runs = [sc.fit_score(data, sc.VP(), iterations=20, seed=s).state_dict() for s in (3, 3, 4)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(runs[0][k], runs[1][k]) for k in runs[0])
+    assert any(not torch.equal(runs[0][k], runs[2][k]) for k in runs[0])
+
+
+def test_events_of_any_shape_and_float64() -> None:
+    data = torch.randn(128, 2, 3, dtype=torch.float64)
+    model = sc.fit_score(data, sc.VP(), iterations=2, batch_size=16, seed=0)
+    sde = sc.generative_sde(model, sc.VP(), shape=(2, 3))
+    problem = sc.ControlProblem(sde, reward=lambda x: x.flatten(1).sum(1))
+    assert sc.simulate(problem, 4, time_steps=5, seed=0).samples.shape == (4, 2, 3)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    mixed = model(x, torch.full((5,), 0.3, dtype=torch.float64))  # a time per row, or one for all: the same
+    assert torch.allclose(mixed, model(x, torch.tensor(0.3, dtype=torch.float64).expand(5)), atol=1e-12)
+
+
+def test_samples_have_the_law_of_the_data() -> None:
+    data = gaussian_data(4096)
+    model = sc.fit_score(data, sc.VP(), iterations=100, seed=0)
+    problem = sc.ControlProblem(sc.generative_sde(model, sc.VP(), shape=(2,)), reward=lambda x: x[:, 0])
+    x = sc.simulate(problem, 4096, time_steps=200, seed=0, keep="end").samples
+    assert (x.mean(0) - MEAN).abs().max() < 4 / math.sqrt(4096) + 0.03
+    assert (torch.cov(x.mT) - COV).abs().max() < 0.12
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "match"),
+    [
+        ({"data": torch.zeros(5)}, ValueError, "data must have shape"),
+        ({"data": torch.full((5, 2), float("nan"))}, ValueError, "data has 10 non-finite"),
+        ({"data": torch.zeros(5, 2, dtype=torch.int64)}, TypeError, "floating-point"),
+        ({"schedule": "vp"}, TypeError, "schedule must be a noise schedule"),
+        ({"prediction": "nois"}, ValueError, "'noise'"),
+        ({"iterations": 0}, ValueError, "iterations must be an int >= 1"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate must be > 0"),
+        ({"model": nn.Flatten()}, ValueError, "no trainable parameters"),
+        ({"model": lambda x, s: x}, TypeError, "model must be an nn.Module"),
+    ],
+)
+def test_bad_input(change: dict, kind: type, match: str) -> None:
+    arguments = {"data": torch.randn(5, 2), "schedule": sc.VP(), "iterations": 1, **change}
+    with pytest.raises(kind, match=match):
+        sc.fit_score(arguments.pop("data"), arguments.pop("schedule"), **arguments)
