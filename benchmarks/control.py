@@ -34,9 +34,9 @@ def run_cell(name: str, method: str, iterations: int, time_steps: int | None, se
     seconds = time.process_time() - began
     evaluation = solution.evaluate(4096, seed=seed + 1)
     errors: dict[str, Any] = {}
-    for column, options in (("discretised", {"like": solution}), ("continuous", {})):
+    for column, chain in (("discretised", solution), ("continuous", None)):
         try:
-            error = sc.control_error(solution, sc.exact_solution(problem, **options), n=4096)
+            error = sc.control_error(solution, sc.exact_solution(problem, like=chain), n=4096)
         except sc.NoExactSolution:
             continue
         errors[column] = {"absolute": asdict(error.absolute), "relative": asdict(error.relative)}

@@ -22,7 +22,8 @@ def draw_figure(result: DemoResult, path: Path) -> None:
     """Write the figure to ``path``."""
     figure = Figure(figsize=(10, 6.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1], hspace=0.03)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1], hspace=0.03)
+    top, bottom = parts
     top.suptitle(
         f"A diffusion model of handwritten digits, tuned towards the digit {result.label}",
         color=_INK,

@@ -56,6 +56,11 @@ class DemoSettings:
     evaluation_paths: int
     tilt_paths: int
 
+    @property
+    def times(self) -> list[float]:
+        """Process times of the steps: at noising times ``(1 - k/K)^1.5``, finer towards the data."""
+        return [1 - (1 - k / self.time_steps) ** 1.5 for k in range(self.time_steps + 1)]
+
     def with_iterations(self, iterations: int | None) -> DemoSettings:
         return self if iterations is None else dataclasses.replace(self, iterations=iterations)
 
@@ -201,7 +206,7 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
     solution = solve(
         problem,
         RewardBackprop(),
-        time_steps=settings.time_steps,
+        time_steps=settings.times,
         iterations=settings.iterations,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -216,7 +221,7 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
     note("importance sampling the exactly tilted law ...")
     tilt = _tilt(problem, models.classifier, label, settings, derive_seed(seed, 4))
     tuned = solution.sample(n, seed=derive_seed(seed, 5))
-    untuned = simulate(problem, n, time_steps=settings.time_steps, seed=derive_seed(seed, 6), keep="end").samples
+    untuned = simulate(problem, n, time_steps=settings.times, seed=derive_seed(seed, 6), keep="end").samples
     shares = (_share(models.classifier, untuned, label), _share(models.classifier, tuned, label))
     return DemoResult(
         label,
@@ -295,7 +300,7 @@ def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: 
     samples, log_ws = [], []
     for i in range(-(-settings.tilt_paths // _CHUNK)):
         n = min(_CHUNK, settings.tilt_paths - i * _CHUNK)
-        paths = simulate(problem, n, time_steps=settings.time_steps, seed=derive_seed(seed, i), keep="end")
+        paths = simulate(problem, n, time_steps=settings.times, seed=derive_seed(seed, i), keep="end")
         samples.append(paths.samples)
         log_ws.append(log_weights(problem, paths))
     x, log_w = torch.cat(samples), torch.cat(log_ws).double()

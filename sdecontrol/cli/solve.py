@@ -112,9 +112,9 @@ def _exact(solution: Solution, paths: int) -> dict[str, Any] | None:
     from ..exact import exact_solution
 
     out: dict[str, Any] = {}
-    for name, options in (("discretised", {"like": solution}), ("continuous", {})):
+    for name, chain in (("discretised", solution), ("continuous", None)):
         try:
-            exact = exact_solution(solution.problem, **options)
+            exact = exact_solution(solution.problem, like=chain)
         except NoExactSolution:
             continue
         error = control_error(solution, exact, n=paths)

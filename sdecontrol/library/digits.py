@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def digits() -> tuple[Tensor, Tensor]:
         raise ImportError(
             "the digits come with scikit-learn, which is not installed; pip install 'sdecontrol[examples]'."
         ) from error
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.get_default_dtype()).div(8).sub(1)
     return images.unsqueeze(1), torch.tensor(bunch.target, dtype=torch.long)
 

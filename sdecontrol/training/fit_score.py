@@ -129,7 +129,7 @@ class _Descent:
     """Adam with a warm-up and a cosine decay, clipped gradients, and an average of the weights."""
 
     def __init__(self, network: nn.Module, rate: float, iterations: int) -> None:
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
         fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), fused=fused)

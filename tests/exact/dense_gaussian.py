@@ -18,15 +18,22 @@ def linear_quadratic(d=3, m=3, seed=0, *, start="controlled", running=True, vary
     A, sigma = 0.6 * randn(d, d, seed=seed) - 0.5 * torch.eye(d, dtype=F64), 0.7 * randn(d, m, seed=seed + 1)
     offset, F, B = 0.5 * randn(d, seed=seed + 2), 0.6 * spd(d, seed + 3), 0.5 * randn(d, d, seed=seed + 4)
     if varying:
-        sde = sc.LinearSDE(lambda t: A + B * torch.sin(3 * t.double()), lambda t: sigma * (1 + 0.5 * t.double()), offset,
-                           horizon=1.3)
+        sde = sc.LinearSDE(
+            lambda t: A + B * torch.sin(3 * t.double()), lambda t: sigma * (1 + 0.5 * t.double()), offset, horizon=1.3
+        )
         cost = sc.QuadraticCost(lambda t: F * (1 + t.double()))
     else:
         sde, cost = sc.LinearSDE(A, sigma, offset, horizon=1.3), sc.QuadraticCost(F)
     point = randn(d, seed=seed + 5)
     initial = sc.Dirac(point) if start == "dirac" else sc.Gaussian(point, spd(d, seed + 6))
-    return sc.ControlProblem(sde, initial, sc.Quadratic(spd(d, seed + 7), randn(d, seed=seed + 8)), cost if running else None,
-                             alpha=alpha, start="fixed" if start == "dirac" else start)
+    return sc.ControlProblem(
+        sde,
+        initial,
+        sc.Quadratic(spd(d, seed + 7), randn(d, seed=seed + 8)),
+        cost if running else None,
+        alpha=alpha,
+        start="fixed" if start == "dirac" else start,
+    )
 
 
 class Step(NamedTuple):
@@ -42,7 +49,11 @@ class Step(NamedTuple):
 def steps_of(problem, time_steps, scheme):
     """The chain's steps from the definition of the SDE (the exact scheme: from its transition laws and quadrature)."""
     sde, d = problem.reference, problem.event_shape[0]
-    grid = torch.linspace(0, sde.horizon, time_steps + 1, dtype=F64) if isinstance(time_steps, int) else torch.tensor(time_steps)
+    grid = (
+        torch.linspace(0, sde.horizon, time_steps + 1, dtype=F64)
+        if isinstance(time_steps, int)
+        else torch.tensor(time_steps)
+    )
     eye, steps = torch.eye(d, dtype=F64), []
     if problem.start == "controlled":
         n = max(5, (len(grid) - 1) // 4)
@@ -58,7 +69,9 @@ def steps_of(problem, time_steps, scheme):
         else:
             law = sde.transition(s, t)
             root = factor(law.covariance)
-            steps.append(Step(law.matrix, law.shift, root, torch.linalg.pinv(root, rtol=1e-7) @ held_control(sde, s, t), cost))
+            steps.append(
+                Step(law.matrix, law.shift, root, torch.linalg.pinv(root, rtol=1e-7) @ held_control(sde, s, t), cost)
+            )
     return steps
 
 
@@ -70,7 +83,9 @@ def held_control(sde, s, t, nodes=24):
     total = 0
     for xi, wi in zip(x, w):
         r = s + (t - s) * (1 + float(xi)) / 2
-        total = total + 0.5 * (t - s) * float(wi) * sde.transition(r, t).matrix @ torch.from_numpy(sde.coefficients(r)[2])
+        total = total + 0.5 * (t - s) * float(wi) * sde.transition(r, t).matrix @ torch.from_numpy(
+            sde.coefficients(r)[2]
+        )
     return total
 
 
@@ -110,6 +125,10 @@ class DensePath:
         self.log_z = at_a + 0.5 * slope @ torch.linalg.solve(B, slope) - 0.5 * torch.linalg.slogdet(B).logabsdet
         self.mean = self.a + self.N @ torch.linalg.solve(B, slope)
         self.cov = self.N @ torch.linalg.solve(B, self.N.mT)
+        if problem.start == "fixed" and bool(first.any()):  # the start keeps nu: the tilted law given X_0, over nu
+            gain = torch.linalg.solve(self.cov[:d, :d], self.cov[:d]).mT
+            self.mean = self.mean + gain @ (problem.initial.mean - self.mean[:d])
+            self.cov = self.cov - gain @ self.cov[:d] + gain @ problem.initial.covariance_matrix @ gain.mT
 
     def _rows(self, k):
         return slice(k * self.d, (k + 1) * self.d)
@@ -156,10 +175,17 @@ def mixture_2d(components=2):
     return sc.GaussianMixture(weights, means, torch.stack([0.3 * spd(2, seed) for seed in range(components)]))
 
 
-SCHEDULES = {"vp": sc.VP(0.1, 6.0), "cosine": sc.CosineVP(), "ve": sc.VE(0.05, 4.0), "flow": sc.FlowMatching(start=0.05)}
+SCHEDULES = {
+    "vp": sc.VP(0.1, 6.0),
+    "cosine": sc.CosineVP(),
+    "ve": sc.VE(0.05, 4.0),
+    "flow": sc.FlowMatching(start=0.05),
+}
 
 
 def mixture_problem(schedule="vp", start="controlled", components=2, reward="quadratic", alpha=0.6):
     g = torch.tensor([0.7, -0.4], dtype=F64)
     chosen = sc.Linear(g) if reward == "linear" else sc.Quadratic(torch.tensor([[0.8, 0.3], [0.3, -0.1]], dtype=F64), g)
-    return sc.ControlProblem(sc.generative_sde(mixture_2d(components), SCHEDULES[schedule]), reward=chosen, alpha=alpha, start=start)
+    return sc.ControlProblem(
+        sc.generative_sde(mixture_2d(components), SCHEDULES[schedule]), reward=chosen, alpha=alpha, start=start
+    )

@@ -59,8 +59,9 @@ def test_kernels_and_bridges_are_conditionals_of_the_tilted_path(case):
 def test_value_is_the_log_z_of_the_chain_that_starts_there(case):
     problem, exact, _, scheme = case
     for x in randn(2, 3, seed=1):
-        there = sc.ControlProblem(problem.reference, sc.Dirac(x), problem.reward_function, problem.running_cost_function,
-                                  alpha=problem.alpha)
+        there = sc.ControlProblem(
+            problem.reference, sc.Dirac(x), problem.reward_function, problem.running_cost_function, alpha=problem.alpha
+        )
         close(exact.value(x[None], 0.0)[0] / problem.alpha, DensePath(there, 6, scheme).log_z)
 
 
@@ -126,10 +127,14 @@ def test_terminal_law_of_a_controlled_start_is_the_tilted_reference(case):
     problem, _, _, scheme = case
     if problem.start != "controlled":
         pytest.skip("a theorem of a controlled start")
-    free = sc.ControlProblem(problem.reference, problem.initial, problem.reward_function, alpha=problem.alpha, start="controlled")
+    free = sc.ControlProblem(
+        problem.reference, problem.initial, problem.reward_function, alpha=problem.alpha, start="controlled"
+    )
     exact, dense = sc.exact_solution(free, 6, scheme=scheme), DensePath(free, 6, scheme)
     reward = problem.reward_function
-    mean, cov, log_z = gaussian_tilt(*dense.reference_marginal(dense.K), reward.G / problem.alpha, reward.g / problem.alpha)
+    mean, cov, log_z = gaussian_tilt(
+        *dense.reference_marginal(dense.K), reward.G / problem.alpha, reward.g / problem.alpha
+    )
     law = exact.marginal(problem.horizon)
     close(law.mean, mean)
     close(law.covariance_matrix, cov)
@@ -144,8 +149,13 @@ def test_chain_by_quadrature_in_one_dimension(scheme):
     """Three steps, each integral by Gauss-Hermite quadrature: 40^3 paths."""
     one = lambda v: torch.tensor([[v]], dtype=F64)  # noqa: E731
     sde = sc.LinearSDE(one(-0.6), one(0.8), torch.tensor([0.3], dtype=F64))
-    problem = sc.ControlProblem(sde, sc.Dirac(torch.tensor([0.4], dtype=F64)), sc.Quadratic(one(0.9), torch.tensor([1.1], dtype=F64)),
-                                sc.QuadraticCost(one(0.5)), alpha=0.8)
+    problem = sc.ControlProblem(
+        sde,
+        sc.Dirac(torch.tensor([0.4], dtype=F64)),
+        sc.Quadratic(one(0.9), torch.tensor([1.1], dtype=F64)),
+        sc.QuadraticCost(one(0.5)),
+        alpha=0.8,
+    )
     exact = sc.exact_solution(problem, [0.0, 0.2, 0.7, 1.0], scheme=scheme)
     z, w = np.polynomial.hermite_e.hermegauss(40)
     xi = torch.tensor(np.stack(np.meshgrid(z, z, z, indexing="ij"), -1).reshape(-1, 3))
@@ -168,8 +178,12 @@ def test_chain_by_quadrature_in_one_dimension(scheme):
 
 def test_degenerate_noise_of_the_exact_scheme_needs_no_special_case():
     """A noise that reaches one coordinate directly and the other never: sigma of rank 1, square."""
-    sde = sc.LinearSDE(torch.diag(torch.tensor([-0.5, 0.2], dtype=F64)), torch.diag(torch.tensor([1.0, 0.0], dtype=F64)))
-    problem = sc.ControlProblem(sde, sc.Dirac(torch.ones(2, dtype=F64)), sc.Quadratic(spd(2, 1), randn(2, seed=2)), alpha=0.5)
+    sde = sc.LinearSDE(
+        torch.diag(torch.tensor([-0.5, 0.2], dtype=F64)), torch.diag(torch.tensor([1.0, 0.0], dtype=F64))
+    )
+    problem = sc.ControlProblem(
+        sde, sc.Dirac(torch.ones(2, dtype=F64)), sc.Quadratic(spd(2, 1), randn(2, seed=2)), alpha=0.5
+    )
     exact, dense = sc.exact_solution(problem, 4, scheme="exact"), DensePath(problem, 4, "exact")
     close(exact.log_z, dense.log_z)
     assert exact.control(randn(3, 2, seed=0), 0.0)[:, 1].abs().max() == 0  # the idle control costs and moves nothing
@@ -178,8 +192,11 @@ def test_degenerate_noise_of_the_exact_scheme_needs_no_special_case():
 
 def test_stiff_rewards_keep_their_digits():
     """G = 1e8: P - PTP cancels, Joseph's form does not. In 1-D, log Z is known by precisions."""
-    problem = sc.ControlProblem(sc.BrownianMotion(1, torch.eye(1, dtype=F64)), sc.Dirac(torch.tensor([0.3], dtype=F64)),
-                                sc.Quadratic(1e8 * torch.eye(1, dtype=F64)))
+    problem = sc.ControlProblem(
+        sc.BrownianMotion(1, torch.eye(1, dtype=F64)),
+        sc.Dirac(torch.tensor([0.3], dtype=F64)),
+        sc.Quadratic(1e8 * torch.eye(1, dtype=F64)),
+    )
     exact = sc.exact_solution(problem, 50)
     s = 1 + 1e8
     close(exact.log_z, torch.tensor(-0.5 * 0.09 * 1e8 / s - 0.5 * np.log(s), dtype=F64), 1e-11)
@@ -192,7 +209,9 @@ def test_simulated_optimum_has_the_closed_forms():
     paths = sc.simulate(problem, 20_000, control=exact.control, seed=1)
     log_w = sc.log_weights(problem, paths)
     assert abs(float(log_w.mean() - exact.elbo)) < 4 * float(log_w.std()) / 20_000**0.5
-    assert abs(float((log_w - exact.log_z).exp().mean()) - 1) < 4 * float((log_w - exact.log_z).exp().std()) / 20_000**0.5
+    assert (
+        abs(float((log_w - exact.log_z).exp().mean()) - 1) < 4 * float((log_w - exact.log_z).exp().std()) / 20_000**0.5
+    )
     x, log_w = exact.weighted_sample(20_000, seed=2)
     law = exact.marginal(problem.horizon)
     assert ((x.mean(0) - law.mean).abs() / (law.variance / 20_000).sqrt()).max() < 4.5
@@ -216,7 +235,16 @@ def test_times_off_the_grid_mean_their_step_and_float32_times_mean_the_grid():
 def test_outputs_have_the_problems_dtype():
     exact = sc.exact_solution(sc.named_problem("ou-quadratic-easy"), 10)
     x = torch.zeros(3, 20)
-    outputs = (exact.log_z, exact.elbo, exact.floor, exact.value(x, 0.5), exact.control(x, 0.5), exact.sample(4, seed=0),
-               exact.marginal(0.5).mean, exact.kernel(x, 1).mean, exact.bridge(0.1, 0.5, x).mean)
+    outputs = (
+        exact.log_z,
+        exact.elbo,
+        exact.floor,
+        exact.value(x, 0.5),
+        exact.control(x, 0.5),
+        exact.sample(4, seed=0),
+        exact.marginal(0.5).mean,
+        exact.kernel(x, 1).mean,
+        exact.bridge(0.1, 0.5, x).mean,
+    )
     assert {out.dtype for out in outputs} == {torch.float32}
     assert exact.log_z.ndim == 0 and "euler" in repr(exact) and "\n" not in repr(exact)
