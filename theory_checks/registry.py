@@ -44,7 +44,9 @@ class Measurement:
             return np.inf
         if self.kind == "p":
             return float(np.log(max(self.value, 1e-300)) / np.log(self.tolerance))
-        return self.value / self.tolerance if self.tolerance > 0 else float(self.value > 0) * np.inf
+        if self.tolerance == 0:
+            return 0.0 if self.value <= 0 else np.inf
+        return self.value / self.tolerance
 
 
 @dataclass(frozen=True)

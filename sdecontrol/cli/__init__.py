@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from .common import BAD_INPUT, INTERRUPTED, report
 from .demo import demo
 from .solve import solve
 
@@ -48,4 +49,15 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "±" gets a "?" and no traceback
-    app()
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            sys.exit(INTERRUPTED)
+        if not hasattr(error, "format_message"):  # no error of the command line's own
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+        else:
+            report(f"{error.format_message()} (see --help)")  # type: ignore[attr-defined]
+        sys.exit(getattr(error, "exit_code", BAD_INPUT))

@@ -12,7 +12,19 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-__all__ = ["DebugOption", "JsonOption", "SeedOption", "handles_errors", "note", "plain", "print_json", "print_table"]
+__all__ = [
+    "BAD_INPUT",
+    "INTERRUPTED",
+    "DebugOption",
+    "JsonOption",
+    "SeedOption",
+    "handles_errors",
+    "note",
+    "plain",
+    "print_json",
+    "print_table",
+    "report",
+]
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")
@@ -33,7 +45,7 @@ def handles_errors(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            _report("interrupted")
+            report("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
@@ -44,13 +56,14 @@ def handles_errors(command: Command) -> Command:
                 traceback.print_exc()
             bad_input = isinstance(error, (ValueError, TypeError, FileNotFoundError))
             known = bad_input or isinstance(error, (RuntimeError, OSError, ImportError))
-            _report(str(error) if known and str(error) else f"{type(error).__name__}: {error} (--debug shows where)")
+            report(str(error) if known and str(error) else f"{type(error).__name__}: {error} (--debug shows where)")
             raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
 
     return run  # type: ignore[return-value]
 
 
-def _report(message: str) -> None:
+def report(message: str) -> None:
+    """An error as one red line on standard error."""
     from rich.console import Console
 
     line = " ".join(message.split())

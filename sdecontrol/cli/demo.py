@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,9 +31,11 @@ def demo(
 ) -> None:
     """Tune a diffusion model of handwritten digits towards one digit, and compare with the exactly tilted law.
 
-    Trains (or takes from its cache) a noise-prediction model and a classifier on scikit-learn's 8x8 digits, then tunes the
-    model with reward backpropagation towards log p(label | x), staying close to it in KL. With alpha = 1 the optimum is the
-    model's own conditional law p(x | label), which importance sampling from the untuned model gives without bias.
+    Trains (or takes from its cache) a noise-prediction model and a
+    classifier on scikit-learn's 8x8 digits, then tunes the model with
+    reward backpropagation towards log p(label | x), staying close to it in
+    KL. With alpha = 1 the optimum is the model's own conditional law
+    p(x | label), which importance sampling from the untuned model gives too.
 
     Example:  [bold]sdecontrol demo --label 3 --output output/demo.png[/bold]
     """
@@ -42,8 +45,10 @@ def demo(
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--output must be a .png, .pdf or .svg file, got {output.name!r}.")
     settings = (QUICK if quick else FULL).with_iterations(iterations)
-    result = run_demo(label, seed, settings, threads)
     output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"--output: the folder {output.parent} cannot be written to.")
+    result = run_demo(label, seed, settings, threads)
     draw_figure(result, output)
     numbers = result.as_dict()
     output.with_suffix(".json").write_text(json.dumps(plain(numbers), indent=1) + "\n")

@@ -43,10 +43,12 @@ def solve(
 ) -> None:
     """Solve a control problem and evaluate the solution, beside the exact one where that is known.
 
-    Named problems: ou-quadratic-easy, ou-quadratic-hard, ou-linear, double-well. A TOML file states a linear-quadratic problem
-    ([bold]\\[sde][/bold] A, sigma, offset, horizon; [bold]\\[initial][/bold] point; [bold]\\[reward][/bold] G, g;
-    [bold]\\[running_cost][/bold] F; alpha) or names a Python function that makes one
-    ([bold]\\[problem][/bold] function = "module:object"; the module is imported, so its code runs).
+    Named problems: ou-quadratic-easy, ou-quadratic-hard, ou-linear and
+    double-well. A TOML file states a linear-quadratic problem: [bold]\\[sde][/bold] A,
+    sigma, offset, horizon; [bold]\\[initial][/bold] point, or mean and cov;
+    [bold]\\[reward][/bold] G, g; [bold]\\[running_cost][/bold] F; alpha; [bold]\\[solve][/bold] time_steps and
+    other settings. Or it names a Python object that is one, or a function
+    that makes one: [bold]\\[problem][/bold] function = "module:object" (its code runs).
 
     Example:  [bold]sdecontrol solve ou-quadratic-easy --iterations 500 --seed 0[/bold]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -167,8 +168,8 @@ class Solution:
 def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON can hold them (a grid as a list)."""
     steps = settings.get("time_steps")
-    if steps is not None and not isinstance(steps, int):
-        steps = [float(t) for t in steps]
+    if steps is not None:
+        steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
     return {"time_steps": steps, "scheme": settings.get("scheme")}
 
 

@@ -79,8 +79,10 @@ class ExactSolution:
         Raises:
             NoExactSolution: in continuous time, which has no steps.
         """
-        raise NoExactSolution("kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
-                              "time_steps=K). In continuous time use control, marginal or bridge.")
+        raise NoExactSolution(
+            "kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
+            "time_steps=K). In continuous time use control, marginal or bridge."
+        )
 
     # ---------------------------------------------------------------- what all share
 
@@ -160,7 +162,9 @@ class ExactSolution:
         """The two times of a bridge, checked."""
         s, t = self._snap(float(s)), self._snap(float(t))
         if not s < t:
-            raise ValueError(f"bridge(s, t, x_t) is the law of X_s given a later X_t: it needs s < t, got {s:g}, {t:g}.")
+            raise ValueError(
+                f"bridge(s, t, x_t) is the law of X_s given a later X_t: it needs s < t, got {s:g}, {t:g}."
+            )
         return s, t
 
     def _by_time(self, x: Tensor, t: float | Tensor, function: Callable[[Tensor, float], Tensor]) -> Tensor:
@@ -177,14 +181,20 @@ class ExactSolution:
         rows = [(index == i).nonzero()[:, 0] for i in range(len(distinct))]
         parts = [function(states[r], self._snap(float(v), relative)) for r, v in zip(rows, distinct)]
         if len({part.shape[1:] for part in parts}) > 1:
-            raise ValueError("t mixes times before and after 0, where the controls have different shapes; ask separately.")
+            raise ValueError(
+                "t mixes times before and after 0, where the controls have different shapes; ask separately."
+            )
         return self._out(torch.cat(parts)[torch.cat(rows).argsort()])
 
     def __repr__(self) -> str:
-        steps = f"{self.chain.steps} steps, {self.settings['scheme']!r}" if self.chain is not None else "continuous time"
+        steps = (
+            f"{self.chain.steps} steps, {self.settings['scheme']!r}" if self.chain is not None else "continuous time"
+        )
         log_z = self._known("log_z")
-        return (f"ExactSolution({self.kind}, {steps}, d={self.problem.event_shape[0]}, start={self.problem.start!r}, "
-                f"log_z={'unknown' if log_z is None else format(float(log_z), '.6g')})")
+        return (
+            f"ExactSolution({self.kind}, {steps}, d={self.problem.event_shape[0]}, start={self.problem.start!r}, "
+            f"log_z={'unknown' if log_z is None else format(float(log_z), '.6g')})"
+        )
 
 
 class ExactControl:

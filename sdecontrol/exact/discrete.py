@@ -47,8 +47,10 @@ def steps_of(chain: Chain, linear: LinearSDE) -> list[Step]:
     grid = list(zip(chain.clock, chain.step_sizes))
     if isinstance(chain, StretchChain):
         if not isinstance(chain.law, Gaussian):
-            raise NoExactSolution(f"a controlled {type(chain.law).__name__} start has no exact solution with a linear "
-                                  "reference; use a Gaussian start.")
+            raise NoExactSolution(
+                f"a controlled {type(chain.law).__name__} start has no exact solution with a linear "
+                "reference; use a Gaussian start."
+            )
         root = chain.law.scale_root.detach().to("cpu", torch.float64)
         root = root if root.ndim == 2 else torch.diag(root)
         return [Step(t, 0.0, eye, zero, h**0.5 * root, h**0.5 * eye) for t, h in grid]
@@ -153,7 +155,10 @@ class ChainSolution(LinearQuadraticSolution):
 
 
 def _backwards(
-    steps: list[Step], reward: Form, F: Callable[[float], Tensor] | None, rule: Callable[[Form, Step, str], tuple[Form, Any]]
+    steps: list[Step],
+    reward: Form,
+    F: Callable[[float], Tensor] | None,
+    rule: Callable[[Form, Step, str], tuple[Form, Any]],
 ) -> tuple[list[Form], list[Any]]:
     """A recursion from the last step to the first: the forms ``v_0 .. v_K`` over alpha, and what the rule gives by step."""
     forms, found = [reward], []

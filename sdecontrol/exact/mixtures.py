@@ -51,8 +51,12 @@ class _Pair(NamedTuple):
 
 def _moved(mixture: GaussianMixture, like: Tensor) -> GaussianMixture:
     vectors = mixture._vectors
-    return GaussianMixture._from_parts(mixture.log_weights.to(like), mixture.means.to(like), mixture._values.to(like),
-                                       None if vectors is None else vectors.to(like))
+    return GaussianMixture._from_parts(
+        mixture.log_weights.to(like),
+        mixture.means.to(like),
+        mixture._values.to(like),
+        None if vectors is None else vectors.to(like),
+    )
 
 
 def _mixture(log_weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
@@ -82,7 +86,9 @@ def _same_law(law: Any, own: Any) -> bool:
         return law is own
     if isinstance(own, GaussianMixture):
         same = law.means.shape == own.means.shape
-        return same and all(torch.allclose(getattr(law, n), getattr(own, n)) for n in ("means", "log_weights", "covariances"))
+        return same and all(
+            torch.allclose(getattr(law, n), getattr(own, n)) for n in ("means", "log_weights", "covariances")
+        )
     return torch.allclose(law.mean, own.mean) and torch.allclose(law.covariance_matrix, own.covariance_matrix)
 
 
@@ -103,14 +109,20 @@ class MixtureSolution(ExactSolution):
         reference = problem.reference
         assert isinstance(reference, GenerativeSDE) and reference.mixture is not None
         if not reference.reversal:
-            raise NoExactSolution("noise_level: a mixture reference has an exact solution as the reversal of its noising "
-                                  "process only; use noise_level='reverse' or 'memoryless'.")
+            raise NoExactSolution(
+                "noise_level: a mixture reference has an exact solution as the reversal of its noising "
+                "process only; use noise_level='reverse' or 'memoryless'."
+            )
         if problem.running_cost_function is not None:
-            raise NoExactSolution("running_cost: no exact solution is known for a mixture reference with a running cost.")
+            raise NoExactSolution(
+                "running_cost: no exact solution is known for a mixture reference with a running cost."
+            )
         self._own_start = _same_law(problem.initial, reference.own_initial)
         if not self._own_start and problem.start != "fixed":
-            raise NoExactSolution(f"initial: the exact solution of a mixture needs the reference's own start (leave initial "
-                                  f"out), got another {type(problem.initial).__name__}.")
+            raise NoExactSolution(
+                f"initial: the exact solution of a mixture needs the reference's own start (leave initial "
+                f"out), got another {type(problem.initial).__name__}."
+            )
         self._reference, self._schedule = reference, reference.schedule
         data = _moved(reference.mixture, torch.zeros((), dtype=torch.float64))
         self._mu0, self._std0 = self._levels(problem.horizon)
@@ -137,8 +149,11 @@ class MixtureSolution(ExactSolution):
 
     def _stretched(self, mixture: GaussianMixture, past: float, centre: Tensor, spread: Tensor) -> GaussianMixture:
         """The law of ``X_t - m`` at ``t = past - 1``: ``past (X_0 - m) + sqrt(past (1 - past)) S^(1/2) eps``."""
-        return _mixture(mixture.log_weights, past * (mixture.means - centre),
-                        past**2 * mixture.covariances + past * (1 - past) * spread)
+        return _mixture(
+            mixture.log_weights,
+            past * (mixture.means - centre),
+            past**2 * mixture.covariances + past * (1 - past) * spread,
+        )
 
     def _make_pair(self, time: float) -> _Pair:
         start = self._noised(self._p0, max(time, 0.0))
@@ -148,8 +163,12 @@ class MixtureSolution(ExactSolution):
             level = self._reference.diffusion(start.means, torch.tensor(time, dtype=torch.float64)).double().cpu()
             return _Pair(optimum, start, torch.zeros(d, dtype=torch.float64), level * torch.eye(d, dtype=torch.float64))
         centre, spread, past = start.mean, start.covariance_matrix, max(1.0 + time, _PAST)
-        return _Pair(self._stretched(optimum, past, centre, spread), self._stretched(start, past, centre, spread), centre,
-                     factor(spread))
+        return _Pair(
+            self._stretched(optimum, past, centre, spread),
+            self._stretched(start, past, centre, spread),
+            centre,
+            factor(spread),
+        )
 
     # ---------------------------------------------------------------- the interface
 
@@ -165,8 +184,10 @@ class MixtureSolution(ExactSolution):
 
     def _need_tilted_start(self, what: str) -> None:
         if self.problem.start == "fixed":
-            raise NoExactSolution(f"{what} under a fixed start that is not memoryless has no closed form for a mixture; use "
-                                  "start='controlled', or value and control, which do not depend on the start.")
+            raise NoExactSolution(
+                f"{what} under a fixed start that is not memoryless has no closed form for a mixture; use "
+                "start='controlled', or value and control, which do not depend on the start."
+            )
 
     @property
     def log_z(self) -> Tensor:

@@ -69,14 +69,19 @@ def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
     B = torch.eye(n, dtype=L.dtype) + symmetric(L.mT @ P @ L)
     R, info = torch.linalg.cholesky_ex(B)
     if bool(info != 0):
-        raise NoExactSolution(f"E exp(v/alpha) is infinite {where}: the reward (or -running cost) is too convex for the "
-                              "noise there. Use a larger alpha, a less convex reward or a shorter horizon.")
+        raise NoExactSolution(
+            f"E exp(v/alpha) is infinite {where}: the reward (or -running cost) is too convex for the "
+            "noise there. Use a larger alpha, a less convex reward or a shorter horizon."
+        )
     root = torch.linalg.solve_triangular(R, L.mT, upper=False).mT
     push = torch.cholesky_solve(L.mT, R)
     inner = push @ P
     keep = torch.eye(d, dtype=L.dtype) - L @ inner
-    averaged = Form(symmetric(keep.mT @ P @ keep + inner.mT @ inner), keep.mT @ q,
-                    c + 0.5 * (root.mT @ q).square().sum() - R.diagonal().log().sum())
+    averaged = Form(
+        symmetric(keep.mT @ P @ keep + inner.mT @ inner),
+        keep.mT @ q,
+        c + 0.5 * (root.mT @ q).square().sum() - R.diagonal().log().sum(),
+    )
     return SoftAverage(averaged, keep, root @ (root.mT @ q), root, push)
 
 
@@ -107,14 +112,16 @@ def quadratic_terms(problem: ControlProblem) -> Terms:
     if isinstance(reward, (Quadratic, Linear)):
         q = reward.g.detach().to("cpu", torch.float64) / alpha
     elif reward is not None:
-        raise NoExactSolution(f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, "
-                              "Linear or None.")
+        raise NoExactSolution(
+            f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, Linear or None."
+        )
     form = Form(P, q, torch.zeros((), dtype=torch.float64))
     if cost is None:
         return Terms(form, None)
     if not isinstance(cost, QuadraticCost):
-        raise NoExactSolution(f"no exact solution is known for the running cost {type(cost).__name__}: it must be "
-                              "QuadraticCost or None.")
+        raise NoExactSolution(
+            f"no exact solution is known for the running cost {type(cost).__name__}: it must be QuadraticCost or None."
+        )
     return Terms(form, lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha)
 
 
@@ -198,9 +205,15 @@ class LinearQuadraticSolution(ExactSolution):
         """Mean and root of the covariance of the problem's X_0."""
         law = self.problem.initial
         if not isinstance(law, (Dirac, Gaussian)):
-            raise NoExactSolution(f"this quantity depends on the start, and no closed form is known for a "
-                                  f"{type(law).__name__} start; use Dirac or Gaussian. (value and control are exact.)")
-        root = torch.zeros_like(law.covariance_matrix) if isinstance(law, Dirac) else factor(law.covariance_matrix.double())
+            raise NoExactSolution(
+                f"this quantity depends on the start, and no closed form is known for a "
+                f"{type(law).__name__} start; use Dirac or Gaussian. (value and control are exact.)"
+            )
+        root = (
+            torch.zeros_like(law.covariance_matrix)
+            if isinstance(law, Dirac)
+            else factor(law.covariance_matrix.double())
+        )
         return law.mean.detach().to("cpu", torch.float64), root.detach().to("cpu", torch.float64)
 
 

@@ -52,12 +52,23 @@ def solve_riccati(linear: LinearSDE, terms: Terms) -> Any:
         return float(np.linalg.eigvalsh(y[: d * d].reshape(d, d))[0]) + limit
 
     blow_up.terminal = True  # type: ignore[attr-defined]
-    result = solve_ivp(slope, (linear.horizon, 0.0), end, method="DOP853", rtol=1e-12, atol=1e-13, dense_output=True,
-                       max_step=linear.horizon / _PIECES, events=blow_up)
+    result = solve_ivp(
+        slope,
+        (linear.horizon, 0.0),
+        end,
+        method="DOP853",
+        rtol=1e-12,
+        atol=1e-13,
+        dense_output=True,
+        max_step=linear.horizon / _PIECES,
+        events=blow_up,
+    )
     if result.status != 0 or not np.isfinite(result.y).all():
-        raise NoExactSolution(f"the Riccati equation blows up at t = {result.t[-1]:.6g}: the reward (or -running cost) is "
-                              "too convex, and E exp(R/alpha) is infinite from any earlier time. Use a larger alpha, a less "
-                              "convex reward or a shorter horizon.")
+        raise NoExactSolution(
+            f"the Riccati equation blows up at t = {result.t[-1]:.6g}: the reward (or -running cost) is "
+            "too convex, and E exp(R/alpha) is infinite from any earlier time. Use a larger alpha, a less "
+            "convex reward or a shorter horizon."
+        )
     return result.sol
 
 
@@ -74,8 +85,10 @@ class RiccatiSolution(LinearQuadraticSolution):
         super().__init__(problem, {})
         self._linear = linear
         if problem.start == "controlled" and not isinstance(problem.initial, Gaussian):
-            raise NoExactSolution(f"a controlled {type(problem.initial).__name__} start has no exact solution with a linear "
-                                  "reference; use a Gaussian start.")
+            raise NoExactSolution(
+                f"a controlled {type(problem.initial).__name__} start has no exact solution with a linear "
+                "reference; use a Gaussian start."
+            )
         self._dense = solve_riccati(linear, quadratic_terms(problem))
         self._flow = lru_cache(maxsize=4096)(self._integrate)
         if problem.start == "controlled":

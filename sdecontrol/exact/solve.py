@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from ..errors import NoExactSolution
@@ -17,8 +18,9 @@ from .riccati import RiccatiSolution
 __all__ = ["exact_solution"]
 
 
-def exact_solution(problem: ControlProblem, time_steps: Any = None, *, like: Any = None,
-                   scheme: str | None = None) -> ExactSolution:
+def exact_solution(
+    problem: ControlProblem, time_steps: Any = None, *, like: Any = None, scheme: str | None = None
+) -> ExactSolution:
     """The exact solution of a problem, in continuous time or of its discretised chain.
 
     Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
@@ -37,7 +39,9 @@ def exact_solution(problem: ControlProblem, time_steps: Any = None, *, like: Any
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
     discrete, time_steps, scheme = _discretisation(time_steps, like, scheme)
     if problem.condition is not None:
-        raise NoExactSolution("condition: no exact solution is known for conditional problems; make one problem per condition.")
+        raise NoExactSolution(
+            "condition: no exact solution is known for conditional problems; make one problem per condition."
+        )
     if not isinstance(problem.reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     linear = linear_reference(problem.reference)
@@ -47,15 +51,21 @@ def exact_solution(problem: ControlProblem, time_steps: Any = None, *, like: Any
         chain = problem.chain(time_steps, scheme)
         main = chain.second if isinstance(chain, JoinedChain) else chain
         steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
-        settings = {"time_steps": steps if isinstance(steps, int) else [float(t) for t in steps],
-                    "scheme": "exact" if isinstance(main, TransitionChain) else "euler"}
+        settings = {
+            "time_steps": int(steps) if isinstance(steps, (int, Integral)) else [float(t) for t in steps],
+            "scheme": "exact" if isinstance(main, TransitionChain) else "euler",
+        }
         return ChainSolution(problem, linear, chain, settings)
     if getattr(problem.reference, "mixture", None) is None:
-        raise NoExactSolution(f"reference: {type(problem.reference).__name__} is neither linear nor a generative_sde of a "
-                              "GaussianMixture, so no exact solution is known.")
+        raise NoExactSolution(
+            f"reference: {type(problem.reference).__name__} is neither linear nor a generative_sde of a "
+            "GaussianMixture, so no exact solution is known."
+        )
     if discrete:
-        raise NoExactSolution("time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
-                              "time_steps and like out.")
+        raise NoExactSolution(
+            "time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
+            "time_steps and like out."
+        )
     return MixtureSolution(problem)
 
 

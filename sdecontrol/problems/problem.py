@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ class ControlProblem:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
             scheme = getattr(self.reference, "default_scheme", "euler") if scheme is None else scheme
             grid = make_grid(time_steps, self.reference.horizon)
-            key = (time_steps if isinstance(time_steps, int) else tuple(grid), scheme)
+            key = (len(grid) - 1 if isinstance(time_steps, Integral) else tuple(grid), scheme)
         if key not in self._chains:
             main = (
                 self.reference

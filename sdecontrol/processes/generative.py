@@ -113,7 +113,7 @@ class GenerativeSDE(SDE):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
             noise_level = as_float("noise_level", noise_level, positive=True)
-        self.noise_level: Any = noise_level
+        self.noise_level = noise_level
         #: the process is the exact time reversal of the noising (then and only then exact bridges are the noising's)
         self.reversal = isinstance(noise_level, str)
         self.memory = memory_of(schedule, self._level)
@@ -136,7 +136,7 @@ class GenerativeSDE(SDE):
             return math.sqrt(max(float(self.schedule.forward_variance_rate(at)), 0.0))
         if not callable(self.noise_level):
             return float(self.noise_level) / math.sqrt(self.schedule.noise_end)
-        value = float(self.noise_level(torch.tensor(self.process_time(s), dtype=torch.float64)))
+        value = float(self.noise_level(torch.tensor(self.process_time(s), dtype=torch.float64)))  # pyright: ignore[reportArgumentType]
         if not (math.isfinite(value) and value > 0):
             raise ValueError(
                 f"noise_level must be finite and > 0 at every time, got {value} at t={self.process_time(s):.4g}."

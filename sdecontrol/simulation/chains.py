@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -270,7 +271,8 @@ def make_grid(time_steps: Any, horizon: float) -> list[float]:
     """
     if isinstance(time_steps, bool) or time_steps is None:
         raise TypeError(f"time_steps must be a number of steps or a grid of times, got {time_steps!r}.")
-    if isinstance(time_steps, int):
+    if isinstance(time_steps, Integral):
+        time_steps = int(time_steps)
         if time_steps < 1:
             raise ValueError(f"time_steps must be >= 1, got {time_steps}.")
         return [horizon * k / time_steps for k in range(time_steps)] + [horizon]

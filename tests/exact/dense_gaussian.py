@@ -4,8 +4,10 @@ Nothing here uses a recursion: a linear chain's path is ``X = a + N xi`` with xi
 total reward one quadratic form of X, and every law a conditional of one big Gaussian.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from problems import F64, randn, spd
 
@@ -67,26 +69,21 @@ def steps_of(problem, time_steps, scheme):
             noise = torch.eye(sigma.shape[1], dtype=F64)
             steps.append(Step(eye + h * A, h * a, h**0.5 * sigma, h**0.5 * noise, cost))
         else:
-            law = sde.transition(s, t)
-            root = factor(law.covariance)
-            steps.append(
-                Step(law.matrix, law.shift, root, torch.linalg.pinv(root, rtol=1e-7) @ held_control(sde, s, t), cost)
-            )
+            M, m, root, C = exact_step(sde, s, t)
+            steps.append(Step(M, m, root, C, cost))
     return steps
 
 
-def held_control(sde, s, t, nodes=24):
-    """``int_s^t Phi(t, r) sigma(r) dr`` by Gauss-Legendre."""
-    import numpy as np
-
-    x, w = np.polynomial.legendre.leggauss(nodes)
-    total = 0
-    for xi, wi in zip(x, w):
-        r = s + (t - s) * (1 + float(xi)) / 2
-        total = total + 0.5 * (t - s) * float(wi) * sde.transition(r, t).matrix @ torch.from_numpy(
-            sde.coefficients(r)[2]
-        )
-    return total
+@lru_cache(maxsize=200)
+def exact_step(sde, s, t, nodes=24):
+    """Transition matrix and shift, root of the covariance, and C with ``root C = int_s^t Phi(t, r) sigma(r) dr`` (Gauss-Legendre)."""
+    law = sde.transition(s, t)
+    root = factor(law.covariance)
+    held = torch.zeros(law.matrix.shape[0], sde.control_shape[0], dtype=F64)
+    for x, w in zip(*np.polynomial.legendre.leggauss(nodes)):
+        r = s + (t - s) * (1 + float(x)) / 2
+        held += 0.5 * (t - s) * float(w) * sde.transition(r, t).matrix @ torch.from_numpy(sde.coefficients(r)[2])
+    return law.matrix, law.shift, root, torch.linalg.pinv(root, rtol=1e-7) @ held
 
 
 class DensePath:

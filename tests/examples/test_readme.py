@@ -1,0 +1,57 @@
+"""The README's code runs as written (with one iteration of training instead of hundreds)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdecontrol as sc
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+class Model(nn.Module):
+    """A pre-trained noise prediction, of sorts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        return self.gain * s.reshape(-1, 1, 1, 1) * x
+
+
+def test_python_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = sc.solve
+
+    @functools.wraps(solve)
+    def short(*args, **kwargs):
+        return solve(*args, **{**kwargs, "iterations": 1})
+
+    monkeypatch.setattr(sc, "solve", short)
+    names = {"model": Model(), "my_reward": lambda x: -x.square().flatten(1).sum(1), "torch": torch, "sc": sc}
+    for block in blocks("python"):
+        exec(block, names)
+
+
+def test_toml_block(tmp_path: Path) -> None:
+    from sdecontrol.cli.problem_file import read_problem_file
+
+    (block,) = blocks("toml")
+    (tmp_path / "problem.toml").write_text(block)
+    problem, settings = read_problem_file(tmp_path / "problem.toml")
+    assert problem.alpha == 0.5 and settings == {"time_steps": 50, "iterations": 500}
+
+
+@pytest.mark.parametrize("command", ["demo", "solve"])
+def test_commands_named_exist(command: str) -> None:
+    assert any(f"sdecontrol {command}" in block for block in blocks("sh"))

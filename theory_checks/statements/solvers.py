@@ -1,0 +1,102 @@
+"""Learned solutions: what a solver returns must obey the theory, on problems with a known answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+import sdecontrol as sc
+
+from ..cases import LinearCase, spoil, tensor
+from ..registry import Measurement, Setting, check, compare, within
+from ..user import verify
+from .sampling import drifting
+
+Lines = Iterator[Measurement]
+KIND = "solver"
+
+#: methods that are run where the library has them, by default and in a thorough run
+USUAL = ("RewardBackprop", "AdjointMatching")
+ALL = ("RewardBackprop", "AdjointMatching", "LogVariance", "PathConsistency", "CrossEntropy", "RewardWeightedMLE", "SoftPPO", "SOCM", "Reinforce")
+
+
+class AffineModule(nn.Module):
+    """``u(x, t) = U_k x + w_k``: as general as the optimum of a linear-quadratic chain."""
+
+    def __init__(self, case: LinearCase) -> None:
+        super().__init__()
+        self.U = nn.Parameter(torch.zeros(case.K, case.m, case.d, dtype=torch.float64))
+        self.w = nn.Parameter(torch.zeros(case.K, case.m, dtype=torch.float64))
+        self.register_buffer("grid", tensor(case.grid))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        k = (self.grid[:-1][None] <= t[:, None] + 1e-9).sum(1) - 1
+        return torch.einsum("bij,bj->bi", self.U[k], x) + self.w[k]
+
+
+def learnable(**changes) -> LinearCase:
+    return drifting(cov=np.zeros((2, 2)), start="fixed", alpha=1.0, grid=tuple(np.linspace(0, 1, 6)), **changes)
+
+
+def _train(case: LinearCase, method, iterations: int, seed: int) -> sc.Solution:
+    return sc.solve(case.problem(), method, time_steps=case.K, iterations=iterations, batch_size=128, seed=seed, control=AffineModule(case),
+                    learning_rate=0.08, progress=False)
+
+
+@check("learned-solutions", "[18], Algorithms 1-5", kind=KIND, implements=["sdecontrol.solve", "sdecontrol.Solution", "sdecontrol.control_error"],
+       controls=["not trained", "sign of the reward flipped", "alpha off by 50 %"])
+def learned(setting: Setting, defect: str) -> Lines:
+    """Each solver comes near the best mean-shift control of a linear-quadratic chain: relative control error below 2 %, gap to the exact log
+    Z below 0.02 plus the floor, and every statement of ``verify`` holds for it (weights, KL, gap, Theorems 1-3)."""
+    case = learnable()
+    names = [n for n in (ALL if setting.thorough else USUAL) if hasattr(sc, n)]
+    for name in names[: 1 if defect else None]:
+        given = replace(case, alpha=1.5 * case.alpha) if defect.startswith("alpha") else spoil(case, defect)
+        trained = _train(given, getattr(sc, name)(), 1 if defect == "not trained" else 200, setting.seed)
+        solution = sc.Solution(case.problem(), trained.control, method=trained.method, settings=trained.settings)
+        exact = sc.exact_solution(case.problem(), like=solution)
+        yield within(f"{name}: relative control error", sc.control_error(solution, exact, n=1024).relative.value, 0.02)
+        gap = float(exact.log_z) - solution.evaluate(4096, seed=1).elbo.value
+        yield within(f"{name}: gap less floor", gap - float(exact.floor), 0.02)
+        report = verify(case.problem(), solution, n=4096, seed=setting.seed)
+        yield within(f"{name}: statements of verify that fail", sum(f.passed is False for f in report.findings), 0.0)
+
+
+@check("gradient-modes", "Section 5.2", kind=KIND, implements=["sdecontrol.RewardBackprop", "sdecontrol.solve"], controls=["through the last step only"])
+def gradient_modes(setting: Setting, defect: str) -> Lines:
+    """Checkpointed backpropagation and the exact adjoint of the chain have the gradient of full backpropagation: after four steps of
+    plain gradient descent the controls are the same; truncation is another gradient."""
+    case = learnable()
+
+    def after_four_steps(mode) -> torch.Tensor:
+        solution = sc.solve(case.problem(), sc.RewardBackprop(gradient=mode), time_steps=case.K, iterations=4, batch_size=64, seed=setting.seed,
+                            control=AffineModule(case), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), progress=False)
+        return solution.control(tensor([[1.0, -0.5], [0.3, 0.4]]), 0.0)
+
+    full = after_four_steps("full")
+    yield within("the steps are none", float(full.abs().max() < 1e-6), 0.0)
+    for mode in ("checkpoint", "adjoint"):
+        yield compare(f"control after four steps, {mode}", after_four_steps(1 if defect else mode), full)
+
+
+@check("verify-catches", "issue: learned solvers", kind=KIND, implements=["sdecontrol.log_weights"],
+       controls=["alpha off by 5 %", "drift off by 1 %", "weights without the KL"])
+def verify_catches(setting: Setting, defect: str) -> Lines:
+    """``verify`` accepts the best mean-shift control of a problem, and rejects weighted paths that belong to another problem: the
+    paths of the one, judged with the exact answer of the other."""
+    from .. import user
+
+    case = drifting(F=None)
+    given = spoil(case, defect)
+    settings = {"time_steps": list(case.grid)}
+    problem, exact = given.problem(), sc.exact_solution(case.problem(), **settings)
+    control = sc.exact_solution(given.problem(), **settings).control
+    paths, reference = (sc.simulate(problem, 60_000, control=c, seed=setting.seed + i, **settings) for i, c in enumerate((control, None)))
+    if defect.startswith("weights"):
+        paths.log_ratio = lambda *a, **k: torch.zeros(60_000, dtype=torch.float64)  # type: ignore[method-assign]
+    found = user._judged([*user._weights(problem, control, paths, reference, exact), *user._theorems(problem, paths, exact)])
+    yield within("statements that fail", sum(f.passed is False for f in found), 0.0)
