@@ -5,7 +5,7 @@ Fine-tuning a diffusion model, driving a stochastic system and sampling an unnor
 """
 
 from .controls.base import Control
-from .errors import BadFileError, NoExactSolution, NonFiniteError, NotDifferentiable
+from .errors import BadFileError, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
 from .evaluation.estimates import Estimate
 from .evaluation.evaluate import Evaluation, log_weights
 from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
@@ -15,14 +15,17 @@ from .library.problems import named_problem, problem_names
 from .methods import Method, RewardBackprop
 from .problems.problem import ControlProblem
 from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
+from .problems.sampling import log_likelihood
 from .problems.simulate import simulate
 from .processes.generative import generative_sde
 from .processes.laws import Dirac, Gaussian, GaussianMixture
 from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
+from .processes.semilinear import SemilinearSDE
 from .simulation.diffusion import diffusion_chain
 from .simulation.paths import Paths
+from .simulation.solvers import SolvedPaths
 from .training.callbacks import Callback
 from .training.fit_score import fit_score
 from .training.solve import load, solve
@@ -50,6 +53,7 @@ __all__ = [
     "LogProb",
     "Method",
     "NoExactSolution",
+    "NoLikelihood",
     "NonFiniteError",
     "NotDifferentiable",
     "OrnsteinUhlenbeck",
@@ -57,13 +61,16 @@ __all__ = [
     "Quadratic",
     "QuadraticCost",
     "RewardBackprop",
+    "SemilinearSDE",
     "Solution",
+    "SolvedPaths",
     "control_error",
     "diffusion_chain",
     "exact_solution",
     "fit_score",
     "generative_sde",
     "load",
+    "log_likelihood",
     "log_weights",
     "named_problem",
     "problem_names",

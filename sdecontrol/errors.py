@@ -10,6 +10,7 @@ __all__ = [
     "BadFileError",
     "MissingFileError",
     "NoExactSolution",
+    "NoLikelihood",
     "NonFiniteError",
     "NotDifferentiable",
     "unknown_name",
@@ -38,6 +39,10 @@ class NotDifferentiable(TypeError):
 
 class NoExactSolution(ValueError):
     """No closed form is known for this problem (or for this question about it)."""
+
+
+class NoLikelihood(TypeError):
+    """Likelihood ratios were asked of a solver that has no Gaussian kernels (torchsde's, or the probability flow)."""
 
 
 class BadFileError(ValueError):

@@ -81,9 +81,10 @@ class SeededNoise:
         )
         per_step = BLOCK * max(1, int(np.prod(self.shape, dtype=np.int64)))
         self.segment = max(1, min(BLOCK, _SEGMENT_NUMBERS // per_step))
-        self._held: tuple[int, Tensor] | None = None
+        self._held: tuple[int, Tensor, tuple[Tensor, ...]] | None = None
 
-    def _draw(self, index: int) -> Tensor:
+    def _draw(self, index: int) -> tuple[int, Tensor, tuple[Tensor, ...]]:
+        """Segment ``index``: whole, and step by step."""
         if self._held is None or self._held[0] != index:
             rows = BLOCK // 2 if self.antithetic else BLOCK
             parts = []
@@ -96,16 +97,17 @@ class SeededNoise:
                     part = torch.stack((part, -part), dim=2).flatten(1, 2)
                 parts.append(part)
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            self._held = (index, whole[:, : self.batch])
-        return self._held[1]
+            whole = whole[:, : self.batch]
+            self._held = (index, whole, whole.unbind(0))
+        return self._held
 
     def __getitem__(self, k: int) -> Tensor:
-        return self._draw(k // self.segment)[k % self.segment]
+        return self._draw(k // self.segment)[2][k % self.segment]
 
     def all(self) -> Tensor:
         """All steps at once, ``(steps, batch, *shape)``."""
         count = -(-self.steps // self.segment)
-        return torch.cat([self._draw(i) for i in range(count)])[: self.steps]
+        return torch.cat([self._draw(i)[1] for i in range(count)])[: self.steps]
 
 
 class SuppliedNoise:

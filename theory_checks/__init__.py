@@ -15,4 +15,17 @@ from .registry import Check, Measurement, Setting, all_checks, check, select
 from .runner import Outcome, run, run_check
 from .user import Finding, Verification, verify
 
-__all__ = ["Check", "Finding", "Measurement", "Outcome", "Setting", "Verification", "all_checks", "check", "run", "run_check", "select", "verify"]
+__all__ = [
+    "Check",
+    "Finding",
+    "Measurement",
+    "Outcome",
+    "Setting",
+    "Verification",
+    "all_checks",
+    "check",
+    "run",
+    "run_check",
+    "select",
+    "verify",
+]

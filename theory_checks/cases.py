@@ -50,7 +50,8 @@ class AffineControl:
 
 @dataclass(frozen=True)
 class LinearCase:
-    """``dX = ((A + t S) X + a) dt + sigma dW``, ``X_0 ~ N(mean, cov)``, ``r = -x'Gx/2 + g'x``, ``f = x'Fx/2``."""
+    """``dX = ((A + t S) X + (1 + c t) a) dt + (1 + c t) sigma dW``, ``X_0 ~ N(mean, cov)``, ``r = -x'Gx/2 + g'x``,
+    ``f = (1 + 0.7 t) x'Fx/2``."""
 
     A: np.ndarray
     slope: np.ndarray
@@ -65,6 +66,7 @@ class LinearCase:
     grid: tuple[float, ...]
     start: str = "controlled"
     scheme: str = "euler"
+    growth: float = 0.0
 
     @property
     def d(self) -> int:
@@ -82,19 +84,37 @@ class LinearCase:
     def h(self) -> np.ndarray:
         return np.diff(self.grid)
 
+    def drift(self, t: float, x: np.ndarray) -> np.ndarray:
+        """``b(x, t)`` for x ``(n, d)``."""
+        return x @ (self.A + t * self.slope).T + (1 + self.growth * t) * self.offset
+
+    def sigma_at(self, t: float) -> np.ndarray:
+        return (1 + self.growth * t) * self.sigma
+
+    def F_at(self, t: float) -> np.ndarray:
+        """``F(t)``; zero without a running cost."""
+        return np.zeros_like(self.A) if self.F is None else (1 + 0.7 * t) * self.F
+
+    def cost(self, t: float, x: np.ndarray) -> np.ndarray:
+        """``f(x, t)`` for x ``(n, d)``."""
+        return 0.5 * np.einsum("ni,ij,nj->n", x, self.F_at(t), x)
+
     # -------------------------------------------------------------- for the library
 
     def sde(self) -> sc.LinearSDE:
         A: Any = tensor(self.A)
         if self.slope.any():
             A = lambda t: tensor(self.A) + t.double() * tensor(self.slope)  # noqa: E731
-        return sc.LinearSDE(A, tensor(self.sigma), tensor(self.offset), horizon=self.grid[-1])
+        if not self.growth:
+            return sc.LinearSDE(A, tensor(self.sigma), tensor(self.offset), horizon=self.grid[-1])
+        grown = lambda v: lambda t: (1 + self.growth * t.double()) * tensor(v)  # noqa: E731
+        return sc.LinearSDE(A, grown(self.sigma), grown(self.offset), horizon=self.grid[-1])
 
     def problem(self) -> sc.ControlProblem:
         point = not self.cov.any()
         initial = sc.Dirac(tensor(self.mean)) if point else sc.Gaussian(tensor(self.mean), tensor(self.cov))
         reward = sc.Quadratic(tensor(self.G), tensor(self.g)) if self.G.any() else sc.Linear(tensor(self.g))
-        cost = None if self.F is None else sc.QuadraticCost(tensor(self.F))
+        cost = None if self.F is None else sc.QuadraticCost(lambda t: tensor(self.F_at(float(t))))
         return sc.ControlProblem(self.sde(), initial, reward, cost, alpha=self.alpha, start=self.start)
 
     def chain(self) -> ChainAnswers:
@@ -109,8 +129,8 @@ class LinearCase:
             if self.scheme == "exact":
                 M, b, C, effect = self._transition(h)
             else:
-                M, b = np.eye(self.d) + h * (self.A + t * self.slope), h * self.offset
-                C, effect = np.sqrt(h) * self.sigma, h * self.sigma
+                M, b = np.eye(self.d) + h * (self.A + t * self.slope), h * self.drift(t, np.zeros((1, self.d)))[0]
+                C, effect = np.sqrt(h) * self.sigma_at(t), h * self.sigma_at(t)
             if control is not None:
                 M, b = M + effect @ control[0][k], b + effect @ control[1][k]
             found.append((M, b, C))
@@ -132,9 +152,9 @@ class LinearCase:
     def total_reward(self, k: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """``(P, q)`` of ``R/alpha`` as a quadratic form of ``(x_k, ..., x_K)``."""
         zero = np.zeros((self.d, self.d))
-        costs = [zero if self.F is None else h * self.F for h in self.h[k:]]
+        costs = [zero if self.F is None else h * self.F_at(t) for t, h in zip(self.grid[k:], self.h[k:])]
         q = np.concatenate([np.zeros(self.d * (self.K - k)), self.g])
-        return block_diag(*costs, self.G) / self.alpha, q / self.alpha
+        return np.asarray(block_diag(*costs, self.G)) / self.alpha, q / self.alpha
 
     def optimum(self) -> tuple[Joint, float]:
         """The law ``Q_fine`` of the whole path, ``dQ_fine/dQ0 = exp(R/alpha)/Z``, and log Z."""
@@ -192,7 +212,9 @@ class ChainAnswers:
         return np.stack([U for U, _ in parts]), np.stack([w for _, w in parts])
 
 
-def _random_case(rng: np.random.Generator, d: int, m: int, K: int, *, cost: bool, varying: bool, start: str) -> LinearCase:
+def _random_case(
+    rng: np.random.Generator, d: int, m: int, K: int, *, cost: bool, varying: bool, start: str
+) -> LinearCase:
     def symmetric(low: float, high: float) -> np.ndarray:
         basis = np.linalg.qr(rng.normal(size=(d, d)))[0]
         return (basis * rng.uniform(low, high, size=d)) @ basis.T
@@ -200,28 +222,51 @@ def _random_case(rng: np.random.Generator, d: int, m: int, K: int, *, cost: bool
     horizon = rng.uniform(0.7, 1.3)
     inner = np.sort(rng.uniform(0.3, 0.7, size=K)).cumsum()
     return LinearCase(
-        A=rng.normal(size=(d, d)) * 0.6 - 0.4 * np.eye(d), slope=rng.normal(size=(d, d)) * (0.5 if varying else 0.0),
-        offset=rng.normal(size=d), sigma=rng.normal(size=(d, m)) * 0.5 + 0.6 * np.eye(d, m), mean=rng.normal(size=d),
-        cov=symmetric(0.3, 1.2), G=symmetric(-0.1, 1.2), g=rng.normal(size=d) + np.sign(rng.normal(size=d)),
-        F=symmetric(0.1, 0.8) if cost else None, alpha=rng.uniform(0.5, 1.5),
-        grid=(0.0, *(horizon * inner[:-1] / inner[-1]), horizon), start=start,
+        A=rng.normal(size=(d, d)) * 0.6 - 0.4 * np.eye(d),
+        slope=rng.normal(size=(d, d)) * (0.5 if varying else 0.0),
+        offset=rng.normal(size=d),
+        sigma=rng.normal(size=(d, m)) * 0.5 + 0.6 * np.eye(d, m),
+        mean=rng.normal(size=d),
+        cov=symmetric(0.3, 1.2),
+        G=symmetric(-0.1, 1.2),
+        g=rng.normal(size=d) + np.sign(rng.normal(size=d)),
+        F=symmetric(0.1, 0.8) if cost else None,
+        growth=0.4 if varying else 0.0,
+        alpha=rng.uniform(0.5, 1.5),
+        grid=(0.0, *(horizon * inner[:-1] / inner[-1]), horizon),
+        start=start,
     )
 
 
-def linear_cases(setting: Setting, *, cost: bool = False, start: str = "controlled", scheme: str = "euler",
-                 linear_reward: bool = True, extra_noise: bool = True, dims: tuple[int, ...] = (1, 2, 3, 4)) -> Iterator[LinearCase]:
+def linear_cases(
+    setting: Setting,
+    *,
+    cost: bool = False,
+    start: str = "controlled",
+    scheme: str = "euler",
+    linear_reward: bool = True,
+    extra_noise: bool = True,
+    dims: tuple[int, ...] = (1, 2, 3, 4),
+) -> Iterator[LinearCase]:
     """Random cases, one or more of each dimension: non-symmetric and time-dependent drift, more noises than states,
     uneven grids, quadratic rewards with convex directions, and one linear reward."""
     rng = setting.rng(17 + cost)
     for repeat in range(setting.count(1, 5)):
         for d in dims:
             while True:
-                case = _random_case(rng, d, d + (d % 2) * extra_noise, K=3 + d % 3, cost=cost,
-                                    varying=scheme == "euler" and d != 2, start=start)
+                case = _random_case(
+                    rng,
+                    d,
+                    d + (d % 2) * extra_noise,
+                    K=3 + d % 3,
+                    cost=cost,
+                    varying=scheme == "euler" and d != 2,
+                    start=start,
+                )
                 if linear_reward and d == 3 and repeat % 2 == 0:
                     case = replace(case, G=np.zeros((d, d)))
                 case = replace(case, scheme=scheme)
-                law, (P, q) = case.reference(), case.total_reward()
+                law, (P, _) = case.reference(), case.total_reward()
                 if np.linalg.eigvals(np.eye(len(law.mean)) + law.cov @ P).real.min() > 0.3:
                     break
             yield case
@@ -229,7 +274,7 @@ def linear_cases(setting: Setting, *, cost: bool = False, start: str = "controll
 
 SPOILED: dict[str, Callable[[LinearCase], LinearCase]] = {
     "alpha off by 5 %": lambda c: replace(c, alpha=1.05 * c.alpha),
-    "sign of the reward flipped": lambda c: replace(c, G=-0.2 * c.G, g=-c.g),
+    "sign of g flipped": lambda c: replace(c, g=-c.g),
     "noise off by 1 %": lambda c: replace(c, sigma=1.01 * c.sigma),
     "drift off by 1 %": lambda c: replace(c, A=1.01 * c.A, slope=1.01 * c.slope, offset=1.01 * c.offset),
     "start left fixed": lambda c: replace(c, start="fixed"),

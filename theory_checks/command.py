@@ -36,15 +36,23 @@ def _report(outcomes: Sequence, as_json: bool, seed: int, elapsed: float) -> Non
 
 
 def verify_command(
-    only: Annotated[list[str] | None, typer.Option(help="Run only checks whose name contains this; may be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only checks whose name contains this; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random problems and of the noise.")] = 0,
-    thorough: Annotated[bool, typer.Option("--thorough", help="More random problems, more paths, every solver.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="More random problems, more paths, every solver.")
+    ] = False,
     controls: Annotated[bool, typer.Option(help="Run the negative controls, on which each check must fail.")] = True,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: two, or one for a single check.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Write a figure (convergence, marginals, fixed-start bias) to this file.")] = None,
-    docs: Annotated[Path | None, typer.Option(help="Write the page that maps equations to functions and checks, and stop.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Write a figure (convergence, marginals, fixed-start bias) to this file.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Write the page that maps equations to functions and checks, and stop.")
+    ] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="List the checks and stop.")] = False,
 ) -> None:
     """Check the theory numerically: Theorems 1-3, lemmas, corollaries, estimators and errata, each with negative controls.
@@ -70,7 +78,9 @@ def verify_command(
         return
     began = time.perf_counter()
     workers = workers or (1 if len(checks) == 1 else min(2, os.cpu_count() or 1))
-    outcomes = run(checks, Setting(seed, thorough), workers=workers, controls=controls, progress=_progress(len(checks), as_json))
+    outcomes = run(
+        checks, Setting(seed, thorough), workers=workers, controls=controls, progress=_progress(len(checks), as_json)
+    )
     _report(outcomes, as_json, seed, time.perf_counter() - began)
     if markdown is not None:
         _write(markdown, report.markdown(outcomes))

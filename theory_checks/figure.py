@@ -18,8 +18,19 @@ __all__ = ["draw"]
 def _case(**changes: Any) -> LinearCase:
     """One dimension: an Ornstein-Uhlenbeck process that is pulled upwards."""
     one = np.ones((1, 1))
-    case = LinearCase(A=-0.6 * one, slope=0 * one, offset=np.zeros(1), sigma=0.8 * one, mean=np.zeros(1), cov=0.7 * one, G=1.2 * one,
-                      g=np.array([2.0]), F=None, alpha=0.8, grid=tuple(np.linspace(0, 1, 17)))
+    case = LinearCase(
+        A=-0.6 * one,
+        slope=0 * one,
+        offset=np.zeros(1),
+        sigma=0.8 * one,
+        mean=np.zeros(1),
+        cov=0.7 * one,
+        G=1.2 * one,
+        g=np.array([2.0]),
+        F=None,
+        alpha=0.8,
+        grid=tuple(np.linspace(0, 1, 17)),
+    )
     return replace(case, **changes)
 
 
@@ -52,8 +63,8 @@ def _marginals(axis: Any, seed: int) -> None:
         theory = np.exp(case.value(k, x[:, None]) / case.alpha + reference.of(k).log_prob(x[:, None]) - log_z)
         axis.hist(paths.states[k - 17, :, 0].numpy(), bins=80, density=True, color=colour, alpha=0.3)
         axis.plot(x, theory, color=colour, label=f"exp(v/alpha) p0 / Z at t = {case.grid[k]:g}")
-    axis.set(title="Theorem 2: marginals (bars: best mean-shift control)", xlabel="x", ylabel="density")
-    axis.legend()
+    axis.set(title="Theorem 2: marginals (bars: best mean-shift control)", xlabel="x", ylabel="density", ylim=(0, 1.15))
+    axis.legend(loc="upper left")
 
 
 def _fixed_start(axis: Any, seed: int) -> None:
@@ -64,8 +75,8 @@ def _fixed_start(axis: Any, seed: int) -> None:
     axis.hist(fixed.sample(20_000, seed=seed)[:, 0].numpy(), bins=80, density=True, color="C3", alpha=0.3)
     axis.plot(x, _density(p_r.mean, p_r.covariance_matrix, x), "C0", label="p_r (start controlled)")
     axis.plot(x, _density(biased.mean, biased.covariance_matrix, x), "C3", label="start fixed: the known bias")
-    axis.set(title="A fixed start biases the end", xlabel="x", ylabel="density")
-    axis.legend()
+    axis.set(title="A fixed start biases the end", xlabel="x", ylabel="density", ylim=(0, 0.9))
+    axis.legend(loc="upper left")
 
 
 def draw(path: Path, seed: int = 0) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 import sdecontrol as sc
 
-__all__ = ["NoiseNodes", "Node"]
+__all__ = ["Node", "NoiseNodes"]
 
 Node = Callable[[torch.Tensor], torch.Tensor]
 

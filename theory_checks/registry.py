@@ -13,11 +13,28 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FAMILY_WISE_ERROR", "Check", "Measurement", "Setting", "all_checks", "check", "compare", "order", "p_value",
-           "select", "within"]
+__all__ = [
+    "FAMILY_WISE_ERROR",
+    "Check",
+    "Measurement",
+    "Setting",
+    "all_checks",
+    "check",
+    "compare",
+    "order",
+    "p_value",
+    "select",
+    "within",
+]
 
 FAMILY_WISE_ERROR = 1e-6  #: probability that any statistical test of the suite fails although all statements hold
 _CHECKS: dict[str, Check] = {}
+_ORDER = {
+    name: i
+    for i, name in enumerate(
+        ("models", "chain", "mixtures", "continuous", "paths", "estimators", "sampling", "solvers", "errata")
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +120,15 @@ class Check:
         return [Measurement(m.what, m.value, share, "p") if m.kind == "p" else m for m in found]
 
 
-def check(name: str, statement: str, *, kind: str = "exact", implements: Sequence[str] = (), controls: Sequence[str],
-          tests: int = 0) -> Callable[[CheckFunction], CheckFunction]:
+def check(
+    name: str,
+    statement: str,
+    *,
+    kind: str = "exact",
+    implements: Sequence[str] = (),
+    controls: Sequence[str],
+    tests: int = 0,
+) -> Callable[[CheckFunction], CheckFunction]:
     """Register a check.
 
     Raises:
@@ -125,10 +149,10 @@ def check(name: str, statement: str, *, kind: str = "exact", implements: Sequenc
 
 
 def all_checks() -> list[Check]:
-    """All checks, in the order of the tutorial."""
+    """All checks: models, the theory on chains, of mixtures, in continuous time, paths, estimators, samples, solvers, errata."""
     from . import statements  # noqa: F401  (importing registers them)
 
-    return list(_CHECKS.values())
+    return sorted(_CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))
 
 
 def select(only: Sequence[str] = ()) -> list[Check]:

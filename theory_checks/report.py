@@ -44,8 +44,16 @@ COLUMNS = ("", "statement", "check", "compared", "error or p", "tolerance", "neg
 
 
 def _row(o: Outcome) -> tuple[str, ...]:
-    return ("ok" if o.passed else "FAIL", o.statement, o.name, _compared(o), _number(o.worst), _tolerance(o.worst), _controls(o),
-            f"{o.seconds:.1f} s")
+    return (
+        "ok" if o.passed else "FAIL",
+        o.statement,
+        o.name,
+        _compared(o),
+        _number(o.worst),
+        _tolerance(o.worst),
+        _controls(o),
+        f"{o.seconds:.1f} s",
+    )
 
 
 def table(outcomes: Sequence[Outcome]) -> Any:
@@ -69,9 +77,14 @@ def problems(outcomes: Sequence[Outcome]) -> list[str]:
     for o in outcomes:
         if o.error:
             lines.append(f"{o.name}: {o.error}")
-        lines += [f"{o.name}: {m.what}: {_number(m)}, tolerance {_tolerance(m)}" for m in o.measurements if not m.passed]
-        lines += [f"{o.name}: the negative control {c.defect!r} {'broke down: ' + c.error if c.error else 'passes'}"
-                  for c in o.controls if not c.caught]
+        lines += [
+            f"{o.name}: {m.what}: {_number(m)}, tolerance {_tolerance(m)}" for m in o.measurements if not m.passed
+        ]
+        lines += [
+            f"{o.name}: the negative control {c.defect!r} {'broke down: ' + c.error if c.error else 'passes'}"
+            for c in o.controls
+            if not c.caught
+        ]
     return lines
 
 
@@ -80,9 +93,11 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     controls = sum(len(o.controls) for o in outcomes)
     caught = sum(c.caught for o in outcomes for c in o.controls)
     tests = sum(m.kind == "p" for o in outcomes for m in o.measurements)
-    return (f"{good} of {len(outcomes)} checks pass ({sum(len(o.measurements) for o in outcomes)} comparisons, {tests} of them statistical tests "
-            f"with a family-wise error of {FAMILY_WISE_ERROR:g}); {caught} of {controls} negative controls fail as they must; "
-            f"{sum(o.seconds for o in outcomes):.0f} s of computation.")
+    return (
+        f"{good} of {len(outcomes)} checks pass ({sum(len(o.measurements) for o in outcomes)} comparisons, {tests} of them statistical tests "
+        f"with a family-wise error of {FAMILY_WISE_ERROR:g}); {caught} of {controls} negative controls fail as they must; "
+        f"{sum(o.seconds for o in outcomes):.0f} s of computation."
+    )
 
 
 def _plain(m: Measurement | None) -> dict[str, Any] | None:
@@ -95,13 +110,27 @@ def _plain(m: Measurement | None) -> dict[str, Any] | None:
 def as_dict(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     """Everything, for JSON."""
     return {
-        "passed": all(o.passed for o in outcomes), "seed": seed, "family_wise_error": FAMILY_WISE_ERROR,
-        "checks": [{
-            "name": o.name, "statement": o.statement, "kind": o.kind, "doc": o.doc, "passed": o.passed, "holds": o.holds,
-            "error": o.error or None, "seconds": o.seconds, "measurements": [_plain(m) for m in o.measurements],
-            "controls": [{"defect": c.defect, "caught": c.caught, "error": c.error or None, "worst": _plain(c.worst)}
-                         for c in o.controls],
-        } for o in outcomes],
+        "passed": all(o.passed for o in outcomes),
+        "seed": seed,
+        "family_wise_error": FAMILY_WISE_ERROR,
+        "checks": [
+            {
+                "name": o.name,
+                "statement": o.statement,
+                "kind": o.kind,
+                "doc": o.doc,
+                "passed": o.passed,
+                "holds": o.holds,
+                "error": o.error or None,
+                "seconds": o.seconds,
+                "measurements": [_plain(m) for m in o.measurements],
+                "controls": [
+                    {"defect": c.defect, "caught": c.caught, "error": c.error or None, "worst": _plain(c.worst)}
+                    for c in o.controls
+                ],
+            }
+            for o in outcomes
+        ],
     }
 
 

@@ -56,7 +56,6 @@ class Outcome:
         return max(self.measurements, key=lambda m: m.severity) if self.measurements else None
 
 
-
 def run_check(check: Check, setting: Setting, controls: bool = True) -> Outcome:
     """Run one check and its negative controls; what breaks down is an error, not a failed control."""
     began, found, error = time.perf_counter(), (), ""
@@ -66,7 +65,9 @@ def run_check(check: Check, setting: Setting, controls: bool = True) -> Outcome:
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         outcomes = tuple(_run_control(check, setting, defect) for defect in check.controls) if controls else ()
-    return Outcome(check.name, check.statement, check.kind, check.doc, found, outcomes, time.perf_counter() - began, error)
+    return Outcome(
+        check.name, check.statement, check.kind, check.doc, found, outcomes, time.perf_counter() - began, error
+    )
 
 
 def _run_control(check: Check, setting: Setting, defect: str) -> ControlOutcome:
@@ -82,8 +83,14 @@ def _run_by_name(name: str, setting: Setting, controls: bool) -> Outcome:
     return run_check(next(c for c in all_checks() if c.name == name), setting, controls)
 
 
-def run(checks: Sequence[Check], setting: Setting, *, workers: int = 1, controls: bool = True,
-        progress: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+def run(
+    checks: Sequence[Check],
+    setting: Setting,
+    *,
+    workers: int = 1,
+    controls: bool = True,
+    progress: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
     """Run checks, in the order given; with ``workers`` > 1 each in one of so many processes of one thread."""
     done: dict[str, Outcome] = {}
     if workers <= 1:

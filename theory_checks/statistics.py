@@ -30,8 +30,13 @@ def z_of_estimate(what: str, estimate: Any, value: float) -> Measurement:
     return p_value(f"{what} (z-test)", two_sided((estimate.value - value) / max(estimate.stderr, 1e-12)))
 
 
-def projections(what: str, x: np.ndarray, cdf: Callable[[np.ndarray, np.ndarray], np.ndarray], rng: np.random.Generator,
-                count: int = 3) -> Iterator[Measurement]:
+def projections(
+    what: str,
+    x: np.ndarray,
+    cdf: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+    count: int = 3,
+) -> Iterator[Measurement]:
     """Kolmogorov-Smirnov tests of random one-dimensional projections (which determine a law: Cramer and Wold);
     ``cdf(values, direction)`` is the projection's exact distribution function."""
     for i in range(count):
@@ -41,7 +46,9 @@ def projections(what: str, x: np.ndarray, cdf: Callable[[np.ndarray, np.ndarray]
         yield p_value(f"{what}: projection {i + 1} (Kolmogorov-Smirnov)", float(test.pvalue))
 
 
-def gaussian_law(what: str, x: Any, mean: np.ndarray, cov: np.ndarray, rng: np.random.Generator) -> Iterator[Measurement]:
+def gaussian_law(
+    what: str, x: Any, mean: np.ndarray, cov: np.ndarray, rng: np.random.Generator
+) -> Iterator[Measurement]:
     """Whether the rows of x ``(n, d)`` are independent draws of N(mean, cov): three projections, the mean (chi-square),
     the scale (sum of squared Mahalanobis distances, chi-square with n d degrees) and the distances' law."""
     x = as_array(x)
@@ -51,5 +58,9 @@ def gaussian_law(what: str, x: Any, mean: np.ndarray, cov: np.ndarray, rng: np.r
     yield p_value(f"{what}: mean (chi-square)", float(stats.chi2.sf(n * (white.mean(0) ** 2).sum(), d)))
     squares = (white**2).sum(-1)
     total = squares.sum()
-    yield p_value(f"{what}: scale (chi-square)", float(2 * min(stats.chi2.sf(total, n * d), stats.chi2.cdf(total, n * d))))
-    yield p_value(f"{what}: Mahalanobis distances (Kolmogorov-Smirnov)", float(stats.kstest(squares, stats.chi2(d).cdf).pvalue))
+    yield p_value(
+        f"{what}: scale (chi-square)", float(2 * min(stats.chi2.sf(total, n * d), stats.chi2.cdf(total, n * d)))
+    )
+    yield p_value(
+        f"{what}: Mahalanobis distances (Kolmogorov-Smirnov)", float(stats.kstest(squares, stats.chi2(d).cdf).pvalue)
+    )

@@ -59,18 +59,39 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
-        return {"passed": self.passed, "reliable": self.reliable, "reliability": self.reliability, "exact": self.exact, "n": self.n,
-                "findings": [{k: plain(v) for k, v in vars(f).items()} for f in self.findings]}
+        return {
+            "passed": self.passed,
+            "reliable": self.reliable,
+            "reliability": self.reliability,
+            "exact": self.exact,
+            "n": self.n,
+            "findings": [{k: plain(v) for k, v in vars(f).items()} for f in self.findings],
+        }
 
     def __str__(self) -> str:
         rows = [("", "statement", "measured", "value", "expected", "effect", "p", "")]
         for f in self.findings:
-            rows.append(("info" if f.passed is None else "ok" if f.passed else "FAIL", f.statement, f.what, f"{f.value:.5g}",
-                         "—" if f.expected is None else f"{f.expected:.5g}", f"{f.effect:.2e}", "—" if f.p is None else f"{f.p:.1e}", f.why))
+            rows.append(
+                (
+                    "info" if f.passed is None else "ok" if f.passed else "FAIL",
+                    f.statement,
+                    f.what,
+                    f"{f.value:.5g}",
+                    "—" if f.expected is None else f"{f.expected:.5g}",
+                    f"{f.effect:.2e}",
+                    "—" if f.p is None else f"{f.p:.1e}",
+                    f.why,
+                )
+            )
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
         verdict = "all statements hold" if self.passed else "SOME STATEMENTS FAIL"
-        return "\n".join([*lines, f"{verdict}; {self.n} paths; exact answer: {self.exact}; reliable: {'yes' if self.reliable else 'no'} ({self.reliability})"])
+        return "\n".join(
+            [
+                *lines,
+                f"{verdict}; {self.n} paths; exact answer: {self.exact}; reliable: {'yes' if self.reliable else 'no'} ({self.reliability})",
+            ]
+        )
 
 
 def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int = 0) -> Verification:
@@ -105,8 +126,13 @@ def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int =
     evaluation = solution.evaluate(n, seed=seed + 2) if hasattr(solution, "evaluate") else None
     if evaluation is not None:
         found += list(_gap(problem, paths, exact, evaluation))
-    return Verification(_judged(found), evaluation.reliable if evaluation is not None else False,
-                        evaluation.reliability if evaluation is not None else "this solution has no evaluate", note, n)
+    return Verification(
+        _judged(found),
+        evaluation.reliable if evaluation is not None else False,
+        evaluation.reliability if evaluation is not None else "this solution has no evaluate",
+        note,
+        n,
+    )
 
 
 def _settings(solution: Any) -> dict[str, Any]:
@@ -121,12 +147,19 @@ def _exact(problem: sc.ControlProblem, settings: dict[str, Any]) -> tuple[Any, s
     tilted = problem
     if problem.start != "controlled" and not isinstance(problem.initial, sc.Dirac):
         try:
-            tilted = sc.ControlProblem(problem.reference, problem.initial, problem.reward_function, problem.running_cost_function,
-                                       alpha=problem.alpha, start="controlled")
+            tilted = sc.ControlProblem(
+                problem.reference,
+                problem.initial,
+                problem.reward_function,
+                problem.running_cost_function,
+                alpha=problem.alpha,
+                start="controlled",
+            )
         except ValueError:
             return None, "none is known for this start"
     try:
-        return sc.exact_solution(tilted, **({"time_steps": 100} | settings)), "of the chain"
+        known: dict[str, Any] = {"time_steps": 100, **settings}
+        return sc.exact_solution(tilted, **known), "of the chain"
     except sc.NoExactSolution as error:
         return None, f"none of the chain ({error})"
 
@@ -136,7 +169,16 @@ def _mean_is(statement: str, what: str, values: torch.Tensor, expected: float, h
     mean, error = float(v.mean()), float(v.std()) / math.sqrt(len(v))
     p = float(2 * stats.norm.sf(abs(mean - expected) / max(error, 1e-12 * max(1.0, abs(expected)))))
     why = "weights too heavy-tailed for a verdict" if heavy else ""
-    return Finding(statement, what, mean, expected, (mean - expected) / max(1e-12, abs(expected) or float(v.std())), p, None if heavy else True, why)
+    return Finding(
+        statement,
+        what,
+        mean,
+        expected,
+        (mean - expected) / max(1e-12, abs(expected) or float(v.std())),
+        p,
+        None if heavy else True,
+        why,
+    )
 
 
 def _heavy(log_w: torch.Tensor) -> bool:
@@ -145,7 +187,9 @@ def _heavy(log_w: torch.Tensor) -> bool:
     return not pareto_k(log_w) < _HEAVY or effective_sample_size(log_w) * len(log_w) < 100
 
 
-def _weights(problem: sc.ControlProblem, control: Any, paths: sc.Paths, reference: sc.Paths, exact: Any) -> Iterator[Finding]:
+def _weights(
+    problem: sc.ControlProblem, control: Any, paths: sc.Paths, reference: sc.Paths, exact: Any
+) -> Iterator[Finding]:
     ratio, other = paths.log_ratio().double(), None
     yield _mean_is("change of measure", "E_P[dQ0/dP]", (-ratio).exp(), 1.0, _heavy(-ratio))
     with torch.no_grad():
@@ -153,12 +197,19 @@ def _weights(problem: sc.ControlProblem, control: Any, paths: sc.Paths, referenc
     yield _mean_is("change of measure", "E_Q0[dP/dQ0]", other.exp(), 1.0, _heavy(other))
     kl = paths.kl().double()
     yield _mean_is("KL = E[log dP/dQ0]", "E[log-ratio] - E[KL terms]", ratio - kl, 0.0)
-    yield Finding("KL >= 0", "smallest KL term", float(kl.min()), 0.0, min(0.0, float(kl.min())), None, bool(kl.min() >= 0))
+    yield Finding(
+        "KL >= 0", "smallest KL term", float(kl.min()), 0.0, min(0.0, float(kl.min())), None, bool(kl.min() >= 0)
+    )
     log_w, log_v = sc.log_weights(problem, paths).double(), sc.log_weights(problem, reference).double()
     level = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
     both_heavy = _heavy(log_w) or _heavy(log_v)
-    yield _mean_is("Z is one number", "Z of the reference's paths / Z of these",
-                   (log_v - level).exp() - ((log_w - level).exp() - 1.0), 1.0, both_heavy)
+    yield _mean_is(
+        "Z is one number",
+        "Z of the reference's paths / Z of these",
+        (log_v - level).exp() - ((log_w - level).exp() - 1.0),
+        1.0,
+        both_heavy,
+    )
     if exact is not None:
         yield _mean_is("E_P[w] = Z", "mean weight / exact Z", (log_w - float(exact.log_z)).exp(), 1.0, _heavy(log_w))
 
@@ -169,7 +220,10 @@ def _cdf(law: Any, direction: np.ndarray) -> Callable[[float], float]:
         weights, means, covs = (v.double().numpy() for v in (law.weights, law.means, law.covariances))
     else:
         weights, means, covs = np.ones(1), law.mean.double().numpy()[None], law.covariance_matrix.double().numpy()[None]
-    centres, spreads = means @ direction, np.sqrt(np.maximum(np.einsum("i,kij,j->k", direction, covs, direction), 1e-300))
+    centres, spreads = (
+        means @ direction,
+        np.sqrt(np.maximum(np.einsum("i,kij,j->k", direction, covs, direction), 1e-300)),
+    )
     return lambda c: float((weights * stats.norm.cdf((c - centres) / spreads)).sum())
 
 
@@ -190,18 +244,27 @@ def _theorems(problem: sc.ControlProblem, paths: sc.Paths, exact: Any) -> Iterat
         law, x = exact.marginal(clock[k]), paths.states[k].double().cpu()
         for i, direction in enumerate(_directions(x.shape[-1])):
             cdf, y = _cdf(law, direction), x @ torch.as_tensor(direction)
-            centre, spread = float(direction @ law.mean.double().numpy()), math.sqrt(float(direction @ law.covariance_matrix.double().numpy() @ direction))
+            centre, spread = (
+                float(direction @ law.mean.double().numpy()),
+                math.sqrt(float(direction @ law.covariance_matrix.double().numpy() @ direction)),
+            )
             for level in _LEVELS:
                 c = centre + level * spread
-                yield _mean_is(name, f"P(a{i + 1}.X <= m{level:+g}s) at t={clock[k]:.3g}, weighted", w * (y <= c), cdf(c), heavy)
+                yield _mean_is(
+                    name, f"P(a{i + 1}.X <= m{level:+g}s) at t={clock[k]:.3g}, weighted", w * (y <= c), cdf(c), heavy
+                )
     if problem.running_cost_function is None:
         s, x = steps[len(steps) // 2], paths.end.double().cpu()
         law = exact.bridge(clock[s], clock[end], paths.end.cpu().to(problem.dtype))
         residual = paths.states[s].double().cpu() - law.mean.double()
         for name, phi in (("1", torch.ones(len(x))), ("tanh(X_T)", torch.tanh(x[:, 0]))):
-            yield _mean_is("Theorem 3", f"E[(X_s - E_pre[X_s|X_T]) {name}], weighted", w * residual[:, 0] * phi, 0.0, heavy)
+            yield _mean_is(
+                "Theorem 3", f"E[(X_s - E_pre[X_s|X_T]) {name}], weighted", w * residual[:, 0] * phi, 0.0, heavy
+            )
         variance = residual[:, 0] ** 2 - float(law.covariance_matrix.double()[0, 0, 0])
-        yield _mean_is("Theorem 3", "variance of X_s given X_T less the reference's, weighted", w * variance, 0.0, heavy)
+        yield _mean_is(
+            "Theorem 3", "variance of X_s given X_T less the reference's, weighted", w * variance, 0.0, heavy
+        )
 
 
 def _gap(problem: sc.ControlProblem, paths: sc.Paths, exact: Any, evaluation: Any) -> Iterator[Finding]:
@@ -216,11 +279,21 @@ def _gap(problem: sc.ControlProblem, paths: sc.Paths, exact: Any, evaluation: An
     for i, direction in enumerate(_directions(x.shape[-1])):
         cdf = _cdf(law, direction)
         distance = float(stats.kstest(x @ direction, np.vectorize(cdf)).statistic)
-        yield Finding("Theorem 1 and Pinsker", f"distance of unweighted a{i + 1}.X_T to p_r", distance, None, distance, None, distance <= allowed,
-                      f"its gap allows {allowed:.3f}")
+        yield Finding(
+            "Theorem 1 and Pinsker",
+            f"distance of unweighted a{i + 1}.X_T to p_r",
+            distance,
+            None,
+            distance,
+            None,
+            distance <= allowed,
+            f"its gap allows {allowed:.3f}",
+        )
 
 
 def _judged(found: list[Finding]) -> tuple[Finding, ...]:
     """Verdicts of the statistical tests, at equal shares of the family-wise error."""
     share = FAMILY_WISE_ERROR / max(1, sum(f.p is not None for f in found))
-    return tuple(f if f.p is None or f.passed is None else Finding(**{**vars(f), "passed": bool(f.p >= share)}) for f in found)
+    return tuple(
+        f if f.p is None or f.passed is None else Finding(**{**vars(f), "passed": bool(f.p >= share)}) for f in found
+    )

@@ -10,6 +10,7 @@ import typer
 from .common import BAD_INPUT, INTERRUPTED, report
 from .demo import demo
 from .solve import solve
+from .verify import verify
 
 __all__ = ["app", "main"]
 
@@ -40,7 +41,7 @@ def _options(
     pass
 
 
-for _command in (demo, solve):
+for _command in (demo, solve, verify):
     app.command()(_command)
 
 

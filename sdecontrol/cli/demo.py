@@ -20,7 +20,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="The figure; a JSON file with the numbers is written beside it.")] = Path(
         "output/demo.png"
     ),
-    iterations: Annotated[int | None, typer.Option(min=1, help="Iterations of tuning.", show_default="200")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Iterations of tuning.", show_default="220")] = None,
     quick: Annotated[
         bool, typer.Option(help="Tiny settings: shows in seconds that everything runs, not more.")
     ] = False,

@@ -65,7 +65,7 @@ class DemoSettings:
         return self if iterations is None else dataclasses.replace(self, iterations=iterations)
 
 
-FULL = DemoSettings(6000, 1500, 200, 256, 50, 1e-3, 4096, 16384)
+FULL = DemoSettings(6000, 1500, 220, 256, 40, 1e-3, 4096, 16384)
 QUICK = DemoSettings(100, 100, 4, 64, 10, 1e-3, 256, 1024)
 
 

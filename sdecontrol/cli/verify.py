@@ -14,7 +14,9 @@ def verify(
         list[str] | None, typer.Option(help="Run only checks whose name contains this; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random problems and of the noise.")] = 0,
-    thorough: Annotated[bool, typer.Option("--thorough", help="More random problems, more paths, every solver.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="More random problems, more paths, every solver.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     markdown: Annotated[str | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
     figure: Annotated[str | None, typer.Option(help="Write a figure to this file.")] = None,
@@ -31,6 +33,14 @@ def verify(
     from theory_checks.command import verify_command
 
     verify_command(
-        only=only, seed=seed, thorough=thorough, controls=True, workers=workers, as_json=as_json,
-        markdown=Path(markdown) if markdown else None, figure=Path(figure) if figure else None, docs=None, list_checks=False,
+        only=only,
+        seed=seed,
+        thorough=thorough,
+        controls=True,
+        workers=workers,
+        as_json=as_json,
+        markdown=Path(markdown) if markdown else None,
+        figure=Path(figure) if figure else None,
+        docs=None,
+        list_checks=False,
     )

@@ -69,11 +69,12 @@ class Control(nn.Module):
         raise NotImplementedError
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
-        """What depends on the chain's times and the parameters alone (with its graph)."""
+        """What depends on the chain's times and the parameters alone (with its graph): tensors with one row per step, or
+        with a single row for all steps."""
         return ()
 
-    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
-        """``(k, x, y) -> c_k`` on a chain."""
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        """``(k, x, y) -> c_k`` on a chain; ``tables`` as :meth:`tables` gives them, or as sequences of their rows."""
         times = chain.times
         return lambda k, x, y: chain.shift(k, self.at(x, times[k], y))
 
@@ -96,7 +97,7 @@ class UserControl(Control):
         t = t.expand(x.shape[0])
         return self.module(x, t) if y is None else self.module(x, t, y)
 
-    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return shift_function(chain, self.module)
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
@@ -130,7 +131,7 @@ class StartedControl(Control):
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return (*self.start.tables(chain.first), *self.main.tables(chain.second))  # type: ignore[attr-defined]
 
-    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         if not hasattr(chain, "first"):  # the problem's chain without its stretch
             return self.main.on_chain(chain, tables)
         first, second = chain.first, chain.second  # type: ignore[attr-defined]

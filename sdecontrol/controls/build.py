@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..problems.problem import ControlProblem
+from ..problems.rewards import Linear, Quadratic
 from ..problems.simulate import simulate_chain
 from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
@@ -81,9 +82,9 @@ def _reward_gradient(problem: ControlProblem) -> Any:
     def finite_gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
         # before its end a path may be where the reward is not finite (a logarithm): there the gate is closed
         value = gradient(x, y, create_graph)
-        good = torch.isfinite(value.detach()).flatten(1).all(1)
-        if bool(good.all()):
+        if bool(torch.isfinite(value.detach().sum())):
             return value
+        good = torch.isfinite(value.detach()).flatten(1).all(1)
         rows = good.nonzero().flatten()
         out = torch.zeros_like(x)
         return (
@@ -93,6 +94,20 @@ def _reward_gradient(problem: ControlProblem) -> Any:
         )
 
     return finite_gradient
+
+
+def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
+    """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma constant."""
+    reward, sde = problem.reward_function, problem.reference
+    sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
+    if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
+        return None
+    assert isinstance(reward, (Quadratic, Linear))
+    n = problem.event_shape[0]
+    sigma = sigma.to(reward.g)
+    root = sigma[0] if sigma.ndim == 3 else torch.diag_embed(sigma.expand(n))
+    slope = -reward.G if isinstance(reward, Quadratic) else torch.zeros_like(root[:, :1]).expand(n, n)
+    return root.mT @ slope / problem.alpha, root.mT @ reward.g / problem.alpha
 
 
 def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
@@ -128,6 +143,7 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
         problem.horizon,
         reward_gradient=_reward_gradient(problem) if gated else None,
         sde=sde if gated and isinstance(sde, SDE) else None,
+        affine_pull=_affine_pull(problem) if gated else None,
         generator=generator_for("cpu", seed),
         **options,
     )

@@ -50,6 +50,8 @@ class DefaultControl(Control):
         centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
         condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
         hidden: widths of the hidden layers.
+        affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
+            since it is folded into the affine path.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class DefaultControl(Control):
         condition_size: int = 0,
         classes: int = 0,
         generator: torch.Generator | None = None,
+        affine_pull: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
         n, m = self.event_shape.numel(), self.control_shape.numel()
@@ -87,6 +90,11 @@ class DefaultControl(Control):
         self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
         self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
         self.gate = nn.Parameter(torch.zeros(_FEATURES)) if reward_gradient is not None else None
+        pull, push = affine_pull if affine_pull is not None and self.full else (None, None)
+        self.pull: Tensor | None
+        self.push: Tensor | None
+        self.register_buffer("pull", pull, persistent=False)
+        self.register_buffer("push", push, persistent=False)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -105,7 +113,8 @@ class DefaultControl(Control):
         return time_features(s.clamp(0.0, 1.0))
 
     def tables_at(self, t: Tensor) -> tuple[Tensor, ...]:
-        """Everything that depends on time, at times ``(K,)``, with the normalisation of x folded in."""
+        """Everything that depends on time, at times ``(K,)``, with the normalisation of x folded in; the first table is
+        the same at all times and has one row."""
         n = self.event_shape.numel()
         phi = self._features(t)
         inverse = 1 / self.spread
@@ -118,7 +127,10 @@ class DefaultControl(Control):
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
         gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t))
-        return first, time_part, affine, offset, gate
+        if self.pull is not None and self.push is not None and self.gate is not None:
+            affine = affine + gate.reshape(-1, 1, 1) * self.pull
+            offset = offset + gate.unsqueeze(1) * self.push
+        return first.unsqueeze(0), time_part, affine, offset, gate
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return self.tables_at(chain.times[:-1])
@@ -140,8 +152,13 @@ class DefaultControl(Control):
         gradient = self.reward_gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
         return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
 
-    def _value(self, x: Tensor, row: Sequence[Tensor], first: Tensor, sigma: Tensor | None, y: Any) -> Tensor:
-        time_part, affine, offset, gate = row
+    @property
+    def _looks_at_reward(self) -> bool:
+        """Whether the gate asks for the reward's gradient at every step."""
+        return self.gate is not None and self.sde is not None and self.pull is None
+
+    def _value(self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any) -> Tensor:
+        first, time_part, affine, offset = (p[k if len(p) > 1 else 0] for p in tables[:4])
         flat = x.flatten(1)
         z = torch.addmm(time_part, flat, first.mT)
         if self.condition_size:
@@ -152,17 +169,17 @@ class DefaultControl(Control):
             else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
         )
         u = torch.addmm(u, self._hidden(z), self.last.mT)
-        if self.gate is not None and sigma is not None:
-            u = u + gate * self._pull(x, sigma, y)
+        if sigma is not None:
+            gate = tables[4]
+            u = u + gate[k if len(gate) > 1 else 0] * self._pull(x, sigma, y)
         return u.unflatten(1, self.control_shape)
 
     # ------------------------------------------------------------ Control
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:
-            first, *rest = self.tables_at(t.reshape(1))
-            sigma = self.sde.diffusion(x, t) if self.sde is not None and self.gate is not None else None
-            return self._value(x, [p[0] for p in rest], first, sigma, y)
+            sigma = self.sde.diffusion(x, t) if self._looks_at_reward and self.sde is not None else None
+            return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y)
         times, where = torch.unique(t, return_inverse=True)
         if len(times) == 1:
             return self.at(x, times[0], y)
@@ -172,25 +189,27 @@ class DefaultControl(Control):
             out = out.index_copy(0, rows, self.at(x[rows], times[j], None if y is None else y[rows]))
         return out
 
-    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
-        first, *rest = self.tables(chain) if tables is None or len(tables) == 0 else tables
-        rows = list(zip(*(p.unbind(0) for p in rest)))  # one unbind: indexing step by step would cost K^2 in backward
-        diffusion = self.sde.diffusion_on_grid(chain.times) if self.gate is not None and self.sde is not None else None
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        tables = self.tables(chain) if tables is None or len(tables) == 0 else tables
+        # one unbind: indexing step by step would cost K^2 in backward
+        rows = [p.unbind(0) if isinstance(p, Tensor) else p for p in tables]
+        sde = self.sde if self._looks_at_reward else None
+        diffusion = sde.diffusion_on_grid(chain.times) if sde is not None else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             sigma = None if diffusion is None else diffusion(k, x)
-            return chain.shift(k, self._value(x, rows[k], first, sigma, y))
+            return chain.shift(k, self._value(x, rows, k, sigma, y))
 
         return shift
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        if self.gate is not None or self.condition_size or not self.full:
+        if self._looks_at_reward or self.condition_size or not self.full:
             return super().along(chain, states, y, first)
         count = states.shape[0]
         W, *rest = self.tables(chain)
         time_part, affine, offset, _ = (p[first : first + count] for p in rest)
         flat = states.flatten(2)
-        z = flat @ W.mT + time_part.unsqueeze(1)
+        z = flat @ W[0].mT + time_part.unsqueeze(1)
         u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT) + self._hidden(z) @ self.last.mT
         u = u.unflatten(2, self.control_shape)
         return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])

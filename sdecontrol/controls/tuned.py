@@ -69,7 +69,7 @@ class TunedControl(Control):
         change = reference.predict(self.model, x, t, y) - reference.predict(reference.model, x, t, y)
         return change * float(reference.gains(t.reshape(1))[0])
 
-    def on_chain(self, chain: Chain, tables: Sequence[Tensor] | None = None) -> ShiftFunction:
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         reference, model = self.reference, self.model
         if isinstance(reference, DiffusionChain):
             return lambda k, x, y: reference.shift_towards(k, x, reference.predict(model, k, x, y), y)

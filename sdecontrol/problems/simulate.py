@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, unknown_name
 from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
-from ..simulation.chains import Chain
+from ..simulation.chains import SAMPLING_SCHEMES, Chain
 from ..simulation.integrator import KEEP, integrate
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
 from ..tensors import check_tensor
 from .problem import ControlProblem
+from .sampling import simulate_solver
 
 __all__ = ["simulate", "simulate_chain"]
 
@@ -27,33 +28,64 @@ def simulate(
     scheme: str | None = None,
     seed: int | None = None,
     keep: str = "all",
-    noise: Tensor | None = None,
+    noise: Any = None,
     antithetic: bool = False,
     state: Tensor | None = None,
     step: int = 0,
     condition: Tensor | None = None,
+    tolerance: float | None = None,
 ) -> Paths:
-    """Simulate ``num_paths`` paths of the problem's chain.
+    """Simulate ``num_paths`` paths of the problem's chain, or of a solver of higher order.
 
     Args:
         control: ``(x, t) -> (batch, *control_shape)`` with t ``(batch,)``; a solution's control; None for the reference.
         time_steps, scheme: as in ``solve``; default: those that the control was solved with, else 100 and "euler".
+            ``scheme`` may also name one of torchsde's solvers, which have no likelihood ratios: "milstein" (strong order 1),
+            "srk" (3/2), "heun", "midpoint", "euler-heun", "reversible-heun" (1; Stratonovich, with the correction of
+            the drift); or "probability-flow", the ordinary differential equation of a generative reference.
         seed: None draws one from torch's global generator.
         keep: "all"; "states" (noise and shifts are drawn again when asked for); "end" (states too).
         noise: ``(K, num_paths, *noise_shape)`` standard normal numbers of your own, e.g. another run's ``paths.noises``
-            for common random numbers.
+            for common random numbers; for "srk" a pair of these: for the increments, and for their space-time integrals.
         antithetic: paths 2i and 2i+1 get opposite noise.
         state, step: resume from states ``(num_paths, *event)`` at step ``step``; with the seed of an earlier run the noise
             is that run's, so that the paths continue it.
         condition: ``(num_paths, ...)`` conditions; default: drawn from the problem's.
+        tolerance: adaptive steps between the grid's times with this relative and absolute error: torchsde's (step sizes
+            then depend on the whole batch, and the noise is a Brownian tree of its own), or torchdiffeq's "dopri5" for the
+            probability flow. None: one step per step of the grid.
 
     Returns:
-        :class:`Paths`.
+        :class:`Paths`; for a solver :class:`SolvedPaths`, whose running cost is by the trapezoidal rule, and whose
+        ``log_ratio``, ``kl``, ``noises`` and ``shifts`` raise :class:`NoLikelihood`.
     """
     if isinstance(num_paths, bool) or not isinstance(num_paths, int) or num_paths < 1:
         raise ValueError(f"num_paths must be an int >= 1, got {num_paths!r}.")
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
+    if scheme in SAMPLING_SCHEMES:
+        if time_steps is None:
+            time_steps = (getattr(control, "settings", None) or {}).get("time_steps")
+        chain, seed = problem.chain(time_steps, "euler"), fresh_seed(seed)
+        return simulate_solver(
+            problem,
+            chain,
+            scheme,
+            control,
+            seed,
+            start_of(problem, chain, num_paths, control, seed, keep, state, step, condition),
+            keep=keep,
+            noise=noise,
+            antithetic=antithetic,
+            step=step,
+            resumed=state is not None,
+            tolerance=tolerance,
+        )
+    if tolerance is not None:
+        raise ValueError(
+            f"tolerance: scheme={scheme or 'euler'!r} has fixed steps; use more time_steps, or an adaptive scheme such as "
+            "'srk' or 'heun'."
+        )
     chain = problem.chain(time_steps, scheme)
     return simulate_chain(
         problem,
@@ -86,27 +118,8 @@ def simulate_chain(
     grad: bool = False,
 ) -> Paths:
     """:func:`simulate` on a chain that is already made; with ``grad`` the graph is kept."""
-    if keep not in KEEP:
-        raise unknown_name("keep", keep, KEEP)
-    if control is not None and not callable(control):
-        raise TypeError(
-            f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
-        )
-    if not 0 <= step < chain.steps:
-        raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
-    if step and state is None:
-        raise ValueError("step without state: pass the states to resume from as state=paths.states[step].")
     seed = fresh_seed(seed)
-    if state is None:
-        state = problem.draw_start(num_paths, seed)
-    else:
-        check_tensor("state", state, shape=(num_paths, *chain.event_shape))
-    if condition is None:
-        condition = problem.draw_condition(num_paths, seed)
-    elif problem.condition is None:
-        raise ValueError("condition given, but the problem has none; make it with ControlProblem(..., condition=...).")
-    elif condition.shape[0] != num_paths:
-        raise ValueError(f"condition must have {num_paths} rows, one per path; got {tuple(condition.shape)}.")
+    state, condition = start_of(problem, chain, num_paths, control, seed, keep, state, step, condition)
     if noise is not None:
         check_tensor("noise", noise, shape=(chain.steps, num_paths, *chain.noise_shape))
         if antithetic:
@@ -145,3 +158,38 @@ def simulate_chain(
             raise
         run("all")  # the same paths with everything kept: names the step
         raise
+
+
+def start_of(
+    problem: ControlProblem,
+    chain: Chain,
+    num_paths: int,
+    control: Any,
+    seed: int,
+    keep: str,
+    state: Tensor | None,
+    step: int,
+    condition: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
+    if keep not in KEEP:
+        raise unknown_name("keep", keep, KEEP)
+    if control is not None and not callable(control):
+        raise TypeError(
+            f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
+        )
+    if not 0 <= step < chain.steps:
+        raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
+    if step and state is None:
+        raise ValueError("step without state: pass the states to resume from as state=paths.states[step].")
+    if state is None:
+        state = problem.draw_start(num_paths, seed)
+    else:
+        check_tensor("state", state, shape=(num_paths, *chain.event_shape))
+    if condition is None:
+        condition = problem.draw_condition(num_paths, seed)
+    elif problem.condition is None:
+        raise ValueError("condition given, but the problem has none; make it with ControlProblem(..., condition=...).")
+    elif condition.shape[0] != num_paths:
+        raise ValueError(f"condition must have {num_paths} rows, one per path; got {tuple(condition.shape)}.")
+    return state, condition

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,20 @@ def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> floa
     return float(np.exp(min(total, 50.0)) * math.sqrt(start / last))
 
 
+class Coefficients(NamedTuple):
+    """Of a generative SDE at given process times, ``(K,)`` float64: ``drift = -(log mu)' x + eps_part eps`` in process time,
+    with ``eps = eps_of_x x + eps_of_prediction prediction``."""
+
+    log_mu: Tensor  #: log mu
+    log_mu_slope: Tensor  #: d log mu / dt, in process time
+    eps_part: Tensor  #: of the SDE's drift: ``-(g_f^2 + g^2) / (2 std)``
+    flow_part: Tensor  #: of the probability flow's velocity: ``-g_f^2 / (2 std)``
+    level: Tensor  #: g
+    eps_of_x: Tensor
+    eps_of_prediction: Tensor
+    clock: Tensor  #: what the model calls these times
+
+
 class GenerativeSDE(SDE):
     """The reverse-time SDE of a pre-trained model. Made by :func:`generative_sde`."""
 
@@ -151,22 +165,34 @@ class GenerativeSDE(SDE):
         """Noising time s of process time t."""
         return self.schedule.noise_end * (1.0 - t)
 
-    def _table(self, times: Tensor) -> dict[str, list[float]]:
-        """Coefficients at process times, in float64: drift = x_part x + model_part prediction, noise level g."""
+    def coefficients(self, times: Tensor) -> Coefficients:
+        """All coefficients at process times ``(K,)``, in float64."""
         s = self.noising_time(times.detach().double().cpu()).clamp(min=_S_MIN)
         end = self.schedule.noise_end
         mu, std = self.schedule.mu(s), self.schedule.std(s)
         slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
         level = torch.tensor([self._level(float(v)) for v in s], dtype=torch.float64)
         a, b = noise_coefficients(self.prediction, mu, std, slope, rate)
-        eps_part = -end * (rate + level**2) / (2 * std)
-        g = level * math.sqrt(end)
+        return Coefficients(
+            mu.log(),
+            -end * slope,
+            -end * (rate + level**2) / (2 * std),
+            -end * rate / (2 * std),
+            level * math.sqrt(end),
+            a,
+            b,
+            self.schedule.model_time(s),
+        )
+
+    def _table(self, times: Tensor) -> dict[str, list[float]]:
+        """Coefficients at process times, in float64: drift = x_part x + model_part prediction, noise level g."""
+        c = self.coefficients(times)
         return {
-            "x": (-end * slope + eps_part * a).tolist(),
-            "model": (eps_part * b).tolist(),
-            "g": g.tolist(),
-            "gain": (eps_part * b / g).tolist(),
-            "clock": self.schedule.model_time(s).tolist(),
+            "x": (c.log_mu_slope + c.eps_part * c.eps_of_x).tolist(),
+            "model": (c.eps_part * c.eps_of_prediction).tolist(),
+            "g": c.level.tolist(),
+            "gain": (c.eps_part * c.eps_of_prediction / c.level).tolist(),
+            "clock": c.clock.tolist(),
         }
 
     def predict(self, model: Callable[..., Tensor], x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
@@ -195,10 +221,7 @@ class GenerativeSDE(SDE):
         x_part, model_part = table["x"], table["model"]
 
         def terms(k: int, x: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-            prediction = self.remembered(k, x)
-            if prediction is None:
-                prediction = call_model(self.model, x, clocks[k], y)
-                self._memo = (k, x, prediction)
+            prediction = self.prediction_at(k, x, clocks[k], y)
             return torch.add(x_part[k] * x, prediction, alpha=model_part[k]), levels[k]
 
         return terms
@@ -208,6 +231,14 @@ class GenerativeSDE(SDE):
         return lambda k, x: levels[k]
 
     _memo: tuple[int, Tensor, Tensor] | None = None
+
+    def prediction_at(self, k: int, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
+        """The pre-trained prediction at step k (the model's own time ``clock``), remembered until the next one."""
+        prediction = self.remembered(k, x)
+        if prediction is None:
+            prediction = call_model(self.model, x, clock, condition)
+            self._memo = (k, x, prediction)
+        return prediction
 
     def remembered(self, k: int, x: Tensor) -> Tensor | None:
         """The pre-trained prediction at step k, if it was just computed at this very x (a tuned control needs it too)."""

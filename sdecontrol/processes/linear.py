@@ -78,6 +78,7 @@ class LinearSDE(SDE):
         self.drift_takes_condition = False
         self.autonomous = all(c is None or isinstance(c, (Tensor, float, int)) for c in (A, sigma, offset))
         self._constant = root.unsqueeze(0) if constant_sigma else None
+        self._constant_diagonal = _diagonal_of(root) if constant_sigma else None
         self._diffusion_function = None if constant_sigma else self.diffusion
 
     def _at(self, name: str, c: Any, t: float | Tensor) -> Tensor:
@@ -113,6 +114,11 @@ class LinearSDE(SDE):
             )
         return value
 
+    @property
+    def constant_diffusion(self) -> Tensor | None:
+        """As for every SDE; a diagonal matrix as its diagonal, which saves a matrix product a step."""
+        return self._constant if self._constant_diagonal is None else self._constant_diagonal
+
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         return x @ self.A_at(t).mT if self._offset is None else x @ self.A_at(t).mT + self.offset_at(t, x.mT)
 
@@ -127,6 +133,9 @@ class LinearSDE(SDE):
         A = [self.A_at(t).to(times.dtype) for t in times]
         like = A[0]
         sigma = [self.sigma_at(t, like).unsqueeze(0).to(times.dtype) for t in times]
+        diagonal = _diagonal_of(A[0]) if isinstance(self._A, Tensor) and self._offset is None else None
+        if diagonal is not None:
+            return lambda k, x, y: (x * diagonal, sigma[k])
         if self._offset is None:
             return lambda k, x, y: (x @ A[k].mT, sigma[k])
         a = [self.offset_at(t, like).reshape(1, d).to(times.dtype) for t in times]
@@ -234,6 +243,12 @@ class LinearSDE(SDE):
         pull = torch.linalg.lstsq(law.covariance.to(x.device), left.reshape(-1, left.shape[-1]).mT).solution.mT
         drift = x.double() @ A.mT + a + pull.reshape(left.shape) @ law.matrix.to(x.device) @ root @ root.mT
         return drift.to(x)
+
+
+def _diagonal_of(matrix: Tensor) -> Tensor | None:
+    """The diagonal of a diagonal square matrix, else None."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return matrix.diagonal().clone() if square and torch.equal(matrix, torch.diag(matrix.diagonal())) else None
 
 
 def moments(law: Any) -> tuple[Tensor, Tensor]:

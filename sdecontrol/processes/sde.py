@@ -79,6 +79,24 @@ class SDE:
             matrix = isinstance(self._constant, Tensor) and is_matrix_scale(self._constant, self.event_ndim)
             self.control_shape = torch.Size((self._constant.shape[-1],)) if matrix else self.event_shape  # type: ignore[union-attr]
 
+    @classmethod
+    def from_torchsde(cls, sde: Any, dim: int, horizon: float = 1.0) -> SDE:
+        """An SDE from an object with torchsde's protocol: methods ``f(t, y)`` and ``g(t, y)`` (or ``f_and_g``), attributes
+        ``noise_type`` and ``sde_type``.
+
+        Args:
+            sde: the object; an nn.Module keeps its parameters, which are never trained.
+            dim: size d of the state.
+            horizon: the end time T > 0.
+
+        Raises:
+            TypeError: it lacks the protocol. ValueError: an unknown noise type, or a Stratonovich equation.
+        """
+        from .foreign import torchsde_functions
+
+        drift, diffusion = torchsde_functions(sde)
+        return cls(drift, diffusion, dim=dim, horizon=horizon)
+
     @property
     def event_ndim(self) -> int:
         return len(self.event_shape)

@@ -2,7 +2,7 @@
 
 Everything that is simulated with likelihoods is written as such a chain, the control entering as a shift ``c_k`` of
 the noise; log-ratios are then exact at every step size. ``EulerChain`` is Euler-Maruyama, ``TransitionChain`` the exact
-transitions of a linear SDE, ``StretchChain`` the stretch of time before 0 that makes a start controllable, and
+transitions of a linear SDE, ``ExponentialChain`` those of the linear part of a semi-linear one, ``StretchChain`` the stretch of time before 0 that makes a start controllable, and
 ``JoinedChain`` one after another. Discrete diffusion models are chains of their own (``diffusion.py``).
 """
 
@@ -13,16 +13,30 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import NoLikelihood, unknown_name
+from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, GaussianMixture
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
+from ..processes.semilinear import SemilinearSDE
 from ..tensors import check_tensor
 
-__all__ = ["Chain", "EulerChain", "JoinedChain", "StretchChain", "TransitionChain", "chain_of", "make_grid"]
+__all__ = [
+    "SAMPLING_SCHEMES",
+    "Chain",
+    "EulerChain",
+    "ExponentialChain",
+    "GenerativeExponentialChain",
+    "JoinedChain",
+    "StretchChain",
+    "TransitionChain",
+    "chain_of",
+    "make_grid",
+]
 
 
 class Chain:
@@ -165,6 +179,83 @@ class TransitionChain(Chain):
         return self._cast[k][3]
 
 
+class ExponentialChain(Chain):
+    """The exponential Euler scheme of ``dX = (A X + a + n(X, t)) dt + sigma dW``: the linear part and the noise exactly, n
+    held over each step (Jentzen & Kloeden 2009, "Overcoming the order barrier", eq. (3.1), in finite dimension)::
+
+        x' = Phi x + int Phi (a + n(x, t_k)) dr + L (c + xi),   L L' = int Phi sigma sigma' Phi' dr,   c = C u.
+
+    Weak order 1, strong order 1 (additive noise); no bound of the step by a stiff A; with n = 0 it is ``TransitionChain``.
+    """
+
+    def __init__(self, sde: SemilinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        self._linear = TransitionChain(sde.linear_part, clock, dtype, device)
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
+        self.noise_shape = sde.event_shape
+        drive = sde.driven_part  # its "effect of a held control" is int Phi dr, what a held n(x_k, t_k) does to the mean
+        made: dict[tuple[float, float], Tensor] = {}
+        self._effects = []
+        for s, t in pairwise(clock):
+            key = (0.0, round(t - s, 14)) if drive.autonomous else (s, t)
+            if key not in made:
+                made[key] = drive._transition_and_gain(*key)[3].to(device=device, dtype=dtype)
+            self._effects.append(made[key])
+        self._clock = list(self.times)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        mean, scale = self._linear.kernel(k, x)
+        return mean + self.reference.nonlinearity(x, self._clock[k], condition) @ self._effects[k].mT, scale
+
+    def gain(self, k: int) -> Tensor:
+        return self._linear.gain(k)
+
+
+_NODES = 16  # of Gauss-Legendre quadrature over each step: the coefficients are smooth, so this is exact to rounding
+
+
+class GenerativeExponentialChain(Chain):
+    """The exponential Euler scheme of a generative SDE: its linear part ``-(log mu)' x`` and all coefficients of time are
+    integrated exactly, the noise prediction eps is held over each step (the stochastic form of DPM-Solver-1, Lu et al.
+    2206.00927, and of the exponential integrators of Zhang & Chen 2204.13902, for any noise level)::
+
+        x' = Phi x + (int Phi w dr) eps(x, t_k) + L (c + xi),  Phi = mu(s_{k+1})/mu(s_k),  w = -(g_f^2 + g^2)/(2 std).
+    """
+
+    def __init__(self, sde: GenerativeSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
+        ends = torch.tensor(clock, dtype=torch.float64)
+        nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(_NODES))
+        half = (ends[1:] - ends[:-1]).unsqueeze(1) / 2
+        inner = sde.coefficients((ends[:-1, None] + half * (1 + nodes)).flatten())
+        at = sde.coefficients(ends)
+        log_mu, eps_part, level = (v.unflatten(0, (-1, _NODES)) for v in (inner.log_mu, inner.eps_part, inner.level))
+        phi = (at.log_mu[1:, None] - log_mu).exp()
+        integral = lambda values: (half * weights * values).sum(1)  # noqa: E731
+        scale = integral(phi**2 * level**2).sqrt()
+        self._phi = (at.log_mu[1:] - at.log_mu[:-1]).exp().tolist()
+        effect = integral(phi * eps_part)
+        # eps = a x + b prediction: both parts of the mean as plain numbers
+        self._x_part = (torch.tensor(self._phi, dtype=torch.float64) + effect * at.eps_of_x[:-1]).tolist()
+        self._model_part = (effect * at.eps_of_prediction[:-1]).tolist()
+        self._gains = (integral(phi * level) / scale).tolist()
+        self._scales = scale.to(device=device, dtype=dtype)
+        self._clocks = at.clock[:-1].to(device=device, dtype=dtype)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        prediction = self.reference.prediction_at(k, x, self._clocks[k], condition)
+        return torch.add(self._x_part[k] * x, prediction, alpha=self._model_part[k]), self._scales[k]
+
+    def gain(self, k: int) -> float:
+        return self._gains[k]
+
+    def forget(self) -> None:
+        self.reference.forget()
+
+
 class StretchChain(Chain):
     """The stretch [-1, 0) that turns a random start into part of the chain.
 
@@ -295,11 +386,24 @@ def make_grid(time_steps: Any, horizon: float) -> list[float]:
     return values
 
 
-SCHEMES = ("euler", "exact")
+SCHEMES = ("euler", "exact", "exponential")
+#: schemes of ``simulate`` that have no Gaussian kernels, and so are no chains (``solvers.py``, ``flow.py``)
+SAMPLING_SCHEMES = ("milstein", "srk", "heun", "midpoint", "euler-heun", "reversible-heun", "probability-flow")
 
 
 def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
-    """The chain of an SDE on a grid, by the scheme "euler" or "exact" (linear references)."""
+    """The chain of an SDE on a grid, by the scheme "euler", "exact" (linear references) or "exponential" (semi-linear and
+    generative ones).
+
+    Raises:
+        NoLikelihood: a scheme that samples but has no Gaussian kernels. ValueError: an unknown scheme, or one that the
+        reference does not have.
+    """
+    if scheme in SAMPLING_SCHEMES:
+        raise NoLikelihood(
+            f"scheme={scheme!r} has no Gaussian kernels, so no likelihood ratios, which solving, weights and exact "
+            f"solutions need. Use scheme='euler' there; simulate(..., scheme={scheme!r}) samples with it."
+        )
     clock = make_grid(time_steps, sde.horizon)
     if scheme == "euler":
         return EulerChain(sde, clock, dtype, device)
@@ -311,7 +415,22 @@ def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device:
                 f"{type(sde).__name__} has no exact transitions. Use scheme='euler'."
             )
         return TransitionChain(linear, clock, dtype, device)
+    if scheme == "exponential":
+        return _exponential(sde, clock, dtype, device)
     raise unknown_name("scheme", scheme, SCHEMES)
+
+
+def _exponential(sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> Chain:
+    if isinstance(sde, SemilinearSDE):
+        return ExponentialChain(sde, clock, dtype, device)
+    if isinstance(sde, GenerativeSDE):
+        return GenerativeExponentialChain(sde, clock, dtype, device)
+    if isinstance(sde, LinearSDE):  # nothing is left to approximate
+        return TransitionChain(sde, clock, dtype, device)
+    raise ValueError(
+        f"scheme='exponential' needs to know the linear part of the drift, which a {type(sde).__name__} does not say. "
+        "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."
+    )
 
 
 def initial_state(law: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..tensors import apply_scale, event_sum, nonfinite_rows
+from ..tensors import apply_scale, nonfinite_rows
 from .chains import Chain
 from .paths import Paths
 from .shifts import ShiftFunction
@@ -20,6 +20,44 @@ KEEP = ("all", "states", "end")
 
 #: ``f(x, t) -> (batch,)``, with the condition where there is one.
 RunningCost = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class _Sums:
+    """``sum_k c_k.xi_k`` and ``sum_k |c_k|^2/2`` of paths that are not kept, reduced a few steps at a time (one reduction
+    a step would cost more than the step)."""
+
+    most = 1 << 18  # numbers held
+
+    def __init__(self) -> None:
+        self.shifts: list[Tensor] = []
+        self.noises: list[Tensor] = []
+        self.room = 0
+        self.cross: Tensor | None = None
+        self.square: Tensor | None = None
+
+    def add(self, c: Tensor, xi: Tensor) -> None:
+        if not self.shifts:
+            self.room = max(1, min(64, self.most // max(1, c.numel())))
+        self.shifts.append(c)
+        self.noises.append(xi)
+        if len(self.shifts) >= self.room:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        c = torch.stack(self.shifts)
+        cross = (c * torch.stack(self.noises)).sum(0).flatten(1).sum(1)
+        square = 0.5 * (c * c).sum(0).flatten(1).sum(1)
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.square = square if self.square is None else self.square + square
+        self.shifts, self.noises = [], []
+
+    def result(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shifts:
+            self._reduce()
+        if self.cross is None or self.square is None:
+            zero = x.new_zeros(x.shape[0])
+            return zero, zero
+        return self.cross, self.square
 
 
 class NoiseSource(Protocol):
@@ -67,8 +105,7 @@ def integrate(
     noises: list[Tensor] = []
     shifts: list[Tensor] = []
     cost: Tensor | None = None
-    cross = square = None
-    dims = len(chain.noise_shape)
+    sums = None if everything or shift is None else _Sums()
     for k in range(first, last):
         xi = noise[k]
         if running_cost is not None and chain.clock[k] >= 0:
@@ -81,15 +118,12 @@ def integrate(
             noises.append(xi)
             if c is not None:
                 shifts.append(c)
-        elif c is not None:
-            a, b = event_sum(c * xi, dims), event_sum(0.5 * c * c, dims)
-            cross, square = (a, b) if cross is None else (cross + a, square + b)  # type: ignore[operator]
+        elif sums is not None and c is not None:
+            sums.add(c, xi)
     chain.forget()
     if everything and shift is None:
         zero = x.new_zeros(()).expand(x.shape[0], *chain.noise_shape)
         shifts = [zero] * (last - first)
-    if not everything and cross is None:
-        cross = square = x.new_zeros(x.shape[0])
     if cost is None:
         cost = x.new_zeros(x.shape[0])
     paths = Paths(
@@ -102,7 +136,7 @@ def integrate(
         states=states,
         noises=noises if everything else None,
         shifts=shifts if everything else None,
-        sums=None if everything else (cross, square),  # type: ignore[arg-type]
+        sums=None if everything else (_Sums() if sums is None else sums).result(x),
         replay=replay,
     )
     if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(cost).all()):

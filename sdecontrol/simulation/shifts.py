@@ -33,14 +33,19 @@ def shift_function(chain: Chain, control: Any) -> ShiftFunction:
         return control.on_chain(chain)
     times, start = chain.times, chain.start
     nothing = chain.times.new_zeros(()).expand(1, *chain.noise_shape)
+    rows: tuple[Tensor, ...] = ()
+    want = torch.Size()
 
     def shift(k: int, x: Tensor, condition: Any) -> Tensor:
+        nonlocal rows, want
+        if not want or want[0] != x.shape[0]:
+            want = torch.Size((x.shape[0], *chain.control_shape))
+            rows = times.unsqueeze(1).expand(-1, x.shape[0]).unbind(0)
         if k < start:  # a control of the process says nothing of the stretch before it
             return nothing.expand(x.shape[0], *chain.noise_shape)
-        u = _call(control, x, times[k].expand(x.shape[0]), condition)
-        check_output(
-            "control", u, (x.shape[0], *chain.control_shape), x, "A control is called as control(x, t), t (batch,)."
-        )
+        u = _call(control, x, rows[k], condition)
+        if type(u) is not Tensor or u.shape != want or u.dtype is not x.dtype or u.device != x.device:
+            check_output("control", u, want, x, "A control is called as control(x, t), t (batch,).")
         return chain.shift(k, u)
 
     return shift

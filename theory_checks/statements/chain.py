@@ -32,8 +32,12 @@ def _value(answers: ChainAnswers, defect: str, k: int, x: np.ndarray) -> np.ndar
     return tweedie_value(answers.case, k, x) if defect == "Tweedie's value" else answers.value(k, x)
 
 
-@check("eq-10-target", "[9], [10]", implements=[f"{EXACT}.log_z", f"{EXACT}.sample"],
-       controls=["alpha off by 5 %", "sign of the reward flipped"])
+@check(
+    "eq-10-target",
+    "[9], [10]",
+    implements=[f"{EXACT}.log_z", f"{EXACT}.sample"],
+    controls=["alpha off by 5 %", "sign of g flipped"],
+)
 def target(setting: Setting, defect: str) -> Lines:
     """The law p_r = exp(r/alpha) p_pre / Z maximises E_q[r] - alpha KL(q || p_pre) [9], and the maximum is alpha log Z:
     the end law of the library's optimum attains it, and every other Gaussian tried stays below by alpha KL(q || p_r)."""
@@ -43,14 +47,21 @@ def target(setting: Setting, defect: str) -> Lines:
         P, q = case.G / case.alpha, case.g / case.alpha
         target, log_z = end.tilted(P, q)
         mean, cov = spoil(case, defect).chain().marginal(case.K)
-        for name, law in (("p_r", Joint(mean, cov, case.d)), ("another law", Joint(rng.normal(size=case.d), 0.8 * cov, case.d))):
+        for name, law in (
+            ("p_r", Joint(mean, cov, case.d)),
+            ("another law", Joint(rng.normal(size=case.d), 0.8 * cov, case.d)),
+        ):
             objective = law.expect_quadratic(P, q) - gaussian_kl(law, end)
             short = gaussian_kl(law, target) if name != "p_r" else 0.0
             yield compare(f"E r/alpha - KL of {name}, d={case.d}", objective, log_z - short)
 
 
-@check("eq-20-soft-bellman", "[20], [16], [17]", implements=[f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "noise off by 1 %", "running cost left out", "Tweedie's value"])
+@check(
+    "eq-20-soft-bellman",
+    "[20], [16], [17]",
+    implements=[f"{EXACT}.value"],
+    controls=["alpha off by 5 %", "noise off by 1 %", "running cost left out", "Tweedie's value"],
+)
 def soft_bellman(setting: Setting, defect: str) -> Lines:
     """exp(v_k(x)/alpha) = exp(-h f(x)/alpha) E_pre[exp(v_{k+1}(x_{k+1})/alpha) | x_k = x], with v_K = r: the library's
     values at one step and the next, the expectation by a Gaussian integral of the fitted quadratic v_{k+1}."""
@@ -62,11 +73,16 @@ def soft_bellman(setting: Setting, defect: str) -> Lines:
             want = []
             for row in x:
                 _, log_mean = case.reference(k, row).of(1).tilted(P, q)
-                cost = 0.0 if case.F is None else 0.5 * case.h[k] * row @ case.F @ row
+                cost = 0.0 if case.F is None else case.h[k] * case.cost(case.grid[k], row[None])[0]
                 want.append(a * (log_mean + c) - cost)
-            yield compare(f"v_{k}, d={d}{', running cost' if case.F is not None else ''}", _value(answers, defect, k, x), want)
-        yield compare(f"v_K = r, d={d}", _value(answers, defect, case.K, x),
-                      -0.5 * np.einsum("ni,ij,nj->n", x, case.G, x) + x @ case.g)
+            yield compare(
+                f"v_{k}, d={d}{', running cost' if case.F is not None else ''}", _value(answers, defect, k, x), want
+            )
+        yield compare(
+            f"v_K = r, d={d}",
+            _value(answers, defect, case.K, x),
+            -0.5 * np.einsum("ni,ij,nj->n", x, case.G, x) + x @ case.g,
+        )
 
 
 def _quadratic(f, d: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -79,8 +95,12 @@ def _quadratic(f, d: int) -> tuple[np.ndarray, np.ndarray, float]:
     return P, 0.5 * (plus - minus), float(centre)
 
 
-@check("eq-19-optimal-kernel", "[19], [15]", implements=[f"{EXACT}.kernel"],
-       controls=["alpha off by 5 %", "noise off by 1 %", "drift off by 1 %", "reference's covariance kept"])
+@check(
+    "eq-19-optimal-kernel",
+    "[13], [14], [15], [19]",
+    implements=[f"{EXACT}.kernel"],
+    controls=["alpha off by 5 %", "noise off by 1 %", "drift off by 1 %", "reference's covariance kept"],
+)
 def optimal_kernel(setting: Setting, defect: str) -> Lines:
     """The soft-optimal kernel is p*(y|x) = exp(v_{k+1}(y)/alpha) p_pre(y|x) / exp(v_k(x)/alpha): the library's kernel
     against the conditional law of x_{k+1} given x_k in the dense tilted path law, running cost included."""
@@ -90,13 +110,19 @@ def optimal_kernel(setting: Setting, defect: str) -> Lines:
         for k in range(case.K):
             M, b, Q = best.regression([k + 1], [k])
             got_M, got_b, root = answers.kernel(k)
-            cov = root @ root.T if defect != "reference's covariance kept" else case.steps()[k][2] @ case.steps()[k][2].T
+            cov = (
+                root @ root.T if defect != "reference's covariance kept" else case.steps()[k][2] @ case.steps()[k][2].T
+            )
             for name, got, want in (("slope", got_M, M), ("offset", got_b, b), ("covariance", cov, Q)):
                 yield compare(f"{name} of p* at step {k}, d={case.d}", got, want)
 
 
-@check("value-definition", "Section 4.1", implements=[f"{EXACT}.value", f"{EXACT}.kernel"],
-       controls=["alpha off by 5 %", "last step left out", "sign of the KL flipped"])
+@check(
+    "value-definition",
+    "Section 4.1",
+    implements=[f"{EXACT}.value", f"{EXACT}.kernel"],
+    controls=["alpha off by 5 %", "last step left out", "sign of the KL flipped"],
+)
 def value_definition(setting: Setting, defect: str) -> Lines:
     """The soft value is the best objective still to be had: v_k(x) = E_{p*}[R_k - alpha sum_{j>=k} KL(p*_j || p_pre_j)
     | x_k = x], with the library's kernels put in for p*."""
@@ -113,9 +139,19 @@ def value_definition(setting: Setting, defect: str) -> Lines:
             yield compare(f"v_0, d={case.d}", answers.value(0, x[None])[0], total + sign * case.alpha * kl)
 
 
-@check("theorem-1-chain", "Theorem 1", implements=[f"{EXACT}.kernel", f"{EXACT}.initial", f"{EXACT}.marginal"],
-       controls=["start left fixed", "alpha off by 5 %", "last step left out", "noise off by 1 %",
-                 "sign of the reward flipped", "drift transposed"])
+@check(
+    "theorem-1-chain",
+    "Theorem 1",
+    implements=[f"{EXACT}.kernel", f"{EXACT}.initial", f"{EXACT}.marginal"],
+    controls=[
+        "start left fixed",
+        "alpha off by 5 %",
+        "last step left out",
+        "noise off by 1 %",
+        "sign of g flipped",
+        "drift transposed",
+    ],
+)
 def theorem_1(setting: Setting, defect: str) -> Lines:
     """Running the soft-optimal kernels from the optimal start gives x_K the law p_r = exp(r/alpha) p_pre / Z. The
     library's own kernels are composed step by step; its ``marginal`` and ``log_z`` must say the same."""
@@ -133,8 +169,18 @@ def theorem_1(setting: Setting, defect: str) -> Lines:
             yield compare(f"log Z, {label}", float(answers.exact.log_z), log_z)
 
 
-@check("theorem-2-chain", "Theorem 2", implements=[f"{EXACT}.value", f"{EXACT}.marginal", f"{EXACT}.log_z"],
-       controls=["start left fixed", "alpha off by 5 %", "Tweedie's value", "noise off by 1 %", "alpha missing in the value"])
+@check(
+    "theorem-2-chain",
+    "Theorem 2",
+    implements=[f"{EXACT}.value", f"{EXACT}.marginal", f"{EXACT}.log_z"],
+    controls=[
+        "start left fixed",
+        "alpha off by 5 %",
+        "Tweedie's value",
+        "noise off by 1 %",
+        "alpha missing in the value",
+    ],
+)
 def theorem_2(setting: Setting, defect: str) -> Lines:
     """Every marginal of the optimum is p*_t(x) = exp(v_t(x)/alpha) p_pre_t(x) / C with one and the same C at every t,
     and C = Z: the library's marginal against its value and the reference's marginal, pointwise."""
@@ -149,8 +195,12 @@ def theorem_2(setting: Setting, defect: str) -> Lines:
             yield compare(f"log C at step {k}, d={case.d}", log_c, np.full(len(x), log_z))
 
 
-@check("theorem-3-chain", "Theorem 3", implements=[f"{EXACT}.bridge", f"{EXACT}.kernel"],
-       controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"])
+@check(
+    "theorem-3-chain",
+    "Theorem 3",
+    implements=[f"{EXACT}.bridge", f"{EXACT}.kernel"],
+    controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"],
+)
 def theorem_3(setting: Setting, defect: str) -> Lines:
     """The backward conditionals of the optimum are those of the reference, p*(x_s | x_t) = p_pre(x_s | x_t), for adjacent
     and for distant times: the library's bridges, and the conditionals of the path law that its kernels induce."""
@@ -164,8 +214,12 @@ def theorem_3(setting: Setting, defect: str) -> Lines:
                     yield compare(f"{name} of x_{j} | x_{k} by the {how}, d={case.d}", got, want)
 
 
-@check("theorems-need-f-zero", "MATH 1: f = 0", implements=[f"{EXACT}.marginal", f"{EXACT}.value", f"{EXACT}.bridge"],
-       controls=["running cost left out", "alpha off by 5 %"])
+@check(
+    "theorems-need-f-zero",
+    "MATH 1: f = 0",
+    implements=[f"{EXACT}.marginal", f"{EXACT}.value", f"{EXACT}.bridge"],
+    controls=["running cost left out", "alpha off by 5 %"],
+)
 def with_running_cost(setting: Setting, defect: str) -> Lines:
     """With a running cost the optimum is Q_fine with dQ_fine/dQ0 = exp(R/alpha)/Z on whole paths: marginals, bridges, value and
     log Z are those of the dense tilted path law (and no longer those of Theorems 1 to 3)."""
@@ -180,12 +234,18 @@ def with_running_cost(setting: Setting, defect: str) -> Lines:
             yield compare(f"covariance at step {k}, d={case.d}", cov, best.of(k).cov)
             if k < case.K:
                 yield compare(f"v_{k}, d={case.d}", answers.value(k, x), case.value(k, x))
-        for name, got, want in zip(("slope", "offset", "covariance"), answers.bridge(0, case.K), best.regression([0], [case.K])):
+        for name, got, want in zip(
+            ("slope", "offset", "covariance"), answers.bridge(0, case.K), best.regression([0], [case.K])
+        ):
             yield compare(f"{name} of x_0 | x_K, d={case.d}", got, want)
 
 
-@check("controlled-start", "MATH 1: the initial law", implements=["sdecontrol.ControlProblem", f"{EXACT}.kernel", f"{EXACT}.initial"],
-       controls=["start left fixed", "alpha off by 5 %", "covariance of the start off by 1 %"])
+@check(
+    "controlled-start",
+    "MATH 1: the initial law",
+    implements=["sdecontrol.ControlProblem", f"{EXACT}.kernel", f"{EXACT}.initial"],
+    controls=["start left fixed", "alpha off by 5 %", "covariance of the start off by 1 %"],
+)
 def controlled_start(setting: Setting, defect: str) -> Lines:
     """A Gaussian start N(m, S) is the end of a Brownian motion of covariance S run for a time of 1 from m. Controlling it
     there turns the start into steps of the chain: the optimal start is nu* = exp(v_0/alpha) nu / Z, reached through the
@@ -207,8 +267,12 @@ def controlled_start(setting: Setting, defect: str) -> Lines:
         yield compare(f"`initial`, d={case.d}", initial.covariance_matrix.numpy(), best.of(0).cov)
 
 
-@check("fixed-start-bias", "MATH 1: the initial law", implements=[f"{EXACT}.marginal", f"{EXACT}.start_log_z"],
-       controls=["called p_r all the same", "alpha off by 5 %"])
+@check(
+    "fixed-start-bias",
+    "MATH 1: the initial law",
+    implements=[f"{EXACT}.marginal", f"{EXACT}.start_log_z"],
+    controls=["called p_r all the same", "alpha off by 5 %"],
+)
 def fixed_start(setting: Setting, defect: str) -> Lines:
     """Where the start is left fixed and is not forgotten, the optimum's end law is not p_r but
     p_pre(x) exp(r/alpha) E[exp(-v_0(X_0)/alpha) | X_T = x]: nu(x_0) times the tilted conditional path law. The best
@@ -229,8 +293,12 @@ def fixed_start(setting: Setting, defect: str) -> Lines:
         yield compare(f"largest ELBO, d={case.d}", float(answers.exact.start_log_z), top)
 
 
-@check("lemma-1-value-weighted-mle", "Lemma 1", implements=[f"{EXACT}.kernel", f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "weights left out", "Tweedie's value"])
+@check(
+    "lemma-1-value-weighted-mle",
+    "Lemma 1",
+    implements=[f"{EXACT}.kernel", f"{EXACT}.value"],
+    controls=["alpha off by 5 %", "weights left out", "Tweedie's value"],
+)
 def lemma_1(setting: Setting, defect: str) -> Lines:
     """p*_t = argmax_p E_{x ~ u, y ~ p_pre(.|x)}[exp(v_{t-1}(y)/alpha) log p(y|x)]: weighted maximum likelihood over
     Gaussian regressions, with a roll-in law u of one's own and the library's value in the weights, gives the library's kernel."""
@@ -243,12 +311,18 @@ def lemma_1(setting: Setting, defect: str) -> Lines:
             on = 0.0 if defect == "weights left out" else 1.0
             weighted, _ = roll_in.tilted(on * np.kron(np.diag([0, 1]), P), on * np.concatenate([0 * q, q]))
             M, b, root = answers.kernel(k)
-            for name, got, want in zip(("slope", "offset", "covariance"), weighted.regression([1], [0]), (M, b, root @ root.T)):
+            for name, got, want in zip(
+                ("slope", "offset", "covariance"), weighted.regression([1], [0]), (M, b, root @ root.T)
+            ):
                 yield compare(f"{name} of the regression at step {k}, d={case.d}", got, want)
 
 
-@check("lemma-2-value", "Lemma 2, [23], [30]", implements=[f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "Tweedie's value", "noise off by 1 %", "drift off by 1 %", "last step left out"])
+@check(
+    "lemma-2-value",
+    "Lemma 2, [23], [30]",
+    implements=[f"{EXACT}.value"],
+    controls=["alpha off by 5 %", "Tweedie's value", "noise off by 1 %", "drift off by 1 %", "last step left out"],
+)
 def lemma_2(setting: Setting, defect: str) -> Lines:
     """exp(v_t(x)/alpha) = E_pre[exp(r(x_0)/alpha) | x_t = x], with a running cost inside the exponential where there is
     one: the library's value against the normalising constant of the dense path law from the point x, fewer noises than
@@ -269,8 +343,12 @@ def _and_degenerate(setting: Setting) -> Iterator[LinearCase]:
         yield replace(case, sigma=case.sigma[:, :2])
 
 
-@check("lemma-3-reward-weighted-mle", "Lemma 3, [24], [25]", implements=[f"{EXACT}.kernel"],
-       controls=["alpha off by 5 %", "the reward of x_k in place of the end's", "weights left out"])
+@check(
+    "lemma-3-reward-weighted-mle",
+    "Lemma 3, [24], [25]",
+    implements=[f"{EXACT}.kernel"],
+    controls=["alpha off by 5 %", "the reward of x_k in place of the end's", "weights left out"],
+)
 def lemma_3(setting: Setting, defect: str) -> Lines:
     """p*_t = argmax_p E[exp(r(x_0)/alpha) log p(x_{t-1}|x_t)], x_t ~ u and then the reference to the end: the same
     regression, weighted by the reward of the end alone, gives the library's kernel, with no value function."""
@@ -285,18 +363,26 @@ def lemma_3(setting: Setting, defect: str) -> Lines:
                 P[where, where], q[where] = case.G / case.alpha, case.g / case.alpha
             weighted, _ = path.tilted(P, q)
             M, b, root = answers.kernel(k)
-            for name, got, want in zip(("slope", "offset", "covariance"), weighted.regression([1], [0]), (M, b, root @ root.T)):
+            for name, got, want in zip(
+                ("slope", "offset", "covariance"), weighted.regression([1], [0]), (M, b, root @ root.T)
+            ):
                 yield compare(f"{name} of the regression at step {k}, d={d}", got, want)
 
 
 def _kernel_log_ratio(answers, case: LinearCase, path: np.ndarray, k: int) -> float:
     """``log p*(x_{k+1}|x_k) - log p_pre(x_{k+1}|x_k)`` on one path ``(K+1, d)``."""
     (M, b, root), (A, a, C) = answers.kernel(k), case.steps()[k]
-    return float(log_density(path[k + 1], M @ path[k] + b, root @ root.T) - log_density(path[k + 1], A @ path[k] + a, C @ C.T))
+    return float(
+        log_density(path[k + 1], M @ path[k] + b, root @ root.T) - log_density(path[k + 1], A @ path[k] + a, C @ C.T)
+    )
 
 
-@check("lemma-4-path-consistency", "Lemma 4, [33], [34]", implements=[f"{EXACT}.kernel", f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "sign of the value flipped", "running cost left out", "Tweedie's value"])
+@check(
+    "lemma-4-path-consistency",
+    "Lemma 4, [33], [34]",
+    implements=[f"{EXACT}.kernel", f"{EXACT}.value"],
+    controls=["alpha off by 5 %", "sign of the value flipped", "running cost left out", "Tweedie's value"],
+)
 def lemma_4(setting: Setting, defect: str) -> Lines:
     """v_t(x_t)/alpha + log p*(x_{t-1}|x_t) = v_{t-1}(x_{t-1})/alpha + log p_pre(x_{t-1}|x_t) on every pair of states [33]
     (with h f/alpha where there is a running cost), and its sum over n steps (the n-step form), on arbitrary paths."""
@@ -305,7 +391,7 @@ def lemma_4(setting: Setting, defect: str) -> Lines:
         answers = spoil(case, defect).chain()
         path = setting.rng(9).normal(size=(case.K + 1, case.d))
         values = np.array([_value(answers, defect, k, path[k][None])[0] for k in range(case.K + 1)]) / case.alpha
-        costs = np.zeros(case.K) if case.F is None else case.h * np.einsum("ki,ij,kj->k", path[:-1], case.F, path[:-1]) / 2
+        costs = np.array([h * case.cost(t, x[None])[0] for t, h, x in zip(case.grid, case.h, path)])
         ratios = np.array([_kernel_log_ratio(answers, case, path, k) for k in range(case.K)])
         deltas = sign * (values[:-1] - values[1:]) + ratios + costs / case.alpha
         scale = max(1.0, float(np.abs(ratios).max()))
@@ -313,8 +399,12 @@ def lemma_4(setting: Setting, defect: str) -> Lines:
         yield within(f"2-step residuals, d={case.d}", float(np.abs(deltas[1:] + deltas[:-1]).max()) / scale, 1e-9)
 
 
-@check("corollary-1-t-step", "Corollary 1, [35], [36]", implements=[f"{EXACT}.kernel", f"{EXACT}.log_z", f"{EXACT}.initial"],
-       controls=["log Z left out", "KL of the start dropped", "alpha off by 5 %", "last step left out"])
+@check(
+    "corollary-1-t-step",
+    "Corollary 1, [35], [36]",
+    implements=[f"{EXACT}.kernel", f"{EXACT}.log_z", f"{EXACT}.initial"],
+    controls=["log Z left out", "KL of the start dropped", "alpha off by 5 %", "last step left out"],
+)
 def corollary_1(setting: Setting, defect: str) -> Lines:
     """On every path, sum_t log p*(x_{t-1}|x_t) + log p*(x_T) = r(x_0)/alpha - log Z + sum_t log p_pre + log p_pre(x_T):
     the identity [35] with the log Z that its print omits, the start's log-ratio included."""
@@ -322,7 +412,9 @@ def corollary_1(setting: Setting, defect: str) -> Lines:
         answers = spoil(case, defect).chain()
         path = 1.5 * setting.rng(10).normal(size=(case.K + 1, case.d))
         initial = answers.exact.initial
-        start = log_density(path[0], initial.mean.numpy(), initial.covariance_matrix.numpy()) - log_density(path[0], case.mean, case.cov)
+        start = log_density(path[0], initial.mean.numpy(), initial.covariance_matrix.numpy()) - log_density(
+            path[0], case.mean, case.cov
+        )
         last = case.K - 1 if defect == "last step left out" else case.K
         total = sum(_kernel_log_ratio(answers, case, path, k) for k in range(last))
         total += 0.0 if defect == "KL of the start dropped" else start
@@ -331,8 +423,12 @@ def corollary_1(setting: Setting, defect: str) -> Lines:
         yield compare(f"log p*/p_pre of a path, d={case.d}", total, reward / case.alpha - log_z)
 
 
-@check("corollary-2-conditional", "Corollary 2, [37], [38]", implements=[f"{EXACT}.marginal", f"{EXACT}.kernel"],
-       controls=["alpha = 2 in place of 1", "start left fixed", "noise off by 1 %"])
+@check(
+    "corollary-2-conditional",
+    "Corollary 2, [37], [38]",
+    implements=[f"{EXACT}.marginal", f"{EXACT}.kernel"],
+    controls=["alpha = 2 in place of 1", "start left fixed", "noise off by 1 %"],
+)
 def corollary_2(setting: Setting, defect: str) -> Lines:
     """With r(x) = log p(y|x) and alpha = 1 the optimum's end law is the conditional law p(x|y) ∝ p(y|x) p_pre(x): for
     y = H x + noise, the library's end law against conditioning of the dense joint law of (x_K, y)."""
@@ -358,8 +454,12 @@ def _square_noise(setting: Setting, **options) -> Iterator[LinearCase]:
     yield from linear_cases(setting, extra_noise=False, **options)
 
 
-@check("eq-18-objective", "[18], [12], Table 2 (fine-tuning)", implements=[f"{EXACT}.log_z", f"{EXACT}.elbo", f"{EXACT}.floor", f"{EXACT}.control"],
-       controls=["KL of the start dropped", "sign of the KL flipped", "alpha off by 5 %", "running cost left out"])
+@check(
+    "eq-18-objective",
+    "[18], [12], Table 2 (fine-tuning)",
+    implements=[f"{EXACT}.log_z", f"{EXACT}.elbo", f"{EXACT}.floor", f"{EXACT}.control"],
+    controls=["KL of the start dropped", "sign of the KL flipped", "alpha off by 5 %", "running cost left out"],
+)
 def objective_identity(setting: Setting, defect: str) -> Lines:
     """J(u) = E[R] - alpha KL(P^u || Q0) = alpha log Z - alpha KL(P^u || Q_fine) for every control u and every start: for
     random affine u by dense laws with the library's log Z, and for the library's best mean-shift control, whose
@@ -375,18 +475,28 @@ def objective_identity(setting: Setting, defect: str) -> Lines:
         if defect == "KL of the start dropped":
             kl -= gaussian_kl(start, reference.of(0))
         objective = path.expect_quadratic(*case.total_reward()) - sign * kl
-        yield compare(f"J/alpha of a random control, d={case.d}", objective, float(answers.exact.log_z) - gaussian_kl(path, best))
+        yield compare(
+            f"J/alpha of a random control, d={case.d}", objective, float(answers.exact.log_z) - gaussian_kl(path, best)
+        )
         path = case.reference(0, case.mean, answers.control())
         best = case.reference(0, case.mean).tilted(*case.total_reward())[0]
         after = tuple(range(1, case.K + 1))
         floor = gaussian_kl(path.of(*after), best.of(*after))
         point = replace(spoil(case, defect), cov=0 * case.cov, start="fixed").chain().exact
-        yield compare(f"`elbo` from a point, d={case.d}", float(point.elbo), case.value(0, case.mean[None])[0] / case.alpha - floor)
+        yield compare(
+            f"`elbo` from a point, d={case.d}",
+            float(point.elbo),
+            case.value(0, case.mean[None])[0] / case.alpha - floor,
+        )
         yield compare(f"`floor` from a point, d={case.d}", float(point.floor), floor)
 
 
-@check("mean-shift-optimum", "MATH 2: the floor", implements=[f"{EXACT}.control", f"{EXACT}.elbo", f"{EXACT}.floor"],
-       controls=["alpha off by 5 %", "gradient of v_k in place of the best shift", "noise off by 1 %"])
+@check(
+    "mean-shift-optimum",
+    "MATH 2: the floor",
+    implements=[f"{EXACT}.control", f"{EXACT}.elbo", f"{EXACT}.floor"],
+    controls=["alpha off by 5 %", "gradient of v_k in place of the best shift", "noise off by 1 %"],
+)
 def mean_shift_optimum(setting: Setting, defect: str) -> Lines:
     """Among controls, which shift means and keep the covariance, the library's is best: the derivative of
     KL(P^u || Q_fine) vanishes there in every random direction; and its floor is
@@ -398,11 +508,12 @@ def mean_shift_optimum(setting: Setting, defect: str) -> Lines:
         if defect.startswith("gradient"):
             for k in range(case.K):
                 P, q, _ = _quadratic(lambda x, k=k: case.value(k, x) / case.alpha, case.d)
-                U[k], w[k] = -case.sigma.T @ P, case.sigma.T @ q
+                U[k], w[k] = -case.sigma_at(case.grid[k]).T @ P, case.sigma_at(case.grid[k]).T @ q
         best = case.reference(0, case.mean).tilted(*case.total_reward())[0].of(*after)
         V, y = _affine_control(case, rng)
+
         def kl(s: float) -> float:
-            return gaussian_kl(case.reference(0, case.mean, (U + s * V, w + s * y)).of(*after), best)  # noqa: B023
+            return gaussian_kl(case.reference(0, case.mean, (U + s * V, w + s * y)).of(*after), best)
 
         e = 2e-3  # five points: exact but for terms of order e^4
         slope = (8 * (kl(e) - kl(-e)) - (kl(2 * e) - kl(-2 * e))) / (12 * e)
@@ -416,8 +527,12 @@ def mean_shift_optimum(setting: Setting, defect: str) -> Lines:
         yield compare(f"floor, d={case.d}", float(point.floor), floor if not defect.startswith("gradient") else kl(0.0))
 
 
-@check("value-clock", "MATH 2: the grid", implements=[f"{EXACT}.value", f"{EXACT}.control"],
-       controls=["read one step late"])
+@check(
+    "value-clock",
+    "MATH 2: the grid",
+    implements=[f"{EXACT}.value", f"{EXACT}.control"],
+    controls=["read one step late"],
+)
 def value_clock(setting: Setting, defect: str) -> Lines:
     """The value and the control of a chain belong to grid times; asked with one time per row, rows keep their own step."""
     for case in linear_cases(setting, cost=True):
@@ -425,9 +540,15 @@ def value_clock(setting: Setting, defect: str) -> Lines:
         x, late = case.points(setting.rng(14), case.K), int(defect != "")
         steps = np.arange(case.K)[::-1].copy()
         t = tensor(np.asarray(case.grid)[np.minimum(steps + late, case.K)])
-        yield compare(f"values by row, d={case.d}", answers.exact.value(tensor(x), t),
-                      [case.value(k, row[None])[0] for k, row in zip(steps, x)])
+        yield compare(
+            f"values by row, d={case.d}",
+            answers.exact.value(tensor(x), t),
+            [case.value(k, row[None])[0] for k, row in zip(steps, x)],
+        )
         U, w = answers.control()
         t = tensor(np.asarray(case.grid)[np.minimum(steps + late, case.K - 1)])
-        yield compare(f"controls by row, d={case.d}", answers.exact.control(tensor(x), t),
-                      np.stack([U[k] @ row + w[k] for k, row in zip(steps, x)]))
+        yield compare(
+            f"controls by row, d={case.d}",
+            answers.exact.control(tensor(x), t),
+            np.stack([U[k] @ row + w[k] for k, row in zip(steps, x)]),
+        )

@@ -28,8 +28,13 @@ def _continuous(case: LinearCase):
     return sc.exact_solution(case.problem())
 
 
-@check("theorem-1-continuous", "Theorem 1, Remark 4", kind="continuous", implements=[f"{EXACT}.marginal", f"{EXACT}.log_z"],
-       controls=["start left fixed", "alpha off by 5 %", "noise off by 1 %", "drift off by 1 %", "drift transposed"])
+@check(
+    "theorem-1-continuous",
+    "Theorem 1, Remark 4",
+    kind="continuous",
+    implements=[f"{EXACT}.marginal", f"{EXACT}.log_z"],
+    controls=["start left fixed", "alpha off by 5 %", "noise off by 1 %", "drift off by 1 %", "drift transposed"],
+)
 def theorem_1(setting: Setting, defect: str) -> Lines:
     """In continuous time too the law of X_T under the optimum is p_r, with log Z = log E[exp(r(X_T)/alpha)]."""
     for case in linear_cases(setting, scheme="exact"):
@@ -41,8 +46,13 @@ def theorem_1(setting: Setting, defect: str) -> Lines:
         yield compare(f"log Z, d={case.d}", exact.log_z, log_z)
 
 
-@check("theorem-2-continuous", "Theorem 2, Lemma 2", kind="continuous", implements=[f"{EXACT}.value", f"{EXACT}.marginal"],
-       controls=["start left fixed", "alpha off by 5 %", "noise off by 1 %", "alpha missing in the value"])
+@check(
+    "theorem-2-continuous",
+    "Theorem 2, Lemma 2",
+    kind="continuous",
+    implements=[f"{EXACT}.value", f"{EXACT}.marginal"],
+    controls=["start left fixed", "alpha off by 5 %", "noise off by 1 %", "alpha missing in the value"],
+)
 def theorem_2(setting: Setting, defect: str) -> Lines:
     """p*_t = exp(v(., t)/alpha) p0_t / C with C = Z for all t, and v(x, t) = alpha log E[exp(r(X_T)/alpha) | X_t = x]."""
     for case in linear_cases(setting, scheme="exact"):
@@ -58,8 +68,13 @@ def theorem_2(setting: Setting, defect: str) -> Lines:
                 yield compare(f"v at t={t:.2f}, d={case.d}", value, case.value(k, x))
 
 
-@check("theorem-3-continuous", "Theorem 3, [36]", kind="continuous", implements=[f"{EXACT}.bridge", "sdecontrol.LinearSDE.bridge"],
-       controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"])
+@check(
+    "theorem-3-continuous",
+    "Theorem 3, [36]",
+    kind="continuous",
+    implements=[f"{EXACT}.bridge", "sdecontrol.LinearSDE.bridge"],
+    controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"],
+)
 def theorem_3(setting: Setting, defect: str) -> Lines:
     """The optimum's backward conditionals are the reference's, for adjacent and distant times."""
     for case in linear_cases(setting, scheme="exact"):
@@ -73,8 +88,13 @@ def theorem_3(setting: Setting, defect: str) -> Lines:
                 yield compare(f"{name} of X_{j} | X_{k}, d={case.d}", got, want)
 
 
-@check("optimal-control", "[27], Remark 5; Lemma 2 of 2402.15194", kind="continuous", implements=[f"{EXACT}.control", f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "noise off by 1 %", "sigma left out", "sign of the reward flipped"])
+@check(
+    "optimal-control",
+    "[27], Remark 5; Lemma 2 of 2402.15194",
+    kind="continuous",
+    implements=[f"{EXACT}.control", f"{EXACT}.value"],
+    controls=["alpha off by 5 %", "noise off by 1 %", "sigma left out", "sign of g flipped"],
+)
 def optimal_control(setting: Setting, defect: str) -> Lines:
     """u*(x, t) = sigma^T grad v(x, t)/alpha: the library's control against the gradient of the dense value, for constant
     drift, and of its own value where drift varies and a running cost is paid."""
@@ -82,15 +102,29 @@ def optimal_control(setting: Setting, defect: str) -> Lines:
         exact, true = _continuous(spoil(case, defect)), _continuous(case)
         x, k = case.points(setting.rng(42)), case.K - 1
         t = case.grid[k]
-        value = (lambda y, k=k: case.value(k, y)) if case.scheme == "exact" else (
-            lambda y, t=t, true=true: true.value(tensor(y), t).numpy())
+        value = (
+            (lambda y, k=k: case.value(k, y))
+            if case.scheme == "exact"
+            else (lambda y, t=t, true=true: true.value(tensor(y), t).numpy())
+        )
         P, q, _ = _quadratic(lambda y: value(y) / case.alpha, case.d)
-        sigma = np.eye(case.d, case.m) if defect == "sigma left out" else case.sigma
+        sigma = np.eye(case.d, case.m) if defect == "sigma left out" else case.sigma_at(t)
         yield compare(f"u* at t={t:.2f}, d={case.d}, {case.scheme}", exact.control(tensor(x), t), (q - x @ P) @ sigma)
 
 
-@check("hjb-equation", "MATH 1: HJB", kind="continuous", implements=[f"{EXACT}.value"],
-       controls=["alpha off by 5 %", "running cost left out", "noise off by 1 %", "drift transposed", "sign of the running cost flipped"])
+@check(
+    "hjb-equation",
+    "MATH 1: HJB",
+    kind="continuous",
+    implements=[f"{EXACT}.value"],
+    controls=[
+        "alpha off by 5 %",
+        "running cost left out",
+        "noise off by 1 %",
+        "drift transposed",
+        "sign of the running cost flipped",
+    ],
+)
 def hjb(setting: Setting, defect: str) -> Lines:
     """d_t v + b.grad v + tr(sigma sigma^T hess v)/2 + |sigma^T grad v|^2/(2 alpha) - f = 0, time-dependent drift and running
     cost included; the time derivative by differences of fourth order, hence the tolerance."""
@@ -102,16 +136,33 @@ def hjb(setting: Setting, defect: str) -> Lines:
             v = lambda time, y=x: exact.value(tensor(y), time).numpy()  # noqa: E731
             rate = (8 * (v(t + e) - v(t - e)) - (v(t + 2 * e) - v(t - 2 * e))) / (12 * e)
             P, q, _ = _quadratic(lambda y, v=v, t=t: v(t, y), case.d)
-            slope, drift = q - x @ P, x @ (case.A + t * case.slope).T + case.offset
-            noise = case.sigma @ case.sigma.T
-            residual = (rate + (drift * slope).sum(-1) - 0.5 * np.trace(noise @ P)
-                        + 0.5 * np.einsum("ni,ij,nj->n", slope, noise, slope) / case.alpha
-                        - sign * 0.5 * np.einsum("ni,ij,nj->n", x, case.F, x))
-            yield within(f"residual at t={t:g}, d={case.d}", float(np.abs(residual).max() / max(1.0, np.abs(rate).max())), 1e-6)
+            slope, drift = q - x @ P, case.drift(t, x)
+            noise = case.sigma_at(t) @ case.sigma_at(t).T
+            residual = (
+                rate
+                + (drift * slope).sum(-1)
+                - 0.5 * np.trace(noise @ P)
+                + 0.5 * np.einsum("ni,ij,nj->n", slope, noise, slope) / case.alpha
+                - sign * case.cost(t, x)
+            )
+            yield within(
+                f"residual at t={t:g}, d={case.d}", float(np.abs(residual).max() / max(1.0, np.abs(rate).max())), 1e-6
+            )
 
 
-@check("girsanov-continuous", "MATH 1: Girsanov, [18]", kind="continuous", implements=[f"{EXACT}.control", f"{EXACT}.marginal", f"{EXACT}.log_z"],
-       controls=["alpha off by 5 %", "KL of the start dropped", "factor 1/2 of the KL dropped", "sign of the reward flipped", "running cost left out"])
+@check(
+    "girsanov-continuous",
+    "MATH 1: Girsanov, [18]",
+    kind="continuous",
+    implements=[f"{EXACT}.control", f"{EXACT}.marginal", f"{EXACT}.log_z"],
+    controls=[
+        "alpha off by 5 %",
+        "KL of the start dropped",
+        "factor 1/2 of the KL dropped",
+        "sign of g flipped",
+        "running cost left out",
+    ],
+)
 def girsanov(setting: Setting, defect: str) -> Lines:
     """At the optimum the bound is tight: log Z = E[R]/alpha - KL(nu* || nu) - E int |u*|^2/2 dt, the expectations from the
     library's marginals and control by quadrature in time."""
@@ -125,7 +176,7 @@ def girsanov(setting: Setting, defect: str) -> Lines:
             m, C = law.mean.numpy(), law.covariance_matrix.numpy()
             U, c = affine_map(lambda x, t=t: exact.control(x, t), case.d)
             total -= w * half * (np.trace(U.T @ U @ C) + (U @ m + c) @ (U @ m + c))
-            total -= w * 0.5 * (np.trace(case.F @ C) + m @ case.F @ m) / case.alpha
+            total -= w * 0.5 * (np.trace(case.F_at(t) @ C) + m @ case.F_at(t) @ m) / case.alpha
         end, start = exact.marginal(T), exact.marginal(0.0)
         m, C = end.mean.numpy(), end.covariance_matrix.numpy()
         total += (case.g @ m - 0.5 * (np.trace(case.G @ C) + m @ case.G @ m)) / case.alpha
@@ -137,20 +188,30 @@ def girsanov(setting: Setting, defect: str) -> Lines:
 
 
 def _refined(case: LinearCase, K: int) -> LinearCase:
-    return replace(case, grid=tuple(case.grid[-1] * k / K for k in range(K)) + (case.grid[-1],))
+    return replace(case, grid=(*(case.grid[-1] * k / K for k in range(K)), case.grid[-1]))
 
 
 def _chain_errors(case: LinearCase, truth: LinearCase, exact) -> np.ndarray:
     """Errors of one chain: log Z, mean of X_T, u at 0, v at 0, slope of X_0 | X_T."""
     chain, T = sc.exact_solution(case.problem(), time_steps=case.K), truth.grid[-1]
     x = tensor(np.ones((1, truth.d)))
-    quantities = [lambda s: s.log_z.reshape(1), lambda s: s.marginal(T).mean, lambda s: s.control(x, 0.0),
-                  lambda s: s.value(x, 0.0), lambda s: s.bridge(0.0, T, x[0]).mean]
+    quantities = [
+        lambda s: s.log_z.reshape(1),
+        lambda s: s.marginal(T).mean,
+        lambda s: s.control(x, 0.0),
+        lambda s: s.value(x, 0.0),
+        lambda s: s.bridge(0.0, T, x[0]).mean,
+    ]
     return np.array([float((f(chain) - f(exact)).abs().max()) for f in quantities])
 
 
-@check("theorems-as-h-to-0", "Theorems 1-3, Remark 4", kind="continuous", implements=[EXACT],
-       controls=["noise off by 1 %", "alpha off by 5 %", "drift off by 1 %", "running cost left out", "offset left out"])
+@check(
+    "theorems-as-h-to-0",
+    "Theorems 1-3, Remark 4",
+    kind="continuous",
+    implements=[EXACT],
+    controls=["noise off by 1 %", "alpha off by 5 %", "drift off by 1 %", "running cost left out", "offset left out"],
+)
 def convergence(setting: Setting, defect: str) -> Lines:
     """The chain's log Z, end law, control, value and bridges converge to those of continuous time with order 1 in h."""
     names = ("log Z", "mean of X_T", "u*(., 0)", "v(., 0)", "bridge X_0 | X_T")
@@ -161,8 +222,13 @@ def convergence(setting: Setting, defect: str) -> Lines:
             yield order(f"{name}, d={case.d}", 1 / np.array(HALVINGS), column)
 
 
-@check("floor-of-euler-chains", "MATH 2: the floor", kind="continuous", implements=[f"{EXACT}.floor", f"{EXACT}.elbo"],
-       controls=["noise off by 1 %", "predicted from P in place of Sigma P", "alpha off by 5 %"])
+@check(
+    "floor-of-euler-chains",
+    "MATH 2: the floor",
+    kind="continuous",
+    implements=[f"{EXACT}.floor", f"{EXACT}.elbo"],
+    controls=["noise off by 1 %", "predicted from P in place of Sigma P", "alpha off by 5 %"],
+)
 def floor(setting: Setting, defect: str) -> Lines:
     """A controlled Euler chain keeps the reference's covariance and so stays KL(P^u || Q_fine) = (h/4) int
     tr((Sigma P_t)^2) dt + O(h^2) above the optimum, v = -alpha x'P_t x/2 + ...: order 1, and the constant as predicted
@@ -172,13 +238,15 @@ def floor(setting: Setting, defect: str) -> Lines:
         case = replace(case, cov=0 * case.cov, start="fixed")
         exact, T = _continuous(case), case.grid[-1]
         total = 0.0
-        noise = np.eye(case.d) if defect.startswith("predicted") else case.sigma @ case.sigma.T
         for t, w in zip((nodes + 1) * T / 2, weights * T / 2):
             P, _, _ = _quadratic(lambda y, t=t: exact.value(tensor(y), t).numpy() / case.alpha, case.d)
+            noise = np.eye(case.d) if defect.startswith("predicted") else case.sigma_at(t) @ case.sigma_at(t).T
             total += w * np.trace(noise @ P @ noise @ P) / 4
         chains = [sc.exact_solution(_refined(spoil(case, defect), K).problem(), time_steps=K) for K in HALVINGS]
         floors = np.array([float(c.floor) for c in chains])
         yield order(f"floor, d={case.d}", 1 / np.array(HALVINGS), floors)
         ratios = floors * np.array(HALVINGS) / (T * total)
         yield compare(f"floor / prediction, d={case.d}", 2 * ratios[-1] - ratios[-2], 1.0, 2e-3)
-        yield compare(f"elbo = log Z - floor, d={case.d}", float(chains[0].elbo), float(chains[0].start_log_z - chains[0].floor))
+        yield compare(
+            f"elbo = log Z - floor, d={case.d}", float(chains[0].elbo), float(chains[0].start_log_z - chains[0].floor)
+        )

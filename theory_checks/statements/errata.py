@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,13 @@ KIND = "errata"
 PRINT = "as printed"
 
 
-@check("erratum-3-variance", "[3]", kind=KIND, implements=["sdecontrol.VP"], controls=["as printed: 1 - exp(-t/2)", "as printed: mu_t contains x_0"])
+@check(
+    "erratum-3-variance",
+    "[3]",
+    kind=KIND,
+    implements=["sdecontrol.VP"],
+    controls=["as printed: 1 - exp(-t/2)", "as printed: mu_t contains x_0"],
+)
 def variance_of_vp(setting: Setting, defect: str) -> Lines:
     """Integrating [1], x_t | x_0 ~ N(exp(-t/2) x_0, 1 - exp(-t)); printed is 1 - exp(-t/2), with an x_0 in mu_t that is multiplied by x_0
     again. Against an Euler chain of [1] extrapolated to h = 0, and against the library's VP(T, T)."""
@@ -41,7 +49,7 @@ def variance_of_vp(setting: Setting, defect: str) -> Lines:
         a, h = 1 - 0.5 * t / K, t / K
         levels.append(np.array([a**K * x0, h * (1 - a ** (2 * K)) / (1 - a * a)]))
     for p in (2, 4, 8):
-        levels = [(p * b - a) / (p - 1) for a, b in zip(levels, levels[1:])]
+        levels = [(p * b - a) / (p - 1) for a, b in pairwise(levels)]
     yield compare("mean of the Euler chain", levels[0][0], mean)
     yield compare("variance of the Euler chain", levels[0][1], variance)
     schedule, one = sc.VP(t, t), torch.ones((), dtype=torch.float64)
@@ -58,7 +66,9 @@ def clip(setting: Setting, defect: str) -> Lines:
     for cost in (2.0, -3.0):
         clipped = ratio.clamp(0.8, 1.2) if defect != "no clipping" else ratio
         surrogate = rule(cost * ratio, cost * clipped)
-        yield within(f"how far below c ratio, c={cost:g}", float((cost * ratio - surrogate).clamp(min=0).detach().max()), 1e-12)
+        yield within(
+            f"how far below c ratio, c={cost:g}", float((cost * ratio - surrogate).clamp(min=0).detach().max()), 1e-12
+        )
         slope = torch.autograd.grad(surrogate.sum(), ratio)[0]
         beyond = ratio < 0.8 if cost > 0 else ratio > 1.2
         yield within(f"slope beyond the region where cost falls, c={cost:g}", float(slope[beyond].abs().max()), 1e-12)
@@ -66,22 +76,35 @@ def clip(setting: Setting, defect: str) -> Lines:
         yield compare(f"slope back into the region, c={cost:g}", slope[worse], torch.full_like(slope[worse], cost))
 
 
-@check("erratum-21-cost", "[21]", kind=KIND, implements=["sdecontrol.SoftPPO"],
-       controls=["own KL only, not differentiated", "own KL only, differentiated"])
+@check(
+    "erratum-21-cost",
+    "[21]",
+    kind=KIND,
+    implements=["sdecontrol.SoftPPO"],
+    controls=["own KL only, not differentiated", "own KL only, differentiated"],
+)
 def ppo_cost(setting: Setting, defect: str) -> Lines:
     """The gradient of J needs the KL terms and costs still to come, besides the derivative of the step's own KL. The printed cost carries only
     its own step's KL, which does not depend on the action; both readings of the print fail, differentiated or not."""
     for case in one_dimensional(setting, cost=False):
         U, w = _a_policy(setting, case)
-        yield compare("gradient of -J/alpha", soft_ppo_gradient(case, U, w, defect), _pathwise_gradient(case, U, w), 1e-8)
+        yield compare(
+            "gradient of -J/alpha", soft_ppo_gradient(case, U, w, defect), _pathwise_gradient(case, U, w), 1e-8
+        )
 
 
-@check("erratum-27-exponent", "[27]", kind=KIND, implements=["sdecontrol.exact_solution.kernel"], controls=["0.5 g dt, as printed"])
+@check(
+    "erratum-27-exponent",
+    "[27]",
+    kind=KIND,
+    implements=["sdecontrol.exact_solution.kernel"],
+    controls=["0.5 g dt, as printed"],
+)
 def exponent(setting: Setting, defect: str) -> Lines:
     """The Gaussian density of a step of variance g dt has |y - m|^2 / (2 g dt) in its exponent, where the derivation of [27] prints 0.5 g dt: only
     then is the mean of exp(v/alpha) p_pre shifted by sigma^2 grad v/alpha. By quadrature, for a linear reward, and the library's kernel."""
     for case in linear_cases(setting, dims=(1,), start="fixed", extra_noise=False):
-        case = replace(case, G=0 * case.G, sigma=np.array([[0.7]]))
+        case = replace(case, G=0 * case.G, sigma=np.array([[0.7]]), growth=0.0)
         x, k = np.array([[0.4]]), case.K - 1
         M, b, C = case.steps()[k]
         m, variance = (x @ M.T + b).item(), float(C[0, 0] ** 2)
@@ -93,10 +116,14 @@ def exponent(setting: Setting, defect: str) -> Lines:
         yield compare("shift of the mean", shift, variance * case.g[0] / case.alpha)
         law = case.chain().exact.kernel(tensor(x), k)
         yield compare("the library's kernel: mean", law.mean[0, 0], m + shift)
-        yield compare("the library's kernel: variance", law.covariance_matrix[0, 0, 0], (p * (y - m - shift) ** 2).sum() / p.sum())
+        yield compare(
+            "the library's kernel: variance", law.covariance_matrix[0, 0, 0], (p * (y - m - shift) ** 2).sum() / p.sum()
+        )
 
 
-@check("erratum-29-scale", "[29]", kind=KIND, implements=["sdecontrol.exact_solution.value"], controls=["h_t, as printed"])
+@check(
+    "erratum-29-scale", "[29]", kind=KIND, implements=["sdecontrol.exact_solution.value"], controls=["h_t, as printed"]
+)
 def scale_of_h(setting: Setting, defect: str) -> Lines:
     """The residual that [29] squares is h_t/alpha - log E[exp(v_{t-1}/alpha)], as the line above it has; with h_t, as printed, the exact value is no zero."""
     points, masses = np.polynomial.hermite_e.hermegauss(64)
@@ -110,7 +137,13 @@ def scale_of_h(setting: Setting, defect: str) -> Lines:
             yield compare(f"residual at step {k}", h if defect else h / case.alpha, target)
 
 
-@check("erratum-31-score", "[31]", kind=KIND, implements=["sdecontrol.GaussianMixture.score"], controls=["grad s, as printed", "score at T - t"])
+@check(
+    "erratum-31-score",
+    "[31]",
+    kind=KIND,
+    implements=["sdecontrol.GaussianMixture.score"],
+    controls=["grad s, as printed", "score at T - t"],
+)
 def tweedie_score(setting: Setting, defect: str) -> Lines:
     """Tweedie's formula is E[x_0|x_t] = (x + sigma_t^2 s(x, t))/mu_t with the score s itself, where "grad s" is printed, taken at x_t's own time."""
     for case in mixture_cases(setting, dims=(1,)):
@@ -119,11 +152,18 @@ def tweedie_score(setting: Setting, defect: str) -> Lines:
         at = case.sde().marginal(1 - t if defect.startswith("score at") else t)
         score = at.score(tensor(x)).numpy()
         if defect.startswith("grad s"):
-            score = gradient(lambda y: at.score(tensor(y)).numpy()[:, 0], x)  # noqa: B023
-        yield compare("posterior mean", (x + (1 - np.exp(-spent)) * score) / np.exp(-0.5 * spent), case.posterior_mean(t, x))
+            score = gradient(lambda y: at.score(tensor(y)).numpy()[:, 0], x)
+        yield compare(
+            "posterior mean", (x + (1 - np.exp(-spent)) * score) / np.exp(-0.5 * spent), case.posterior_mean(t, x)
+        )
 
 
-@check("erratum-24-weights", "[24]", kind=KIND, controls=["weights not normalised, as printed", "factor 1/2 left out, as printed"])
+@check(
+    "erratum-24-weights",
+    "[24]",
+    kind=KIND,
+    controls=["weights not normalised, as printed", "factor 1/2 left out, as printed"],
+)
 def weights_of_mle(setting: Setting, defect: str) -> Lines:
     """exp(r/alpha) overflows as soon as r/alpha is large (float32: 88), so that [24] needs weights shifted by max r, which do not move its minimiser; and
     -log p is |x - rho|^2/(2 sigma^2), up to a constant, with the 1/2 that is left out."""
@@ -140,8 +180,13 @@ def weights_of_mle(setting: Setting, defect: str) -> Lines:
     yield compare("differences of -log p", loss - loss[0], negative - negative[0])
 
 
-@check("erratum-35-log-z", "[35]", kind=KIND, implements=["sdecontrol.Paths.log_ratio", "sdecontrol.log_weights"],
-       controls=["log Z omitted, as printed", "v_0 of a fixed start omitted", "start's log-ratio omitted"])
+@check(
+    "erratum-35-log-z",
+    "[35]",
+    kind=KIND,
+    implements=["sdecontrol.Paths.log_ratio", "sdecontrol.log_weights"],
+    controls=["log Z omitted, as printed", "v_0 of a fixed start omitted", "start's log-ratio omitted"],
+)
 def log_z_of_t_step(setting: Setting, defect: str) -> Lines:
     """The T-step identity is sum log p*/p_pre = r/alpha - log Z, printed without log Z; where a random start stays fixed it is
     r/alpha - v_0(x_0)/alpha, and no constant replaces v_0."""
@@ -151,11 +196,15 @@ def log_z_of_t_step(setting: Setting, defect: str) -> Lines:
             total = 0.0
             for k, (A, a, C) in enumerate(case.steps()):
                 M, b, root = answers.kernel(k)
-                total += log_density(path[k + 1], M @ path[k] + b, root @ root.T) - log_density(path[k + 1], A @ path[k] + a, C @ C.T)
+                total += log_density(path[k + 1], M @ path[k] + b, root @ root.T) - log_density(
+                    path[k + 1], A @ path[k] + a, C @ C.T
+                )
             constant = float(answers.exact.log_z)
             if start == "controlled" and not defect.startswith("start's"):
                 law = answers.exact.initial
-                total += log_density(path[0], law.mean.numpy(), law.covariance_matrix.numpy()) - log_density(path[0], case.mean, case.cov)
+                total += log_density(path[0], law.mean.numpy(), law.covariance_matrix.numpy()) - log_density(
+                    path[0], case.mean, case.cov
+                )
             if start == "fixed" and not defect.startswith("v_0"):
                 constant = answers.value(0, path[:1])[0] / case.alpha
             constant = 0.0 if defect.startswith("log Z") else constant
@@ -163,7 +212,13 @@ def log_z_of_t_step(setting: Setting, defect: str) -> Lines:
             yield compare(f"log p*/p_pre, {start} start, d={case.d}", total, reward / case.alpha - constant)
 
 
-@check("erratum-32-alpha", "[32]", kind=KIND, implements=["sdecontrol.exact_solution.kernel", "sdecontrol.simulate"], controls=["1/alpha on the right, as printed", "sign of the gradient lost"])
+@check(
+    "erratum-32-alpha",
+    "[32]",
+    kind=KIND,
+    implements=["sdecontrol.exact_solution.kernel", "sdecontrol.simulate"],
+    controls=["1/alpha on the right, as printed", "sign of the gradient lost"],
+)
 def alpha_of_path_integral(setting: Setting, defect: str) -> Lines:
     """sigma^2 grad v/alpha is estimated by E[exp(r/alpha) eps]/E[exp(r/alpha)], eps the noise increment, without the further 1/alpha of the print: per
     unit of time it is the mean shift of the library's soft-optimal kernel."""
@@ -174,12 +229,19 @@ def alpha_of_path_integral(setting: Setting, defect: str) -> Lines:
         M, b, C = case.steps()[0]
         increment = C[0, 0] * paths.noises[0, :, 0]
         estimate = float(nodes.mean(weight * increment) / nodes.mean(weight))
-        estimate *= {"1/alpha on the right, as printed": 1 / case.alpha, "sign of the gradient lost": -1.0}.get(defect, 1.0)
+        estimate *= {"1/alpha on the right, as printed": 1 / case.alpha, "sign of the gradient lost": -1.0}.get(
+            defect, 1.0
+        )
         kernel_M, kernel_b, _ = case.chain().kernel(0)
         yield compare("mean shift of p*", (kernel_M - M)[0, 0] * x0 + (kernel_b - b)[0], estimate)
 
 
-@check("erratum-26-step", "[26]", kind=KIND, controls=["step size left out, as printed", "sigma squared, as printed", "sign of the difference"])
+@check(
+    "erratum-26-step",
+    "[26]",
+    kind=KIND,
+    controls=["step size left out, as printed", "sigma squared, as printed", "sign of the difference"],
+)
 def step_of_noise_form(setting: Setting, defect: str) -> Lines:
     """Put into [24], x' = rho_pre + sqrt(dt) eps leaves |eps - sqrt(dt)(eps_pre - eps_theta)/sigma_t|^2, sigma_t the marginal's deviation; [26] prints
     (eps_pre - eps_theta)/sigma_t^2."""
@@ -187,12 +249,21 @@ def step_of_noise_form(setting: Setting, defect: str) -> Lines:
     x, eps, before, after = rng.normal(size=(4, 6, 2))
     step = lambda noise: x + (0.5 * x - noise / sigma) * dt  # noqa: E731
     residual = (step(before) + np.sqrt(dt) * eps - step(after)) / np.sqrt(dt)
-    factor = {"step size left out, as printed": 1 / sigma, "sigma squared, as printed": np.sqrt(dt) / sigma**2,
-              "sign of the difference": -np.sqrt(dt) / sigma}.get(defect, np.sqrt(dt) / sigma)
+    factor = {
+        "step size left out, as printed": 1 / sigma,
+        "sigma squared, as printed": np.sqrt(dt) / sigma**2,
+        "sign of the difference": -np.sqrt(dt) / sigma,
+    }.get(defect, np.sqrt(dt) / sigma)
     yield compare("regressed noise", eps - factor * (before - after), residual)
 
 
-@check("erratum-7-time", "[7], [26]", kind=KIND, implements=["sdecontrol.generative_sde"], controls=["score at T - t, as printed"])
+@check(
+    "erratum-7-time",
+    "[7], [26]",
+    kind=KIND,
+    implements=["sdecontrol.generative_sde"],
+    controls=["score at T - t, as printed"],
+)
 def time_of_score(setting: Setting, defect: str) -> Lines:
     """With x_t in denoising order the score of [7] is taken at x_t's own noise level; printed is T - t. From Gaussian data of variance 0.3 the reversed Euler
     chain (extrapolated in dt) ends at the data's variance, and so does the library's."""
@@ -205,10 +276,11 @@ def time_of_score(setting: Setting, defect: str) -> Lines:
             V = (1 + dt * (0.5 - 1 / variance(T - s if defect else s))) ** 2 * V + dt
         ends.append(V)
     for p in (2, 4, 8):
-        ends = [(p * b - a) / (p - 1) for a, b in zip(ends, ends[1:])]
+        ends = [(p * b - a) / (p - 1) for a, b in pairwise(ends)]
     yield compare("variance at the data end", ends[0], data, 1e-6)
     mixture = sc.GaussianMixture(tensor([1.0]), tensor([[0.0]]), tensor([data]))
-    law = sc.generative_sde(mixture, schedule=sc.VP(T, T)).as_linear().marginal(1.0, sc.Gaussian(tensor([0.0]), variance(T)))
+    reversal: Any = sc.generative_sde(mixture, schedule=sc.VP(T, T)).as_linear()
+    law = reversal.marginal(1.0, sc.Gaussian(tensor([0.0]), variance(T)))
     yield compare("variance of the library's reversal", law.variance, [ends[0]], 1e-4)
 
 
@@ -235,8 +307,13 @@ def weight_of_score_loss(setting: Setting, defect: str) -> Lines:
     yield compare("KL(Q_time || P_theta)", loss, gaussian_kl(law, model))
 
 
-@check("erratum-table-2", "Table 2", kind=KIND, implements=["sdecontrol.exact_solution.marginal", "sdecontrol.exact_solution.kernel"],
-       controls=["ends in the data's law, as printed"])
+@check(
+    "erratum-table-2",
+    "Table 2",
+    kind=KIND,
+    implements=["sdecontrol.exact_solution.marginal", "sdecontrol.exact_solution.kernel"],
+    controls=["ends in the data's law, as printed"],
+)
 def end_of_q_fine(setting: Setting, defect: str) -> Lines:
     """Q_fine couples the reference's bridges p_pre(x_{T:1}|x_0) with p_r, not with the data's law as Table 2 has it: so composed, it is the path law that the library's
     soft-optimal kernels induce."""
@@ -247,6 +324,10 @@ def end_of_q_fine(setting: Setting, defect: str) -> Lines:
             end, _ = end.tilted(case.G / case.alpha, case.g / case.alpha)
         M, b, Q = reference.regression(range(case.K), [case.K])
         whole = np.concatenate([M, np.eye(case.d)])
-        coupled = Joint(np.concatenate([b, 0 * end.mean]) + whole @ end.mean, np.pad(Q, (0, case.d)) + whole @ end.cov @ whole.T, case.d)
+        coupled = Joint(
+            np.concatenate([b, 0 * end.mean]) + whole @ end.mean,
+            np.pad(Q, (0, case.d)) + whole @ end.cov @ whole.T,
+            case.d,
+        )
         yield compare(f"mean of the path, d={case.d}", induced.mean, coupled.mean)
         yield compare(f"covariance of the path, d={case.d}", induced.cov, coupled.cov)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from scipy.integrate import solve_ivp
 import sdecontrol as sc
 
 from ..cases import affine_map, linear_cases, spoil, tensor
-from ..gaussian import Joint, gaussian_kl, log_density, path_law
+from ..gaussian import Joint, gaussian_kl, path_law
 from ..registry import Measurement, Setting, check, compare, order
-from .mixtures import MixtureCase, gradient, mixture_cases, mixture_log_density
+from .mixtures import gradient, mixture_cases, mixture_log_density
 
 Lines = Iterator[Measurement]
 
@@ -24,21 +25,35 @@ FORWARD = {
     "VP": (sc.VP(), lambda s: -0.5 * (0.1 + 19.9 * s), lambda s: 0.1 + 19.9 * s),
     "VE": (sc.VE(0.05, 8.0), lambda s: 0.0, lambda s: 0.05**2 * 160.0 ** (2 * s) * 2 * np.log(160.0)),
     "flow matching": (sc.FlowMatching(), lambda s: -1 / (1 - s), lambda s: 2 * s / (1 - s)),
-    "cosine VP": (sc.CosineVP(), lambda s: -np.tan((s + 0.008) / 1.008 * np.pi / 2) * np.pi / 2 / 1.008,
-                  lambda s: 2 * np.tan((s + 0.008) / 1.008 * np.pi / 2) * np.pi / 2 / 1.008),
+    "cosine VP": (
+        sc.CosineVP(),
+        lambda s: -np.tan((s + 0.008) / 1.008 * np.pi / 2) * np.pi / 2 / 1.008,
+        lambda s: 2 * np.tan((s + 0.008) / 1.008 * np.pi / 2) * np.pi / 2 / 1.008,
+    ),
 }
 
 
-@check("eq-1-noising", "[1], [3]", implements=["sdecontrol.VP", "sdecontrol.VE", "sdecontrol.FlowMatching", "sdecontrol.CosineVP"],
-       controls=["variance 1 - exp(-t/2) as printed", "mean squared for the slope", "noise off by 1 %"])
+@check(
+    "eq-1-noising",
+    "[1], [3]",
+    implements=["sdecontrol.VP", "sdecontrol.VE", "sdecontrol.FlowMatching", "sdecontrol.CosineVP"],
+    controls=["variance 1 - exp(-t/2) as printed", "mean squared for the slope", "noise off by 1 %"],
+)
 def noising(setting: Setting, defect: str) -> Lines:
     """Each schedule's mu and std are the moments of its forward SDE: m' = a m, V' = 2 a V + g^2 from data of mean 1, variance
     0, integrated numerically. For [1] that is mu = exp(-t/2), std^2 = 1 - exp(-t)."""
     for name, (schedule, slope, rate) in FORWARD.items():
         s = np.array([0.1, 0.4, 0.75, 0.95])
         initial = [1.0, float(schedule.std(torch.zeros((), dtype=torch.float64))) ** 2]
-        flow = solve_ivp(lambda t, y: [slope(t) * y[0], 2 * slope(t) * y[1] + rate(t)], (0, s[-1]), initial, t_eval=s,  # noqa: B023
-                         method="DOP853", rtol=1e-12, atol=1e-14)
+        flow = solve_ivp(
+            lambda t, y: [slope(t) * y[0], 2 * slope(t) * y[1] + rate(t)],
+            (0, s[-1]),
+            initial,
+            t_eval=s,
+            method="DOP853",
+            rtol=1e-12,
+            atol=1e-14,
+        )
         mu, std = (f(tensor(s)).numpy() for f in (schedule.mu, schedule.std))
         if defect.startswith("variance"):
             std = np.sqrt(1 - mu)
@@ -46,16 +61,27 @@ def noising(setting: Setting, defect: str) -> Lines:
         yield compare(f"std of {name}", std * (1.01 if defect.startswith("noise") else 1.0), np.sqrt(flow.y[1]))
 
 
-def _as_predictions(x: np.ndarray, score: np.ndarray, mu: float, std: float, slope: float, rate: float) -> dict[str, np.ndarray]:
+def _as_predictions(
+    x: np.ndarray, score: np.ndarray, mu: float, std: float, slope: float, rate: float
+) -> dict[str, np.ndarray]:
     """What an exact model of each parametrisation predicts, from the score by its definition."""
     data = (x + std**2 * score) / mu
     noise = -std * score
-    return {"noise": noise, "score": score, "sample": data, "v": mu * noise - std * data,
-            "velocity": -slope * x + 0.5 * rate * score}  # of the probability flow, in generation time
+    return {
+        "noise": noise,
+        "score": score,
+        "sample": data,
+        "v": mu * noise - std * data,
+        "velocity": -slope * x + 0.5 * rate * score,
+    }  # of the probability flow, in generation time
 
 
-@check("eq-2-time-reversal", "[2], [7], MATH 5", implements=["sdecontrol.generative_sde", "sdecontrol.GaussianMixture"],
-       controls=["sign of the score flipped", "score taken at T - t", "noise off by 1 %", "half of the score"])
+@check(
+    "eq-2-time-reversal",
+    "[2], [7], MATH 5",
+    implements=["sdecontrol.generative_sde", "sdecontrol.GaussianMixture"],
+    controls=["sign of the score flipped", "score taken at T - t", "noise off by 1 %", "half of the score"],
+)
 def time_reversal(setting: Setting, defect: str) -> Lines:
     """The reversal of dx = a x ds + g dw is dz = (-a z + g^2 score) dt + g dW [2]; with another noise level l,
     -a z + (g^2 + l^2)/2 score: the drift and diffusion of ``generative_sde`` for every schedule, parametrisation
@@ -98,8 +124,12 @@ class Frozen(torch.nn.Module):
         return self.answer
 
 
-@check("marginals-of-the-reversal", "[2], Section 9.1", implements=["sdecontrol.generative_sde", "sdecontrol.LinearSDE.transition"],
-       controls=["data off by 1 %", "noise off by 1 %"])
+@check(
+    "marginals-of-the-reversal",
+    "[2], Section 9.1",
+    implements=["sdecontrol.generative_sde", "sdecontrol.LinearSDE.transition"],
+    controls=["data off by 1 %", "noise off by 1 %"],
+)
 def marginals(setting: Setting, defect: str) -> Lines:
     """The reversal has the marginals of the noising process, X_t = mu X + s eps, for every noise level: for one Gaussian the
     linear SDE that ``generative_sde`` is, started from its own start, is at every t where the noising process is."""
@@ -110,15 +140,25 @@ def marginals(setting: Setting, defect: str) -> Lines:
             mixture = sc.GaussianMixture(tensor(given.weights), tensor(given.means), tensor(given.covs))
             sde = sc.generative_sde(mixture, schedule=sc.VP(*one.beta), noise_level=noise)
             start = one.joints((0.0,))[0].of(1)
-            law = sde.as_linear().marginal(0.65, sc.Gaussian(tensor(start.mean), tensor(start.cov)))
+            linear: Any = sde.as_linear()
+            law = linear.marginal(0.65, sc.Gaussian(tensor(start.mean), tensor(start.cov)))
             want = one.joints((0.65,))[0].of(1)
             size = 1.01**2 if defect.startswith("noise") else 1.0
-            yield compare(f"mean at t=0.65, level {noise if isinstance(noise, (str, float)) else 'l(t)'}, d={one.d}", law.mean, want.mean, 1e-8)
+            yield compare(
+                f"mean at t=0.65, level {noise if isinstance(noise, (str, float)) else 'l(t)'}, d={one.d}",
+                law.mean,
+                want.mean,
+                1e-8,
+            )
             yield compare(f"covariance at t=0.65, d={one.d}", size * law.covariance_matrix, want.cov, 1e-8)
 
 
-@check("eq-4-score-matching", "[3], [4], [5], [6], Tweedie", implements=["sdecontrol.GaussianMixture.score", "sdecontrol.GaussianMixture.noised"],
-       controls=["sign of the score flipped", "data off by 1 %", "mean squared for the slope"])
+@check(
+    "eq-4-score-matching",
+    "[3], [4], [5], [6], Tweedie",
+    implements=["sdecontrol.GaussianMixture.score", "sdecontrol.GaussianMixture.noised"],
+    controls=["sign of the score flipped", "data off by 1 %", "mean squared for the slope"],
+)
 def score_matching(setting: Setting, defect: str) -> Lines:
     """The minimiser of the score-matching losses [4], [5] is E[conditional score | x_t] = grad log q_t: the library's mixture
     score is (mu E[x_0 | x_t] - x)/s^2 with the posterior mean by conditioning, and the gradient of the dense log q_t."""
@@ -132,11 +172,13 @@ def score_matching(setting: Setting, defect: str) -> Lines:
             want = (mu * case.posterior_mean(t, x) - x) / (1 - np.exp(-spent))
             got = noised.score(tensor(x)) * (-1 if defect.startswith("sign") else 1)
             yield compare(f"score at t={t:g}, d={case.d}", got, want)
-            yield compare(f"gradient of log q_t, t={t:g}, d={case.d}", got, gradient(lambda y, t=t: case.log_reference(t, y), x))
+            yield compare(
+                f"gradient of log q_t, t={t:g}, d={case.d}", got, gradient(lambda y, t=t: case.log_reference(t, y), x)
+            )
             yield compare(f"log q_t, t={t:g}, d={case.d}", noised.log_prob(tensor(x)), case.log_reference(t, x))
 
 
-def _gaussian_model(mean: np.ndarray, cov: np.ndarray, abar: np.ndarray, kind: str):
+def _gaussian_model(mean: np.ndarray, cov: np.ndarray, abar: np.ndarray, kind: str) -> Any:
     """The exact model of N(mean, cov) data at the integer levels of a discrete diffusion."""
 
     def model(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -148,8 +190,12 @@ def _gaussian_model(mean: np.ndarray, cov: np.ndarray, abar: np.ndarray, kind: s
     return model
 
 
-@check("discrete-samplers", "Section 1.1.1 (DDPM), MATH 5", implements=["sdecontrol.diffusion_chain"],
-       controls=["noise off by 1 %", "levels one step late", "eta off by 5 %"])
+@check(
+    "discrete-samplers",
+    "Section 1.1.1 (DDPM), MATH 5",
+    implements=["sdecontrol.diffusion_chain"],
+    controls=["noise off by 1 %", "levels one step late", "eta off by 5 %"],
+)
 def discrete(setting: Setting, defect: str) -> Lines:
     """A DDIM step from abar to the less noisy abar+ has mean sqrt(abar+) x0^ + sqrt(1 - abar+ - eta^2 var) eps^ and variance
     eta^2 var, var the DDPM posterior's; DDPM (eta = 1) draws from q(x+ | x, x0^) of the noising process: the law of a simulated
@@ -157,7 +203,9 @@ def discrete(setting: Setting, defect: str) -> Lines:
     abar = np.cumprod(1 - np.linspace(0.01, 0.25, 12))
     mean, cov, late = np.array([0.5, -1.0]), np.array([[0.6, 0.1], [0.1, 0.3]]), int(defect.startswith("levels"))
     for kind, eta in (("noise", 1.0), ("sample", 0.6), ("v", 1.0), ("noise", 0.4)):
-        chain = sc.diffusion_chain(_gaussian_model(mean, cov, abar, kind), tensor(abar), kind, shape=(2,), eta=eta, steps=12)
+        chain = sc.diffusion_chain(
+            _gaussian_model(mean, cov, abar, kind), tensor(abar), kind, shape=(2,), eta=eta, steps=12
+        )
         problem = sc.ControlProblem(chain, sc.Gaussian(tensor([0.0, 0.0]), 1.0), alpha=1.0, start="fixed")
         paths = sc.simulate(problem, 5, seed=3)
         x, xi, used = paths.states.numpy(), paths.noises.numpy(), eta * (1.05 if defect.startswith("eta") else 1.0)
@@ -173,14 +221,23 @@ def discrete(setting: Setting, defect: str) -> Lines:
             yield compare(f"step {k}, {kind}, eta={eta:g}", x[k + 1], want)
             if eta == 1.0:  # the posterior of x+ given x and x0, by conditioning the joint noising law from x0
                 for row in range(2):
-                    law = path_law(np.sqrt(b) * data[row], (1 - b) * np.eye(2), [(np.sqrt(a / b) * np.eye(2), np.zeros(2), np.sqrt(1 - a / b) * np.eye(2))])
+                    law = path_law(
+                        np.sqrt(b) * data[row],
+                        (1 - b) * np.eye(2),
+                        [(np.sqrt(a / b) * np.eye(2), np.zeros(2), np.sqrt(1 - a / b) * np.eye(2))],
+                    )
                     M, shift, Q = law.regression([0], [1])
                     drawn = M @ x[k, row] + shift + size * np.sqrt(Q[0, 0]) * xi[k, row]
                     yield compare(f"DDPM posterior, step {k}, {kind}", x[k + 1, row], drawn)
 
 
-@check("ddpm-is-euler", "[7] and DDPM", kind="continuous", implements=["sdecontrol.diffusion_chain", "sdecontrol.generative_sde"],
-       controls=["noise level off by 1 %", "score left out of [7]"])
+@check(
+    "ddpm-is-euler",
+    "[7] and DDPM",
+    kind="continuous",
+    implements=["sdecontrol.diffusion_chain", "sdecontrol.generative_sde"],
+    controls=["noise level off by 1 %", "score left out of [7]"],
+)
 def ddpm_is_euler(setting: Setting, defect: str) -> Lines:
     """With alpha_t = 1 - dt the DDPM step [Section 1.1.1] agrees with the Euler step [7] of the reversal to O(dt^2): the
     library's discrete chain against x + (x/2 + score) dt."""
@@ -188,7 +245,9 @@ def ddpm_is_euler(setting: Setting, defect: str) -> Lines:
     sizes, errors = [0.1, 0.05, 0.025, 0.0125], []
     for dt in sizes:
         abar = (1 - dt) ** np.arange(1, int(1.0 / dt) + 2)
-        chain = sc.diffusion_chain(_gaussian_model(mean, cov, abar, "noise"), tensor(abar), "noise", shape=(1,), steps=len(abar))
+        chain = sc.diffusion_chain(
+            _gaussian_model(mean, cov, abar, "noise"), tensor(abar), "noise", shape=(1,), steps=len(abar)
+        )
         problem = sc.ControlProblem(chain, sc.Gaussian(tensor([0.0]), 1.0), start="fixed")
         k = round(0.4 / dt)
         noise = torch.zeros(chain.steps, 2, 1, dtype=torch.float64)
@@ -200,18 +259,33 @@ def ddpm_is_euler(setting: Setting, defect: str) -> Lines:
     yield order("one step of DDPM against [7]", sizes, errors, 2.0)
 
 
-@check("linear-transitions", "MATH 8", implements=["sdecontrol.LinearSDE.transition", "sdecontrol.LinearSDE.marginal", "sdecontrol.OrnsteinUhlenbeck", "sdecontrol.BrownianMotion"],
-       controls=["drift transposed", "noise off by 1 %", "offset left out", "drift off by 1 %"])
+@check(
+    "linear-transitions",
+    "MATH 8",
+    implements=[
+        "sdecontrol.LinearSDE.transition",
+        "sdecontrol.LinearSDE.marginal",
+        "sdecontrol.OrnsteinUhlenbeck",
+        "sdecontrol.BrownianMotion",
+    ],
+    controls=["drift transposed", "noise off by 1 %", "offset left out", "drift off by 1 %"],
+)
 def transitions(setting: Setting, defect: str) -> Lines:
     """X_t | X_s is Gaussian with matrix e^{(t-s)A}, shift and covariance by quadrature of the matrix exponential; the transition by
     an ODE, for coefficients that are functions of time, says the same; so do Brownian motion and Ornstein-Uhlenbeck."""
     for case in linear_cases(setting, scheme="exact"):
         given, (s, t) = spoil(case, defect), case.grid[1:3]
         M, b, C = case.steps()[1]
-        varying = sc.LinearSDE(lambda _, A=given.A: tensor(A), tensor(given.sigma), tensor(given.offset), horizon=case.grid[-1])
+        varying = sc.LinearSDE(
+            lambda _, A=given.A: tensor(A), tensor(given.sigma), tensor(given.offset), horizon=case.grid[-1]
+        )
         for how, sde in (("exponential", given.sde()), ("ODE", varying)):
             law = sde.transition(s, t)
-            for name, got, want in (("matrix", law.matrix, M), ("shift", law.shift, b), ("covariance", law.covariance, C @ C.T)):
+            for name, got, want in (
+                ("matrix", law.matrix, M),
+                ("shift", law.shift, b),
+                ("covariance", law.covariance, C @ C.T),
+            ):
                 yield compare(f"{name} by the {how}, d={case.d}", got, want)
         end = given.sde().marginal(case.grid[-1], sc.Gaussian(tensor(case.mean), tensor(case.cov)))
         yield compare(f"marginal at T, d={case.d}", end.covariance_matrix, case.reference().of(-1).cov)
@@ -220,11 +294,19 @@ def transitions(setting: Setting, defect: str) -> Lines:
     decay = np.exp(-0.49)
     yield compare("Ornstein-Uhlenbeck: shift", ou.shift, (1 - decay) * np.array([1.0, -1.0]))
     yield compare("Ornstein-Uhlenbeck: covariance", ou.covariance, 0.25 * (1 - decay**2) / 1.4 * np.eye(2))
-    yield compare("Brownian motion: covariance", sc.BrownianMotion(3, sigma=2.0 * size).transition(0.25, 0.75).covariance, 2 * np.eye(3))
+    yield compare(
+        "Brownian motion: covariance",
+        sc.BrownianMotion(3, sigma=2.0 * size).transition(0.25, 0.75).covariance,
+        2 * np.eye(3),
+    )
 
 
-@check("doob-h-transform", "[41], [43], [45]", implements=["sdecontrol.LinearSDE.conditioned_drift", "sdecontrol.LinearSDE.bridge"],
-       controls=["noise off by 1 %", "drift off by 1 %", "h-transform left out", "offset left out"])
+@check(
+    "doob-h-transform",
+    "[41], [43], [45]",
+    implements=["sdecontrol.LinearSDE.conditioned_drift", "sdecontrol.LinearSDE.bridge"],
+    controls=["noise off by 1 %", "drift off by 1 %", "h-transform left out", "offset left out"],
+)
 def doob(setting: Setting, defect: str) -> Lines:
     """Conditioned on its end, X_T = y, a process has the drift b + sigma sigma^T grad_x log p(y | x) (Doob); for Brownian motion
     (y - x)/(T - t) [43]. And X_t given both ends is the regression in the dense law of (X_t, X_T) from x."""
@@ -232,9 +314,15 @@ def doob(setting: Setting, defect: str) -> Lines:
         sde, (k, t) = spoil(case, defect).sde(), (1, case.grid[1])
         x, y = setting.rng(63).normal(size=(2, 3, case.d))
         later = [case.reference(k, row).of(-1) for row in x]
-        flow = np.stack([case.reference(k, e).of(-1).mean - case.reference(k, 0 * e).of(-1).mean for e in np.eye(case.d)]).T
+        flow = np.stack(
+            [case.reference(k, e).of(-1).mean - case.reference(k, 0 * e).of(-1).mean for e in np.eye(case.d)]
+        ).T
         pull = np.stack([np.linalg.solve(law.cov, end - law.mean) for law, end in zip(later, y)]) @ flow
-        drift = x @ case.A.T + case.offset + (0.0 if defect.startswith("h-transform") else 1.0) * pull @ case.sigma @ case.sigma.T
+        drift = (
+            x @ case.A.T
+            + case.offset
+            + (0.0 if defect.startswith("h-transform") else 1.0) * pull @ case.sigma @ case.sigma.T
+        )
         yield compare(f"conditioned drift, d={case.d}", sde.conditioned_drift(tensor(x), t, tensor(y)), drift)
         for row, end in zip(x, y):
             joint = case.reference(0, row)
@@ -242,20 +330,29 @@ def doob(setting: Setting, defect: str) -> Lines:
             law = sde.bridge(t, tensor(row), tensor(end))
             yield compare(f"bridge mean, d={case.d}", law.mean, M @ end + b)
             yield compare(f"bridge covariance, d={case.d}", law.covariance_matrix, Q)
-    walk = sc.BrownianMotion(2, sigma=torch.eye(2, dtype=torch.float64) * (1.01 if defect.startswith("noise") else 1.0), horizon=2.0)
+    walk = sc.BrownianMotion(
+        2, sigma=torch.eye(2, dtype=torch.float64) * (1.01 if defect.startswith("noise") else 1.0), horizon=2.0
+    )
     got = walk.conditioned_drift(tensor([[0.3, 1.0]]), 0.5, tensor([[1.0, -1.0]]))
     yield compare("Brownian bridge [43]", got, np.array([[0.7, -2.0]]) / (2.0 if defect.startswith("h-") else 1.5))
 
 
-@check("table-2-divergences", "Table 2, [39], [40], [42], [44], [45]", implements=["sdecontrol.LinearSDE.conditioned_drift"],
-       controls=["weight sigma_t^2 in place of 1/2", "weight 1", "drift at the right end"])
+@check(
+    "table-2-divergences",
+    "Table 2, [39], [40], [42], [44], [45]",
+    implements=["sdecontrol.LinearSDE.conditioned_drift"],
+    controls=["weight sigma_t^2 in place of 1/2", "weight 1", "drift at the right end"],
+)
 def table_2(setting: Setting, defect: str) -> Lines:
     """Bridge (flow) training minimises KL(Q_doob || P_theta): for every affine model s it is E[h |g^{x_0}(z,t) - s(z,t)|^2 / 2] summed
     over steps plus a constant, g the library's conditioned drift [43], [45]; so differences between two models agree with
     dense KL divergences. The same for the time reversal and the score loss [39], [40]: weight 1/2."""
     d, K = 2, 5
     rng, h = setting.rng(64), 1 / K
-    data, sde = Joint(np.array([1.0, -0.5]), np.array([[0.4, 0.1], [0.1, 0.6]]), d), sc.BrownianMotion(d, sigma=torch.eye(d, dtype=torch.float64))
+    data, sde = (
+        Joint(np.array([1.0, -0.5]), np.array([[0.4, 0.1], [0.1, 0.6]]), d),
+        sc.BrownianMotion(d, sigma=torch.eye(d, dtype=torch.float64)),
+    )
     start = np.zeros(d)
     free = path_law(start, np.zeros((d, d)), [(np.eye(d), np.zeros(d), np.sqrt(h) * np.eye(d))] * K)
     M, b, Q = free.regression(range(K), [K])
@@ -264,7 +361,9 @@ def table_2(setting: Setting, defect: str) -> Lines:
     losses, kls = [], []
     for _ in range(2):
         U, w = 0.5 * rng.normal(size=(K, d, d)), rng.normal(size=(K, d))
-        model = path_law(start, np.zeros((d, d)), [(np.eye(d) + h * u, h * c, np.sqrt(h) * np.eye(d)) for u, c in zip(U, w)])
+        model = path_law(
+            start, np.zeros((d, d)), [(np.eye(d) + h * u, h * c, np.sqrt(h) * np.eye(d)) for u, c in zip(U, w)]
+        )
         after = tuple(range(1, K + 1))
         kls.append(gaussian_kl(doob.of(*after), model.of(*after)))
         losses.append(sum(_matching_loss(sde, doob, k, U[k], w[k], h, defect) for k in range(K)))
@@ -281,8 +380,18 @@ def _matching_loss(sde: sc.LinearSDE, law: Joint, k: int, U: np.ndarray, w: np.n
     return weight * h * float(np.trace(A @ pair.cov @ A.T) + ((A @ pair.mean + a) ** 2).sum())
 
 
-@check("laws", "[10], MATH 8", implements=["sdecontrol.Gaussian", "sdecontrol.GaussianMixture", "sdecontrol.Quadratic", "sdecontrol.Linear", "sdecontrol.QuadraticCost"],
-       controls=["covariance off by 1 %", "factor 1/2 of the quadratic dropped"])
+@check(
+    "laws",
+    "[10], MATH 8",
+    implements=[
+        "sdecontrol.Gaussian",
+        "sdecontrol.GaussianMixture",
+        "sdecontrol.Quadratic",
+        "sdecontrol.Linear",
+        "sdecontrol.QuadraticCost",
+    ],
+    controls=["covariance off by 1 %", "factor 1/2 of the quadratic dropped"],
+)
 def laws(setting: Setting, defect: str) -> Lines:
     """Densities of Gaussians and mixtures, their moments, and r(x) = -x'Gx/2 + g'x, f(x, t) = x'Fx/2 are what they say."""
     rng, size = setting.rng(65), 1.01 if defect.startswith("covariance") else 1.0
@@ -290,11 +399,17 @@ def laws(setting: Setting, defect: str) -> Lines:
         x, half = rng.normal(size=(5, case.d)), 1.0 if defect.startswith("factor") else 0.5
         parts = [Joint(m, C, case.d) for m, C in zip(case.means, case.covs)]
         mixture = sc.GaussianMixture(tensor(case.weights), tensor(case.means), tensor(size * case.covs))
-        yield compare(f"log density of a mixture, d={case.d}", mixture.log_prob(tensor(x)), mixture_log_density(x, np.log(case.weights), parts))
+        yield compare(
+            f"log density of a mixture, d={case.d}",
+            mixture.log_prob(tensor(x)),
+            mixture_log_density(x, np.log(case.weights), parts),
+        )
         law = sc.Gaussian(tensor(case.means[0]), tensor(size * case.covs[0]))
         yield compare(f"log density of a Gaussian, d={case.d}", law.log_prob(tensor(x)), parts[0].log_prob(x))
         mean = case.weights @ case.means
-        second = sum(w * (C + np.outer(m, m)) for w, m, C in zip(case.weights, case.means, case.covs)) - np.outer(mean, mean)
+        second = sum(w * (C + np.outer(m, m)) for w, m, C in zip(case.weights, case.means, case.covs)) - np.outer(
+            mean, mean
+        )
         yield compare(f"covariance of a mixture, d={case.d}", mixture.covariance_matrix, second)
         G = case.covs[0]
         want = -half * np.einsum("ni,ij,nj->n", x, G, x) + x @ case.g
@@ -302,3 +417,56 @@ def laws(setting: Setting, defect: str) -> Lines:
         yield compare(f"linear reward, d={case.d}", sc.Linear(tensor(case.g))(tensor(x)), x @ case.g)
         cost = sc.QuadraticCost(lambda t, G=G: (1 + t) * tensor(G))(tensor(x), torch.tensor(0.5, dtype=torch.float64))
         yield compare(f"running cost, d={case.d}", cost, 1.5 * half * np.einsum("ni,ij,nj->n", x, G, x))
+
+
+@check(
+    "memory-of-the-start",
+    "MATH 1: memoryless references",
+    implements=["sdecontrol.ControlProblem", "sdecontrol.generative_sde"],
+    controls=["noise off by 1 %", "drift off by 1 %"],
+)
+def memory(setting: Setting, defect: str) -> Lines:
+    """A reference is memoryless if X_0 and X_T are independent; what is left is the largest canonical correlation of the two in
+    the dense law, and for the reversal of a noising process, with unit-variance data, mu at the noise end."""
+    for case in linear_cases(setting, scheme="exact", start="fixed"):
+        law = case.reference().of(0, case.K)
+        roots = [np.linalg.cholesky(law.of(k).cov) for k in (0, 1)]
+        cross = law.cov[: case.d, case.d :]
+        canonical = np.linalg.solve(roots[1], np.linalg.solve(roots[0], cross).T)
+        yield compare(f"memory, d={case.d}", spoil(case, defect).problem().memory, np.linalg.norm(canonical, 2))
+    size = 1.02 if defect.startswith("noise") else 1.0
+    mixture = sc.GaussianMixture(tensor([1.0]), tensor([[0.0]]), 1.0)
+    sde: Any = sc.generative_sde(mixture, schedule=sc.VP(0.5 * size, 2.0 * size))
+    yield compare("memory of a VP reversal", sde.memory, np.exp(-0.625), 1e-7)
+
+
+@check(
+    "mixture-start",
+    "MATH 1: the initial law",
+    implements=["sdecontrol.ControlProblem", "sdecontrol.simulate"],
+    controls=["data off by 1 %", "Brownian motion in place of the Foellmer process"],
+)
+def mixture_start(setting: Setting, defect: str) -> Lines:
+    """The start of a mixture reference is a mixture: its stretch before 0 is the Foellmer process, Brownian motion conditioned to
+    end in it, with drift (E[X_0 | X_s = x] - x)/(-s): a noiseless step of the library against the dense posterior."""
+    for case in mixture_cases(setting):
+        given = replace(case, means=1.01 * case.means) if defect.startswith("data") else case
+        problem = sc.ControlProblem(given.sde(), reward=sc.Linear(tensor(case.g)), start="controlled")
+        x, steps, K = setting.rng(66).normal(size=(4, case.d)), 5, 4
+        for k in (1, 3):
+            s, h = -1 + k / steps, 1 / steps
+            joints = case.joints((0.0, s))
+            logs = np.stack([np.log(w) + j.of(2).log_prob(x) for w, j in zip(case.weights, joints)], -1)
+            shares = np.exp(logs) / np.exp(logs).sum(-1, keepdims=True)
+            means = np.stack([x @ M.T + b for M, b, _ in (j.regression([1], [2]) for j in joints)], -1)
+            drift = ((shares[:, None] * means).sum(-1) - x) / -s
+            paths = sc.simulate(
+                problem,
+                4,
+                time_steps=K,
+                state=tensor(x),
+                step=k,
+                noise=torch.zeros(steps + K, 4, case.d, dtype=torch.float64),
+            )
+            want = x + (0.0 if defect.startswith("Brownian") else h) * drift
+            yield compare(f"step from s={s:g}, d={case.d}", paths.states[1], want, 1e-8)

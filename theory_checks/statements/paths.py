@@ -24,7 +24,9 @@ def _random_control(case: LinearCase, rng: np.random.Generator) -> tuple[np.ndar
 
 
 def _simulate(case: LinearCase, control, seed: int, n: int = 70, **options) -> sc.Paths:
-    return sc.simulate(case.problem(), n, control=control, time_steps=list(case.grid), scheme=case.scheme, seed=seed, **options)
+    return sc.simulate(
+        case.problem(), n, control=control, time_steps=list(case.grid), scheme=case.scheme, seed=seed, **options
+    )
 
 
 def _density_ratio(case: LinearCase, states: np.ndarray, control: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -36,13 +38,26 @@ def _density_ratio(case: LinearCase, states: np.ndarray, control: tuple[np.ndarr
     return np.stack(rows)
 
 
-@check("path-log-ratio", "MATH 2: log-ratios, [21], [22]", implements=[f"{PATHS}.log_ratio", "sdecontrol.simulate"],
-       controls=["noise off by 1 %", "drift off by 1 %", "last step left out", "half square dropped", "sign of the ratio flipped"])
+@check(
+    "path-log-ratio",
+    "MATH 2: log-ratios, [21], [22]",
+    implements=[f"{PATHS}.log_ratio", "sdecontrol.simulate"],
+    controls=[
+        "noise off by 1 %",
+        "drift off by 1 %",
+        "last step left out",
+        "half square dropped",
+        "sign of the ratio flipped",
+    ],
+)
 def path_log_ratio(setting: Setting, defect: str) -> Lines:
     """log dP^u/dQ0 of a simulated path is the difference of its Gaussian log-densities, to rounding and at every step
     size: in total, step by step, for what keeps only ends, and for another control on the same paths; with Euler steps and
     with exact transitions."""
-    cases = (*linear_cases(setting, extra_noise=False, start="fixed"), *linear_cases(setting, extra_noise=False, start="fixed", scheme="exact"))
+    cases = (
+        *linear_cases(setting, extra_noise=False, start="fixed"),
+        *linear_cases(setting, extra_noise=False, start="fixed", scheme="exact"),
+    )
     for i, case in enumerate(cases):
         parts, other = (_random_control(case, setting.rng(50 + j)) for j in range(2))
         control, second = AffineControl(*parts, case.grid), AffineControl(*other, case.grid)
@@ -58,16 +73,31 @@ def path_log_ratio(setting: Setting, defect: str) -> Lines:
             continue
         yield compare(f"log ratio by step, {label}", steps, want)
         yield compare(f"log_ratio(), {label}", paths.log_ratio(), want.sum(0))
-        yield compare(f"log_ratio of the drawing control, given by name, {label}", paths.log_ratio(control), want.sum(0))
-        yield compare(f"log_ratio of another control, {label}", paths.log_ratio(second),
-                      _density_ratio(case, paths.states.numpy(), other).sum(0))
+        yield compare(
+            f"log_ratio of the drawing control, given by name, {label}", paths.log_ratio(control), want.sum(0)
+        )
+        yield compare(
+            f"log_ratio of another control, {label}",
+            paths.log_ratio(second),
+            _density_ratio(case, paths.states.numpy(), other).sum(0),
+        )
         ends = _simulate(case, control, i, keep="end")
         yield compare(f"log_ratio of ends, {label}", ends.log_ratio(), want.sum(0))
         yield compare(f"KL terms of ends, {label}", ends.kl(), paths.kl(per_step=True).sum(0))
 
 
-@check("path-equation", "MATH 2: the chain", implements=["sdecontrol.simulate", f"{PATHS}.shifts", f"{PATHS}.kl", f"{PATHS}.running_cost"],
-       controls=["noise off by 1 %", "drift off by 1 %", "drift transposed", "running cost left out", "control off by 1 %"])
+@check(
+    "path-equation",
+    "MATH 2: the chain",
+    implements=["sdecontrol.simulate", f"{PATHS}.shifts", f"{PATHS}.kl", f"{PATHS}.running_cost"],
+    controls=[
+        "noise off by 1 %",
+        "drift off by 1 %",
+        "drift transposed",
+        "running cost left out",
+        "control off by 1 %",
+    ],
+)
 def path_equation(setting: Setting, defect: str) -> Lines:
     """x_{k+1} = x_k + h (b + sigma u) + sqrt(h) sigma xi_k, KL terms h |u|^2/2 [22], log-ratio sqrt(h) u.xi + h |u|^2/2 (of
     v: sqrt(h) v.xi + h v.u - h |v|^2/2) and cost sum h f, recomputed from the stored noise; more noises than states too."""
@@ -79,23 +109,28 @@ def path_equation(setting: Setting, defect: str) -> Lines:
         x, kl, ratio, other, cost = states[0], 0.0, 0.0, 0.0, 0.0
         for k, (t, h) in enumerate(zip(case.grid, case.h)):
             u, v, xi = size * (x @ U[k].T + w[k]), x @ V[k].T + y[k], noises[k]
-            if case.F is not None:
-                cost = cost + 0.5 * h * np.einsum("ni,ij,nj->n", x, case.F, x)
+            cost = cost + h * case.cost(t, x)
             kl = kl + 0.5 * h * (u * u).sum(-1)
             ratio = ratio + np.sqrt(h) * (u * xi).sum(-1) + 0.5 * h * (u * u).sum(-1)
             other = other + np.sqrt(h) * (v * xi).sum(-1) + h * (u * v).sum(-1) - 0.5 * h * (v * v).sum(-1)
-            x = x + h * (x @ (case.A + t * case.slope).T + case.offset) + (h * u + np.sqrt(h) * xi) @ case.sigma.T
+            x = x + h * case.drift(t, x) + (h * u + np.sqrt(h) * xi) @ case.sigma_at(t).T
             yield compare(f"x_{k + 1}, {label}", states[k + 1], x)
         yield compare(f"KL of paths, {label}", paths.kl(), kl)
         yield compare(f"log ratio, {label}", paths.log_ratio(), ratio)
         yield compare(f"log ratio of another control, {label}", paths.log_ratio(AffineControl(V, y, case.grid)), other)
         yield compare(f"running cost, {label}", paths.running_cost, cost)
         reward = -0.5 * np.einsum("ni,ij,nj->n", x, case.G, x) + x @ case.g
-        yield compare(f"log weights, {label}", sc.log_weights(case.problem(), paths), (reward - cost) / case.alpha - ratio)
+        yield compare(
+            f"log weights, {label}", sc.log_weights(case.problem(), paths), (reward - cost) / case.alpha - ratio
+        )
 
 
-@check("path-law-of-the-start", "MATH 1: Girsanov with the start", implements=[f"{PATHS}.log_ratio", "sdecontrol.exact_solution.control"],
-       controls=["KL of the start dropped", "noise off by 1 %", "covariance of the start off by 1 %", "alpha off by 5 %"])
+@check(
+    "path-law-of-the-start",
+    "MATH 1: Girsanov with the start",
+    implements=[f"{PATHS}.log_ratio", "sdecontrol.exact_solution.control"],
+    controls=["KL of the start dropped", "noise off by 1 %", "covariance of the start off by 1 %", "alpha off by 5 %"],
+)
 def start_ratio(setting: Setting, defect: str) -> Lines:
     """With a controlled start the log-ratio contains the start's: on the stretch x' = x + h S^(1/2) u + sqrt(h) S^(1/2) xi the
     steps' Gaussian densities give it, added to that of the process, for the best mean-shift control of start and process."""
@@ -120,6 +155,40 @@ def start_ratio(setting: Setting, defect: str) -> Lines:
         yield compare(f"log ratio with the start's, d={case.d}", paths.log_ratio(), total)
 
 
+@check(
+    "path-equation-of-the-start",
+    "MATH 1: the initial law",
+    implements=["sdecontrol.simulate", f"{PATHS}.log_ratio", f"{PATHS}.controls"],
+    controls=["covariance of the start off by 1 %", "noise off by 1 %", "KL of the start dropped"],
+)
+def start_equation(setting: Setting, defect: str) -> Lines:
+    """The stretch before a controlled start steps as x' = x + S^(1/2) (h u + sqrt(h) xi) with the first d of the noises, where the process
+    has more; both add to log-ratio and KL, and neither running cost nor ``controls`` counts the stretch."""
+    for i, case in enumerate(linear_cases(setting, cost=True)):
+        given = replace(case, cov=1.01 * case.cov) if defect.startswith("covariance") else spoil(case, defect)
+        control, h = case.chain().exact.control, 1 / STRETCH
+        paths = sc.simulate(given.problem(), 20, control=control, time_steps=list(case.grid), seed=i)
+        values, vectors = np.linalg.eigh(case.cov)
+        root, noises = (vectors * np.sqrt(values)) @ vectors.T, paths.noises.numpy()
+        x, kl, ratio, cost, d = np.tile(case.mean, (20, 1)), 0.0, 0.0, 0.0, case.d
+        for k in range(STRETCH + case.K):
+            early, j = k < STRETCH, k - STRETCH
+            t, step = (-1 + k * h, h) if early else (case.grid[j], case.h[j])
+            u, xi = control(tensor(x), t).numpy(), noises[k, :, : d if early else None]
+            if not (early and defect.startswith("KL")):
+                kl = kl + 0.5 * step * (u * u).sum(-1)
+                ratio = ratio + np.sqrt(step) * (u * xi).sum(-1) + 0.5 * step * (u * u).sum(-1)
+            push = step * u + np.sqrt(step) * xi
+            cost = cost + (0.0 if early else step * case.cost(t, x))
+            x = x + push @ root.T if early else x + step * case.drift(t, x) + push @ case.sigma_at(t).T
+        label = f"d={d}, m={case.m}"
+        yield compare(f"end, {label}", paths.end, x)
+        yield compare(f"KL terms, {label}", paths.kl(), kl)
+        yield compare(f"log ratio, {label}", paths.log_ratio(), ratio)
+        yield compare(f"running cost, {label}", paths.running_cost, cost)
+        yield compare(f"steps with a control, {label}", paths.controls.shape[0], case.K)
+
+
 def _one_dimensional(setting: Setting, K: int = 3, *, cost: bool = True) -> Iterator[LinearCase]:
     for case in linear_cases(setting, cost=cost, start="fixed", extra_noise=False, dims=(1,)):
         h = case.grid[-1] / K
@@ -131,8 +200,19 @@ def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.sin(1.3 * x) + 0.5 * t[:, None] * x
 
 
-@check("weights-are-unbiased", "MATH 2: log w; [24]", implements=["sdecontrol.log_weights", f"{PATHS}.log_ratio"],
-       controls=["alpha off by 5 %", "noise off by 1 %", "half square dropped", "running cost left out", "last step left out", "sign of the ratio flipped"])
+@check(
+    "weights-are-unbiased",
+    "MATH 2: log w; [24]",
+    implements=["sdecontrol.log_weights", f"{PATHS}.log_ratio"],
+    controls=[
+        "alpha off by 5 %",
+        "noise off by 1 %",
+        "half square dropped",
+        "running cost left out",
+        "last step left out",
+        "sign of the ratio flipped",
+    ],
+)
 def weights(setting: Setting, defect: str) -> Lines:
     """E_{P^u}[w] = Z, E_{P^u}[w phi] = E_Q0[e^{R/alpha} phi], E_{P^u}[dQ0/dP^u] = 1 and E_Q0[dP^u/dQ0] = 1 at every step size
     and for every control, a nonlinear one here: by quadrature over the noise of the library's simulator, no sampling."""
@@ -157,16 +237,30 @@ def weights(setting: Setting, defect: str) -> Lines:
         yield compare("E_Q0[dP/dQ0]", nodes.mean(reference.log_ratio(curved).exp()), 1.0)
 
 
-@check("objective-of-paths", "[18], [22]", implements=[f"{PATHS}.kl", "sdecontrol.log_weights", "sdecontrol.simulate"],
-       controls=["alpha off by 5 %", "noise off by 1 %", "last step left out", "running cost left out", "sign of the KL flipped"])
+@check(
+    "objective-of-paths",
+    "[18], [22]",
+    implements=[f"{PATHS}.kl", "sdecontrol.log_weights", "sdecontrol.simulate"],
+    controls=[
+        "alpha off by 5 %",
+        "noise off by 1 %",
+        "last step left out",
+        "running cost left out",
+        "sign of the KL flipped",
+    ],
+)
 def objective(setting: Setting, defect: str) -> Lines:
     """J/alpha = E[R]/alpha - E[sum h |u|^2/2] = log Z - KL(P^u || Q_fine), the left side from the library's simulated paths
     by exact quadrature, the right side from dense laws, for a random affine control; E[log-ratio] = E[KL terms]."""
     for case in _one_dimensional(setting):
         parts = _random_control(case, setting.rng(56))
         nodes, point = NoiseNodes(case.K, 6), replace(case, cov=0 * case.cov)
-        paths = nodes.simulate(spoil(point, defect).problem(), AffineControl(*parts, case.grid), state=tensor(case.mean[None]),
-                               time_steps=list(case.grid))
+        paths = nodes.simulate(
+            spoil(point, defect).problem(),
+            AffineControl(*parts, case.grid),
+            state=tensor(case.mean[None]),
+            time_steps=list(case.grid),
+        )
         after = tuple(range(1, case.K + 1))
         law = case.reference(0, case.mean, parts).of(*after)
         best = case.reference(0, case.mean).tilted(*case.total_reward())[0].of(*after)
@@ -179,8 +273,12 @@ def objective(setting: Setting, defect: str) -> Lines:
         yield compare("E log ratio = E KL", nodes.mean(paths.log_ratio()), nodes.mean(kl))
 
 
-@check("nonlinear-reference", "MATH 2", implements=["sdecontrol.SDE", "sdecontrol.simulate", f"{PATHS}.log_ratio"],
-       controls=["noise off by 1 %", "alpha off by 5 %", "running cost left out", "drift off by 1 %"])
+@check(
+    "nonlinear-reference",
+    "MATH 2",
+    implements=["sdecontrol.SDE", "sdecontrol.simulate", f"{PATHS}.log_ratio"],
+    controls=["noise off by 1 %", "alpha off by 5 %", "running cost left out", "drift off by 1 %"],
+)
 def nonlinear(setting: Setting, defect: str) -> Lines:
     """None of this needs linear drifts: for dX = (X - X^3) dt + sigma(X) dW with a noise that depends on the state, E_{P^u}[w] is
     the soft Bellman recursion's Z, here by nested quadrature in plain numpy."""
@@ -199,10 +297,18 @@ def nonlinear(setting: Setting, defect: str) -> Lines:
     push = 1.01 if defect.startswith("drift") else 1.0
     sde = sc.SDE(lambda x, t: push * (x - x**3), lambda x, t: scale * (0.7 + 0.2 * torch.sin(x)), dim=1, horizon=T)
     cost = None if defect.startswith("running") else lambda x, t: (0.3 * x**2 * (1 + t))[:, 0]
-    problem = sc.ControlProblem(sde, sc.Dirac(tensor([0.4])), lambda x: torch.cos(2 * x[:, 0]), cost,
-                                alpha=alpha * (1.05 if defect.startswith("alpha") else 1.0))
+    problem = sc.ControlProblem(
+        sde,
+        sc.Dirac(tensor([0.4])),
+        lambda x: torch.cos(2 * x[:, 0]),
+        cost,
+        alpha=alpha * (1.05 if defect.startswith("alpha") else 1.0),
+    )
     nodes = NoiseNodes(K, 40)
-    for name, control in (("the reference", None), ("a nonlinear control", lambda x, t: 0.4 * torch.tanh(x) - 0.3 * t[:, None])):
+    for name, control in (
+        ("the reference", None),
+        ("a nonlinear control", lambda x, t: 0.4 * torch.tanh(x) - 0.3 * t[:, None]),
+    ):
         paths = nodes.simulate(problem, control, state=tensor([[0.4]]), time_steps=K)
         log_w = sc.log_weights(problem, paths)
         yield compare(f"log E[w] under {name}", nodes.mean(log_w.exp()).log(), np.log(value(0, np.array(0.4))))

@@ -1,0 +1,221 @@
+"""Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.generative import GenerativeSDE
+from ..processes.laws import draw
+from ..processes.sde import SDE
+from ..randomness import SeededNoise, SuppliedNoise, derive_seed
+from ..simulation.chains import Chain, JoinedChain
+from ..simulation.flow import LogLikelihood, flow_log_likelihood, require_generative, solve_flow
+from ..simulation.integrator import integrate
+from ..simulation.shifts import shift_function
+from ..simulation.solvers import (
+    SOLVERS,
+    ControlledSDE,
+    GridBrownian,
+    SolvedPaths,
+    Solver,
+    check_solver,
+    noise_kind,
+    solve_adaptively,
+    solve_on_grid,
+)
+from ..tensors import as_float, check_tensor
+from .problem import ControlProblem
+
+__all__ = ["log_likelihood", "simulate_solver"]
+
+_PLACE_AREA = 8
+
+
+def simulate_solver(
+    problem: ControlProblem,
+    chain: Chain,
+    scheme: str,
+    control: Any,
+    seed: int,
+    start: tuple[Tensor, Any],
+    *,
+    keep: str = "all",
+    noise: Any = None,
+    antithetic: bool = False,
+    step: int = 0,
+    resumed: bool = False,
+    tolerance: float | None = None,
+) -> SolvedPaths:
+    """:func:`simulate` with a scheme that is no chain; ``chain`` is the Euler chain of the same grid, ``start`` its states
+    and conditions at step ``step``."""
+    tolerance = None if tolerance is None else as_float("tolerance", tolerance, positive=True)
+    if (tolerance is not None or scheme == "probability-flow") and (noise is not None or antithetic or resumed):
+        why = "adaptive steps" if scheme != "probability-flow" else "scheme='probability-flow'"
+        raise ValueError(f"noise, antithetic, state and step do not go with {why}.")
+    if resumed and step and scheme == "reversible-heun":
+        raise ValueError("step: reversible-heun carries more than the state from step to step and cannot be resumed.")
+    if scheme == "probability-flow":
+        return _flow(problem, chain, control, seed, start, keep, tolerance)
+    sde = problem.reference
+    assert isinstance(sde, SDE)
+    x, condition = start
+    kind = noise_kind(sde, _around(x), chain.times[-1] * 0.5)
+    solver = check_solver(scheme, kind, tolerance is not None)
+    noises, areas = _sources(chain, solver, seed, x.shape[0], noise, antithetic)
+    equation = ControlledSDE(
+        sde,
+        kind,
+        control,
+        condition,
+        stratonovich=not solver.ito,
+        diagonal=tolerance is not None or scheme == "reversible-heun",
+    )
+
+    def run(keep_states: bool) -> SolvedPaths:
+        with torch.no_grad(), problem.evaluating():
+            states = _stretch(chain, x, noises, control, condition, step)
+            first, clock = max(step - chain.start, 0), chain.clock[chain.start :]
+            width = sde.control_shape.numel()
+            cost = problem.running_cost_or_none
+            if tolerance is not None:
+                main, total = solve_adaptively(
+                    scheme, solver, equation, clock, states[-1], seed, width, tolerance, cost
+                )
+            else:
+                bm = GridBrownian(clock, noises, x.shape[0], width, x, area=areas, offset=chain.start)
+                main, total = solve_on_grid(
+                    scheme, solver, equation, clock, states[-1], bm, cost, keep_states, first
+                )
+        return SolvedPaths(
+            scheme,
+            chain,
+            first=step,
+            end=main[-1],
+            running_cost=total,
+            condition=condition,
+            states=[*states[:-1], *main] if keep_states else None,
+            replay=None if keep_states else lambda: run(True),
+        )
+
+    return run(keep != "end")
+
+
+def _around(x: Tensor) -> Tensor:
+    """A few distinct states near where paths start, to look at the diffusion."""
+    few = x[:8] if len(x) >= 8 else x[:1].expand(8, *x.shape[1:])
+    steps = torch.linspace(0.0, 0.2, 8, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
+    return few + steps * (1 + few.abs())
+
+
+def _sources(chain: Chain, solver: Solver, seed: int, batch: int, noise: Any, antithetic: bool) -> tuple[Any, Any]:
+    """The noise of the Euler chain of this seed (or the user's), and that of the space-time integrals."""
+    shape = (chain.steps, batch, *chain.noise_shape)
+    given = noise if isinstance(noise, (tuple, list)) else (noise,)
+    if noise is not None:
+        wanted = 2 if solver.area else 1
+        if antithetic:
+            raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
+        if len(given) != wanted:
+            raise ValueError(
+                f"noise for this scheme must be {'a pair (increments, space-time integrals)' if wanted == 2 else 'one tensor'}."
+            )
+        parts = [SuppliedNoise(check_tensor("noise", part, shape=shape)) for part in given]
+        return parts[0], parts[1] if wanted == 2 else None
+    options: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device, "antithetic": antithetic}
+    make = lambda s: SeededNoise(s, batch, chain.steps, chain.noise_shape, **options)  # noqa: E731
+    return make(seed), make(derive_seed(seed, _PLACE_AREA)) if solver.area else None
+
+
+def _stretch(chain: Chain, x: Tensor, noise: Any, control: Any, condition: Any, step: int) -> list[Tensor]:
+    """States of the stretch before time 0, which is run as the chain it is; [x] where there is none."""
+    if step >= chain.start:
+        return [x]
+    shift = None if control is None else shift_function(chain, control)
+    paths = integrate(
+        chain, x, noise, shift, condition=condition, keep="states", first=step, last=chain.start
+    )  # fmt: skip
+    return list(paths.states)
+
+
+def _flow(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    seed: int,
+    start: tuple[Tensor, Any],
+    keep: str,
+    tolerance: float | None,
+) -> SolvedPaths:
+    sde = require_generative(problem.reference, "scheme='probability-flow'")
+    if control is not None:
+        raise ValueError(
+            "control: the probability flow is of the model alone (a control has no score). For a tuned model make a problem "
+            "of it: sc.ControlProblem(sc.generative_sde(solution.model, ...)), or use another scheme."
+        )
+    x, condition = start
+    if problem.start == "controlled":  # the stretch is there for the control; the flow starts from the law itself
+        x = draw(problem.initial, len(x), seed)
+    main = chain.second if isinstance(chain, JoinedChain) else chain
+    cost = x.new_zeros(x.shape[0])
+    with torch.no_grad(), problem.evaluating():
+        states = solve_flow(sde, main.clock, x, condition, tolerance)
+        if (f := problem.running_cost_or_none) is not None:
+            here = [f(s, t, condition) for s, t in zip(states, main.times)]
+            for (a, b), h in zip(pairwise(here), main.step_sizes):
+                cost = cost + 0.5 * h * (a + b)
+    return SolvedPaths(
+        "probability-flow",
+        main,
+        first=0,
+        end=states[-1],
+        running_cost=cost,
+        condition=condition,
+        states=None if keep == "end" else states,
+        replay=lambda: _flow(problem, chain, control, seed, start, "all", tolerance),
+    )
+
+
+def log_likelihood(
+    model: GenerativeSDE | ControlProblem,
+    x: Tensor,
+    *,
+    condition: Tensor | None = None,
+    divergence: str | None = None,
+    probes: int = 16,
+    tolerance: float | None = None,
+    seed: int | None = None,
+) -> LogLikelihood:
+    """Log-density of a generative model's samples, by its probability flow and the instantaneous change of variables
+    (Song et al. 2011.13456, eq. 39).
+
+    It is the density of what the flow makes of the start's law; of the model's marginals, as far as its score is that
+    of a diffusion. For a tuned model pass ``sc.generative_sde(solution.model, ...)``.
+
+    Args:
+        model: a ``generative_sde(...)``, or a problem with one (whose ``initial`` is then the start's law).
+        x: ``(n, *event)`` states at the end (data), n >= 1.
+        condition: ``(n, ...)`` for a conditional model.
+        divergence: "exact" (a product with the Jacobian per dimension), "hutchinson" (random, unbiased, with its standard
+            error); None: exact up to 32 dimensions.
+        probes: number of random directions for "hutchinson".
+        tolerance: relative and absolute error of torchdiffeq's dopri5; default 1e-7 (1e-5 in float32).
+        seed: of the directions; None draws one from torch's global generator.
+
+    Returns:
+        :class:`LogLikelihood`: ``value`` ``(n,)``, ``stderr`` ``(n,)`` (0 where exact), ``latent`` ``(n, *event)``.
+
+    Raises:
+        TypeError: not a generative model. NonFiniteError: the flow or the density is not finite.
+    """
+    sde = require_generative(model.reference if isinstance(model, ControlProblem) else model, "log_likelihood")
+    start = model.initial if isinstance(model, ControlProblem) else sde.own_initial
+    options: dict[str, Any] = {"condition": condition, "divergence": divergence, "probes": probes}
+    options.update(tolerance=tolerance, seed=seed)
+    if isinstance(model, ControlProblem):
+        with model.evaluating():
+            return flow_log_likelihood(sde, start, x, **options)
+    return flow_log_likelihood(sde, start, x, **options)

@@ -1,0 +1,180 @@
+"""The machinery cannot be fooled: no check without a control, no nan that passes, no control that slips through."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from theory_checks import Measurement, Setting, check, registry, run_check
+from theory_checks.command import main, verify_command
+from theory_checks.gaussian import Joint, gaussian_kl, path_law
+from theory_checks.page import EQUATIONS, page
+from theory_checks.registry import compare, order, p_value, select, within
+from theory_checks.report import as_dict, markdown, problems
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    registry.all_checks()
+    monkeypatch.setattr(registry, "_CHECKS", dict(registry._CHECKS))
+
+
+def _register(controls=("broken",), function=None, **options):
+    def holds(setting, defect):
+        """Zero is zero."""
+        yield within("zero", 1.0 if defect == "broken" else 0.0, 0.5)
+
+    check("own", "own", controls=controls, **options)(function or holds)
+    return registry._CHECKS["own"]
+
+
+@pytest.mark.parametrize("controls", [(), ("",)])
+def test_a_check_without_a_control_is_refused(own_registry, controls):
+    with pytest.raises(ValueError, match="no negative control"):
+        _register(controls)
+
+
+def test_a_check_without_a_statement_is_refused(own_registry):
+    with pytest.raises(ValueError, match="no docstring"):
+        _register(function=lambda setting, defect: iter(()))
+
+
+def test_a_name_is_taken_once(own_registry):
+    _register()
+    with pytest.raises(ValueError, match="two checks"):
+        _register()
+
+
+def test_a_control_that_passes_fails_the_check(own_registry):
+    outcome = run_check(_register(("broken", "harmless")), Setting())
+    assert outcome.holds and not outcome.passed
+    assert problems([outcome]) == ["own: the negative control 'harmless' passes"]
+
+
+def test_a_control_that_breaks_down_is_no_failure_of_the_statement(own_registry):
+    def fragile(setting, defect):
+        """Breaks down on its control."""
+        if defect:
+            raise RuntimeError("oh")
+        yield within("zero", 0.0, 0.5)
+
+    outcome = run_check(_register(function=fragile), Setting())
+    assert outcome.holds and not outcome.passed and "oh" in problems([outcome])[0]
+
+
+def test_a_check_that_breaks_down_does_not_hold(own_registry):
+    def broken(setting, defect):
+        """Always breaks down."""
+        raise RuntimeError("oh")
+        yield
+
+    assert not run_check(_register(function=broken), Setting()).holds
+
+
+def test_statistical_tests_are_counted(own_registry):
+    def tests(setting, defect):
+        """Two where one is declared."""
+        yield p_value("a", 0.5)
+        yield p_value("b", 0.5)
+
+    assert "declares 1" in run_check(_register(function=tests, tests=1), Setting()).error
+
+
+def test_p_values_share_the_family_wise_error():
+    total = sum(c.tests for c in registry.all_checks())
+    checks = [c for c in registry.all_checks() if c.name == "sampled-fixed-start"]
+    shares = {m.tolerance for m in checks[0].measure(Setting()) if m.kind == "p"}
+    assert shares == {registry.FAMILY_WISE_ERROR / total}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_fails(value):
+    assert not Measurement("x", value, 1.0).passed
+    assert not compare("x", torch.tensor([value]), [1.0]).passed
+    assert not Measurement("x", float("nan"), 1e-6, "p").passed
+
+
+def test_order_is_a_slope():
+    h = np.array([0.1, 0.05, 0.025, 0.0125])
+    assert order("o", h, 3 * h).passed and not order("o", h, 3 * h**1.3).passed and not order("o", h, 3 + h).passed
+
+
+def test_only_must_fit_something():
+    assert [c.name for c in select(["theorem-2-chain"])] == ["theorem-2-chain"]
+    with pytest.raises(ValueError, match="no check is named like 'theorem-9'"):
+        select(["theorem-9"])
+
+
+def test_dense_gaussians_agree_with_sampling():
+    rng = np.random.default_rng(0)
+    A = rng.normal(size=(2, 2))
+    law = path_law(np.ones(2), np.eye(2), [(A, np.zeros(2), 0.5 * np.eye(2))])
+    x0 = 1 + rng.normal(size=(400_000, 2))
+    x1 = x0 @ A.T + 0.5 * rng.normal(size=x0.shape)
+    assert np.abs(np.cov(np.concatenate([x0, x1], 1).T) - law.cov).max() < 0.05
+    P = 0.3 * np.eye(2)
+    tilted, log_z = law.of(1).tilted(P, np.ones(2))
+    w = np.exp(-0.15 * (x1**2).sum(1) + x1.sum(1))
+    assert abs(np.log(w.mean()) - log_z) < 0.05 and np.abs(w @ x1 / w.sum() - tilted.mean).max() < 0.05
+    assert gaussian_kl(tilted, tilted) == pytest.approx(0, abs=1e-12)
+    assert gaussian_kl(Joint(np.zeros(1), np.eye(1), 1), Joint(np.ones(1), np.eye(1), 1)) == pytest.approx(0.5)
+
+
+def _command(*arguments):
+    import typer
+
+    app = typer.Typer()
+    app.command()(verify_command)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_command_reports_and_exits(tmp_path):
+    target = tmp_path / "table.md"
+    result = _command("--only", "erratum-3-variance", "--markdown", str(target), "--json")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert answer["passed"] and answer["checks"][0]["controls"][0]["caught"]
+    assert "erratum-3-variance" in target.read_text()
+    assert callable(main)
+
+
+def test_command_fails_with_a_broken_library(monkeypatch):
+    import sdecontrol as sc
+
+    monkeypatch.setattr(sc.VP, "std", lambda self, s: torch.sqrt(1 - torch.exp(-0.5 * self._integral(s))))
+    result = _command("--only", "erratum-3-variance")
+    assert result.exit_code == 1 and "FAIL" in result.stdout
+
+
+def test_command_refuses_unknown_checks():
+    assert _command("--only", "theorem-9").exit_code == 2
+
+
+def test_report_formats(own_registry):
+    outcome = run_check(_register(), Setting())
+    assert "| ok |" in markdown([outcome])
+    assert json.dumps(as_dict([outcome], 0))
+
+
+def test_figure(tmp_path):
+    from theory_checks.figure import draw
+
+    _, axes = draw(tmp_path / "f.png")
+    assert len(axes) == 3 and (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_page_is_up_to_date_and_complete():
+    from pathlib import Path
+
+    text = page()
+    assert "**no check**" not in text
+    for number in range(1, 46):
+        assert f"[{number}]" in EQUATIONS
+    committed = Path(__file__).parents[2] / "docs" / "theory.md"
+    assert committed.read_text(encoding="utf-8").rstrip() == text.rstrip(), (
+        "docs/theory.md is stale: python -m theory_checks --docs docs/theory.md"
+    )
