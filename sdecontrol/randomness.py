@@ -104,6 +104,19 @@ class SeededNoise:
     def __getitem__(self, k: int) -> Tensor:
         return self._draw(k // self.segment)[2][k % self.segment]
 
+    def rows(self, low: int, high: int) -> SeededNoise:
+        """The noise of paths ``low .. high-1``; low a multiple of 64."""
+        return SeededNoise(
+            self.seed,
+            high - low,
+            self.steps,
+            self.shape,
+            dtype=self.dtype,
+            device=self.device,
+            antithetic=self.antithetic,
+            first_block=self.first_block + low // BLOCK,
+        )
+
     def all(self) -> Tensor:
         """All steps at once, ``(steps, batch, *shape)``."""
         count = -(-self.steps // self.segment)
@@ -119,6 +132,10 @@ class SuppliedNoise:
 
     def __getitem__(self, k: int) -> Tensor:
         return self._noise[k]
+
+    def rows(self, low: int, high: int) -> SuppliedNoise:
+        """The noise of paths ``low .. high-1``."""
+        return SuppliedNoise(self._noise[:, low:high])
 
     def all(self) -> Tensor:
         return self._noise

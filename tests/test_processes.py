@@ -107,7 +107,7 @@ def test_every_prediction_gives_the_same_noise(schedule, prediction):
 
 
 def test_vp_variance_is_one_minus_exp_minus_t():
-    """MATH.md section 9: tutorial [3] prints exp(-t/2)."""
+    """docs/mathematics.md section 9: tutorial [3] prints exp(-t/2)."""
     s = torch.tensor(0.6, dtype=F64)
     assert float(sc.VP(1.0, 1.0).std(s)) ** 2 == pytest.approx(1 - math.exp(-0.6), abs=1e-12)
 
@@ -142,7 +142,7 @@ def test_mixture_moments_match_its_samples():
 
 @pytest.mark.parametrize("level", ["reverse", 0.7, lambda t: 0.5 + t])
 def test_a_single_gaussian_model_keeps_its_marginals_at_every_noise_level(level):
-    """The marginals of generation are those of the noising, for every noise level (MATH.md section 5)."""
+    """The marginals of generation are those of the noising, for every noise level (docs/mathematics.md section 5)."""
     gm = sc.GaussianMixture(torch.ones(1, dtype=F64), randn(1, 2, seed=1), spd(2, 2)[None])
     sde = sc.generative_sde(gm, sc.VP(0.5, 3.0), noise_level=level)
     linear = sde.as_linear()
@@ -179,7 +179,7 @@ def test_the_drift_does_not_depend_on_the_parametrisation(prediction):
 
 
 def test_ddpm_steps_have_the_posterior_mean_and_variance():
-    """MATH.md section 5: a step from abar to abar+, given x0^."""
+    """docs/mathematics.md section 5: a step from abar to abar+, given x0^."""
     abar = torch.linspace(0.98, 0.05, 20, dtype=F64)
 
     class Sample(torch.nn.Module):

@@ -89,7 +89,7 @@ class Check:
 
     Attributes:
         name: on the command line (``--only``); begins with the statement, e.g. "theorem-1-chain".
-        statement: the tutorial's number (or MATH.md's section), e.g. "Theorem 1".
+        statement: the tutorial's number (or docs/mathematics.md's section), e.g. "Theorem 1".
         kind: "exact", "continuous", "statistical", "estimator", "solver" or "errata".
         implements: dotted names of the library's functions that are tested.
         controls: the defects on which it must fail.

@@ -67,7 +67,7 @@ def steps_of(chain: Chain, linear: LinearSDE) -> list[Step]:
 
 
 def soft_step(form: Form, step: Step, where: str) -> tuple[Form, Transition]:
-    """``v_k/alpha`` before running costs from ``v_{k+1}/alpha``, and the soft-optimal kernel (MATH.md section 2)."""
+    """``v_k/alpha`` before running costs from ``v_{k+1}/alpha``, and the soft-optimal kernel (docs/mathematics.md section 2)."""
     average = soft_average(form, step.L, where)
     kernel = Transition(average.keep @ step.M, average.keep @ step.m + average.pull, average.root @ average.root.mT)
     return average.form.through(step.M, step.m), kernel

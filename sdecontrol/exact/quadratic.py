@@ -1,6 +1,6 @@
 """Quadratic forms and their soft averages over Gaussian noise: the algebra under every linear-quadratic solution.
 
-A value is ``v(x)/alpha = -x'Px/2 + q'x + c``. One function, :func:`soft_average`, is the Gaussian integral of MATH.md section
+A value is ``v(x)/alpha = -x'Px/2 + q'x + c``. One function, :func:`soft_average`, is the Gaussian integral of docs/mathematics.md section
 2, written with a factor of the noise so that degenerate noise needs no case of its own.
 """
 

@@ -46,8 +46,7 @@ class RewardBackprop(Method):
                 raise unknown_name("gradient", self.gradient, _MODES)
         elif isinstance(self.gradient, bool) or not isinstance(self.gradient, int) or self.gradient < 1:
             raise ValueError(
-                f"gradient must be one of {', '.join(_MODES)} or a number of last steps >= 1, "
-                f"got {self.gradient!r}."
+                f"gradient must be one of {', '.join(_MODES)} or a number of last steps >= 1, got {self.gradient!r}."
             )
 
     def setup(self, run: Run) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
@@ -63,7 +64,7 @@ def simulate_solver(
     sde = problem.reference
     assert isinstance(sde, SDE)
     x, condition = start
-    kind = noise_kind(sde, _around(x), chain.times[-1] * 0.5)
+    kind = noise_kind(sde, x, chain.times[-1] * 0.5)
     solver = check_solver(scheme, kind, tolerance is not None)
     noises, areas = _sources(chain, solver, seed, x.shape[0], noise, antithetic)
     equation = ControlledSDE(
@@ -87,9 +88,7 @@ def simulate_solver(
                 )
             else:
                 bm = GridBrownian(clock, noises, x.shape[0], width, x, area=areas, offset=chain.start)
-                main, total = solve_on_grid(
-                    scheme, solver, equation, clock, states[-1], bm, cost, keep_states, first
-                )
+                main, total = solve_on_grid(scheme, solver, equation, clock, states[-1], bm, cost, keep_states, first)
         return SolvedPaths(
             scheme,
             chain,
@@ -101,14 +100,12 @@ def simulate_solver(
             replay=None if keep_states else lambda: run(True),
         )
 
-    return run(keep != "end")
-
-
-def _around(x: Tensor) -> Tensor:
-    """A few distinct states near where paths start, to look at the diffusion."""
-    few = x[:8] if len(x) >= 8 else x[:1].expand(8, *x.shape[1:])
-    steps = torch.linspace(0.0, 0.2, 8, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
-    return few + steps * (1 + few.abs())
+    try:
+        return run(keep != "end")
+    except NonFiniteError as error:
+        if error.step is None:
+            run(True)  # the same paths with their states kept: names the step
+        raise
 
 
 def _sources(chain: Chain, solver: Solver, seed: int, batch: int, noise: Any, antithetic: bool) -> tuple[Any, Any]:

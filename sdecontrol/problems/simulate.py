@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, unknown_name
 from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
 from ..simulation.chains import SAMPLING_SCHEMES, Chain
+from ..simulation.chunks import check_chunk, integrate_in_chunks
 from ..simulation.integrator import KEEP, integrate
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
@@ -34,6 +35,7 @@ def simulate(
     step: int = 0,
     condition: Tensor | None = None,
     tolerance: float | None = None,
+    chunk: int | None = None,
 ) -> Paths:
     """Simulate ``num_paths`` paths of the problem's chain, or of a solver of higher order.
 
@@ -54,6 +56,8 @@ def simulate(
         tolerance: adaptive steps between the grid's times with this relative and absolute error: torchsde's (step sizes
             then depend on the whole batch, and the noise is a Brownian tree of its own), or torchdiffeq's "dopri5" for the
             probability flow. None: one step per step of the grid.
+        chunk: with ``keep="end"``, simulate so many paths at a time (a multiple of 64): memory no longer grows with
+            ``num_paths`` beyond what is returned. The noise of a path does not depend on it.
 
     Returns:
         :class:`Paths`; for a solver :class:`SolvedPaths`, whose running cost is by the trapezoidal rule, and whose
@@ -64,6 +68,8 @@ def simulate(
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
     if scheme in SAMPLING_SCHEMES:
+        if chunk is not None:
+            raise ValueError(f"chunk: scheme={scheme!r} runs all its paths at once; call it once per chunk of paths.")
         if time_steps is None:
             time_steps = (getattr(control, "settings", None) or {}).get("time_steps")
         chain, seed = problem.chain(time_steps, "euler"), fresh_seed(seed)
@@ -99,6 +105,7 @@ def simulate(
         state=state,
         step=step,
         condition=condition,
+        chunk=chunk,
     )
 
 
@@ -116,8 +123,11 @@ def simulate_chain(
     step: int = 0,
     condition: Tensor | None = None,
     grad: bool = False,
+    chunk: int | None = None,
 ) -> Paths:
     """:func:`simulate` on a chain that is already made; with ``grad`` the graph is kept."""
+    if chunk is not None:
+        check_chunk(chunk, keep)
     seed = fresh_seed(seed)
     state, condition = start_of(problem, chain, num_paths, control, seed, keep, state, step, condition)
     if noise is not None:
@@ -139,6 +149,18 @@ def simulate_chain(
     def run(keep: str) -> Paths:
         shift = None if control is None else shift_function(chain, control)
         with torch.set_grad_enabled(grad), problem.evaluating():
+            if chunk is not None and keep == "end":
+                return integrate_in_chunks(
+                    chain,
+                    state,
+                    source,
+                    shift,
+                    chunk,
+                    condition=condition,
+                    running_cost=problem.running_cost_or_none,
+                    first=step,
+                    replay=lambda: run("all"),
+                )
             return integrate(
                 chain,
                 state,

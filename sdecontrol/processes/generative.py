@@ -1,6 +1,6 @@
 """Pre-trained diffusion and flow models as SDEs: ``generative_sde``.
 
-All parametrisations are linear in the state and in one another (MATH.md section 5). With ``x = mu x0 + std eps`` at
+All parametrisations are linear in the state and in one another (docs/mathematics.md section 5). With ``x = mu x0 + std eps`` at
 noising time s, ``score = -eps / std``, the forward rate ``g_f^2 = 2 std (std' - (log mu)' std)``, and any noise level g,
 generation in ``ds -> -ds`` has the drift ``-(log mu)' x - (g_f^2 + g^2) / (2 std) eps`` (ordinary reversal: g = g_f).
 Process time runs over [0, 1] with ``s = noise_end (1 - t)``.

@@ -1,7 +1,7 @@
 """Noise schedules: forward noising ``x = mu(s) x_data + std(s) eps`` in noising time s, 0 = data and 1 = noise.
 
 Each schedule gives ``mu`` and ``std`` and their logarithmic slopes; from them follow, for every parametrisation, the
-score, the velocity and the memoryless noise (MATH.md section 5; Song et al. 2011.13456 for VP and VE, Nichol &
+score, the velocity and the memoryless noise (docs/mathematics.md section 5; Song et al. 2011.13456 for VP and VE, Nichol &
 Dhariwal 2102.09672 for the cosine, Lipman et al. 2210.02747 for flow matching).
 """
 

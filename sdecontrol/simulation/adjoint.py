@@ -80,8 +80,8 @@ class _CostedSDE:
         return torch.nn.functional.pad(v, (0, 2))
 
 
-class _From:
-    """The noise of later steps, ``width`` entries of each."""
+class _Narrow:
+    """The first ``width`` entries of each step's noise."""
 
     def __init__(self, noise: NoiseSource, width: int) -> None:
         self.noise, self.width = noise, width
@@ -128,7 +128,7 @@ def backpropagate_continuous(
     x, early = x0, None
     if isinstance(chain, JoinedChain):
         first = chain.first
-        early = _From(noise, first.noise_shape[0]) if len(first.noise_shape) == 1 else noise
+        early = _Narrow(noise, first.noise_shape[0]) if len(first.noise_shape) == 1 else noise
         starter = getattr(control, "start", None)
         control = getattr(control, "main", control)
         if starter is None:
@@ -195,7 +195,7 @@ class _Backwards:
         mode: str,
     ) -> None:
         sde = chain.reference
-        kind = noise_kind(sde, x[:1] + 0.1 * torch.arange(8, device=x.device, dtype=x.dtype).reshape(-1, *(1,) * (x.ndim - 1)), chain.times[-1] * 0.5)  # fmt: skip
+        kind = noise_kind(sde, x, chain.times[-1] * 0.5)
         self.reversible = mode == "reversible-heun"
         additive = kind.name == "additive"
         self.solver = _REVERSIBLE if self.reversible else _EULER if additive else _MIDPOINT

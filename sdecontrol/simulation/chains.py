@@ -194,7 +194,9 @@ class ExponentialChain(Chain):
         self._set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
-        drive = sde.driven_part  # its "effect of a held control" is int Phi dr, what a held n(x_k, t_k) does to the mean
+        drive = (
+            sde.driven_part
+        )  # its "effect of a held control" is int Phi dr, what a held n(x_k, t_k) does to the mean
         made: dict[tuple[float, float], Tensor] = {}
         self._effects = []
         for s, t in pairwise(clock):

@@ -174,9 +174,7 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int) -> PathCost:
 
 
 @torch.no_grad()
-def _forward(
-    setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor]
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _forward(setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     """States at the start of each segment, and the last; running cost and KL of the paths."""
     chain, shift = setting.chain, setting.shift(tables)
     options: dict[str, Any] = {"condition": setting.condition, "running_cost": setting.running_cost}

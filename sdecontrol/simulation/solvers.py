@@ -105,6 +105,9 @@ class NoiseKind:
 
 def noise_kind(sde: SDE, x: Tensor, t: Tensor) -> NoiseKind:
     """Find the kind of noise by evaluating the diffusion around states x ``(batch, *event)`` at time t (0-d)."""
+    few = x[:8] if len(x) >= 8 else x[:1].expand(8, *x.shape[1:])  # a few distinct states, all starts being perhaps one
+    steps = torch.linspace(0.0, 0.2, 8, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
+    x = few + steps * (1 + few.abs())
     leaf = x.detach().requires_grad_(True)
     with torch.enable_grad():
         sigma = sde.diffusion(leaf, t)
@@ -350,9 +353,7 @@ def coarsen(clock: Sequence[float], noise: Tensor, areas: Tensor | None = None, 
     return (*coarse, (U - 0.5 * H * total) / (H * (H / 12).sqrt()))
 
 
-def make_stepper(
-    equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequence[float]
-) -> tuple[Any, list[Tensor]]:
+def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequence[float]) -> tuple[Any, list[Tensor]]:
     """One of torchsde's solver objects, and the grid's times as float64 numbers on the CPU (its ``step`` wants tensors)."""
     chosen: Any = methods.select(solver.method, equation.sde_type)
     made = chosen(

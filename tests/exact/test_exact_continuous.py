@@ -139,7 +139,7 @@ def conditional(mean, cov, step: Transition, x):
 
 @pytest.mark.parametrize("steps", [None, 8])
 def test_terminal_law_of_a_fixed_gaussian_start(steps):
-    """``p*_T(x) = p0_T(x) exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T = x]`` (MATH.md section 1): not p_r."""
+    """``p*_T(x) = p0_T(x) exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T = x]`` (docs/mathematics.md section 1): not p_r."""
     problem = linear_quadratic(3, 3, seed=8, start="fixed", running=False)
     exact = sc.exact_solution(problem, steps, scheme="exact") if steps else sc.exact_solution(problem)
     x = randn(5, 3, seed=3)

@@ -1,4 +1,4 @@
-"""MATH.md section 9: where the tutorial's print and the page differ, settled with numbers.
+"""docs/mathematics.md section 9: where the tutorial's print and the page differ, settled with numbers.
 
 In each check the corrected form must hold, on the library's answers or on dense laws; the printed form is the negative
 control, and must fail.

@@ -109,7 +109,7 @@ def controlled_law(case: LinearCase) -> tuple[Joint, list[float]]:
 def controlled_paths(setting: Setting, defect: str) -> Lines:
     """Paths of the best mean-shift control, the stretch of the controlled start included, are draws of the dense law of that
     controlled path; so is the start that they reach."""
-    n, case = setting.count(ENOUGH, 10 * ENOUGH), drifting()
+    n, case = setting.count(3 * ENOUGH // 2, 10 * ENOUGH), drifting()
     law, _ = controlled_law(case)
     law = law.of(*range(STRETCH, law.blocks))
     given = spoil(case, defect)
@@ -136,7 +136,7 @@ def optimum(setting: Setting, defect: str) -> Lines:
     best, _ = case.optimum()
     answers = spoil(case, defect).chain()
     yield from gaussian_law(
-        "sample", answers.exact.sample(n, seed=setting.seed + 3), best.of(-1).mean, best.of(-1).cov, setting.rng(73)
+        "sample", answers.exact.sample(3 * n, seed=setting.seed + 3), best.of(-1).mean, best.of(-1).cov, setting.rng(73)
     )
     noise = setting.rng(74)
     law = answers.exact.initial
