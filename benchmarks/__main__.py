@@ -5,9 +5,13 @@ from __future__ import annotations
 import typer
 
 from .control import control
+from .orders import orders
+from .speed.command import speed
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(control)
+app.command()(orders)
+app.command()(speed)
 
 
 @app.callback()

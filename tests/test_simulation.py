@@ -1,5 +1,6 @@
 """The integrator and Paths: exact steps, exact log-ratios, seeds, resuming."""
 
+import itertools
 import math
 
 import pytest
@@ -197,7 +198,7 @@ def test_seed_none_follows_torch_manual_seed():
 def test_a_uniform_grid_has_exactly_its_number_of_steps(steps, horizon):
     grid = make_grid(steps, horizon)
     assert len(grid) == steps + 1 and grid[0] == 0 and grid[-1] == horizon
-    assert all(b > a for a, b in zip(grid, grid[1:]))
+    assert all(b > a for a, b in itertools.pairwise(grid))
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 4), (1, 8, 8)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class LinearCase:
         found = []
         for k, (t, h) in enumerate(zip(self.grid, self.h)):
             if self.scheme == "exact":
-                M, b, C, effect = self._transition(h)
+                M, b, C, effect = self._transitions[k]
             else:
                 M, b = np.eye(self.d) + h * (self.A + t * self.slope), h * self.drift(t, np.zeros((1, self.d)))[0]
                 C, effect = np.sqrt(h) * self.sigma_at(t), h * self.sigma_at(t)
@@ -135,6 +136,10 @@ class LinearCase:
                 M, b = M + effect @ control[0][k], b + effect @ control[1][k]
             found.append((M, b, C))
         return found
+
+    @cached_property
+    def _transitions(self) -> list[tuple[np.ndarray, ...]]:
+        return [self._transition(h) for h in self.h]
 
     def _transition(self, h: float) -> tuple[np.ndarray, ...]:
         """Exact transitions by quadrature: ``e^{hA}``, the shift, a root of the covariance, the effect of a held control."""

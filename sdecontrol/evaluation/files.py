@@ -1,7 +1,7 @@
 """Files: tensors as safetensors, settings as JSON, nothing unpickled, written so that a torn write is never read.
 
 A bundle is ``NAME.safetensors`` and ``NAME.json``. The JSON is written last, by an atomic rename, and holds the checksum
-of the tensors: a bundle counts only if the two agree.
+of the tensors and its own: a bundle counts only if all agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import BadFileError, MissingFileError
 
-__all__ = ["FORMAT", "check_fingerprint", "read_bundle", "write_bundle"]
+__all__ = ["FORMAT", "check_fingerprint", "read_bundle", "require", "write_bundle"]
 
 FORMAT = "sdecontrol-1"
 
@@ -37,6 +37,12 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def _checksum(body: dict[str, Any]) -> str:
+    """Of everything in a JSON file but the checksum itself."""
+    plain = {key: value for key, value in body.items() if key != "settings_sha256"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=True).encode()).hexdigest()
+
+
 def write_bundle(
     folder: str | os.PathLike[str], name: str, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> Path:
@@ -47,11 +53,10 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     content = save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
-    body = {"format": FORMAT, "tensors": f"{name}.safetensors", "sha256": digest, **settings}
-    text = json.dumps(body, indent=1, allow_nan=True)
     # the tensors of an older bundle of this name stay until the new JSON points to the new ones
     tensor_file = folder / f"{name}-{digest[:12]}.safetensors"
-    body["tensors"] = tensor_file.name
+    body = {"format": FORMAT, "tensors": tensor_file.name, "sha256": digest, **settings}
+    body["settings_sha256"] = _checksum(body)
     text = json.dumps(body, indent=1, allow_nan=True)
     _write_atomically(tensor_file, content)
     _write_atomically(folder / f"{name}.json", text.encode())
@@ -77,7 +82,7 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
         )
     try:
         settings = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not text, not JSON, absurd numbers or nesting
         raise BadFileError(f"{path} is not readable JSON ({error}); the file is corrupt or truncated.") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise BadFileError(f"{path} was not written by this package (no format {FORMAT!r} in it).")
@@ -86,8 +91,10 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
     file_name = settings.get("tensors")
     if not isinstance(file_name, str) or Path(file_name).name != file_name:
         raise BadFileError(f"{path} names no tensor file beside it.")
+    if settings.get("settings_sha256") != _checksum(settings):
+        raise BadFileError(f"{path} does not have the checksum in it: it is corrupt or was edited.")
     tensor_file = path.parent / file_name
-    if not tensor_file.exists():
+    if not tensor_file.is_file():
         raise BadFileError(f"{tensor_file} is missing beside {path.name}.")
     content = tensor_file.read_bytes()
     if hashlib.sha256(content).hexdigest() != settings.get("sha256"):
@@ -98,6 +105,17 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
         return load(content), settings
     except Exception as error:  # safetensors raises its own kinds
         raise BadFileError(f"{tensor_file} is not a safetensors file ({error}).") from error
+
+
+def require(settings: dict[str, Any], path: Any, *names: str) -> None:
+    """Raise unless a file has these fields.
+
+    Raises:
+        BadFileError: naming the first that is missing.
+    """
+    for name in names:
+        if name not in settings:
+            raise BadFileError(f"{path} has no field {name!r}: it was not written by this version of the package.")
 
 
 def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:

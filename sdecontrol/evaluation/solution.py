@@ -22,7 +22,7 @@ from ..simulation.diffusion import DiffusionChain
 from ..simulation.paths import Paths
 from ..tensors import check_tensor
 from .evaluate import Evaluation, evaluate, log_weights
-from .files import check_fingerprint, read_bundle, write_bundle
+from .files import check_fingerprint, read_bundle, require, write_bundle
 
 __all__ = ["Solution", "TiltedStart", "load"]
 
@@ -184,6 +184,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: nn.Mo
         BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
     """
     tensors, saved = read_bundle(folder, "solution", "solution")
+    require(saved, folder, "problem", "settings", "control", "method", "history", "seed", "reproducible")
     check_fingerprint(saved.get("problem"), problem.fingerprint(), folder)
     settings = saved["settings"]
     chain = problem.chain(settings.get("time_steps"), settings.get("scheme"))

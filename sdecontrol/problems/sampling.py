@@ -13,21 +13,13 @@ from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
 from ..randomness import SeededNoise, SuppliedNoise, derive_seed
+from ..simulation.brownian import GridBrownian
 from ..simulation.chains import Chain, JoinedChain
+from ..simulation.equations import ControlledSDE, noise_kind
 from ..simulation.flow import LogLikelihood, flow_log_likelihood, require_generative, solve_flow
 from ..simulation.integrator import integrate
 from ..simulation.shifts import shift_function
-from ..simulation.solvers import (
-    SOLVERS,
-    ControlledSDE,
-    GridBrownian,
-    SolvedPaths,
-    Solver,
-    check_solver,
-    noise_kind,
-    solve_adaptively,
-    solve_on_grid,
-)
+from ..simulation.solvers import SolvedPaths, Solver, check_solver, solve_adaptively, solve_on_grid
 from ..tensors import as_float, check_tensor
 from .problem import ControlProblem
 

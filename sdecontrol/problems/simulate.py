@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, unknown_name
+from ..errors import unknown_name
 from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
 from ..simulation.chains import SAMPLING_SCHEMES, Chain
 from ..simulation.chunks import check_chunk, integrate_in_chunks
@@ -173,13 +173,7 @@ def simulate_chain(
                 replay=(lambda: run("all")) if keep != "all" else None,
             )
 
-    try:
-        return run(keep)
-    except NonFiniteError:
-        if keep == "all":
-            raise
-        run("all")  # the same paths with everything kept: names the step
-        raise
+    return run(keep)
 
 
 def start_of(

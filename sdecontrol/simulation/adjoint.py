@@ -25,11 +25,13 @@ from torchsde._core import adjoint_sde, base_sde, methods, misc
 from ..errors import NonFiniteError
 from ..processes.sde import SDE
 from ..tensors import nonfinite_rows
+from .brownian import GridBrownian
 from .chains import Chain, EulerChain, JoinedChain
+from .equations import ControlledSDE, noise_kind
 from .gradients import PathCost, backpropagate
 from .integrator import NoiseSource, RunningCost, integrate
 from .shifts import shift_function
-from .solvers import ControlledSDE, GridBrownian, Solver, make_stepper, noise_kind
+from .solvers import Solver, make_stepper
 
 __all__ = ["CONTINUOUS_MODES", "backpropagate_continuous", "check_continuous"]
 

@@ -50,16 +50,13 @@ def integrate_in_chunks(
         padded = isinstance(noise, SeededNoise)
         rows = torch.arange(low, low + -(-(high - low) // BLOCK) * BLOCK if padded else high, device=x.device)
         rows = rows.clamp(max=high - 1)
-        part = integrate(
-            chain,
-            x[rows],
-            noise.rows(low, low + len(rows)),
-            shift,
-            condition=None if condition is None else condition[rows],
-            running_cost=running_cost,
-            keep="end",
-            first=first,
-        )
+        options: dict[str, Any] = {
+            "condition": None if condition is None else condition[rows],
+            "running_cost": running_cost,
+            "first": first,
+        }
+        source = noise.rows(low, low + len(rows))
+        part = integrate(chain, x[rows], source, shift, keep="end", **options)
         parts.append(_cut(part, high - low))
     sums = [part._sums for part in parts if part._sums is not None]
     return Paths(

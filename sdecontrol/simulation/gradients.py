@@ -4,9 +4,9 @@ The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + |c
 same gradient to rounding:
 
 * ``full``: ordinary backpropagation; memory grows with the number of steps.
-* ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores every eighth state; the
-  backward pass takes the vector-Jacobian products of eight steps at a time, with the noise drawn again from its seed.
-  Memory: eight steps' graph, plus those states. (One step at a time costs a tenth more in small networks.)
+* ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores every 16th state; the
+  backward pass takes the vector-Jacobian products of 16 steps at a time, with the noise drawn again from its seed.
+  Memory: 16 steps' graph, plus those states. (One step at a time costs a tenth more in small networks.)
 * ``checkpoint``: the same with segments of sqrt(K) steps: memory of sqrt(K) states and of sqrt(K) steps' graph.
 * an integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): a biased gradient.
 """
@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
 from .chains import Chain
-from .integrator import NoiseSource, RunningCost, integrate, one_step
+from .integrator import NoiseSource, RunningCost, check_likelihood, integrate, one_step
 from .shifts import ShiftFunction, shift_function
 
 __all__ = ["GRADIENT_MODES", "PathCost", "backpropagate"]
 
 GRADIENT_MODES = ("full", "checkpoint", "adjoint")
 
-_ADJOINT_STEPS = 8
+_ADJOINT_STEPS = 16
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
         x, early_cost, early_kl = early.end, early.running_cost, early.kl()
     paths = integrate(chain, x, setting.noise, setting.shift(), keep="all", first=cut, **options)
     terminal, kl = setting.terminal(paths.end), paths.kl()
+    check_likelihood(kl, chain)
     _descend(setting, terminal, paths.running_cost, kl)
     return PathCost(
         terminal.detach(), (early_cost + paths.running_cost).detach(), (early_kl + kl).detach(), paths.end.detach()
@@ -182,11 +182,7 @@ def _forward(setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor])
     running = kl = x0.new_zeros(x0.shape[0])
     for first in range(0, chain.steps, size):
         options.update(first=first, last=min(first + size, chain.steps))
-        try:
-            part = integrate(chain, starts[-1], setting.noise, shift, keep="end", **options)
-        except NonFiniteError:
-            integrate(chain, starts[-1], setting.noise, shift, keep="states", **options)  # names the step
-            raise
+        part = integrate(chain, starts[-1], setting.noise, shift, keep="end", **options)
         starts.append(part.end)
         running, kl = running + part.running_cost, kl + part.kl()
     return starts, running, kl

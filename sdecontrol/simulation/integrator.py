@@ -14,7 +14,7 @@ from .chains import Chain
 from .paths import Paths
 from .shifts import ShiftFunction
 
-__all__ = ["KEEP", "NoiseSource", "RunningCost", "explain_nonfinite", "integrate", "one_step"]
+__all__ = ["KEEP", "NoiseSource", "RunningCost", "check_likelihood", "explain_nonfinite", "integrate", "one_step"]
 
 KEEP = ("all", "states", "end")
 
@@ -26,7 +26,7 @@ class _Sums:
     """``sum_k c_k.xi_k`` and ``sum_k |c_k|^2/2`` of paths that are not kept, reduced a few steps at a time (one reduction
     a step would cost more than the step)."""
 
-    most = 1 << 18  # numbers held
+    most = 1 << 18  # numbers held of 64 paths: as many steps whatever the batch, so that sums have the same bits
 
     def __init__(self) -> None:
         self.shifts: list[Tensor] = []
@@ -37,7 +37,7 @@ class _Sums:
 
     def add(self, c: Tensor, xi: Tensor) -> None:
         if not self.shifts:
-            self.room = max(1, min(64, self.most // max(1, c.numel())))
+            self.room = max(1, min(64, self.most // (64 * max(1, c[:1].numel()))))
         self.shifts.append(c)
         self.noises.append(xi)
         if len(self.shifts) >= self.room:
@@ -45,8 +45,8 @@ class _Sums:
 
     def _reduce(self) -> None:
         c = torch.stack(self.shifts)
-        cross = (c * torch.stack(self.noises)).sum(0).flatten(1).sum(1)
-        square = 0.5 * (c * c).sum(0).flatten(1).sum(1)
+        cross = _sum_rows(c * torch.stack(self.noises)).flatten(1).sum(1)
+        square = 0.5 * _sum_rows(c * c).flatten(1).sum(1)
         self.cross = cross if self.cross is None else self.cross + cross
         self.square = square if self.square is None else self.square + square
         self.shifts, self.noises = [], []
@@ -58,6 +58,16 @@ class _Sums:
             zero = x.new_zeros(x.shape[0])
             return zero, zero
         return self.cross, self.square
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    """Sum over the first dimension, in an order that does not depend on the size of the others: torch sums the last few
+    columns in another order than the rest, so their number is made a multiple of 64."""
+    flat = x.flatten(1)
+    count = flat.shape[1]
+    if count % 64:
+        flat = torch.nn.functional.pad(flat, (0, -count % 64))
+    return flat.sum(0)[:count].unflatten(0, x.shape[1:])
 
 
 class NoiseSource(Protocol):
@@ -101,7 +111,7 @@ def integrate(
     """
     last = chain.steps if last is None else last
     everything = keep == "all"
-    states = [x] if keep != "end" else None
+    begin, states = x, [x] if keep != "end" else None
     noises: list[Tensor] = []
     shifts: list[Tensor] = []
     cost: Tensor | None = None
@@ -140,8 +150,24 @@ def integrate(
         replay=replay,
     )
     if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(cost).all()):
+        if states is None:  # the same steps again with the states kept: raises, with the step's name
+            with torch.no_grad():
+                options: dict[str, Any] = {"condition": condition, "running_cost": running_cost}
+                integrate(chain, begin, noise, shift, keep="states", first=first, last=last, **options)
         raise explain_nonfinite(paths, shift, running_cost)
+    if sums is not None:
+        check_likelihood(paths.kl(), chain)
     return paths
+
+
+def check_likelihood(kl: Tensor, chain: Chain) -> None:
+    """Raise where states are finite but ``|c|^2`` has overflowed.
+
+    Raises:
+        NonFiniteError: of the control, with the number of rows.
+    """
+    if not bool(torch.isfinite(kl.detach()).all()):
+        raise _nonfinite("control", None, nonfinite_rows(kl.detach()), chain, ": its likelihood ratio overflows")
 
 
 def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: RunningCost | None) -> NonFiniteError:
@@ -151,6 +177,8 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
         states = paths._states
         if states is None:
             return _nonfinite("state", None, nonfinite_rows(paths.end), chain)
+        if rows := nonfinite_rows(states[0]):
+            return _nonfinite("initial state", paths.first, rows, chain)
         for j, x in enumerate(states[:-1]):
             k = paths.first + j
             if running_cost is not None and chain.clock[k] >= 0:
@@ -175,6 +203,7 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
 def _nonfinite(what: str, step: int | None, rows: int, chain: Chain, more: str = "") -> NonFiniteError:
     where = "" if step is None else f" at step {step} of {chain.steps} (t = {chain.clock[step]:.4g})"
     remedy = {
+        "initial state": "Check the initial law.",
         "drift": "Check the drift there; if it merely explodes, use more time steps.",
         "diffusion": "Check the diffusion there.",
         "control": "Check the control there (a smaller learning rate, if it was being trained).",

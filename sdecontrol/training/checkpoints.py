@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BadFileError
-from ..evaluation.files import check_fingerprint, read_bundle, write_bundle
+from ..evaluation.files import check_fingerprint, read_bundle, require, write_bundle
 
 __all__ = ["Checkpoints"]
 
@@ -55,6 +55,7 @@ class Checkpoints:
                 damaged = error
                 warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
                 continue
+            require(settings, self.folder / name, "identity", "done", "pace", "optimizer", "history", "problem")
             check_fingerprint(settings.get("problem"), fingerprint, self.folder / name)
             return tensors, settings
         if damaged is not None:
