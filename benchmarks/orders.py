@@ -254,6 +254,7 @@ def figure(results: list[dict[str, Any]], path: Path = FIGURE) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     cases = list(dict.fromkeys(r["case"] for r in results))
     schemes = list(dict.fromkeys(r["scheme"] for r in results))
@@ -269,6 +270,9 @@ def figure(results: list[dict[str, Any]], path: Path = FIGURE) -> None:
                     r[kind + "_h"], r[kind], yerr=bars, fmt="o-", color=color, label=label, ms=4, lw=1.2, capsize=2
                 )
             ax.set(xscale="log", yscale="log", title=case if row == 0 else "")
+            ax.set_xticks(sorted({h for r in results if r["case"] == case for h in r[kind + "_h"]}))
+            ax.xaxis.set_major_formatter(lambda h, _: f"1/{1 / h:.0f}")
+            ax.xaxis.set_minor_locator(NullLocator())
             ax.set_xlabel("step h" if row else "")
             ax.set_ylabel(f"{kind} error" if column == 0 else "")
             ax.legend(fontsize=7, title="order (theory)", title_fontsize=7)
@@ -298,7 +302,18 @@ def orders(
     worst = exact_scheme_error()
     typer.echo(f"exact        ornstein-uhlenbeck   no error: {worst:.1e}")
     (RESULTS / "orders.json").write_text(
-        json.dumps({"seed": seed, "orders": results, "exact_scheme_error": worst}, indent=1) + "\n"
+        json.dumps(
+            {
+                "seed": seed,
+                "paths": paths,
+                "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__},
+                "command": "python -m benchmarks orders",
+                "orders": results,
+                "exact_scheme_error": worst,
+            },
+            indent=1,
+        )
+        + "\n"
     )
     if plot:
         figure(results)
