@@ -126,7 +126,7 @@ def gradient_modes(setting: Setting, defect: str) -> Lines:
 
 @check(
     "verify-catches",
-    "issue: learned solvers",
+    "a solution of your own",
     kind=KIND,
     implements=["sdecontrol.log_weights"],
     controls=["alpha off by 5 %", "drift off by 1 %", "weights without the KL"],
