@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -121,6 +121,3 @@ def probing(name: str, called_as: str) -> Iterator[None]:
         raise TypeError(f"{name} failed when called as {called_as}: {error}") from error
     except RuntimeError as error:
         raise RuntimeError(f"{name} failed when called as {called_as}: {error}") from error
-
-
-TimeFunction = Callable[[Tensor], Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,3 @@ def as_model(reference: Reference, control: Control) -> nn.Module:
     if isinstance(control, TunedControl) and isinstance(reference, GenerativeSDE):
         return control.model
     return ControlledModel(reference, control)
-
-
-ModelCall = Callable[..., Tensor]

@@ -88,9 +88,6 @@ class Solution:
     def __repr__(self) -> str:
         return f"Solution({self.method}, {self.iterations} iterations, {self.chain.steps} steps, of {self.problem!r})"
 
-    def _module(self) -> Control:
-        return self.control
-
     def simulate(self, n: int, seed: int | None = None, *, condition: Tensor | None = None, keep: str = "all") -> Paths:
         """Paths of the controlled process."""
         return simulate_chain(self.problem, self.chain, n, self.control, seed=seed, keep=keep, condition=condition)

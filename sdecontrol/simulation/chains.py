@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import NoLikelihood, unknown_name
 from ..processes.generative import GenerativeSDE
-from ..processes.laws import Dirac, Gaussian, GaussianMixture
+from ..processes.laws import Gaussian, GaussianMixture
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..processes.semilinear import SemilinearSDE
@@ -436,8 +436,3 @@ def _exponential(sde: SDE, clock: list[float], dtype: torch.dtype, device: torch
         f"scheme='exponential' needs to know the linear part of the drift, which a {type(sde).__name__} does not say. "
         "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."
     )
-
-
-def initial_state(law: Any) -> Any:
-    """The law from which a chain that begins with a stretch starts: the point."""
-    return Dirac(law.mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,3 @@ def _make(parameters: list[Tensor], optimizer: Any, rate: float) -> torch.optim.
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer(parameters) must return a torch.optim.Optimizer, got {type(made).__name__}.")
     return made
-
-
-OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
