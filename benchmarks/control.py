@@ -1,13 +1,17 @@
-"""The control card: error of the control against the exact ones, and the ELBO gap, for a given amount of CPU time.
+"""The control card: error of the control against CPU-seconds, for all methods on the named control problems.
 
-Each finished cell (problem, method, setting, seed) is a JSON file under ``benchmarks/results/control/``; a cell that exists
-is not run again.
+Each finished cell (problem, method, seed) is a JSON file under ``benchmarks/results/control/``; a cell that exists is not run
+again, so that a table is filled over several sessions. Every cell runs in a process of its own: its CPU time is that process's
+(less what the measurements take), and so is its peak memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import platform
+import resource
 import sys
 import time
 from dataclasses import asdict
@@ -19,89 +23,177 @@ import typer
 
 import sdecontrol as sc
 from sdecontrol.library.problems import problem_card
-from sdecontrol.methods.base import find_method
+
+from .control_page import write_figure, write_page
 
 RESULTS = Path(__file__).parent / "results" / "control"
 
+#: problem -> CPU-seconds of a cell
+PROBLEMS = {"ou-quadratic-easy": 30.0, "ou-quadratic-hard": 60.0, "ou-linear": 30.0, "double-well": 300.0}
+#: in the order in which cells are filled
+METHODS: dict[str, sc.Method] = {
+    "adjoint-matching": sc.AdjointMatching(),
+    "socm": sc.SOCM(),
+    "log-variance": sc.LogVariance(),
+    "reward-backprop": sc.RewardBackprop(),
+    "socm, learned full M": sc.SOCM(matrices="full"),
+    "adjoint-matching, plain": sc.AdjointMatching(zero_variance=False),
+    "adjoint-matching, reciprocal": sc.AdjointMatching(reciprocal=True),
+    "cross-entropy": sc.CrossEntropy(trust_region=1.0),
+    "reinforce": sc.Reinforce(),
+    "soft-ppo": sc.SoftPPO(),
+}
+_FIRST, _GROWTH = 0.5, 1.3  # CPU-seconds of the first point of a curve, and the factor between points
 
-def run_cell(name: str, method: str, iterations: int, time_steps: int | None, seed: int) -> dict[str, Any]:
-    """Solve once; CPU-seconds of the process, and how far from the optima."""
-    card = problem_card(name)
-    problem = card.make()
-    steps = card.time_steps if time_steps is None else time_steps
+
+class _Curve:
+    """Errors of the averaged control while it is trained, at CPU times that grow geometrically; measuring is not counted."""
+
+    def __init__(self, began: float, exact: dict[str, Any]) -> None:
+        self.began, self.exact, self.next, self.measuring = began, exact, _FIRST, 0.0
+        self.points: list[dict[str, float]] = []
+        self.iterations = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.process_time() - self.began - self.measuring
+
+    def on_step_end(self, state: Any) -> None:
+        self.iterations = state.iteration
+        if self.seconds >= self.next:
+            self.measure(state.solution())
+
+    def measure(self, solution: sc.Solution, n: int = 512) -> None:
+        spent, start = self.seconds, time.process_time()
+        errors = {name: sc.control_error(solution, exact, n=n).absolute.value for name, exact in self.exact.items()}
+        self.points.append({"cpu_seconds": spent, "iterations": self.iterations, **errors})
+        self.measuring += time.process_time() - start
+        while self.next <= spent:
+            self.next *= _GROWTH
+
+
+def _exact_solutions(problem: sc.ControlProblem, steps: int) -> dict[str, Any]:
+    return {
+        "discretised": sc.exact_solution(problem, time_steps=steps),
+        "continuous": sc.exact_solution(problem),
+    }
+
+
+def _iterations(problem: sc.ControlProblem, method: sc.Method, settings: dict[str, Any], budget: float) -> int:
+    """How many iterations the budget pays for, from ten of them."""
+    sc.solve(problem, method, iterations=2, seed=9, progress=False, **settings)
     began = time.process_time()
-    solution = sc.solve(problem, method, time_steps=steps, iterations=iterations, batch_size=card.batch_size, seed=seed)
-    seconds = time.process_time() - began
+    sc.solve(problem, method, iterations=10, seed=9, progress=False, **settings)
+    return max(20, int(budget / ((time.process_time() - began) / 10)))
+
+
+def run_cell(name: str, label: str, seed: int, budget: float, iterations: int | None) -> dict[str, Any]:
+    """Solve once with a learning-rate schedule that ends with the budget; errors on the way and at the end."""
+    torch.set_num_threads(1)
+    card, method = problem_card(name), METHODS[label]
+    problem = card.make()
+    settings: dict[str, Any] = {"time_steps": card.time_steps, "batch_size": card.batch_size}
+    iterations = _iterations(problem, method, settings, budget) if iterations is None else iterations
+    exact = _exact_solutions(problem, card.time_steps)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    curve = _Curve(time.process_time(), exact)
+    solution = sc.solve(
+        problem, method, iterations=iterations, seed=seed, callbacks=[curve], progress=False, **settings
+    )
+    seconds = curve.seconds
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    curve.measure(solution)
+    errors = {name: sc.control_error(solution, e, n=4096) for name, e in exact.items()}
     evaluation = solution.evaluate(4096, seed=seed + 1)
-    errors: dict[str, Any] = {}
-    for column, chain in (("discretised", solution), ("continuous", None)):
-        try:
-            error = sc.control_error(solution, sc.exact_solution(problem, like=chain), n=4096)
-        except sc.NoExactSolution:
-            continue
-        errors[column] = {"absolute": asdict(error.absolute), "relative": asdict(error.relative)}
+    size = errors["discretised"].absolute.value / errors["discretised"].relative.value
     return {
         "problem": name,
         "version": card.version,
         "definition": card.definition,
-        "method": method,
-        "settings": asdict(find_method(method)),
+        "method": label,
+        "settings": {"name": method.name, **{k: repr(v) for k, v in asdict(method).items()}},
         "iterations": iterations,
-        "time_steps": steps,
+        "time_steps": card.time_steps,
         "batch_size": card.batch_size,
         "seed": seed,
+        "budget_cpu_seconds": budget,
         "cpu_seconds": seconds,
-        "control_error": errors,
+        "cpu_seconds_per_iteration": seconds / iterations,
+        "peak_mb": memory,
+        "peak_mb_before": before,
+        "mean_square_of_the_optimum": size,
+        "seconds_to": {str(part): _seconds_to(curve.points, part * size) for part in (0.1, 0.01, 0.001)},
+        "control_error": {
+            n: {"absolute": asdict(e.absolute), "relative": asdict(e.relative)} for n, e in errors.items()
+        },
         "gap": asdict(evaluation.gap),
         "gap_is_exact": evaluation.exact,
         "elbo": asdict(evaluation.elbo),
         "ess": asdict(evaluation.ess),
-        "threads": torch.get_num_threads(),
+        "curve": curve.points,
         "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks control --problem {name} --method '{label}' --cpu-seconds {budget:g}",
     }
 
 
+def _seconds_to(points: list[dict[str, float]], level: float) -> float | None:
+    """CPU-seconds to the first point from which on the error stays below ``level``; None: never."""
+    late = [i for i, p in enumerate(points) if not p["discretised"] <= level]
+    first = late[-1] + 1 if late else 0
+    return points[first]["cpu_seconds"] if first < len(points) else None
+
+
+def _cell_path(results: Path, problem: str, label: str, seed: int) -> Path:
+    return results / f"{problem}--{label.replace(', ', '-').replace(' ', '-').lower()}--{seed}.json"
+
+
+def _store(path: Path, arguments: tuple[Any, ...]) -> None:
+    try:
+        cell: dict[str, Any] = run_cell(*arguments)
+    except (RuntimeError, ValueError) as error:  # a method that diverges or refuses is a result
+        cell = {"problem": arguments[0], "method": arguments[1], "seed": arguments[2], "failed": str(error)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(cell, indent=1) + "\n")
+    part.replace(path)
+
+
 def control(
-    problem: Annotated[str, typer.Option(help="A named problem.")] = "ou-quadratic-easy",
-    method: Annotated[str, typer.Option(help="A method's name.")] = "reward-backprop",
-    iterations: Annotated[int, typer.Option(min=1)] = 500,
-    time_steps: Annotated[int | None, typer.Option(min=1, show_default="the card's")] = None,
+    problem: Annotated[list[str] | None, typer.Option(help="Named problems; all of the card if not given.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
+    cpu_seconds: Annotated[float | None, typer.Option(min=1, show_default="30 to 300, by problem")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, show_default="what the CPU-seconds pay for")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 3,
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Only write docs/control.md and its figure from what is there.")
+    ] = False,
 ) -> None:
-    """The control card: CPU-seconds, control errors and ELBO gap, per seed.
+    """The control card: error of the control against CPU-seconds, per method, problem and seed.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks control --problem ou-quadratic-easy --iterations 500
+    Example:  OMP_NUM_THREADS=1 python -m benchmarks control --problem ou-quadratic-easy --method adjoint-matching
     """
-    cells = []
-    for seed in range(seeds):
-        steps = time_steps if time_steps is not None else problem_card(problem).time_steps
-        path = results / f"{problem}-{method}-{iterations}x{steps}-{seed}.json"
+    labels, names = method or list(METHODS), problem or list(PROBLEMS)
+    for label in labels:
+        if label not in METHODS:
+            raise typer.BadParameter(f"{label!r}; known are {', '.join(METHODS)}.", param_hint="--method")
+    cells = [] if page else [(n, m, s) for m in labels for n in names for s in range(seeds)]
+    for name, label, seed in cells:
+        path = _cell_path(results, name, label, seed)
         if path.exists() and not again:
-            cells.append(json.loads(path.read_text()))
             continue
-        cells.append(run_cell(problem, method, iterations, time_steps, seed))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(cells[-1], indent=1) + "\n")
-    print(table(cells))
-
-
-def table(cells: list[dict[str, Any]]) -> str:
-    """The cells as a Markdown table."""
-    lines = [
-        "| problem | method | iterations | seed | CPU-s | error, discretised | error, continuous | ELBO gap |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for c in cells:
-        errors = [
-            str(sc.Estimate(**c["control_error"][column]["absolute"])) if column in c["control_error"] else "-"
-            for column in ("discretised", "continuous")
-        ]
-        gap = f"{sc.Estimate(**c['gap'])}{'' if c['gap_is_exact'] else ' (estimated)'}"
-        lines.append(
-            f"| {c['problem']} | {c['method']} | {c['iterations']} | {c['seed']} | {c['cpu_seconds']:.1f} | "
-            f"{errors[0]} | {errors[1]} | {gap} |"
+        budget = cpu_seconds if cpu_seconds is not None else PROBLEMS.get(name, 60.0)
+        worker = multiprocessing.get_context("spawn").Process(
+            target=_store, args=(path, (name, label, seed, budget, iterations))
         )
-    return "\n".join(lines)
+        worker.start()
+        worker.join()
+        if worker.exitcode:
+            sys.exit(f"{name}, {label}, seed {seed}: the process ended with {worker.exitcode}.")
+        cell = json.loads(path.read_text())
+        error = cell.get("control_error", {}).get("discretised", {}).get("absolute", {}).get("value", math.nan)
+        print(f"{name:<20} {label:<30} seed {seed}: error {error:.3g}", flush=True)
+    found = [json.loads(p.read_text()) for p in sorted(results.glob("*--*--*.json"))]
+    write_figure(found, list(METHODS))
+    print(write_page(found, list(METHODS)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
+from .linear_part import LinearPart, PartOnStretch
 
 __all__ = ["Control", "StartedControl", "UserControl"]
 
@@ -83,6 +84,10 @@ class Control(nn.Module):
         function = self.on_chain(chain)
         return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
 
+    def linear_parts(self) -> list[LinearPart]:
+        """The parameters in which the control is linear, for steps of least squares; none if it is linear in none."""
+        return []
+
 
 class UserControl(Control):
     """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
@@ -148,3 +153,25 @@ class StartedControl(Control):
             return torch.nn.functional.pad(c, (0, pad)) if pad else c
 
         return shift
+
+    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+        if not hasattr(chain, "first"):
+            return self.main.along(chain, states, y, first)
+        before, after = chain.first, chain.second  # type: ignore[attr-defined]
+        cut = max(0, before.steps - first)
+        parts = []
+        for part, half, control, at in (
+            (states[:cut], before, self.start, first),
+            (states[cut:], after, self.main, max(0, first - before.steps)),
+        ):
+            if len(part):
+                c = control.along(half, part, y, at)
+                missing = chain.noise_shape[0] - half.noise_shape[0]
+                parts.append(torch.nn.functional.pad(c, (0, missing)) if missing else c)
+        return torch.cat(parts)
+
+    def linear_parts(self) -> list[LinearPart]:
+        return [
+            *(PartOnStretch(part, second=False) for part in self.start.linear_parts()),
+            *(PartOnStretch(part, second=True) for part in self.main.linear_parts()),
+        ]

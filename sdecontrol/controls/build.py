@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ..problems.problem import ControlProblem
-from ..problems.rewards import Linear, Quadratic
+from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
+from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
 from ..simulation.chains import Chain, JoinedChain
 from ..simulation.diffusion import DiffusionChain
 from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
+from .given import GivenControl, ZeroControl, given_control
+from .guidance import ValueControl, value_from_configuration
 from .network import DefaultControl
+from .path_integral import PathIntegralControl
 from .tuned import TunedControl, has_trainable_model
 
 __all__ = ["build_control", "control_from_configuration", "control_kind"]
@@ -110,6 +114,15 @@ def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     return root.mT @ slope / problem.alpha, root.mT @ reward.g / problem.alpha
 
 
+def _linear_quadratic(problem: ControlProblem) -> bool:
+    """Whether the optimal control is affine in x."""
+    return (
+        isinstance(problem.reference, LinearSDE)
+        and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
+        and isinstance(problem.running_cost_function, (QuadraticCost, type(None)))
+    )
+
+
 def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
     if problem.condition is None:
         return {}
@@ -144,6 +157,7 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
         reward_gradient=_reward_gradient(problem) if gated else None,
         sde=sde if gated and isinstance(sde, SDE) else None,
         affine_pull=_affine_pull(problem) if gated else None,
+        nonlinear=not _linear_quadratic(problem),
         generator=generator_for("cpu", seed),
         **options,
     )
@@ -180,15 +194,31 @@ def control_kind(control: Control) -> dict[str, Any]:
         return {"kind": "tuned"}
     if isinstance(control, DefaultControl):
         return {"kind": "network", **control.configuration}
+    if isinstance(control, (ZeroControl, GivenControl, PathIntegralControl, ValueControl)):
+        return control.configuration
     return {"kind": "user"}
 
 
-def control_from_configuration(problem: ControlProblem, chain: Chain, kind: dict[str, Any], given: Any) -> Control:
+def control_from_configuration(
+    problem: ControlProblem, chain: Chain, kind: dict[str, Any], given: Any, value: Any = None
+) -> Control:
     """The control of a saved file, with fresh parameters.
 
+    Args:
+        given: the user's own control, where it is one. value: the user's own value function or classifier.
+
     Raises:
-        TypeError: the control was the user's own and is not given again.
+        TypeError: the control (or value) was the user's own and is not given again.
     """
+    if kind["kind"] == "zero":
+        return given_control(problem, None)
+    if kind["kind"] == "value":
+        return ValueControl(value_from_configuration(problem, chain, kind["value"], value), problem, chain)
+    if kind["kind"] == "path-integral":
+        options = {name: setting for name, setting in kind.items() if name not in ("kind", "proposal")}
+        inner = kind["proposal"]
+        proposal = None if inner is None else control_from_configuration(problem, chain, inner, given, value)
+        return PathIntegralControl(problem, chain, proposal, **options)
     if kind["kind"] == "started":
         main = control_from_configuration(problem, chain.second, kind["main"], given)  # type: ignore[attr-defined]
         return StartedControl(_start_network(problem, 0), main)
@@ -206,4 +236,6 @@ def control_from_configuration(problem: ControlProblem, chain: Chain, kind: dict
         )
     if given is None:
         raise TypeError("this solution's control is your own module: give it again as load(..., control=module).")
+    if kind["kind"] == "given":
+        return given_control(problem, given, "control")
     return _users(problem, chain, given)

@@ -1,8 +1,9 @@
 """The default network of a control.
 
 Beside its hidden layers it has an affine path in x whose coefficients are functions of time, time features that resolve
-both ends of the horizon, and, where the reward has a gradient, a learned gate times ``sigma^T grad r / alpha``, which is
-the exact control at the end. It starts at zero output: training starts from the reference.
+both ends of the horizon, where the reward has a gradient a learned gate times ``sigma^T grad r / alpha`` (which is
+the exact control at the end), and, where the problem is not linear-quadratic, a function of one coordinate for each output: smooth bumps in x_i with
+coefficients that are functions of time. It starts at zero output: training starts from the reference.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale_transposed
 from .base import Control
+from .linear_part import LinearPart, gram_of_features
 
 __all__ = ["DefaultControl", "time_features"]
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
+_MOST_BUMPED = 32  # largest state that gets a function per coordinate
+_BUMPS = 10  # per coordinate
+_REACH = 2.5  # spreads from the centre to the outermost bump
 _RESOLUTIONS = tuple(2.0**-j for j in range(1, 8))
 
 
@@ -41,6 +46,21 @@ def time_features(s: Tensor) -> Tensor:
 _FEATURES = time_features(torch.zeros(1)).shape[-1]
 
 
+def bumps(z: Tensor) -> Tensor:
+    """Gaussian bumps ``(..., 10)`` in each coordinate of the normalised state z, on a uniform grid with their width as its step.
+
+    ``exp(-(z/w - j)^2/2) = exp(-(z/w)^2/2) exp(z/w)^j exp(-j^2/2)``: two exponentials for all of them. They vanish far out, where the affine
+    path is left.
+    """
+    width = 2 * _REACH / (_BUMPS - 1)
+    s = (z / width).clamp(-8.5, 8.5)
+    ratio, value = s.exp(), torch.exp(-0.5 * (s + _REACH / width) ** 2)
+    out = [value]
+    for j in range(1, _BUMPS):
+        out.append(out[-1] * ratio * math.exp(0.5 * ((j - 1 - _REACH / width) ** 2 - (j - _REACH / width) ** 2)))
+    return torch.stack(out, dim=-1)
+
+
 class DefaultControl(Control):
     """See the module's docstring.
 
@@ -52,6 +72,7 @@ class DefaultControl(Control):
         hidden: widths of the hidden layers.
         affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
             since it is folded into the affine path.
+        nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
     """
 
     def __init__(
@@ -70,6 +91,7 @@ class DefaultControl(Control):
         classes: int = 0,
         generator: torch.Generator | None = None,
         affine_pull: tuple[Tensor, Tensor] | None = None,
+        nonlinear: bool = False,
     ) -> None:
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
         n, m = self.event_shape.numel(), self.control_shape.numel()
@@ -89,7 +111,9 @@ class DefaultControl(Control):
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
         self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
         self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
-        self.gate = nn.Parameter(torch.zeros(_FEATURES)) if reward_gradient is not None else None
+        self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward_gradient is not None else None
+        self.nonlinear = nonlinear and n == m and n <= _MOST_BUMPED
+        self.bent = nn.Parameter(torch.zeros(_FEATURES, m, _BUMPS)) if self.nonlinear else None
         pull, push = affine_pull if affine_pull is not None and self.full else (None, None)
         self.pull: Tensor | None
         self.push: Tensor | None
@@ -104,6 +128,7 @@ class DefaultControl(Control):
             "condition_size": self.condition_size,
             "classes": self.classes,
             "gate": self.gate is not None,
+            "nonlinear": self.nonlinear,
         }
 
     # ------------------------------------------------------------ pieces
@@ -126,11 +151,12 @@ class DefaultControl(Control):
         )
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
-        gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t))
+        gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t), 1)
         if self.pull is not None and self.push is not None and self.gate is not None:
-            affine = affine + gate.reshape(-1, 1, 1) * self.pull
-            offset = offset + gate.unsqueeze(1) * self.push
-        return first.unsqueeze(0), time_part, affine, offset, gate
+            affine = affine + gate.unsqueeze(2) * self.pull
+            offset = offset + gate * self.push
+        bent = torch.einsum("kf,fij->kij", phi, self.bent) if self.bent is not None else t.new_zeros(len(t), 1, 1)
+        return first.unsqueeze(0), time_part, affine, offset, gate, bent
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return self.tables_at(chain.times[:-1])
@@ -169,10 +195,18 @@ class DefaultControl(Control):
             else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
         )
         u = torch.addmm(u, self._hidden(z), self.last.mT)
+        if self.nonlinear:
+            bent = tables[5]
+            u = u + (bumps((flat - self.centre) / self.spread) * bent[k if len(bent) > 1 else 0]).sum(-1)
         if sigma is not None:
             gate = tables[4]
             u = u + gate[k if len(gate) > 1 else 0] * self._pull(x, sigma, y)
         return u.unflatten(1, self.control_shape)
+
+    # ------------------------------------------------------------ linear parameters
+
+    def linear_parts(self) -> list[LinearPart]:
+        return [NetworkLinearPart(self)] if self.full and not self.condition_size else []
 
     # ------------------------------------------------------------ Control
 
@@ -203,16 +237,104 @@ class DefaultControl(Control):
         return shift
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        if self._looks_at_reward or self.condition_size or not self.full:
-            return super().along(chain, states, y, first)
         count = states.shape[0]
         W, *rest = self.tables(chain)
-        time_part, affine, offset, _ = (p[first : first + count] for p in rest)
+        time_part, affine, offset, gate, bent = (p[first : first + count] for p in rest)
         flat = states.flatten(2)
         z = flat @ W[0].mT + time_part.unsqueeze(1)
-        u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT) + self._hidden(z) @ self.last.mT
+        if self.condition_size:
+            z = z + self._condition(y) @ self.weights[0][:, flat.shape[2] :].mT
+        if self.full:
+            u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
+        else:
+            u = offset.unsqueeze(1) + flat[..., : affine.shape[1]] * affine.unsqueeze(1)
+        u = u + self._hidden(z) @ self.last.mT
+        if self.nonlinear:
+            u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
+        if self._looks_at_reward:
+            u = u + gate.unsqueeze(1) * self._pull_along(chain, states, y, first)
         u = u.unflatten(2, self.control_shape)
         return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])
+
+    def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
+        """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
+        assert self.reward_gradient is not None and self.sde is not None
+        count = states.shape[0]
+        many = None if y is None else y.repeat(count, *(1 for _ in y.shape[1:]))
+        gradient = self.reward_gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
+        gradient = gradient.unflatten(0, states.shape[:2])
+        diffusion = self.sde.diffusion_on_grid(chain.times)
+        ndim = len(self.event_shape)
+        return torch.stack(
+            [
+                apply_scale_transposed(diffusion(first + k, states[k]), gradient[k], ndim).flatten(1)
+                for k in range(count)
+            ]
+        )
+
+
+class NetworkLinearPart(LinearPart):
+    """The parameters in which a :class:`DefaultControl` is linear: affine path, last layer, and what belongs to one output alone
+    (its function of one coordinate and its gate)."""
+
+    def __init__(self, control: DefaultControl) -> None:
+        self.control = control
+        own = [p for p in (control.bent,) if p is not None]
+        self.gated = control.gate is not None and control._looks_at_reward
+        if self.gated and control.gate is not None:
+            own.append(control.gate)
+        self.own = bool(own)
+        self.parameters = [control.offset, control.affine, control.last, *own]
+
+    def features(self, chain: Chain, states: Tensor, y: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        control = self.control
+        flat = states.flatten(2)
+        normal = (flat - control.centre) / control.spread
+        W, time_part, *_ = control.tables(chain)
+        hidden = control._hidden(flat @ W[0].mT + time_part.unsqueeze(1))
+        parts = []
+        if control.nonlinear:
+            parts.append(bumps(normal))
+        if self.gated:
+            parts.append(control._pull_along(chain, states, y, 0).unsqueeze(3))
+        own = torch.cat(parts, 3) if parts else None
+        modulated = torch.cat((torch.ones_like(normal[..., :1]), normal), 2)
+        return control._features(chain.times[:-1]), modulated, hidden, own
+
+    @torch.no_grad()
+    def gram(
+        self,
+        chain: Chain,
+        states: Tensor,
+        y: Any = None,
+        weights: Tensor | None = None,
+        step_weights: Tensor | None = None,
+    ) -> Tensor:
+        return gram_of_features(chain, *self.features(chain, states, y), weights, step_weights)
+
+    def gather(self, parts: Sequence[Tensor]) -> Tensor:
+        offset, affine, last, *own = parts
+        shared = torch.cat((offset.unsqueeze(2), affine), 2).permute(0, 2, 1).flatten(0, 1)  # (F (1 + n), m)
+        shared = torch.cat((shared, last.mT))
+        if not self.own:
+            return shared.unsqueeze(0)
+        mine = torch.cat([p if p.ndim == 3 else p.unsqueeze(2) for p in own], 2)  # (F, m, J)
+        return torch.cat((shared.mT, mine.permute(1, 0, 2).flatten(1)), 1).unsqueeze(2)
+
+    def scatter(self, values: Tensor) -> list[Tensor]:
+        control = self.control
+        m, n, h = control.last.shape[0], control.affine.shape[2], control.last.shape[1]
+        size = _FEATURES * (1 + n) + h
+        shared = values[:, :size, 0].mT if self.own else values[0]
+        first = shared[:-h].reshape(_FEATURES, 1 + n, m).permute(0, 2, 1)
+        out = [first[:, :, 0], first[:, :, 1:], shared[-h:].mT]
+        if self.own:
+            mine = values[:, size:, 0].reshape(m, _FEATURES, -1).permute(1, 0, 2)
+            if control.nonlinear:
+                out.append(mine[..., :_BUMPS])
+            if self.gated:
+                out.append(mine[..., -1])
+        return out
 
 
 def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:

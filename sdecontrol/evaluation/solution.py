@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..controls.base import Control, StartedControl
 from ..controls.build import control_from_configuration, control_kind
+from ..controls.guidance import value_from_configuration
 from ..controls.tuned import as_model
 from ..errors import BadFileError
 from ..problems.problem import ControlProblem
@@ -147,9 +148,10 @@ class Solution:
         write_bundle(
             folder,
             "solution",
-            self.control.state_dict(),
+            self._tensors(),
             {
                 "kind": "solution",
+                **self._saved(),
                 "method": self.method,
                 "settings": plain_settings(self.settings),
                 "seed": self.seed,
@@ -161,6 +163,14 @@ class Solution:
             },
         )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a saved file holds of tensors."""
+        return self.control.state_dict()
+
+    def _saved(self) -> dict[str, Any]:
+        """What a saved file says beyond what all solutions have."""
+        return {}
+
 
 def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as JSON can hold them (a grid as a list)."""
@@ -170,12 +180,13 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {"time_steps": steps, "scheme": settings.get("scheme")}
 
 
-def load(folder: str | os.PathLike[str], problem: ControlProblem, control: nn.Module | None = None) -> Solution:
+def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any = None, value: Any = None) -> Solution:
     """Load a solution that ``solution.save`` wrote.
 
     Args:
         problem: the problem it solves; a file of another problem is refused.
-        control: your own control, where the solution has one (its parameters are overwritten).
+        control: your own control or proposal, where the solution has one (the parameters of a module are overwritten).
+        value: your own value function or classifier, where the solution has one (by which it is guided or twisted).
 
     Raises:
         BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
@@ -185,11 +196,22 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: nn.Mo
     check_fingerprint(saved.get("problem"), problem.fingerprint(), folder)
     settings = saved["settings"]
     chain = problem.chain(settings.get("time_steps"), settings.get("scheme"))
-    module = control_from_configuration(problem, chain, saved["control"], control)
+    module = control_from_configuration(problem, chain, saved["control"], control, value)
+    twisting = {name.removeprefix("twist."): tensors.pop(name) for name in list(tensors) if name.startswith("twist.")}
     load_tensors(module, tensors, folder)
-    return Solution(
+    kind: Any = Solution
+    more: dict[str, Any] = {}
+    if saved.get("particles") is not None:
+        from .weighted import ParticleSettings, ParticleSolution
+
+        kind, more = ParticleSolution, {"particles": ParticleSettings(**saved["particles"])}
+        if saved["twist"] is not None:
+            more["twist"] = value_from_configuration(problem, chain, saved["twist"], value)
+            load_tensors(more["twist"], twisting, folder)
+    return kind(
         problem,
         module,
+        **more,
         method=saved["method"],
         settings=settings,
         history=saved["history"],

@@ -1,4 +1,4 @@
-"""Closed forms: the exact optimum of linear-quadratic problems and of Gaussian-mixture models."""
+"""Exact optima: linear-quadratic problems and Gaussian-mixture models in closed form, low-dimensional blocks on grids."""
 
 from .base import ExactControl, ExactSolution
 from .solve import exact_solution

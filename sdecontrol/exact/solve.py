@@ -7,13 +7,15 @@ from typing import Any
 
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
+from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.sde import SDE
-from ..simulation.chains import JoinedChain, TransitionChain
+from ..simulation.chains import ExponentialChain, GenerativeExponentialChain, JoinedChain, TransitionChain
 from .base import ExactSolution
 from .discrete import ChainSolution
 from .mixtures import MixtureSolution
 from .quadratic import linear_reference
 from .riccati import RiccatiSolution
+from .separable import GridChainSolution, GridSolution
 
 __all__ = ["exact_solution"]
 
@@ -24,8 +26,10 @@ def exact_solution(
     """The exact solution of a problem, in continuous time or of its discretised chain.
 
     Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
-    ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; and Gaussian-mixture models with
-    a linear or quadratic reward, in continuous time.
+    ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; Gaussian-mixture models with
+    a linear or quadratic reward, in continuous time; and, on grids, any problem that falls apart into coordinates (in
+    continuous time also into pairs of them) that do not act on each other. For that nothing is declared: drift, diffusion,
+    reward and running cost are probed. Grid solutions say how exact they are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
@@ -45,28 +49,37 @@ def exact_solution(
     if not isinstance(problem.reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     linear = linear_reference(problem.reference)
-    if linear is not None and not discrete:
-        return RiccatiSolution(problem, linear)
-    if linear is not None:
-        chain = problem.chain(time_steps, scheme)
-        main = chain.second if isinstance(chain, JoinedChain) else chain
-        steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
-        settings = {
-            "time_steps": int(steps) if isinstance(steps, (int, Integral)) else [float(t) for t in steps],
-            "scheme": "exact" if isinstance(main, TransitionChain) else "euler",
-        }
+    quadratic = linear is not None and _is_quadratic(problem)
+    if getattr(problem.reference, "mixture", None) is not None and linear is None:
+        if discrete:
+            raise NoExactSolution(
+                "time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
+                "time_steps and like out."
+            )
+        return MixtureSolution(problem)
+    if not quadratic and len(problem.event_shape) != 1:
+        raise NoExactSolution(
+            f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "
+            f"{tuple(problem.event_shape)}; grids need vector states."
+        )
+    if not discrete:
+        return RiccatiSolution(problem, linear) if quadratic and linear is not None else GridSolution(problem)
+    chain = problem.chain(time_steps, scheme)
+    main = chain.second if isinstance(chain, JoinedChain) else chain
+    steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+    exponential = isinstance(main, (ExponentialChain, GenerativeExponentialChain))
+    settings = {
+        "time_steps": int(steps) if isinstance(steps, (int, Integral)) else [float(t) for t in steps],
+        "scheme": "exact" if isinstance(main, TransitionChain) else "exponential" if exponential else "euler",
+    }
+    if quadratic and linear is not None:
         return ChainSolution(problem, linear, chain, settings)
-    if getattr(problem.reference, "mixture", None) is None:
-        raise NoExactSolution(
-            f"reference: {type(problem.reference).__name__} is neither linear nor a generative_sde of a "
-            "GaussianMixture, so no exact solution is known."
-        )
-    if discrete:
-        raise NoExactSolution(
-            "time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
-            "time_steps and like out."
-        )
-    return MixtureSolution(problem)
+    return GridChainSolution(problem, chain, settings)
+
+
+def _is_quadratic(problem: ControlProblem) -> bool:
+    reward, cost = problem.reward_function, problem.running_cost_function
+    return isinstance(reward, (Quadratic, Linear, type(None))) and isinstance(cost, (QuadraticCost, type(None)))
 
 
 def _discretisation(time_steps: Any, like: Any, scheme: str | None) -> tuple[bool, Any, str | None]:

@@ -1,6 +1,39 @@
 """One file per algorithm: where its paths come from, and its loss."""
 
+from .adjoint_matching import AdjointMatching
 from .base import Method, find_method, method_names
+from .best_of_n import BestOfN
+from .bridge_matching import BridgeMatching
+from .classifier_guidance import ClassifierGuidance
+from .cross_entropy import CrossEntropy
+from .log_variance import LogVariance
+from .path_consistency import PathConsistency
+from .path_integral import PathIntegralGuidance
+from .reinforce import Reinforce
 from .reward_backprop import RewardBackprop
+from .reward_weighted_mle import RewardWeightedMLE
+from .smc import SMC
+from .socm import SOCM
+from .soft_ppo import SoftPPO
+from .value_guidance import ValueGuidance
 
-__all__ = ["Method", "RewardBackprop", "find_method", "method_names"]
+__all__ = [
+    "SMC",
+    "SOCM",
+    "AdjointMatching",
+    "BestOfN",
+    "BridgeMatching",
+    "ClassifierGuidance",
+    "CrossEntropy",
+    "LogVariance",
+    "Method",
+    "PathConsistency",
+    "PathIntegralGuidance",
+    "Reinforce",
+    "RewardBackprop",
+    "RewardWeightedMLE",
+    "SoftPPO",
+    "ValueGuidance",
+    "find_method",
+    "method_names",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
 from ..simulation.chains import Chain
 
-__all__ = ["Batch", "ControlState", "Method", "Run", "find_method", "method_names", "register"]
+__all__ = ["Batch", "ControlState", "Method", "Regression", "Run", "find_method", "method_names", "register"]
 
 
 @dataclass
@@ -34,6 +34,25 @@ class Batch:
     seed: int
 
 
+@dataclass(frozen=True)
+class Regression:
+    """A loss ``E sum_k weight |c_k(x_k) - y_k|^2/2`` whose gradients a method has made: then the parameters in which the control is linear
+    are moved by least squares.
+
+    Attributes:
+        states: ``(K, batch, *event)`` of all steps of the chain.
+        loss: its value, by which the next steps are damped more or less.
+        weights: of the paths, ``(batch,)`` with mean 1; None: all 1.
+    """
+
+    chain: Chain
+    states: Tensor
+    condition: Any
+    loss: float
+    weights: Tensor | None = None
+    step_weights: Tensor | None = None
+
+
 @dataclass
 class Run:
     """What a method sees of a run.
@@ -42,7 +61,8 @@ class Run:
         batch_size: paths per gradient; ``accumulate`` of them make one step.
         control: the user's own control, or None.
         iteration: number of the current iteration.
-        descend: take one optimiser step from the gradients of the state's parameters (checked to be finite).
+        descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
+            :class:`Regression`, with least squares for the control's linear parameters.
     """
 
     problem: ControlProblem
@@ -52,7 +72,7 @@ class Run:
     seed: int
     control: Any = None
     iteration: int = 0
-    descend: Callable[[], None] = field(default=lambda: None)
+    descend: Callable[..., None] = field(default=lambda *regression: None)
 
     def batch(self, part: int = 0) -> Batch:
         """The ``part``-th batch of this iteration."""
@@ -82,6 +102,10 @@ class Method:
     default_iterations: ClassVar[int] = 2000
     #: whether the reward must have a gradient
     needs_gradient: ClassVar[bool] = False
+    #: whether progress shows in the loss, a residual that is 0 at the optimum, rather than in the objective
+    residual: ClassVar[bool] = False
+    #: decay of the average of the parameters over iterations
+    averaging: ClassVar[float] = 0.99
 
     @property
     def name(self) -> str:
@@ -116,7 +140,10 @@ def kebab(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
-def register(cls: type[Method]) -> type[Method]:
+_M = TypeVar("_M", bound=Method)
+
+
+def register(cls: type[_M]) -> type[_M]:
     """Make a method known by its name in kebab case."""
     _REGISTRY[kebab(cls.__name__)] = cls
     return cls

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import unknown_name
 from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, generator_for
 from ..simulation.adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..simulation.gradients import GRADIENT_MODES, backpropagate
 from .base import Method, Run, concatenate, parameters_of, path_metrics, register
@@ -28,7 +30,8 @@ class RewardBackprop(Method):
     Args:
         gradient: how the gradient goes through the simulation. "full": ordinary backpropagation. "checkpoint": the same
             gradient with segments recomputed. "adjoint": the same gradient by the exact adjoint of the chain, memory of
-            one step's graph. An integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): cheaper, biased.
+            one step's graph. "random": the adjoint through a random number of last steps, drawn in every iteration as AlignProp
+            does (Prabhudesai et al. 2310.03739), weighted so that it is unbiased: half the backward pass, more noise. An integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): cheaper, biased.
             "continuous-adjoint": the adjoint equation solved backwards by torchsde (Li et al. 2001.01328): memory
             independent of the number of steps; biased by the discretisation, of order 1 in the step for additive noise and
             1/2 otherwise, more so for strongly contracting drifts. "reversible-heun": an algebraically reversible scheme
@@ -65,6 +68,7 @@ class RewardBackprop(Method):
                 return -_decoded_reward(problem, run, x, y) / problem.alpha
 
             descend: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
+            more = {"reach": self._reach(run, part)} if self.gradient == "random" else {}
             cost = descend(
                 chain,
                 state.control,
@@ -77,12 +81,18 @@ class RewardBackprop(Method):
                 alpha=problem.alpha,
                 condition=batch.condition,
                 weight=1 / run.accumulate,
+                **more,
             )
             rewards.append(-problem.alpha * cost.terminal)
             costs.append(cost.running_cost)
             kls.append(cost.kl)
         run.descend()
         return path_metrics(concatenate(rewards), concatenate(costs), concatenate(kls), problem.alpha)
+
+    @staticmethod
+    def _reach(run: Run, part: int) -> float:
+        generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
+        return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def _decoded_reward(problem: ControlProblem, run: Run, x: Tensor, y: Tensor | None) -> Tensor:

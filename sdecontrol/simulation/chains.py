@@ -75,6 +75,15 @@ class Chain:
         """Mean and scale of step k at x; scales as in :func:`sdecontrol.tensors.apply_scale`."""
         raise NotImplementedError
 
+    def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """Means ``(K, batch, *event)`` and scales of steps ``first, first+1, ...`` at stored states ``(K, batch, *event)``."""
+        pairs = [self.kernel(first + j, x, condition) for j, x in enumerate(states.unbind(0))]
+        return torch.stack([mean for mean, _ in pairs]), [scale for _, scale in pairs]
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        """The matrix ``(d, d)`` of the mean of step k where it is affine in x and known, else None."""
+        return None
+
     def gain(self, k: int) -> float | Tensor:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""
         return math.sqrt(self.step_sizes[k])
@@ -122,6 +131,7 @@ class EulerChain(Chain):
         self.noise_shape = sde.control_shape
         self._terms = sde.on_grid(self.times[:-1])
         self._roots = [math.sqrt(h) for h in self.step_sizes]
+        self._vectorised = True  # until a drift turns out not to be
         constant = sde.constant_diffusion
         self._scales = None
         if constant is not None:
@@ -133,6 +143,28 @@ class EulerChain(Chain):
         drift, sigma = self._terms(k, x, condition)
         scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]
         return torch.add(x, drift, alpha=self.step_sizes[k]), scale
+
+    def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+        if type(self.reference) is not SDE or self._scales is None or not self._vectorised:
+            return super().kernels(states, condition, first)
+        count, sde = states.shape[0], self.reference
+        try:  # one call of the drift for all times
+            drifts = torch.vmap(lambda x, t: sde.drift(x, t, condition))(states, self.times[first : first + count])
+            with torch.no_grad():
+                here = sde.drift(states[-1], self.times[first + count - 1], condition)
+            self._vectorised = torch.allclose(drifts[-1], here, rtol=1e-4, atol=1e-6)
+        except (RuntimeError, ValueError, TypeError):  # a drift that branches on its arguments, or leaves torch
+            self._vectorised = False
+        if not self._vectorised:
+            return super().kernels(states, condition, first)
+        steps = self.times.new_tensor(self.step_sizes[first : first + count]).reshape(-1, *(1,) * (states.ndim - 1))
+        return torch.addcmul(states, drifts, steps), self._scales[first : first + count]
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        if not isinstance(self.reference, LinearSDE):
+            return None
+        A = self.reference.A_at(self.times[k]).to(self.times)
+        return torch.eye(len(A), dtype=A.dtype, device=A.device) + self.step_sizes[k] * A
 
     def gain(self, k: int) -> float:
         return self._roots[k]
@@ -174,6 +206,9 @@ class TransitionChain(Chain):
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         matrix, shift, root, _ = self._cast[k]
         return x @ matrix.mT + shift, root.unsqueeze(0)
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        return self._cast[k][0]
 
     def gain(self, k: int) -> Tensor:
         return self._cast[k][3]
@@ -303,6 +338,11 @@ class StretchChain(Chain):
         drift = self._bridges[k].score(x) @ self.covariance + (x - self.point) / past
         return torch.add(x, drift, alpha=self.step_sizes[k]), self._scales[k]
 
+    def mean_matrix(self, k: int) -> Tensor | None:
+        if self.mixture is not None or len(self.event_shape) != 1:
+            return None
+        return torch.eye(self.event_shape[0], dtype=self.times.dtype, device=self.times.device)
+
 
 class JoinedChain(Chain):
     """One chain after another; shapes of noise and control are padded to the larger of the two.
@@ -338,6 +378,10 @@ class JoinedChain(Chain):
                 scale = scale.unsqueeze(0) if scale.ndim == 2 else scale
             scale = torch.nn.functional.pad(scale, (0, missing))
         return mean, scale
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        chain, j = self.part(k)
+        return chain.mean_matrix(j)
 
     def gain(self, k: int) -> float | Tensor:
         chain, j = self.part(k)

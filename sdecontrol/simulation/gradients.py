@@ -9,6 +9,9 @@ same gradient to rounding:
   Memory: 16 steps' graph, plus those states. (One step at a time costs a tenth more in small networks.)
 * ``checkpoint``: the same with segments of sqrt(K) steps: memory of sqrt(K) states and of sqrt(K) steps' graph.
 * an integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): a biased gradient.
+* ``random``: ``adjoint`` that goes back a random number of segments, uniform from 1 to all S of them (AlignProp, Prabhudesai et al.
+  2310.03739, draws the number of last steps so), each weighted by 1 over the probability that it is reached (Tallec & Ollivier
+  1705.08209): the segment that is j-th from the end by S/(S - j + 1). Unbiased; half the backward pass on average.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from .shifts import ShiftFunction, shift_function
 
 __all__ = ["GRADIENT_MODES", "PathCost", "backpropagate"]
 
-GRADIENT_MODES = ("full", "checkpoint", "adjoint")
+GRADIENT_MODES = ("full", "checkpoint", "adjoint", "random")
 
 _ADJOINT_STEPS = 16
+_LEAST_SEGMENTS = 8  # in mode "random"
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,20 @@ def backpropagate(
     alpha: float = 1.0,
     condition: Any = None,
     weight: float = 1.0,
+    reach: float = 1.0,
 ) -> PathCost:
     """Add ``weight`` times the gradient of the mean path cost to ``parameters``' ``.grad``, and to nothing else's.
 
     Args:
         terminal: ``x_K -> (batch,)``, differentiable.
-        mode: "full", "checkpoint", "adjoint", or a number of last steps.
+        mode: "full", "checkpoint", "adjoint", "random", or a number of last steps.
+        reach: for "random": a uniform random number in [0, 1), the part of the segments that is visited.
     """
     setting = _Setting(chain, noise, control, terminal, running_cost, alpha, condition, list(parameters), weight)
     if mode in ("checkpoint", "adjoint"):
         return _by_segments(setting, x0, math.isqrt(chain.steps) if mode == "checkpoint" else _ADJOINT_STEPS)
+    if mode == "random":
+        return _by_segments(setting, x0, max(1, min(_ADJOINT_STEPS, chain.steps // _LEAST_SEGMENTS)), reach)
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
@@ -145,9 +153,12 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
     )
 
 
-def _by_segments(setting: _Setting, x0: Tensor, size: int) -> PathCost:
+def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None = None) -> PathCost:
     """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment at a
-    time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment."""
+    time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
+
+    With ``reach`` uniform in [0, 1) only the last ``1 + floor(reach S)`` of the S segments are visited, each weighted by 1 over its
+    probability; since all is linear in the adjoint, the weight is carried with it."""
     chain, control = setting.chain, setting.control
     # what depends on time alone is computed once: its gradient is collected in leaves and passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
@@ -158,7 +169,14 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int) -> PathCost:
     adjoint = torch.autograd.grad(terminal.sum() * scale, end)[0]
     leaves = [_Leaves(table) for table in tables]
     shift = setting.shift(leaves)
-    for first in reversed(range(0, chain.steps, size)):
+    firsts = range(0, chain.steps, size)
+    visited = len(firsts) if reach is None else 1 + int(reach * len(firsts))
+    for done, first in enumerate(reversed(firsts)):
+        if done == visited:
+            break
+        if reach is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
+            grown = (len(firsts) - done + 1) / (len(firsts) - done)
+            adjoint, scale = adjoint * grown, scale * grown
         start = starts.pop().detach().requires_grad_(True)
         x, costs, slopes = _recompute(setting, shift, start, range(first, min(first + size, chain.steps)), scale)
         inputs = [start, *(leaf for table in leaves for leaf in table.fresh()), *setting.parameters]

@@ -53,6 +53,24 @@ class Paths:
         self._whole: Paths | None = None
         self._stacks: dict[str, Tensor] = {}
 
+    @classmethod
+    def of_states(cls, chain: Chain, states: Tensor) -> Paths:
+        """Paths of which only the states ``(K+1, batch, *event)`` are known: drawn from bridges, say, step by step."""
+        cost = states.new_zeros(states.shape[1])
+        return cls(
+            chain,
+            first=0,
+            last=chain.steps,
+            end=states[-1],
+            running_cost=cost,
+            condition=None,
+            states=list(states),
+            noises=None,
+            shifts=None,
+            sums=None,
+            replay=None,
+        )
+
     def __repr__(self) -> str:
         kept = "all" if self._noises is not None else "states" if self._states is not None else "end"
         return (

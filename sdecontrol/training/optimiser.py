@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..methods.base import Regression
 from ..tensors import as_float
+from .least_squares import LinearSteps
 
 __all__ = ["Descent", "Pace"]
 
@@ -37,14 +39,15 @@ class Pace:
             part = max(part, (i - self.decay_from + 1) / max(1, self.last - self.decay_from))
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
-    def observe(self, i: int, objectives: Sequence[float]) -> None:
-        """Look at the objective of all iterations so far; start the decay where it has stopped improving."""
+    def observe(self, i: int, scores: Sequence[float]) -> None:
+        """Look at the last scores (objectives, or negative logarithms of a residual); start the decay where they have stopped
+        rising."""
         if self.decay_from is not None:
             return
         done = i + 1
         if done % 50 == 0 and done >= 2 * self.window:
-            new = torch.tensor(objectives[-self.window :], dtype=torch.float64)
-            old = torch.tensor(objectives[-2 * self.window : -self.window], dtype=torch.float64)
+            new = torch.tensor(scores[-self.window :], dtype=torch.float64)
+            old = torch.tensor(scores[-2 * self.window : -self.window], dtype=torch.float64)
             noise = math.sqrt(float(new.var() + old.var()) / self.window)
             if float(new.mean() - old.mean()) < 2 * noise:
                 self.decay_from = done
@@ -62,14 +65,28 @@ class Pace:
 
 
 class Descent:
-    """An optimiser over the trainable parameters, with an exponential average of them (bias-corrected, decay 0.99)."""
+    """An optimiser over the trainable parameters, with an exponential average of them (bias-corrected).
 
-    decay = 0.99
+    Args:
+        linear: least-squares steps for the parameters they know, in iterations whose method gives them a regression.
+        decay: of the average.
+    """
+
+    clip = 4.0
 
     def __init__(
-        self, parameters: list[Tensor], optimizer: Any, learning_rate: float | None, default_rate: float
+        self,
+        parameters: list[Tensor],
+        optimizer: Any,
+        learning_rate: float | None,
+        default_rate: float,
+        *,
+        linear: LinearSteps | None = None,
+        decay: float = 0.99,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.linear, self.decay = parameters, linear, decay
+        self.factor = 1.0
+        self.level: float | None = None  # running mean of the logarithm of the gradient's norm
         rate = default_rate if learning_rate is None else as_float("learning_rate", learning_rate, positive=True)
         self.optimizer = _make(parameters, optimizer, rate)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -78,13 +95,17 @@ class Descent:
         self.norm = float("nan")
 
     def begin(self, factor: float) -> None:
+        self.factor = factor
         for group, rate in zip(self.optimizer.param_groups, self.base_rates):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, regression: Regression | None = None) -> None:
         """One step, unless a gradient is not finite: then nothing reaches the parameters.
+
+        Args:
+            regression: what the gradients are those of, where that is a regression of the shifts.
 
         Raises:
             NonFiniteError: with the number of entries concerned.
@@ -103,9 +124,29 @@ class Descent:
                 rows=bad,
             )
         self.norm = float(norm)
+        self._clip(gradients)
+        if self.linear is not None and regression is not None:
+            self.linear.observe(regression)
+            self.linear.step(self.factor)  # leaves its parameters without gradient
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.linear.pace
         self.optimizer.step()
-        torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
-        self.weight += (1 - self.decay) * (1 - self.weight)
+        new = 1 - self.decay  # smaller steps are averaged over more of them
+        if self.linear is not None and regression is not None:
+            new *= self.linear.pace
+        torch._foreach_lerp_(self.average, list(self.parameters), new)
+        self.weight += new * (1 - self.weight)
+
+    def _clip(self, gradients: list[Tensor]) -> None:
+        """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else
+        undo a hundred steps."""
+        level = math.log(max(self.norm, 1e-300))
+        if self.level is None:
+            self.level = level
+        if level > self.level + math.log(self.clip):
+            torch._foreach_mul_(gradients, math.exp(self.level - level) * self.clip)
+            level = self.level + math.log(self.clip)
+        self.level += 0.1 * (level - self.level)
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -127,6 +168,8 @@ class Descent:
         """Everything as named tensors and plain values."""
         state = self.optimizer.state_dict()
         tensors: dict[str, Tensor] = {f"average.{i}": a for i, a in enumerate(self.average)}
+        if self.linear is not None:
+            tensors.update(self.linear.tensors())
         plain: dict[str, Any] = {}
         for index, entries in state["state"].items():
             for name, value in entries.items():
@@ -135,7 +178,7 @@ class Descent:
                 else:
                     plain[f"{index}.{name}"] = value
         groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-        return tensors, {"state": plain, "groups": groups, "weight": self.weight}
+        return tensors, {"state": plain, "groups": groups, "weight": self.weight, "level": self.level}
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         state = self.optimizer.state_dict()
@@ -151,7 +194,9 @@ class Descent:
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
         for i, mean in enumerate(self.average):
             mean.copy_(tensors[f"average.{i}"])
-        self.weight = plain["weight"]
+        self.weight, self.level = plain["weight"], plain["level"]
+        if self.linear is not None:
+            self.linear.restore(tensors)
 
 
 def _make(parameters: list[Tensor], optimizer: Any, rate: float) -> torch.optim.Optimizer:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..controls.base import Control
 from ..errors import NoExactSolution, NonFiniteError
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution, load_tensors, plain_settings
@@ -21,6 +23,7 @@ from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
+from .least_squares import LinearSteps
 from .optimiser import Descent, Pace
 from .progress import ProgressBar
 
@@ -81,6 +84,8 @@ def solve(
     _check_counts(batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if iterations is not None:
         _check_counts(iterations=iterations)
+    if chosen.default_iterations == 0:
+        _refuse_training(chosen, iterations=iterations, budget=budget, tolerance=tolerance, control=control)
     chosen.check(problem)
     trainer = _Trainer(
         problem,
@@ -109,6 +114,28 @@ def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+
+
+def _refuse_training(method: Method, **given: Any) -> None:
+    """Raise where something of training is asked of a method that trains nothing."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: {method.name} trains nothing, so leave {name} out.")
+
+
+def _plain_method(method: Method) -> dict[str, Any]:
+    """A method's settings as JSON can hold them; of what is not plain (a proposal, a function), what it is."""
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(method)):
+        value = getattr(method, name)
+        if isinstance(value, Method):
+            value = {"method": value.name, **_plain_method(value)}
+        elif isinstance(value, tuple):
+            value = list(value)
+        elif not isinstance(value, (str, int, float, bool, list, dict, type(None))):
+            value = type(value).__name__
+        found[name] = value
+    return found
 
 
 def _seconds(budget: str | float | None) -> float | None:
@@ -164,7 +191,16 @@ class _Trainer:
         self.state = method.setup(self.run)
         parameters = parameters_of(self.state)
         rate = getattr(getattr(self.state, "control", None), "learning_rate", 1e-3)
-        self.descent = Descent(parameters, optimizer, learning_rate, rate)
+        control_made = getattr(self.state, "control", None)
+        control_parts = control_made.linear_parts() if isinstance(control_made, Control) else []
+        self.descent = Descent(
+            parameters or [self.chain.times.new_zeros(1)],  # an optimiser wants one even where nothing is trained
+            optimizer,
+            learning_rate,
+            rate,
+            linear=LinearSteps(control_parts) if control_parts and optimizer is None else None,
+            decay=method.averaging,
+        )
         self.run.descend = self.descent.step
         most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
         self.pace = Pace(most, adaptive=iterations is None and budget is None)
@@ -183,7 +219,7 @@ class _Trainer:
         """What a resumed run must have in common with the one it resumes."""
         return {
             "method": self.method.name,
-            "method_settings": asdict(self.method),
+            "method_settings": _plain_method(self.method),
             "settings": self.settings,
             "seed": self.seed,
             "batch_size": self.run.batch_size,
@@ -269,11 +305,14 @@ class _Trainer:
         metrics = self.method.step(self.state, self.run)
         metrics["gradient_norm"] = self.descent.norm
         self.history.append(metrics)
-        self.pace.observe(self.done, [m["objective"] for m in self.history[-2 * self.pace.window :]])
+        self.pace.observe(self.done, [self._score(m) for m in self.history[-2 * self.pace.window :]])
         self.done += 1
         self._notify("on_step_end")
         if self.checkpoints is not None and self.done % self.checkpoint_every == 0:
             self._save()
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        return -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else metrics["objective"]
 
     def _good_enough(self) -> bool:
         if self.tolerance is None or self.done % self.evaluate_every:
@@ -317,7 +356,8 @@ class _Trainer:
                 p.copy_(mean)
                 p.grad = None
         control = self.method.finish(state, self.run)
-        made = Solution(
+        make = getattr(self.method, "make_solution", Solution)  # of what samples in a way of its own
+        made = make(
             self.problem,
             control,
             method=self.method.name,
@@ -360,6 +400,6 @@ def _with_exact_values(solution: Solution) -> Solution:
     return solution
 
 
-def load(folder: Any, problem: ControlProblem, control: nn.Module | None = None) -> Solution:
+def load(folder: Any, problem: ControlProblem, control: Any = None, value: Any = None) -> Solution:
     """Load a solution that ``solution.save`` wrote; see :func:`sdecontrol.evaluation.solution.load`."""
-    return _with_exact_values(solutions.load(folder, problem, control))
+    return _with_exact_values(solutions.load(folder, problem, control, value))

@@ -58,7 +58,7 @@ def test_seed_decides(run) -> None:
 
 
 def test_table_and_problem_without_exact_solution(run) -> None:
-    result = run("solve", "double-well", "--iterations", "1", "--time-steps", "100", "--paths", "64")
+    result = run("solve", "unicycle", "--iterations", "1", "--time-steps", "20", "--paths", "64")
     assert result.exit_code == 0
     assert "log Z" in result.stdout and "not known" in result.stdout
 

@@ -8,20 +8,32 @@ import torch
 import sdecontrol as sc
 from sdecontrol.library.problems import problem_card
 
+CARD = ["double-well", "ou-linear", "ou-quadratic-easy", "ou-quadratic-hard"]
+OTHERS = [
+    "double-well-1d",
+    "double-well-2d",
+    "mixture-steering",
+    "non-symmetric-quadratic",
+    "pendulum-swing-up",
+    "ring-steering",
+    "unicycle",
+]
+
 
 def test_names() -> None:
-    assert sc.problem_names() == ["double-well", "ou-linear", "ou-quadratic-easy", "ou-quadratic-hard"]
+    assert sc.problem_names() == sorted([*CARD, *OTHERS])
     with pytest.raises(ValueError, match="unknown problem 'ou-quadratic-eazy'; did you mean 'ou-quadratic-easy'"):
         sc.named_problem("ou-quadratic-eazy")
 
 
-@pytest.mark.parametrize("name", ["double-well", "ou-linear", "ou-quadratic-easy", "ou-quadratic-hard"])
+@pytest.mark.parametrize("name", [*CARD, *OTHERS])
 def test_global_generator_untouched_and_same_every_time(name: str) -> None:
     state = torch.get_rng_state()
     problem, again = sc.named_problem(name), sc.named_problem(name)
     assert torch.equal(state, torch.get_rng_state())
     assert problem.fingerprint() == again.fingerprint()
-    assert problem.alpha == 1 and problem.horizon == 1 and problem_card(name).version == 1
+    assert problem.alpha == 1 and problem_card(name).version == 1 and problem_card(name).definition
+    assert problem.horizon == (2 if name == "pendulum-swing-up" else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -55,3 +67,67 @@ def test_double_well_by_hand() -> None:
     assert float(problem.reward(x)) == -9 * (3 * 3 + 7)
     drift = problem.reference.drift(x, torch.zeros(()))
     assert drift[0, 0] == -5 * 4 * 2 * 3 and drift[0, 9] == -1 * 4 * 2 * 3
+
+
+def scalar_riccati(drift: float, running: float, terminal: float, square: float) -> float:
+    """log Z of 20 equal coordinates, ``P' = -2 a P + P^2 - F``, by its own integration."""
+    from scipy.integrate import solve_ivp
+
+    slope = lambda s, y: [2 * drift * y[0] - y[0] ** 2 + 2 * running, -0.5 * y[0]]  # noqa: E731
+    P, c = solve_ivp(slope, (0, 1), [2 * terminal, 0.0], rtol=1e-13, atol=1e-14, method="DOP853").y[:, -1]
+    return 20 * c - 0.5 * P * square
+
+
+@pytest.mark.parametrize(
+    "name, parts", [("ou-quadratic-easy", (0.2, 0.2, 0.1)), ("ou-quadratic-hard", (1.0, 1.0, 0.5))]
+)
+def test_log_z_of_the_quadratic_cards(name: str, parts: tuple[float, ...]) -> None:
+    torch.set_default_dtype(torch.float64)
+    problem = sc.named_problem(name)
+    want = scalar_riccati(*parts, float(problem.initial.mean.square().sum()))
+    assert float(sc.exact_solution(problem).log_z) == pytest.approx(want, abs=1e-8)
+
+
+def test_log_z_of_the_linear_card() -> None:
+    """``E exp(-sum X_T)`` of a Gaussian."""
+    torch.set_default_dtype(torch.float64)
+    problem = sc.named_problem("ou-linear")
+    law = problem.reference.transition(0.0, 1.0)
+    assert float(sc.exact_solution(problem).log_z) == pytest.approx(0.5 * float(law.covariance.sum()), abs=1e-8)
+
+
+def test_log_z_of_the_steering_problem_is_zero() -> None:
+    """In continuous time, and on chains with exact transitions, whatever the step."""
+    torch.set_default_dtype(torch.float64)
+    problem = sc.named_problem("mixture-steering")
+    assert float(sc.exact_solution(problem).log_z) == pytest.approx(0, abs=1e-8)
+    assert float(sc.exact_solution(problem, 7).log_z) == pytest.approx(
+        0, abs=1e-8
+    )  # Euler is exact for Brownian motion
+
+
+@pytest.mark.parametrize("name", ["ou-quadratic-easy", "ou-linear", "double-well-1d"])
+def test_noise_is_the_published_lam(name: str) -> None:
+    """With noise lam and control ``u`` in published units the process moves by ``sigma u`` and pays ``|u|^2/2``."""
+    torch.set_default_dtype(torch.float64)
+    lam = 0.36
+    one, other = sc.named_problem(name), sc.named_problem(name, lam)
+    x, t = torch.randn(4, *one.event_shape, generator=torch.Generator().manual_seed(0)), torch.zeros(())
+    u = torch.randn(4, *one.control_shape, generator=torch.Generator().manual_seed(1))
+    push = lambda p, v: sc.simulate(p, 4, control=lambda x, t: v, time_steps=1, seed=0, state=x).states[1]  # noqa: E731
+    still = torch.zeros_like(u)
+    torch.testing.assert_close(push(other, u / lam**0.5) - push(other, still), push(one, u) - push(one, still))
+    assert other.alpha == lam and torch.equal(other.reward(x), one.reward(x))
+    assert torch.equal(one.reference.drift(x, t), other.reference.drift(x, t))
+    with pytest.raises(ValueError, match="noise must be > 0"):
+        sc.named_problem(name, 0.0)
+
+
+@pytest.mark.parametrize("name", ["pendulum-swing-up", "unicycle"])
+def test_problems_without_an_exact_solution_simulate_and_say_so(name: str) -> None:
+    problem, card = sc.named_problem(name), problem_card(name)
+    assert problem.control_shape[0] < problem.event_shape[0]  # fewer noises than states
+    paths = sc.simulate(problem, 256, time_steps=card.time_steps, seed=0)
+    assert torch.isfinite(sc.log_weights(problem, paths)).all()
+    with pytest.raises(sc.NoExactSolution):
+        sc.exact_solution(problem, card.time_steps)

@@ -1,0 +1,77 @@
+"""Controls that are given, not trained: the reference's own, a solution's, or any function of yours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..problems.problem import ControlProblem
+from ..simulation.chains import Chain
+from ..simulation.shifts import ShiftFunction
+from .base import Control, UserControl
+
+__all__ = ["GivenControl", "ZeroControl", "given_control"]
+
+
+class ZeroControl(Control):
+    """The reference: ``u = 0``."""
+
+    configuration: ClassVar[dict[str, Any]] = {"kind": "zero"}
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        return x.new_zeros((x.shape[0], *self.control_shape))
+
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
+
+
+class GivenControl(UserControl):
+    """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
+    it: it is given again to ``load``."""
+
+    configuration: ClassVar[dict[str, Any]] = {"kind": "given"}
+
+
+def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:
+    """``given`` as a control that is not trained: None for the reference; a control, a solution or an exact solution (its
+    control), or a function ``(x, t) -> u``. Modules are copied and frozen.
+
+    Raises:
+        TypeError: none of these. ValueError: a control of other shapes.
+    """
+    shapes = problem.event_shape, problem.control_shape
+    if given is None:
+        return ZeroControl(*shapes, 0.0, problem.horizon)
+    if not isinstance(given, nn.Module) and callable(getattr(given, "control", None)):
+        given = given.control
+    if isinstance(given, Control):
+        if (given.event_shape, given.control_shape) != shapes:
+            raise ValueError(
+                f"{name} maps {tuple(given.event_shape)} to {tuple(given.control_shape)}; this problem needs "
+                f"{tuple(shapes[0])} to {tuple(shapes[1])}."
+            )
+        control = copy.deepcopy(given)
+    elif callable(given):
+        module = copy.deepcopy(given) if isinstance(given, nn.Module) else given
+        control = GivenControl(module, *shapes, problem.horizon)  # type: ignore[arg-type]
+    else:
+        raise TypeError(
+            f"{name} must be None (the reference), a control (x, t) -> u, or a solution; got {type(given).__name__}."
+        )
+    for p in control.parameters():
+        p.requires_grad_(False)
+    return control.eval()
+
+
+def rows_of(y: Any, rows: Any) -> Any:
+    """Rows of a condition, or None."""
+    return None if y is None else y[rows]
+
+
+def repeat_rows(x: Any, times: int) -> Any:
+    """Each row ``times`` times in a row; None stays None."""
+    return x if x is None else torch.repeat_interleave(x, times, 0)

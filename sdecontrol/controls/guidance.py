@@ -1,0 +1,360 @@
+"""Guidance by a value function: ``u = sigma^T grad v / alpha`` (tutorial [27], Algorithm 4), and the values it can use.
+
+A value is kept as ``v/alpha``, the logarithm of ``psi``: a function of the state and of the process's time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotDifferentiable
+from ..problems.problem import ControlProblem
+from ..problems.rewards import LogProb
+from ..problems.simulate import simulate_chain
+from ..processes.generative import GenerativeSDE
+from ..processes.sde import SDE
+from ..randomness import generator_for
+from ..simulation.chains import Chain, JoinedChain
+from ..simulation.diffusion import DiffusionChain
+from ..simulation.shifts import ShiftFunction
+from ..tensors import apply_scale_transposed, check_output
+from .base import Control
+from .given import rows_of
+from .network import time_features
+
+__all__ = [
+    "ClassifierValue",
+    "GivenValue",
+    "LogValue",
+    "NetworkValue",
+    "TweedieValue",
+    "ValueControl",
+    "value_from_configuration",
+    "value_network",
+]
+
+_PILOT_PATHS = 256
+_FULL = 32  # largest state whose value has a full matrix for its quadratic part, rather than a diagonal
+
+
+class LogValue(nn.Module):
+    """Base of the value functions: ``at(x, t, y)`` is ``v(x, t)/alpha``, ``(batch,)``, for a 0-d t."""
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What makes the same value again, for a saved file."""
+        raise NotImplementedError
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        raise NotImplementedError
+
+
+class ValueControl(Control):
+    """``u(x, t) = sigma(x, t)^T grad v(x, t) / alpha``, by automatic differentiation of a value.
+
+    On a discrete diffusion model and in the stretch of a controlled start the scale of the step stands for
+    ``sqrt(h) sigma``. On a chain it differs from the best mean shift, ``E*[grad v_{k+1}]``, by O(h).
+    """
+
+    def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
+        super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
+        self.value = value
+        self._chain = [chain]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "value", "value": self.value.configuration}
+
+    def gradient(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """``grad v / alpha`` at a 0-d t, of x's shape, without a graph."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            value = self.value.at(leaf, t, y)
+            if not value.requires_grad:
+                raise NotDifferentiable(
+                    "guidance differentiates its value function, but this one returned a tensor without a graph for a "
+                    "state that requires one. Use path-integral-guidance (no gradients), or write the value in torch "
+                    "operations."
+                )
+            return torch.autograd.grad(value.sum(), leaf)[0]
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        if t.ndim == 1:
+            out = x.new_empty((x.shape[0], *self.control_shape))
+            for time in t.unique():
+                rows = (t == time).nonzero().flatten()
+                out[rows] = self.at(x[rows], time, rows_of(y, rows)).to(out)
+            return out
+        chain = self._chain[0]
+        if isinstance(chain.reference, SDE) and float(t) >= 0:
+            return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)
+        k = chain.step_at(float(t))
+        return chain.control(k, self._scaled(chain, k, x, self.gradient(x, t, y), y))
+
+    def _scaled(self, chain: Chain, k: int, x: Tensor, gradient: Tensor, y: Any) -> Tensor:
+        with torch.no_grad():
+            return apply_scale_transposed(chain.kernel(k, x, y)[1], gradient, x.ndim - 1)
+
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        main = chain.second if isinstance(chain, JoinedChain) else chain
+        reference, start = chain.reference, chain.start
+        sigma = reference.diffusion_on_grid(main.times[:-1]) if isinstance(reference, SDE) else None
+
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            gradient = self.gradient(x, chain.times[k], y)
+            if k < start or sigma is None:
+                return self._scaled(chain, k, x, gradient, y)
+            return chain.shift(k, apply_scale_transposed(sigma(k - start, x), gradient, x.ndim - 1))
+
+        return shift
+
+
+class GivenValue(LogValue):
+    """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files do not
+    hold it: it is given again to ``load``."""
+
+    def __init__(self, function: Callable[..., Tensor], alpha: float) -> None:
+        super().__init__()
+        self._function, self.alpha = [function], alpha  # in a list: it is the user's, not a part of this module
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "given"}
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        times = t.expand(x.shape[0])
+        v = self._function[0](x, times) if y is None else self._function[0](x, times, y)
+        check_output("value", v, (x.shape[0],), x, "A value is called as value(x, t), t (batch,): one number per row.")
+        return v / self.alpha
+
+
+class TweedieValue(LogValue):
+    """``v(x, t) ~ r(x0^(x, t))``, ``x0^ = (x - std eps^)/mu`` the denoiser's mean of the data [31].
+
+    Its error does not vanish with anything: it is zero in the gradient where r is linear and the data Gaussian, and
+    otherwise the reward of a mean stands for a log-mean of rewards. In the stretch before 0 the mean of X_0 is noised data.
+
+    Args:
+        classifier: ``x0 -> logits``: its ``log p(label | x0)`` in the place of ``r/alpha``.
+
+    Raises:
+        ValueError: a reference without a denoiser, a clipped one, or a running cost.
+    """
+
+    def __init__(self, problem: ControlProblem, chain: Chain, classifier: Any = None, label: int | None = None) -> None:
+        super().__init__()
+        reference = problem.reference
+        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+            raise ValueError(
+                "Tweedie's formula needs a denoiser, the reference being a pre-trained model (generative_sde or "
+                f"diffusion_chain); a {type(reference).__name__} has none. Use value='monte-carlo' or 'soft-q'."
+            )
+        if isinstance(reference, DiffusionChain) and reference.clip is not None:
+            raise ValueError(
+                f"the reference clips its prediction of x0 to {reference.clip}: it is then not the posterior mean that "
+                "Tweedie's formula needs. Make the chain with clip=None."
+            )
+        if problem.running_cost_function is not None:
+            raise ValueError(
+                "Tweedie's value is the reward of the denoised state and knows no running cost. Use value='monte-carlo' "
+                "or 'soft-q'."
+            )
+        self._problem, self._chain, self.label = [problem], [chain], label
+        self._log_prob = [None if classifier is None else LogProb(classifier, label)]
+        self._numbers: dict[float, tuple[float, float]] = {}
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "tweedie", "classifier": self._log_prob[0] is not None, "label": self.label}
+
+    def denoised(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """``x0^``, what the reference's model expects the data to be."""
+        reference, time = self._problem[0].reference, float(t)
+        if time < 0:
+            first: Chain = self._chain[0].first  # type: ignore[attr-defined]
+            k = first.step_at(time)
+            mean = first.kernel(k, x, y)[0]
+            x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
+        if isinstance(reference, DiffusionChain):
+            k = min(round(time * reference.steps), reference.steps)
+            return reference.to_x0(k, x, reference.predict(reference.model, k, x, y))
+        assert isinstance(reference, GenerativeSDE)
+        if time not in self._numbers:
+            at = reference.coefficients(torch.tensor([time], dtype=torch.float64))
+            s = reference.schedule.noising_time(at.clock)
+            ratio, mu = float(reference.schedule.std(s)), float(at.log_mu.exp())
+            # eps = a x + b prediction, x0^ = (x - std eps)/mu
+            a, b = float(at.eps_of_x), float(at.eps_of_prediction)
+            self._numbers[time] = ((1 - ratio * a) / mu, -ratio * b / mu)
+        of_x, of_prediction = self._numbers[time]
+        return of_x * x + of_prediction * reference.predict(reference.model, x, time, y)
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        x0, log_prob = self.denoised(x, t, y), self._log_prob[0]
+        return log_prob(x0, y) if log_prob is not None else self._problem[0].reward(x0, y) / self._problem[0].alpha
+
+
+class ClassifierValue(LogValue):
+    """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's model:
+    ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
+
+    def __init__(self, problem: ControlProblem, classifier: Callable[..., Tensor], label: int | None) -> None:
+        super().__init__()
+        self._problem, self._classifier, self.label = [problem], [classifier], label
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "classifier", "label": self.label}
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        reference, time = self._problem[0].reference, max(float(t), 0.0)
+        if isinstance(reference, DiffusionChain):
+            k = min(round(time * reference.steps), reference.steps)
+            clock = torch.tensor(reference.levels[k], device=x.device)
+        elif isinstance(reference, GenerativeSDE):
+            s = torch.tensor(float(reference.noising_time(time)), dtype=torch.float64).clamp(min=1e-5)
+            clock = reference.schedule.model_time(s).to(x)
+        else:
+            clock = torch.tensor(time, dtype=x.dtype, device=x.device)
+        return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
+
+
+class NetworkValue(LogValue):
+    """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers, both
+    with time features that resolve the ends of the horizon.
+
+    Args:
+        centre, spread: of the states, ``(n,)``: the network sees ``(x - centre) / spread``.
+        level, size: typical value of ``v/alpha`` and of its variation: what the network starts from, and its unit.
+        condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
+    """
+
+    learning_rate = 5e-3
+
+    def __init__(
+        self,
+        n: int,
+        first_time: float,
+        last_time: float,
+        *,
+        hidden: Sequence[int],
+        centre: Tensor | None = None,
+        spread: Tensor | None = None,
+        level: float = 0.0,
+        size: float = 1.0,
+        condition_size: int = 0,
+        classes: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.first_time, self.last_time = first_time, last_time
+        self.hidden, self.condition_size, self.classes = tuple(hidden), condition_size, classes
+        self.centre: Tensor
+        self.spread: Tensor
+        self.scale: Tensor
+        self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float())
+        self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float())
+        self.register_buffer("scale", torch.tensor([level, size]))
+        features = time_features(torch.zeros(1)).shape[-1]
+        widths = (n + condition_size + features, *self.hidden)
+        layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
+        with torch.no_grad():
+            for layer in layers:
+                bound = 1 / math.sqrt(layer.in_features)
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.zero_()
+        self.layers = nn.ModuleList(layers)
+        self.constant = nn.Parameter(torch.zeros(features))
+        self.slope = nn.Parameter(torch.zeros(features, n))
+        self.square = nn.Parameter(torch.zeros(features, n, n) if n <= _FULL else torch.zeros(features, n))
+        self.last = nn.Parameter(torch.zeros(self.hidden[-1]))
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {
+            "kind": "network",
+            "hidden": list(self.hidden),
+            "condition_size": self.condition_size,
+            "classes": self.classes,
+        }
+
+    def along(self, states: Tensor, times: Tensor, y: Any = None) -> Tensor:
+        """``v/alpha`` at states ``(K, batch, *event)`` of times ``(K,)``: ``(K, batch)``."""
+        s = (times - self.first_time) / (self.last_time - self.first_time)
+        phi = time_features(s.clamp(0.0, 1.0))
+        z = (states.flatten(2) - self.centre) / self.spread
+        parts = [z, phi.unsqueeze(1).expand(-1, z.shape[1], -1)]
+        if self.condition_size:
+            labels = y.long().reshape(-1) if self.classes else y
+            c = (
+                nn.functional.one_hot(labels, self.classes)
+                if self.classes
+                else y.flatten(1)
+                if y.ndim > 1
+                else y[:, None]
+            )
+            parts.append(c.to(z).expand(len(z), -1, -1))
+        hidden = torch.cat(parts, 2)
+        for layer in self.layers:
+            hidden = nn.functional.silu(layer(hidden))
+        square = torch.einsum("kf,f...->k...", phi, self.square)
+        bent = (z @ square) * z if square.ndim == 3 else square.unsqueeze(1) * z * z
+        value = (phi @ self.constant).unsqueeze(1) + hidden @ self.last
+        value = value + (z * (phi @ self.slope).unsqueeze(1)).sum(2) + 0.5 * bent.sum(2)
+        return self.scale[0] + self.scale[1] * value
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        return self.along(x.unsqueeze(0), t.reshape(1), y)[0]
+
+
+def value_network(
+    problem: ControlProblem, chain: Chain, seed: int, saved: dict[str, Any] | None = None
+) -> NetworkValue:
+    """A value network for a problem, normalised by a few paths of the reference (or as a saved file says)."""
+    from .build import _condition_parts
+
+    n = problem.event_shape.numel()
+    options: dict[str, Any] = {"hidden": (64, 64) if n <= 32 else (128, 128), **_condition_parts(problem)}
+    if saved is not None:
+        options = {name: saved[name] for name in ("hidden", "condition_size", "classes")}
+    else:
+        paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
+        with torch.no_grad():
+            flat = paths.states.flatten(0, 1).flatten(1)
+            spread = flat.std(0)
+            total = (problem.reward(paths.samples, paths.condition) - paths.running_cost).double() / problem.alpha
+            options.update(
+                centre=flat.mean(0),
+                spread=spread.clamp(min=1e-3 * float(spread.max()) + 1e-12),
+                level=float(total.logsumexp(0)) - math.log(len(total)),
+                size=min(max(float(total.std()), 1.0), 100.0),
+            )
+    network = NetworkValue(n, chain.clock[0], chain.clock[-1], generator=generator_for("cpu", seed), **options)
+    return network.to(device=problem.device, dtype=problem.dtype)
+
+
+def value_from_configuration(problem: ControlProblem, chain: Chain, kind: dict[str, Any], given: Any) -> LogValue:
+    """The value of a saved file, with fresh parameters.
+
+    Raises:
+        TypeError: it was the user's own function or classifier and is not given again.
+    """
+    if kind["kind"] == "network":
+        return value_network(problem, chain, 0, kind)
+    if kind["kind"] == "tweedie" and not kind["classifier"]:
+        return TweedieValue(problem, chain)
+    usable, function = callable(given), given
+    if not usable:
+        what = "value function" if kind["kind"] == "given" else "classifier"
+        raise TypeError(f"this solution has a {what} of your own: give it again as load(..., value=function).")
+    if kind["kind"] == "given":
+        return GivenValue(function, problem.alpha)
+    if kind["kind"] == "tweedie":
+        return TweedieValue(problem, chain, function, kind["label"])
+    return ClassifierValue(problem, function, kind["label"])

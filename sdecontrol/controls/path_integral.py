@@ -1,0 +1,159 @@
+"""The path-integral control: at every step and state, an average over paths simulated from there to the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, generator_for
+from ..simulation.chains import Chain
+from ..simulation.integrator import integrate
+from ..simulation.shifts import ShiftFunction, shift_function
+from .base import Control
+from .given import ZeroControl, repeat_rows, rows_of
+
+__all__ = ["PathIntegralControl"]
+
+_ROWS = 8192  # simulated at once
+_FEW = 10  # effective paths below which the average is not to be trusted
+
+
+class _Draws:
+    """Noise of the steps ``first, first+1, ...`` in that order, for ``used`` of ``rows`` paths: a function of the seed alone. All
+    rows are drawn, so that the first ones do not depend on how many are used."""
+
+    def __init__(self, seed: int, first: int, rows: int, used: int, chain: Chain, antithetic: bool) -> None:
+        self.seed, self.first, self.used, self.antithetic = seed, first, used, antithetic
+        self.shape = (rows // 2 if antithetic else rows, *chain.noise_shape)
+        self.options: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device}
+
+    def __getitem__(self, k: int) -> Tensor:
+        if k == self.first:
+            self.generator = generator_for(self.options["device"], self.seed)
+        z = torch.randn(self.shape, generator=self.generator, **self.options)
+        return (torch.stack((z, -z), 1).flatten(0, 1) if self.antithetic else z)[: self.used]
+
+
+class PathIntegralControl(Control):
+    """``c_k(x) = E[xi_k | x_k = x]`` under the target path law, estimated from ``num_paths`` paths of a proposal v.
+
+    With ``w_i`` the self-normalised weights ``exp(R/alpha) dQ0/dP^v`` of the paths from x on::
+
+        c_k(x) = c^v_k(x) + sum_i (w_i - b) xi_k^i,      b = 1/num_paths with the control variate, else 0
+
+    (tutorial [32], with the constants of docs/mathematics.md sections 4 and 9). The limit of many paths is the mean shift of the chain's
+    soft-optimal kernel; the error is of order 1/sqrt(num_paths), the bias of order 1/num_paths.
+
+    It is a random control: its draws are a function of the seed, the step and the row of the batch, never of the noise of the
+    paths that it drives. So the same call gives the same numbers, paths are independent of one another, and given the
+    draws it is a control like any other, whose likelihood ratios and weights are exact.
+
+    Attributes:
+        ess: ``(K,)`` the effective fraction of the paths at each step, mean over the rows of the last use; nan where unused.
+    """
+
+    def __init__(
+        self,
+        problem: ControlProblem,
+        chain: Chain,
+        proposal: Control | None = None,
+        *,
+        num_paths: int = 256,
+        antithetic: bool = False,
+        control_variate: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
+        self._problem, self._chain = [problem], [chain]  # in lists: no parts of this module
+        self.proposal = None if isinstance(proposal, ZeroControl) else proposal
+        self.num_paths, self.antithetic, self.control_variate = num_paths, antithetic, control_variate
+        self.seed = seed
+        self.ess = torch.full((chain.steps,), float("nan"), dtype=torch.float64)
+        self._warned = False
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        from .build import control_kind
+
+        return {
+            "kind": "path-integral",
+            "num_paths": self.num_paths,
+            "antithetic": self.antithetic,
+            "control_variate": self.control_variate,
+            "seed": self.seed,
+            "proposal": None if self.proposal is None else control_kind(self.proposal),
+        }
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        """``u(x, t)``: t means the step of the chain that contains it."""
+        chain = self._chain[0]
+        shift = self.on_chain(chain)
+        steps = torch.tensor([chain.step_at(float(time)) for time in t.reshape(-1)]).expand(x.shape[0])
+        out = x.new_empty((x.shape[0], *self.control_shape))
+        for k in steps.unique().tolist():
+            rows = (steps == k).nonzero().flatten().to(x.device)
+            out[rows] = chain.control(k, shift(k, x[rows], rows_of(y, rows))).to(out)
+        return out
+
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        ahead = None if self.proposal is None else shift_function(chain, self.proposal)
+        if len(self.ess) != chain.steps:
+            self.ess = torch.full((chain.steps,), float("nan"), dtype=torch.float64)
+
+        @torch.no_grad()
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            size = max(1, _ROWS // self.num_paths)
+            parts, effective = [], 0.0
+            for index, low in enumerate(range(0, len(x), size)):
+                part = x[low : low + size]
+                y_part = rows_of(y, slice(low, low + size))
+                n, place = self.num_paths, derive_seed(self.seed, k, index)
+                noise = _Draws(place, k, size * n, len(part) * n, chain, self.antithetic)
+                c, ess = self._average(chain, k, part, y_part, noise, ahead)
+                parts.append(c)
+                effective += float(ess.sum())
+            self._note(k, effective / len(x), chain)
+            return torch.cat(parts)
+
+        return shift
+
+    def _average(
+        self, chain: Chain, k: int, x: Tensor, y: Any, noise: _Draws, ahead: ShiftFunction | None
+    ) -> tuple[Tensor, Tensor]:
+        """The shift at states x, and the effective fraction of the paths there."""
+        problem, n = self._problem[0], self.num_paths
+        y_all = repeat_rows(y, n)
+        paths = integrate(
+            chain,
+            repeat_rows(x, n),
+            noise,
+            ahead,
+            condition=y_all,
+            running_cost=problem.running_cost_or_none,
+            keep="end",
+            first=k,
+        )
+        total = problem.reward(paths.samples, y_all) - paths.running_cost
+        weights = (total / problem.alpha - paths.log_ratio()).unflatten(0, (-1, n)).softmax(1)
+        centred = weights - 1 / n if self.control_variate else weights
+        c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
+        if ahead is not None:
+            c = c + ahead(k, x, y)
+        return c, 1 / (n * (weights**2).sum(1))
+
+    def _note(self, k: int, ess: float, chain: Chain) -> None:
+        self.ess[k] = ess
+        if ess * self.num_paths < _FEW and self.num_paths >= _FEW and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"path-integral guidance has {ess * self.num_paths:.1f} effective of {self.num_paths} paths at step {k} "
+                f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
+                "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
+                RuntimeWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,181 @@
+"""Systems of particles: the Feynman-Kac recursion on a chain, with twisting and resampling, in log space.
+
+Particles move by a proposal u. With twists ``psi_k`` (``psi_K = exp(r/alpha)``) the step from k to k+1 multiplies the weight of a
+particle by ``exp(-h_k f/alpha) (dQ0/dP^u)_k psi_{k+1}(x_{k+1}) / psi_k(x_k)``, the first weight being ``psi_0(x_0)``. The product
+telescopes to ``exp(R/alpha) dQ0/dP^u`` whatever the twists, so ``E Z^ = Z`` exactly, at every step size and with any unbiased
+resampling (Del Moral 2004; Naesseth et al. 1903.04797; twisting: Whiteley & Lee 1309.2931, Wu et al. 2306.17775).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.given import ZeroControl, repeat_rows
+from ..problems.problem import ControlProblem
+from ..randomness import SeededNoise, derive_seed, generator_for
+from ..simulation.chains import Chain
+from ..simulation.integrator import integrate
+from ..simulation.shifts import shift_function
+
+__all__ = ["RESAMPLING", "Particles", "resample", "run_particles"]
+
+RESAMPLING = ("systematic", "stratified", "multinomial")
+_ROWS = 8192  # particles moved at once
+_PLACE_NOISE, _PLACE_RESAMPLE = 31, 32
+
+#: ``(x, t, y) -> log psi``, ``(batch,)``, t 0-d.
+Twist = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """M systems of N particles at the end of the chain.
+
+    Attributes:
+        end: ``(M, N, *event)`` states, before ``decode``.
+        log_weights: ``(M, N)``, normalised: their exponentials sum to 1 in each system.
+        log_z: ``(M,)``, ``log Z^`` of each system: ``E exp(log_z) = Z``.
+        reward, running_cost, log_ratio: ``(M, N)``, along each particle's ancestry.
+        condition: ``(M, ...)``, one per system, or None.
+        ess: ``(K,)`` effective fraction of the weights after each step, mean over systems.
+        resampled: ``(K,)`` fraction of the systems that were resampled after each step.
+    """
+
+    end: Tensor
+    log_weights: Tensor
+    log_z: Tensor
+    reward: Tensor
+    running_cost: Tensor
+    log_ratio: Tensor
+    condition: Any
+    ess: Tensor
+    resampled: Tensor
+
+
+def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Generator) -> Tensor:
+    """Indices ``(M, count)`` of particles drawn with probabilities ``softmax(log_weights)`` in each of M systems.
+
+    The expected number of copies of particle i is ``count w_i`` in every scheme. "multinomial": independent draws.
+    "stratified": one uniform number in each of ``count`` equal strata. "systematic": the same number in all strata, so that
+    copies differ from ``count w_i`` by less than one.
+    """
+    edges = log_weights.double().softmax(1).cumsum(1)
+    edges = edges / edges[:, -1:]
+    shape = {"systematic": (len(edges), 1)}.get(scheme, (len(edges), count))
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=edges.device)
+    if scheme != "multinomial":
+        uniform = (uniform + torch.arange(count, device=edges.device)) / count
+    return torch.searchsorted(edges, uniform.contiguous(), right=True).clamp(max=edges.shape[1] - 1)
+
+
+@torch.no_grad()
+def run_particles(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    systems: int,
+    particles: int,
+    seed: int,
+    *,
+    condition: Any = None,
+    twist: Twist | None = None,
+    ess_threshold: float = 0.5,
+    resampling: str = "systematic",
+) -> Particles:
+    """Run ``systems`` independent systems of ``particles`` particles of a proposal to the end of the chain.
+
+    Args:
+        condition: ``(systems, ...)``; default: drawn from the problem's.
+        twist: log psi at the states before the last; None: 1.
+        ess_threshold: a system whose effective fraction falls below it is resampled (before the last step only); 0: never.
+    """
+    size = max(1, _ROWS // particles)
+    parts = []
+    with problem.evaluating():
+        for index, low in enumerate(range(0, systems, size)):
+            count, where = min(size, systems - low), derive_seed(seed, _PLACE_NOISE, index)
+            y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
+            parts.append(_run(problem, chain, control, count, particles, where, y, twist, ess_threshold, resampling))
+    chain.forget()
+    if len(parts) == 1:
+        return parts[0]
+    weights = torch.tensor([len(p.log_z) / systems for p in parts], dtype=torch.float64, device=parts[0].ess.device)
+    joined = {
+        name: torch.cat([getattr(p, name) for p in parts])
+        for name in ("end", "log_weights", "log_z", "reward", "running_cost", "log_ratio")
+    }
+    return Particles(
+        **joined,
+        condition=None if parts[0].condition is None else torch.cat([p.condition for p in parts]),
+        ess=weights @ torch.stack([p.ess for p in parts]),
+        resampled=weights @ torch.stack([p.resampled for p in parts]),
+    )
+
+
+def _run(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    M: int,
+    N: int,
+    seed: int,
+    condition: Any,
+    twist: Twist | None,
+    threshold: float,
+    scheme: str,
+) -> Particles:
+    alpha, K = problem.alpha, chain.steps
+    shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
+    noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
+    generator = generator_for(chain.times.device, seed, _PLACE_RESAMPLE)
+    x, y = problem.draw_start(M * N, seed), repeat_rows(condition, N)
+    psi = x.new_zeros(M * N).double() if twist is None else twist(x, chain.times[0], y).double()
+    log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)
+    cost, ratio, reward = torch.zeros_like(psi), torch.zeros_like(psi), torch.zeros_like(psi)
+    ess, resampled = psi.new_zeros(K), psi.new_zeros(K)
+    first = torch.arange(M, device=x.device).unsqueeze(1) * N
+    for k in range(K):
+        step = integrate(
+            chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, first=k, last=k + 1
+        )
+        x, before = step.end, psi
+        if k + 1 == K:
+            reward = problem.reward(chain.decode(x, y), y).double()
+            psi = reward / alpha
+        elif twist is not None:
+            psi = twist(x, chain.times[k + 1], y).double()
+        step_cost, step_ratio = step.running_cost.double(), step.log_ratio().double()
+        cost, ratio = cost + step_cost, ratio + step_ratio
+        log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
+        level = log_w.logsumexp(1)
+        fraction = (2 * level - (2 * log_w).logsumexp(1)).exp() / N
+        ess[k] = fraction.mean()
+        poor = fraction < threshold
+        if k + 1 < K and bool(poor.any()):
+            resampled[k] = poor.double().mean()
+            own = torch.arange(N, device=x.device).expand(M, N)
+            index = torch.where(poor.unsqueeze(1), resample(log_w, N, scheme, generator), own)
+            rows = (first + index).flatten()
+            x, psi, cost, ratio = x[rows], psi[rows], cost[rows], ratio[rows]
+            # the mean weight goes into Z^, and all particles begin again with weight 1
+            log_z = log_z + torch.where(poor, level - math.log(N), 0.0)
+            log_w = torch.where(poor.unsqueeze(1), 0.0, log_w)
+    level = log_w.logsumexp(1)
+    square = lambda v: v.reshape(M, N)  # noqa: E731
+    return Particles(
+        end=x.unflatten(0, (M, N)),
+        log_weights=log_w - level.unsqueeze(1),
+        log_z=log_z + level - math.log(N),
+        reward=square(reward),
+        running_cost=square(cost),
+        log_ratio=square(ratio),
+        condition=condition,
+        ess=ess,
+        resampled=resampled,
+    )

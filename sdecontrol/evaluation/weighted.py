@@ -1,0 +1,290 @@
+"""``ParticleSolution``: a solution that is a way of sampling, with a proposal, and no trained control of its own."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.guidance import LogValue
+from ..errors import NonFiniteError
+from ..problems.simulate import simulate_chain
+from ..randomness import derive_seed, fresh_seed, generator_for
+from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .evaluate import _AGREEMENT, Evaluation, log_weights
+from .particles import Particles, resample, run_particles
+from .solution import Solution
+
+__all__ = ["ParticleSettings", "ParticleSolution"]
+
+_FEW = 10  # effective particles below which samples are not to be trusted
+_SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems
+_SPREAD = 1.0  # standard deviation of log Z^ above which its mean over so few systems is not to be trusted
+_PLACE_PICK, _PLACE_ROUND = 41, 42
+_ROUNDS = 1000  # of rejection sampling
+
+
+@dataclass(frozen=True)
+class ParticleSettings:
+    """How samples are made from systems of particles.
+
+    Attributes:
+        num_particles: N of each system.
+        ess_threshold, resampling: as in :func:`run_particles`.
+        selection: "weights": in proportion to the weights. "best": the particle of the largest total reward.
+            "rejection": each with probability ``exp(R/alpha - bound/alpha)``.
+        independent: one sample per system; else all particles of as many systems as are needed.
+        bound: of the total reward, for rejection.
+    """
+
+    num_particles: int
+    ess_threshold: float = 0.5
+    resampling: str = "systematic"
+    selection: str = "weights"
+    independent: bool = False
+    bound: float | None = None
+
+
+class ParticleSolution(Solution):
+    """A :class:`Solution` whose samples are chosen among weighted particles; ``control``, ``simulate``, ``initial`` and ``model`` are
+    the proposal's.
+
+    ``sample`` and ``weighted_sample`` approach the exact law (the tilted start
+    included) as ``num_particles`` grows, whatever the proposal; ``mean(exp(log_w))`` is Z without bias for any number.
+    With a condition every sample has a system of its own.
+    """
+
+    def __init__(self, *args: Any, particles: ParticleSettings, twist: LogValue | None = None, **facts: Any) -> None:
+        super().__init__(*args, **facts)
+        self.particles, self.twist = particles, twist
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {self.particles.num_particles} particles)"
+
+    def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
+        """``systems`` independent systems of particles, with everything known of them."""
+        settings = self.particles
+        return run_particles(
+            self.problem,
+            self.chain,
+            self.control,
+            systems,
+            settings.num_particles,
+            fresh_seed(seed),
+            condition=self._condition(systems, condition),
+            twist=None if self.twist is None else self.twist.at,
+            ess_threshold=settings.ess_threshold,
+            resampling=settings.resampling,
+        )
+
+    # ---------------------------------------------------------------- samples
+
+    @property
+    def _one_each(self) -> bool:
+        return self.particles.independent or self.problem.condition is not None
+
+    def _decode(self, x: Tensor, condition: Any) -> Tensor:
+        with torch.no_grad(), self.problem.evaluating():
+            return self.chain.decode(x, condition)
+
+    def _pick(self, found: Particles, seed: int) -> Tensor:
+        """The particle of each system that is its sample, ``(M,)``."""
+        if self.particles.selection == "best":
+            return (found.reward - found.running_cost).argmax(1)
+        generator = generator_for(found.log_z.device, seed, _PLACE_PICK)
+        return resample(found.log_weights, 1, "multinomial", generator)[:, 0]
+
+    def _shuffled(self, count: int, seed: int, device: torch.device) -> Tensor:
+        return torch.randperm(count, generator=generator_for(device, seed, _PLACE_PICK), device=device)
+
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
+        """``(n, *event)`` decoded samples, all of the same weight.
+
+        Warns where they come from few effective particles: they are then not what they stand for.
+        """
+        seed, settings = fresh_seed(seed), self.particles
+        if settings.selection == "rejection":
+            return self._accepted(n, seed, condition)
+        systems = n if self._one_each else -(-n // settings.num_particles)
+        found = self.run(systems, seed, condition=condition)
+        if self._one_each:
+            if settings.selection == "weights":
+                self._warn_where_few(1 / (2 * found.log_weights).exp().sum(1).mean(), settings.num_particles)
+            rows = torch.arange(n, device=found.end.device)
+            return self._decode(found.end[rows, self._pick(found, seed)], found.condition)
+        log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
+        self._warn_where_few(effective_sample_size(log_w) * len(log_w), len(log_w))
+        generator = generator_for(log_w.device, seed, _PLACE_PICK, 1)
+        index = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
+        index = index[self._shuffled(n, seed, index.device)]  # copies of a particle are neighbours before
+        return self._decode(found.end.flatten(0, 1)[index], None)
+
+    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without bias.
+
+        Particles of one system depend on one another. Where samples are chosen as the best, or accepted, these are the
+        candidates instead, since what is chosen so has no weight.
+        """
+        seed, N = fresh_seed(seed), self.particles.num_particles
+        if self._one_each and self.particles.selection == "weights":
+            found = self.run(n, seed, condition=condition)
+            rows = torch.arange(n, device=found.end.device)
+            return self._decode(found.end[rows, self._pick(found, seed)], found.condition), found.log_z.to(found.end)
+        each = 1 if self.problem.condition is not None else N
+        found = self.run(-(-n // each), seed, condition=condition)
+        log_w = found.log_weights + found.log_z.unsqueeze(1) + math.log(N)
+        if self.problem.condition is not None:  # nothing is resampled here, so that all candidates are alike
+            return self._decode(found.end[:, 0], found.condition), log_w[:, 0].to(found.end)
+        some = self._shuffled(log_w.numel(), seed, log_w.device)[:n]  # any n of them: unbiased whatever their order
+        return self._decode(found.end.flatten(0, 1)[some], None), log_w.flatten()[some].to(found.end)
+
+    def _accepted(self, n: int, seed: int, condition: Any) -> Tensor:
+        """Rejection sampling: exact draws of the target law.
+
+        Raises:
+            ValueError: a total reward above the bound. RuntimeError: hardly anything is accepted.
+        """
+        assert self.particles.bound is not None
+        problem, chain = self.problem, self.chain
+        y = self._condition(n, condition)
+        y = problem.draw_condition(n, seed) if y is None else y
+        missing = torch.arange(n, device=problem.device)
+        out: Tensor | None = None
+        tried = 0
+        for turn in range(_ROUNDS):
+            where, count = derive_seed(seed, _PLACE_ROUND, turn), len(missing) * self.particles.num_particles
+            repeated = None if y is None else y[missing].repeat_interleave(self.particles.num_particles, 0)
+            paths = simulate_chain(problem, chain, count, None, seed=where, keep="end", condition=repeated)
+            tried += count
+            log_accept = log_weights(problem, paths).double() - self.particles.bound / problem.alpha
+            if bool((log_accept > 1e-6).any()):
+                most = float(log_accept.max()) * problem.alpha + self.particles.bound
+                raise ValueError(
+                    f"bound={self.particles.bound:g} is none: a path has the total reward {most:g}. Pass an upper bound of "
+                    "reward - running cost."
+                )
+            uniform = torch.rand(
+                count, generator=generator_for(problem.device, where, 1), dtype=torch.float64, device=problem.device
+            )
+            accepted = (uniform.log() < log_accept).reshape(len(missing), -1)
+            # the first that is accepted, of each sample's own candidates
+            has, index = accepted.any(1), accepted.int().argmax(1)
+            rows = torch.arange(len(missing), device=problem.device)[has]
+            chosen = paths.samples.unflatten(0, accepted.shape)[rows, index[has]]
+            out = chosen.new_empty((n, *chosen.shape[1:])) if out is None else out
+            out[missing[has]] = chosen
+            missing = missing[~has]
+            if len(missing) == 0:
+                return out
+        raise RuntimeError(
+            f"rejection sampling has not found {len(missing)} of {n} samples in {tried} candidates: the acceptance rate is "
+            "Z exp(-bound/alpha), which is too small here. Use a tighter bound, or SMC."
+        )
+
+    def _warn_where_few(self, effective: Any, total: int) -> None:
+        if float(effective) < _FEW <= total:
+            warnings.warn(
+                f"{self.method}: only {float(effective):.1f} effective of {total} particles; the samples are nearly copies of "
+                "so few and biased. Use more particles, a better proposal or a twist.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
+        """As :meth:`Solution.evaluate`, from n particles (and 16 systems) at least, standard errors over systems.
+
+        ``elbo`` is ``E log Z^``, a lower bound of log Z: the gap bounds the KL from a sample's law to the exact one, and ``kl`` is
+        nan. For the best of n candidates ``kl`` is known: ``log n - (n-1)/n`` above the proposal's paths (Beirami et al.
+        2401.01879; exact where no two rewards are equal), and ``elbo`` is J/alpha as ever. For rejection the law is exact.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 64:
+            raise ValueError(f"n must be an int >= 64 (particles to estimate from), got {n!r}.")
+        seed, settings, alpha = fresh_seed(seed), self.particles, self.problem.alpha
+        found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed)
+        if not bool(torch.isfinite(found.log_z).all()):
+            raise NonFiniteError("the weights of all particles of a system are 0 or not finite.", what="weights")
+        log_z = log_mean_weight(found.log_z)
+        exact_z = (self._exact_values() or {}).get("log_z") if self._exact_values is not None else None
+        top = log_z if exact_z is None else Estimate(exact_z, 0.0)
+        nan = Estimate(float("nan"))
+        if settings.selection == "best":
+            best = self._pick(found, seed).unsqueeze(1)
+            picked = (v.gather(1, best)[:, 0] for v in (found.reward, found.running_cost, found.log_ratio))
+            best_reward, best_cost, best_ratio = picked
+            above = math.log(settings.num_particles) - (settings.num_particles - 1) / settings.num_particles
+            reward, cost = mean_estimate(best_reward), mean_estimate(best_cost)
+            kl = mean_estimate(best_ratio + above)
+            elbo = mean_estimate((best_reward - best_cost) / alpha - best_ratio - above)
+        else:
+            reward, cost = (self._expected(found, v) for v in (found.reward, found.running_cost))
+            kl, elbo = nan, mean_estimate(found.log_z)
+        if settings.selection == "rejection":
+            mean = self._expected(found, found.reward - found.running_cost, independent=False)
+            kl = Estimate(mean.value / alpha - top.value, math.hypot(mean.stderr / alpha, top.stderr))
+            elbo = top
+        gap = Estimate(0.0, 0.0) if settings.selection == "rejection" else top - elbo
+        log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
+        tail = pareto_k(found.log_z) if len(found.log_z) >= 64 else float("nan")
+        reliable, why = self._reliability(found, log_z, tail, n, seed)
+        return Evaluation(
+            reward=reward,
+            running_cost=cost,
+            kl=kl,
+            objective=Estimate(alpha * elbo.value, alpha * elbo.stderr),
+            elbo=elbo,
+            log_z=log_z,
+            ess=Estimate(effective_sample_size(log_w)),
+            gap=gap,
+            start_gap=Estimate(0.0, 0.0),
+            reliable=reliable,
+            reliability=why,
+            pareto_k=tail,
+            exact=exact_z is not None,
+            n=found.log_weights.numel(),
+        )
+
+    def _expected(self, found: Particles, values: Tensor, independent: bool | None = None) -> Estimate:
+        """Expectation of a sample's ``values`` (M, N): the mean over systems, or weighted by their Z^."""
+        each = (found.log_weights.exp() * values).sum(1)
+        if self._one_each if independent is None else independent:
+            return mean_estimate(each)
+        shares = found.log_z.softmax(0)
+        mean = float((shares * each).sum())
+        return Estimate(mean, float((shares * (each - mean)).square().sum().sqrt()))  # delta method
+
+    def _reliability(self, found: Particles, log_z: Estimate, tail: float, n: int, seed: int) -> tuple[bool, str]:
+        spread = float(found.log_z.std())
+        if tail >= 0.7:
+            return False, f"heavy-tailed Z^ over systems (Pareto k = {tail:.2f}, must be < 0.7)"
+        if spread > _SPREAD and self.particles.num_particles > 1:
+            return (
+                False,
+                f"log Z^ varies by {spread:.2f} between systems (at most {_SPREAD:g} wanted): use more particles",
+            )
+        of = f"log Z^ varies by {spread:.2g} between systems"
+        reference = simulate_chain(self.problem, self.chain, n, None, seed=derive_seed(seed, 1), keep="end")
+        log_w = log_weights(self.problem, reference).double()
+        if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * n < 100:
+            return True, f"{of}; unconfirmed: the reference's paths give no second estimate of log Z"
+        other = log_mean_weight(log_w)
+        if abs(other.value - log_z.value) > _AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+            return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
+        return True, f"{of}; confirmed by the reference's paths (log Z = {other})"
+
+    # ---------------------------------------------------------------- files
+
+    def _saved(self) -> dict[str, Any]:
+        twist = None if self.twist is None else self.twist.configuration
+        return {"particles": asdict(self.particles), "twist": twist}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = super()._tensors()
+        if self.twist is not None:
+            tensors.update({f"twist.{name}": value for name, value in self.twist.state_dict().items()})
+        return tensors

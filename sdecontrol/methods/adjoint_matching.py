@@ -1,0 +1,182 @@
+"""``AdjointMatching``: regression of the control on the lean adjoint (Domingo-Enrich et al. 2409.08861), and its reciprocal form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.build import build_control
+from ..errors import unknown_name
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, generator_for
+from ..simulation.bridges import ChainBridge
+from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise
+from ..simulation.paths import Paths
+from ..simulation.shifts import shifts_along
+from ..tensors import event_sum
+from .base import Method, Run, concatenate, path_metrics, register
+from .on_paths import check_count, steps_of
+from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
+
+__all__ = ["AdjointMatching"]
+
+PAIRINGS = ("chain", "continuous")
+_LOOSEST = 0.1  # relative error of the own-noise solve while the loss is still large
+
+
+class _State(RegressionState):
+    """The sizes of the last loss and of the noise that was subtracted say how well the latter must be known."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed), run.chain)
+        self.sizes: Tensor
+        self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0]))
+
+    def tolerance(self) -> float:
+        loss, noise = self.sizes.tolist()
+        finest = 1e-7 if self.sizes.dtype == torch.float64 else 1e-3
+        return min(_LOOSEST, max(finest, 0.1 * math.sqrt(loss / max(noise, 1e-300))))
+
+
+class _Buffer(_State):
+    """Ends of paths for the reciprocal form: starts, ends and reward slopes of the last ``size`` paths."""
+
+    def __init__(self, run: Run, size: int) -> None:
+        super().__init__(run)
+        self.bridge, chain = ChainBridge(run.chain), run.chain
+        self.starts: Tensor
+        self.ends: Tensor
+        self.slopes: Tensor
+        self.count: Tensor
+        self.metrics: Tensor
+        for name in ("starts", "ends", "slopes"):
+            self.register_buffer(name, chain.times.new_zeros(size, *chain.event_shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("metrics", torch.full((5,), math.nan, dtype=torch.float64))
+
+    def add(self, paths: Paths, slope: Tensor) -> None:
+        size = len(self.starts)
+        where = (torch.arange(len(slope), device=slope.device) + int(self.count)) % size
+        for buffer, rows in ((self.starts, paths.states[0]), (self.ends, paths.end), (self.slopes, slope)):
+            buffer.index_copy_(0, where, rows)
+        self.count += len(slope)
+
+
+@register
+@dataclass(frozen=True)
+class AdjointMatching(Method):
+    """Regress every shift ``c_k(x_k)`` on ``scale_k^T a_{k+1}``, a the lean adjoint along paths of the current control.
+
+    The discretised chain's best mean-shift control is the exact fixed point, for any drift, diffusion, reward and running cost
+    (a diffusion that depends on x adds its own term to the adjoint). In the zero-variance form the reported "loss" is a residual,
+    ``E sum_k |c_k - T(c)_k|^2/2`` with T the fixed-point map: zero at the optimum only, of the order of the squared control error
+    and above it for convex costs. The parameters in which the control is linear move by least squares.
+
+    Args:
+        zero_variance: subtract the own step's noise from the adjoint (``simulation/lean_adjoint.py``); on a linear-quadratic chain no
+            variance is left at the optimum.
+        pairing: "chain": c_k with a_{k+1}. "continuous": with a_k, which moves the fixed point by O(h), nearer to the control in
+            continuous time.
+        steps: regress on so many randomly drawn steps (unbiased); None: all.
+        reciprocal: draw ends from a buffer of past paths, and states between them from the reference's bridge (adjoint sampling,
+            2504.11713): one reward gradient serves many regressions. Linear references without running cost; the fixed point is O(h)
+            from the chain's optimum.
+        buffer_size, refresh: of the reciprocal form: paths kept, and iterations between new ones.
+
+    Raises:
+        NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form bridges.
+    """
+
+    zero_variance: bool = True
+    pairing: str = "chain"
+    steps: int | None = None
+    reciprocal: bool = False
+    buffer_size: int = 4096
+    refresh: int = 10
+
+    needs_gradient: ClassVar[bool] = True
+    residual: ClassVar[bool] = True
+    averaging: ClassVar[float] = 0.9
+
+    def __post_init__(self) -> None:
+        if self.pairing not in PAIRINGS:
+            raise unknown_name("pairing", self.pairing, PAIRINGS)
+        check_count("steps", self.steps, 1, optional=True)
+        check_count("buffer_size", self.buffer_size, 1)
+        check_count("refresh", self.refresh, 1)
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if self.reciprocal and problem.running_cost_function is not None:
+            raise ValueError(
+                "adjoint-matching with reciprocal=True needs a problem without running cost: with one the optimum's bridges are not "
+                "the reference's. Use AdjointMatching()."
+            )
+        if self.reciprocal and problem.condition is not None:
+            raise ValueError("adjoint-matching with reciprocal=True does not take conditions; use AdjointMatching().")
+
+    def setup(self, run: Run) -> nn.Module:
+        return _Buffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        if isinstance(state, _Buffer):
+            return self._reciprocal_step(state, run)
+        assert isinstance(state, _State)
+        problem, chain = run.problem, run.chain
+        parts, rewards, squares, means, noises = [], [], [], [], []
+        for part in range(run.accumulate):
+            paths = controlled_paths(problem, chain, state.control, run.batch(part))
+            reward, slope = reward_slope(problem, paths)
+            states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
+            shifts = shifts_along(chain, state.control, states, paths.condition)
+            jacobians = StepJacobians(paths)
+            noise = own_noise(jacobians, states, shifts, tolerance=state.tolerance()) if self.zero_variance else None
+            targets = lean_targets(
+                jacobians,
+                slope,
+                running_cost=problem.running_cost_or_none,
+                alpha=problem.alpha,
+                noise_part=noise,
+                own_step=self.pairing == "chain",
+            )
+            square, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part))
+            if noise is not None:
+                noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
+            for found, value in zip((parts, rewards, squares, means), (paths, reward, square, mean)):
+                found.append(value)
+            chain.forget()
+        loss = float(torch.stack(means).mean(0).sum())
+        descend(state, run, parts, means)
+        if noises:
+            state.sizes.copy_(torch.stack([state.sizes.new_tensor(loss), concatenate(noises).mean()]))
+        kls = concatenate(p.kl() for p in parts)
+        metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
+        return {**metrics, "loss": loss}
+
+    def _reciprocal_step(self, state: _Buffer, run: Run) -> dict[str, float]:
+        problem, chain = run.problem, run.chain
+        if run.iteration % self.refresh == 0:
+            paths = controlled_paths(problem, chain, state.control, run.batch())
+            reward, slope = reward_slope(problem, paths)
+            state.add(paths, slope)
+            found = path_metrics(reward, paths.running_cost, paths.kl(), problem.alpha)
+            state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))
+        generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))
+        stored = min(int(state.count), len(state.starts))
+        device, dtype = chain.times.device, chain.times.dtype
+        rows = torch.randint(stored, (run.batch_size,), generator=generator, device=device)
+        shape = (chain.steps, run.batch_size, *chain.event_shape)
+        noise = torch.randn(shape, dtype=dtype, generator=generator, device=device)
+        end = state.ends[rows]
+        states = torch.cat((state.bridge.between(state.starts[rows], end, noise), end.unsqueeze(0)))
+        drawn = Paths.of_states(chain, states)
+        targets = lean_targets(StepJacobians(drawn), state.slopes[rows], own_step=self.pairing == "chain")
+        shifts = shifts_along(chain, state.control, states[:-1])
+        _, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps))
+        descend(state, run, [drawn], [mean])
+        names = ("objective", "objective_stderr", "reward", "running_cost", "kl")
+        return {**dict(zip(names, state.metrics.tolist())), "loss": float(mean.sum())}

@@ -1,0 +1,73 @@
+"""``BestOfN``: choose among n samples of the reference (or of any control)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..controls.base import Control
+from ..controls.given import given_control
+from ..errors import unknown_name
+from ..evaluation.weighted import ParticleSettings, ParticleSolution
+from ..problems.problem import ControlProblem
+from ..tensors import as_float
+from .base import ControlState, Method, Run, register
+
+__all__ = ["BestOfN"]
+
+_SELECTIONS = {"best": "best", "softmax": "weights", "rejection": "rejection"}
+
+
+@register
+@dataclass(frozen=True)
+class BestOfN(Method):
+    """Each sample is chosen among ``n`` independent candidates; nothing is trained.
+
+    Args:
+        n: candidates per sample.
+        selection: "best": the one of the largest total reward. Its law is not the tilted one, alpha plays no part; its KL
+            is known, at most ``log n - (n-1)/n`` (Beirami et al. 2401.01879). "softmax": one in proportion to its importance
+            weight ``exp(R/alpha) dQ0/dP^u``: the exact law as n grows (sampling-importance-resampling, Rubin 1987).
+            "rejection": candidates are accepted with probability ``exp((R - bound)/alpha)``, n at a time until one is: the exact law.
+        bound: an upper bound of reward - running cost, for "rejection".
+        proposal: the candidates' control or solution; None: the reference (the only one for "rejection").
+    """
+
+    n: int = 16
+    selection: str = "best"
+    bound: float | None = None
+    proposal: Any = None
+
+    default_iterations: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"n must be an int >= 1, got {self.n!r}.")
+        if self.selection not in _SELECTIONS:
+            raise unknown_name("selection", self.selection, _SELECTIONS)
+        if (self.bound is not None) != (self.selection == "rejection"):
+            raise ValueError(
+                "bound, an upper bound of reward - running cost, goes with selection='rejection' and only with it; got "
+                f"selection={self.selection!r}, bound={self.bound!r}."
+            )
+        if self.bound is not None:
+            as_float("bound", self.bound)
+            if self.proposal is not None:
+                raise ValueError(
+                    "proposal: rejection needs a bound of the weights, which is known for the reference only."
+                )
+
+    def setup(self, run: Run) -> nn.Module:
+        return ControlState(given_control(run.problem, self.proposal))
+
+    def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> ParticleSolution:
+        particles = ParticleSettings(
+            self.n,
+            ess_threshold=0.0,
+            selection=_SELECTIONS[self.selection],
+            independent=True,
+            bound=None if self.bound is None else float(self.bound),
+        )
+        return ParticleSolution(problem, control, particles=particles, **facts)

@@ -1,0 +1,88 @@
+"""``BridgeMatching``: regression on the reference's bridges to reward-weighted ends ([42]-[45], tutorial Section 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..evaluation.weights import self_normalised, warn_where_few
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, generator_for
+from ..simulation.bridges import ChainBridge
+from ..simulation.shifts import shifts_along
+from ..tensors import event_sum
+from .base import Method, Run, register
+from .on_paths import check_paths, check_positive, collect, current_metrics, path_state
+
+__all__ = ["BridgeMatching"]
+
+
+@register
+@dataclass(frozen=True)
+class BridgeMatching(Method):
+    """Forward ``KL(Q_fine || P^u)`` on pairs of ends: regress the control on the drift of the reference conditioned on its end.
+
+    Both ends come from simulated paths, weighted to Q_fine by ``w = exp(r/alpha) dQ0/dP^v`` (normalised in log space); between them
+    states are drawn anew from the reference's bridge, since the bridges of Q_fine are the reference's where there is no running cost
+    (Theorem 3), and the target is ``E[xi_k | x_k, x_K]``. It is :class:`CrossEntropy` with the noise of the middle averaged out: the
+    same expected gradient on the chain. A baseline for control problems: the target's variance given x_k does not vanish at the optimum.
+
+    Needs a linear reference and no running cost.
+
+    Args:
+        paths: "current", "reference", or a control or solution whose ends to learn from.
+        trust_region: largest ``KL(weighted || unweighted ends)`` in nats, by tempering, as in :class:`CrossEntropy`; None: whole weights.
+    """
+
+    paths: Any = "current"
+    trust_region: float | None = None
+
+    def __post_init__(self) -> None:
+        check_paths(self.paths)
+        check_positive("trust_region", self.trust_region, optional=True)
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if problem.running_cost_function is not None:
+            raise ValueError(
+                "bridge-matching: with a running cost the bridges of the target are not the reference's. Use cross-entropy, which "
+                "regresses on whole paths."
+            )
+
+    def setup(self, run: Run) -> Any:
+        state: Any = path_state(run, self.paths)
+        state.bridge = ChainBridge(run.chain)
+        return state
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        chain, rollouts = run.chain, []
+        loss = ess = exponent = 0.0
+        for part in range(run.accumulate):
+            rollout = collect(state, run, part)
+            log_w = rollout.reward / run.problem.alpha - rollout.log_ratios().sum(0)
+            weights = self_normalised(log_w, None, self.trust_region)
+            start, end = rollout.states[0], rollout.states[-1]
+            generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
+            noise = torch.randn(rollout.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
+            states = state.bridge.between(start, end, noise)
+            target = state.bridge.noise_given_end(states, end)
+            c = shifts_along(chain, state.control, states, rollout.condition)
+            value = (weights.weights * event_sum(0.5 * (c - target) ** 2, 1).sum(0)).mean()
+            (value / run.accumulate).backward()
+            loss += float(value.detach()) / run.accumulate
+            ess += weights.ess / run.accumulate
+            exponent += weights.exponent / run.accumulate
+            rollouts.append(rollout)
+        if run.iteration % 100 == 0:
+            warn_where_few(
+                self.name, ess, run.batch_size, "Use trust_region=1.0, a larger batch or alpha, or better paths."
+            )
+        run.descend()
+        return {**current_metrics(state, run, rollouts), "loss": loss, "ess": ess, "exponent": exponent}

@@ -1,0 +1,83 @@
+"""``CrossEntropy``: importance-weighted maximum likelihood on whole paths (Zhang et al. 2014, SIAM J. Control Optim. 52)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation.weights import self_normalised, warn_where_few
+from .base import Method, Run, register
+from .on_paths import (
+    add_scores,
+    check_count,
+    check_paths,
+    check_positive,
+    collect,
+    current_metrics,
+    path_state,
+    regression_loss,
+    steps_of,
+)
+
+__all__ = ["CrossEntropy"]
+
+
+@register
+@dataclass(frozen=True)
+class CrossEntropy(Method):
+    """Minimise the forward ``KL(Q_fine || P^u)``: likelihood of paths of a control v, weighted by
+    ``w = exp(R/alpha) dQ0/dP^v``. No gradient of the reward.
+
+    The weights are normalised in log space over the batch (or group). With paths of the current control the mean score, whose
+    expectation is zero, is subtracted: the gradient is then noiseless where the weights are equal, at the optimum. On the chain the
+    minimiser is the mean shift of the soft-optimal kernel, O(h) from the best mean-shift control (equal to it for linear-quadratic
+    problems).
+
+    Args:
+        paths: "current", "reference", or a control or solution whose paths to learn from.
+        trust_region: largest ``KL(weighted || unweighted paths)`` in nats: the weights are tempered to it, so that every
+            iteration heads for a point between the current law and Q_fine. With other paths than the current ones the tempered target
+            is also what is learned, since those paths never get closer. None: whole weights.
+        group_size: normalise the weights among so many paths that share start and condition; None: in the whole batch.
+        steps: take the gradient through so many randomly drawn steps of each path (unbiased); None: all.
+    """
+
+    paths: Any = "current"
+    trust_region: float | None = None
+    group_size: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_paths(self.paths)
+        check_positive("trust_region", self.trust_region, optional=True)
+        check_count("group_size", self.group_size, 2, optional=True)
+        check_count("steps", self.steps, 1, optional=True)
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def setup(self, run: Run) -> Any:
+        return path_state(run, self.paths, self.group_size)
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        rollouts, found = [], []
+        loss = 0.0
+        for part in range(run.accumulate):
+            rollout = collect(state, run, part, self.group_size)
+            log_w = rollout.total / run.problem.alpha - rollout.log_ratios().sum(0)
+            weights = self_normalised(log_w, self.group_size, self.trust_region)
+            log_ratios, _ = rollout.log_ratios_of(state.control, steps := steps_of(run, self.steps, part))
+            w = weights.weights
+            add_scores(run, log_ratios, 1 - w if state.behaviour is None else -w)
+            loss += regression_loss(rollout, log_ratios, w, steps) / run.accumulate
+            rollouts.append(rollout)
+            found.append(weights)
+        ess = sum(f.ess for f in found) / len(found)
+        if run.iteration % 100 == 0:
+            size = self.group_size or run.batch_size
+            warn_where_few(self.name, ess, size, "Use trust_region=1.0, a larger batch or alpha, or better paths.")
+        run.descend()
+        exponent = sum(f.exponent for f in found) / len(found)
+        return {**current_metrics(state, run, rollouts), "loss": loss, "ess": ess, "exponent": exponent}

@@ -1,0 +1,114 @@
+"""``LogVariance``: the variance of the log importance weight, and its moment form (Nüsken & Richter 2005.05409)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..controls.values import LearnedLogZ
+from ..errors import unknown_name
+from ..evaluation.weights import self_normalised
+from ..problems.rollouts import leave_one_out
+from ..randomness import derive_seed
+from .base import Method, Run, register
+from .on_paths import (
+    add_scores,
+    check_count,
+    check_paths,
+    collect,
+    current_metrics,
+    path_state,
+    starts_differ,
+    steps_of,
+)
+
+__all__ = ["LogVariance"]
+
+LOSSES = ("variance", "moment")
+_GROUP = 8
+
+
+@register
+@dataclass(frozen=True)
+class LogVariance(Method):
+    """Minimise ``Var_{P^v}[Y(u)]/2`` with ``Y(u) = log dP^u/dQ0 - R/alpha`` on stored paths of a control v; no gradient of the reward.
+
+    ``Y`` is the negative log importance weight: constant at the soft-optimal law. With paths of the current control (v = u, detached)
+    the gradient of the loss is that of ``KL(P^u || Q_fine)``, and zero at the best mean-shift control; it is the score-function
+    gradient with the likelihood ratio as a control variate, so that its noise nearly vanishes at the optimum. With other paths
+    the minimiser moves by O(h) (docs/mathematics.md section 3). "moment" is ``E (Y + log Z)^2/2`` with a learned log Z: the same
+    gradient in expectation, also known as trajectory balance.
+
+    Args:
+        loss: "variance" or "moment".
+        paths: "current", "reference", or a control or solution whose paths to learn from.
+        steps: take the gradient through so many randomly drawn steps of each path (unbiased: it is a sum over steps with a constant
+            coefficient); None: all.
+        group_size: paths per start and condition, for the conditional variance ``E Var[Y | X_0]``: with a random start that keeps its
+            law, or conditions, Y is constant given these only. None: 8 there ("moment" learns log Z as their function instead), else
+            the whole batch. ``batch_size`` must be a multiple of it.
+    """
+
+    loss: str = "variance"
+    paths: Any = "current"
+    steps: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise unknown_name("loss", self.loss, LOSSES)
+        check_paths(self.paths)
+        check_count("steps", self.steps, 1, optional=True)
+        check_count("group_size", self.group_size, 2, optional=True)
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def _group(self, run: Run) -> int | None:
+        needed = self.group_size is None and self.loss == "variance" and starts_differ(run.problem)
+        return _GROUP if needed else self.group_size
+
+    def setup(self, run: Run) -> Any:
+        state = path_state(run, self.paths, self._group(run))
+        if self.loss == "moment":
+            state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), derive_seed(run.seed, 42))
+        return state
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        rollouts, group, metrics = [], self._group(run), {"loss": 0.0}
+        if state.behaviour is None:
+            metrics["ess"] = 0.0
+        for part in range(run.accumulate):
+            rollout = collect(state, run, part, group)
+            steps = steps_of(run, self.steps, part)
+            log_ratios, _ = rollout.log_ratios_of(state.control, steps)
+            if state.behaviour is None:
+                total = rollout.log_ratios().sum(0)
+            elif steps is None:
+                total = log_ratios.detach().sum(0)
+            else:
+                with torch.no_grad():
+                    total = rollout.log_ratios_of(state.control)[0].sum(0)
+            y = total - rollout.total / run.problem.alpha
+            if self.loss == "variance":
+                coefficients = leave_one_out(y, group)
+                value = 0.5 * float((y * coefficients).mean())
+            else:
+                log_z = state.log_z(rollout.states[0], rollout.condition)
+                coefficients = y + log_z.detach()
+                value = 0.5 * float(coefficients.square().mean())
+                metrics["learned_log_z"] = float(log_z.detach().mean())
+                if log_z.requires_grad:
+                    ((coefficients * log_z).mean() / run.accumulate).backward()
+                state.log_z.follow(coefficients)
+            add_scores(run, log_ratios, coefficients)
+            metrics["loss"] += value / run.accumulate
+            if state.behaviour is None:
+                metrics["ess"] += self_normalised(-y, group).ess / run.accumulate
+            rollouts.append(rollout)
+        run.descend()
+        return {**current_metrics(state, run, rollouts), **metrics}

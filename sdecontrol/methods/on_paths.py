@@ -1,0 +1,154 @@
+"""What the methods that learn from stored paths share: whose paths they are, how starts are repeated, and the gradient of a
+weighted sum of log-ratios along them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.base import Control
+from ..controls.build import build_control
+from ..controls.given import given_control
+from ..errors import unknown_name
+from ..problems.problem import ControlProblem
+from ..problems.rollouts import Rollout, roll_out
+from ..processes.laws import Dirac
+from ..randomness import derive_seed, generator_for
+from .base import Batch, ControlState, Run, concatenate, path_metrics
+
+__all__ = [
+    "PathState",
+    "add_scores",
+    "check_count",
+    "check_paths",
+    "check_positive",
+    "collect",
+    "current_metrics",
+    "path_state",
+    "regression_loss",
+    "starts_differ",
+    "steps_of",
+]
+
+PATHS = ("current", "reference")
+_PLACE_STEPS = 41
+
+
+class PathState(ControlState):
+    """State of a method that learns from paths: the control, and the one whose paths it learns from (None: its own)."""
+
+    def __init__(self, control: Control, behaviour: Control | None) -> None:
+        super().__init__(control)
+        self.behaviour = behaviour
+
+
+def path_state(run: Run, paths: Any = "current", group_size: int | None = None) -> PathState:
+    """The state of a method that learns from ``paths``.
+
+    Raises:
+        ValueError: a batch that is no multiple of ``group_size``.
+    """
+    if group_size is not None and run.batch_size % group_size:
+        raise ValueError(
+            f"batch_size must be a multiple of group_size={group_size} (paths that share a start), got {run.batch_size}."
+        )
+    behaviour = None
+    if paths != "current":
+        behaviour = given_control(run.problem, None if isinstance(paths, str) else paths, "paths")
+    return PathState(build_control(run.problem, run.chain, run.control, seed=run.seed), behaviour)
+
+
+def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Rollout:
+    """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and condition."""
+    batch = run.batch(part)
+    if group_size is not None:
+        batch = _grouped(batch, group_size)
+    control = state.control if state.behaviour is None else state.behaviour
+    return roll_out(run.problem, run.chain, control, batch.x0, batch.noise, batch.condition, until)
+
+
+def _grouped(batch: Batch, size: int) -> Batch:
+    first = lambda v: v[: len(v) // size].repeat_interleave(size, 0)  # noqa: E731
+    return replace(batch, x0=first(batch.x0), condition=None if batch.condition is None else first(batch.condition))
+
+
+def starts_differ(problem: ControlProblem) -> bool:
+    """Whether log Z differs from path to path: a random start that keeps its law, or conditions."""
+    return problem.condition is not None or (problem.start == "fixed" and not isinstance(problem.initial, Dirac))
+
+
+def steps_of(run: Run, count: int | None, part: int = 0) -> list[int] | None:
+    """``count`` different steps of the chain, drawn anew in every iteration; None: all."""
+    if count is None or count >= run.chain.steps:
+        return None
+    generator = generator_for("cpu", derive_seed(run.seed, _PLACE_STEPS, run.iteration, part))
+    return sorted(torch.randperm(run.chain.steps, generator=generator)[:count].tolist())
+
+
+def add_scores(run: Run, log_ratios: Tensor, coefficients: Tensor) -> None:
+    """Add the gradient of ``mean over paths of sum_k a_k log p^u/p0 (x_{k+1}|x_k)`` with constant coefficients a.
+
+    Args:
+        log_ratios: with their graph, ``(steps, batch)``; of some of the steps: their sum stands for that of all (unbiased where they
+            were drawn uniformly).
+        coefficients: ``(batch,)`` or ``(steps, batch)``.
+    """
+    part = run.chain.steps / log_ratios.shape[0] / run.accumulate
+    ((coefficients.detach() * log_ratios).sum(0).mean() * part).backward()
+
+
+def regression_loss(rollout: Rollout, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None = None) -> float:
+    """``E w sum_k |c_k - z_k|^2/2`` per step, z the path's draws, from the log-ratios of these steps."""
+    draws = rollout.draws if steps is None else rollout.draws[list(steps)]
+    square = 0.5 * draws.flatten(2).square().sum(2)
+    return float((weights * (square - log_ratios.detach())).mean())
+
+
+def current_metrics(state: PathState, run: Run, rollouts: Sequence[Rollout], own: bool = True) -> dict[str, float]:
+    """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL: nan."""
+    if state.behaviour is not None or not own:
+        return dict.fromkeys(("objective", "objective_stderr", "reward", "running_cost", "kl"), math.nan)
+    rewards = concatenate(r.reward for r in rollouts)
+    costs = concatenate(r.costs.sum(0) for r in rollouts)
+    return path_metrics(rewards, costs, concatenate(r.kls().sum(0) for r in rollouts), run.problem.alpha)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def check_paths(paths: Any) -> None:
+    """Whose paths: "current", "reference", or a control.
+
+    Raises:
+        ValueError: an unknown name. TypeError: no control.
+    """
+    if isinstance(paths, str):
+        if paths not in PATHS:
+            raise unknown_name("paths", paths, PATHS)
+    elif not callable(paths) and not callable(getattr(paths, "control", None)):
+        raise TypeError(
+            f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
+            f"{type(paths).__name__}."
+        )
+
+
+def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
+    """Raise unless ``value`` is an int of at least ``least`` (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}{' or None' if optional else ''}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any, below: float = math.inf, optional: bool = False) -> None:
+    """Raise unless ``value`` is a number in (0, below) (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < below:
+        top = "" if below == math.inf else f" and < {below:g}"
+        raise ValueError(f"{name} must be a finite number > 0{top}{' or None' if optional else ''}, got {value!r}.")

@@ -1,0 +1,117 @@
+"""``PathConsistency``: squared residuals of the soft Bellman equation along paths (tutorial Algorithm 5, [33]-[35])."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.values import LearnedLogZ, learned_value
+from ..problems.replay import ReplayBuffer
+from ..problems.rollouts import Rollout
+from ..randomness import derive_seed
+from .base import Method, Run, register
+from .on_paths import add_scores, check_count, check_paths, collect, current_metrics, path_state, starts_differ
+
+__all__ = ["PathConsistency"]
+
+
+@register
+@dataclass(frozen=True)
+class PathConsistency(Method):
+    """Minimise ``E sum_j D_j^2/2`` for the n-step residuals, ``v_K = r``, on stored paths; no gradient of the reward::
+
+        D_j = (v_j(x_j) - v_{j+n}(x_{j+n}))/alpha + sum_{j <= k < j+n} [ log p^u/p0 (x_{k+1}|x_k) + h_k f_k/alpha ].
+
+    Algorithm 5 is n = 1 ([34], detailed balance): value and control have gradients of their own, each with the other's part
+    constant, and ``v_{j+n}`` is detached. n-step: sub-trajectory balance, windows cut at the end; the losses of the windows that a step is in are
+    averaged. "all": ``(Y + log Z)^2/2`` with a learned log Z (which [35] omits): trajectory balance, the moment form of
+    :class:`LogVariance`. With paths of the current control the expected gradient is zero at the best mean-shift control and its value;
+    with others the minimiser moves by O(h) (docs/mathematics.md section 3).
+
+    Args:
+        n: 1, a number of steps, or "all".
+        paths: "current", "reference", or a control or solution whose paths to learn from.
+        replay: keep the last so many batches and learn from a random part of all of them, of a batch's size (off-policy);
+            0: from each batch once.
+    """
+
+    n: int | str = "all"
+    paths: Any = "current"
+    replay: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n != "all":
+            if isinstance(self.n, str):
+                raise ValueError(f"n must be 'all' or a number of steps >= 1, got {self.n!r}.")
+            check_count("n", self.n, 1)
+        check_paths(self.paths)
+        check_count("replay", self.replay, 0)
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def setup(self, run: Run) -> Any:
+        state = path_state(run, self.paths)
+        seed = derive_seed(run.seed, 46)
+        if self.n == "all":
+            state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), seed)
+        else:
+            state.value = learned_value(run.problem, run.chain, seed)
+        if self.replay:
+            y = run.problem.draw_condition(1, 0)
+            state.replay = ReplayBuffer(
+                run.chain, self.replay * run.batch_size, y, run.problem.dtype, run.problem.device
+            )
+        return state
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        rollouts, loss = [], 0.0
+        for part in range(run.accumulate):
+            rollout = collect(state, run, part)
+            rollouts.append(rollout)
+            if self.replay:
+                state.replay.add(rollout)
+                rollout = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part))
+            loss += self._learn(state, run, rollout) / run.accumulate
+        run.descend()
+        metrics = {**current_metrics(state, run, rollouts), "loss": loss}
+        if self.n == "all":
+            metrics["learned_log_z"] = float(state.log_z(rollout.states[0], rollout.condition).detach().mean())
+        return metrics
+
+    def _learn(self, state: Any, run: Run, rollout: Rollout) -> float:
+        """Add the gradients; the loss."""
+        log_ratios, _ = rollout.log_ratios_of(state.control)
+        deltas = log_ratios.detach() + rollout.costs / run.problem.alpha
+        end = rollout.reward / run.problem.alpha
+        if self.n == "all":
+            value = state.log_z(rollout.states[0], rollout.condition).unsqueeze(0)
+            residuals = value.detach() + deltas.sum(0) - end
+            coefficients, count = residuals, 1
+            state.log_z.follow(residuals)
+        else:
+            value = state.value.along(rollout.states[:-1], run.chain.times[:-1], rollout.condition)
+            count = min(int(self.n), len(deltas))
+            residuals = self._windows(value.detach(), deltas, end, count)
+            # a step's score meets the residuals of all windows it is in
+            sums = torch.cat((torch.zeros_like(residuals[:1]), residuals.cumsum(0)))
+            top = torch.arange(1, len(deltas) + 1, device=sums.device)
+            coefficients = (sums[top] - sums[(top - count).clamp(min=0)]) / count
+        if value.requires_grad:
+            ((residuals * value).sum(0).mean() / count / run.accumulate).backward()
+        add_scores(run, log_ratios, coefficients)
+        return 0.5 * float(residuals.square().sum(0).mean()) / count
+
+    @staticmethod
+    def _windows(value: Tensor, deltas: Tensor, end: Tensor, n: int) -> Tensor:
+        """``D_j``, ``(K, batch)``; the windows that begin less than n steps before the end are cut there."""
+        K = len(deltas)
+        sums = torch.cat((torch.zeros_like(deltas[:1]), deltas.cumsum(0)))
+        last = (torch.arange(K, device=deltas.device) + n).clamp(max=K)
+        values = torch.cat((value, end.unsqueeze(0)))
+        return values[:-1] - values[last] + sums[last] - sums[:-1]

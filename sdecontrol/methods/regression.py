@@ -1,0 +1,109 @@
+"""What the methods that regress the control on a target share: the target's noise step by step, the loss, and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..controls.base import Control
+from ..problems.problem import ControlProblem
+from ..simulation.chains import Chain
+from ..simulation.integrator import check_likelihood, integrate
+from ..simulation.paths import Paths
+from ..simulation.shifts import shift_function
+from ..tensors import event_sum
+from .base import Batch, ControlState, Regression, Run
+
+__all__ = ["RegressionState", "controlled_paths", "regress", "reward_slope"]
+
+_AVERAGE = 0.1  # of the last batch in the running residuals
+
+
+class RegressionState(ControlState):
+    """State of a regression: the control, and running mean squares of the residual at every step."""
+
+    def __init__(self, control: Control, chain: Chain) -> None:
+        super().__init__(control)
+        self.residuals: Tensor
+        self.register_buffer("residuals", chain.times.new_zeros(chain.steps))
+
+    def step_weights(self) -> Tensor:
+        """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares has them.
+
+        The fixed point has every step's residual at its conditional mean, so weights move nothing but the noise: far from the end an
+        adjoint may be a thousand times as noisy as near it.
+        """
+        if not bool(self.residuals.any()):
+            return torch.ones_like(self.residuals)
+        weights = 1 / (self.residuals + 1e-3 * self.residuals.mean())
+        return weights / weights.mean()
+
+    def observe(self, residuals: Tensor) -> None:
+        first = not bool(self.residuals.any())
+        self.residuals.lerp_(residuals, 1.0 if first else _AVERAGE)
+
+
+@torch.no_grad()
+def controlled_paths(problem: ControlProblem, chain: Chain, control: Control, batch: Batch) -> Paths:
+    """Paths of the current control, without a graph."""
+    paths = integrate(
+        chain,
+        batch.x0,
+        batch.noise,
+        shift_function(chain, control),
+        condition=batch.condition,
+        running_cost=problem.running_cost_or_none,
+    )
+    check_likelihood(paths.kl(), chain)
+    chain.forget()
+    return paths
+
+
+def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
+    """Rewards ``(batch,)`` and ``grad r(x_K)/alpha`` ``(batch, *event)``, through ``decode``."""
+    with torch.enable_grad():
+        end = paths.end.detach().requires_grad_(True)
+        reward = problem.reward(paths.chain.decode(end, paths.condition), paths.condition)
+        slope = torch.autograd.grad(reward.sum(), end)[0]
+    return reward.detach(), slope / problem.alpha
+
+
+def regress(
+    state: RegressionState,
+    run: Run,
+    chain: Chain,
+    shifts: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    steps: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of ``E sum_k weight |c_k - y_k|^2/2`` for one batch, the steps weighted by :meth:`RegressionState.step_weights`.
+
+    Args:
+        shifts: ``(K, batch, *noise)`` with their graph; targets: the same shape (with a graph, if they have parameters too).
+        weights: of the paths, ``(batch,)`` with mean 1. steps: take these steps only, as an unbiased estimate of all.
+
+    Returns:
+        The unweighted squares ``|c_k - y_k|^2/2`` ``(K, batch)``, and the mean of each step with path weights ``(K,)``; detached.
+    """
+    squares = 0.5 * event_sum((shifts - targets) ** 2, len(chain.noise_shape))
+    means = (squares if weights is None else squares * weights).mean(1)
+    by_step = state.step_weights() * means
+    total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (chain.steps / len(steps))
+    (total / run.accumulate).backward()
+    return squares.detach(), means.detach()
+
+
+def descend(
+    state: RegressionState, run: Run, parts: Sequence[Paths], means: Sequence[Tensor], weights: Tensor | None = None
+) -> None:
+    """One step from the gradients of all parts, least squares where the control is linear."""
+    mean = torch.stack(list(means)).mean(0)
+    step_weights = state.step_weights()
+    state.observe(mean)
+    states = torch.cat([paths.states[:-1] for paths in parts], 1)
+    y = None if parts[0].condition is None else torch.cat([paths.condition for paths in parts])
+    run.descend(Regression(parts[0].chain, states, y, float((step_weights * mean).sum()), weights, step_weights))

@@ -1,0 +1,56 @@
+"""``Reinforce``: the plain score-function gradient, a yardstick (Williams 1992)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import unknown_name
+from ..problems.rollouts import leave_one_out
+from .base import Method, Run, register
+from .on_paths import add_scores, check_count, collect, current_metrics, path_state, steps_of
+
+__all__ = ["Reinforce"]
+
+BASELINES = ("none", "batch")
+
+
+@register
+@dataclass(frozen=True)
+class Reinforce(Method):
+    """The gradient of ``KL(P^u || Q_fine)`` as ``E[(C - b) sum_k xi_k . dc_k + sum_k c_k . dc_k]`` with the whole path's cost
+    ``C = -R/alpha + sum_k |c_k|^2/2``, on paths of the current control; the reward may be a black box.
+
+    It multiplies every step's score by the cost of all steps, so its noise does not vanish at the optimum: a yardstick. ``SoftPPO``
+    uses the cost still to come, ``LogVariance`` the likelihood ratio in the place of the KL; all have the same expected gradient.
+
+    Args:
+        baseline: b: "batch", the mean cost of the other paths; "none".
+        steps: use so many randomly drawn steps of every path's sum (unbiased); None: all.
+    """
+
+    baseline: str = "batch"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            raise unknown_name("baseline", self.baseline, BASELINES)
+        check_count("steps", self.steps, 1, optional=True)
+
+    def setup(self, run: Run) -> Any:
+        return path_state(run)
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        rollouts, loss = [], 0.0
+        for part in range(run.accumulate):
+            rollout = collect(state, run, part)
+            cost = rollout.kls().sum(0) - rollout.total / run.problem.alpha
+            log_ratios, kls = rollout.log_ratios_of(state.control, steps_of(run, self.steps, part))
+            advantage = leave_one_out(cost) if self.baseline == "batch" else cost
+            add_scores(run, advantage * log_ratios + kls, torch.ones_like(advantage))
+            loss += float(cost.mean()) / run.accumulate
+            rollouts.append(rollout)
+        run.descend()
+        return {**current_metrics(state, run, rollouts), "loss": loss}

@@ -1,0 +1,189 @@
+"""``SOCM``: stochastic optimal control matching (Domingo-Enrich et al. 2312.02027, Theorem 1), exact on the chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.build import build_control
+from ..controls.network import time_features
+from ..errors import unknown_name
+from ..evaluation.weights import self_normalised, warn_where_few
+from ..problems.problem import ControlProblem
+from ..simulation.lean_adjoint import StepJacobians, running_cost_gradients
+from ..simulation.shifts import shifts_along
+from ..tensors import is_matrix_scale
+from .base import Method, Run, concatenate, path_metrics, register
+from .on_paths import check_count, check_positive, steps_of
+from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
+
+__all__ = ["SOCM"]
+
+MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
+
+
+class _State(RegressionState):
+    """The learned step matrices are ``N_j = I + h_j L(t_j)``, L a combination of time features."""
+
+    def __init__(self, run: Run, kind: str) -> None:
+        super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed), run.chain)
+        chain, d = run.chain, run.chain.event_shape[0]
+        clock = chain.times[:-1]
+        self.phi: Tensor
+        self.register_buffer("phi", time_features((clock - clock[0]) / (chain.times[-1] - clock[0])), persistent=False)
+        shape = {"full": (d, d), "diagonal": (d,), "scalar": (1,)}.get(kind)
+        features = self.phi.shape[1]
+        self.slopes = None if shape is None else nn.Parameter(chain.times.new_zeros(features, *shape))
+
+    def step_matrices(self, chain_steps: list[float]) -> Tensor:
+        """``N_j - I``, ``(K, d, d)``, ``(K, d)`` or ``(K, 1)``."""
+        assert self.slopes is not None
+        rates = torch.einsum("kf,f...->k...", self.phi, self.slopes)
+        return rates * rates.new_tensor(chain_steps).reshape(-1, *(1,) * (rates.ndim - 1))
+
+
+@register
+@dataclass(frozen=True)
+class SOCM(Method):
+    """Importance-weighted regression of every shift on ``scale_k^T a_{k+1}``, a the gradient of log psi in reparametrised form.
+
+    Moving the state at step k by e and the later ones by ``M_k(j) e``, with ``M_k(k) = I`` and the noises changed to match, gives for
+    any products ``M_k(j) = N_{j-1} ... N_k`` of step matrices (adapted to the path) exactly, at every step size::
+
+        a_K = grad r(x_K)/alpha,   a_j = N_j^T a_{j+1} - (N_j - d mean_j)^T scale_j^{-T} (c_j + xi_j) - h_j grad f(x_j)/alpha,
+
+    and ``E[w scale_k^T a_{k+1} | x_k] / E[w | x_k]``, ``w = exp(R/alpha) dQ0/dP^v``, is the mean shift of the soft-optimal chain p* (the best mean-shift
+    control of linear-quadratic chains; O(h) from it elsewhere). The matrices change the variance only. Theorem 1 of the source has general M_t(s); as products
+    they cost K and not K^2, need no derivative in s, and contain the noiseless choice of linear-quadratic problems.
+
+    Args:
+        matrices: "full", "diagonal", "scalar": learned with the control, by the same loss, as functions of time. "identity": M = I. "adjoint": the
+            reference's own Jacobians along the path, which gives the lean adjoint. "closed-loop": the Jacobian of the controlled
+            step, fitted over the batch, nothing to learn.
+        weighted: False leaves the weights out: the fixed point is the same.
+        trust_region: largest ``KL(weighted || unweighted)`` in nats, to which the weights are tempered: between the two regressions, whose
+            fixed point they share. None: whole weights.
+        steps: regress on so many randomly drawn steps (unbiased); None: all.
+
+    Raises:
+        NotDifferentiable: a black-box reward. ValueError: a diffusion that depends on x or has no inverse, or states that are no vectors.
+    """
+
+    matrices: str = "closed-loop"
+    weighted: bool = True
+    trust_region: float | None = 1.0
+    steps: int | None = None
+
+    needs_gradient: ClassVar[bool] = True
+    residual: ClassVar[bool] = True
+    averaging: ClassVar[float] = 0.9
+
+    def __post_init__(self) -> None:
+        if self.matrices not in MATRICES:
+            raise unknown_name("matrices", self.matrices, MATRICES)
+        check_positive("trust_region", self.trust_region, optional=True)
+        check_count("steps", self.steps, 1, optional=True)
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if len(problem.event_shape) != 1 or problem.control_shape != problem.event_shape:
+            raise ValueError(
+                f"socm needs vector states and as many noises as states; this problem has states {tuple(problem.event_shape)} and controls "
+                f"{tuple(problem.control_shape)}. Use adjoint-matching."
+            )
+
+    def setup(self, run: Run) -> nn.Module:
+        return _State(run, self.matrices)
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        assert isinstance(state, _State)
+        problem, chain = run.problem, run.chain
+        parts, rewards, means, weights, found = [], [], [], [], []
+        for part in range(run.accumulate):
+            paths = controlled_paths(problem, chain, state.control, run.batch(part))
+            reward, slope = reward_slope(problem, paths)
+            weighing = None
+            if self.weighted:
+                log_w = (reward - paths.running_cost) / problem.alpha - paths.log_ratio()
+                weighing = self_normalised(log_w, None, self.trust_region)
+                weights.append(weighing.weights)
+                found.append(weighing)
+            jacobians = StepJacobians(paths)
+            costs = running_cost_gradients(paths, problem.running_cost_or_none)
+            targets = self._targets(state, jacobians, slope, costs, problem.alpha)
+            shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
+            path_weights = None if weighing is None else weighing.weights
+            _, mean = regress(
+                state, run, chain, shifts, targets, weights=path_weights, steps=steps_of(run, self.steps, part)
+            )
+            for into, value in zip((parts, rewards, means), (paths, reward, mean)):
+                into.append(value)
+        descend(state, run, parts, means, concatenate(weights) if weights else None)
+        kls = concatenate(p.kl() for p in parts)
+        metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
+        metrics["loss"] = float(torch.stack(means).mean(0).sum())
+        if found:
+            metrics["ess"] = sum(f.ess for f in found) / len(found)
+            metrics["exponent"] = sum(f.exponent for f in found) / len(found)
+            if run.iteration % 100 == 0:
+                warn_where_few(self.name, metrics["ess"], run.batch_size, "Use trust_region=1.0, or a larger batch.")
+        return metrics
+
+    def _targets(
+        self, state: _State, jacobians: StepJacobians, slope: Tensor, costs: list | None, alpha: float
+    ) -> Tensor:
+        chain, paths = jacobians.chain, jacobians.paths
+        # what a step's noise says of the state before it: scale^{-T} (c + xi)
+        drawn = [_inverse_transposed(s, z) for s, z in zip(jacobians.scales, paths.shifts + paths.noises)]
+        pushed = jacobians.mean_products(torch.stack(drawn))
+        if self.matrices in ("full", "diagonal", "scalar"):
+            moves: Tensor | None = state.step_matrices(chain.step_sizes)
+        else:
+            moves = jacobians.fitted_moves() if self.matrices == "closed-loop" else None
+        own = self._own_noise(jacobians, moves) if self.matrices == "closed-loop" else None
+        a, targets = slope, []
+        for j in reversed(range(jacobians.count)):
+            targets.append(jacobians.scale_transposed(j, a if own is None else a - own[j]))
+            if self.matrices == "adjoint":
+                a = jacobians.step(j, a, None)
+            else:
+                left = a - drawn[j]
+                move = torch.zeros(()) if moves is None else moves[j]
+                a = left + pushed[j] + (left @ move if move.ndim == 2 else left * move)
+            if costs is not None and costs[j] is not None:
+                a = a - costs[j] * (chain.step_sizes[j] / alpha)
+        return torch.stack(targets[::-1])
+
+    def _own_noise(self, jacobians: StepJacobians, moves: Tensor | None) -> Tensor | None:
+        """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
+        weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
+        if moves is None:
+            return None
+        xi = jacobians.paths.noises
+        drawn = torch.stack([_inverse_transposed(s, z) for s, z in zip(jacobians.scales, xi)])
+        change = drawn + drawn @ moves - jacobians.mean_products(drawn)
+        closed = torch.eye(moves.shape[1], dtype=moves.dtype, device=moves.device) + moves
+        return torch.linalg.solve(closed, change, left=False)
+
+
+def _inverse_transposed(scale: Tensor, v: Tensor) -> Tensor:
+    """``scale^{-T} v``.
+
+    Raises:
+        ValueError: a scale that depends on x, or has no inverse.
+    """
+    if scale.requires_grad or (is_matrix_scale(scale, 1) and scale.shape[0] != 1):
+        raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
+    if not is_matrix_scale(scale, 1):
+        if bool((scale == 0).any()):
+            raise ValueError(
+                "diffusion: socm needs an invertible one; this one is 0 in a coordinate. Use adjoint-matching."
+            )
+        return v / scale
+    matrix = scale[0]
+    if matrix.shape[0] != matrix.shape[1] or float(torch.linalg.cond(matrix.double())) > 1e6:
+        raise ValueError("diffusion: socm needs an invertible one; use adjoint-matching.")
+    return torch.linalg.solve(matrix.mT, v.mT).mT

@@ -1,0 +1,156 @@
+"""``SoftPPO``: proximal policy optimisation of the entropy-regularised objective (tutorial Algorithm 1, [21])."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.values import learned_value
+from ..errors import unknown_name
+from ..problems.rollouts import Rollout, leave_one_out
+from ..randomness import derive_seed, generator_for
+from .base import Method, Run, parameters_of, register
+from .on_paths import check_count, check_positive, collect, current_metrics, path_state, steps_of
+
+__all__ = ["SoftPPO"]
+
+BASELINES = ("batch", "per-time", "value")
+
+
+@register
+@dataclass(frozen=True)
+class SoftPPO(Method):
+    """Clipped surrogate of per-step ratios on paths of the current control, several epochs on each batch; black-box rewards.
+
+    With ``ratio_k = p^u/p^old (x_{k+1}|x_k)`` and, in units of alpha, the cost still to come after step k's noise,
+    ``G_k = -r/alpha + sum_{j>k} (h_j f_j/alpha + log p^old/p0 (x_{j+1}|x_j))``, less a baseline, ``A_k``, minimise::
+
+        E sum_k [ max(A_k ratio_k, A_k clip(ratio_k, 1 - clip, 1 + clip)) + |c_k(x_k)|^2/2 ].
+
+    At u = u_old its gradient is that of ``KL(P^u || Q_fine) = log Z - J/alpha``. Three departures from the print: costs want ``max``,
+    not ``min``; the KL still to come is part of the cost (a step's own KL alone has no score-function gradient); and a step's own KL
+    is differentiated directly. The KL to come is taken as its sampled log-ratio, of the same mean: then ``G_k`` is nearly
+    ``-v_{k+1}(x_{k+1})/alpha``, without the noise of later steps, near the optimum. Log-probabilities are sums over dimensions.
+
+    Args:
+        clip: largest change of a step's ratio that is rewarded.
+        epochs: passes over each batch.
+        minibatches: parts of the paths, drawn anew in every epoch, with an optimiser step each.
+        baseline: "batch": the mean of ``G_k`` over steps and the other paths; "per-time": over the other paths at step k; "value":
+            a learned network of ``(x_k, t_k)`` (of earlier iterations, so that the gradient stays unbiased).
+        group_size: GRPO (Shao et al. 2402.03300): so many paths share start and condition; baselines ("batch", "per-time") are
+            means within the group, and a group's whole loss is divided by the standard deviation of its path costs. (Of the advantage
+            alone it would change the temperature.) ``batch_size`` must be a multiple of it. None: no groups.
+        steps: use so many randomly drawn steps of each path in every optimiser step (unbiased); None: all.
+    """
+
+    clip: float = 0.2
+    epochs: int = 4
+    minibatches: int = 1
+    baseline: str = "value"
+    group_size: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_positive("clip", self.clip, below=1.0)
+        check_count("epochs", self.epochs, 1)
+        check_count("minibatches", self.minibatches, 1)
+        check_count("group_size", self.group_size, 2, optional=True)
+        check_count("steps", self.steps, 1, optional=True)
+        if self.baseline not in BASELINES:
+            raise unknown_name("baseline", self.baseline, BASELINES)
+        if self.group_size is not None and self.baseline == "value":
+            raise ValueError("group_size is for the baselines of a group; use baseline='per-time' or 'batch' with it.")
+
+    def setup(self, run: Run) -> Any:
+        if run.batch_size < 2 * self.minibatches:
+            raise ValueError(
+                f"batch_size must be at least 2 * minibatches={2 * self.minibatches}, got {run.batch_size}."
+            )
+        state = path_state(run, group_size=self.group_size)
+        if self.baseline == "value":
+            state.value = learned_value(run.problem, run.chain, derive_seed(run.seed, 44))
+        return state
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        batches = [self._advantages(state, run, collect(state, run, i, self.group_size)) for i in range(run.accumulate)]
+        measured: dict[str, list[float]] = {"loss": [], "clip_fraction": [], "ratio_std": []}
+        parameters = parameters_of(state)
+        for epoch in range(self.epochs):
+            orders = [self._order(run, epoch, part) for part in range(run.accumulate)]
+            for turn in range(self.minibatches):
+                for p in parameters:
+                    p.grad = None
+                for part, (batch, order) in enumerate(zip(batches, orders)):
+                    place = (epoch * self.minibatches + turn) * run.accumulate + part
+                    chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
+                    loss, ratios = self.surrogate(state, chosen, steps_of(run, self.steps, place))
+                    (loss / run.accumulate).backward()
+                    measured["loss"].append(float(loss.detach()))
+                    measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
+                    measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
+                run.descend()
+        metrics = current_metrics(state, run, [b.rollout for b in batches])
+        return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
+
+    def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
+        generator = generator_for("cpu", derive_seed(run.seed, 45, run.iteration, epoch, part))
+        return torch.randperm(run.batch_size, generator=generator).to(run.problem.device).tensor_split(self.minibatches)
+
+    def _advantages(self, state: Any, run: Run, rollout: Rollout) -> _Batch:
+        log_ratios = rollout.log_ratios()
+        steps = log_ratios + rollout.costs / run.problem.alpha
+        # sums over the steps after each: what is still to come after its noise
+        to_come = steps.flip(0).cumsum(0).flip(0) - steps - rollout.reward / run.problem.alpha
+        scale = torch.ones_like(rollout.reward)
+        if self.baseline == "value":
+            with torch.no_grad():
+                y = rollout.condition
+                advantages = to_come + state.value.along(rollout.states[:-1], run.chain.times[:-1], y)
+        elif self.baseline == "per-time":
+            advantages = leave_one_out(to_come, self.group_size)
+        else:  # the mean over steps is a number of each path, so that of the other paths depends on none of this one's
+            own = to_come.mean(0)
+            advantages = to_come - (own - leave_one_out(own, self.group_size))
+        if self.group_size is not None:
+            costs = (log_ratios.sum(0) - rollout.total / run.problem.alpha).unflatten(0, (-1, self.group_size))
+            scale = 1 / costs.std(1).clamp(min=1e-6).repeat_interleave(self.group_size)
+        return _Batch(rollout, log_ratios, to_come, advantages, scale)
+
+    def surrogate(self, state: Any, batch: _Batch, steps: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The loss, and the ratios ``(steps, batch)``."""
+        every = slice(None) if steps is None else steps
+        log_ratios, kls = batch.rollout.log_ratios_of(state.control, steps)
+        ratios = (log_ratios - batch.log_ratios[every]).exp()
+        A = batch.advantages[every]
+        policy = torch.maximum(A * ratios, A * ratios.clamp(1 - self.clip, 1 + self.clip))
+        part = len(batch.log_ratios) / len(ratios)
+        loss = part * (batch.scale * (policy + kls).sum(0)).mean()
+        if self.baseline == "value":
+            chain, states = batch.rollout.chain, batch.rollout.states[:-1]
+            fit = state.value.along(states, chain.times[:-1], batch.rollout.condition) + batch.to_come
+            loss = loss + 0.5 * fit.square().mean()
+        return loss, ratios.detach()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Paths of the old control: its log-ratios, costs to come and their advantages, ``(K, batch)``; scales ``(batch,)``."""
+
+    rollout: Rollout
+    log_ratios: Tensor
+    to_come: Tensor
+    advantages: Tensor
+    scale: Tensor
+
+    def rows(self, index: Tensor) -> _Batch:
+        return _Batch(
+            self.rollout.rows(index),
+            self.log_ratios[:, index],
+            self.to_come[:, index],
+            self.advantages[:, index],
+            self.scale[index],
+        )

@@ -1,0 +1,173 @@
+"""``ValueGuidance``: guidance by the gradient of a value function (tutorial Algorithm 4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
+from ..errors import NotDifferentiable, unknown_name
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed, generator_for
+from ..simulation.integrator import integrate
+from ..simulation.paths import Paths
+from .base import Batch, ControlState, Method, Run, path_metrics, register
+
+__all__ = ["ValueGuidance", "itakura_saito"]
+
+_VALUES = ("monte-carlo", "soft-q", "tweedie")
+
+
+class ValueState(ControlState):
+    """The value that is trained (inside the control), and soft Q-learning's slowly following copy of it."""
+
+    def __init__(self, control: ValueControl, target: bool) -> None:
+        super().__init__(control)
+        self.target = copy.deepcopy(control.value).requires_grad_(False) if target else None
+
+
+@register
+@dataclass(frozen=True)
+class ValueGuidance(Method):
+    """``u = sigma^T grad v / alpha`` [27], the value v estimated first, or given.
+
+    Args:
+        value: where v comes from.
+
+            * "monte-carlo": regression of ``exp(v/alpha)`` on the exponential of what each path has still to come [28];
+            * "soft-q": regression on one step and the value after it, ``exp(-h f/alpha) exp(v_{k+1}/alpha)``, of a slowly
+              following copy [29]: less noise, and an error that is handed from step to step;
+            * "tweedie": ``r`` of the denoised state [31], nothing trained, with an error that never vanishes;
+            * a function ``v(x, t) -> (batch,)``, t ``(batch,)``, such as an exact solution's ``value``.
+        follow: how much of the trained value its copy takes over in every iteration of "soft-q".
+
+    Both regressions minimise the Itakura-Saito divergence ``E[Y e^-g + g]``, ``g = v/alpha``, in place of the print's squares: its
+    minimiser is the same, ``e^g = E[Y | x]``, but it sees relative errors, so that states of tiny ``exp(v/alpha)`` count as others
+    do. Half of the paths follow the current guidance; a quarter are the reference's up to a random step, so that nothing it visits
+    is forgotten, and guided from there; a quarter are guided from perturbed starts, since a value at a point has no gradient. Y
+    carries ``dQ0/dP^u`` of the guided steps, which changes no expectation and leaves the less noise the better the guidance;
+    steps before a path is guided are not regressed on.
+    """
+
+    value: str | Callable[..., Tensor] = "monte-carlo"
+    follow: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str):
+            if self.value not in _VALUES:
+                raise unknown_name("value", self.value, _VALUES)
+        elif not callable(self.value):
+            raise TypeError(
+                f"value must be one of {', '.join(_VALUES)} or a function (x, t) -> (batch,), got "
+                f"{type(self.value).__name__}."
+            )
+        if not 0 < self.follow <= 1:
+            raise ValueError(f"follow must be in (0, 1], got {self.follow!r}.")
+
+    @property
+    def default_iterations(self) -> int:  # type: ignore[override]
+        return 2000 if self.value in ("monte-carlo", "soft-q") else 0
+
+    def check(self, problem: ControlProblem) -> None:
+        if self.value == "tweedie" and not problem.has_gradient:
+            raise NotDifferentiable(
+                "value-guidance with value='tweedie' differentiates the reward, but this reward has no gradient. Use "
+                "value='monte-carlo' or 'soft-q', or path-integral-guidance."
+            )
+
+    def setup(self, run: Run) -> nn.Module:
+        value: LogValue
+        if self.value == "tweedie":
+            value = TweedieValue(run.problem, run.chain)
+        elif callable(self.value):
+            value = GivenValue(self.value, run.problem.alpha)
+        else:
+            value = value_network(run.problem, run.chain, derive_seed(run.seed, 13))
+        control = ValueControl(value, run.problem, run.chain)
+        control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
+        return ValueState(control, self.value == "soft-q")
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        assert isinstance(state, ValueState) and isinstance(state.control, ValueControl)
+        value = state.control.value
+        assert isinstance(value, NetworkValue)
+        losses, rewards, costs, kls = [], [], [], []
+        for part in range(run.accumulate):
+            batch = run.batch(part)
+            paths, guided = _roll(run, state.control, batch)
+            with torch.no_grad():
+                reward = run.problem.reward(paths.samples, paths.condition)
+                gains = _gains(run, paths)
+                terminal = reward / run.problem.alpha
+                if state.target is None:  # all that is to come
+                    aim = terminal + gains.flip(0).cumsum(0).flip(0)
+                else:
+                    assert isinstance(state.target, NetworkValue)
+                    later = state.target.along(paths.states[1:-1], paths.times[1:-1], paths.condition)
+                    aim = gains + torch.cat((later, terminal.unsqueeze(0)))
+            loss = itakura_saito(aim - value.along(paths.states[:-1], paths.times[:-1], paths.condition), guided)
+            (loss / run.accumulate).backward()
+            losses.append(float(loss.detach()))
+            whole = slice(0, None, 2)
+            rewards.append(reward[whole])
+            costs.append(paths.running_cost[whole])
+            kls.append(paths.kl()[whole])
+        run.descend()
+        if state.target is not None:
+            with torch.no_grad():
+                for theirs, ours in zip(state.target.parameters(), value.parameters()):
+                    theirs.lerp_(ours, self.follow)
+        metrics = path_metrics(torch.cat(rewards), torch.cat(costs), torch.cat(kls), run.problem.alpha)
+        return {**metrics, "loss": sum(losses) / len(losses)}
+
+
+def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
+    """Mean of ``e^d - 1 - d`` over the entries in use, of ``d = log Y - g``, ``(K, batch)``: minimal where ``e^g = E[Y | x]``. Each
+    step's part is divided by its mean of ``e^d`` where that is above 1 (far from the minimum), so that no gradient is large."""
+    count = use.sum(1, keepdim=True)
+    level = d.detach().masked_fill(~use, -torch.inf).logsumexp(1, keepdim=True) - count.to(d).log()
+    level = level.clamp(min=0.0)
+    return torch.where(use, (d - level).exp() - (1 + d) * (-level).exp(), 0.0).sum() / use.sum()
+
+
+def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]:
+    """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the first and third
+    are just that, the second has a perturbed start, the fourth is the reference's up to a random step."""
+    chain, guidance, value = run.chain, control.on_chain(run.chain), control.value
+    rows, generator = len(batch.x0), generator_for("cpu", batch.seed, 51)
+    begin = torch.randint(chain.steps, (rows,), generator=generator)
+    begin[torch.arange(rows) % 4 != 3] = 0
+    guided = (torch.arange(chain.steps).unsqueeze(1) >= begin).to(batch.x0.device)
+    assert isinstance(value, NetworkValue)
+    x0 = batch.x0.clone()
+    away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
+    x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away
+
+    def shift(k: int, x: Tensor, y: Any) -> Tensor:
+        here = guided[k].nonzero().flatten()
+        c = guidance(k, x[here], None if y is None else y[here])
+        return x.new_zeros((x.shape[0], *chain.noise_shape)).index_copy(0, here, c)
+
+    f = run.problem.running_cost_or_none
+    with torch.no_grad():
+        return integrate(chain, x0, batch.noise, shift, condition=batch.condition, running_cost=f), guided
+
+
+def _gains(run: Run, paths: Paths) -> Tensor:
+    """``-h f/alpha + log dQ0/dP^u`` of every step, ``(K, batch)``."""
+    chain, f = run.chain, run.problem.running_cost_or_none
+    gains = -paths.log_ratio(per_step=True)
+    if f is not None:
+        costs = [
+            f(x, chain.times[k], paths.condition) * chain.step_sizes[k]
+            if chain.clock[k] >= 0
+            else torch.zeros_like(gains[0])
+            for k, x in enumerate(paths.states[:-1])
+        ]
+        gains = gains - torch.stack(costs) / run.problem.alpha
+    return gains

@@ -1,0 +1,132 @@
+"""Rollouts: paths simulated without a graph, and the log-ratios of a control along them, which path losses are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..simulation.chains import Chain
+from ..simulation.integrator import NoiseSource, RunningCost, check_likelihood, integrate
+from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
+from ..tensors import event_sum
+from .problem import ControlProblem
+
+__all__ = ["Rollout", "leave_one_out", "roll_out"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Paths without a graph, with the total reward's parts.
+
+    Attributes:
+        chain: of K steps.
+        states: ``(K+1, batch, *event)``.
+        draws: ``(K, batch, *noise)``, ``c_k + xi_k``: the noise that would have made the path under the reference. Log-ratios of
+            any control depend on the path through it alone.
+        shifts: ``(K, batch, *noise)``, the ``c_k`` that drew the paths.
+        reward: ``(batch,)``; costs: ``(K, batch)``, running costs ``h_k f_k``, before time 0 zero.
+    """
+
+    chain: Chain
+    states: Tensor
+    draws: Tensor
+    shifts: Tensor
+    reward: Tensor
+    costs: Tensor
+    condition: Any = None
+
+    @property
+    def total(self) -> Tensor:
+        """``R``, ``(batch,)``."""
+        return self.reward - self.costs.sum(0)
+
+    def log_ratios(self) -> Tensor:
+        """``log dP/dQ0`` of each step, ``(K, batch)``, for the law P that drew the paths."""
+        return event_sum(self.shifts * (self.draws - 0.5 * self.shifts), len(self.chain.noise_shape))
+
+    def kls(self) -> Tensor:
+        """``|c_k|^2/2``, ``(K, batch)``."""
+        return event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
+
+    def log_ratios_of(self, control: Any, steps: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """``log dP^u/dQ0`` and ``|c_k|^2/2`` of a control at these states, with their graph: both ``(steps, batch)``.
+
+        All steps in one call of the control; or the given ones.
+        """
+        chain, n = self.chain, len(self.chain.noise_shape)
+        if steps is None:
+            c, draws = shifts_along(chain, control, self.states[:-1], self.condition), self.draws
+        else:
+            shift = shift_function(chain, control)
+            c = torch.stack([shift(k, self.states[k], self.condition) for k in steps])
+            draws = self.draws[list(steps)]
+        chain.forget()
+        return event_sum(c * (draws - 0.5 * c), n), event_sum(0.5 * c**2, n)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Some of the paths."""
+        y = None if self.condition is None else self.condition[index]
+        return Rollout(
+            self.chain,
+            self.states[:, index],
+            self.draws[:, index],
+            self.shifts[:, index],
+            self.reward[index],
+            self.costs[:, index],
+            y,
+        )
+
+
+@torch.no_grad()
+def roll_out(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    x0: Tensor,
+    noise: NoiseSource,
+    condition: Any = None,
+    until: int | None = None,
+) -> Rollout:
+    """Simulate paths and their total reward.
+
+    Args:
+        control: None for the reference.
+        until: follow the control for so many steps only, then the reference; None: to the end.
+    """
+    cost, shift = problem.running_cost_or_none, None if control is None else shift_function(chain, control)
+    found: list[Tensor] = []
+
+    def recorded(x: Tensor, t: Tensor, y: Any) -> Tensor:
+        assert cost is not None
+        found.append(cost(x, t, y))
+        return found[-1]
+
+    recorder: RunningCost | None = None if cost is None else recorded
+    follow = shift if shift is None or until is None else _followed(chain, shift, until)
+    paths = integrate(chain, x0, noise, follow, condition=condition, running_cost=recorder)
+    check_likelihood(paths.kl(), chain)
+    costs = x0.new_zeros(chain.steps, x0.shape[0])
+    if found:
+        steps = x0.new_tensor(chain.step_sizes[chain.start :]).unsqueeze(1)
+        costs[chain.start :] = torch.stack(found) * steps
+    reward = problem.reward(paths.samples, condition).detach()
+    return Rollout(chain, paths.states, paths.shifts + paths.noises, paths.shifts, reward, costs, condition)
+
+
+def _followed(chain: Chain, shift: ShiftFunction, until: int) -> ShiftFunction:
+    def follow(k: int, x: Tensor, y: Any) -> Tensor:
+        return shift(k, x, y) if k < until else x.new_zeros(x.shape[0], *chain.noise_shape)
+
+    return follow
+
+
+def leave_one_out(values: Tensor, group_size: int | None = None) -> Tensor:
+    """``values`` ``(..., batch)`` less the mean of the others of their group (consecutive; None: of all): a baseline that does
+    not depend on the path itself, so that score-function gradients stay unbiased."""
+    size = values.shape[-1] if group_size is None else group_size
+    v = values.unflatten(-1, (-1, size))
+    return ((v - v.mean(-1, keepdim=True)) * (size / (size - 1))).flatten(-2)

@@ -1,0 +1,258 @@
+"""The lean adjoint along stored paths, and the regression targets it gives a control.
+
+A step is ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``. With ``a = -grad V`` the best mean-shift control of the chain
+satisfies ``c_k(x) = E[scale_k^T a_{k+1} | x_k = x]``, and the envelope theorem gives the recursion in which the shift is held
+fixed (Domingo-Enrich et al. 2409.08861; here for any chain, so that the chain's own optimum is the exact fixed point)::
+
+    a_K = grad r(x_K)/alpha,    a_k = (d x_{k+1}/d x_k at fixed c_k, xi_k)^T a_{k+1} - h_k grad f(x_k, t_k)/alpha.
+
+**Zero variance.** On a linear-quadratic chain at the optimum ``a_{k+1}`` depends on the noise of its own step through
+``z_k = J_k^{-T} (d c_k/d x)^T xi_k`` alone, ``J_k = d(mean_k + scale_k c_k)/dx`` the step's Jacobian with the control in it. Its mean given x_k
+is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursion, changes no expectation and leaves no variance at all there
+(after 2410.00345, which subtracts the later steps' part only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors import apply_scale, apply_scale_transposed
+from .integrator import RunningCost
+from .paths import Paths
+
+__all__ = ["StepJacobians", "lean_targets", "own_noise"]
+
+
+_MOST_DENSE = 32  # largest state whose Jacobians are kept as matrices
+_MOST_FITTED = 256  # largest state whose closed loop is fitted
+
+
+class StepJacobians:
+    """Transposed Jacobians of the chain's steps at the states of stored paths, at fixed shifts.
+
+    Known matrices where the chain is linear; else matrices ``(K, batch, d, d)`` by d backward passes through the drift at all
+    stored states at once, for states up to 32; else the graphs of all kernels are kept, and products taken step by step.
+    """
+
+    def __init__(self, paths: Paths) -> None:
+        chain = paths.chain
+        self.paths, self.chain, self.ndim = paths, chain, chain.event_ndim
+        self.first, self.count = paths.first, paths.last - paths.first
+        self.random: Tensor | None = None  # of x_{k+1}, the noise included
+        self.mean: Tensor | None = None  # of mean_k + scale_k c_k
+        states = paths.states[:-1]
+        known = [chain.mean_matrix(self.first + j) for j in range(self.count)]
+        if all(m is not None for m in known):
+            self.mean = self.random = torch.stack([m for m in known if m is not None]).unsqueeze(1)
+            with torch.no_grad():
+                self.scales = [chain.kernel(self.first + j, x, paths.condition)[1] for j, x in enumerate(states)]
+            return
+        with torch.enable_grad():
+            self.leaves: Any = states.detach().requires_grad_(True)
+            means, self.scales = chain.kernels(self.leaves, paths.condition, self.first)
+            self.moving = any(scale.requires_grad for scale in self.scales)
+            if self.moving:
+                push = [apply_scale(s, paths.shifts[j].detach(), self.ndim) for j, s in enumerate(self.scales)]
+                kick = [apply_scale(s, paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
+                means = means + torch.stack(push)
+                self.outputs = (means, means + torch.stack(kick))
+            else:
+                self.outputs = (means, means)
+        if len(chain.event_shape) == 1 and chain.event_shape[0] <= _MOST_DENSE:
+            self.mean = self._matrices(self.outputs[0])
+            self.random = self._matrices(self.outputs[1]) if self.moving else self.mean
+            self.scales = [scale.detach() for scale in self.scales]
+            del self.outputs, self.leaves
+        chain.forget()
+
+    def _matrices(self, outputs: Tensor) -> Tensor:
+        rows = [
+            torch.autograd.grad(outputs[..., i].sum(), self.leaves, retain_graph=True)[0]
+            for i in range(outputs.shape[-1])
+        ]
+        return torch.stack(rows, 2)  # (K, batch, d, d): d out_i / d x_j
+
+    def scale_transposed(self, j: int, v: Tensor) -> Tensor:
+        """``scale_j^T v``."""
+        return apply_scale_transposed(self.scales[j].detach(), v, self.ndim)
+
+    def scales_transposed(self, v: Tensor) -> Tensor:
+        """The same for all steps at once, v ``(K, batch, *event)``."""
+        return torch.stack([self.scale_transposed(j, v[j]) for j in range(self.count)])
+
+    def step(self, j: int, a: Tensor, z: Tensor | None) -> Tensor:
+        """``(d x_{j+1}/d x_j)^T a - (d (mean_j + scale_j c_j)/d x_j)^T z``.
+
+        Where the scale depends on x the two Jacobians differ: z is linear in the noise, and times the noise it would have a mean.
+        """
+        if self.mean is not None and self.random is not None:
+            if z is None or self.random is self.mean:
+                return _rows_times(a if z is None else a - z, self.random[j])
+            return _rows_times(a, self.random[j]) - _rows_times(z, self.mean[j])
+        mean, random = self.outputs
+        if z is None or not self.moving:
+            pairs = [(random, a if z is None else a - z)]
+        else:
+            pairs = [(random, a), (mean, -z)]
+        out = torch.autograd.grad([p[0][j] for p in pairs], self.leaves, [p[1] for p in pairs], retain_graph=True)[0]
+        return out[j]
+
+    def mean_products(self, v: Tensor) -> Tensor:
+        """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once, v ``(K, batch, *event)``."""
+        if self.mean is not None:
+            return v @ self.mean.squeeze(1) if self.mean.shape[1] == 1 else (v.unsqueeze(2) @ self.mean).squeeze(2)
+        return torch.autograd.grad(self.outputs[0], self.leaves, v, retain_graph=True)[0]
+
+    def fitted_moves(self) -> Tensor | None:
+        """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
+        exact where everything is linear; None where there are too few paths for a fit."""
+        states = self.paths.states[:-1].flatten(2).double()
+        _, batch, n = states.shape
+        if batch < 2 * (n + 1) or n > _MOST_FITTED:
+            return None
+        kicks = [apply_scale(s.detach(), self.paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
+        moves = self.paths.states[1:].flatten(2).double() - torch.stack(kicks).flatten(2).double() - states
+        x = states - states.mean(1, keepdim=True)
+        cov = x.mT @ x / batch
+        level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
+        # where the states do not vary (a Dirac start) the fit is the identity, and rounding is no variation
+        ridge = (1e-4 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
+        return torch.linalg.solve(cov + ridge, x.mT @ moves / batch).mT.to(self.paths.states.dtype)
+
+
+def _rows_times(v: Tensor, matrix: Tensor) -> Tensor:
+    """Rows ``(batch, d)`` times one matrix ``(1, d, d)`` or one each."""
+    return v @ matrix[0] if matrix.shape[0] == 1 else (v.unsqueeze(1) @ matrix).squeeze(1)
+
+
+def own_noise(
+    jacobians: StepJacobians,
+    states: Tensor,
+    shifts: Tensor,
+    *,
+    tolerance: float | None = None,
+    most: int = 8,
+) -> Tensor:
+    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after it.
+
+    The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one call.
+    The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the noiseless next state over the batch
+    (the exact Jacobian where everything is linear); iterates that do not lower a step's residual are not taken. z stays linear in
+    the noise given the states, whatever the number of iterations, so no stop biases anything.
+
+    Args:
+        states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
+        tolerance: of the relative residual; default 1e-3 (float32), 1e-7 (float64).
+        most: products with J^T at most.
+    """
+    paths = jacobians.paths
+    tolerance = (1e-7 if states.dtype == torch.float64 else 1e-3) if tolerance is None else tolerance
+    products = _control_products(states, shifts)
+    w = products(paths.noises)
+    solve = _fitted_inverse(jacobians, paths)
+    z, best = solve(w), torch.zeros_like(w)
+    lowest = _sizes(w)
+    aim = tolerance * float(lowest.norm())
+    for _ in range(most):
+        rest = w - jacobians.mean_products(z) - products(jacobians.scales_transposed(z))
+        sizes = _sizes(rest)
+        better = sizes < lowest
+        chosen = better.reshape(-1, *(1,) * (w.ndim - 1))
+        moved = z + solve(rest)
+        # the last correction comes for nothing: its residual is smaller again by the factor of this one
+        best = torch.where(chosen, moved, best)
+        shrink = sizes.square() / lowest.clamp(min=torch.finfo(w.dtype).tiny)
+        if float(torch.where(better, shrink, lowest).norm()) <= aim or not bool(better.any()):
+            break
+        lowest = torch.where(better, sizes, lowest)
+        z = torch.where(chosen, moved, z)
+    return best.detach()
+
+
+def _sizes(v: Tensor) -> Tensor:
+    return v.flatten(1).norm(dim=1)
+
+
+def _control_products(states: Tensor, shifts: Tensor) -> Callable[[Tensor], Tensor]:
+    """``v -> (d c/d x)^T v`` for all steps at once."""
+    if not shifts.requires_grad:
+        return lambda v: torch.zeros_like(states)
+
+    def product(v: Tensor) -> Tensor:
+        grad = torch.autograd.grad(shifts, states, v, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(states) if grad is None else grad
+
+    return product
+
+
+def _fitted_inverse(jacobians: StepJacobians, paths: Paths) -> Callable[[Tensor], Tensor]:
+    """``v -> A_k^{-T} v`` with the fitted Jacobians, where there are any; else the identity."""
+    moves = jacobians.fitted_moves()
+    if moves is None:
+        return lambda v: v
+    n = moves.shape[1]
+    inverse = torch.linalg.inv(torch.eye(n, dtype=torch.float64, device=moves.device) + moves.double())
+    if not bool(torch.isfinite(inverse).all()):
+        return lambda v: v
+    inverse = inverse.to(moves.dtype)
+    return lambda v: (v.flatten(2) @ inverse).reshape(v.shape)
+
+
+def lean_targets(
+    jacobians: StepJacobians,
+    slope: Tensor,
+    *,
+    running_cost: RunningCost | None = None,
+    alpha: float = 1.0,
+    noise_part: Tensor | None = None,
+    own_step: bool = True,
+) -> Tensor:
+    """Regression targets ``scale_k^T a_{k+1}`` of the shifts, ``(K, batch, *noise)``.
+
+    Args:
+        slope: ``grad r(x_K)/alpha``, ``(batch, *event)``.
+        noise_part: :func:`own_noise`'s z, subtracted in both places; None for the plain lean adjoint.
+        own_step: pair c_k with a_{k+1} (the chain's optimum is the fixed point); False: with a_k (O(h) nearer to the
+            control in continuous time).
+    """
+    paths, chain = jacobians.paths, jacobians.chain
+    gradients = running_cost_gradients(paths, running_cost)
+    a = slope
+    targets: list[Tensor] = []
+    for j in reversed(range(jacobians.count)):
+        z = None if noise_part is None else noise_part[j]
+        if own_step:
+            targets.append(jacobians.scale_transposed(j, a if z is None else a - z))
+        a = jacobians.step(j, a, z)
+        if gradients is not None and gradients[j] is not None:
+            a = a - gradients[j] * (chain.step_sizes[jacobians.first + j] / alpha)
+        if not own_step:
+            targets.append(jacobians.scale_transposed(j, a))
+    return torch.stack(targets[::-1])
+
+
+def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> list[Any] | None:
+    """``grad f(x_k, t_k)`` at every stored state (None before time 0), or None where there is no running cost."""
+    if running_cost is None:
+        return None
+    chain = paths.chain
+    leaves, values = [], []
+    with torch.enable_grad():
+        for j, x in enumerate(paths.states[:-1]):
+            k = paths.first + j
+            if chain.clock[k] < 0:
+                continue
+            leaf = x.detach().requires_grad_(True)
+            leaves.append(leaf)
+            values.append(running_cost(leaf, chain.times[k], paths.condition))
+        used = [i for i, v in enumerate(values) if v.requires_grad]
+        total = torch.stack([values[i].sum() for i in used]).sum() if used else None
+    grads: list[Any] = [None] * len(leaves)
+    if total is not None:
+        for i, g in zip(used, torch.autograd.grad(total, [leaves[i] for i in used])):
+            grads[i] = g
+    return [None] * (paths.last - paths.first - len(leaves)) + grads

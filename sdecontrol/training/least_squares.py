@@ -1,0 +1,128 @@
+"""Damped least-squares steps for the parameters in which a control is linear."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..controls.linear_part import LinearPart
+from ..methods.base import Regression
+
+__all__ = ["LinearSteps"]
+
+
+class LinearSteps:
+    """Levenberg-Marquardt steps ``theta <- theta - pace/2 (G + damping D)^{-1} grad``, D the diagonal of G and a tenth of its mean.
+
+    For a regression on fixed targets a full, undamped step is its least-squares solution. The targets move with the control, and may be noisy:
+
+    * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first value): cautious
+      while it is large, full least squares as it vanishes, cautious again at once where it rises;
+    * the pace grows while successive steps agree in direction (in the metric G) and falls while they do not (after Kesten 1958, Ann. Math. Statist. 29): without noise it
+      stays at 1, and where noise dominates it falls like a Robbins-Monro sequence. The caller applies it to all other steps too;
+    * no step moves the path law by more than half the control's own KL (or half a nat).
+
+    The moments G are averaged over iterations.
+    """
+
+    decay = 0.8
+    least, most = 1e-8, 10.0  # damping
+    slowest, gain, agreement = 0.01, 0.2, 0.1  # of the pace: lower bound, and d log(pace) = gain (cosine - agreement)
+    part_kl = 0.5
+
+    def __init__(self, parts: Sequence[LinearPart]) -> None:
+        self.parts = list(parts)
+        self.grams: list[Tensor] = []
+        self.directions: list[Tensor] = []
+        self.first = self.level = 0.0  # logarithms of the loss
+        self.pace = 1.0
+        self.count = 0
+
+    @property
+    def damping(self) -> float:
+        return min(self.most, max(self.least, math.exp(min(100.0, 2 * (self.level - self.first)))))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for part in self.parts for p in part.parameters]
+
+    def observe(self, batch: Regression) -> None:
+        """Take in the states of a batch and the loss there."""
+        level = math.log(max(batch.loss, 1e-300))
+        if not self.count:
+            self.first = self.level = level
+        self.level += (1 - self.decay) * (level - self.level)
+        new = [
+            part.gram(batch.chain, batch.states, batch.condition, batch.weights, batch.step_weights)
+            for part in self.parts
+        ]
+        self.grams = [old.lerp_(g, 1 - self.decay) for old, g in zip(self.grams, new)] if self.count else new
+        self.count += 1
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One step from the parameters' gradients, which are then set to None, so that no other optimiser takes them."""
+        directions = []
+        for part, gram in zip(self.parts, self.grams):
+            gradient = part.gather(
+                [torch.zeros_like(p) if p.grad is None else p.grad for p in part.parameters]
+            ).double()
+            size = gram.diagonal(dim1=1, dim2=2)
+            size = size + 0.1 * size.mean(1, keepdim=True)
+            directions.append(-torch.cholesky_solve(gradient, _factor(gram, size, self.damping)))
+        self._follow(directions)
+        for part, gram, direction in zip(self.parts, self.grams, directions):
+            step = 0.5 * self.pace * factor * direction
+            now = part.gather(part.parameters).double()
+            kl, own = (0.5 * float((v * (gram @ v)).sum()) for v in (step, now))
+            most = self.part_kl * max(1.0, own)
+            if kl > most:
+                step *= math.sqrt(most / kl)
+            for p, move in zip(part.parameters, part.scatter(step.to(part.parameters[0].dtype))):
+                p.add_(move)
+                p.grad = None
+
+    def _follow(self, directions: list[Tensor]) -> None:
+        """Set the pace by the cosine between this direction and the last, in the metric G."""
+        if self.directions:
+            products = [
+                sum(float((a * (g @ b)).sum()) for a, g, b in zip(one, self.grams, other))
+                for one, other in (
+                    (directions, self.directions),
+                    (directions, directions),
+                    (self.directions, self.directions),
+                )
+            ]
+            size = math.sqrt(products[1] * products[2])
+            cosine = products[0] / size if size > 0 else 0.0
+            pace = self.pace * math.exp(self.gain * (cosine - self.agreement))
+            self.pace = min(1.0, max(self.slowest, pace))
+        self.directions = directions
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        plain = torch.tensor([self.first, self.level, self.pace, float(self.count)], dtype=torch.float64)
+        out = {"linear.state": plain}
+        for name, parts in (("gram", self.grams), ("direction", self.directions)):
+            out.update({f"linear.{name}.{i}": part for i, part in enumerate(parts)})
+        return out
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.first, self.level, self.pace, count = tensors["linear.state"].tolist()
+        self.count = int(count)
+        if self.count:
+            like = [part.parameters[0].device for part in self.parts]
+            self.grams = [tensors[f"linear.gram.{i}"].to(d) for i, d in enumerate(like)]
+            self.directions = [tensors[f"linear.direction.{i}"].to(d) for i, d in enumerate(like)]
+
+
+def _factor(gram: Tensor, size: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of ``G + damping diag(size)`` ``(groups, p, p)``, with as much more damping as rounding makes necessary."""
+    while True:
+        root, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping * size))
+        if not bool(info.any()):
+            return root
+        damping = max(10 * damping, 1e-7)
