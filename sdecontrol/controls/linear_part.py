@@ -23,9 +23,11 @@ class LinearPart:
 
     Attributes:
         parameters: in the order of ``gather`` and ``scatter``.
+        redundant: parameters that make no function the others cannot make; they stay as they are.
     """
 
     parameters: list[nn.Parameter]
+    redundant: list[nn.Parameter]
 
     def gram(
         self,
@@ -55,7 +57,8 @@ class PartOnStretch(LinearPart):
     """A linear part of one half of a joined chain: the stretch before 0 or the process after it."""
 
     def __init__(self, part: LinearPart, second: bool) -> None:
-        self.part, self.second, self.parameters = part, second, part.parameters
+        self.part, self.second = part, second
+        self.parameters, self.redundant = part.parameters, part.redundant
         self.gather, self.scatter = part.gather, part.scatter
 
     def gram(

@@ -53,8 +53,9 @@ def bumps(z: Tensor) -> Tensor:
     path is left.
     """
     width = 2 * _REACH / (_BUMPS - 1)
-    s = (z / width).clamp(-8.5, 8.5)
-    ratio, value = s.exp(), torch.exp(-0.5 * (s + _REACH / width) ** 2)
+    s = z / width
+    value = torch.exp(-0.5 * (s + _REACH / width) ** 2)
+    ratio = s.clamp(-8.5, 8.5).exp()  # beyond, every bump is below 1e-3 and falls faster still
     out = [value]
     for j in range(1, _BUMPS):
         out.append(out[-1] * ratio * math.exp(0.5 * ((j - 1 - _REACH / width) ** 2 - (j - _REACH / width) ** 2)))
@@ -285,6 +286,8 @@ class NetworkLinearPart(LinearPart):
             own.append(control.gate)
         self.own = bool(own)
         self.parameters = [control.offset, control.affine, control.last, *own]
+        # a gate that is folded into the affine path adds nothing to it
+        self.redundant = [control.gate] if control.gate is not None and not self.gated else []
 
     def features(self, chain: Chain, states: Tensor, y: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         control = self.control

@@ -117,7 +117,7 @@ class Solution:
     def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
         """Reward, KL, objective, ELBO, log Z, ESS, gap: each an estimate with its standard error; prints as a table.
 
-        Where an exact solution of the chain is known, the gap is against it; else it is an estimate.
+        Where the chain has an exact solution in closed form, the gap is against it; else it is an estimate.
         """
         known = self._exact_values() if self._exact_values is not None else None
         return evaluate(self.problem, self.control, self.chain, n, seed, **(known or {}))

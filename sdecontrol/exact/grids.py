@@ -102,11 +102,14 @@ class Grid:
         self.points = np.stack(np.meshgrid(*self.axes, indexing="ij"), -1).reshape(-1, self.dim)
         eye = sparse.identity(count, format="csr")
         first, second = (_differences(c, count) for c in (_FIRST, _SECOND))
-        ones = lambda axis, matrix: (
-            matrix if self.dim == 1 else sparse.kron(*((matrix, eye) if axis == 0 else (eye, matrix)))
-        )
-        self.D = [sparse.csr_matrix(ones(a, first / self.spacings[a])) for a in range(self.dim)]
-        self.H = {(a, a): sparse.csr_matrix(ones(a, second / self.spacings[a] ** 2)) for a in range(self.dim)}
+
+        def whole(axis: int, matrix: Any) -> Any:
+            if self.dim == 1:
+                return sparse.csr_matrix(matrix)
+            return sparse.csr_matrix(sparse.kron(matrix, eye) if axis == 0 else sparse.kron(eye, matrix))
+
+        self.D = [whole(a, first / self.spacings[a]) for a in range(self.dim)]
+        self.H = {(a, a): whole(a, second / self.spacings[a] ** 2) for a in range(self.dim)}
         if self.dim == 2:
             self.H[0, 1] = sparse.csr_matrix(self.D[0] @ self.D[1])
         self._all = sparse.csr_matrix(sparse.vstack([*self.D, *self.H.values()]))
@@ -259,7 +262,7 @@ class ChainGrid(NamedTuple):
     def stride(self) -> int:
         """Laws live on every so-many-th point: sums over a Gaussian need no finer grid than two fifths of its deviation."""
         narrowest = min(float(step.scale.min()) for step in self.steps)
-        return max(1, min(int(0.4 * narrowest / self.grid.spacings[0]), (self.grid.count - 1) // 256))
+        return max(1, min(int(0.4 * narrowest / self.grid.spacings[0]), (self.grid.count - 1) // 512))
 
     def optimal_kernel(self, k: int, x: np.ndarray) -> np.ndarray:
         """The density of ``p*(. | x)`` of step k at the points of laws, ``(len(x), N)``: ``exp(w_{k+1}) p0`` normalised.
@@ -281,38 +284,40 @@ class ChainGrid(NamedTuple):
         return density / (density.sum(1, keepdims=True) * dx)
 
 
-def _padded(count: int) -> tuple[int, sparse.csr_matrix]:
-    """Points added at each end, and the matrix that adds them: on parabolas through three points a 24th of the grid apart
-    (neighbouring points would amplify rounding from step to step)."""
-    extra, gap = count // 2, max(1, count // 24)
-    j = np.arange(1, extra + 1) / gap
-    parabola = np.stack([(j + 1) * (j + 2) / 2, -j * (j + 2), j * (j + 1) / 2], 1)
-    columns = np.array([0, gap, 2 * gap])
-    rows = np.arange(extra)[:, None].repeat(3, 1)
-    left = sparse.csr_matrix((parabola[::-1].ravel(), (rows.ravel(), np.tile(columns, extra))), (extra, count))
-    right = sparse.csr_matrix((parabola.ravel(), (rows.ravel(), np.tile(count - 1 - columns, extra))), (extra, count))
-    return extra, sparse.csr_matrix(sparse.vstack([left, sparse.identity(count), right]))
-
-
 class _Interpolation:
-    """From values on a grid to values at other points, as sparse matrices that are kept while the points are the same."""
+    """From values on a grid to values at other points, inside and beyond its ends.
+
+    Beyond an end values go on along a parabola through three points a 24th of the grid apart (neighbouring points would
+    amplify rounding from step to step); where that opens upwards, along a line: ``exp`` of it would outweigh everything.
+    """
 
     def __init__(self, grid: Grid) -> None:
-        self.extra, self.pad = _padded(grid.count)
+        self.extra, self.gap = grid.count // 2, max(1, grid.count // 24)
         self.dx = float(grid.spacings[0])
         self.lo, self.count = float(grid.lows[0]) - self.extra * self.dx, grid.count + 2 * self.extra
+        self._first, self._second = (_differences(c, self.count) for c in (_FIRST, _SECOND))
 
-    def table(self, channels: np.ndarray) -> Table:
-        """Functions ``(channels, N)`` continued beyond the grid."""
-        return Table((self.pad @ channels.T).T, np.array([self.lo]), np.array([self.dx]))
+    def pad(self, values: np.ndarray) -> np.ndarray:
+        """``(N,)`` to the values on the longer grid."""
+        t = np.arange(1, self.extra + 1) / self.gap
+        ends = []
+        for w in (values, values[::-1]):
+            bend = min(w[0] - 2 * w[self.gap] + w[2 * self.gap], 0.0)
+            ends.append(w[0] + t * (w[0] - w[self.gap]) + 0.5 * t * (t + 1) * bend)
+        return np.concatenate([ends[0][::-1], values, ends[1]])
+
+    def table(self, values: np.ndarray) -> Table:
+        """A function ``(N,)`` and its first two derivatives."""
+        w = self.pad(values)
+        channels = np.stack([w, self._first @ w / self.dx, self._second @ w / self.dx**2])
+        return Table(channels, np.array([self.lo]), np.array([self.dx]))
 
     def matrix(self, points: np.ndarray) -> sparse.csr_matrix:
-        """``(points.size, N)``."""
+        """``(points.size, number of padded values)``."""
         first, weights = _weights(points.ravel(), self.lo, self.dx, self.count)
         index = (first.unsqueeze(-1) + torch.arange(_POINTS)).flatten().numpy()
         start = np.arange(0, len(index) + 1, _POINTS)
-        local = sparse.csr_matrix((weights.flatten().numpy(), index, start), (len(start) - 1, self.count))
-        return sparse.csr_matrix(local @ self.pad)
+        return sparse.csr_matrix((weights.flatten().numpy(), index, start), (len(start) - 1, self.count))
 
 
 def chain_recursion(
@@ -332,7 +337,7 @@ def chain_recursion(
     weights /= weights.sum()
     log_weights = np.log(weights)
     interpolation = _Interpolation(grid)
-    x, D, H = grid.points[:, 0], grid.D[0], grid.H[0, 0]
+    x = grid.points[:, 0]
     soft, shifted = [end], [end]
     slopes: list[np.ndarray] = []
     kept: list[ChainStep] = []
@@ -346,10 +351,10 @@ def chain_recursion(
         if last is None or not (_same(step.scale, last.scale) and _same(step.mean, last.mean)):
             nodes = interpolation.matrix(step.mean[:, None] + step.scale[:, None] * xi)
             last = step
-        values = (nodes @ soft[-1]).reshape(len(x), -1) + log_weights
+        values = (nodes @ interpolation.pad(soft[-1])).reshape(len(x), -1) + log_weights
         top = values.max(1)
         soft.append(top + np.log(np.exp(values - top[:, None]).sum(1)) - step.cost)
-        slope, best = _best_shift(step, average(shifted[-1], D, H), grid, k)
+        slope, best = _best_shift(step, average(shifted[-1]), grid, k)
         slopes.append(slope)
         shifted.append(best - step.cost)
         kept.append(step)
@@ -366,22 +371,21 @@ Averaged = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 def _averages(
     interpolation: _Interpolation, x: np.ndarray, scale: np.ndarray, xi: np.ndarray, weights: np.ndarray
-) -> Callable[[np.ndarray, Any, Any], Averaged]:
+) -> Callable[[np.ndarray], Averaged]:
     """``V -> (z -> E V(z + scale xi) and its first two derivatives)``, z one point for each point of the grid."""
     if np.ptp(scale) == 0:  # one smoothing for all points: average on the grid first, interpolate then
         points = x[:, None] + scale[0] * xi
         spread = sparse.kron(sparse.identity(len(x)), sparse.csr_matrix(weights[None]), format="csr")
         smooth = sparse.csr_matrix(spread @ interpolation.matrix(points))
 
-        def shared(V: np.ndarray, D: Any, H: Any) -> Averaged:
-            phi = smooth @ V
-            table = interpolation.table(np.stack([phi, D @ phi, H @ phi]))
+        def shared(V: np.ndarray) -> Averaged:
+            table = interpolation.table(smooth @ interpolation.pad(V))
             return lambda z: tuple(table(torch.from_numpy(z)[:, None]).numpy())  # type: ignore[return-value]
 
         return shared
 
-    def own(V: np.ndarray, D: Any, H: Any) -> Averaged:
-        table = interpolation.table(np.stack([V, D @ V, H @ V]))
+    def own(V: np.ndarray) -> Averaged:
+        table = interpolation.table(V)
 
         def at(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             points = torch.from_numpy(z[:, None] + scale[:, None] * xi)

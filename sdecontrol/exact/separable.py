@@ -396,6 +396,33 @@ class _OnGrids(ExactSolution):
     def _good(self, dim: int) -> float:
         raise NotImplementedError
 
+    def _check(self, lowest: float, bias: float) -> None:
+        """The mean log weight of paths that are simulated with the control (from a point) is J/alpha: compare it with the grids'.
+
+        Raises:
+            NoExactSolution: they disagree, by more than five standard errors and ``bias``.
+        """
+        f, chain, problem = self._functions, self._sketch, self.problem
+        generator = torch.Generator().manual_seed(2)
+        x = draw(Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial, _PATHS, 1)
+        x = x.to("cpu", torch.float64)
+        log_w = torch.zeros(len(x), dtype=torch.float64)
+        for k in range(chain.steps):
+            mean, scale = f.step(x, k)
+            c = apply_scale_transposed(scale, self._slopes(k, x, self._solved), 1)
+            xi = torch.randn(c.shape, generator=generator, dtype=torch.float64)
+            log_w -= (c * xi).sum(1) + 0.5 * (c * c).sum(1)
+            if chain.clock[k] >= 0:
+                log_w -= chain.step_sizes[k] * f.cost(x, chain.clock[k])
+            x = mean + apply_scale(scale, c + xi, 1)
+        log_w += f.reward(x)
+        apart = abs(float(log_w.mean()) - lowest)
+        if not apart <= 5 * float(log_w.std()) / len(log_w) ** 0.5 + bias * (1 + abs(lowest)):
+            raise NoExactSolution(
+                f"no grid resolves this problem: simulated with its control, paths have a mean log weight of {float(log_w.mean()):.4g}, "
+                f"where the grids say {lowest:.4g}. Steps that are too large for the drift or the reward do that."
+            )
+
     @property
     def bounds(self) -> Tensor:
         return self._out(torch.from_numpy(np.stack([self._lows, self._highs], 1)))
@@ -474,6 +501,8 @@ class GridSolution(_OnGrids):
             )
         self._tables = lru_cache(maxsize=1024)(self._make_tables)
         super().__init__(problem, {}, None, _float64_chain(problem, problem.chain(_STEPS, "euler")))
+        if isinstance(problem.initial, Dirac) or self._stretch:
+            self._check(float(self.elbo), 0.1)  # the sketch is a chain, so its J is biased
 
     def _times(self) -> list[float]:
         return (0.5 * self.problem.horizon * (1 - np.cos(np.linspace(0, np.pi, _MOMENTS)))).tolist()
@@ -605,6 +634,8 @@ class GridChainSolution(_OnGrids):
                 )
         super().__init__(problem, settings, chain, _float64_chain(problem, chain))
         self.chain: Chain = chain
+        if isinstance(problem.initial, Dirac) or problem.start == "controlled":
+            self._check(float(self.elbo), 1e-6)
 
     def _add_dependences(self, separation: _Separation) -> None:
         f, clock = self._functions, self._sketch.clock

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
+from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..simulation.chains import ExponentialChain, GenerativeExponentialChain, JoinedChain, TransitionChain
 from .base import ExactSolution
@@ -21,7 +22,12 @@ __all__ = ["exact_solution"]
 
 
 def exact_solution(
-    problem: ControlProblem, time_steps: Any = None, *, like: Any = None, scheme: str | None = None
+    problem: ControlProblem,
+    time_steps: Any = None,
+    *,
+    like: Any = None,
+    scheme: str | None = None,
+    grids: bool = True,
 ) -> ExactSolution:
     """The exact solution of a problem, in continuous time or of its discretised chain.
 
@@ -35,6 +41,7 @@ def exact_solution(
         time_steps: number of steps or grid of times of the chain; None for continuous time.
         like: a solution, whose chain is meant (its ``settings``: "time_steps" and "scheme").
         scheme: "euler" or "exact", with time_steps; default: the problem's own.
+        grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state up to half a minute).
 
     Raises:
         NoExactSolution: naming what is missing.
@@ -57,6 +64,12 @@ def exact_solution(
                 "time_steps and like out."
             )
         return MixtureSolution(problem)
+    if not quadratic and isinstance(problem.reference, GenerativeSDE):
+        raise NoExactSolution(
+            "reference: no exact solution is known for a pre-trained model; sc.GaussianMixture in the model's place has one."
+        )
+    if not quadratic and not grids:
+        raise NoExactSolution("grids: no closed form is known for this problem.")
     if not quadratic and len(problem.event_shape) != 1:
         raise NoExactSolution(
             f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "

@@ -112,6 +112,8 @@ class SOCM(Method):
                 weights.append(weighing.weights)
                 found.append(weighing)
             jacobians = StepJacobians(paths)
+            if jacobians.moving:
+                raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
@@ -170,13 +172,11 @@ class SOCM(Method):
 
 
 def _inverse_transposed(scale: Tensor, v: Tensor) -> Tensor:
-    """``scale^{-T} v``.
+    """``scale^{-T} v``, for a scale that is the same for all rows.
 
     Raises:
-        ValueError: a scale that depends on x, or has no inverse.
+        ValueError: a scale without inverse.
     """
-    if scale.requires_grad or (is_matrix_scale(scale, 1) and scale.shape[0] != 1):
-        raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
     if not is_matrix_scale(scale, 1):
         if bool((scale == 0).any()):
             raise ValueError(

@@ -88,8 +88,10 @@ class SoftPPO(Method):
                     place = (epoch * self.minibatches + turn) * run.accumulate + part
                     chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
                     loss, ratios = self.surrogate(state, chosen, steps_of(run, self.steps, place))
-                    (loss / run.accumulate).backward()
                     measured["loss"].append(float(loss.detach()))
+                    if self.baseline == "value" and epoch == 0:
+                        loss = loss + self._value_loss(state, chosen)
+                    (loss / run.accumulate).backward()
                     measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
                     measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
                 run.descend()
@@ -129,11 +131,14 @@ class SoftPPO(Method):
         policy = torch.maximum(A * ratios, A * ratios.clamp(1 - self.clip, 1 + self.clip))
         part = len(batch.log_ratios) / len(ratios)
         loss = part * (batch.scale * (policy + kls).sum(0)).mean()
-        if self.baseline == "value":
-            chain, states = batch.rollout.chain, batch.rollout.states[:-1]
-            fit = state.value.along(states, chain.times[:-1], batch.rollout.condition) + batch.to_come
-            loss = loss + 0.5 * fit.square().mean()
         return loss, ratios.detach()
+
+    @staticmethod
+    def _value_loss(state: Any, batch: _Batch) -> Tensor:
+        """The network is fitted in the first epoch only: it costs as much as the control."""
+        chain, states = batch.rollout.chain, batch.rollout.states[:-1]
+        value = state.value.along(states, chain.times[:-1], batch.rollout.condition)
+        return 0.5 * (value + batch.to_come).square().mean()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class StepJacobians:
         self.first, self.count = paths.first, paths.last - paths.first
         self.random: Tensor | None = None  # of x_{k+1}, the noise included
         self.mean: Tensor | None = None  # of mean_k + scale_k c_k
+        self.moving = False  # whether the scale depends on x
         states = paths.states[:-1]
         known = [chain.mean_matrix(self.first + j) for j in range(self.count)]
         if all(m is not None for m in known):
@@ -119,9 +120,15 @@ class StepJacobians:
         x = states - states.mean(1, keepdim=True)
         cov = x.mT @ x / batch
         level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
-        # where the states do not vary (a Dirac start) the fit is the identity, and rounding is no variation
-        ridge = (1e-4 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
-        return torch.linalg.solve(cov + ridge, x.mT @ moves / batch).mT.to(self.paths.states.dtype)
+        ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
+        slopes = torch.linalg.solve(cov + ridge, x.mT @ moves / batch).mT
+        # where the states do not vary (a Dirac start; rounding is no variation) the next step's fit is the best guess
+        known = [j for j, size in enumerate(level.flatten().tolist()) if size > 1e-8 * float(level.max())]
+        for j in reversed(range(len(slopes))):
+            if j not in known and j + 1 < len(slopes):
+                ratio = self.chain.step_sizes[self.first + j] / self.chain.step_sizes[self.first + j + 1]
+                slopes[j] = slopes[j + 1] * ratio
+        return slopes.to(self.paths.states.dtype)
 
 
 def _rows_times(v: Tensor, matrix: Tensor) -> Tensor:

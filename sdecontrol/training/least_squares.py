@@ -22,7 +22,7 @@ class LinearSteps:
     * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first value): cautious
       while it is large, full least squares as it vanishes, cautious again at once where it rises;
     * the pace grows while successive steps agree in direction (in the metric G) and falls while they do not (after Kesten 1958, Ann. Math. Statist. 29): without noise it
-      stays at 1, and where noise dominates it falls like a Robbins-Monro sequence. The caller applies it to all other steps too;
+      stays at 1, and where noise dominates it falls like 1/t. Other steps follow it (``slowing``);
     * no step moves the path law by more than half the control's own KL (or half a nat).
 
     The moments G are averaged over iterations.
@@ -30,7 +30,7 @@ class LinearSteps:
 
     decay = 0.8
     least, most = 1e-8, 10.0  # damping
-    slowest, gain, agreement = 0.01, 0.2, 0.1  # of the pace: lower bound, and d log(pace) = gain (cosine - agreement)
+    gain, agreement = 0.5, 0.2  # the pace is 1/(1 + n), n moving by gain (agreement - cosine)
     part_kl = 0.5
 
     def __init__(self, parts: Sequence[LinearPart]) -> None:
@@ -38,12 +38,21 @@ class LinearSteps:
         self.grams: list[Tensor] = []
         self.directions: list[Tensor] = []
         self.first = self.level = 0.0  # logarithms of the loss
-        self.pace = 1.0
+        self.disagreements = 0.0
         self.count = 0
+
+    @property
+    def pace(self) -> float:
+        return 1 / (1 + self.disagreements)
 
     @property
     def damping(self) -> float:
         return min(self.most, max(self.least, math.exp(min(100.0, 2 * (self.level - self.first)))))
+
+    @property
+    def slowing(self) -> float:
+        """Factor for steps whose size does not vanish with the gradient (Adam's): the pace, and the root of what the loss has fallen to."""
+        return self.pace * math.exp(0.5 * min(0.0, self.level - self.first))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -72,7 +81,8 @@ class LinearSteps:
             ).double()
             size = gram.diagonal(dim1=1, dim2=2)
             size = size + 0.1 * size.mean(1, keepdim=True)
-            directions.append(-torch.cholesky_solve(gradient, _factor(gram, size, self.damping)))
+            direction = -torch.cholesky_solve(gradient, _factor(gram, size, self.damping))
+            directions.append(direction.contiguous())  # as a checkpoint gives it back: sums have an order
         self._follow(directions)
         for part, gram, direction in zip(self.parts, self.grams, directions):
             step = 0.5 * self.pace * factor * direction
@@ -83,6 +93,7 @@ class LinearSteps:
                 step *= math.sqrt(most / kl)
             for p, move in zip(part.parameters, part.scatter(step.to(part.parameters[0].dtype))):
                 p.add_(move)
+            for p in (*part.parameters, *part.redundant):
                 p.grad = None
 
     def _follow(self, directions: list[Tensor]) -> None:
@@ -98,20 +109,19 @@ class LinearSteps:
             ]
             size = math.sqrt(products[1] * products[2])
             cosine = products[0] / size if size > 0 else 0.0
-            pace = self.pace * math.exp(self.gain * (cosine - self.agreement))
-            self.pace = min(1.0, max(self.slowest, pace))
+            self.disagreements = max(0.0, self.disagreements + self.gain * (self.agreement - cosine))
         self.directions = directions
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        plain = torch.tensor([self.first, self.level, self.pace, float(self.count)], dtype=torch.float64)
+        plain = torch.tensor([self.first, self.level, self.disagreements, float(self.count)], dtype=torch.float64)
         out = {"linear.state": plain}
         for name, parts in (("gram", self.grams), ("direction", self.directions)):
             out.update({f"linear.{name}.{i}": part for i, part in enumerate(parts)})
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.first, self.level, self.pace, count = tensors["linear.state"].tolist()
+        self.first, self.level, self.disagreements, count = tensors["linear.state"].tolist()
         self.count = int(count)
         if self.count:
             like = [part.parameters[0].device for part in self.parts]

@@ -129,13 +129,10 @@ class Descent:
             self.linear.observe(regression)
             self.linear.step(self.factor)  # leaves its parameters without gradient
             for group in self.optimizer.param_groups:
-                group["lr"] *= self.linear.pace
+                group["lr"] *= self.linear.slowing
         self.optimizer.step()
-        new = 1 - self.decay  # smaller steps are averaged over more of them
-        if self.linear is not None and regression is not None:
-            new *= self.linear.pace
-        torch._foreach_lerp_(self.average, list(self.parameters), new)
-        self.weight += new * (1 - self.weight)
+        torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
+        self.weight += (1 - self.decay) * (1 - self.weight)
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else

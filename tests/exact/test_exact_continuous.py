@@ -227,14 +227,16 @@ def test_problems_without_a_closed_form_name_what_is_missing():
         lambda x, t: model(x), torch.linspace(0.99, 0.01, 20, dtype=F64), prediction="noise", shape=(2,), steps=5
     )
     bad = {
-        "reward": sc.ControlProblem(sc.BrownianMotion(3, eye), sc.Dirac(torch.zeros(3, dtype=F64)), lambda x: x.prod(-1).tanh()),
+        "reward": sc.ControlProblem(
+            sc.BrownianMotion(3, eye), sc.Dirac(torch.zeros(3, dtype=F64)), lambda x: x.prod(-1).tanh()
+        ),
         "running_cost": sc.ControlProblem(
             sc.BrownianMotion(3, eye), sc.Dirac(torch.zeros(3, dtype=F64)), None, lambda x, t: x.logsumexp(-1)
         ),
         "condition": sc.ControlProblem(sde, start, lambda x, y: x.sum(-1) * y, condition=torch.ones(3, dtype=F64)),
         "GaussianMixture start": sc.ControlProblem(sde, mixture, start="controlled"),
         "drift": sc.ControlProblem(
-            sc.SDE(lambda x, t: -x.roll(1, 1) ** 3, 1.0, dim=3), sc.Dirac(torch.zeros(3, dtype=F64))
+            sc.SDE(lambda x, t: -(x.roll(1, 1) ** 3), 1.0, dim=3), sc.Dirac(torch.zeros(3, dtype=F64))
         ),
         "DiffusionChain": sc.ControlProblem(chain),
     }

@@ -233,7 +233,7 @@ def test_log_weights_average_to_z_and_the_elbo_is_reached():
     assert abs(float(log_w.mean() - exact.elbo)) < 4 * float(log_w.std()) / 20_000**0.5
     assert 0 < exact.floor < 0.1
     continuous = sc.exact_solution(problem)
-    gaps = [abs(float(sc.exact_solution(problem, K).log_z - continuous.log_z)) for K in (40, 160)]
+    gaps = [abs(float(sc.exact_solution(problem, K).log_z - continuous.log_z)) for K in (20, 80)]
     assert 1.8 < math.log2(gaps[0] / gaps[1]) < 2.2  # a quarter of the step, a quarter of the error
     assert exact.evaluate(256, seed=0).exact
 
@@ -418,11 +418,9 @@ def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
 
 
 def test_what_has_no_grid_solution_says_why():
-    jump = ou(lambda x: 50.0 * (x[:, 0] > 0.5))
     explosive = sc.ControlProblem(sc.SDE(lambda x, t: x**3 * 9, 1.0, dim=1), sc.Dirac(torch.ones(1)), bumps)
     convex = ou(lambda x: 3 * (x**2).sum(-1) + 0 * x[:, 0])
     for match, problem in (
-        ("no grid resolves|could not be integrated", jump),
         ("run to infinity", explosive),
         ("infinite|leave every grid", convex),
     ):

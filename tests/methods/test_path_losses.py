@@ -115,6 +115,35 @@ def test_path_consistency_with_the_value_of_its_control_has_the_gradient_of_the_
     agree(gradients(problem, Method(n=n), control, K, repeats=30), want)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_path_consistency_leaves_the_value_of_its_control_where_it_is(setting, n):
+    """The residuals have mean 0 in every window: the gradient of a constant added to the value, step by step."""
+    problem, chain, control = setting
+    values = chain.policy_values(control)
+
+    class Shifted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(K, 1, dtype=F64))
+
+        def along(self, states, times, y=None):
+            rows = [-0.5 * ((x @ P) * x).sum(1) + x @ q + c for x, (P, q, c) in zip(states, values)]
+            return torch.stack(rows) + self.bias
+
+    found = []
+    run = Run(problem, problem.chain(K), 8192, 1, 3, control)
+    state = sc.PathConsistency(n=n).setup(run)
+    state.value = Shifted()
+    for i in range(12):
+        run.iteration, state.value.bias.grad = i, None
+        sc.PathConsistency(n=n).step(state, run)
+        found.append(state.value.bias.grad.flatten() * n)
+    found = torch.stack(found)
+    error = found.std(0) / len(found) ** 0.5
+    assert float(error.max()) < 0.02  # nats; the running costs alone are ten times that
+    assert float((found.mean(0) / error).abs().max()) < 5
+
+
 def _filled(value, control):
     for p in control.parameters():
         p.grad = None
@@ -140,6 +169,12 @@ def test_weighted_likelihood_has_the_gradient_of_the_forward_kl(setting, name):
     agree(gradients(problem, method, control, K, repeats=repeats), gradient_of(chain.forward_kl(control), control))
 
 
+def test_cross_entropy_on_paths_of_the_reference_is_reward_weighted_mle_without_a_roll_in(setting):
+    problem, _, control = setting
+    pair = [one_step(problem, m, control, K) for m in (sc.CrossEntropy(paths="reference"), RewardWeightedMLE("none"))]
+    assert torch.allclose(*pair, atol=1e-12)
+
+
 @pytest.mark.parametrize("first", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_roll_in_up_to_step_k_gives_the_forward_kl_of_the_rest(setting, first, monkeypatch):
     """x_k is drawn from the current control and tilted by ``exp(v_k/alpha)``; from there the path is soft-optimal."""
@@ -147,7 +182,10 @@ def test_a_roll_in_up_to_step_k_gives_the_forward_kl_of_the_rest(setting, first,
     control = perturbed(chain.optimum(), 0.6)
     monkeypatch.setattr(RewardWeightedMLE, "_first", lambda *_: first)
     want = chain.forward_kl(control, first, chain.marginals(control)[first])
-    agree(gradients(problem, RewardWeightedMLE(), control, K, repeats=60 if first == 3 else 16), gradient_of(want, control))
+    agree(
+        gradients(problem, RewardWeightedMLE(), control, K, repeats=60 if first == 3 else 16),
+        gradient_of(want, control),
+    )
 
 
 def test_bridge_matching_has_the_gradient_of_the_forward_kl():
@@ -308,6 +346,22 @@ def test_rollouts_hold_what_the_paths_say():
     assert torch.allclose(rollout.log_ratios_of(other)[0], paths.log_ratio(other, per_step=True), atol=1e-12)
     half = roll_out(problem, chain, other, batch.x0, batch.noise, until=4)
     assert bool((half.shifts[4:] == 0).all()) and bool((half.shifts[:4] != 0).any())
+
+
+def test_paths_of_a_group_share_start_and_condition_but_not_noise():
+    problem = sc.ControlProblem(
+        sc.BrownianMotion(2, torch.eye(2, dtype=F64)),
+        initial=sc.Gaussian(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64)),
+        reward=lambda x, y: x[:, 0] * y,
+        condition=torch.arange(1.0, 65.0, dtype=F64),
+    )
+    run = Run(problem, problem.chain(3), 64, 1, 3)
+    rollout = on_paths.collect(on_paths.path_state(run, group_size=8), run, 0, 8)
+    starts, y = rollout.states[0].unflatten(0, (8, 8)), rollout.condition.unflatten(0, (8, 8))
+    assert bool((starts == starts[:, :1]).all()) and bool((y == y[:, :1]).all())
+    assert len(set(y[:, 0].tolist())) > 1 and len(set(starts[:, 0, 0].tolist())) == 8
+    assert len(set(rollout.states[1, :, 0].tolist())) == 64
+    assert torch.allclose(rollout.reward, rollout.states[-1][:, 0] * rollout.condition)
 
 
 def test_leave_one_out_is_the_difference_to_the_mean_of_the_others():

@@ -145,12 +145,21 @@ def test_group_normalised_advantages_keep_the_optimum(baseline):
     method = sc.SoftPPO(baseline=baseline, group_size=8)
     chain = GaussianChain(problem, K)
     _, _, batch = first_batch(method, problem, chain.optimum(), batch=64)
+    advantages = batch.advantages
     x0 = batch.rollout.states[0].unflatten(0, (-1, 8))
     assert bool((x0 == x0[:, :1]).all()) and not torch.equal(x0[0], x0[1])
     costs = (batch.log_ratios.sum(0) - batch.rollout.total / problem.alpha).unflatten(0, (-1, 8))
-    assert torch.allclose(batch.scale.unflatten(0, (-1, 8))[:, 0], 1 / costs.std(1))
+    scale = batch.scale.unflatten(0, (-1, 8))[:, 0]
+    assert torch.allclose(scale, 1 / costs.std(1))
+    state, _, batch = first_batch(method, problem, perturbed(chain.optimum(), 0.2), batch=64)
+    with torch.no_grad():
+        for p, q in zip(state.control.parameters(), perturbed(chain.optimum(), 0.3).parameters()):
+            p.copy_(q)
+    groups = [batch.rows(torch.arange(8 * g, 8 * g + 8)) for g in range(8)]
+    alone = [method.surrogate(state, replace(g, scale=torch.ones(8, dtype=F64)))[0] * g.scale[0] for g in groups]
+    assert torch.allclose(method.surrogate(state, batch)[0], torch.stack(alone).mean(), rtol=1e-12)
     if baseline == "per-time":
-        assert torch.allclose(batch.advantages.unflatten(1, (-1, 8)).mean(2), torch.zeros(K, 8, dtype=F64), atol=1e-12)
+        assert torch.allclose(advantages.unflatten(1, (-1, 8)).mean(2), torch.zeros(K, 8, dtype=F64), atol=1e-12)
 
 
 def test_no_gradient_of_the_reward_is_asked_for():

@@ -39,8 +39,9 @@ def close(estimate, truth, most):
 # ------------------------------------------------------------------------------------------------ the recursion
 
 
-@pytest.mark.parametrize("scheme", RESAMPLING)
-@pytest.mark.parametrize("threshold", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("threshold", "scheme"), [(0.0, "systematic"), *((t, scheme) for t in (0.6, 1.0) for scheme in RESAMPLING)]
+)
 @pytest.mark.parametrize(("proposal", "twist"), [(None, None), (other, None), (None, wrong), (other, wrong)])
 def test_z_is_unbiased_whatever_the_proposal_the_twist_and_the_resampling(scheme, threshold, proposal, twist):
     """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E_p*[x_T]: a dropped increment, a normaliser left out at resampling, weights not

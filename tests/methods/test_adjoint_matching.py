@@ -1,0 +1,359 @@
+"""Adjoint matching and SOCM: targets, their means and their variance, against closed forms and automatic differentiation."""
+
+import pytest
+import torch
+from problems import F64, SmallControl, nonlinear, randn, random_lq
+
+import sdecontrol as sc
+from sdecontrol.methods.base import Run
+from sdecontrol.methods.regression import reward_slope
+from sdecontrol.methods.socm import SOCM, _State
+from sdecontrol.randomness import SeededNoise
+from sdecontrol.simulation.integrator import integrate, one_step
+from sdecontrol.simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
+from sdecontrol.simulation.shifts import shift_function, shifts_along
+from sdecontrol.tensors import event_sum
+
+
+def paths_of(problem, chain, control, n, seed=0):
+    noise = SeededNoise(seed, n, chain.steps, chain.noise_shape, dtype=F64, device=torch.device("cpu"))
+    x0 = problem.draw_start(n, seed)
+    shift = None if control is None else shift_function(chain, control)
+    with torch.no_grad():
+        return integrate(chain, x0, noise, shift, running_cost=problem.running_cost_or_none)
+
+
+def targets_of(problem, paths, control=None, *, zero_variance=False, **options):
+    """The lean targets and the shifts they are for; ``control`` on the right side only where noise is subtracted."""
+    _, slope = reward_slope(problem, paths)
+    jacobians = StepJacobians(paths)
+    part = None
+    if zero_variance:
+        states = paths.states[:-1].detach().requires_grad_(True)
+        part = own_noise(jacobians, states, shifts_along(paths.chain, control, states), tolerance=1e-12, most=60)
+    return lean_targets(
+        jacobians,
+        slope,
+        running_cost=problem.running_cost_or_none,
+        alpha=problem.alpha,
+        noise_part=part,
+        **options,
+    )
+
+
+def image_problem():
+    """States of another rank, so that the Jacobians stay graphs."""
+
+    def drift(x, t):
+        return torch.sin(x).flip(2) - t * x**3
+
+    return sc.ControlProblem(
+        sc.SDE(drift, torch.tensor(0.5, dtype=F64), shape=(1, 2, 3)),
+        initial=sc.Dirac(0.3 * torch.ones(1, 2, 3, dtype=F64)),
+        reward=lambda x: torch.cos(x).flatten(1).sum(1),
+        running_cost=lambda x, t: (t * x**2).flatten(1).sum(1),
+        alpha=0.8,
+    )
+
+
+LEAN = {
+    "linear": lambda: random_lq(3, m=4, seed=2),
+    "controlled start": lambda: random_lq(2, seed=3, start="controlled"),
+    "diffusion of x": nonlinear,
+    "images": image_problem,
+}
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_the_lean_adjoint_is_the_gradient_of_the_total_reward_at_fixed_shifts_and_noises(name):
+    problem = LEAN[name]()
+    chain = problem.chain(6)
+    paths = paths_of(problem, chain, None, 5)
+    shifts = 0.3 * randn(*paths.shifts.shape, seed=1)
+    x = problem.draw_start(5, 0).clone().requires_grad_(True)
+    states, total = [x], 0.0
+    for k in range(chain.steps):
+        if problem.running_cost_or_none is not None and chain.clock[k] >= 0:
+            total = total - chain.step_sizes[k] * problem.running_cost(states[-1], chain.times[k])
+        after, _ = one_step(chain, k, states[-1], paths.noises[k], lambda k, x, y: shifts[k], None)
+        after.retain_grad()
+        states.append(after)
+    ((total + problem.reward(chain.decode(states[-1]))) / problem.alpha).sum().backward()
+    held = paths_of(problem, chain, None, 5)
+    held._stacks = {"states": torch.stack(states).detach(), "shifts": shifts, "noises": paths.noises}
+    held.end = states[-1].detach()
+    got = targets_of(problem, held)
+    jacobians = StepJacobians(held)
+    want = torch.stack([jacobians.scale_transposed(k, states[k + 1].grad) for k in range(chain.steps)])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    before = targets_of(problem, held, own_step=False)
+    want = torch.stack([jacobians.scale_transposed(k, states[k].grad) for k in range(chain.steps)])
+    torch.testing.assert_close(before, want, rtol=1e-11, atol=1e-12)
+
+
+EXACT = [
+    ({"d": 3, "m": 2}, "euler"),
+    ({"d": 3, "m": 4}, "euler"),
+    ({"d": 3, "m": 3, "start": "fixed"}, "euler"),
+    ({"d": 3, "m": 3, "start": "controlled"}, "euler"),
+    ({"d": 3, "m": 3}, "exact"),
+]
+
+
+@pytest.mark.parametrize(("shape", "scheme"), EXACT)
+def test_at_a_linear_quadratic_optimum_every_target_is_the_control(shape, scheme):
+    """No variance is left, and the pairing with a_{k+1} makes the chain's own optimum the fixed point."""
+    problem = random_lq(seed=5, **shape)
+    exact = sc.exact_solution(problem, time_steps=12, scheme=scheme)
+    paths = paths_of(problem, exact.chain, exact.control, 64)
+    affine = Affine(exact, paths)
+    got = targets_of(problem, paths, affine, zero_variance=True)
+    torch.testing.assert_close(got, paths.shifts, rtol=1e-8, atol=1e-9)
+    plain = targets_of(problem, paths)
+    noise = float((plain - paths.shifts).square().mean())
+    assert float((got - paths.shifts).square().mean()) < 1e-14 * noise
+    other = targets_of(problem, paths, affine, zero_variance=True, own_step=False)
+    assert (
+        float((other - paths.shifts).square().mean()) > 1e-6 * noise
+    )  # the continuous pairing has another fixed point
+
+
+class Affine:
+    """The exact control as an affine map per step, with a graph."""
+
+    def __init__(self, exact, paths):
+        chain = exact.chain
+        shift = exact.control.on_chain(chain)
+        d = chain.event_shape[0]
+        zero, eye = torch.zeros(1, d, dtype=F64), torch.eye(d, dtype=F64)
+        self.offset = [shift(k, zero, None) for k in range(chain.steps)]
+        self.matrix = [shift(k, eye, None) - self.offset[k] for k in range(chain.steps)]
+
+    def along(self, chain, states, y=None, first=0):
+        return torch.stack([x @ self.matrix[k] + self.offset[k] for k, x in enumerate(states)])
+
+
+@pytest.mark.parametrize("make", [nonlinear, lambda: random_lq(2, seed=4)])
+def test_subtracting_the_own_noise_changes_no_mean(make):
+    """E[phi(x_k) target] is the same with and without, for any control: 4 standard errors of the paired difference, whose size is
+    1 % of the targets'. A diffusion that depends on x has the second-order trap (noise times noise)."""
+    problem = make()
+    chain = problem.chain(6)
+    control = SmallControl(2, problem.control_shape[0])
+    paths = paths_of(problem, chain, control, 200_000, seed=7)
+    plain = targets_of(problem, paths)
+    less = targets_of(problem, paths, control, zero_variance=True)
+    difference = plain - less
+    assert float(difference.square().mean()) > 1e-3 * float(plain.square().mean())  # something was subtracted
+    for phi in (
+        torch.ones_like(paths.states[:-1, :, :1]),
+        paths.states[:-1, :, :1],
+        torch.sin(paths.states[:-1, :, 1:]),
+    ):
+        mean = (phi * difference).mean(1)
+        error = (phi * difference).std(1) / difference.shape[1] ** 0.5
+        assert float(error.max()) < 0.01 * float(plain.square().mean() ** 0.5)
+        assert bool((mean.abs() < 4.5 * error + 1e-12).all()), (mean / error).abs().max()
+
+
+def test_own_noise_solves_its_linear_systems():
+    problem = nonlinear()
+    chain, control = problem.chain(8), SmallControl(2, 3)
+    paths = paths_of(problem, chain, control, 6)  # too few paths for a fit: the plain iteration
+    jacobians = StepJacobians(paths)
+    states = paths.states[:-1].detach().requires_grad_(True)
+    shifts = shifts_along(chain, control, states)
+    z = own_noise(jacobians, states, shifts, tolerance=1e-13, most=200)
+    scales = [chain.kernel(k, x)[1] for k, x in enumerate(paths.states[:-1])]
+    for k in (0, 3, 7):
+        for b in range(3):
+            f = lambda x: shift_function(chain, control)(k, x.unsqueeze(0), None)[0]  # noqa: B023
+            x = paths.states[k, b]
+            C = torch.autograd.functional.jacobian(f, x)
+            moved = lambda x: (
+                chain.kernel(k, x[None])[0] + (chain.kernel(k, x[None])[1] @ paths.shifts[k, b, :, None])[..., 0]
+            )[0]  # noqa: B023
+            J = torch.autograd.functional.jacobian(moved, x) + scales[k][b] @ C
+            torch.testing.assert_close(J.mT @ z[k, b], C.mT @ paths.noises[k, b], rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------- SOCM
+
+
+def socm_targets(problem, chain, paths, kind, seed=0):
+    method = SOCM(matrices=kind)
+    state = _State(Run(problem, chain, 64, 1, 0), kind)
+    if state.slopes is not None:
+        with torch.no_grad():
+            state.slopes += 0.4 * randn(*state.slopes.shape, seed=seed)
+    _, slope = reward_slope(problem, paths)
+    costs = running_cost_gradients(paths, problem.running_cost_or_none)
+    with torch.no_grad():
+        return method._targets(state, StepJacobians(paths), slope, costs, problem.alpha)
+
+
+@pytest.mark.parametrize("kind", ["identity", "full", "diagonal", "scalar", "adjoint", "closed-loop"])
+def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind):
+    """At the start point, from paths of a wrong control: E[w y]/E[w] is the mean shift of p*, within 4.5 standard errors, which are
+    below 1 % of its size."""
+    problem = random_lq(2, seed=1, alpha=2.0)
+    exact = sc.exact_solution(problem, time_steps=5)
+    control = SmallControl(2, 2)
+    paths = paths_of(problem, exact.chain, control, 400_000, seed=3)
+    y = socm_targets(problem, exact.chain, paths, kind)[0]
+    log_w = (problem.reward(paths.end) - paths.running_cost) / problem.alpha - paths.log_ratio()
+    if (
+        kind == "closed-loop"
+    ):  # what is subtracted has a mean under the weights, which vanishes at the fixed point: not for this test
+        jacobians = StepJacobians(paths)
+        y = y + jacobians.scale_transposed(0, SOCM()._own_noise(jacobians, jacobians.fitted_moves())[0])
+    w = (log_w - log_w.max()).exp()[:, None]
+    mean = (w * y).sum(0) / w.sum()
+    error = ((w * (y - mean)).square().sum(0).sqrt()) / w.sum()
+    x0 = problem.initial.mean[None]
+    want = exact.chain.shift(0, exact.control(x0, 0.0))[0]
+    assert float(error.max()) < 0.02 * float(want.norm())
+    assert bool(((mean - want).abs() < 4.5 * error).all()), ((mean - want) / error).tolist()
+
+
+def test_closed_loop_matrices_leave_no_variance_at_a_linear_quadratic_optimum():
+    problem = random_lq(3, seed=5, start="fixed")  # from a point the first step's closed loop cannot be seen
+    exact = sc.exact_solution(problem, time_steps=12)
+    paths = paths_of(problem, exact.chain, exact.control, 256)
+    y = socm_targets(problem, exact.chain, paths, "closed-loop")
+    plain = targets_of(problem, paths)
+    left, before = (float((v - paths.shifts).square().mean()) for v in (y, plain))
+    assert left < 1e-6 * before  # the fit has a ridge
+
+
+def test_unweighted_socm_with_the_references_jacobians_is_plain_adjoint_matching():
+    """One of the classes of equal expected gradients: here the targets are the same path by path."""
+    problem = random_lq(2, seed=6)
+    chain = problem.chain(7)
+    paths = paths_of(problem, chain, SmallControl(2, 2), 16)
+    torch.testing.assert_close(socm_targets(problem, chain, paths, "adjoint"), targets_of(problem, paths))
+
+
+def test_unweighted_socm_with_the_closed_loops_jacobians_has_the_gradient_of_reward_backpropagation():
+    """The other class: with N_j the Jacobian of the controlled step along the path, E[d c . (c - y)] is the gradient of -J/alpha, on any
+    problem; here through the fitted closed loop of an affine control, which is exact. Paired differences, 4.5 standard errors."""
+    from gaussian_gradients import GaussianChain, gradient_of, perturbed
+
+    problem = random_lq(2, seed=1, running=True)
+    chain = problem.chain(4)
+    exact = GaussianChain(problem, 4)
+    control = perturbed(exact.optimum(), 0.2)
+    paths = paths_of(problem, chain, control, 400_000, seed=5)
+    y = socm_targets(problem, chain, paths, "closed-loop")
+    want = gradient_of(exact.cost(control), control)
+    root, count = exact.root, paths.end.shape[0]
+    left = (paths.shifts - y) * root
+    x = paths.states[:-1]
+    gain = torch.einsum("kbi,kbj->kij", left, x) / count
+    have = torch.cat([gain.flatten(), left.mean(1).flatten()])
+    square = torch.einsum("kbi,kbj->kij", left**2, x**2) / count
+    error = (torch.cat([square.flatten(), (left**2).mean(1).flatten()]) / count).sqrt()
+    assert float(error.norm()) < 0.02 * float(want.norm())
+    assert bool(((have - want).abs() < 4.5 * error + 1e-4 * want.abs().max()).all())
+
+
+# ---------------------------------------------------------------- through solve
+
+
+@pytest.mark.parametrize(
+    ("method", "bar"),
+    [
+        (sc.AdjointMatching(), 1e-6),
+        (sc.AdjointMatching(zero_variance=False), 3e-3),
+        (sc.AdjointMatching(steps=6), 1e-6),
+        (sc.AdjointMatching(reciprocal=True), 5e-2),
+        (sc.SOCM(), 1e-6),
+        (sc.SOCM(matrices="full"), 3e-3),
+        (sc.SOCM(weighted=False), 1e-6),
+    ],
+    ids=str,
+)
+def test_default_training_reaches_the_linear_quadratic_optimum(method, bar):
+    running = not getattr(method, "reciprocal", False)
+    problem = random_lq(3, seed=8, running=running)
+    solution = sc.solve(problem, method, time_steps=12, iterations=150, batch_size=128, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    assert sc.control_error(solution, exact, n=1024).relative.value < bar
+
+
+def test_a_controlled_start_is_learned_too():
+    problem = random_lq(2, seed=9, start="controlled")
+    solution = sc.solve(problem, sc.AdjointMatching(), time_steps=12, iterations=150, batch_size=128, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    gap = solution.evaluate(4096, seed=1).gap
+    assert abs(gap.value - float(exact.floor)) < 4 * gap.stderr + 1e-6
+
+
+def test_a_nonlinear_problem_of_plain_functions_is_solved_with_defaults():
+    """A double well whose exact chain is known from a grid."""
+
+    def drift(x, t):
+        return -4 * x * (x**2 - 1)
+
+    problem = sc.ControlProblem(
+        sc.SDE(drift, torch.tensor(1.0, dtype=F64), dim=1),
+        initial=sc.Dirac(torch.zeros(1, dtype=F64)),
+        reward=lambda x: -2 * (x[:, 0] ** 2 - 1) ** 2 + 0.5 * x[:, 0],
+        alpha=1.0,
+    )
+    solution = sc.solve(problem, "adjoint-matching", time_steps=50, iterations=120, batch_size=128, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    assert sc.control_error(solution, exact).relative.value < 0.02
+
+
+@pytest.mark.parametrize(
+    "method", [sc.AdjointMatching(), sc.AdjointMatching(reciprocal=True), sc.SOCM("full")], ids=str
+)
+def test_a_resumed_run_goes_on_to_the_same_numbers(tmp_path, method):
+    problem = random_lq(2, seed=8, running=False)
+    options = dict(time_steps=5, batch_size=64, seed=0, iterations=23)
+    whole = sc.solve(problem, method, **options)
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == 12:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.solve(problem, method, checkpoint_dir=tmp_path, checkpoint_every=5, callbacks=[Stop()], **options)
+    again = sc.solve(problem, method, checkpoint_dir=tmp_path, checkpoint_every=5, resume=True, **options)
+    for a, b in zip(whole.control.state_dict().values(), again.control.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_refusals_name_the_reason():
+    black_box = sc.ControlProblem(
+        sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), lambda x: (x.detach() > 0).float().sum(1), alpha=1.0
+    )
+    for method in ("adjoint-matching", "socm"):
+        with pytest.raises(sc.NotDifferentiable, match=f"{method} differentiates the reward"):
+            sc.solve(black_box, method, iterations=1)
+    with pytest.raises(ValueError, match="without running cost"):
+        sc.solve(random_lq(2), sc.AdjointMatching(reciprocal=True), iterations=1)
+    with pytest.raises(ValueError, match="bridges in closed form need a linear reference"):
+        problem = sc.ControlProblem(
+            sc.SDE(lambda x, t: -(x**3), torch.tensor(1.0), dim=1),
+            sc.Dirac(torch.zeros(1)),
+            lambda x: x[:, 0],
+            alpha=1.0,
+        )
+        sc.solve(problem, sc.AdjointMatching(reciprocal=True), iterations=1)
+    with pytest.raises(ValueError, match="as many noises as states"):
+        sc.solve(random_lq(2, m=3), "socm", iterations=1)
+    with pytest.raises(ValueError, match="does not depend on x"):
+        problem = sc.ControlProblem(
+            sc.SDE(lambda x, t: -x, lambda x, t: 1 + 0.1 * x**2, dim=1),
+            sc.Dirac(torch.zeros(1)),
+            lambda x: x[:, 0],
+            alpha=1.0,
+        )
+        sc.solve(problem, "socm", iterations=1, time_steps=5)
+    with pytest.raises(ValueError, match="pairing"):
+        sc.AdjointMatching(pairing="chian")
+    with pytest.raises(ValueError, match="matrices"):
+        sc.SOCM(matrices="dense")
