@@ -4,6 +4,8 @@ Fine-tuning a diffusion model, driving a stochastic system and sampling an unnor
 ``min_u KL(P^u || Q_fine)``: state it as a :class:`ControlProblem`, then :func:`solve` it.
 """
 
+from .comparison.compare import Comparison, compare
+from .comparison.recommend import Advice, recommend
 from .controls.base import Control
 from .errors import BadFileError, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
 from .evaluation.estimates import Estimate
@@ -30,6 +32,7 @@ from .methods import (
     SoftPPO,
     ValueGuidance,
 )
+from .problems.f_divergence import FDivergence
 from .problems.problem import ControlProblem
 from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
 from .problems.sampling import log_likelihood
@@ -44,6 +47,7 @@ from .simulation.diffusion import diffusion_chain
 from .simulation.paths import Paths
 from .simulation.solvers import SolvedPaths
 from .training.callbacks import Callback
+from .training.fit_bridge import fit_bridge
 from .training.fit_score import fit_score
 from .training.solve import load, solve
 
@@ -53,15 +57,17 @@ __all__ = [
     "SDE",
     "SMC",
     "SOCM",
-    "AdjointMatching",
     "VE",
     "VP",
+    "AdjointMatching",
+    "Advice",
     "BadFileError",
     "BestOfN",
     "BridgeMatching",
     "BrownianMotion",
     "Callback",
     "ClassifierGuidance",
+    "Comparison",
     "Control",
     "ControlProblem",
     "CosineVP",
@@ -69,6 +75,7 @@ __all__ = [
     "Dirac",
     "Estimate",
     "Evaluation",
+    "FDivergence",
     "FlowMatching",
     "Gaussian",
     "GaussianMixture",
@@ -95,9 +102,11 @@ __all__ = [
     "Solution",
     "SolvedPaths",
     "ValueGuidance",
+    "compare",
     "control_error",
     "diffusion_chain",
     "exact_solution",
+    "fit_bridge",
     "fit_score",
     "generative_sde",
     "load",
@@ -105,6 +114,7 @@ __all__ = [
     "log_weights",
     "named_problem",
     "problem_names",
+    "recommend",
     "simulate",
     "sinkhorn",
     "sliced_wasserstein",

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from .common import BAD_INPUT, INTERRUPTED, report
+from .compare import compare
 from .demo import demo
 from .solve import solve
 from .verify import verify
@@ -41,7 +42,7 @@ def _options(
     pass
 
 
-for _command in (demo, solve, verify):
+for _command in (demo, solve, compare, verify):
     app.command()(_command)
 
 

@@ -14,7 +14,7 @@ from ..errors import unknown_name
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..simulation.bridges import ChainBridge
-from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise
+from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, with_a_first_slope
 from ..simulation.paths import Paths
 from ..simulation.shifts import shifts_along
 from ..tensors import event_sum
@@ -134,7 +134,10 @@ class AdjointMatching(Method):
             states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
             shifts = shifts_along(chain, state.control, states, paths.condition)
             jacobians = StepJacobians(paths)
-            noise = own_noise(jacobians, states, shifts, tolerance=state.tolerance()) if self.zero_variance else None
+            noise = None
+            if self.zero_variance:
+                sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
+                noise = own_noise(jacobians, states, sloped, tolerance=state.tolerance())
             targets = lean_targets(
                 jacobians,
                 slope,

@@ -1,0 +1,91 @@
+"""``sdecontrol compare``: several methods on one problem, as one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import DebugOption, JsonOption, handles_errors, note, print_json
+
+__all__ = ["compare"]
+
+
+@handles_errors
+def compare(
+    problem: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file (see solve --help)."
+        ),
+    ],
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Methods by name.", show_default="those that recommend names")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per method; errors are then between them.")] = 1,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Exactly so many for each method that trains.", show_default="until it stops improving"
+        ),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Stop each training there: 60s, 5m.")] = None,
+    time_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")
+    ] = None,
+    paths: Annotated[int, typer.Option(min=64, help="Paths and samples of each evaluation.")] = 4096,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write reward against KL, with the exact frontier if known.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Solve one problem by several methods; one table of errors, reward, KL, gap and costs.
+
+    A method that refuses the problem, or diverges, is a row with its reason. Calls are rows; memory is the peak above what
+    was in use before.
+
+    Example:  [bold]sdecontrol compare ou-quadratic-easy --methods adjoint-matching,soft-ppo --iterations 100[/bold]
+
+    Example:  [bold]sdecontrol compare problem.toml --seeds 3 --budget 30s --figure frontier.png --json[/bold]
+    """
+    from ..comparison.compare import compare as put_side_by_side
+    from ..comparison.recommend import recommend
+    from .solve import _problem
+
+    made, defaults, name = _problem(problem)
+    settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in _SETTINGS}
+    given = {"iterations": iterations, "budget": budget, "time_steps": time_steps, "batch_size": batch_size}
+    settings.update({key: value for key, value in given.items() if value is not None})
+    first = seed if seed is not None else int(defaults.get("seed", 0))
+    chosen: list[Any] = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else []
+    if methods is None:
+        advice = recommend(made, time_steps=settings.get("time_steps"), batch_size=settings.get("batch_size", 256))
+        note(str(advice))
+        chosen = advice.methods
+    result = put_side_by_side(made, chosen, seeds=seeds, seed=first, n=paths, progress=None, **settings)
+    if figure is not None:
+        result.figure()[0].savefig(figure)
+    if as_json:
+        print_json(
+            {
+                "problem": name,
+                "settings": settings,
+                **result.as_dict(),
+                "figure": None if figure is None else str(figure),
+            }
+        )
+        return
+    print(f"{name}\n\n{result}")
+    if figure is not None:
+        note(f"figure in {figure}")
+
+
+_SETTINGS = ("iterations", "time_steps", "batch_size", "scheme")

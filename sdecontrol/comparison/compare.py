@@ -1,0 +1,468 @@
+"""``compare``: any methods on one problem, side by side, beside the exact law where that is known."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import NoExactSolution, NonFiniteError
+from ..evaluation.estimates import Estimate
+from ..evaluation.metrics import control_error, sliced_wasserstein
+from ..evaluation.solution import Solution
+from ..evaluation.weighted import ParticleSolution
+from ..exact import exact_solution
+from ..exact.base import ExactSolution
+from ..methods.base import Method, find_method
+from ..problems.problem import ControlProblem
+from ..problems.rewards import Quadratic
+from ..processes.laws import Dirac
+from ..processes.linear import LinearSDE
+from ..randomness import derive_seed, fresh_seed
+from ..training.solve import solve
+from .costs import Costs, Meter
+
+__all__ = ["Comparison", "ComparisonRow", "FrontierPoint", "compare", "exact_frontier"]
+
+#: name of every column and its heading
+COLUMNS = {
+    "distance": "sliced W1 to exact",
+    "control_error": "rel. control error",
+    "reward": "reward",
+    "running_cost": "running cost",
+    "kl": "KL",
+    "gap": "gap",
+    "ess": "ESS",
+    "reward_calls": "reward calls",
+    "gradient_calls": "gradient calls",
+    "network_calls": "network calls",
+    "seconds": "CPU s",
+    "memory": "peak MiB",
+    "sampling_reward_calls": "reward calls/sample",
+    "sampling_network_calls": "network calls/sample",
+    "sampling_seconds": "CPU s/1000 samples",
+}
+_COUNTS = ("reward_calls", "gradient_calls", "network_calls", "sampling_reward_calls", "sampling_network_calls")
+_PLACE_EVALUATE, _PLACE_SAMPLE, _PLACE_EXACT = 61, 62, 63
+
+
+@dataclass
+class ComparisonRow:
+    """One method.
+
+    Attributes:
+        label: its name, with the settings that differ from their defaults.
+        method: itself.
+        estimates: column -> :class:`Estimate`; empty where no seed gave a solution. What does not apply is left out.
+        reason: why there is no solution: what the method refused, or where it diverged (of the first such seed); None where there is nothing to say.
+        failed: the seeds that gave none.
+        solutions: those of the other seeds, in their order.
+    """
+
+    label: str
+    method: Method
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    reason: str | None = None
+    failed: list[int] = field(default_factory=list)
+    solutions: list[Solution] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; numbers that are not finite are None."""
+        numbers = {
+            name: {part: v if math.isfinite(v := getattr(e, part)) else None for part in ("value", "stderr")}
+            for name, e in self.estimates.items()
+        }
+        return {"method": self.label, "reason": self.reason, "failed_seeds": self.failed, **numbers}
+
+
+class FrontierPoint(NamedTuple):
+    """The exact tilted law at one temperature: its KL to the reference, and its total reward ``E[r - running cost]``."""
+
+    alpha: float
+    kl: float
+    reward: float
+
+
+@dataclass
+class Comparison:
+    """What :func:`compare` returns; prints as a table.
+
+    Attributes:
+        rows: one :class:`ComparisonRow` per method, in the order given.
+        seeds: of the trainings. n: paths and samples of every evaluation.
+        exact: which exact solution the table is against: "of the chain", "in continuous time", or None.
+        distance_floor: sliced W1 between two sets of n exact samples: what a perfect sampler scores; nan without an exact law.
+        frontier: the tilted family at temperatures around the problem's; empty where its closed form is not known.
+    """
+
+    problem: ControlProblem
+    rows: list[ComparisonRow]
+    seeds: list[int]
+    n: int
+    exact: str | None
+    distance_floor: float
+    frontier: list[FrontierPoint]
+
+    def __getitem__(self, label: str) -> ComparisonRow:
+        """The row of a method, by its label.
+
+        Raises:
+            KeyError: naming the labels there are.
+        """
+        for row in self.rows:
+            if row.label == label:
+                return row
+        raise KeyError(f"no method {label!r}; there are {', '.join(row.label for row in self.rows)}.")
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        used = [c for c in COLUMNS if any(c in row.estimates for row in self.rows)]
+        body = []
+        for row in self.rows:
+            cells = [_text(row.estimates.get(c), count=c in _COUNTS) for c in used]
+            body.append([row.label, *(cells if row.estimates else ["-"] * len(used))])
+        return ["method", *(COLUMNS[c] for c in used)], body
+
+    def notes(self) -> list[str]:
+        """What the numbers are, and what went wrong, line by line."""
+        several = len(self.seeds) > 1
+        error = f"over {len(self.seeds)} seeds" if several else "of one seed's own estimates (between seeds: unknown)"
+        out = [f"± standard error {error}; {self.n} paths per evaluation."]
+        if self.exact is not None:
+            out.append(f"Exact solution {self.exact}." + self._floor_note())
+        else:
+            out.append("No exact solution is known: gaps are estimates, blind to modes that were never visited.")
+        for row in self.rows:
+            if row.reason is not None:
+                which = f" ({len(row.failed)} of {len(self.seeds)} seeds)" if several else ""
+                out.append(f"{row.label}{which}: {row.reason}")
+        return out
+
+    def _floor_note(self) -> str:
+        if not math.isfinite(self.distance_floor):
+            return ""
+        return f" Two sets of {self.n} exact samples are {self.distance_floor:.3g} apart."
+
+    def table(self) -> str:
+        """The table in Markdown, with its notes below."""
+        head, body = self._cells()
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in body]
+        return "\n".join([*lines, "", *(f"* {note}" for note in self.notes())])
+
+    def __str__(self) -> str:
+        head, body = self._cells()
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in [head, *body]
+        ]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *self.notes()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "seeds": self.seeds,
+            "n": self.n,
+            "exact": self.exact,
+            "distance_floor": self.distance_floor if math.isfinite(self.distance_floor) else None,
+            "rows": [row.as_dict() for row in self.rows],
+            "frontier": [point._asdict() for point in self.frontier],
+        }
+
+    def figure(self) -> tuple[Any, Any]:
+        """Reward (less running cost) against KL for all methods, with the exact frontier where it is known: ``(figure, axes)``.
+
+        Methods whose KL is not known (particles) are horizontal lines.
+        """
+        from .figure import reward_against_kl
+
+        return reward_against_kl(self)
+
+
+def compare(
+    problem: ControlProblem,
+    methods: Iterable[Method | str] | Mapping[str, Method | str],
+    *,
+    seeds: int | Sequence[int] = 1,
+    seed: int | None = None,
+    time_steps: Any = None,
+    scheme: str | None = None,
+    iterations: int | None = None,
+    budget: str | float | None = None,
+    batch_size: int = 256,
+    n: int = 4096,
+    progress: bool | None = False,
+) -> Comparison:
+    """Solve one problem by several methods and put distance to the exact law, reward, KL, gap and costs side by side.
+
+    A method that refuses the problem, or diverges, is a row with its reason. Evaluations of one seed share their noise
+    between methods.
+
+    Args:
+        methods: methods or their names; or a mapping label -> method (for one method with two settings that print alike).
+        seeds: number of trainings per method (seeds ``seed, seed + 1, ...``), or the seeds themselves. With several, every number is their
+            mean with its standard error; with one, the error is the estimate's own.
+        seed: of the first training; None draws one from torch's global generator.
+        time_steps, scheme, iterations, budget, batch_size: as in :func:`solve`, the same for all; ``iterations`` and ``budget`` are left out
+            for methods that train nothing.
+        n: paths, and samples, of each evaluation, >= 64.
+        progress: show each training's progress bar; None: if the terminal can.
+
+    Returns:
+        :class:`Comparison`. "CPU s", calls and "peak MiB" are of training; what sampling costs stands beside it, per sample. Calls are rows.
+
+    Raises:
+        ValueError, TypeError: bad arguments, unknown methods. Errors of other kinds inside a method are not caught.
+    """
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    named = _labelled(methods)
+    trainings = _seeds(seeds, seed)
+    _check_count("n", n, 64)
+    _check_count("batch_size", batch_size, 1)
+    if iterations is not None:
+        _check_count("iterations", iterations, 1)
+    settings = {"time_steps": time_steps, "scheme": scheme}
+    problem.chain(**settings)  # a bad grid is the caller's error, not every method's
+    exact, kind = _exact(problem, settings)
+    reference = _exact_samples(exact, n, derive_seed(trainings[0], _PLACE_EXACT))
+    floor = math.nan
+    if reference is not None:
+        floor = sliced_wasserstein(reference, _exact_samples(exact, n, derive_seed(trainings[0], _PLACE_EXACT, 1)))
+    rows = []
+    for label, method in named.items():
+        more: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **settings}
+        if method.default_iterations > 0:
+            more.update(iterations=iterations, budget=budget)
+        _warm_up(method)
+        rows.append(_row(problem, label, method, trainings, n, exact, reference, more))
+    return Comparison(problem, rows, trainings, n, kind, floor, exact_frontier(problem, **settings))
+
+
+# ---------------------------------------------------------------- one method
+
+
+def _warm_up(method: Method) -> None:
+    """One iteration on a toy problem: else the first cell would pay, in seconds and memory, for code that is loaded on its first use."""
+    toy = ControlProblem(LinearSDE(-torch.eye(2), 1.0), Dirac(torch.zeros(2)), Quadratic(torch.eye(2), torch.ones(2)))
+    more: dict[str, Any] = {"iterations": 1} if method.default_iterations > 0 else {}
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        solve(toy, method, time_steps=2, batch_size=64, seed=0, progress=False, **more).evaluate(64, seed=0)
+
+
+def _row(
+    problem: ControlProblem,
+    label: str,
+    method: Method,
+    seeds: list[int],
+    n: int,
+    exact: ExactSolution | None,
+    reference: torch.Tensor | None,
+    settings: dict[str, Any],
+) -> ComparisonRow:
+    row = ComparisonRow(label, method)
+    found: list[dict[str, Estimate]] = []
+    for seed in seeds:
+        meter = Meter(problem)
+        try:
+            with meter.measuring() as training:
+                solution = solve(meter.problem, method, seed=seed, **settings)
+            found.append(_measure(meter, solution, training, n, seed, exact, reference))
+            solution.problem = problem
+            row.solutions.append(solution)
+        except (ValueError, TypeError, RuntimeError) as error:
+            row.failed.append(seed)
+            row.reason = row.reason or _reason(error)
+    names = [name for name in COLUMNS if any(name in one for one in found)]
+    row.estimates = {name: _over_seeds([one[name] for one in found if name in one]) for name in names}
+    return row
+
+
+def _reason(error: Exception) -> str:
+    what = "diverged: " if isinstance(error, NonFiniteError) else ""
+    return what + " ".join(str(error).split()) or type(error).__name__
+
+
+def _measure(
+    meter: Meter,
+    solution: Solution,
+    training: Costs,
+    n: int,
+    seed: int,
+    exact: ExactSolution | None,
+    reference: torch.Tensor | None,
+) -> dict[str, Estimate]:
+    """All columns of one solution."""
+    with meter.measuring() as sampling:
+        samples = solution.sample(n, seed=derive_seed(seed, _PLACE_SAMPLE))
+    evaluation = solution.evaluate(n, seed=derive_seed(seed, _PLACE_EVALUATE))
+    out = {name: getattr(evaluation, name) for name in ("reward", "kl", "gap", "ess")}
+    if meter.problem.running_cost_function is not None:
+        out["running_cost"] = evaluation.running_cost
+    if reference is not None:
+        out["distance"] = Estimate(sliced_wasserstein(samples, reference))
+    if exact is not None and not isinstance(
+        solution, ParticleSolution
+    ):  # a particle solution's control is its proposal's
+        out["control_error"] = control_error(solution, exact, n=n, seed=derive_seed(seed, _PLACE_EVALUATE)).relative
+    for name in ("reward_calls", "gradient_calls", "network_calls", "seconds", "memory"):
+        out[name] = Estimate(float(getattr(training, name)))
+    out["sampling_reward_calls"] = Estimate(sampling.reward_calls / n)
+    out["sampling_network_calls"] = Estimate(sampling.network_calls / n)
+    out["sampling_seconds"] = Estimate(1000 * sampling.seconds / n)
+    return {name: e for name, e in out.items() if math.isfinite(e.value)}
+
+
+def _over_seeds(estimates: list[Estimate]) -> Estimate:
+    """Their mean, with the standard error between them; a single one as it is."""
+    if len(estimates) == 1:
+        return estimates[0]
+    values = [e.value for e in estimates]
+    return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
+
+
+# ---------------------------------------------------------------- the exact law
+
+
+def _exact(problem: ControlProblem, settings: dict[str, Any]) -> tuple[ExactSolution | None, str | None]:
+    """The exact solution of the chain that the methods solve, else that in continuous time, and which it is."""
+    steps = settings["time_steps"]
+    for given, kind in (
+        ({**settings, "time_steps": 100 if steps is None else steps}, "of the chain"),
+        ({}, "in continuous time"),
+    ):
+        try:
+            return exact_solution(problem, **given), kind
+        except NoExactSolution:
+            continue
+    return None, None
+
+
+def _exact_samples(exact: ExactSolution | None, n: int, seed: int) -> Any:
+    if exact is None:
+        return None
+    try:
+        return exact.sample(n, seed)
+    except NoExactSolution:
+        return None
+
+
+def exact_frontier(
+    problem: ControlProblem,
+    time_steps: Any = None,
+    scheme: str | None = None,
+    *,
+    factor: float = 10.0,
+    points: int = 25,
+) -> list[FrontierPoint]:
+    """KL and reward of the exact tilted laws at temperatures from ``alpha / factor`` to ``alpha factor``, for problems with a closed form.
+
+    With ``beta = 1/alpha``: ``E[R] = d log Z / d beta`` and ``KL = beta E[R] - log Z``; no law of the same KL has a larger reward. For a
+    fixed random start ``E log Z(X_0)`` takes log Z's place. The derivative is a central difference in float64, of relative error ~1e-8.
+
+    Returns:
+        By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist are left out.
+    """
+    out = []
+    middle = (points - 1) / 2
+    for i in range(points):
+        alpha = problem.alpha * factor ** ((middle - i) / middle)
+        step = 1e-4
+        try:
+            low, here, high = (_start_log_z(problem, alpha / s, time_steps, scheme) for s in (1 - step, 1.0, 1 + step))
+        except NoExactSolution:
+            continue
+        reward = (high - low) * alpha / (2 * step)
+        out.append(FrontierPoint(alpha, reward / alpha - here, reward))
+    return out
+
+
+def _start_log_z(problem: ControlProblem, alpha: float, time_steps: Any, scheme: str | None) -> float:
+    tempered = copy.copy(problem)
+    tempered.alpha, tempered.dtype = (
+        alpha,
+        torch.float64,
+    )  # closed forms are computed in float64 anyway, and rounded last
+    steps = 100 if time_steps is None else time_steps
+    for settings in ({"time_steps": steps, "scheme": scheme}, {}):
+        try:
+            return float(exact_solution(tempered, grids=False, **settings).start_log_z)
+        except NoExactSolution:
+            if not settings:
+                raise
+    raise AssertionError
+
+
+# ---------------------------------------------------------------- arguments and text
+
+
+def _labelled(methods: Any) -> dict[str, Method]:
+    if isinstance(methods, (str, Method, type)) or not isinstance(methods, Iterable):
+        raise TypeError("methods must be a list of methods or names, or a mapping label -> method.")
+    if isinstance(methods, Mapping):
+        out = {str(label): find_method(method) for label, method in methods.items()}
+    else:
+        out = {}
+        for method in map(find_method, methods):
+            if (label := _label(method)) in out:
+                raise ValueError(f"methods has {label} twice; give a mapping label -> method to tell them apart.")
+            out[label] = method
+    if not out:
+        raise ValueError("methods is empty: give at least one method.")
+    return out
+
+
+def _label(method: Method) -> str:
+    """The name, with the settings that are not the default."""
+    changed = []
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if value is f.default or (isinstance(value, (str, int, float, bool)) and value == f.default):
+            continue
+        plain = isinstance(value, (str, int, float, bool, tuple, type(None)))
+        changed.append(
+            f"{f.name}={_label(value) if isinstance(value, Method) else value if plain else type(value).__name__}"
+        )
+    return f"{method.name}({', '.join(changed)})" if changed else method.name
+
+
+def _seeds(seeds: Any, seed: int | None) -> list[int]:
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        _check_count("seeds", seeds, 1)
+        first = fresh_seed(seed)
+        return [first + i for i in range(seeds)]
+    if isinstance(seeds, (str, bool)) or not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds must be a number of seeds or a sequence of them, got {type(seeds).__name__}.")
+    if seed is not None:
+        raise ValueError("seed is that of the first of a number of seeds; with a sequence of seeds leave it out.")
+    out = list(seeds)
+    if not out or len(set(out)) < len(out) or None in out:
+        raise ValueError(f"seeds must be different numbers, and at least one; got {out}.")
+    return [fresh_seed(s) for s in out]
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+
+
+def _text(estimate: Estimate | None, count: bool) -> str:
+    if estimate is None:
+        return "-"
+    value, error = estimate.value, estimate.stderr
+    if count:
+        return f"{value:.0f}" if abs(value) < 1e5 else f"{value:.3g}"
+    if not math.isfinite(error):
+        return f"{value:.3g}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e} ± {error:.0e}"
+    return str(Estimate(value, error)) if error else f"{value:.4g}"

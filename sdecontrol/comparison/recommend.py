@@ -1,0 +1,317 @@
+"""``recommend``: which method, and why, from what a problem offers (the tutorial's Figure 3 and Section 7, with what was measured)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.build import build_control
+from ..controls.tuned import has_trainable_model
+from ..errors import NoExactSolution
+from ..exact import exact_solution
+from ..methods import (
+    SMC,
+    SOCM,
+    AdjointMatching,
+    BestOfN,
+    ClassifierGuidance,
+    CrossEntropy,
+    LogVariance,
+    Method,
+    PathIntegralGuidance,
+    RewardBackprop,
+    SoftPPO,
+    ValueGuidance,
+)
+from ..problems.problem import ControlProblem
+from ..problems.rewards import LogProb
+from ..processes.generative import GenerativeSDE
+from ..processes.laws import Dirac, draw
+from ..processes.linear import LinearSDE
+from ..processes.sde import SDE
+from ..simulation.chains import Chain
+from ..simulation.diffusion import DiffusionChain
+from ..tensors import as_float
+from .compare import _label
+
+__all__ = ["Advice", "Suggestion", "recommend"]
+
+_GIB = 2.0**30
+_ROWS = 4  # of the probe that measures the graph
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A method and why."""
+
+    method: Method
+    reason: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What :func:`recommend` returns: a sequence of :class:`Suggestion`, the first choice first; prints as text.
+
+    Attributes:
+        facts: what the problem offers, as it was found.
+        suggestions: in order.
+        warnings: what is not known, and what would bias the result.
+    """
+
+    facts: tuple[str, ...]
+    suggestions: tuple[Suggestion, ...]
+    warnings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.suggestions)
+
+    def __getitem__(self, i: int) -> Suggestion:
+        return self.suggestions[i]
+
+    def __iter__(self) -> Iterator[Suggestion]:
+        return iter(self.suggestions)
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods alone, as :func:`compare` takes them."""
+        return [s.method for s in self.suggestions]
+
+    def __str__(self) -> str:
+        lines = ["The problem: " + "; ".join(self.facts) + "."]
+        lines += [f"{i}. {_label(s.method)}: {s.reason}" for i, s in enumerate(self.suggestions, 1)]
+        lines += [f"Note: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def recommend(
+    problem: ControlProblem,
+    *,
+    one_off: bool = False,
+    time_steps: Any = None,
+    batch_size: int = 256,
+    memory: float = 4.0,
+) -> Advice:
+    """Which methods to try on a problem, in order, each with its reason.
+
+    The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the tutorial's.
+
+    Args:
+        one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training pays.
+        time_steps, batch_size: as they will be in ``solve``.
+        memory: GiB that the graph of a backward pass may take; what it would take is measured on one step.
+
+    Returns:
+        :class:`Advice`.
+    """
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    limit = as_float("memory", memory, positive=True)
+    chain = problem.chain(time_steps)
+    graph, parameters = _graph(problem, chain, batch_size)
+    fits = graph <= limit
+    # a method may learn from a random part of the steps: as many as fit
+    steps = None if fits else max(1, int(chain.steps * limit / graph))
+    found = _one_off(problem, chain) if one_off else _trained(problem, chain, fits, steps)
+    kept = [s for s in found if _accepts(s.method, problem)]
+    return Advice(
+        (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
+        tuple(kept),
+        tuple(_warnings(problem, one_off)),
+    )
+
+
+# ---------------------------------------------------------------- what to try
+
+
+def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | None) -> list[Suggestion]:
+    part = "" if fits else f" {steps} of {chain.steps} steps at a time, so that the graph fits into memory."
+    black_box = [
+        Suggestion(
+            LogVariance(steps=steps),
+            "no gradient of the reward; its noise vanishes towards the optimum, and it had the smallest errors of the methods for black "
+            "boxes on a linear-quadratic problem near its reference." + part,
+        ),
+        Suggestion(
+            CrossEntropy(trust_region=1.0, steps=steps),
+            "no gradient of the reward; mass-covering, and its trust region keeps the weights usable where the target is far from the "
+            "reference (there it had the smallest errors)." + part,
+        ),
+        Suggestion(
+            SoftPPO(steps=steps),
+            "no gradient of the reward; several optimiser steps on each batch, the fewest reward calls where the reward is the cost "
+            "(tutorial Section 7.2)." + part,
+        ),
+    ]
+    if not _has_gradient(problem):
+        return black_box
+    first = [
+        Suggestion(
+            AdjointMatching(steps=steps),
+            "the reward has a gradient: a regression whose noise nearly vanishes at the optimum, without a graph through the simulation; on "
+            "linear-quadratic and nonlinear control problems it had the smallest errors of all methods at equal CPU time."
+            + part,
+        )
+    ]
+    if _constant_noise(problem):
+        weighted = Suggestion(
+            SOCM(steps=steps),
+            "the reward has a gradient: the regression of adjoint matching, weighted towards the target, so that modes that the control has not "
+            "moved to yet count; on a Gaussian mixture it had little more than half of adjoint matching's gap at equal CPU time."
+            + part,
+        )
+        first.insert(0 if _pretrained(problem) else 1, weighted)
+    mode = "full" if fits else "adjoint"
+    why = "fits" if fits else "does not fit, so the backward pass stores states only and redoes each step"
+    first.append(
+        Suggestion(
+            RewardBackprop(gradient=mode),
+            f"the gradient of the objective itself (tutorial Section 7.1); its graph {why}. It seeks modes: on a Gaussian mixture it was "
+            "behind all others here.",
+        )
+    )
+    return [*first, black_box[0]]
+
+
+def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
+    generative = _pretrained(problem)
+    out = [
+        Suggestion(
+            SMC(twist="tweedie" if generative else None),
+            "nothing is trained; exact as the number of particles grows, with an unbiased Z"
+            + (", and particles are judged by their denoised state on the way." if generative else "."),
+        )
+    ]
+    if generative and _has_gradient(problem):
+        out.append(
+            Suggestion(
+                SMC(proposal=ValueGuidance("tweedie"), twist="proposal"),
+                "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each dearer.",
+            )
+        )
+    out.append(
+        Suggestion(
+            BestOfN(selection="softmax"),
+            "no gradient, no tuning; enough where the reference often comes near the target.",
+        )
+    )
+    if isinstance(problem.reward_function, LogProb):
+        out.append(
+            Suggestion(
+                ClassifierGuidance(),
+                "the reward is a classifier's: cheap guidance, with the error of Tweedie's formula, which does not vanish.",
+            )
+        )
+    out.append(
+        Suggestion(
+            PathIntegralGuidance(),
+            f"no gradient and no bias in the limit, at {chain.steps**2 // 2 * 256} simulated steps for every sample.",
+        )
+    )
+    return out
+
+
+def _accepts(method: Method, problem: ControlProblem) -> bool:
+    """A suggestion that the method itself would refuse is none."""
+    try:
+        method.check(problem)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- what the problem offers
+
+
+def _has_gradient(problem: ControlProblem) -> bool:
+    return (problem.reward_function is not None and problem.has_gradient) or problem.running_cost_function is not None
+
+
+def _pretrained(problem: ControlProblem) -> bool:
+    return isinstance(problem.reference, (GenerativeSDE, DiffusionChain))
+
+
+def _constant_noise(problem: ControlProblem) -> bool:
+    sde = problem.reference
+    if isinstance(sde, SDE) and sde.constant_diffusion is None and not isinstance(sde, (LinearSDE, GenerativeSDE)):
+        return False
+    return len(problem.event_shape) == 1 and problem.control_shape == problem.event_shape
+
+
+def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
+    reward = "the reward has a gradient" if problem.has_gradient else "the reward is a black box"
+    facts = [reward if problem.reward_function is not None else "no terminal reward"]
+    if _pretrained(problem):
+        facts.append(
+            "a pre-trained model with trainable parameters"
+            if has_trainable_model(problem.reference)
+            else "a fixed pre-trained model"
+        )
+    elif isinstance(problem.reference, LinearSDE):
+        facts.append("a linear reference")
+    else:
+        facts.append("a nonlinear reference")
+    if problem.running_cost_function is not None:
+        facts.append("a running cost")
+    if problem.condition is not None:
+        facts.append("conditions")
+    facts.append(
+        f"states of {problem.event_shape.numel()} numbers, {chain.steps} steps, {parameters} parameters to train"
+    )
+    return facts
+
+
+def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
+    out = [
+        "whether the target has modes that the paths never reach cannot be told from the problem. A training method learns what "
+        "its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, or start from several seeds."
+    ]
+    if problem.start == "fixed" and not isinstance(problem.initial, Dirac):
+        out.append(
+            "the random start keeps its law: the end has the tilted law only where it has forgotten the start (evaluate's start gap "
+            "says what is left). start='controlled' removes that."
+        )
+    if not one_off and problem.condition is not None:
+        out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")
+    try:
+        exact_solution(problem, grids=False)
+        out.append("this problem has a closed form: sc.exact_solution(problem).")
+    except NoExactSolution:
+        pass
+    return out
+
+
+def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[float, int]:
+    """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's trainable parameters."""
+    control = build_control(problem, chain, seed=0)
+    own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
+    model = getattr(problem.reference, "model", None)
+    if isinstance(model, nn.Module):
+        own |= {p.data_ptr() for p in model.parameters()}
+    k = chain.start  # of the process itself, after the stretch of a controlled start
+    shift = control.on_chain(chain)
+
+    def bytes_of(rows: int) -> int:
+        kept: dict[int, Tensor] = {}  # alive until counted: else addresses are used again
+
+        def keep(x: Tensor) -> Tensor:
+            if x.data_ptr() not in own:
+                kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        x = draw(problem.initial, rows, 0).clone().requires_grad_(True)
+        y = problem.draw_condition(rows, 0)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            held = (*chain.kernel(k, x, y), shift(k, x, y))
+        chain.forget()
+        del held
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+    with (
+        problem.evaluating()
+    ):  # the difference of two: what does not grow with the batch is kept once, not once per row
+        per_row = (bytes_of(2 * _ROWS) - bytes_of(_ROWS)) / _ROWS
+    return per_row * batch_size * chain.steps / _GIB, sum(p.numel() for p in control.parameters() if p.requires_grad)

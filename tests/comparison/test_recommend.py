@@ -1,0 +1,138 @@
+"""``recommend``: what it says of what a problem offers, and (slow) whether measured figures bear it out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import nonlinear, random_lq
+
+import sdecontrol as sc
+
+
+def mixture(reward=None) -> sc.ControlProblem:
+    law = sc.GaussianMixture(torch.tensor([0.6, 0.4]), torch.tensor([[-1.5, 0.0], [1.5, 0.5]]), 0.1)
+    reward = sc.Quadratic(0.3 * torch.eye(2), torch.tensor([1.0, 0.5])) if reward is None else reward
+    return sc.ControlProblem(sc.generative_sde(law, sc.VP(), shape=(2,)), reward=reward, alpha=0.7)
+
+
+def black_box(problem: sc.ControlProblem) -> sc.ControlProblem:
+    reward = problem.reward_function
+    return sc.ControlProblem(
+        problem.reference, problem.initial, lambda x: reward(x).detach(), alpha=problem.alpha, start=problem.start
+    )
+
+
+def test_with_a_gradient_and_without() -> None:
+    with_gradient, without = sc.recommend(random_lq(running=False)), sc.recommend(black_box(random_lq(running=False)))
+    assert with_gradient[0].method == sc.AdjointMatching()
+    assert not any(m.needs_gradient for m in without.methods) and len(without) == 3
+    assert "black box" in str(without) and "closed form" in str(with_gradient)
+    assert all(s.reason for s in (*with_gradient, *without))
+    assert "modes" in str(with_gradient) and "modes" in str(without)
+
+
+def test_little_memory_means_no_graph_of_all_steps() -> None:
+    advice = sc.recommend(nonlinear(), time_steps=100, memory=1e-3)
+    assert sc.recommend(mixture())[0].method == sc.SOCM()
+    found = {m.name: m for m in advice.methods}
+    assert found["reward-backprop"].gradient == "adjoint" and 1 <= found["adjoint-matching"].steps < 100
+    assert sc.recommend(nonlinear(), time_steps=100).methods[0] == sc.AdjointMatching()
+
+
+def test_the_graph_s_size_is_near_what_backpropagation_keeps() -> None:
+    """The estimate against all that autograd saves on one differentiable batch, each tensor once: within a factor 1.5."""
+    from sdecontrol.comparison.recommend import _graph
+    from sdecontrol.controls.build import build_control
+    from sdecontrol.simulation.shifts import shift_function
+
+    problem = random_lq(d=8)
+    chain = problem.chain(20)
+    estimate, _ = _graph(problem, chain, 256)
+    control = build_control(problem, chain, seed=0)
+    own = {p.data_ptr() for p in control.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in own:
+            kept[x.data_ptr()] = x
+        return x
+
+    x = problem.draw_start(256, 0).requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        shift = shift_function(chain, control)
+        for k in range(20):
+            mean, scale = chain.kernel(k, x)
+            c = shift(k, x, None)
+            x = mean + (scale @ (c + torch.randn_like(c)).unsqueeze(-1)).squeeze(-1)
+    measured = sum(t.numel() * t.element_size() for t in kept.values()) / 2**30
+    assert measured / 1.5 < estimate < 1.5 * measured
+
+
+def test_one_off_trains_nothing() -> None:
+    for problem in (mixture(), black_box(mixture()), nonlinear()):
+        advice = sc.recommend(problem, one_off=True, time_steps=20)
+        assert len(advice) >= 3 and all(m.default_iterations == 0 for m in advice.methods)
+    classifier = sc.LogProb(torch.nn.Linear(2, 3), 1)
+    names = [m.name for m in sc.recommend(mixture(classifier), one_off=True).methods]
+    assert "classifier-guidance" in names
+
+
+def test_no_method_that_would_refuse() -> None:
+    for problem in (nonlinear(), random_lq(m=3, d=2), mixture(), random_lq(start="controlled")):
+        for one_off in (False, True):
+            for suggestion in sc.recommend(problem, one_off=one_off, time_steps=5):
+                suggestion.method.check(problem)
+    assert "socm" not in [m.name for m in sc.recommend(nonlinear()).methods]
+
+
+def test_a_start_that_keeps_its_law_is_named() -> None:
+    assert "keeps its law" in str(sc.recommend(random_lq(start="fixed")))
+    assert "keeps its law" not in str(sc.recommend(random_lq(start="controlled")))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TypeError, match="problem must be a ControlProblem"):
+        sc.recommend(3)
+    with pytest.raises(ValueError, match="memory must be > 0"):
+        sc.recommend(random_lq(), memory=0)
+
+
+def errors(problem: sc.ControlProblem, methods: list, **settings) -> list[float]:
+    result = sc.compare(problem, methods, seed=0, n=2048, **settings)
+    assert all(row.reason is None for row in result.rows), str(result)
+    return [row.estimates["gap"].value for row in result.rows]
+
+
+@pytest.mark.slow
+def test_first_choice_is_among_the_best_on_a_linear_quadratic_problem() -> None:
+    """Equal CPU time on ou-quadratic-easy: with a gradient the first choice has the smallest gap by far; without, within a factor 2 of it."""
+    problem = sc.named_problem("ou-quadratic-easy")
+    settings = {"budget": "12s", "time_steps": 50, "batch_size": 128}
+    first, second, third = errors(
+        problem, [sc.recommend(problem)[0].method, sc.RewardBackprop(), sc.LogVariance()], **settings
+    )
+    assert first < 1e-2 and first <= min(second, third) + 1e-3
+    blind = sc.ControlProblem(
+        problem.reference,
+        problem.initial,
+        lambda x: problem.reward_function(x).detach(),
+        problem.running_cost_function,
+        1.0,
+    )
+    first, *others = errors(blind, [sc.recommend(blind)[0].method, sc.SoftPPO(), sc.Reinforce()], **settings)
+    assert first <= 2 * min(others)
+
+
+@pytest.mark.slow
+def test_first_choice_is_among_the_best_on_a_mixture() -> None:
+    """Equal CPU time: with a gradient the first choice has the smallest gap of three (10 % for noise); as a black box within a factor 1.5 of the best
+    of three."""
+    problem = mixture()
+    methods = [sc.recommend(problem)[0].method, sc.AdjointMatching(), sc.RewardBackprop()]
+    first, *others = errors(problem, methods, budget="12s", time_steps=50)
+    assert first <= 1.1 * min(others)
+    problem = black_box(problem)
+    first, *others = errors(
+        problem, [sc.recommend(problem)[0].method, sc.SoftPPO(), sc.RewardWeightedMLE()], budget="12s", time_steps=50
+    )
+    assert first <= 1.5 * min(others)
