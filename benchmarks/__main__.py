@@ -5,11 +5,13 @@ from __future__ import annotations
 import typer
 
 from .control import control
+from .methods import methods
 from .orders import orders
 from .speed.command import speed
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(control)
+app.command()(methods)
 app.command()(orders)
 app.command()(speed)
 

@@ -145,6 +145,18 @@ def test_clipping_needs_a_floor_and_the_floor_has_no_gradient() -> None:
     assert bool((gradient[changed(x) == -6.0] == 0).all()) and bool((gradient[changed(x) > -5.0] > 0).all())
 
 
+def test_the_edge_of_the_clip_has_a_gradient_of_zero_and_not_nan() -> None:
+    atoms = torch.tensor(
+        [[-2.0], [2.0]], dtype=F64
+    )  # r = x, alpha = 1, half each: lam = 0, and q/p = 1 + x/2 is exactly 0 and 2
+    changed = sc.FDivergence(lambda x: x[:, 0], "chi-squared", alpha=1.0, samples=atoms.repeat(8, 1), floor=-20.0)
+    assert changed.multiplier == pytest.approx(0.0, abs=1e-12)
+    changed.multiplier = 0.0
+    leaf = atoms.clone().requires_grad_(True)
+    gradient = torch.autograd.grad(changed(leaf).sum(), leaf)[0]
+    assert torch.allclose(gradient, torch.tensor([[0.0], [0.25]], dtype=F64))
+
+
 def test_a_reward_above_all_samples_is_named() -> None:
     x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
     changed = sc.FDivergence(lambda x: x[:, 0], "reverse-kl", alpha=0.1, samples=x)

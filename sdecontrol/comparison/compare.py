@@ -204,7 +204,7 @@ def compare(
     """Solve one problem by several methods and put distance to the exact law, reward, KL, gap and costs side by side.
 
     A method that refuses the problem, or diverges, is a row with its reason. Evaluations of one seed share their noise
-    between methods.
+    between methods. An exact solution on a grid, where there is no closed form, may take up to half a minute first.
 
     Args:
         methods: methods or their names; or a mapping label -> method (for one method with two settings that print alike).
@@ -388,10 +388,8 @@ def exact_frontier(
 
 def _start_log_z(problem: ControlProblem, alpha: float, time_steps: Any, scheme: str | None) -> float:
     tempered = copy.copy(problem)
-    tempered.alpha, tempered.dtype = (
-        alpha,
-        torch.float64,
-    )  # closed forms are computed in float64 anyway, and rounded last
+    tempered.alpha = alpha
+    tempered.dtype = torch.float64  # closed forms are computed in float64 anyway, and rounded last
     steps = 100 if time_steps is None else time_steps
     for settings in ({"time_steps": steps, "scheme": scheme}, {}):
         try:

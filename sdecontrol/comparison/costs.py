@@ -160,7 +160,7 @@ class _PeakMemory:
             self.before = torch.cuda.memory_allocated(device) / _MIB
             return
         with contextlib.suppress(OSError, AttributeError):
-            pass  # else what was freed before would serve again, unseen
+            ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would serve again, unseen
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets the mark to what is resident now
             self.before = _high_water_mark()

@@ -146,7 +146,7 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             "(tutorial Section 7.2)." + part,
         ),
     ]
-    if not _has_gradient(problem):
+    if not problem.has_gradient:
         return black_box
     first = [
         Suggestion(
@@ -185,7 +185,7 @@ def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
             + (", and particles are judged by their denoised state on the way." if generative else "."),
         )
     ]
-    if generative and _has_gradient(problem):
+    if generative and problem.has_gradient:
         out.append(
             Suggestion(
                 SMC(proposal=ValueGuidance("tweedie"), twist="proposal"),
@@ -226,19 +226,14 @@ def _accepts(method: Method, problem: ControlProblem) -> bool:
 # ---------------------------------------------------------------- what the problem offers
 
 
-def _has_gradient(problem: ControlProblem) -> bool:
-    return (problem.reward_function is not None and problem.has_gradient) or problem.running_cost_function is not None
-
-
 def _pretrained(problem: ControlProblem) -> bool:
     return isinstance(problem.reference, (GenerativeSDE, DiffusionChain))
 
 
 def _constant_noise(problem: ControlProblem) -> bool:
+    """Whether the diffusion does not depend on the state, as far as that is known."""
     sde = problem.reference
-    if isinstance(sde, SDE) and sde.constant_diffusion is None and not isinstance(sde, (LinearSDE, GenerativeSDE)):
-        return False
-    return len(problem.event_shape) == 1 and problem.control_shape == problem.event_shape
+    return not isinstance(sde, SDE) or sde.constant_diffusion is not None or isinstance(sde, (LinearSDE, GenerativeSDE))
 
 
 def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:

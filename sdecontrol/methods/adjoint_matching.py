@@ -25,21 +25,29 @@ from .regression import RegressionState, controlled_paths, descend, regress, rew
 __all__ = ["AdjointMatching"]
 
 PAIRINGS = ("chain", "continuous")
+_LOOK_EVERY = 5  # iterations
+_UNKNOWN = 1e30
 _LOOSEST = 0.1  # relative error of the own-noise solve while the loss is still large
 
 
 class _State(RegressionState):
-    """The sizes of the last loss and of the noise that was subtracted say how well the latter must be known."""
+    """The sizes of the last loss and of the noise that was subtracted say how well the latter must be known; the residual of the first
+    guess at it, looked at now and then, whether that guess will do."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed), run.chain)
         self.sizes: Tensor
-        self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0]))
+        self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0, _UNKNOWN]))
 
     def tolerance(self) -> float:
-        loss, noise = self.sizes.tolist()
+        loss, noise, _ = self.sizes.tolist()
         finest = 1e-7 if self.sizes.dtype == torch.float64 else 1e-3
         return min(_LOOSEST, max(finest, 0.1 * math.sqrt(loss / max(noise, 1e-300))))
+
+    def products(self, iteration: int) -> int:
+        """How many products with the Jacobian the solve may take."""
+        enough = float(self.sizes[2]) < 0.5 * self.tolerance() and iteration % _LOOK_EVERY
+        return 0 if enough else 8
 
 
 class _Buffer(_State):
@@ -137,7 +145,10 @@ class AdjointMatching(Method):
             noise = None
             if self.zero_variance:
                 sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
-                noise = own_noise(jacobians, states, sloped, tolerance=state.tolerance())
+                most = state.products(run.iteration)
+                noise, guess = own_noise(jacobians, states, sloped, tolerance=state.tolerance(), most=most)
+                if most:
+                    state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
             targets = lean_targets(
                 jacobians,
                 slope,
@@ -155,7 +166,7 @@ class AdjointMatching(Method):
         loss = float(torch.stack(means).mean(0).sum())
         descend(state, run, parts, means)
         if noises:
-            state.sizes.copy_(torch.stack([state.sizes.new_tensor(loss), concatenate(noises).mean()]))
+            state.sizes[0], state.sizes[1] = loss, concatenate(noises).mean()
         kls = concatenate(p.kl() for p in parts)
         metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
         return {**metrics, "loss": loss}

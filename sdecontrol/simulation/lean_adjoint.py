@@ -14,6 +14,7 @@ is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -158,8 +159,9 @@ def own_noise(
     *,
     tolerance: float | None = None,
     most: int = 8,
-) -> Tensor:
-    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after it.
+) -> tuple[Tensor, float]:
+    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after it; and the relative residual
+    of the first guess (nan where it was not looked at).
 
     The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one call.
     The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the noiseless next state over the batch
@@ -169,7 +171,7 @@ def own_noise(
     Args:
         states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
         tolerance: of the relative residual; default 1e-3 (float32), 1e-7 (float64).
-        most: products with J^T at most.
+        most: products with J^T at most; with 0 the first guess is not looked at.
     """
     paths = jacobians.paths
     tolerance = (1e-7 if states.dtype == torch.float64 else 1e-3) if tolerance is None else tolerance
@@ -177,11 +179,15 @@ def own_noise(
     w = products(paths.noises)
     solve = _fitted_inverse(jacobians, paths)
     z, best = solve(w), torch.zeros_like(w)
+    if not most:
+        return z.detach(), math.nan
     lowest = _sizes(w)
-    aim = tolerance * float(lowest.norm())
+    whole, guess = float(lowest.norm()), math.nan
+    aim = tolerance * whole
     for _ in range(most):
         rest = w - jacobians.mean_products(z) - products(jacobians.scales_transposed(z))
         sizes = _sizes(rest)
+        guess = float(sizes.norm()) / max(whole, 1e-300) if math.isnan(guess) else guess
         better = sizes < lowest
         chosen = better.reshape(-1, *(1,) * (w.ndim - 1))
         moved = z + solve(rest)
@@ -192,7 +198,7 @@ def own_noise(
             break
         lowest = torch.where(better, sizes, lowest)
         z = torch.where(chosen, moved, z)
-    return best.detach()
+    return best.detach(), guess
 
 
 def _sizes(v: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class LinearSteps:
                     (self.directions, self.directions),
                 )
             ]
-            size = math.sqrt(products[1] * products[2])
+            size = math.sqrt(max(0.0, products[1]) * max(0.0, products[2]))  # rounding can make them negative
             cosine = products[0] / size if size > 0 else 0.0
             self.disagreements = max(0.0, self.disagreements + self.gain * (self.agreement - cosine))
         self.directions = directions

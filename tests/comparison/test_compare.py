@@ -92,6 +92,14 @@ def test_peak_memory_sees_what_is_freed_again_and_what_was_used_before() -> None
     with meter.measuring() as costs:
         torch.ones(1000)
     assert costs.memory < 20
+    held = [
+        torch.ones(8_000) for _ in range(6000)
+    ]  # 183 MiB in small pieces: freed, they stay with the process for their next use
+    last = held[-1]
+    del held
+    with meter.measuring() as costs:
+        held = [torch.ones(8_000) for _ in range(6000)]
+    assert costs.memory > 150 and len(last) and len(held)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from sdecontrol.randomness import SeededNoise
 from sdecontrol.simulation.integrator import integrate, one_step
 from sdecontrol.simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
 from sdecontrol.simulation.shifts import shift_function, shifts_along
-from sdecontrol.tensors import event_sum
 
 
 def paths_of(problem, chain, control, n, seed=0):
@@ -30,7 +29,7 @@ def targets_of(problem, paths, control=None, *, zero_variance=False, **options):
     part = None
     if zero_variance:
         states = paths.states[:-1].detach().requires_grad_(True)
-        part = own_noise(jacobians, states, shifts_along(paths.chain, control, states), tolerance=1e-12, most=60)
+        part, _ = own_noise(jacobians, states, shifts_along(paths.chain, control, states), tolerance=1e-12, most=60)
     return lean_targets(
         jacobians,
         slope,
@@ -163,7 +162,7 @@ def test_own_noise_solves_its_linear_systems():
     jacobians = StepJacobians(paths)
     states = paths.states[:-1].detach().requires_grad_(True)
     shifts = shifts_along(chain, control, states)
-    z = own_noise(jacobians, states, shifts, tolerance=1e-13, most=200)
+    z, _ = own_noise(jacobians, states, shifts, tolerance=1e-13, most=200)
     scales = [chain.kernel(k, x)[1] for k, x in enumerate(paths.states[:-1])]
     for k in (0, 3, 7):
         for b in range(3):
@@ -172,9 +171,21 @@ def test_own_noise_solves_its_linear_systems():
             C = torch.autograd.functional.jacobian(f, x)
             moved = lambda x: (
                 chain.kernel(k, x[None])[0] + (chain.kernel(k, x[None])[1] @ paths.shifts[k, b, :, None])[..., 0]
-            )[0]  # noqa: B023
+            )[0]
             J = torch.autograd.functional.jacobian(moved, x) + scales[k][b] @ C
             torch.testing.assert_close(J.mT @ z[k, b], C.mT @ paths.noises[k, b], rtol=1e-9, atol=1e-10)
+
+
+def test_the_first_guess_at_the_own_noise_is_exact_where_everything_is_affine():
+    problem = random_lq(3, seed=5, start="fixed")
+    exact = sc.exact_solution(problem, time_steps=12)
+    paths = paths_of(problem, exact.chain, exact.control, 256)
+    states = paths.states[:-1].detach().requires_grad_(True)
+    shifts = shifts_along(exact.chain, Affine(exact, paths), states)
+    guess, _ = own_noise(StepJacobians(paths), states, shifts, most=0)
+    whole, first = own_noise(StepJacobians(paths), states, shifts, tolerance=1e-12, most=60)
+    torch.testing.assert_close(guess, whole, rtol=1e-4, atol=1e-5)
+    assert first < 1e-4
 
 
 # ---------------------------------------------------------------- SOCM
