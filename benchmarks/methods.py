@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ class Network(nn.Module):
     def __init__(self, dim: int, noises: int) -> None:
         super().__init__()
         sizes = (dim + 1, 256, 128, 64)
-        layers = [part for a, b in zip(sizes, sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+        layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(64, noises))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def main(quick: bool = False) -> None:
         running_cost=sc.QuadraticCost(F=0.1 * torch.eye(2)),
         alpha=0.5,
     )
-    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=50, iterations=20 if quick else 500, seed=0)
+    solution = sc.solve(problem, sc.AdjointMatching(), time_steps=50, iterations=20 if quick else 100, seed=0)
     print(solution.evaluate(4096, seed=1))
 
     exact = sc.exact_solution(problem, like=solution)  # of the same 50 steps

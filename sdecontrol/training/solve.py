@@ -209,6 +209,7 @@ class _Trainer:
         self.history: list[dict[str, float]] = []
         self.done = 0
         self.out_of_time = False
+        self.whole = True
         if saved is not None:
             self._restore(*saved)
 
@@ -301,12 +302,14 @@ class _Trainer:
 
     def _iterate(self, elapsed: float) -> None:
         self.run.iteration = self.done
+        self.whole = False
         self.descent.begin(self.pace.factor(self.done, elapsed))
         metrics = self.method.step(self.state, self.run)
         metrics["gradient_norm"] = self.descent.norm
         self.history.append(metrics)
         self.pace.observe(self.done, [self._score(m) for m in self.history[-2 * self.pace.window :]])
         self.done += 1
+        self.whole = True
         self._notify("on_step_end")
         if self.checkpoints is not None and self.done % self.checkpoint_every == 0:
             self._save()
@@ -330,7 +333,9 @@ class _Trainer:
                 "error's .solution" + (" and in the checkpoint." if self.checkpoints is not None else "."),
             )
             error.solution = self._solution()
-        if self.checkpoints is not None and self.done and isinstance(error, (NonFiniteError, KeyboardInterrupt)):
+        # an interrupt may come between the steps of one iteration, which a resumed run would take twice
+        good = isinstance(error, NonFiniteError) or (isinstance(error, KeyboardInterrupt) and self.whole)
+        if self.checkpoints is not None and self.done and good:
             self._save()
 
     def _notify(self, event: str, **more: Any) -> None:

@@ -1,5 +1,7 @@
 """Adjoint matching and SOCM: targets, their means and their variance, against closed forms and automatic differentiation."""
 
+from functools import partial
+
 import pytest
 import torch
 from problems import F64, SmallControl, nonlinear, randn, random_lq
@@ -164,15 +166,20 @@ def test_own_noise_solves_its_linear_systems():
     shifts = shifts_along(chain, control, states)
     z, _ = own_noise(jacobians, states, shifts, tolerance=1e-13, most=200)
     scales = [chain.kernel(k, x)[1] for k, x in enumerate(paths.states[:-1])]
+
+    def shift_at(k, x):
+        return shift_function(chain, control)(k, x[None], None)[0]
+
+    def mean_at(k, c, x):
+        mean, scale = chain.kernel(k, x[None])
+        return (mean + (scale @ c)[..., 0])[0]
+
     for k in (0, 3, 7):
         for b in range(3):
-            f = lambda x: shift_function(chain, control)(k, x.unsqueeze(0), None)[0]  # noqa: B023
+            c = paths.shifts[k, b, :, None]
             x = paths.states[k, b]
-            C = torch.autograd.functional.jacobian(f, x)
-            moved = lambda x: (
-                chain.kernel(k, x[None])[0] + (chain.kernel(k, x[None])[1] @ paths.shifts[k, b, :, None])[..., 0]
-            )[0]
-            J = torch.autograd.functional.jacobian(moved, x) + scales[k][b] @ C
+            C = torch.autograd.functional.jacobian(partial(shift_at, k), x)
+            J = torch.autograd.functional.jacobian(partial(mean_at, k, c), x) + scales[k][b] @ C
             torch.testing.assert_close(J.mT @ z[k, b], C.mT @ paths.noises[k, b], rtol=1e-9, atol=1e-10)
 
 
@@ -322,7 +329,7 @@ def test_a_nonlinear_problem_of_plain_functions_is_solved_with_defaults():
 )
 def test_a_resumed_run_goes_on_to_the_same_numbers(tmp_path, method):
     problem = random_lq(2, seed=8, running=False)
-    options = dict(time_steps=5, batch_size=64, seed=0, iterations=23)
+    options = {"time_steps": 5, "batch_size": 64, "seed": 0, "iterations": 23}
     whole = sc.solve(problem, method, **options)
 
     class Stop:

@@ -12,6 +12,9 @@ from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.value_guidance import ValueState, _gains, _roll, itakura_saito
 
+# few particles on purpose: the warning about it is tested where it is asked for
+pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
+
 F32 = torch.float32
 K = 6
 

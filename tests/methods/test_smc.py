@@ -12,6 +12,9 @@ from sdecontrol.controls.guidance import GivenValue
 from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.evaluation.particles import RESAMPLING, resample, run_particles
 
+# few particles on purpose: the warning about it is tested where it is asked for
+pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
+
 F32 = torch.float32
 K = 6
 
