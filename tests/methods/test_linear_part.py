@@ -124,5 +124,7 @@ def test_all_stored_states_at_once_give_what_single_steps_do(name):
     shift = control.on_chain(chain)
     want = torch.stack([shift(k, x, None) for k, x in enumerate(states)])
     torch.testing.assert_close(control.along(chain, states), want, rtol=1e-10, atol=1e-12)
-    if chain.start == 0:
-        torch.testing.assert_close(control.along(chain, states[2:], None, 2), want[2:], rtol=1e-10, atol=1e-12)
+    for first in (2, chain.steps - 1):
+        torch.testing.assert_close(
+            control.along(chain, states[first:], None, first), want[first:], rtol=1e-10, atol=1e-12
+        )
