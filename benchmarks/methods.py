@@ -83,6 +83,39 @@ def _iteration(problem: sc.ControlProblem, method: sc.Method, steps: int, batch:
     return act
 
 
+def _quadratic(dim: int) -> sc.ControlProblem:
+    eye = torch.eye(dim)
+    return sc.ControlProblem(
+        sc.LinearSDE(0.2 * eye, eye),
+        sc.Dirac(0.5 * torch.ones(dim)),
+        sc.Quadratic(0.2 * eye),
+        sc.QuadraticCost(0.4 * eye),
+    )
+
+
+def _scaling(rounds: int) -> dict[str, dict[str, float]]:
+    """CPU-seconds of an iteration of adjoint matching and of the network calls alone, as steps, batch and dimension double."""
+    out: dict[str, dict[str, float]] = {}
+    sizes = (
+        [(k, 128, 20) for k in (25, 50, 100, 200)]
+        + [(50, b, 20) for b in (256, 512)]
+        + [(50, 128, d) for d in (10, 40, 80)]
+    )
+    for steps, batch, dim in sizes:
+        act = _iteration(_quadratic(dim), sc.AdjointMatching(), steps, batch)
+        alone = _floor(Network(dim, dim), batch, steps, dim)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for round_ in range(rounds + 2):
+            for found, case in zip(seconds, (act, alone)):
+                began = time.process_time()
+                case()
+                if round_ > 1:
+                    found.append(time.process_time() - began)
+        ours, floor = (statistics.median(found) for found in seconds)
+        out[f"{steps} steps, batch {batch}, d = {dim}"] = {"adjoint-matching": ours, "network calls": floor}
+    return out
+
+
 def methods(
     problem: Annotated[str, typer.Option(help="A named problem.")] = "ou-quadratic-easy",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 15,
@@ -115,6 +148,7 @@ def methods(
         }
         for name, values in seconds.items()
     }
+    scaling = _scaling(max(3, rounds // 3))
     RESULTS.write_text(
         json.dumps(
             {
@@ -123,6 +157,7 @@ def methods(
                 "batch_size": card.batch_size,
                 "rounds": rounds,
                 "rows": rows,
+                "scaling": scaling,
                 "versions": {
                     "sdecontrol": sc.__version__,
                     "torch": torch.__version__,
@@ -146,6 +181,17 @@ def methods(
         *(
             f"| {name} | {r['cpu_seconds']:.4f} | {r['against_network_calls']:.2f} | {r['against_reward_backprop']:.2f} |"
             for name, r in rows.items()
+        ),
+    ]
+    lines += [
+        "",
+        "How an iteration of adjoint matching grows with steps, batch and dimension, beside the network calls:",
+        "",
+        "| | adjoint matching, CPU-s | network calls, CPU-s | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {r['adjoint-matching']:.4f} | {r['network calls']:.4f} | {r['adjoint-matching'] / r['network calls']:.2f} |"
+            for name, r in scaling.items()
         ),
     ]
     PAGE.write_text("\n".join(lines) + "\n")
