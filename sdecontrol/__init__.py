@@ -13,6 +13,7 @@ from .evaluation.evaluate import Evaluation, log_weights
 from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
 from .evaluation.solution import Solution
 from .exact import exact_solution
+from .library.inverse import mixture_inverse_problem
 from .library.problems import named_problem, problem_names
 from .methods import (
     SMC,
@@ -112,6 +113,7 @@ __all__ = [
     "load",
     "log_likelihood",
     "log_weights",
+    "mixture_inverse_problem",
     "named_problem",
     "problem_names",
     "recommend",

@@ -107,15 +107,16 @@ def quadratic_terms(problem: ControlProblem) -> Terms:
     reward, cost, alpha = problem.reward_function, problem.running_cost_function, problem.alpha
     d = problem.event_shape[0]
     P, q = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    c = torch.zeros((), dtype=torch.float64)
     if isinstance(reward, Quadratic):
-        P = reward.G.detach().to("cpu", torch.float64) / alpha
+        P, c = reward.G.detach().to("cpu", torch.float64) / alpha, c + reward.c / alpha
     if isinstance(reward, (Quadratic, Linear)):
         q = reward.g.detach().to("cpu", torch.float64) / alpha
     elif reward is not None:
         raise NoExactSolution(
             f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, Linear or None."
         )
-    form = Form(P, q, torch.zeros((), dtype=torch.float64))
+    form = Form(P, q, c)
     if cost is None:
         return Terms(form, None)
     if not isinstance(cost, QuadraticCost):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import check_tensor
+from ..tensors import as_float, check_tensor
 
 __all__ = ["Linear", "LogProb", "Quadratic", "QuadraticCost"]
 
@@ -25,16 +25,18 @@ def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
 
 
 class Quadratic:
-    """``r(x) = -x'Gx/2 + g'x``. G symmetric ``(d, d)``, not necessarily positive; g ``(d,)`` or None for zero."""
+    """``r(x) = -x'Gx/2 + g'x + c``. G symmetric ``(d, d)``, not necessarily positive; g ``(d,)`` or None for zero; c a finite
+    number (0 if left out), which changes no optimum and adds ``c/alpha`` to log Z: with it r can be a log-likelihood."""
 
-    def __init__(self, G: Tensor, g: Tensor | None = None) -> None:
+    def __init__(self, G: Tensor, g: Tensor | None = None, c: float = 0.0) -> None:
         self.G = _check_symmetric("G", G)
         self.g = check_tensor("g", g, shape=(G.shape[0],)) if g is not None else G.new_zeros(G.shape[0])
         if self.g.dtype != G.dtype:
             raise TypeError(f"g has dtype {self.g.dtype}, G has {G.dtype}; make them agree.")
+        self.c = as_float("c", c)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ((self.g - 0.5 * (x @ self.G)) * x).sum(-1)
+        return ((self.g - 0.5 * (x @ self.G)) * x).sum(-1) + self.c
 
 
 class Linear:
