@@ -5,13 +5,17 @@ from __future__ import annotations
 import typer
 
 from .control import control
+from .digits import digits
 from .methods import methods
+from .mixture import mixture
 from .orders import orders
 from .speed.command import speed
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(control)
+app.command()(digits)
 app.command()(methods)
+app.command()(mixture)
 app.command()(orders)
 app.command()(speed)
 
