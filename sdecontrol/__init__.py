@@ -7,7 +7,14 @@ Fine-tuning a diffusion model, driving a stochastic system and sampling an unnor
 from .comparison.compare import Comparison, compare
 from .comparison.recommend import Advice, recommend
 from .controls.base import Control
-from .errors import BadFileError, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
+from .errors import (
+    BadFileError,
+    ImproperTarget,
+    NoExactSolution,
+    NoLikelihood,
+    NonFiniteError,
+    NotDifferentiable,
+)
 from .evaluation.estimates import Estimate
 from .evaluation.evaluate import Evaluation, log_weights
 from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
@@ -21,6 +28,7 @@ from .methods import (
     AdjointMatching,
     BestOfN,
     BridgeMatching,
+    ClassifierFreeGuidance,
     ClassifierGuidance,
     CrossEntropy,
     LogVariance,
@@ -31,9 +39,11 @@ from .methods import (
     RewardBackprop,
     RewardWeightedMLE,
     SoftPPO,
+    TemperedSMC,
     ValueGuidance,
 )
 from .problems.f_divergence import FDivergence
+from .problems.gibbs import GibbsProblem, gibbs_problem
 from .problems.problem import ControlProblem
 from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
 from .problems.sampling import log_likelihood
@@ -67,6 +77,7 @@ __all__ = [
     "BridgeMatching",
     "BrownianMotion",
     "Callback",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Comparison",
     "Control",
@@ -80,6 +91,8 @@ __all__ = [
     "FlowMatching",
     "Gaussian",
     "GaussianMixture",
+    "GibbsProblem",
+    "ImproperTarget",
     "Linear",
     "LinearSDE",
     "LogProb",
@@ -102,6 +115,7 @@ __all__ = [
     "SoftPPO",
     "Solution",
     "SolvedPaths",
+    "TemperedSMC",
     "ValueGuidance",
     "compare",
     "control_error",
@@ -110,6 +124,7 @@ __all__ = [
     "fit_bridge",
     "fit_score",
     "generative_sde",
+    "gibbs_problem",
     "load",
     "log_likelihood",
     "log_weights",

@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "BadFileError",
+    "ImproperTarget",
     "MissingFileError",
     "NoExactSolution",
     "NoLikelihood",
@@ -43,6 +44,10 @@ class NoExactSolution(ValueError):
 
 class NoLikelihood(TypeError):
     """Likelihood ratios were asked of a solver that has no Gaussian kernels (torchsde's, or the probability flow)."""
+
+
+class ImproperTarget(ValueError):
+    """A log density whose exponential has no finite integral: there is no law to sample."""
 
 
 class BadFileError(ValueError):

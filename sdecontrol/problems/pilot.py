@@ -1,0 +1,260 @@
+"""The pilot run of a Gibbs problem: where a target is and how wide, from nothing but its log density.
+
+1. *Scan.* Standard normal draws are stretched to the scales ``s = 2^-20 .. 2^20`` around the centre, and the lower bound of log Z by
+   ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that probability), picks a scale. A target
+   whose bound still rises at the widest scale is improper: for a proper one it falls at last.
+2. *Chains.* 128 chains start at once to 32 times that scale and run 200 steps of the Barker proposal (Livingstone & Zanella 1908.11812),
+   each with a step size of its own; without a gradient, 1000 steps of random-walk Metropolis. The Barker proposal never
+   overshoots, however steep the target, and its steps grow geometrically while a chain is far out, so that scales from
+   1e-3 to 1e3 and means far away are found in the same number of steps. The chains start overdispersed and are not run
+   to convergence: what bias they have is towards a wide scale.
+3. *Spread.* Standard deviation of the chains' second half, each coordinate winsorised at eight half-widths of its central 68 per cent
+   (tails without a variance), times 1.25. One number where the coordinates agree within a factor 1.5, else one for each.
+   Coordinates of the centre that differ from the first guess by less than a quarter of the scale keep it (symmetry).
+4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density is constant
+   along a direction, as energies of particles under translation, no score has a part in it) and some random lines: a proper density
+   is integrable along almost every line, so along none does it fall slower than 1/distance at all four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ImproperTarget
+from ..randomness import derive_seed, generator_for
+from .density import LogDensity
+
+__all__ = ["Pilot", "check_rays", "run_pilot"]
+
+_EXPONENTS = range(-20, 21)
+_DRAWS, _MORE_DRAWS = 64, 2048  # per scale of the scan; the second where none of the first has density
+_CHAINS, _STEPS, _STEPS_WITHOUT_GRADIENT = 128, 200, 1000
+_DOUBLINGS = 5.0  # chains start at the scan's scale times 2^U(0, 5)
+_KEPT = 8  # states of each chain's second half that enter the spread
+_WIDER = 1.25
+_TAIL = 8.0  # half-widths of the central 68 per cent
+_ALIKE = 1.5
+_RAY_ENDS, _RAY_STARTS, _RAY_AXES, _RAY_LINES, _RAY_LEVEL = (1e2, 1e4), 4, 64, 16, 4
+_LEAST_SCALE = 4e-6
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What the pilot run found, and what it cost.
+
+    Attributes:
+        centre: ``(d,)``. scale: 0-d or ``(d,)``.
+        scan_scale: the scan's.
+        highest: the largest log density met.
+        values, gradients: evaluations of the log density (rows), and how many of them with a gradient.
+        acceptance: of the chains' moves in their second half.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    scan_scale: float
+    highest: float
+    values: int
+    gradients: int
+    acceptance: float
+
+
+def run_pilot(
+    density: LogDensity, guess: Tensor, keep_centre: bool, conditions: Callable[[int, int], Any], seed: int
+) -> Pilot:
+    """Run the pilot.
+
+    Args:
+        guess: first guess of the centre, ``(d,)``; kept as it is where ``keep_centre``.
+        conditions: ``(n, seed) -> n`` conditions, or None.
+
+    Raises:
+        ImproperTarget: the density does not fall far out. ValueError: it vanishes wherever the scan looked.
+    """
+    before = density.values, density.gradients
+    scan_scale, known, values = _scan(density, guess, conditions, seed)
+    states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
+    centre, scale = _spread(states, guess, keep_centre)
+    if float(scale.max()) < _LEAST_SCALE:
+        raise ImproperTarget(
+            f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks infinite at a "
+            "point), or too narrow. Rescale x, or pass centre= and scale=."
+        )
+    highest = max(float(values.max()), float(ends[1].max()))
+    rows = ends[1].isfinite().nonzero().flatten()[:_RAY_STARTS]
+    check_rays(density, ends[0][rows], scale, None if y is None else y[rows], seed, scores)
+    return Pilot(
+        centre, scale, scan_scale, highest, density.values - before[0], density.gradients - before[1], acceptance
+    )
+
+
+def _finite(values: Tensor) -> Tensor:
+    """NaN and +inf as -inf: nothing to go by."""
+    return torch.nan_to_num(values, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+
+
+def _scan(
+    density: LogDensity, guess: Tensor, conditions: Callable[[int, int], Any], seed: int
+) -> tuple[float, Tensor, Tensor]:
+    """The best scale, and points near it with their values, all finite."""
+    d = guess.numel()
+    scales = torch.tensor([2.0**j for j in _EXPONENTS], dtype=guess.dtype, device=guess.device)
+    for count in (_DRAWS, _MORE_DRAWS):
+        generator = generator_for(guess.device, derive_seed(seed, 1, count))
+        z = torch.randn(count, d, generator=generator, dtype=guess.dtype, device=guess.device)
+        y = conditions(count, derive_seed(seed, 2, count))
+        values = _finite(torch.stack([density.value(guess + s * z, y) for s in scales]))
+        good = values.isfinite()
+        if bool(good.any()):
+            break
+    else:
+        raise ValueError(
+            f"log_density is -inf (or not finite) at all {len(scales) * _MORE_DRAWS} points tried, at scales 1e-6 to 1e6 around "
+            f"{'the centre' if bool(guess.any()) else '0'}. Pass centre= (a point where the density is positive) and scale= (its width)."
+        )
+    share = good.double().mean(1)
+    mean = torch.where(good, values, torch.zeros_like(values)).double().sum(1) / good.sum(1).clamp(min=1)
+    bound = torch.where(share > 0, mean + d * scales.double().log() + share.log(), torch.full_like(mean, -math.inf))
+    best = int(bound.argmax())
+    if best >= len(scales) - 2:
+        raise ImproperTarget(
+            "log_density does not fall far out: the integral of exp(log_density) looks infinite (the lower bound of log Z still "
+            f"rises at scale {float(scales[-1]):.0e}), so there is no density to sample. Check its sign (a log density, not an "
+            "energy), or add a prior; if it is proper and wider than that, rescale x or pass centre= and scale=."
+        )
+    near = slice(max(best - 2, 0), best + int(_DOUBLINGS) + 1)
+    rows = good[near]
+    points = (guess + scales[near, None, None] * z)[rows]
+    return float(scales[best]), points, values[near][rows]
+
+
+def _chains(
+    density: LogDensity,
+    guess: Tensor,
+    scan_scale: float,
+    known: tuple[Tensor, Tensor],
+    conditions: Callable[[int, int], Any],
+    seed: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Any, float]:
+    """States and scores ``(n, d)`` of the second half, the last states with their values, the conditions, and the acceptance."""
+    like = {"dtype": guess.dtype, "device": guess.device}
+    generator = generator_for(guess.device, derive_seed(seed, 3))
+    normal = lambda *shape: torch.randn(*shape, generator=generator, **like)  # noqa: E731
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, **like)  # noqa: E731
+    n, d, smooth = _CHAINS, guess.numel(), density.differentiable
+    start = scan_scale * 2 ** (_DOUBLINGS * uniform(n, 1))
+    x, y = guess + start * normal(n, d), conditions(n, derive_seed(seed, 4))
+    value = _finite(density.value(x, y))
+    outside = value.isinf().nonzero().flatten()
+    if len(outside):  # start these at points of the scan that have density
+        pick = torch.randint(len(known[0]), (len(outside),), generator=generator, device=guess.device)
+        x = x.index_copy(0, outside, known[0][pick])
+    score = torch.zeros_like(x)
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        if not smooth:
+            return _finite(density.value(x, y)), score
+        value, gradient = density.value_and_score(x, y)
+        return _finite(value), gradient
+
+    value, score = evaluate(x)
+    steps, goal = (_STEPS, 0.4) if smooth else (_STEPS_WITHOUT_GRADIENT, 0.25)
+    log_step = (0.5 * start.squeeze(1) / math.sqrt(d)).log()
+    kept, slopes, accepted = [], [], 0.0
+    for k in range(steps):
+        move = log_step.exp().unsqueeze(1) * normal(n, d)
+        if smooth:  # Barker: the sign of each coordinate's move follows the score
+            move = torch.where(uniform(n, d) < torch.sigmoid(move * score), move, -move)
+        there, slope = evaluate(x + move)
+        ratio = there - value
+        if smooth:
+            logsigmoid = torch.nn.functional.logsigmoid
+            ratio = ratio + (logsigmoid(-move * slope) - logsigmoid(move * score)).sum(1)
+        # a chain without density yet (another condition's point) takes any point that has it
+        ratio = torch.where(value.isinf() & there.isfinite(), torch.zeros_like(ratio), ratio)
+        chance = torch.nan_to_num(ratio, nan=-math.inf).clamp(max=0).exp()
+        take = uniform(n) < chance
+        x = torch.where(take.unsqueeze(1), x + move, x)
+        value, score = torch.where(take, there, value), torch.where(take.unsqueeze(1), slope, score)
+        log_step = log_step + (1.0 if 2 * k < steps else 0.3) * (chance - goal)
+        if 2 * k >= steps:
+            accepted += 2 * float(chance.mean()) / steps
+            if (steps - 1 - k) % (steps // (2 * _KEPT)) == 0:
+                kept.append(x)
+                slopes.append(score)
+    found = value.isfinite()
+    states, scores = (torch.stack(v)[:, found].flatten(0, 1) for v in (kept, slopes))
+    return states, scores, (x, value), y, accepted
+
+
+def _spread(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor, Tensor]:
+    """Centre ``(d,)`` and scale (0-d or ``(d,)``) of the chains' states ``(n, d)``."""
+    x = states.double()
+    low, middle, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
+    reach = _TAIL * 0.5 * (high - low)
+    reach = torch.where(reach > 0, reach, x.std(0))
+    x = torch.minimum(torch.maximum(x, middle - reach), middle + reach)
+    centre = guess.double()
+    if not keep_centre:
+        close = (x.mean(0) - centre).abs() < 0.25 * x.std(0)
+        centre = torch.where(close, centre, x.mean(0))
+    scale = _WIDER * (x - centre).square().mean(0).sqrt()
+    if not bool((scale > 0).all()):
+        scale = scale.clamp(min=float(scale.max()) * 1e-6)
+    if float(scale.max()) <= _ALIKE * float(scale.min()):
+        scale = scale.square().mean().sqrt()
+    return centre.to(guess), scale.to(guess)
+
+
+def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int, scores: Tensor | None = None) -> None:
+    """Look along lines through the states x ``(n, d)`` for one on which the density does not fall.
+
+    Args:
+        scores: ``(many, d)`` at typical states, whose least directions are tried too.
+
+    Raises:
+        ImproperTarget: naming the line.
+    """
+    n, d = x.shape
+    if n == 0:
+        return
+    generator = generator_for(x.device, derive_seed(seed, 5))
+    axes = torch.randperm(d, generator=torch.Generator().manual_seed(derive_seed(seed, 6)))[:_RAY_AXES].sort().values
+    unit = torch.eye(d, dtype=x.dtype, device=x.device)[axes.to(x.device)]
+    lines = torch.randn(_RAY_LINES, d, generator=generator, dtype=x.dtype, device=x.device)
+    ways = torch.cat((unit, -unit, lines / lines.norm(dim=1, keepdim=True))) * scale
+    if scores is not None and density.differentiable:
+        scaled = scores.double() * scale.double()
+        scaled = scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        level = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, :_RAY_LEVEL].mT.to(x)
+        ways = torch.cat((ways, level * scale, -level * scale))
+    near, far = (
+        _finite(
+            density.value(
+                (x[None] + r * ways[:, None]).flatten(0, 1),
+                None if y is None else y.repeat(len(ways), *(1 for _ in y.shape[1:])),
+            )
+        ).reshape(len(ways), n)
+        for r in _RAY_ENDS
+    )
+    least = 0.9 * math.log(_RAY_ENDS[1] / _RAY_ENDS[0])
+    flat = (far.isfinite() & near.isfinite() & (near - far < least)).all(1).nonzero().flatten().tolist()
+    if flat:
+        j = flat[0]
+        line = "a line"
+        if j < 2 * len(axes):
+            line = f"coordinate {int(axes[j % len(axes)])}"
+        elif j >= 2 * len(axes) + _RAY_LINES:
+            way = ways[j] / ways[j].norm()
+            line = f"the direction {[round(v, 2) for v in way[:6].tolist()]}{' ...' if d > 6 else ''}"
+        raise ImproperTarget(
+            f"log_density does not fall along {line}: from {_RAY_ENDS[0]:g} to {_RAY_ENDS[1]:g} scales out it changes by "
+            f"{float((far - near)[j].max()):.3g}, and a density must fall faster than 1/distance, so its integral looks infinite. "
+            "Fix what that direction lacks (a prior, a gauge, a centre of mass)."
+        )
