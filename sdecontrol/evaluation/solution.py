@@ -198,6 +198,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     chain = problem.chain(settings.get("time_steps"), settings.get("scheme"))
     module = control_from_configuration(problem, chain, saved["control"], control, value)
     twisting = {name.removeprefix("twist."): tensors.pop(name) for name in list(tensors) if name.startswith("twist.")}
+    ladder = {name.removeprefix("ladder."): tensors.pop(name) for name in list(tensors) if name.startswith("ladder.")}
     load_tensors(module, tensors, folder)
     kind: Any = Solution
     more: dict[str, Any] = {}
@@ -208,6 +209,11 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
         if saved["twist"] is not None:
             more["twist"] = value_from_configuration(problem, chain, saved["twist"], value)
             load_tensors(more["twist"], twisting, folder)
+    if ladder:
+        from .tempered import Ladder, TemperedSettings, TemperedSolution
+
+        kind = TemperedSolution
+        more |= {"tempering": TemperedSettings(**saved["tempering"]), "ladder": Ladder(**ladder)}
     return kind(
         problem,
         module,

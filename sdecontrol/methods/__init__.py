@@ -4,6 +4,7 @@ from .adjoint_matching import AdjointMatching
 from .base import Method, find_method, method_names
 from .best_of_n import BestOfN
 from .bridge_matching import BridgeMatching
+from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
 from .cross_entropy import CrossEntropy
 from .log_variance import LogVariance
@@ -15,6 +16,7 @@ from .reward_weighted_mle import RewardWeightedMLE
 from .smc import SMC
 from .socm import SOCM
 from .soft_ppo import SoftPPO
+from .tempered_smc import TemperedSMC
 from .value_guidance import ValueGuidance
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "AdjointMatching",
     "BestOfN",
     "BridgeMatching",
+    "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "CrossEntropy",
     "LogVariance",
@@ -33,6 +36,7 @@ __all__ = [
     "RewardBackprop",
     "RewardWeightedMLE",
     "SoftPPO",
+    "TemperedSMC",
     "ValueGuidance",
     "find_method",
     "method_names",

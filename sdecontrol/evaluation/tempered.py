@@ -1,0 +1,124 @@
+"""``TemperedSolution``: a solution that is a way of sampling by tempered particles."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..controls.given import ZeroControl
+from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
+from ..randomness import fresh_seed
+from ..simulation.chains import Chain
+from .particles import Particles
+from .tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
+from .weighted import ParticleSettings, ParticleSolution
+
+__all__ = ["TemperedSettings", "TemperedSolution", "tempered_target"]
+
+
+@dataclass(frozen=True)
+class TemperedSettings:
+    """How tempered particles are run.
+
+    Attributes:
+        space: "states" (the density's own, Gibbs problems only) or "noises" (paths as functions of their noises).
+        gradient: move by gradients, or without.
+        width: of the Gaussian that a Gibbs problem's particles begin with, in units of the reference's end.
+    """
+
+    space: str
+    gradient: bool
+    width: float = 2.0
+
+
+def tempered_target(
+    problem: ControlProblem, chain: Chain, control: Any, settings: TemperedSettings
+) -> StateTarget | NoiseTarget:
+    """The target of tempered particles for a problem.
+
+    Raises:
+        ValueError: space="states" where the problem is no Gibbs problem; or a problem with conditions.
+    """
+    if settings.space == "noises":
+        target = NoiseTarget(problem, chain, None if isinstance(control, ZeroControl) else control)
+    else:
+        if not isinstance(problem, GibbsProblem):
+            raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
+        if problem.condition is not None:
+            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
+        scale = settings.width * problem.scale.expand(problem.dim)
+        target = StateTarget(problem.density, problem.centre, scale)
+    target.smooth = settings.gradient
+    return target
+
+
+class TemperedSolution(ParticleSolution):
+    """A :class:`ParticleSolution` whose systems are tempered from a Gaussian to the target on a fixed ladder.
+
+    Attributes:
+        ladder: levels and kernels, chosen by a run of its own, so that ``E Z^ = Z`` for every later one.
+        evaluations: of the log density or path reward so far (with its gradient where gradients are used), all runs together.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        particles: ParticleSettings,
+        tempering: TemperedSettings,
+        ladder: Ladder | None = None,
+        **facts: Any,
+    ) -> None:
+        super().__init__(*args, particles=particles, **facts)
+        self.tempering, self.evaluations = tempering, 0
+        self.target = tempered_target(self.problem, self.chain, self.control, tempering)
+        self.first: Population | None = None
+        if ladder is None:
+            with self.problem.evaluating():
+                ladder, self.first = adapt(self.target, particles.num_particles, fresh_seed(self.seed))
+            self.evaluations += self.first.evaluations
+        self.ladder = ladder
+
+    def populate(self, systems: int, seed: int | None = None) -> Population:
+        """``systems`` independent systems of particles, as :func:`run_tempered` returns them."""
+        with self.problem.evaluating():
+            found = run_tempered(self.target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
+        self.evaluations += found.evaluations
+        return found
+
+    @torch.no_grad()
+    def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
+        found = self.populate(systems, seed)
+        flat = found.z.flatten(0, 1)
+        shape = found.log_weights.shape
+        with self.problem.evaluating():
+            if isinstance(self.target, StateTarget):
+                end = self.target.states(flat)
+                reward = self.problem.reward(end)
+                cost = ratio = torch.zeros_like(reward)
+            else:
+                paths = self.target.paths(flat, found.origin.flatten(0, 1), keep="end")
+                end, cost, ratio = paths.end, paths.running_cost, paths.log_ratio()
+                reward = self.target.weigh(paths)[0]
+        return Particles(
+            end=end.unflatten(0, shape),
+            log_weights=found.log_weights,
+            log_z=found.log_z,
+            reward=reward.double().unflatten(0, shape),
+            running_cost=cost.double().unflatten(0, shape),
+            log_ratio=ratio.double().unflatten(0, shape),
+            condition=None,
+            ess=found.ess,
+            resampled=found.resampled,
+        )
+
+    # ---------------------------------------------------------------- files
+
+    def _saved(self) -> dict[str, Any]:
+        return {**super()._saved(), "tempering": asdict(self.tempering)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), **{f"ladder.{f.name}": getattr(self.ladder, f.name) for f in fields(Ladder)}}

@@ -1,0 +1,474 @@
+"""Tempered particles: sequential Monte Carlo from a Gaussian to ``N(z; 0, I) exp(phi(z))``, and chains on any of its tempered laws.
+
+Every problem of the package has this form. A path of a chain is a function of its standard normal noises, and ``phi = R/alpha - log
+dP^u/dQ0`` of that path (:class:`NoiseTarget`): ``exp(phi)`` integrates to the chain's Z under N(0, I). A Gibbs target has it in its own
+state space (:class:`StateTarget`), z the normalised state.
+
+Particles go through ``N(0, I) exp(beta_j phi)``, ``0 = beta_0 < ... < beta_J = 1``. At each level they are weighted by ``exp((beta_{j+1} -
+beta_j) phi)``, resampled, and moved by a Markov kernel that leaves the new law invariant (Neal 2001; Del Moral et al. 2006). With levels and
+kernels fixed beforehand ``E Z^ = Z`` exactly for any number of particles: :func:`adapt` chooses them on particles of its own, :func:`run_tempered` uses
+them on new ones.
+
+The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotation of a Gaussian fitted to the particles, ``N(m, S)``, and kicks by what
+the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error in the directions where the target is that
+Gaussian, and none from their number. One step of it is a MALA move; without a gradient it is the preconditioned Crank-Nicolson move (Cotter et
+al. 1202.0709).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..problems.problem import ControlProblem
+from ..processes.laws import Gaussian
+from ..randomness import SuppliedNoise, derive_seed, generator_for
+from ..simulation.chains import Chain
+from ..simulation.integrator import integrate
+from ..simulation.paths import Paths
+from ..simulation.shifts import shift_function
+from .particles import resample
+
+__all__ = ["Ladder", "NoiseTarget", "Population", "StateTarget", "TemperedTarget", "adapt", "run_tempered"]
+
+_FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
+_JITTER = 3.0  # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
+_MOST_LEAPS, _MOST_MOVES = 16, 24
+_TURN = 1.2  # radians that a whole trajectory turns
+_ACCEPT = {True: 0.75, False: 0.35}  # wanted acceptance with and without a gradient
+_ROUGHEST, _COARSEST = 1e-4, math.pi / 2  # angles
+_MOST_LEVELS = 500
+_CORRELATION = 0.3  # of phi before and after the moves of a level, at which they are enough
+_RESAMPLE = 0.6  # effective fraction below which a system is resampled
+_FAR = 100.0  # standard deviations of the reference
+_ROWS = 16384  # particles moved at once
+
+
+class TemperedTarget(Protocol):
+    """``N(z; 0, I) exp(phi(z))``.
+
+    Attributes:
+        dim: of z. smooth: whether phi has a gradient.
+    """
+
+    dim: int
+    smooth: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def draw_origin(self, n: int, seed: int) -> Tensor:
+        """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
+        ...
+
+    def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
+        """phi, ``(n,)``, with its graph where z wants one; -inf where the density vanishes."""
+        ...
+
+
+class StateTarget:
+    """A log density in its own space: ``x = centre + scale z``.
+
+    Args:
+        log_density: ``(n, dim) -> (n,)``, unnormalised.
+        centre, scale: ``(dim,)``; wide enough to cover the target.
+    """
+
+    def __init__(
+        self, log_density: Callable[[Tensor], Tensor], centre: Tensor, scale: Tensor, smooth: bool = True
+    ) -> None:
+        self.log_density, self.centre, self.scale, self.smooth = log_density, centre, scale, smooth
+        self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
+        self.constant = 0.5 * self.dim * math.log(2 * math.pi) + float(scale.double().log().sum())
+
+    def draw_origin(self, n: int, seed: int) -> Tensor:
+        return self.centre.new_zeros(n, 0)
+
+    def states(self, z: Tensor) -> Tensor:
+        return self.centre + self.scale * z
+
+    def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
+        return self.log_density(self.states(z)) + 0.5 * z.square().sum(1) + self.constant
+
+
+class NoiseTarget:
+    """The paths of a chain as functions of their noises under a proposal u: ``phi = R/alpha - log dP^u/dQ0``.
+
+    ``z`` are the noises ``(K, *noise)`` of a path, flattened, after those of its start where that is Gaussian. A start of another law is drawn
+    once for each particle and only resampled.
+
+    Raises:
+        ValueError: a problem with conditions.
+    """
+
+    def __init__(self, problem: ControlProblem, chain: Chain, control: Any = None) -> None:
+        self.problem, self.chain, self.control = problem, chain, control
+        if problem.condition is not None:
+            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
+        self.gaussian = problem.initial if problem.start != "controlled" else None
+        if not isinstance(self.gaussian, Gaussian):
+            self.gaussian = None
+        self.before = chain.event_shape.numel() if self.gaussian is not None else 0
+        self.shape = (chain.steps, *chain.noise_shape)
+        self.dim = self.before + math.prod(self.shape)
+        self.dtype, self.device, self.smooth = problem.dtype, problem.device, problem.has_gradient
+
+    def draw_origin(self, n: int, seed: int) -> Tensor:
+        if self.gaussian is not None:
+            return torch.zeros(n, 0, dtype=self.dtype, device=self.device)
+        return self.problem.draw_start(n, seed)
+
+    def paths(self, z: Tensor, origin: Tensor, keep: str = "all") -> Paths:
+        """The paths that these noises make."""
+        chain, n = self.chain, len(z)
+        if self.gaussian is not None:
+            start = z[:, : self.before].reshape(n, *chain.event_shape)
+            origin = self.gaussian.mean + self.gaussian.shape_noise(start)
+        noise = SuppliedNoise(z[:, self.before :].reshape(n, *self.shape).transpose(0, 1))
+        shift = None if self.control is None else shift_function(chain, self.control)
+        return integrate(chain, origin, noise, shift, running_cost=self.problem.running_cost_or_none, keep=keep)
+
+    def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
+        return self.weigh(self.paths(z, origin, "all" if z.requires_grad else "end"))[1]
+
+    def weigh(self, paths: Paths) -> tuple[Tensor, Tensor]:
+        """Rewards and phi of paths, ``(n,)`` each."""
+        reward = self.problem.reward(paths.samples, None)
+        return reward, (reward - paths.running_cost) / self.problem.alpha - paths.log_ratio()
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Levels between the Gaussian and the target, and the kernel of each.
+
+    Attributes:
+        betas: ``(J,)``, increasing, the last is 1.
+        centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the levels.
+        angles: ``(J,)`` radians turned by one leap. leaps, moves: ``(J,)`` leaps of a move, and moves.
+    """
+
+    betas: Tensor
+    centres: Tensor
+    factors: Tensor
+    angles: Tensor
+    leaps: Tensor
+    moves: Tensor
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @property
+    def work(self) -> int:
+        """Evaluations that one particle costs: gradients of a smooth target, values of another."""
+        return 1 + int((self.leaps * self.moves).sum())
+
+
+@dataclass(frozen=True)
+class Population:
+    """M systems of N particles of the target.
+
+    Attributes:
+        z: ``(M, N, dim)``. phi: ``(M, N)``. origin: ``(M, N, ...)``.
+        log_weights: ``(M, N)``, normalised in each system.
+        log_z: ``(M,)``.
+        ess: ``(J,)`` effective fraction before each level's moves; accepted: ``(J,)`` moves that were.
+        resampled: ``(J,)`` fraction of systems.
+        evaluations: of phi (with its gradient where it has one), in all.
+    """
+
+    z: Tensor
+    phi: Tensor
+    origin: Tensor
+    log_weights: Tensor
+    log_z: Tensor
+    ess: Tensor
+    accepted: Tensor
+    resampled: Tensor
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Particles ``(n, dim)`` with phi and its gradient (zero where there is none)."""
+
+    z: Tensor
+    phi: Tensor
+    slope: Tensor
+    origin: Tensor
+
+    def rows(self, index: Tensor) -> _Points:
+        return _Points(self.z[index], self.phi[index], self.slope[index], self.origin[index])
+
+
+def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
+    if target.smooth:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_(True)
+            phi = target.log_ratio(leaf, origin)
+            slope = torch.autograd.grad(phi.sum(), leaf)[0]
+    else:
+        with torch.no_grad():
+            phi, slope = target.log_ratio(z, origin), torch.zeros_like(z)
+    phi = phi.detach()
+    # leaps that diverge end far outside, where a density may well be inf - inf: those moves are rejected
+    far = z.abs().amax(1) > _FAR
+    phi = torch.where(far & ~phi.isfinite(), -math.inf, phi)
+    if bool((phi.isnan() | (phi == math.inf)).any()):
+        rows = int((phi.isnan() | (phi == math.inf)).sum())
+        raise NonFiniteError(
+            f"the log density is nan or +inf in {rows} of {len(phi)} rows (largest |z|: {float(z.abs().max()):.3g} standard deviations "
+            "of the reference). It may be -inf where the density vanishes, but nothing else that is not finite.",
+            what="log density",
+            rows=rows,
+        )
+    inside = phi > -math.inf
+    return _Points(z.detach(), phi, torch.where(inside.unsqueeze(1) & slope.isfinite(), slope, 0.0), origin)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One move at one level; see the module's head."""
+
+    beta: float
+    centre: Tensor
+    factor: Tensor
+    leaps: int
+
+    def whiten(self, z: Tensor) -> Tensor:
+        if self.factor.ndim == 1:
+            return (z - self.centre) / self.factor
+        return torch.linalg.solve_triangular(self.factor, (z - self.centre).mT, upper=False).mT
+
+    def colour(self, w: Tensor) -> Tensor:
+        return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
+
+    def energy(self, p: _Points, v: Tensor) -> Tensor:
+        return 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1)) - self.beta * p.phi.double()
+
+    def push(self, p: _Points, w: Tensor) -> Tensor:
+        """Gradient in w of what the potential has beyond ``|w|^2/2``."""
+        slope = p.z - self.beta * p.slope
+        return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
+
+    def move(
+        self, target: TemperedTarget, p: _Points, angle: float, generator: torch.Generator
+    ) -> tuple[_Points, Tensor]:
+        """The particles after a move, and which of them moved."""
+        n, like = len(p.z), {"generator": generator, "dtype": p.z.dtype, "device": p.z.device}
+        v = torch.randn(p.z.shape, **like)
+        turn = angle * torch.exp(-_JITTER * torch.rand((n, 1), **like))
+        turn = turn.clamp(max=_COARSEST)
+        uniform = torch.rand(n, **like)
+        before, w, new = self.energy(p, v), self.whiten(p.z), p
+        # the energy of what rotates is |w|^2/2, that of the noises in it |z|^2/2 + residual: their sum is in energy()
+        for _ in range(self.leaps):
+            if target.smooth:
+                v = v - 0.5 * turn * self.push(new, w)
+            w, v = w * turn.cos() + v * turn.sin(), v * turn.cos() - w * turn.sin()
+            new = _at(target, self.colour(w), p.origin)
+            if target.smooth:
+                v = v - 0.5 * turn * self.push(new, w)
+        change = before - self.energy(new, v)
+        accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
+        keep = accept.unsqueeze(1)
+        moved = _Points(
+            torch.where(keep, new.z, p.z),
+            torch.where(accept, new.phi, p.phi),
+            torch.where(keep, new.slope, p.slope),
+            p.origin,
+        )
+        return moved, accept
+
+
+def _fit(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (triangular or diagonal) factor of weighted particles, shrunk towards a diagonal."""
+    v, w = z.double(), weights.double().unsqueeze(1)
+    mean = (w * v).sum(0)
+    centred = v - mean
+    var = (w * centred.square()).sum(0)
+    floor = 1e-8 * var.mean() + 1e-30
+    if z.shape[1] > _FULL_COVARIANCE:
+        return mean.to(z), (var + floor).sqrt().to(z)
+    count = 1 / float(weights.double().square().sum())
+    shrink = min(1.0, z.shape[1] / count)
+    cov = (1 - shrink) * (w * centred).mT @ centred + torch.diag(shrink * var + floor)
+    return mean.to(z), torch.linalg.cholesky(cov).to(z)
+
+
+def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> float:
+    """The largest next beta at which the incremental weights keep this (conditional) effective fraction."""
+
+    def kept(new: float) -> float:
+        step = (new - beta) * phi.double()
+        step = torch.where(step.isnan(), -math.inf, step)
+        one, two = torch.logsumexp(log_w + step, 0), torch.logsumexp(log_w + 2 * step, 0)
+        return float((2 * one - two).exp())
+
+    if kept(1.0) >= fraction:
+        return 1.0
+    low, high = beta, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if kept(middle) >= fraction else (low, middle)
+    return max(low, beta + 1e-12)
+
+
+def adapt(
+    target: TemperedTarget, particles: int, seed: int, *, fraction: float = 0.7, most_moves: int = _MOST_MOVES
+) -> tuple[Ladder, Population]:
+    """Choose levels and kernels on one system of particles.
+
+    Args:
+        fraction: effective fraction that the incremental weights of a level keep.
+        most_moves: at a level; fewer where phi is forgotten sooner.
+
+    Returns:
+        The ladder, and the particles themselves: their Z^ has a bias of order 1/particles, since they chose the ladder.
+
+    Raises:
+        NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels.
+    """
+    generator = generator_for(target.device, seed, 1)
+    p = _start(target, particles, seed)
+    log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
+    beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
+    found: list[tuple] = []
+    facts: list[tuple[float, float, float]] = []
+    while beta < 1:
+        if len(found) == _MOST_LEVELS:
+            raise RuntimeError(
+                f"tempering has reached beta = {beta:.3g} after {_MOST_LEVELS} levels: the reference is too far from the target. "
+                "Give a centre and a scale that cover it."
+            )
+        new = _next_beta(beta, p.phi, log_w, fraction)
+        log_w = log_w + _increment(new - beta, p.phi)
+        level = torch.logsumexp(log_w, 0)
+        log_z, log_w, beta = log_z + float(level), log_w - level, new
+        centre, factor = _fit(p.z, log_w.exp())
+        ess = float(1 / log_w.exp().square().sum()) / particles
+        if resampled := ess < _RESAMPLE:
+            p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
+            log_w = torch.full_like(log_w, -math.log(particles))
+        began, moves, rate = p.phi, 0, 0.0
+        leaps = _leaps(angle, target.smooth)
+        while moves < most_moves:
+            kernel = _Kernel(beta, centre, factor, leaps)
+            p, accept = kernel.move(target, p, angle, generator)
+            rate = float(accept.double().mean())
+            angle = min(_COARSEST, max(_ROUGHEST, angle * math.exp(rate - _ACCEPT[target.smooth])))
+            moves, work, leaps = moves + 1, work + particles * leaps, _leaps(angle, target.smooth)
+            if _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
+                break
+        found.append((beta, centre, factor, angle, leaps, moves))
+        facts.append((ess, rate, float(resampled)))
+    betas, centres, factors, angles, leap_counts, move_counts = zip(*found)
+    as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=p.z.device)  # noqa: E731
+    ladder = Ladder(
+        as_double(betas),
+        torch.stack(centres),
+        torch.stack(factors),
+        as_double(angles),
+        torch.tensor(leap_counts),
+        torch.tensor(move_counts),
+    )
+    all_facts = as_double(facts)
+    population = Population(
+        p.z.unsqueeze(0),
+        p.phi.unsqueeze(0),
+        p.origin.unsqueeze(0),
+        log_w.unsqueeze(0),
+        as_double([log_z]),
+        all_facts[:, 0],
+        all_facts[:, 1],
+        all_facts[:, 2],
+        work,
+    )
+    return ladder, population
+
+
+def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles: int, seed: int) -> Population:
+    """Run independent systems of particles up a given ladder: ``E exp(log_z) = Z`` for each of them."""
+    M, N = systems, particles
+    size = max(1, _ROWS // N)
+    if size < M:
+        parts = [
+            run_tempered(target, ladder, min(size, M - low), N, derive_seed(seed, 2, low)) for low in range(0, M, size)
+        ]
+        joined = {
+            name: torch.cat([getattr(q, name) for q in parts])
+            for name in ("z", "phi", "origin", "log_weights", "log_z")
+        }
+        share = torch.tensor([len(q.log_z) / M for q in parts], dtype=torch.float64, device=parts[0].ess.device)
+        means = {
+            name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "accepted", "resampled")
+        }
+        return Population(**joined, **means, evaluations=sum(q.evaluations for q in parts))
+    generator = generator_for(target.device, seed, 1)
+    p = _start(target, M * N, seed)
+    log_w = p.phi.new_full((M, N), -math.log(N), dtype=torch.float64)
+    log_z = log_w.new_zeros(M)
+    first = torch.arange(M, device=p.z.device).unsqueeze(1) * N
+    own = torch.arange(N, device=p.z.device).expand(M, N)
+    beta, facts = 0.0, []
+    for j in range(len(ladder)):
+        new = float(ladder.betas[j])
+        log_w = log_w + _increment(new - beta, p.phi).reshape(M, N)
+        level = log_w.logsumexp(1)
+        log_z, log_w, beta = log_z + level, log_w - level.unsqueeze(1), new
+        ess = 1 / (log_w.exp().square().sum(1) * N)
+        poor = (ess < _RESAMPLE).unsqueeze(1)
+        if bool(poor.any()):
+            index = torch.where(poor, resample(log_w, N, "systematic", generator), own)
+            p = p.rows((first + index).flatten())
+            log_w = torch.where(poor, -math.log(N), log_w)
+        kernel = _Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leaps[j]))
+        accepted = 0.0
+        for _ in range(int(ladder.moves[j])):
+            p, accept = kernel.move(target, p, float(ladder.angles[j]), generator)
+            accepted += float(accept.double().mean()) / int(ladder.moves[j])
+        facts.append((float(ess.mean()), accepted, float(poor.double().mean())))
+    all_facts = torch.tensor(facts, dtype=torch.float64, device=p.z.device)
+    return Population(
+        p.z.unflatten(0, (M, N)),
+        p.phi.unflatten(0, (M, N)),
+        p.origin.unflatten(0, (M, N)),
+        log_w,
+        log_z,
+        all_facts[:, 0],
+        all_facts[:, 1],
+        all_facts[:, 2],
+        M * N * ladder.work,
+    )
+
+
+def _start(target: TemperedTarget, n: int, seed: int) -> _Points:
+    generator = generator_for(target.device, seed, 0)
+    z = torch.randn((n, target.dim), generator=generator, dtype=target.dtype, device=target.device)
+    p = _at(target, z, target.draw_origin(n, seed))
+    if not bool((p.phi > -math.inf).any()):
+        raise NonFiniteError(
+            f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that cover the "
+            "region where it is finite.",
+            what="log density",
+            rows=n,
+        )
+    return p
+
+
+def _increment(step: float, phi: Tensor) -> Tensor:
+    return torch.where(phi > -math.inf, step * phi.double(), -math.inf)
+
+
+def _leaps(angle: float, smooth: bool) -> int:
+    return max(1, min(_MOST_LEAPS, round(_TURN / angle))) if smooth else 1
+
+
+def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> float:
+    a, b = before.double(), after.double()
+    a, b = a - (weights * a).sum(), b - (weights * b).sum()
+    return float((weights * a * b).sum() / ((weights * a * a).sum() * (weights * b * b).sum()).sqrt().clamp(min=1e-300))

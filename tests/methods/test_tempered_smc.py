@@ -1,0 +1,205 @@
+"""Tempered particles: unbiased Z on a fixed ladder, moves that keep their law, states and noises, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from problems import F64, nonlinear, randn, random_lq, spd
+
+import sdecontrol as sc
+from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.tempering import NoiseTarget, StateTarget, _at, _fit, _Kernel, adapt, run_tempered
+
+
+def close(estimate, truth, most):
+    """Within 4 standard errors, which are at most ``most``."""
+    assert estimate.stderr < most, estimate
+    assert abs(estimate.value - float(truth)) < 4 * estimate.stderr + 1e-9, (estimate, float(truth))
+
+
+def two_wells(x):
+    """Unequal wells at -1.5 and 1.5, narrow and correlated; log Z = log 3."""
+    a = torch.distributions.MultivariateNormal(
+        torch.tensor([-1.5, 0.0], dtype=x.dtype), 0.2 * torch.eye(2, dtype=x.dtype)
+    )
+    cov = torch.tensor([[0.3, 0.2], [0.2, 0.4]], dtype=x.dtype)
+    b = torch.distributions.MultivariateNormal(torch.tensor([1.5, 0.5], dtype=x.dtype), cov)
+    return torch.logaddexp(a.log_prob(x), math.log(2) + b.log_prob(x))
+
+
+def wells(smooth=True):
+    return StateTarget(two_wells, torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64), smooth)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_z_is_unbiased_on_a_fixed_ladder(smooth):
+    """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E x for 16 particles a system. A dropped increment, weights not reset after resampling, or a
+    move that does not keep its law shifts one or the other by far more than four standard errors."""
+    target = wells(smooth)
+    ladder, _ = adapt(target, 256, 0)
+    assert len(ladder) > 2 and float(ladder.betas[-1]) == 1.0 and bool((ladder.betas.diff() > 0).all())
+    found = run_tempered(target, ladder, 6000, 16, 1)
+    relative = (found.log_z - math.log(3)).exp()
+    close(mean_estimate(relative), 1.0, 0.015)
+    assert float(relative.std()) > 0.1  # else there was nothing to test
+    means = relative.unsqueeze(1) * (found.log_weights.exp().unsqueeze(2) * target.states(found.z)).sum(1)
+    for mean, truth in zip(means.T, (0.5, 1 / 3)):
+        close(mean_estimate(mean), truth, 0.025)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_moves_keep_their_law(smooth, beta):
+    """Exact draws of N(0, I) exp(beta phi), for phi with a Gaussian product, have its moments after moves with a badly fitted Gaussian."""
+    cov, mean = spd(3, 3), randn(3, seed=4)
+    law = torch.distributions.MultivariateNormal(mean, cov)
+    target = StateTarget(law.log_prob, torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64), smooth)
+    precision = (1 - beta) * torch.eye(3, dtype=F64) + beta * torch.linalg.inv(cov)
+    mixed = torch.linalg.inv(precision)
+    centre = mixed @ (beta * torch.linalg.inv(cov) @ mean)
+    root = torch.linalg.cholesky(mixed)
+    n = 40_000
+    p = _at(target, centre + randn(n, 3, seed=5) @ root.T, torch.zeros(n, 0, dtype=F64))
+    began = p.z
+    kernel = _Kernel(beta, 0.5 * randn(3, seed=6), 1.3 * torch.linalg.cholesky(spd(3, 7)), 3 if smooth else 1)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(6):
+        p, accept = kernel.move(target, p, 0.9, generator)
+    assert 0.1 < float(accept.double().mean()) < 0.999  # rejections happen, and moves too
+    assert float((began - p.z).abs().mean()) > 0.1
+    white = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
+    for i in range(3):
+        close(mean_estimate(white[:, i]), 0.0, 0.02)
+        for j in range(i + 1):
+            close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
+
+
+def test_moves_on_a_fitted_gaussian_are_never_rejected():
+    """Where the target is the Gaussian that was fitted, the split flow has no error at any step size: the kicks vanish. A kick of the wrong size
+    or sign leaves the law alone, and shows here."""
+    cov, mean = spd(4, 3), randn(4, seed=4)
+    law = torch.distributions.MultivariateNormal(mean, cov)
+    scale = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)
+    target = StateTarget(law.log_prob, randn(4, seed=5), scale)
+    p = _at(target, randn(100, 4, seed=6), torch.zeros(100, 0, dtype=F64))
+    root = torch.linalg.cholesky(cov / scale / scale.unsqueeze(1))
+    kernel = _Kernel(1.0, (mean - target.centre) / scale, root, 5)
+    _, accept = kernel.move(target, p, 1.4, torch.Generator().manual_seed(0))
+    assert bool(accept.all())
+    mean, factor = _fit(randn(50_000, 4, seed=7) @ root.T, torch.full((50_000,), 1 / 50_000, dtype=F64))
+    assert float((factor - root).abs().max()) < 0.03 and float(mean.abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("start", ["dirac", "fixed", "controlled"])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_noises_of_paths_have_the_chains_own_z_and_end(start, smooth):
+    """In the space of noises the target is exact on the chain at K = 6, running cost and start included."""
+    problem = random_lq(2, 3, seed=1, start=start, alpha=1.0)
+    solution = sc.solve(problem, sc.TemperedSMC(64, gradient=smooth), time_steps=6, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    found = solution.run(600, 1)
+    relative = (found.log_z - exact.log_z).exp()
+    close(mean_estimate(relative), 1.0, 0.03)
+    means = relative.unsqueeze(1) * (found.log_weights.exp().unsqueeze(2) * found.end).sum(1)
+    truth = exact.marginal(problem.horizon).mean if start != "fixed" else None
+    if truth is not None:  # a fixed start keeps its law in the exact solution; particles tilt it
+        for mean, value in zip(means.T, truth):
+            close(mean_estimate(mean), value, 0.05)
+
+
+def test_a_control_moves_the_target_and_not_z():
+    """phi = R/alpha - log dP^u/dQ0: the exact control leaves little to temper, any other one the same Z."""
+    problem = random_lq(2, seed=1, alpha=0.7)
+    plain = sc.solve(problem, sc.TemperedSMC(128), time_steps=8, seed=0)
+    exact = sc.exact_solution(problem, time_steps=8)
+    better = sc.solve(problem, sc.TemperedSMC(128, proposal=exact.control), time_steps=8, seed=0)
+    worse = sc.solve(problem, sc.TemperedSMC(128, proposal=lambda x, t: 0.5 - 0.4 * x), time_steps=8, seed=0)
+    spreads = []
+    for solution in (plain, better, worse):
+        log_z = solution.run(300, 1).log_z
+        close(mean_estimate((log_z - exact.log_z).exp()), 1.0, 0.03)
+        spreads.append(float(log_z.std()))
+    assert spreads[1] < 0.5 * spreads[0], spreads
+
+
+def test_nonlinear_paths_agree_with_particles_on_the_way():
+    """log Z of a nonlinear problem with state-dependent noise: tempered noises against SMC, within 4 standard errors of both."""
+    problem = nonlinear()
+    tempered = sc.solve(problem, sc.TemperedSMC(256), time_steps=20, seed=0).evaluate(8192, seed=1).log_z
+    other = sc.solve(problem, sc.SMC(256), time_steps=20, seed=0).evaluate(32768, seed=1).log_z
+    assert abs(tempered.value - other.value) < 4 * math.hypot(tempered.stderr, other.stderr)
+    assert tempered.stderr < 0.02 and other.stderr < 0.02
+
+
+def test_a_gibbs_target_in_its_own_states():
+    problem = sc.gibbs_problem(lambda x: two_wells(x.double()).float(), 2, seed=0)
+    solution = sc.solve(problem, "tempered-smc", seed=0)
+    evaluation = solution.evaluate(16384, seed=1)
+    close(evaluation.log_z, math.log(3), 0.02)
+    assert evaluation.reliable and solution.evaluations > 16384
+    x = solution.sample(4000, seed=2)
+    assert abs(float((x[:, 0] > 0).float().mean()) - 2 / 3) < 0.05
+    x, log_w = solution.weighted_sample(4096, seed=3)
+    assert abs(float(log_w.logsumexp(0)) - math.log(4096) - math.log(3)) < 0.1
+
+
+def test_the_same_seed_and_a_saved_solution_give_the_same_samples(tmp_path):
+    problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, scale=1.0)
+    solution = sc.solve(problem, sc.TemperedSMC(128), seed=0)
+    x = solution.sample(200, seed=1)
+    assert torch.equal(x, sc.solve(problem, sc.TemperedSMC(128), seed=0).sample(200, seed=1))
+    solution.save(tmp_path / "run")
+    loaded = sc.load(tmp_path / "run", problem)
+    assert torch.equal(x, loaded.sample(200, seed=1)) and loaded.method == "tempered-smc"
+
+
+def test_densities_that_vanish_or_fail():
+    """-inf is where the density vanishes; nan and +inf are errors with their rows; -inf everywhere says what to give."""
+
+    def box(x):
+        return torch.where((x.abs() < 1).all(1), 0.0, -math.inf)
+
+    target = StateTarget(box, torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64), smooth=False)
+    ladder, _ = adapt(target, 512, 0)
+    found = run_tempered(target, ladder, 32, 512, 1)
+    close(mean_estimate((found.log_z - math.log(4)).exp()), 1.0, 0.05)
+    assert bool((target.states(found.z).abs() < 1).all())
+    for bad, what in ((math.nan, "nan"), (math.inf, r"\+inf")):
+        wrong = StateTarget(lambda x, bad=bad: torch.where(x[:, 0] > 0, bad, 0.0), target.centre, target.scale, False)
+        with pytest.raises(sc.NonFiniteError, match=f"{what} .*rows"):
+            adapt(wrong, 64, 0)
+    nowhere = StateTarget(lambda x: torch.full_like(x[:, 0], -math.inf), target.centre, target.scale, False)
+    with pytest.raises(sc.NonFiniteError, match="-inf at all"):
+        adapt(nowhere, 64, 0)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="num_particles must be an int >= 16"):
+        sc.TemperedSMC(4)
+    with pytest.raises(ValueError, match="space"):
+        sc.TemperedSMC(space="state")
+    problem = random_lq(2, seed=1)
+    with pytest.raises(ValueError, match="needs a gibbs_problem"):
+        sc.solve(problem, sc.TemperedSMC(space="states"))
+    with pytest.raises(ValueError, match="trains nothing"):
+        sc.solve(problem, sc.TemperedSMC(), iterations=3)
+    conditional = sc.ControlProblem(
+        sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), lambda x, y: -((x - y) ** 2).sum(1), condition=torch.randn(5, 1)
+    )
+    with pytest.raises(ValueError, match="condition"):
+        sc.solve(conditional, sc.TemperedSMC())
+
+
+def test_the_target_of_noises_is_the_log_weight_of_their_paths():
+    """phi against ``log_weights`` of the same paths, start, stretch, cost and control included."""
+    problem = random_lq(2, 3, seed=1, start="controlled")
+    control = lambda x, t: 0.3 - 0.2 * t[:, None] * torch.cat((x, x[:, :1]), 1)  # noqa: E731
+    chain = problem.chain(6)
+    control = sc.solve(problem, sc.RewardBackprop(), time_steps=6, iterations=3, seed=0).control
+    target = NoiseTarget(problem, chain, control)
+    z, origin = randn(50, target.dim, seed=3), target.draw_origin(50, 0)
+    noise = z.reshape(50, chain.steps, 3).transpose(0, 1)
+    with torch.no_grad():
+        paths = sc.simulate(problem, 50, control=control, time_steps=6, noise=noise)
+        phi = target.log_ratio(z, origin)
+    assert torch.allclose(phi, sc.log_weights(problem, paths), atol=1e-12)
