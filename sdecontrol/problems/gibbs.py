@@ -41,7 +41,7 @@ from ..errors import ImproperTarget, NonFiniteError, unknown_name
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.time_changed import KINDS, TimeChanged
 from ..randomness import derive_seed, fresh_seed
-from ..tensors import as_float, check_tensor
+from ..tensors import as_float, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
 from .problem import ControlProblem
@@ -215,7 +215,8 @@ def gibbs_problem(
         generator = torch.Generator().manual_seed(derive_seed(seed, 20))
         around = 1.0 if width is None else width
         x = middle + around * torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(device, dtype)
-        y = conditions(rows, derive_seed(seed, 21))
+        with probing("condition", "condition(n)"):
+            y = conditions(rows, derive_seed(seed, 21))
         if condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
             raise ValueError("condition must draw a tensor (n, ...) of n conditions.")
         density.probe(x, y)

@@ -3,12 +3,12 @@
 1. *Scan.* Standard normal draws are stretched to the scales ``s = 2^-20 .. 2^20`` around the centre, and the lower bound of log Z by
    ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that probability), picks a scale. A target
    whose bound still rises at the widest scale is improper: for a proper one it falls at last.
-2. *Chains.* 128 chains start at once to 32 times that scale and run 200 steps of the Barker proposal (Livingstone & Zanella 1908.11812),
+2. *Chains.* 128 chains start at once to 64 times that scale and run 200 steps of the Barker proposal (Livingstone & Zanella 1908.11812),
    each with a step size of its own; without a gradient, 1000 steps of random-walk Metropolis. The Barker proposal never
    overshoots, however steep the target, and its steps grow geometrically while a chain is far out, so that scales from
    1e-3 to 1e3 and means far away are found in the same number of steps. The chains start overdispersed and are not run
    to convergence: what bias they have is towards a wide scale.
-3. *Spread.* Standard deviation of the chains' second half, each coordinate winsorised at eight half-widths of its central 68 per cent
+3. *Spread.* Standard deviation of the chains' second half, without those whose log density is far below the others' (not arrived), each coordinate winsorised at eight half-widths of its central 68 per cent
    (tails without a variance), times 1.25. One number where the coordinates agree within a factor 1.5, else one for each.
    Coordinates of the centre that differ from the first guess by less than a quarter of the scale keep it (symmetry).
 4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density is constant
@@ -35,13 +35,14 @@ __all__ = ["Pilot", "check_rays", "run_pilot"]
 _EXPONENTS = range(-20, 21)
 _DRAWS, _MORE_DRAWS = 64, 2048  # per scale of the scan; the second where none of the first has density
 _CHAINS, _STEPS, _STEPS_WITHOUT_GRADIENT = 128, 200, 1000
-_DOUBLINGS = 5.0  # chains start at the scan's scale times 2^U(0, 5)
+_DOUBLINGS = 6.0  # chains start at the scan's scale times 2^U(0, 6)
 _KEPT = 8  # states of each chain's second half that enter the spread
 _WIDER = 1.25
 _TAIL = 8.0  # half-widths of the central 68 per cent
 _ALIKE = 1.5
+_LATE = 3.0  # upper half-widths (plus as many units) below the chains' median log density: not arrived, left out
 _RAY_ENDS, _RAY_STARTS, _RAY_AXES, _RAY_LINES, _RAY_LEVEL = (1e2, 1e4), 4, 64, 16, 4
-_LEAST_SCALE = 4e-6
+_LEAST_SCALE, _MOST_SCALE = 4e-6, 1e7
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Pilot:
         highest: the largest log density met.
         values, gradients: evaluations of the log density (rows), and how many of them with a gradient.
         acceptance: of the chains' moves in their second half.
+        roughness: root mean square of a score's entry there, in units of 1/scale (1.25 for a Gaussian); nan without a gradient.
     """
 
     centre: Tensor
@@ -63,6 +65,7 @@ class Pilot:
     values: int
     gradients: int
     acceptance: float
+    roughness: float
 
 
 def run_pilot(
@@ -86,11 +89,27 @@ def run_pilot(
             f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks infinite at a "
             "point), or too narrow. Rescale x, or pass centre= and scale=."
         )
+    if not float(scale.max()) < _MOST_SCALE:
+        raise ImproperTarget(
+            f"log_density does not hold the pilot's chains: they run away (to {float(scale.max()):.1e}), so its integral looks infinite. "
+            "Check its sign (a log density, not an energy), or add a prior; if it is proper and that wide, rescale x or pass centre= "
+            "and scale=."
+        )
     highest = max(float(values.max()), float(ends[1].max()))
-    rows = ends[1].isfinite().nonzero().flatten()[:_RAY_STARTS]
+    high = ends[1].argsort(descending=True)[: _CHAINS // 2]  # the others may not have arrived
+    rows = high[:: len(high) // _RAY_STARTS]
+    rows = rows[ends[1][rows].isfinite()]
     check_rays(density, ends[0][rows], scale, None if y is None else y[rows], seed, scores)
+    steep = float((scores.double() * scale.double()).square().mean().sqrt()) if density.differentiable else math.nan
     return Pilot(
-        centre, scale, scan_scale, highest, density.values - before[0], density.gradients - before[1], acceptance
+        centre=centre,
+        scale=scale,
+        scan_scale=scan_scale,
+        highest=highest,
+        values=density.values - before[0],
+        gradients=density.gradients - before[1],
+        acceptance=acceptance,
+        roughness=steep,
     )
 
 
@@ -172,7 +191,9 @@ def _chains(
         if smooth:  # Barker: the sign of each coordinate's move follows the score
             move = torch.where(uniform(n, d) < torch.sigmoid(move * score), move, -move)
         there, slope = evaluate(x + move)
-        ratio = there - value
+        # far from a narrow target differences drown in rounding, which would hold the steps small: in doubt accept
+        rounding = 8 * torch.finfo(x.dtype).eps * torch.maximum(there.abs(), value.abs())
+        ratio = there - value + torch.where(rounding.isfinite(), rounding, torch.zeros_like(rounding))
         if smooth:
             logsigmoid = torch.nn.functional.logsigmoid
             ratio = ratio + (logsigmoid(-move * slope) - logsigmoid(move * score)).sum(1)
@@ -189,6 +210,9 @@ def _chains(
                 kept.append(x)
                 slopes.append(score)
     found = value.isfinite()
+    if y is None:  # with conditions values do not compare
+        low, high = torch.quantile(value[found], torch.tensor([0.5, 0.84], **like)).tolist()
+        found = found & (value > low - _LATE * (high - low) - _LATE)
     states, scores = (torch.stack(v)[:, found].flatten(0, 1) for v in (kept, slopes))
     return states, scores, (x, value), y, accepted
 
@@ -234,17 +258,15 @@ def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int,
         scaled = scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1e-300)
         level = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, :_RAY_LEVEL].mT.to(x)
         ways = torch.cat((ways, level * scale, -level * scale))
+    many = None if y is None else y.repeat(len(ways), *(1 for _ in y.shape[1:]))
+    start = _finite(density.value(x, y))
     near, far = (
-        _finite(
-            density.value(
-                (x[None] + r * ways[:, None]).flatten(0, 1),
-                None if y is None else y.repeat(len(ways), *(1 for _ in y.shape[1:])),
-            )
-        ).reshape(len(ways), n)
+        _finite(density.value((x[None] + r * ways[:, None]).flatten(0, 1), many)).reshape(len(ways), n)
         for r in _RAY_ENDS
     )
-    least = 0.9 * math.log(_RAY_ENDS[1] / _RAY_ENDS[0])
-    flat = (far.isfinite() & near.isfinite() & (near - far < least)).all(1).nonzero().flatten().tolist()
+    # both, since a line may cross a valley on its way (a funnel's)
+    stays = (near - far < 0.9 * math.log(_RAY_ENDS[1] / _RAY_ENDS[0])) & (start - far < 0.9 * math.log(_RAY_ENDS[1]))
+    flat = (far.isfinite() & near.isfinite() & stays).all(1).nonzero().flatten().tolist()
     if flat:
         j = flat[0]
         line = "a line"
