@@ -15,7 +15,7 @@ from ..processes.schedules import Schedule
 from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
 from ..tensors import as_float, batch_like, check_output, check_tensor
 from .progress import ProgressBar
-from .score_network import ScoreNetwork
+from .score_network import ConditionalScoreNetwork, ScoreNetwork
 
 __all__ = ["fit_score"]
 
@@ -36,6 +36,8 @@ def fit_score(
     learning_rate: float = 2e-3,
     seed: int | None = None,
     progress: bool | None = None,
+    condition: Tensor | None = None,
+    drop: float = 0.0,
 ) -> nn.Module:
     """Train a model on data by denoising score matching (Vincent 2011; Ho et al. 2006.11239), ready for ``generative_sde``.
 
@@ -53,26 +55,38 @@ def fit_score(
         seed: the same seed gives the same weights; None draws one from torch's global generator, which is otherwise
             left alone.
         progress: show a progress bar; None: if the terminal can.
+        condition: y of each datum: integer labels ``(n,)``, or numbers ``(n, ...)``. The model is then ``model(x, s, y)``.
+        drop: share of the data whose label is replaced by the number of classes while training, so that the same model is an
+            unconditional one too, as classifier-free guidance needs (Ho & Salimans 2207.12598): the default network is that when
+            called as ``model(x, s)``. For labels only.
 
     Returns:
         The trained model, in evaluation mode.
+
+    Raises:
+        ValueError, TypeError: each naming the argument. NonFiniteError: a loss that is not finite.
     """
     _check(data, schedule, prediction, iterations, batch_size)
+    drop = _check_condition(data, condition, drop)
     rate = as_float("learning_rate", learning_rate, positive=True)
     seed = fresh_seed(seed)
     with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
-        network = _network(data, schedule, prediction, model)
+        network = _network(data, schedule, prediction, model, condition, drop)
         variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
         descent = _Descent(network, rate, iterations)
         generator = generator_for(data.device, derive_seed(seed, 2))
         strata = torch.arange(batch_size, device=data.device, dtype=torch.float64) / batch_size
         with ProgressBar(iterations, "fit-score", progress, measure="loss") as bar:
             for i in range(iterations):
-                x0 = data[torch.randint(len(data), (batch_size,), generator=generator, device=data.device)]
+                rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
+                x0, y = data[rows], None if condition is None else condition[rows]
                 u = torch.rand((), generator=generator, device=data.device, dtype=torch.float64)
                 s = _FIRST_TIME + (schedule.noise_end - _FIRST_TIME) * ((strata + u) % 1.0)
                 eps = torch.randn(x0.shape, generator=generator, dtype=data.dtype, device=data.device)
-                loss = _loss(network, schedule, prediction, x0, s, eps, variance)
+                if y is not None and drop > 0:
+                    dropped = torch.rand(len(y), generator=generator, device=data.device) < drop
+                    y = y.masked_fill(dropped, _classes(condition))
+                loss = _loss(network, schedule, prediction, x0, s, eps, variance, y)
                 descent.step(loss, i)
                 bar.update(i + 1, iterations, {"loss": float(loss.detach())})
         descent.use_average()
@@ -94,9 +108,50 @@ def _check(data: Any, schedule: Any, prediction: str, iterations: Any, batch_siz
             raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
 
 
-def _network(data: Tensor, schedule: Schedule, prediction: str, model: nn.Module | None) -> nn.Module:
+def _check_condition(data: Tensor, condition: Any, drop: Any) -> float:
+    """``drop`` as a float."""
+    drop = as_float("drop", drop)
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop must be a share of the data, at least 0 and below 1; got {drop:g}.")
+    if condition is None:
+        if drop > 0:
+            raise ValueError("drop is the share of dropped labels, but there is no condition; pass condition=labels.")
+        return drop
+    if not isinstance(condition, Tensor):
+        raise TypeError(
+            f"condition must be a tensor (n, ...) of one condition per datum, got {type(condition).__name__}."
+        )
+    if condition.ndim < 1 or len(condition) != len(data):
+        raise ValueError(f"condition has shape {tuple(condition.shape)}, but data has {len(data)} rows; one for each.")
+    if condition.is_floating_point():
+        check_tensor("condition", condition)
+        if drop > 0:
+            raise ValueError(
+                "drop replaces labels, but this condition has a floating-point dtype; pass integer labels."
+            )
+    elif condition.ndim > 1 or condition.dtype == torch.bool or int(condition.min()) < 0:
+        raise ValueError("condition must be labels 0, 1, ... of shape (n,), or numbers of a floating-point dtype.")
+    return drop
+
+
+def _classes(condition: Tensor | None) -> int:
+    """How many labels there are; 0 for numbers."""
+    return 0 if condition is None or condition.is_floating_point() else int(condition.max()) + 1
+
+
+def _network(
+    data: Tensor, schedule: Schedule, prediction: str, model: nn.Module | None, condition: Tensor | None, drop: float
+) -> nn.Module:
     if model is None:
-        network = ScoreNetwork(data.shape[1:], schedule, prediction).to(data)
+        shape = data.shape[1:]
+        if condition is None:
+            network = ScoreNetwork(shape, schedule, prediction).to(data)
+        else:
+            classes = _classes(condition)
+            size = 0 if classes else condition[0].numel()
+            network = ConditionalScoreNetwork(
+                shape, schedule, prediction, classes=classes, condition_size=size, unconditional=drop > 0
+            ).to(data)
         network.fit_statistics(data)
         return network
     if not isinstance(model, nn.Module):
@@ -106,12 +161,21 @@ def _network(data: Tensor, schedule: Schedule, prediction: str, model: nn.Module
     x = data[torch.arange(3) % len(data)]
     with torch.no_grad():
         s = torch.full((3,), 0.5, dtype=data.dtype, device=data.device)
-        check_output("model", copy.deepcopy(model).eval()(x, s), x.shape, x, "It is called as model(x, s), s (batch,).")
+        more = () if condition is None else (condition[torch.arange(3) % len(data)],)
+        called = f"It is called as model(x, s{'' if condition is None else ', y'}), s (batch,)."
+        check_output("model", copy.deepcopy(model).eval()(x, s, *more), x.shape, x, called)
     return copy.deepcopy(model).train()
 
 
 def _loss(
-    network: nn.Module, schedule: Schedule, prediction: str, x0: Tensor, s: Tensor, eps: Tensor, variance: float
+    network: nn.Module,
+    schedule: Schedule,
+    prediction: str,
+    x0: Tensor,
+    s: Tensor,
+    eps: Tensor,
+    variance: float,
+    y: Tensor | None,
 ) -> Tensor:
     """The weighted squared error at noising times s ``(batch,)`` (float64); coefficients are computed in float64."""
     mu, std = schedule.mu(s), schedule.std(s)
@@ -121,7 +185,8 @@ def _loss(
     mu, std, a, b, weight = (batch_like(c.to(x0.dtype), x0) for c in (mu, std, a, b, weight))
     x = mu * x0 + std * eps
     target = (eps - a * x) / b
-    error = network(x, schedule.model_time(s).to(x0.dtype)) - target
+    clock = schedule.model_time(s).to(x0.dtype)
+    error = (network(x, clock) if y is None else network(x, clock, y)) - target
     return (weight * error**2).mean()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..processes.schedules import Schedule
 
-__all__ = ["ScoreNetwork"]
+__all__ = ["ConditionalScoreNetwork", "ScoreNetwork"]
 
 _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 
@@ -89,6 +89,10 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, x: Tensor, clock: Tensor) -> Tensor:
         """The prediction, shaped as x ``(batch, *shape)``; clock ``(batch,)`` is the schedule's model time."""
+        return self._predict(x, clock)
+
+    def _predict(self, x: Tensor, clock: Tensor, more: Tensor | None = None) -> Tensor:
+        """``more``: features ``(batch, time_width)`` beside those of time."""
         if clock.ndim and clock.stride(0) == 0:
             clock = clock[:1]  # the whole batch is at one time: its features once
         s = self.schedule.noising_time(clock.reshape(-1, 1)).clamp(1e-5, self.schedule.noise_end)
@@ -97,7 +101,8 @@ class ScoreNetwork(nn.Module):
         x = x.flatten(1)
         y = x - mu * self.mean
         y = y @ self.basis if self.basis.numel() else y
-        left = self._correction(y * v.rsqrt(), torch.atan2(std, mu * self.lam.mean().sqrt())) * (self.lam / v).sqrt()
+        left = self._correction(y * v.rsqrt(), torch.atan2(std, mu * self.lam.mean().sqrt()), more)
+        left = left * (self.lam / v).sqrt()
         x0, eps = mu * self.lam / v * y - std * left, std / v * y + mu * left
         on_x0, on_eps = self._parts(s, mu, std)
         out = x0 * on_x0 + eps * on_eps if isinstance(on_x0, Tensor) else eps * on_eps
@@ -106,9 +111,10 @@ class ScoreNetwork(nn.Module):
             out = out + on_x0 * self.mean
         return out.reshape(-1, *self.shape)
 
-    def _correction(self, z: Tensor, angle: Tensor) -> Tensor:
+    def _correction(self, z: Tensor, angle: Tensor, more: Tensor | None) -> Tensor:
         angles = angle * self.frequencies  # of the signal-to-noise ratio's angle, in [0, pi/2]
         features = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        features = features if more is None else features + more
         h = self.inlet(z)
         for block in self.blocks:
             h = block(h, features)
@@ -126,3 +132,47 @@ class ScoreNetwork(nn.Module):
             return -std, mu
         slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
         return -slope * mu, -(rate / (2 * std) + slope * std)  # velocity: -(mu' x0 + std' eps)
+
+
+class ConditionalScoreNetwork(ScoreNetwork):
+    """A :class:`ScoreNetwork` ``(x, clock, y) -> prediction``: a condition scales and shifts the blocks, as time does.
+
+    Args:
+        classes: number of labels y ``(batch,)``, integers; the label ``classes``, or no y at all, is the unconditional model
+            (where it was trained: ``unconditional``).
+        condition_size: in the place of classes: y is ``(batch, ...)`` of so many numbers.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        schedule: Schedule,
+        prediction: str,
+        *,
+        classes: int = 0,
+        condition_size: int = 0,
+        unconditional: bool = False,
+        time_width: int = 64,
+        **options: int,
+    ) -> None:
+        super().__init__(shape, schedule, prediction, time_width=time_width, **options)
+        self.classes, self.condition_size, self.unconditional = classes, condition_size, unconditional
+        self.condition = nn.Linear(classes + 1 if classes else condition_size, time_width)
+
+    def forward(self, x: Tensor, clock: Tensor, y: Tensor | None = None) -> Tensor:
+        """As :meth:`ScoreNetwork.forward`; without y the unconditional prediction.
+
+        Raises:
+            ValueError: without y, where no unconditional model was trained.
+        """
+        if y is None:
+            if not self.unconditional:
+                raise ValueError(
+                    "y is missing: a model trained with drop=0 has no unconditional part; call model(x, s, y)."
+                )
+            y = torch.full((len(x),), self.classes, device=x.device)
+        if self.classes:
+            features = F.one_hot(y.long().reshape(-1), self.classes + 1).to(x.dtype)
+        else:
+            features = y.to(x.dtype).reshape(len(y), -1)
+        return self._predict(x, clock, self.condition(features))

@@ -1,0 +1,271 @@
+"""Digits: a pre-trained model tilted to three rewards by all methods, beside the exactly tilted law.
+
+Each finished cell (reward, method, alpha, seed) is a JSON file under ``benchmarks/results/digits/``; a cell that exists is not run
+again, so that a table is filled over several sessions. Every cell runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import sdecontrol as sc
+from sdecontrol.comparison.costs import Meter
+from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
+from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.evaluation.weighted import ParticleSolution
+
+from . import digits_problem as digit
+from .digits_page import write_figures, write_page
+
+RESULTS = Path(__file__).parent / "results" / "digits"
+BATCH = 128
+_SETTINGS: dict[str, Any] = {"time_steps": digit.TIME_STEPS, "batch_size": BATCH, "progress": False}
+TILT = "exact tilt"
+#: of the page's strips of images
+SHOWN = 12
+
+
+def _guided(**settings: Any) -> sc.SMC:
+    return sc.SMC(32, independent=True, twist="tweedie", **settings)
+
+
+#: in the order in which cells are filled; functions are for methods that need what only the problem has
+METHODS: dict[str, sc.Method] = {
+    "value-guidance, tweedie": sc.ValueGuidance("tweedie"),
+    "classifier-guidance": sc.ClassifierGuidance(),
+    "path-integral-guidance": sc.PathIntegralGuidance(num_paths=64),
+    "smc, tweedie twist": _guided(),
+    "smc, tweedie guided": _guided(proposal=sc.ValueGuidance("tweedie")),
+    "best-of-4": sc.BestOfN(4),
+    "best-of-16": sc.BestOfN(16),
+    "best-of-16, softmax": sc.BestOfN(16, selection="softmax"),
+    "bridge-matching": sc.BridgeMatching(),
+    "reward-backprop": sc.RewardBackprop(),
+    "adjoint-matching, plain": sc.AdjointMatching(zero_variance=False),
+    "soft-ppo": sc.SoftPPO(),
+    "log-variance": sc.LogVariance(),
+    "cross-entropy": sc.CrossEntropy(trust_region=1.0),
+    "value-guidance, monte-carlo": sc.ValueGuidance("monte-carlo"),
+    "socm": sc.SOCM(),
+    "adjoint-matching": sc.AdjointMatching(),
+    "path-consistency": sc.PathConsistency(),
+    "reward-weighted-mle": sc.RewardWeightedMLE(),
+    "reinforce": sc.Reinforce(),
+    "value-guidance, soft-q": sc.ValueGuidance("soft-q"),
+}
+#: samples that are measured, where one costs more than others
+_FEWER = {"path-integral-guidance": 128, "smc, tweedie twist": 512, "smc, tweedie guided": 512, "best-of-16": 1024}
+_FEWER["best-of-16, softmax"] = _FEWER["best-of-4"] = 1024
+
+
+# ---------------------------------------------------------------------------------------- one cell
+
+
+def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) -> int:
+    """How many iterations the budget pays for, from three of them."""
+    sc.solve(problem, method, iterations=1, seed=9, **_SETTINGS)
+    began = time.process_time()
+    sc.solve(problem, method, iterations=3, seed=9, **_SETTINGS)
+    return max(5, int(budget / ((time.process_time() - began) / 3)))
+
+
+def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, iterations: int | None) -> dict[str, Any]:
+    """Train for the budget (where the method trains), and measure samples against the tilted law."""
+    torch.set_num_threads(1)
+    method, problem = METHODS[label], digit.digits_problem(reward, alpha)
+    tilt = digit.Tilt.of(digit.pool_rewards(reward), alpha)
+    more = dict(_SETTINGS)
+    if method.default_iterations > 0:
+        more["iterations"] = _iterations(problem, method, budget) if iterations is None else iterations
+    meter = Meter(problem)
+    with meter.measuring() as training:
+        solution = sc.solve(meter.problem, method, seed=seed, **more)
+    n = _FEWER.get(label, digit.MEASURED)
+    with meter.measuring() as sampling:
+        x, measured = _measure(solution, n, seed + 1)
+    elbo: Estimate = measured.pop("elbo")
+    found = {name: {"value": e.value, "stderr": e.stderr} for name, e in measured.items() if isinstance(e, Estimate)}
+    gap = tilt.log_z - elbo
+    return {
+        "reward_name": reward,
+        "version": digit.VERSION,
+        "method": label,
+        "alpha": alpha,
+        "seed": seed,
+        "settings": {"name": method.name, **{k: repr(v) for k, v in asdict(method).items()}},
+        "iterations": more.get("iterations", 0),
+        "batch_size": BATCH,
+        "budget_cpu_seconds": budget if method.default_iterations > 0 else 0.0,
+        **found,
+        "kl_is_a_bound": isinstance(solution, ParticleSolution) and solution.particles.selection == "weights",
+        "elbo": {"value": elbo.value, "stderr": elbo.stderr},
+        "objective": {"value": alpha * elbo.value, "stderr": alpha * elbo.stderr},
+        "gap": {"value": gap.value, "stderr": gap.stderr},
+        "ess": measured["ess"],
+        **digit.properties(x, tilt),
+        "training": asdict(training),
+        "sampling_per_1000": {k: 1000 * v / n for k, v in asdict(sampling).items() if k != "memory"},
+        "images": x[:SHOWN].mul(100).round().int().tolist(),
+        **_stamp(
+            f"--reward {reward} --method '{label}' --alpha {alpha:g}"
+            + (f" --cpu-seconds {budget:g}" if method.default_iterations > 0 else "")
+        ),
+    }
+
+
+def _stamp(arguments: str) -> dict[str, Any]:
+    return {
+        "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "command": f"OMP_NUM_THREADS=1 python -m benchmarks digits {arguments}",
+    }
+
+
+def _measure(solution: sc.Solution, n: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """``n`` samples, and reward, KL, ELBO and log Z from these very samples."""
+    problem, alpha = solution.problem, solution.problem.alpha
+    if not isinstance(solution, ParticleSolution):
+        paths = solution.simulate(n, seed, keep="end")
+        log_w = log_weights(problem, paths).double()
+        with torch.no_grad():
+            x = paths.samples
+        reward, kl = mean_estimate(problem.reward(x)), mean_estimate(paths.kl())
+        elbo, ess = mean_estimate(log_w), effective_sample_size(log_w)
+        return x, {"reward": reward, "kl": kl, "elbo": elbo, "log_z": log_mean_weight(log_w), "ess": ess}
+    if solution.particles.selection == "best":
+        evaluation = solution.evaluate(n * solution.particles.num_particles, seed)
+        x = solution.sample(n, seed)
+        names = ("reward", "kl", "elbo", "log_z")
+        return x, {**{name: getattr(evaluation, name) for name in names}, "ess": evaluation.ess.value}
+    # One sample per system, of law q: KL(q || p_r) <= log Z - E log Z^, so that KL(q || p_0) <= E_q r/alpha - E log Z^.
+    x, log_z = solution.weighted_sample(n, seed)
+    reward = problem.reward(x)
+    most = mean_estimate(reward.double() / alpha - log_z.double())
+    return x, {
+        "reward": mean_estimate(reward),
+        "kl": most,
+        "elbo": mean_estimate(log_z),
+        "log_z": log_mean_weight(log_z),
+        "ess": effective_sample_size(log_z),
+    }
+
+
+def tilt_cell(reward: str, alpha: float) -> dict[str, Any]:
+    """What the exactly tilted law has in every column."""
+    torch.set_num_threads(1)
+    tilt = digit.Tilt.of(digit.pool_rewards(reward), alpha)
+    index = tilt.resampled(SHOWN, 3)
+    zero = {"value": 0.0, "stderr": tilt.log_z.stderr}
+    return {
+        "reward_name": reward,
+        "version": digit.VERSION,
+        "method": TILT,
+        "seed": 0,
+        **tilt.as_dict(),
+        "gap": zero,
+        "objective": {"value": alpha * tilt.log_z.value, "stderr": alpha * tilt.log_z.stderr},
+        **digit.properties_of_tilt(tilt),
+        "images": digit.pool()[index].mul(100).round().int().tolist(),
+        **_stamp("--method 'exact tilt'"),
+    }
+
+
+def _frontier_cell(reward: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return {
+        "reward_name": reward,
+        "frontier": digit.frontier(reward),
+        "n": len(digit.pool()),
+        "definition": digit.REWARDS[reward],
+        "trusted_from": digit.TRUSTED,
+        "untuned": {"value": float(digit.pool_rewards(reward).mean())},
+        **_stamp("--method 'exact tilt'"),
+    }
+
+
+# ---------------------------------------------------------------------------------------- the suite
+
+
+def _cell_path(results: Path, reward: str, label: str, alpha: float, seed: int) -> Path:
+    return results / f"{reward}--{label.replace(', ', '-').replace(' ', '-').lower()}--{alpha:g}--{seed}.json"
+
+
+def _store(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    warnings.simplefilter("ignore")  # of few effective samples: the cell has the number
+    try:
+        cell = work(*arguments)
+    except (RuntimeError, ValueError, TypeError) as error:  # a method that diverges or refuses is a result
+        reward, label, alpha, seed = arguments[:4]
+        cell = {"reward_name": reward, "method": label, "alpha": alpha, "seed": seed, "failed": str(error)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(cell) + "\n")
+    part.replace(path)
+
+
+def _run(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], again: bool) -> None:
+    if path.exists() and not again:
+        return
+    worker = multiprocessing.get_context("spawn").Process(target=_store, args=(path, work, arguments))
+    worker.start()
+    worker.join()
+    if worker.exitcode:
+        sys.exit(f"{path.stem}: the process ended with {worker.exitcode}.")
+    cell = json.loads(path.read_text())
+    gap = cell.get("gap", {}).get("value", math.nan)
+    print(f"{path.stem:<60} gap {gap:.3g}{' ' + cell['failed'][:60] if 'failed' in cell else ''}", flush=True)
+
+
+def digits(
+    reward: Annotated[list[str] | None, typer.Option(help="class, ink or zip; all if not given.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Temperatures; the card's if not given.")] = None,
+    cpu_seconds: Annotated[float, typer.Option(min=1, help="Of training, per cell.")] = 40.0,
+    iterations: Annotated[int | None, typer.Option(min=1, show_default="what the CPU-seconds pay for")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 1,
+    results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
+    again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Only write docs/digits.md and its figures from what is there.")
+    ] = False,
+) -> None:
+    """Digits: reward against KL, gap, coverage and diversity of all methods, beside the exactly tilted law.
+
+    Example:  OMP_NUM_THREADS=1 python -m benchmarks digits --reward ink --method reward-backprop --alpha 1.2
+    """
+    labels, rewards = method or [TILT, *METHODS], reward or list(digit.ALPHAS)
+    for name, given, known in (("method", labels, [TILT, *METHODS]), ("reward", rewards, list(digit.ALPHAS))):
+        for value in given:
+            if value not in known:
+                raise typer.BadParameter(f"{value!r}; known are {', '.join(known)}.", param_hint=f"--{name}")
+    if not page:
+        for name in rewards:
+            _run(results / f"{name}--frontier.json", _frontier_cell, (name,), again)
+        for place in range(max(len(digit.ALPHAS[r]) for r in rewards)):
+            for label in labels:
+                for name in rewards:
+                    for a in alpha or digit.ALPHAS[name][place : place + 1]:
+                        if label == TILT:
+                            _run(_cell_path(results, name, label, a, 0), tilt_cell, (name, a), again)
+                            continue
+                        for s in range(seeds):
+                            arguments = (name, label, a, s, cpu_seconds, iterations)
+                            _run(_cell_path(results, name, label, a, s), run_cell, arguments, again)
+            if alpha:
+                break
+    cells = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]
+    order = [TILT, *METHODS]
+    write_figures(cells, order)
+    print(write_page(cells, order))

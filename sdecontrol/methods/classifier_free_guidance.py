@@ -1,0 +1,167 @@
+"""``ClassifierFreeGuidance``: a conditional model, with weight, in the place of a reward (Ho & Salimans 2207.12598)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.base import Control
+from ..controls.given import rows_of
+from ..problems.problem import ControlProblem
+from ..processes.generative import GenerativeSDE, call_model
+from ..processes.sde import _positional
+from ..simulation.chains import Chain, JoinedChain
+from ..simulation.diffusion import DiffusionChain
+from ..simulation.shifts import ShiftFunction
+from ..tensors import as_float, check_output, probing
+from .base import ControlState, Method, Run, register
+
+__all__ = ["ClassifierFreeGuidance"]
+
+
+@register
+@dataclass(frozen=True)
+class ClassifierFreeGuidance(Method):
+    """``eps = (1 + w) eps(x, s, y) - w eps(x, s)``, as a control of the unconditional model eps(x, s); nothing is trained.
+
+    The problem's reference is the unconditional model, so this is ``u = (1 + w) g^-1 (drift of the conditional - drift of the
+    reference)``: its KL, log-ratios and weights are towards the problem's own target, and ``SMC`` takes it as a proposal.
+    (The mean of every step is the guided model's, exactly; with ``scheme="exponential"``, which holds u and not eps, to O(h).)
+    For w = 0 the samples are the conditional model's; then and only then, with exact models, their law is ``p(x | y)``, the target of
+    ``r = log p(y | x)`` at alpha = 1. For w > 0 they are those of no tilted law in particular (of ``p(x) p(y | x)^(1+w)`` it would be if
+    noising commuted with the power: Bradley & Nakkiran 2408.09000). The start is the reference's.
+
+    Args:
+        conditional: ``model(x, s, y) -> (batch, *shape)`` on the clock and in the parametrisation of the reference's model, y ``(batch, ...)``;
+            such as ``sc.fit_score(data, schedule, condition=labels, drop=0.1)``, which serves as the reference too. An nn.Module is
+            copied, and put into evaluation mode. Saved files do not hold it: ``sc.load(..., control=solution.control)``.
+        weight: w, any finite number. 0: the conditional model; -1: the reference.
+        label: y, a number or a tensor (of one row); None: the problem's condition.
+
+    Raises:
+        ValueError: a reference that is no pre-trained model, clips its prediction, or takes the condition itself; no label; outputs
+            of another shape. TypeError: a conditional model that cannot be called so.
+    """
+
+    conditional: Callable[..., Tensor] | None = None
+    weight: float = 1.0
+    label: Any = None
+
+    default_iterations: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        as_float("weight", self.weight)
+        if self.conditional is None or not callable(self.conditional):
+            raise TypeError(
+                "conditional must be a model (x, s, y) -> (batch, *shape), such as sc.fit_score(data, schedule, condition=labels); got "
+                f"{type(self.conditional).__name__}."
+            )
+        if _positional(self.conditional) < 3:
+            raise TypeError("conditional must take the condition as its third argument: model(x, s, y).")
+
+    def check(self, problem: ControlProblem) -> None:
+        reference = problem.reference
+        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+            raise ValueError(
+                "classifier-free-guidance needs a pre-trained model as reference (generative_sde or diffusion_chain), got "
+                f"{type(reference).__name__}."
+            )
+        if isinstance(reference, DiffusionChain) and reference.clip is not None:
+            raise ValueError(
+                f"the reference clips its prediction of x0 to {reference.clip}, which does not commute with the weight. Make the "
+                "chain with clip=None."
+            )
+        if problem.condition is None:
+            if self.label is None:
+                raise ValueError(
+                    "label is missing: classifier-free-guidance(label=None) takes the label from the problem's condition, and this "
+                    "problem has none."
+                )
+        elif _positional(reference.model) >= 3:
+            raise ValueError(
+                "the reference must be the unconditional model, but it takes the problem's condition: pass "
+                "generative_sde(lambda x, s: model(x, s), ...)."
+            )
+
+    def setup(self, run: Run) -> nn.Module:
+        assert self.conditional is not None
+        control = _Guided(run.problem, self.conditional, float(self.weight), self.label)
+        control.probe(run.problem)
+        return ControlState(control)
+
+
+class _Guided(Control):
+    """The shift towards the conditional model's mean, times 1 + w; nothing on the stretch of a controlled start."""
+
+    def __init__(self, problem: ControlProblem, conditional: Callable[..., Tensor], weight: float, label: Any) -> None:
+        super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
+        model = copy.deepcopy(conditional).eval() if isinstance(conditional, nn.Module) else conditional
+        reference = problem.reference
+        assert isinstance(reference, (GenerativeSDE, DiffusionChain))
+        self._model, self._reference = [model], [reference]  # in lists: not parts of this module
+        self.strength, self.label = 1.0 + weight, label
+
+    def _condition(self, x: Tensor, y: Any) -> Any:
+        if self.label is None:
+            return y
+        label = torch.as_tensor(self.label, device=x.device)
+        return label.expand(len(x), *label.shape)
+
+    def probe(self, problem: ControlProblem) -> None:
+        """One call, so that what is wrong with the model is said before anything is simulated."""
+        x, y = problem.draw_start(3, 0), self._condition(problem.draw_start(3, 0), problem.draw_condition(3, 0))
+        reference, model = self._reference[0], self._model[0]
+        called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(y.shape)}"
+        with torch.no_grad(), probing("conditional", called):
+            if isinstance(reference, DiffusionChain):
+                out = reference.predict(model, 0, x, y)
+            else:
+                out = reference.predict(model, x, 0.5, y)
+        check_output("conditional", out, x.shape, x, f"It is called as {called}.")
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        if t.ndim == 1:
+            out = x.new_empty((x.shape[0], *self.control_shape))
+            for time in t.unique():
+                rows = (t == time).nonzero().flatten()
+                out[rows] = self.at(x[rows], time, rows_of(y, rows))
+            return out
+        if float(t) < 0:
+            return x.new_zeros((x.shape[0], *self.control_shape))
+        reference, model, label = self._reference[0], self._model[0], self._condition(x, y)
+        if isinstance(reference, DiffusionChain):
+            k = reference.step_at(float(t))
+            c = self.strength * reference.shift_towards(k, x, reference.predict(model, k, x, label), y)
+            reference.forget()
+            return reference.control(k, c)
+        change = reference.predict(model, x, t, label) - reference.predict(reference.model, x, t, y)
+        return change * (self.strength * float(reference.gains(t.reshape(1))[0]))
+
+    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
+        reference, model = self._reference[0], self._model[0]
+        main = chain.second if isinstance(chain, JoinedChain) else chain
+        start, times = chain.start, main.times[:-1]
+        # the reference's own prediction is remembered in both cases, for the step itself
+        if isinstance(reference, DiffusionChain):
+
+            def towards(k: int, j: int, x: Tensor, y: Any) -> Tensor:
+                return reference.shift_towards(j, x, reference.predict(model, j, x, self._condition(x, y)), y)
+
+        else:
+            gains, clocks = reference.gains(times).tolist(), reference.coefficients(times).clock.to(times)
+
+            def towards(k: int, j: int, x: Tensor, y: Any) -> Tensor:
+                change = call_model(model, x, clocks[j], self._condition(x, y))
+                return chain.shift(k, (change - reference.prediction_at(j, x, clocks[j], y)) * gains[j])
+
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            if k < start:
+                return x.new_zeros((x.shape[0], *chain.noise_shape))
+            return self.strength * towards(k, k - start, x, y)
+
+        return shift
