@@ -11,11 +11,7 @@ from typing import Any
 __all__ = ["write_figure", "write_page"]
 
 ROOT = Path(__file__).parents[1]
-PAGE, FIGURE, NOTES = (
-    ROOT / "docs" / "mixture.md",
-    ROOT / "docs" / "images" / "mixture.png",
-    ROOT / "docs" / "mixture_notes.md",
-)
+PAGE, FIGURE = ROOT / "docs" / "mixture.md", ROOT / "docs" / "images" / "mixture.png"
 OBSERVATIONS = (1, 2, 4)
 DIVERGED = 0.01  # share of samples beyond the prior's reach from which on a cell counts as diverged
 _SKEWED = 3.0  # mean over median from which on the median is printed first
@@ -190,8 +186,6 @@ def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
     reasons = _reasons(cells, rows)
     if reasons:
         parts += ["", "## Why cells failed", "", *reasons]
-    if NOTES.exists():
-        parts += ["", NOTES.read_text().strip()]
     text = "\n".join(parts) + "\n"
     PAGE.write_text(text)
     return text
