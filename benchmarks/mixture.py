@@ -11,10 +11,12 @@ import contextlib
 import json
 import math
 import platform
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 
 import sdecontrol as sc
 from sdecontrol.comparison.costs import Meter
+from sdecontrol.controls.base import Control
+from sdecontrol.controls.build import control_kind
 from sdecontrol.exact.mixtures import MixtureSolution
 from sdecontrol.library.inverse import mixture_observation
 from sdecontrol.processes.generative import GenerativeSDE
@@ -215,7 +219,12 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
         "budget_cpu_seconds": budget if row.takes_budget else None,
         "noise": mixture_observation(observations, seed).noise,
         "exact_log_z": float(exact.log_z),
-        "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "sdecontrol": sc.__version__,
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "command": f"python -m benchmarks mixture --method '{label}' --dy {observations}"
         + (f" --cpu-seconds {budget:g}" if row.takes_budget else ""),
     }
@@ -233,6 +242,8 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
                 with meter.measuring() as training:
                     solution = sc.solve(meter.problem, method, **more)
             out["training"] = asdict(training)
+            if isinstance(control := getattr(solution, "control", None), Control):
+                out["control"] = control_kind(control)
             with meter.measuring() as sampling:
                 samples = solution.sample(row.samples, seed=derive_seed(seed, _SAMPLES))
             out["sampling"] = asdict(sampling)
@@ -251,6 +262,21 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
                 out["evaluation_failed"] = " ".join(str(error).split())
     out["warnings"] = sorted({" ".join(str(w.message).split()) for w in caught})
     return out
+
+
+@lru_cache
+def _commit() -> str | None:
+    """The commit that is measured, with a plus where files of the package differ from it; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parents[1]
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "sdecontrol") else "")
+    return None
 
 
 def _cell_path(results: Path, label: str, observations: int, seed: int, budget: float) -> Path:
