@@ -17,11 +17,20 @@ from .errors import (
 )
 from .evaluation.estimates import Estimate
 from .evaluation.evaluate import Evaluation, log_weights
-from .evaluation.metrics import control_error, sinkhorn, sliced_wasserstein, wasserstein
+from .evaluation.metrics import (
+    control_error,
+    energy_wasserstein,
+    mmd,
+    mode_coverage,
+    sinkhorn,
+    sliced_wasserstein,
+    wasserstein,
+)
 from .evaluation.solution import Solution
 from .exact import exact_solution
 from .library.inverse import mixture_inverse_problem
 from .library.problems import named_problem, problem_names
+from .library.targets import named_target, target_card, target_names
 from .methods import (
     SMC,
     SOCM,
@@ -120,6 +129,7 @@ __all__ = [
     "compare",
     "control_error",
     "diffusion_chain",
+    "energy_wasserstein",
     "exact_solution",
     "fit_bridge",
     "fit_score",
@@ -129,12 +139,17 @@ __all__ = [
     "log_likelihood",
     "log_weights",
     "mixture_inverse_problem",
+    "mmd",
+    "mode_coverage",
     "named_problem",
+    "named_target",
     "problem_names",
     "recommend",
     "simulate",
     "sinkhorn",
     "sliced_wasserstein",
     "solve",
+    "target_card",
+    "target_names",
     "wasserstein",
 ]

@@ -1,0 +1,88 @@
+"""What a named target is, and the register of the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NoExactSolution
+from ..tensors import check_tensor
+
+__all__ = ["CARDS", "Target", "TargetCard", "register_target"]
+
+
+class Target:
+    """An unnormalised log density ``(batch, dim) -> (batch,)`` with what is known of it.
+
+    Attributes:
+        name, version, definition: of its card (empty for a target that is not in the library).
+        dim: of the states.
+        log_z: log of its integral, or None where it is not known.
+        modes: ``(modes, dim)``, or None where they are not isolated, not known, or too many to list.
+    """
+
+    name: str = ""
+    version: int = 0
+    definition: str = ""
+    dim: int
+    log_z: float | None = None
+    modes: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether :meth:`sample` gives exact samples."""
+        return type(self)._draw is not Target._draw
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """``n`` independent exact samples ``(n, dim)`` in torch's default dtype, on the CPU.
+
+        Raises:
+            NoExactSolution: there is no exact sampler.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be an int >= 1, got {n!r}.")
+        return self._draw(n, torch.Generator().manual_seed(seed)).to(torch.get_default_dtype())
+
+    def _draw(self, n: int, generator: torch.Generator) -> Tensor:
+        raise NoExactSolution(
+            f"{self.name or type(self).__name__} has no exact sampler; take long Monte Carlo runs as a reference and give their error."
+        )
+
+    def _check(self, x: Tensor) -> None:
+        check_tensor("x", x, shape=("batch", self.dim))
+
+    def __repr__(self) -> str:
+        return f"Target({self.name}, version {self.version}, dim={self.dim}, log_z={self.log_z})"
+
+
+@dataclass(frozen=True)
+class TargetCard:
+    """A named target. ``version`` is raised whenever the definition changes; ``make()`` makes it."""
+
+    name: str
+    version: int
+    make: Callable[[], Target]
+
+    @property
+    def definition(self) -> str:
+        """The definition in words."""
+        return " ".join((self.make.__doc__ or "").split())
+
+
+CARDS: dict[str, TargetCard] = {}
+
+
+def register_target(name: str, *, version: int) -> Callable[[Callable[[], Target]], Callable[[], Target]]:
+    """Add a target to the library; the docstring of the function that makes it is its definition."""
+
+    def add(make: Callable[[], Target]) -> Callable[[], Target]:
+        CARDS[name] = TargetCard(name, version, make)
+        return make
+
+    return add
