@@ -154,6 +154,12 @@ def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
         "",
         *_distances(cells, rows),
         "",
+        "*SMC, 32 each*: every sample from a particle system of its own, as the published twisted samplers draw them; the others of SMC take all samples from as few systems as "
+        "hold them, so that samples share ancestors. *Tweedie twist*: particles of the reference, weighted by the reward of the denoised state; *Tweedie guidance and twist*: "
+        'particles that it guides, too. *classifier guidance*: a classifier of noisy states, trained on noised draws of the prior with the label "accepted", of probability '
+        "`p(y | x) / max p(y | .)`; a classifier of clean states in the denoised state is Tweedie guidance, to rounding. *path integral*: 250 samples only, whose own floor is "
+        "about twice that of 1000.",
+        "",
         "Measured with other code on the same problem (other seeds of it):",
         "",
         "| | dy = 1 / 2 / 4 |",
