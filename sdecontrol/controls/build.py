@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
+from ..processes.generative import GenerativeSDE
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
@@ -140,6 +141,7 @@ def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
 def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, **options: Any) -> DefaultControl:
     sde = problem.reference
     gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
+    denoiser = sde if isinstance(sde, GenerativeSDE) and options.pop("denoised", True) else None
     if not options:
         options = _condition_parts(problem)
     if normalise:
@@ -149,6 +151,11 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
             centre, spread = flat.mean(0), flat.std(0)
             spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
             options.update(centre=centre, spread=spread)
+            if denoiser is not None:
+                ends = states[-1].flatten(1)
+                data_spread = ends.std(0)
+                floor = 1e-3 * float(data_spread.max()) + 1e-12
+                options.update(data_centre=ends.mean(0), data_spread=data_spread.clamp(min=floor))
     network = DefaultControl(
         problem.event_shape,
         problem.control_shape,
@@ -158,6 +165,7 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
         sde=sde if gated and isinstance(sde, SDE) else None,
         affine_pull=_affine_pull(problem) if gated else None,
         nonlinear=not _linear_quadratic(problem),
+        denoiser=denoiser,
         generator=generator_for("cpu", seed),
         **options,
     )
@@ -233,6 +241,7 @@ def control_from_configuration(
             hidden=kind["hidden"],
             condition_size=kind["condition_size"],
             classes=kind["classes"],
+            **({"denoised": kind.get("denoised", False)} if isinstance(problem.reference, GenerativeSDE) else {}),
         )
     if given is None:
         raise TypeError("this solution's control is your own module: give it again as load(..., control=module).")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
@@ -74,6 +75,9 @@ class DefaultControl(Control):
         affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
             since it is folded into the affine path.
         nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
+        denoiser: a generative reference whose mean of the data given x, ``x0^(x, t)``, the hidden layers see beside x: what a control towards
+            a reward depends on most (its value is nearly a function of x0^). Inside a chain it costs nothing, since the
+            step has called the model at x. ``data_centre``, ``data_spread``: of x0^, ``(*event)``.
     """
 
     def __init__(
@@ -93,6 +97,9 @@ class DefaultControl(Control):
         generator: torch.Generator | None = None,
         affine_pull: tuple[Tensor, Tensor] | None = None,
         nonlinear: bool = False,
+        denoiser: GenerativeSDE | None = None,
+        data_centre: Tensor | None = None,
+        data_spread: Tensor | None = None,
     ) -> None:
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
         n, m = self.event_shape.numel(), self.control_shape.numel()
@@ -104,7 +111,14 @@ class DefaultControl(Control):
         self.spread: Tensor
         self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float().flatten())
         self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float().flatten())
-        widths = (n + condition_size, *self.hidden)
+        self.denoiser = denoiser
+        seen = n if denoiser is None else 2 * n
+        self.seen_centre: Tensor
+        self.seen_spread: Tensor
+        if denoiser is not None:
+            self.register_buffer("seen_centre", _joined(self.centre, data_centre, 0.0))
+            self.register_buffer("seen_spread", _joined(self.spread, data_spread, 1.0))
+        widths = (seen + condition_size, *self.hidden)
         self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
         self.time_weight = _uniform(self.hidden[0], _FEATURES, generator)
@@ -130,6 +144,7 @@ class DefaultControl(Control):
             "classes": self.classes,
             "gate": self.gate is not None,
             "nonlinear": self.nonlinear,
+            "denoised": self.denoiser is not None,
         }
 
     # ------------------------------------------------------------ pieces
@@ -141,12 +156,14 @@ class DefaultControl(Control):
     def tables_at(self, t: Tensor) -> tuple[Tensor, ...]:
         """Everything that depends on time, at times ``(K,)``, with the normalisation of x folded in; the first table is
         the same at all times and has one row."""
-        n = self.event_shape.numel()
         phi = self._features(t)
         inverse = 1 / self.spread
-        first = self.weights[0][:, :n] * inverse
-        time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ self.centre)
-        scale = inverse if self.full else inverse.expand(n)
+        if self.denoiser is None:
+            first, centre = self.weights[0][:, : len(inverse)] * inverse, self.centre
+        else:
+            first, centre = self.weights[0][:, : 2 * len(inverse)] / self.seen_spread, self.seen_centre
+        time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ centre)
+        scale = inverse if self.full else inverse.expand(len(self.spread))
         affine = torch.einsum("kf,f...->k...", phi, self.affine) * (
             scale if self.full else scale[: self.affine.shape[1]]
         )
@@ -167,6 +184,19 @@ class DefaultControl(Control):
             return torch.nn.functional.one_hot(y.long().reshape(-1), self.classes).to(self.last.dtype)
         return y.to(self.last.dtype).flatten(1) if y.ndim > 1 else y.to(self.last.dtype).unsqueeze(1)
 
+    def _seen(self, x: Tensor, x0: Tensor | None) -> Tensor:
+        """What the hidden layers see, flattened: x, and where there is a denoiser x0^."""
+        dim = x.ndim - len(self.event_shape)
+        return x.flatten(dim) if x0 is None else torch.cat((x.flatten(dim), x0.flatten(dim)), dim)
+
+    def _denoised_along(self, chain: Chain, states: Tensor, y: Any, first: int = 0) -> Tensor | None:
+        if self.denoiser is None:
+            return None
+        denoise = self.denoiser.denoiser_on_grid(chain.times)
+        out = torch.stack([denoise(first + k, x, y) for k, x in enumerate(states.unbind(0))])
+        self.denoiser.forget()
+        return out
+
     def _hidden(self, z: Tensor) -> Tensor:
         z = torch.nn.functional.silu(z)
         for W, b in zip(list(self.weights)[1:], list(self.biases)[1:]):
@@ -184,12 +214,14 @@ class DefaultControl(Control):
         """Whether the gate asks for the reward's gradient at every step."""
         return self.gate is not None and self.sde is not None and self.pull is None
 
-    def _value(self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any) -> Tensor:
+    def _value(
+        self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
+    ) -> Tensor:
         first, time_part, affine, offset = (p[k if len(p) > 1 else 0] for p in tables[:4])
         flat = x.flatten(1)
-        z = torch.addmm(time_part, flat, first.mT)
+        z = torch.addmm(time_part, self._seen(x, x0), first.mT)
         if self.condition_size:
-            z = z + self._condition(y) @ self.weights[0][:, flat.shape[1] :].mT
+            z = z + self._condition(y) @ self.weights[0][:, -self.condition_size :].mT
         u = (
             torch.addmm(offset, flat, affine.mT)
             if self.full
@@ -214,7 +246,8 @@ class DefaultControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:
             sigma = self.sde.diffusion(x, t) if self._looks_at_reward and self.sde is not None else None
-            return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y)
+            x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
+            return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
         times, where = torch.unique(t, return_inverse=True)
         if len(times) == 1:
             return self.at(x, times[0], y)
@@ -230,10 +263,12 @@ class DefaultControl(Control):
         rows = [p.unbind(0) if isinstance(p, Tensor) else p for p in tables]
         sde = self.sde if self._looks_at_reward else None
         diffusion = sde.diffusion_on_grid(chain.times) if sde is not None else None
+        denoise = self.denoiser.denoiser_on_grid(chain.times) if self.denoiser is not None else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             sigma = None if diffusion is None else diffusion(k, x)
-            return chain.shift(k, self._value(x, rows, k, sigma, y))
+            x0 = None if denoise is None else denoise(k, x, y)
+            return chain.shift(k, self._value(x, rows, k, sigma, y, x0))
 
         return shift
 
@@ -242,9 +277,9 @@ class DefaultControl(Control):
         W, *rest = self.tables(chain)
         time_part, affine, offset, gate, bent = (p[first : first + count] for p in rest)
         flat = states.flatten(2)
-        z = flat @ W[0].mT + time_part.unsqueeze(1)
+        z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
         if self.condition_size:
-            z = z + self._condition(y) @ self.weights[0][:, flat.shape[2] :].mT
+            z = z + self._condition(y) @ self.weights[0][:, -self.condition_size :].mT
         if self.full:
             u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
         else:
@@ -294,7 +329,8 @@ class NetworkLinearPart(LinearPart):
         flat = states.flatten(2)
         normal = (flat - control.centre) / control.spread
         W, time_part, *_ = control.tables(chain)
-        hidden = control._hidden(flat @ W[0].mT + time_part.unsqueeze(1))
+        seen = control._seen(states, control._denoised_along(chain, states, y))
+        hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1))
         parts = []
         if control.nonlinear:
             parts.append(bumps(normal))
@@ -338,6 +374,11 @@ class NetworkLinearPart(LinearPart):
             if self.gated:
                 out.append(mine[..., -1])
         return out
+
+
+def _joined(first: Tensor, second: Tensor | None, value: float) -> Tensor:
+    second = torch.full_like(first, value) if second is None else second.detach().float().flatten()
+    return torch.cat((first, second))
 
 
 def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:

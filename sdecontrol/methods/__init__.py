@@ -8,6 +8,7 @@ from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
 from .cross_entropy import CrossEntropy
 from .log_variance import LogVariance
+from .particle_matching import ParticleMatching
 from .path_consistency import PathConsistency
 from .path_integral import PathIntegralGuidance
 from .reinforce import Reinforce
@@ -30,6 +31,7 @@ __all__ = [
     "CrossEntropy",
     "LogVariance",
     "Method",
+    "ParticleMatching",
     "PathConsistency",
     "PathIntegralGuidance",
     "Reinforce",

@@ -104,6 +104,8 @@ class Method:
     needs_gradient: ClassVar[bool] = False
     #: whether progress shows in the loss, a residual that is 0 at the optimum, rather than in the objective
     residual: ClassVar[bool] = False
+    #: whether a run has its default length, since no metric of an iteration says when there is no more to gain
+    steady: ClassVar[bool] = False
     #: decay of the average of the parameters over iterations
     averaging: ClassVar[float] = 0.99
 

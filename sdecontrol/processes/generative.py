@@ -230,6 +230,24 @@ class GenerativeSDE(SDE):
         levels = torch.tensor(self._table(times)["g"], dtype=times.dtype, device=times.device)
         return lambda k, x: levels[k]
 
+    def _denoising(self, times: Tensor) -> tuple[list[float], list[float]]:
+        """``x0^ = a x + b prediction`` at process times: the coefficients, in float64."""
+        c = self.coefficients(times)
+        mu = c.log_mu.exp()
+        std = self.schedule.std(self.noising_time(times.detach().double().cpu()).clamp(min=_S_MIN))
+        return ((1 - std * c.eps_of_x) / mu).tolist(), (-std * c.eps_of_prediction / mu).tolist()
+
+    def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """``x0^ = (x - std eps^)/mu``, the model's mean of the data given x at process time t (0-d)."""
+        (a,), (b,) = self._denoising(torch.as_tensor(t).reshape(1))
+        return a * x + b * self.predict(self.model, x, t, condition)
+
+    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
+        """``(k, x, y) -> x0^`` at the k-th time; within a step of a chain the model is not called again."""
+        a, b = self._denoising(times)
+        clocks = self.coefficients(times).clock.to(device=times.device, dtype=times.dtype)
+        return lambda k, x, y: torch.add(a[k] * x, self.prediction_at(k, x, clocks[k], y), alpha=b[k])
+
     _memo: tuple[int, Tensor, Tensor] | None = None
 
     def prediction_at(self, k: int, x: Tensor, clock: Tensor, condition: Any) -> Tensor:

@@ -1,14 +1,19 @@
-"""Bridges of affine chains: the chain of the reference conditioned on its two ends, in closed form."""
+"""Bridges: the reference conditioned on its ends. In closed form for affine chains, exactly; and for generative references that forget
+their start, whose bridge to an end is the noising process from it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..processes.generative import GenerativeSDE
+from ..processes.laws import Dirac, Gaussian
 from ..tensors import is_matrix_scale, symmetric
-from .chains import Chain
+from .chains import Chain, EulerChain, GenerativeExponentialChain
 
-__all__ = ["ChainBridge"]
+__all__ = ["ChainBridge", "NoisingBridge"]
 
 
 class ChainBridge:
@@ -67,6 +72,17 @@ class ChainBridge:
             )
         parts = [torch.stack([row[i] for row in rows]).to(zero) for i in range(7)]
         self._first, self._gain, self._shift, self._root, self._pull, self._back, self._push = parts
+        self._whole = after[0]
+
+    def start_given_end(self, initial: Dirac | Gaussian, end: Tensor, noise: Tensor) -> Tensor:
+        """Draws of ``x_0`` given ``x_K`` ``(batch, d)`` under the reference started from ``initial``; noise standard normal, ``(batch, d)``."""
+        mean, cov = initial.mean.double(), initial.covariance_matrix.double()
+        M, m, C = self._whole
+        gain = cov @ M.mT @ torch.linalg.pinv(symmetric(M @ cov @ M.mT + C), hermitian=True)
+        keep = torch.eye(len(mean), dtype=torch.float64, device=mean.device) - gain @ M
+        values, vectors = torch.linalg.eigh(symmetric(keep @ cov @ keep.mT + gain @ C @ gain.mT))
+        root = (vectors * values.clamp(min=0.0).sqrt()).to(end)
+        return keep.to(end) @ mean.to(end) + (end - m.to(end)) @ gain.to(end).mT + noise @ root.mT
 
     def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
         """States of all steps given both ends, ``(K, batch, d)``, each of its own law (independent of the other steps').
@@ -80,3 +96,39 @@ class ChainBridge:
     def noise_given_end(self, states: Tensor, end: Tensor) -> Tensor:
         """``E[xi_k | x_k, x_K]``, ``(K, batch, noise)``, at states ``(K, batch, d)`` for the end ``(batch, d)``."""
         return states @ self._back.mT + end @ self._pull.mT + self._push.unsqueeze(1)
+
+
+class NoisingBridge:
+    """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end, whatever the start.
+
+    Those are laws of continuous time, O(h) from the chain's. ``E[xi | x_t, x_T]`` is ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the
+    noising kernel has beyond the model's own [26], [45].
+
+    Raises:
+        ValueError: another reference, a controlled start, or a reference that remembers its start.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        sde = chain.reference
+        if not isinstance(chain, (EulerChain, GenerativeExponentialChain)) or not isinstance(sde, GenerativeSDE):
+            raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
+        times = chain.times[:-1]
+        c = sde.coefficients(times)
+        std = sde.schedule.std(sde.noising_time(times.double().cpu())).to(c.level)
+        ndim = len(chain.event_shape)
+        shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * ndim)  # noqa: E731
+        self._mu, self._std = shape(c.log_mu.exp()), shape(std)
+        gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
+        self._gain = shape(gains * c.level / std)
+        self._denoise, self._sde = sde.denoiser_on_grid(chain.times), sde
+
+    def between(self, end: Tensor, noise: Tensor) -> Tensor:
+        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law."""
+        return self._mu * end + self._std * noise
+
+    @torch.no_grad()
+    def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
+        """``E[xi_k | x_k, x_K]``, ``(K, batch, *event)``."""
+        denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
+        self._sde.forget()
+        return self._gain * self._mu / self._std * (end - denoised)

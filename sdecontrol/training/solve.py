@@ -203,7 +203,7 @@ class _Trainer:
         )
         self.run.descend = self.descent.step
         most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
-        self.pace = Pace(most, adaptive=iterations is None and budget is None)
+        self.pace = Pace(most, adaptive=iterations is None and budget is None and not method.steady)
         if budget is not None and iterations is None:
             self.pace.decay_from = None
         self.history: list[dict[str, float]] = []

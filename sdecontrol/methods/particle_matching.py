@@ -1,0 +1,180 @@
+"""``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next particles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.build import build_control
+from ..evaluation.particles import resample
+from ..evaluation.tempered import TemperedSettings, tempered_target
+from ..evaluation.tempering import NoiseTarget, adapt
+from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
+from ..processes.generative import GenerativeSDE
+from ..randomness import derive_seed, generator_for
+from ..simulation.bridges import ChainBridge, NoisingBridge
+from ..simulation.chains import Chain
+from ..simulation.shifts import shifts_along
+from .base import Method, Run, path_metrics, register
+from .on_paths import check_count
+from .regression import RegressionState, regress
+
+__all__ = ["ParticleMatching"]
+
+_PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK = 61, 62, 63
+
+
+class _State(RegressionState):
+    """The control, and particles of the target: both ends of their paths where bridges are known, else all of the paths."""
+
+    def __init__(self, run: Run, size: int) -> None:
+        problem, chain = run.problem, run.chain
+        super().__init__(build_control(problem, chain, run.control, seed=run.seed), chain)
+        self.bridge = _bridge(problem, chain)
+        kept = 2 if self.bridge is not None else chain.steps + 1
+        self.states: Tensor
+        self.draws: Tensor
+        self.facts: Tensor
+        self.register_buffer("states", chain.times.new_zeros(kept, size, *chain.event_shape))
+        shape = (chain.steps, size, *chain.noise_shape) if self.bridge is None else (0,)
+        self.register_buffer("draws", chain.times.new_zeros(shape))
+        # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last run
+        self.register_buffer("facts", torch.full((7,), math.nan, dtype=torch.float64, device=chain.times.device))
+
+
+def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridge | None:
+    """What draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does."""
+    if problem.running_cost_function is not None:
+        return None
+    if isinstance(problem.reference, GenerativeSDE):
+        return NoisingBridge(chain) if problem.start == "memoryless" else None
+    try:
+        return ChainBridge(chain)
+    except ValueError:
+        return None
+
+
+@register
+@dataclass(frozen=True)
+class ParticleMatching(Method):
+    """Forward ``KL(Q_fine || P^u)`` on particles of Q_fine, which are run anew under the learned control every so often.
+
+    1. Particles are tempered from the paths of the current control to Q_fine (``evaluation/tempering.py``), in the space of their
+       noises, without a gradient of the reward; for a Gibbs problem at first in the states of the density. All modes that they find get
+       their share, however far from the current control.
+    2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends (:class:`BridgeMatching`, all weights 1; for a
+       generative reference that forgets its start, the noising process), drawn anew in every batch; where no bridge is known (a running cost,
+       a nonlinear reference) on the noises of their own paths.
+
+    The better the control, the less is left to temper, so that particles and control improve each other; the fixed point is the mean shift of
+    the soft-optimal chain. Nothing pulls the control towards one mode, as the losses of its own paths do.
+
+    Args:
+        num_particles: kept to learn from. refresh: iterations between two runs of the particles.
+
+    Raises:
+        ValueError: a problem with conditions.
+    """
+
+    num_particles: int = 4096
+    refresh: int = 200
+
+    default_iterations: ClassVar[int] = 1000
+    steady: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("num_particles", self.num_particles, 64)
+        check_count("refresh", self.refresh, 1)
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if problem.condition is not None:
+            raise ValueError("particle-matching: particles need one target; make a problem with the condition fixed.")
+
+    def setup(self, run: Run) -> nn.Module:
+        return _State(run, self.num_particles)
+
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        assert isinstance(state, _State)
+        if run.iteration % self.refresh == 0:
+            self._run_particles(state, run)
+        chain, means = run.chain, []
+        for part in range(run.accumulate):
+            states, targets = self._draw(state, run, part)
+            shifts = shifts_along(chain, state.control, states)
+            means.append(regress(state, run, chain, shifts, targets)[1])
+        mean = torch.stack(means).mean(0)
+        state.observe(mean)
+        run.descend()
+        reward, cost, kl, objective, error, log_z, ess = state.facts.tolist()
+        found = {"objective": objective, "objective_stderr": error, "reward": reward, "running_cost": cost, "kl": kl}
+        return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}
+
+    # ---------------------------------------------------------------- particles
+
+    @torch.no_grad()
+    def _run_particles(self, state: _State, run: Run) -> None:
+        problem, chain, N = run.problem, run.chain, self.num_particles
+        seed = derive_seed(run.seed, _PLACE_PARTICLES, run.iteration)
+        paths = NoiseTarget(problem, chain, state.control)
+        paths.smooth = False
+        if isinstance(problem, GibbsProblem):
+            settings = TemperedSettings("states", problem.has_gradient)
+            target: Any = tempered_target(problem, chain, None, settings)
+        else:
+            target = paths
+        _, found = adapt(target, N, seed)
+        generator = generator_for(chain.times.device, seed, _PLACE_PICK)
+        rows = resample(found.log_weights, N, "systematic", generator)[0]
+        z, origin = found.z[0, rows], found.origin[0, rows]
+        if target is paths:
+            drawn = paths.paths(z, origin)
+            if state.bridge is None:
+                state.states.copy_(drawn.states)
+                state.draws.copy_(drawn.noises + drawn.shifts)
+            else:
+                state.states.copy_(torch.stack((drawn.states[0], drawn.end)))
+        else:
+            assert isinstance(state.bridge, ChainBridge)
+            end = target.states(z)
+            noise = torch.randn(end.shape, generator=generator, dtype=end.dtype, device=end.device)
+            state.states.copy_(torch.stack((state.bridge.start_given_end(problem.initial, end, noise), end)))
+        self._observe(state, run, paths, float(found.log_z))
+
+    def _observe(self, state: _State, run: Run, target: NoiseTarget, log_z: float) -> None:
+        """How good the control is now, from paths of its own."""
+        batch = run.batch()
+        z = torch.randn(
+            (run.batch_size, target.dim),
+            generator=generator_for(state.facts.device, batch.seed, 1),
+            dtype=target.dtype,
+            device=target.device,
+        )
+        paths = target.paths(z, target.draw_origin(run.batch_size, batch.seed))
+        reward, log_w = target.weigh(paths)
+        metrics = path_metrics(reward, paths.running_cost, paths.kl(), run.problem.alpha)
+        ess = float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(log_w)
+        names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
+        state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
+
+    def _draw(self, state: _State, run: Run, part: int) -> tuple[Tensor, Tensor]:
+        """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends."""
+        chain = run.chain
+        generator = generator_for(chain.times.device, derive_seed(run.seed, _PLACE_BATCH, run.iteration, part))
+        size, device = state.states.shape[1], chain.times.device
+        rows = torch.randint(size, (run.batch_size,), generator=generator, device=device)
+        if state.bridge is None:
+            return state.states[:-1, rows], state.draws[:, rows]
+        start, end = state.states[0, rows], state.states[1, rows]
+        shape = (chain.steps, *end.shape)
+        noise = torch.randn(shape, generator=generator, dtype=end.dtype, device=device)
+        if isinstance(state.bridge, ChainBridge):
+            states = state.bridge.between(start, end, noise)
+        else:
+            states = state.bridge.between(end, noise)
+        return states, state.bridge.noise_given_end(states, end)
