@@ -140,6 +140,7 @@ ROWS: dict[str, Row] = {
     "Tweedie guidance": Row(_TWEEDIE),
     "SMC, 256": Row(sc.SMC(256)),
     "SMC, 1024, Tweedie twist": Row(sc.SMC(1024, twist="tweedie")),
+    "tempered-smc, 4096": Row(sc.TemperedSMC(4096), seeds=3),
     "best of 16": Row(sc.BestOfN(16)),
     "best of 16, softmax": Row(sc.BestOfN(16, selection="softmax")),
     "SMC, 32 each, Tweedie twist": Row(sc.SMC(32, twist="tweedie", independent=True)),
@@ -147,6 +148,9 @@ ROWS: dict[str, Row] = {
         sc.SMC(32, proposal=_TWEEDIE, twist="tweedie", independent=True), seeds=8
     ),
     "adjoint-matching": Row(sc.AdjointMatching(), seeds=3),
+    "particle-matching": Row(
+        lambda problem, budget, seed: _particle_matching(problem, budget, seed), trained=True, seeds=3
+    ),
     "socm": Row(sc.SOCM(), seeds=3),
     "log-variance": Row(sc.LogVariance(), seeds=3),
     "reward-backprop": Row(sc.RewardBackprop(), seeds=3),
@@ -163,6 +167,20 @@ ROWS: dict[str, Row] = {
     # K^2/2 times num_paths steps for a sample: fewer samples, and fewer problems
     "path integral, 32 paths": Row(sc.PathIntegralGuidance(num_paths=32), seeds=3, samples=250, paths=64),
 }
+
+
+def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int) -> sc.Solution:
+    """With its defaults, and as many iterations as the budget pays for: a run of few particles and one of ten iterations more are timed."""
+    method, few, costs = sc.ParticleMatching(), 256, []
+    for iterations in (1, 11):
+        began = time.process_time()
+        trial = sc.ParticleMatching(num_particles=few)
+        sc.solve(problem, trial, time_steps=TIME_STEPS, iterations=iterations, seed=seed, progress=False)
+        costs.append(time.process_time() - began)
+    particles = costs[0] * method.num_particles / few
+    each = max(1e-3, (costs[1] - costs[0]) / 10) + 0.4 * particles / method.refresh  # later there is less to temper
+    most = max(20, int((budget - 0.6 * particles) / each))
+    return sc.solve(problem, method, time_steps=TIME_STEPS, iterations=most, seed=seed, progress=False)
 
 
 def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) -> int:
