@@ -142,6 +142,9 @@ def test_labels_from_the_problem_s_condition_and_the_guided_model():
     for label in (0, 1):
         alone = sc.solve(problem(), sc.ClassifierFreeGuidance(conditional, 0.5, label), time_steps=20, seed=0)
         assert torch.allclose(mixed[y == label], alone.sample(300, seed=1)[y == label], rtol=1e-9, atol=1e-9)
+    x, t = randn(6, 2, seed=2), torch.tensor([0.1, 0.7, 0.1, 0.3, 0.7, 0.3], dtype=F64)
+    rows = [solution.control(x[i : i + 1], t[i], y[i : i + 1])[0] for i in range(6)]
+    assert torch.allclose(solution.control(x, t, y[:6]), torch.stack(rows), rtol=1e-9, atol=1e-9)
     x, s = randn(4, 2, seed=1), torch.full((4,), 0.4, dtype=F64)
     want = 1.5 * conditional(x, s, y[:4]) - 0.5 * MixtureNoise(law(), VP)(x, s)
     assert torch.allclose(solution.model(x, s, y[:4]), want, rtol=1e-9, atol=1e-9)
