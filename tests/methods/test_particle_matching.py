@@ -1,0 +1,145 @@
+"""Bridges to given ends against closed forms, and particle matching against exact controls and exact laws."""
+
+import math
+
+import pytest
+import torch
+from problems import F64, nonlinear, randn, random_lq, spd
+
+import sdecontrol as sc
+from sdecontrol.simulation.bridges import ChainBridge, NoisingBridge
+
+F32 = torch.float32
+
+
+def test_the_start_given_the_end_is_that_of_the_exact_chain():
+    """Mean and covariance of x_0 given x_K against the exact bridge of the reference's own chain, to 1e-10."""
+    problem = random_lq(3, 2, seed=2, start="fixed", running=False)
+    plain = sc.ControlProblem(problem.reference, problem.initial, alpha=1.0)
+    exact = sc.exact_solution(plain, time_steps=7)
+    end = randn(4, 3, seed=3)
+    bridge = ChainBridge(plain.chain(7))
+    law = exact.bridge(0.0, 1.0, end)
+    still = bridge.start_given_end(problem.initial, end, torch.zeros(4, 3, dtype=F64))
+    assert torch.allclose(still, law.mean, atol=1e-10)
+    root = torch.stack(
+        [bridge.start_given_end(problem.initial, end, e.expand(4, 3)) - still for e in torch.eye(3, dtype=F64)], 2
+    )
+    assert torch.allclose(root @ root.mT, law.covariance_matrix.expand(4, 3, 3), atol=1e-10)
+
+
+def one_gaussian():
+    """A generative reference that is a linear SDE: data N(m, S)."""
+    law = sc.GaussianMixture(torch.ones(1, dtype=F64), randn(1, 2, seed=1), spd(2, 2).unsqueeze(0))
+    return sc.generative_sde(law, schedule=sc.VP())
+
+
+def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
+    """Its states and its E[xi | x_t, x_T], against the exact bridge of the same linear chain: the error falls like 1/K."""
+    sde = one_gaussian()
+    end, errors = randn(2000, 2, seed=4), []
+    for K in (100, 200, 400):
+        problem = sc.ControlProblem(sde, alpha=1.0)
+        noising = NoisingBridge(problem.chain(K))
+        initial = sc.Gaussian(problem.initial.mean.float(), problem.initial.covariance_matrix.float())
+        linear = sc.ControlProblem(sde.as_linear(), initial, alpha=1.0)
+        exact = ChainBridge(linear.chain(K))
+        states = noising.between(end, randn(K, 2000, 2, seed=5))
+        middle = slice(K // 4, 3 * K // 4)
+        a = noising.noise_given_end(states, end)[middle]
+        b = exact.noise_given_end(states.float(), end.float()).double()[middle]
+        errors.append(float((a - b).square().mean().sqrt() / b.square().mean().sqrt()))
+        start = exact.start_given_end(initial, end.float(), torch.zeros(2000, 2))
+        law = exact.between(start, end.float(), torch.zeros(K, 2000, 2)).double()[middle]
+        still = noising.between(end, torch.zeros(K, 2000, 2, dtype=F64))[middle]
+        errors[-1] = max(errors[-1], float((law - still).square().mean().sqrt() / law.square().mean().sqrt()))
+    assert errors[2] < 0.02, errors
+    assert 1.6 < errors[0] / errors[1] < 2.6 and 1.6 < errors[1] / errors[2] < 2.6, errors
+
+
+@pytest.mark.parametrize(("start", "running"), [("dirac", False), ("controlled", True), ("dirac", True)])
+def test_linear_quadratic_controls_are_found(start, running):
+    """With bridges (no running cost) and with whole paths (a cost, a controlled start): the exact control of the chain, to 3 % in squared
+    error. Targets with the sign, scale or step of another process leave more than half of it."""
+    problem = random_lq(2, seed=1, start=start, running=running, alpha=1.0, dtype=F32)
+    method = sc.ParticleMatching(num_particles=2048, refresh=100)
+    solution = sc.solve(problem, method, time_steps=10, iterations=300, batch_size=512, seed=0)
+    exact = sc.exact_solution(problem, like=solution)
+    assert sc.control_error(solution, exact, n=2048, seed=1).relative.value < 0.03
+    last = solution.history[-1]
+    evaluation = solution.evaluate(4096, seed=2)
+    assert abs(last["log_z"] - float(exact.log_z)) < 0.1  # of the particles
+    assert abs(last["objective"] - evaluation.objective.value) < 6 * last["objective_stderr"] + 0.05
+
+
+def test_a_nonlinear_problem_with_its_own_paths():
+    """No bridge is known (a drift that is a plain function, noise that depends on the state): the ELBO comes near log Z of particles."""
+    problem = nonlinear(F32)
+    method = sc.ParticleMatching(num_particles=1024, refresh=100)
+    solution = sc.solve(problem, method, time_steps=20, iterations=200, seed=0)
+    log_z = sc.solve(problem, sc.SMC(256), time_steps=20, seed=0).evaluate(16384, seed=1).log_z.value
+    reference = sc.solve(problem, sc.BestOfN(n=1), time_steps=20, seed=0).evaluate(4096, seed=1).elbo.value
+    assert log_z - solution.evaluate(4096, seed=1).elbo.value < 0.25 * (log_z - reference)
+
+
+def test_both_wells_of_a_density_get_their_share():
+    """Unequal wells six standard deviations apart: shares to 5 %, where log-variance on its own paths may keep one of them."""
+
+    def wells(x):
+        square = lambda m: -0.5 * ((x - m) / 0.5).square().sum(1)  # noqa: E731
+        return torch.logaddexp(square(-1.5), math.log(3) + square(1.5))
+
+    problem = sc.gibbs_problem(wells, 2, seed=0)
+    method = sc.ParticleMatching(num_particles=2048, refresh=100)
+    solution = sc.solve(problem, method, time_steps=30, iterations=200, seed=0)
+    x = solution.sample(4096, seed=1)
+    assert abs(float((x[:, 0] > 0).float().mean()) - 0.75) < 0.05
+    evaluation = solution.evaluate(4096, seed=2)
+    exact = math.log(4) + math.log(2 * math.pi * 0.25)
+    assert abs(evaluation.log_z.value - exact) < 4 * evaluation.log_z.stderr + 0.01
+    reference = sc.solve(problem, sc.BestOfN(n=1), time_steps=30, seed=0).evaluate(4096, seed=2)
+    assert exact - evaluation.elbo.value < 0.1 * (exact - reference.elbo.value)
+
+
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):
+    problem = random_lq(2, seed=1, alpha=1.0, dtype=F32)
+    method = sc.ParticleMatching(num_particles=128, refresh=7)
+    settings = {"time_steps": 5, "batch_size": 64, "seed": 0}
+    whole = sc.solve(problem, method, iterations=20, **settings)
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == 10:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.solve(problem, method, iterations=20, checkpoint_dir=tmp_path, callbacks=[Stop()], **settings)
+    resumed = sc.solve(problem, method, iterations=20, checkpoint_dir=tmp_path, resume=True, **settings)
+    assert torch.equal(whole.sample(64, seed=1), resumed.sample(64, seed=1))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="num_particles must be an int >= 64"):
+        sc.ParticleMatching(num_particles=8)
+    with pytest.raises(ValueError, match="generative_sde"):
+        NoisingBridge(random_lq(2, seed=1).chain(5))
+    conditional = sc.ControlProblem(
+        sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), lambda x, y: -((x - y) ** 2).sum(1), condition=torch.randn(5, 1)
+    )
+    with pytest.raises(ValueError, match="fixed"):
+        sc.solve(conditional, sc.ParticleMatching(), iterations=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("observations", [2, 4])
+def test_the_modes_of_an_inverse_problem_are_found_and_learnt(observations):
+    """The mixture inverse problem: after 600 iterations the shares of the posterior's modes are within 0.2 in total variation, where losses on the
+    control's own paths stay above 0.5, and the gap is below 2 nats."""
+    problem = sc.mixture_inverse_problem(observations, 0)
+    exact = sc.exact_solution(problem)
+    method = sc.ParticleMatching(num_particles=2048)
+    solution = sc.solve(problem, method, time_steps=50, iterations=600, batch_size=64, seed=0)
+    posterior = exact.marginal(problem.horizon)
+    shares = posterior.responsibilities(solution.sample(2000, seed=1)).mean(0)
+    assert 0.5 * float((shares - posterior.weights).abs().sum()) < 0.2
+    assert float(exact.log_z) - solution.evaluate(4096, seed=1).elbo.value < 2.0
