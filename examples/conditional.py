@@ -37,7 +37,7 @@ def main(quick: bool = False) -> None:
 
     # y is drawn from its own law, and given to the reward and the control beside x
     problem = sc.ControlProblem(sc.generative_sde(prior, sc.VP()), reward=log_likelihood, condition=observed, alpha=1.0)
-    solution = sc.solve(problem, sc.SOCM(), time_steps=50, iterations=10 if quick else 600, seed=0)
+    solution = sc.solve(problem, sc.LogVariance(), time_steps=50, iterations=10 if quick else 400, seed=0)
     elbo = solution.evaluate(4096, seed=1).elbo
     evidence = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(WEIGHTS),
