@@ -212,6 +212,15 @@ def test_pilot_is_a_function_of_its_seed_and_counts_what_it_asks() -> None:
     assert one.pilot.roughness == pytest.approx(1.25, rel=0.1)
 
 
+def test_chains_that_do_not_arrive_do_not_widen_the_scale() -> None:
+    """A normal law on a far lower cone of negligible mass, on which chains from far out are lost: with them the scale is above 20."""
+
+    def density(x: Tensor) -> Tensor:
+        return torch.logaddexp(-0.5 * x.square().sum(1), -200 - 0.1 * x.norm(dim=1))
+
+    assert float(sc.gibbs_problem(density, 6).scale.max()) < 2.0
+
+
 def test_given_centre_is_kept() -> None:
     problem = sc.gibbs_problem(normal(3.0, 1.0), 2, centre=[2.0, 2.0])
     assert problem.centre.tolist() == [2.0, 2.0] and float(problem.scale) == pytest.approx(1.25 * 2**0.5, rel=0.15)

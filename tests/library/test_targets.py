@@ -100,6 +100,12 @@ def test_definitions_at_states_computed_by_hand() -> None:
     gmm9 = sc.named_target("gmm9")(torch.tensor([[1.0, -4.0]], dtype=DOUBLE))
     total = sum(math.exp(-((1 - a) ** 2 + (-4 - b) ** 2) / 0.6) for a in (-5, 0, 5) for b in (-5, 0, 5))
     assert float(gmm9) == pytest.approx(math.log(total / 9 / (2 * math.pi * 0.3)))
+    for name, sd in (("gmm40-2d", 1.3132617), ("gmm40-50d", 1.0)):  # at a mode that is 15 deviations from all others
+        target = sc.named_target(name)
+        assert target.modes is not None
+        alone = torch.cdist(target.modes, target.modes).fill_diagonal_(math.inf).amin(1).argmax()
+        want = -math.log(40) - target.dim * (0.5 * log_2pi + math.log(sd))
+        assert float(target(target.modes[alone][None])) == pytest.approx(want, abs=1e-4)
     x = [0.7 - 0.1 * i for i in range(10)]
     funnel = -(x[0] ** 2) / 18 - 0.5 * math.log(9) - 0.5 * log_2pi
     funnel += sum(-0.5 * v**2 * math.exp(-x[0]) - 0.5 * x[0] - 0.5 * log_2pi for v in x[1:])
