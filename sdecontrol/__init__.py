@@ -15,6 +15,7 @@ from .errors import (
     NonFiniteError,
     NotDifferentiable,
 )
+from .evaluation.certificates import Certificate, certify
 from .evaluation.estimates import Estimate
 from .evaluation.evaluate import Evaluation, log_weights
 from .evaluation.metrics import (
@@ -87,6 +88,7 @@ __all__ = [
     "BridgeMatching",
     "BrownianMotion",
     "Callback",
+    "Certificate",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Comparison",
@@ -128,6 +130,7 @@ __all__ = [
     "SolvedPaths",
     "TemperedSMC",
     "ValueGuidance",
+    "certify",
     "compare",
     "control_error",
     "diffusion_chain",

@@ -22,9 +22,11 @@ from ..methods import (
     CrossEntropy,
     LogVariance,
     Method,
+    ParticleMatching,
     PathIntegralGuidance,
     RewardBackprop,
     SoftPPO,
+    TemperedSMC,
     ValueGuidance,
 )
 from ..problems.problem import ControlProblem
@@ -146,8 +148,13 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             "(tutorial Section 7.2)." + part,
         ),
     ]
+    far = Suggestion(
+        ParticleMatching(),
+        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns from them: on mixture posteriors "
+        "with modes far apart it alone came near the exact law (docs/mixture.md).",
+    )
     if not problem.has_gradient:
-        return black_box
+        return [*black_box, far]
     first = [
         Suggestion(
             AdjointMatching(steps=steps),
@@ -173,6 +180,7 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             "behind all others here.",
         )
     )
+    first.insert(1 if _pretrained(problem) else len(first), far)
     return [*first, black_box[0]]
 
 
@@ -192,6 +200,12 @@ def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
                 "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each dearer.",
             )
         )
+    out.append(
+        Suggestion(
+            TemperedSMC(),
+            "nothing is trained; particles tempered from the reference to the target, for rewards so narrow that weights of untempered paths degenerate.",
+        )
+    )
     out.append(
         Suggestion(
             BestOfN(selection="softmax"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.generative import GenerativeSDE
-from ..processes.laws import Dirac, Gaussian
+from ..processes.laws import Dirac, Gaussian, factor
 from ..tensors import is_matrix_scale, symmetric
 from .chains import Chain, EulerChain, GenerativeExponentialChain
 
@@ -57,9 +57,12 @@ class ChainBridge:
             after.append((M @ A, M @ b + m, symmetric(M @ L @ L.mT @ M.mT + C)))
         after.reverse()
         rows: list[tuple[Tensor, ...]] = []
+        self._steps: list[tuple[Tensor, ...]] = []
         for k, (A, b, L) in enumerate(steps):
             M, m, C = after[k + 1]
             pull = L.mT @ M.mT @ torch.linalg.pinv(symmetric(after[k][2]), hermitian=True)
+            noise_root = factor(symmetric(torch.eye(L.shape[1], dtype=L.dtype, device=L.device) - pull @ M @ L))
+            self._steps.append(tuple(v.to(zero) for v in (A, b, L, noise_root)))
             first, shift, cov = before[k]
             to_end, end_shift, end_cov = after[k]
             gain = cov @ to_end.mT @ torch.linalg.pinv(symmetric(to_end @ cov @ to_end.mT + end_cov), hermitian=True)
@@ -92,6 +95,19 @@ class ChainBridge:
         """
         mean = start @ self._first.mT + end @ self._gain.mT + self._shift.unsqueeze(1)
         return mean + noise @ self._root.mT
+
+    def path_given_end(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
+        """Whole paths ``(K+1, batch, d)`` of the reference given both ends.
+
+        Args:
+            start, end: ``(batch, d)``. noise: standard normal, ``(K, batch, noise)``.
+        """
+        x, states = start, [start]
+        for k, (A, b, L, root) in enumerate(self._steps[:-1]):
+            xi = x @ self._back[k].mT + end @ self._pull[k].mT + self._push[k] + noise[k] @ root.mT
+            x = x @ A.mT + b + xi @ L.mT
+            states.append(x)
+        return torch.stack([*states, end])
 
     def noise_given_end(self, states: Tensor, end: Tensor) -> Tensor:
         """``E[xi_k | x_k, x_K]``, ``(K, batch, noise)``, at states ``(K, batch, d)`` for the end ``(batch, d)``."""

@@ -37,7 +37,7 @@ def black_box_with_cost(problem: sc.ControlProblem) -> sc.ControlProblem:
 def test_with_a_gradient_and_without() -> None:
     with_gradient, without = sc.recommend(random_lq(running=False)), sc.recommend(black_box(random_lq(running=False)))
     assert with_gradient[0].method == sc.AdjointMatching()
-    assert not any(m.needs_gradient for m in without.methods) and len(without) == 3
+    assert not any(m.needs_gradient for m in without.methods) and len(without) == 4
     assert "black box" in str(without) and "closed form" in str(with_gradient)
     assert all(s.reason for s in (*with_gradient, *without))
     assert "modes" in str(with_gradient) and "modes" in str(without)

@@ -1,0 +1,265 @@
+"""``certify``: a sampler held against the target from both sides, so that a collapse shows.
+
+Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z from below, ``E_{P^u} log w <= log Z`` (ELBO); those of paths of the target bound
+it from above, ``log Z <= E_{Q_fine} log w`` (EUBO; Ji & Shen 1907.00824, Blessing et al. 2406.07423). A sampler that sits on some of the modes has
+excellent weights of its own, a log Z^ that lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
+
+A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone; where there are no
+draws, tempered particles stand for them, and are named as such.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..problems.problem import ControlProblem
+from ..processes.laws import Dirac, Gaussian
+from ..randomness import derive_seed, fresh_seed, generator_for
+from ..simulation.bridges import ChainBridge
+from ..simulation.chains import Chain
+from ..simulation.shifts import shifts_along
+from ..tensors import event_sum, is_matrix_scale
+from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
+from .evaluate import log_weights
+from .particles import resample
+from .solution import Solution
+from .tempering import NoiseTarget, adapt, run_tempered
+
+__all__ = ["Certificate", "bridge_log_z", "certify"]
+
+_PARTICLES = 4096
+_FEW = 0.1  # forward ESS, relative to the reverse one, below which the sampler misses a part of the target
+_BEYOND = 4.0  # standard errors between two estimates of log Z
+_LEAST = 0.05  # nats between them that are worth an alarm
+_MISSED = 0.25  # of its share in the target, below which a mode counts as missed
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What :func:`certify` returns; prints as a table.
+
+    Attributes:
+        elbo, eubo: bounds of log Z from paths of the sampler and of the target.
+        log_z: by importance weights of the sampler's paths.
+        log_z_two_sided: by the bridge estimate from both (Meng & Wong 1996; the acceptance ratio method of Bennett 1976).
+        reverse_ess: ``E_P[w]^2 / E_P[w^2]`` from the sampler's paths; blind to what they never visit.
+        forward_ess: the same number, ``Z / E_{Q_fine}[w]``, from paths of the target.
+        coverage: share of each given mode among samples of the sampler, ``(modes,)``, or None.
+        alarms: what is wrong, in words; empty where nothing is.
+        source: whose paths the target's are: "exact samples" or "tempered particles".
+        n: paths of each side.
+    """
+
+    elbo: Estimate
+    eubo: Estimate
+    log_z: Estimate
+    log_z_two_sided: Estimate
+    reverse_ess: Estimate
+    forward_ess: Estimate
+    coverage: Tensor | None
+    alarms: tuple[str, ...]
+    source: str
+    n: int
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether an alarm was raised."""
+        return bool(self.alarms)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Estimate):
+                value = {"value": value.value, "stderr": value.stderr if math.isfinite(value.stderr) else None}
+            out[field.name] = value.tolist() if isinstance(value, Tensor) else value
+        return {**out, "alarms": list(self.alarms), "collapsed": self.collapsed}
+
+    def __str__(self) -> str:
+        rows = [
+            ("ELBO", self.elbo, "below log Z, from the sampler's paths"),
+            ("EUBO", self.eubo, f"above log Z, from {self.source}"),
+            ("log Z", self.log_z, "by importance weights"),
+            ("log Z", self.log_z_two_sided, "from both sides"),
+            ("reverse ESS", self.reverse_ess, "from the sampler's paths"),
+            ("forward ESS", self.forward_ess, f"from {self.source}"),
+        ]
+        width = max(len(str(r[1])) for r in rows)
+        lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
+        if self.coverage is not None:
+            hit = int((self.coverage > 0).sum())
+            lines.append(f"{'modes':<13} {f'{hit} of {len(self.coverage)}':<{width}}  visited")
+        return "\n".join(
+            [*lines, *(f"ALARM: {alarm}" for alarm in self.alarms)] if self.alarms else [*lines, "no alarm"]
+        )
+
+
+def bridge_log_z(reverse: Tensor, forward: Tensor) -> Estimate:
+    """log Z from log weights of both sides, by the optimal bridge estimate: the root c of ``sum_P s(log w - c + l) = sum_Q s(c - log w - l)``, s the
+    logistic function and l the logarithm of the ratio of their numbers.
+
+    Args:
+        reverse: ``(n,)`` of the sampler's paths; forward: ``(m,)`` of the target's, assumed independent.
+    """
+    a, b = reverse.double(), forward.double()
+    offset = math.log(len(b) / len(a))
+    low = float(torch.minimum(a.min(), b.min())) - 1 - abs(offset)
+    high = float(torch.maximum(a.max(), b.max())) + 1 + abs(offset)
+
+    def balance(c: float) -> float:
+        return float(torch.sigmoid(a + offset - c).sum() - torch.sigmoid(c - b - offset).sum())
+
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if balance(middle) > 0 else (low, middle)
+    c = 0.5 * (low + high)
+    up, down = torch.sigmoid(a + offset - c), torch.sigmoid(c - b - offset)
+    mean = lambda v: float(v.mean())  # noqa: E731
+    relative = lambda v: float(v.var()) / (len(v) * max(mean(v), 1e-300) ** 2)  # noqa: E731
+    return Estimate(c, math.sqrt(relative(up) + relative(down)))
+
+
+def certify(
+    solution: Solution,
+    samples: Tensor | None = None,
+    *,
+    modes: Tensor | None = None,
+    n: int = 4096,
+    seed: int | None = None,
+) -> Certificate:
+    """Bounds of log Z from both sides, both effective sample sizes, and an alarm where they say that a part of the target is missed.
+
+    Args:
+        samples: independent draws of the target, ``(m, *event)``, where there are any (linear references without running cost: Gibbs
+            problems among them). None: tempered particles stand for them, whose own errors are then part of all that is said.
+        modes: ``(modes, *event)``; the share of samples nearest to each is reported, and one that is visited far too rarely raises the alarm.
+        n: paths of the sampler, and particles.
+
+    Raises:
+        ValueError: samples of another shape, or a problem for which neither samples nor particles can be used.
+    """
+    problem, seed = solution.problem, fresh_seed(seed)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 64:
+        raise ValueError(f"n must be an int >= 64, got {n!r}.")
+    if problem.condition is not None:
+        raise ValueError("condition: certify one target at a time; make a problem with the condition fixed.")
+    paths = solution.simulate(n, seed, keep="end")
+    with torch.no_grad(), problem.evaluating():
+        reverse, ends = log_weights(problem, paths).double(), paths.samples
+        if samples is not None:
+            forward, source = _of_samples(solution, samples, derive_seed(seed, 1)), "exact samples"
+            truth = samples
+        else:
+            forward, truth = _of_particles(solution, n, derive_seed(seed, 2))
+            source = "tempered particles"
+    if not bool(torch.isfinite(forward).all()):
+        raise NonFiniteError(
+            "the target's paths have weights that are not finite: are samples where the log density is finite?",
+            what="weights",
+        )
+    log_z, both = log_mean_weight(reverse), bridge_log_z(reverse, forward)
+    reverse_ess = effective_sample_size(reverse)
+    level = log_mean_weight(forward)
+    forward_ess = math.exp(min(0.0, both.value - level.value))
+    found = Certificate(
+        elbo=mean_estimate(reverse),
+        eubo=mean_estimate(forward),
+        log_z=log_z,
+        log_z_two_sided=both,
+        reverse_ess=Estimate(reverse_ess),
+        forward_ess=Estimate(forward_ess, forward_ess * math.hypot(level.stderr, both.stderr)),
+        coverage=None if modes is None else _shares(ends, modes),
+        alarms=(),
+        source=source,
+        n=n,
+    )
+    alarms = _alarms(found, None if modes is None else _shares(truth, modes))
+    return Certificate(**{**{f.name: getattr(found, f.name) for f in fields(found)}, "alarms": alarms})
+
+
+def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
+    out = []
+    lacking = found.log_z_two_sided - found.log_z
+    if lacking.value > max(_LEAST, _BEYOND * lacking.stderr):
+        out.append(
+            f"the sampler's own log Z is {lacking.value:.3g} below the one from both sides: it misses about {1 - math.exp(-lacking.value):.0%} of the "
+            "target, whatever its reverse ESS says."
+        )
+    if found.forward_ess.value < _FEW * found.reverse_ess.value:
+        out.append(
+            f"forward ESS {found.forward_ess.value:.2g} against reverse ESS {found.reverse_ess.value:.2g}: paths of {found.source} have weights "
+            "that the sampler's never show."
+        )
+    if found.coverage is not None and expected is not None:
+        missed = found.coverage < _MISSED * expected - 4 * (expected / found.n).sqrt()
+        if bool(missed.any()):
+            out.append(
+                f"{int(missed.sum())} of {len(missed)} modes are (nearly) missed, with {float(expected[missed].sum()):.0%} of the target."
+            )
+    return tuple(out)
+
+
+def _shares(x: Tensor, modes: Tensor) -> Tensor:
+    nearest = torch.cdist(x.flatten(1).to(modes), modes.flatten(1)).argmin(1)
+    return torch.bincount(nearest, minlength=len(modes)).double() / len(x)
+
+
+def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
+    """Log weights of paths of the target that end in these draws."""
+    problem, chain = solution.problem, solution.chain
+    if samples.ndim < 2 or samples.shape[1:] != problem.event_shape or len(samples) < 64:
+        raise ValueError(
+            f"samples must be at least 64 draws of the target, (m, {', '.join(map(str, problem.event_shape))}); got {tuple(samples.shape)}."
+        )
+    initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
+    if problem.running_cost_function is not None or not isinstance(initial, (Dirac, Gaussian)):
+        raise ValueError(
+            "samples: paths to given ends need a Gaussian or point start and no running cost; leave samples out."
+        )
+    bridge, end = ChainBridge(chain), samples.to(chain.times)
+    generator = generator_for(end.device, seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
+    start = bridge.start_given_end(initial, end, draw(*end.shape))
+    states = bridge.path_given_end(start, end, draw(chain.steps, len(end), *chain.noise_shape))
+    return _log_weights_along(problem, chain, solution.control, states)
+
+
+def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, states: Tensor) -> Tensor:
+    """``log w`` of stored whole paths, ``(batch,)``: the draws that made them under the reference, and the control's shifts."""
+    draws = []
+    for k in range(chain.steps):
+        mean, scale = chain.kernel(k, states[k])
+        rest = states[k + 1] - mean
+        if is_matrix_scale(scale, chain.event_ndim):
+            draws.append(
+                torch.linalg.lstsq(scale.expand(len(rest), *scale.shape[1:]), rest.unsqueeze(2)).solution[..., 0]
+            )
+        else:
+            draws.append(rest / scale)
+    chain.forget()
+    c = shifts_along(chain, control, states[:-1], None)
+    ratio = event_sum(c * (torch.stack(draws) - 0.5 * c), len(chain.noise_shape)).sum(0)
+    return (problem.reward(chain.decode(states[-1], None)) / problem.alpha - ratio).double()
+
+
+def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded ends."""
+    problem, chain = solution.problem, solution.chain
+    target = NoiseTarget(problem, chain, None)
+    target.smooth = False
+    ladder, _ = adapt(target, _PARTICLES, seed)
+    systems = max(1, -(-n // _PARTICLES))
+    found = run_tempered(target, ladder, systems, _PARTICLES, derive_seed(seed, 1))
+    log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
+    generator = generator_for(chain.times.device, seed, 2)
+    rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
+    paths = target.paths(found.z.flatten(0, 1)[rows], found.origin.flatten(0, 1)[rows])
+    total = (problem.reward(paths.samples) - paths.running_cost) / problem.alpha
+    return (total - paths.log_ratio(solution.control)).double(), paths.samples
