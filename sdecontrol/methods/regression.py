@@ -28,6 +28,7 @@ class RegressionState(ControlState):
         super().__init__(control)
         self.residuals: Tensor
         self.register_buffer("residuals", chain.times.new_zeros(chain.steps))
+        self.least_squares = bool(control.linear_parts())
 
     def step_weights(self) -> Tensor:
         """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares has them.
@@ -91,6 +92,9 @@ def regress(
     """
     squares = 0.5 * event_sum((shifts - targets) ** 2, len(chain.noise_shape))
     means = (squares if weights is None else squares * weights).mean(1)
+    if not state.least_squares and not bool(state.residuals.any()):
+        # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative to it
+        state.observe(means.detach())
     by_step = state.step_weights() * means
     total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (chain.steps / len(steps))
     (total / run.accumulate).backward()

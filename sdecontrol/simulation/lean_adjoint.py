@@ -55,27 +55,45 @@ class StepJacobians:
             with torch.no_grad():
                 self.scales = [chain.kernel(self.first + j, x, paths.condition)[1] for j, x in enumerate(states)]
             return
+        dense = len(chain.event_shape) == 1 and chain.event_shape[0] <= _MOST_DENSE
         with torch.enable_grad():
-            self.leaves: Any = states.detach().requires_grad_(True)
-            means, self.scales = chain.kernels(self.leaves, paths.condition, self.first)
-            self.moving = any(scale.requires_grad for scale in self.scales)
-            if self.moving:
-                push = [apply_scale(s, paths.shifts[j].detach(), self.ndim) for j, s in enumerate(self.scales)]
-                kick = [apply_scale(s, paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
-                means = means + torch.stack(push)
-                self.outputs = (means, means + torch.stack(kick))
+            if dense:
+                self._take_matrices(states.detach().requires_grad_(True))
             else:
-                self.outputs = (means, means)
-        if len(chain.event_shape) == 1 and chain.event_shape[0] <= _MOST_DENSE:
-            self.mean = self._matrices(self.outputs[0])
-            self.random = self._matrices(self.outputs[1]) if self.moving else self.mean
-            self.scales = [scale.detach() for scale in self.scales]
-            del self.outputs, self.leaves
+                self._keep_graphs(states)
+        self.scales = [scale.detach() for scale in self.scales]
         chain.forget()
 
-    def _matrices(self, outputs: Tensor) -> Tensor:
+    def _take_matrices(self, leaves: Tensor) -> None:
+        means, self.scales = self.chain.kernels(leaves, self.paths.condition, self.first)
+        self.moving = any(scale.requires_grad for scale in self.scales)
+        shifted = [self._shifted(j, mean) for j, mean in enumerate(means)] if self.moving else []
+        mean = torch.stack([m for m, _ in shifted]) if self.moving else means
+        self.mean = self.random = self._matrices(mean, leaves)
+        if self.moving:
+            self.random = self._matrices(torch.stack([r for _, r in shifted]), leaves)
+
+    def _keep_graphs(self, states: Tensor) -> None:
+        """One graph a step, each of its own leaf: a product with one of them must not run through the others."""
+        self.leaves = [x.detach().requires_grad_(True) for x in states.unbind(0)]
+        self.scales, means = [], []
+        for j, x in enumerate(self.leaves):
+            mean, scale = self.chain.kernel(self.first + j, x, self.paths.condition)
+            means.append(mean)
+            self.scales.append(scale)
+        self.moving = any(scale.requires_grad for scale in self.scales)
+        pairs = [self._shifted(j, mean) if self.moving else (mean, mean) for j, mean in enumerate(means)]
+        self.outputs = tuple(m for m, _ in pairs), tuple(r for _, r in pairs)
+
+    def _shifted(self, j: int, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """``mean_j + scale_j c_j``, and that with the noise, ``x_{j+1}``."""
+        mean = mean + apply_scale(self.scales[j], self.paths.shifts[j].detach(), self.ndim)
+        return mean, mean + apply_scale(self.scales[j], self.paths.noises[j], self.ndim)
+
+    @staticmethod
+    def _matrices(outputs: Tensor, leaves: Tensor) -> Tensor:
         rows = [
-            torch.autograd.grad(outputs[..., i].sum(), self.leaves, retain_graph=True)[0]
+            torch.autograd.grad(outputs[..., i].sum(), leaves, retain_graph=True)[0]
             for i in range(outputs.shape[-1])
         ]
         return torch.stack(rows, 2)  # (K, batch, d, d): d out_i / d x_j
@@ -102,14 +120,14 @@ class StepJacobians:
             pairs = [(random, a if z is None else a - z)]
         else:
             pairs = [(random, a), (mean, -z)]
-        out = torch.autograd.grad([p[0][j] for p in pairs], self.leaves, [p[1] for p in pairs], retain_graph=True)[0]
-        return out[j]
+        outputs, sides = [p[0][j] for p in pairs], [p[1] for p in pairs]
+        return torch.autograd.grad(outputs, self.leaves[j], sides, retain_graph=True)[0]
 
     def mean_products(self, v: Tensor) -> Tensor:
         """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once, v ``(K, batch, *event)``."""
         if self.mean is not None:
             return v @ self.mean.squeeze(1) if self.mean.shape[1] == 1 else (v.unsqueeze(2) @ self.mean).squeeze(2)
-        return torch.autograd.grad(self.outputs[0], self.leaves, v, retain_graph=True)[0]
+        return torch.stack(torch.autograd.grad(self.outputs[0], self.leaves, list(v.unbind(0)), retain_graph=True))
 
     def fitted_moves(self) -> Tensor | None:
         """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
