@@ -188,8 +188,9 @@ def test_pilot_covers_targets_of_many_widths() -> None:
     assert 1.7 < float(wells[::2].min()) <= float(wells[::2].max()) < 2.6  # both wells of each
     assert 1.0 < float(wells[1::2].min()) <= float(wells[1::2].max()) < 3.0
     means = forty(50)
-    problem = sc.gibbs_problem(mixture(means, 1.0), 50)
-    assert float((((means - problem.centre) / problem.scale).square().mean(1)).max()) < 4  # no mode is far out
+    for seed in range(3):
+        problem = sc.gibbs_problem(mixture(means, 1.0), 50, seed=seed)
+        assert float((((means - problem.centre) / problem.scale).square().mean(1)).max()) < 4.5  # no mode is far out
 
 
 def test_pilot_is_a_function_of_its_seed_and_counts_what_it_asks() -> None:

@@ -8,9 +8,10 @@
    overshoots, however steep the target, and its steps grow geometrically while a chain is far out, so that scales from
    1e-3 to 1e3 and means far away are found in the same number of steps. The chains start overdispersed and are not run
    to convergence: what bias they have is towards a wide scale.
-3. *Spread.* Standard deviation of the chains' second half, without those whose log density is far below the others' (not arrived), each coordinate winsorised at eight half-widths of its central 68 per cent
-   (tails without a variance), times 1.25. One number where the coordinates agree within a factor 1.5, else one for each.
-   Coordinates of the centre that differ from the first guess by less than a quarter of the scale keep it (symmetry).
+3. *Spread.* Standard deviation of the chains' second half, times 1.25: without the chains whose log density is far below the others' (not
+   arrived), and each coordinate winsorised at eight half-widths of its central 68 per cent or the width of its central 96 (tails
+   without a variance). One number where the coordinates agree within a factor 1.5, else one for each.
+   Coordinates of the centre that differ from the first guess by less than a quarter of the spread keep it (symmetry).
 4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density is constant
    along a direction, as energies of particles under translation, no score has a part in it) and some random lines: a proper density
    is integrable along almost every line, so along none does it fall slower than 1/distance at all four.
@@ -220,8 +221,9 @@ def _chains(
 def _spread(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor, Tensor]:
     """Centre ``(d,)`` and scale (0-d or ``(d,)``) of the chains' states ``(n, d)``."""
     x = states.double()
-    low, middle, high = torch.quantile(x, torch.tensor([0.16, 0.5, 0.84], dtype=x.dtype, device=x.device), dim=0)
-    reach = _TAIL * 0.5 * (high - low)
+    levels = torch.tensor([0.02, 0.16, 0.5, 0.84, 0.98], dtype=x.dtype, device=x.device)
+    lowest, low, middle, high, highest = torch.quantile(x, levels, dim=0)
+    reach = torch.maximum(_TAIL * 0.5 * (high - low), highest - lowest)  # modes that few chains found are no tail
     reach = torch.where(reach > 0, reach, x.std(0))
     x = torch.minimum(torch.maximum(x, middle - reach), middle + reach)
     centre = guess.double()
