@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
@@ -101,6 +103,22 @@ def _reward_gradient(problem: ControlProblem) -> Any:
     return finite_gradient
 
 
+def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float], float]]:
+    """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades before the end.
+
+    Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's curvature becomes
+    ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the region where the density is a number.
+    """
+    scale, rough = problem.scale, problem.roughness
+    bound = 5 * rough * problem.dim**0.5
+
+    def bounded(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        z = scale * gradient(x, y, create_graph)
+        return z / (1 + z.norm(dim=1, keepdim=True) / bound) / scale
+
+    return bounded, lambda t: 1 / (1 + max(0.0, float(problem.reference.left(t))) * rough**2)
+
+
 def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma constant."""
     reward, sde = problem.reward_function, problem.reference
@@ -156,12 +174,17 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
                 data_spread = ends.std(0)
                 floor = 1e-3 * float(data_spread.max()) + 1e-12
                 options.update(data_centre=ends.mean(0), data_spread=data_spread.clamp(min=floor))
+    pull: Any = _reward_gradient(problem) if gated else None
+    fade = None
+    if gated and isinstance(problem, GibbsProblem):
+        pull, fade = _damped(problem, pull)
     network = DefaultControl(
         problem.event_shape,
         problem.control_shape,
         0.0,
         problem.horizon,
-        reward_gradient=_reward_gradient(problem) if gated else None,
+        reward_gradient=pull,
+        fade=fade,
         sde=sde if gated and isinstance(sde, SDE) else None,
         affine_pull=_affine_pull(problem) if gated else None,
         nonlinear=not _linear_quadratic(problem),

@@ -68,7 +68,8 @@ class DefaultControl(Control):
 
     Args:
         reward_gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape, or None for no gate.
-        sde: whose diffusion the gate uses.
+        sde: whose diffusion the gate uses. fade: a function of time by which the gate is multiplied, 1 at the end: of a reward much rougher than its
+            value is before it.
         centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
         condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
         hidden: widths of the hidden layers.
@@ -90,6 +91,7 @@ class DefaultControl(Control):
         hidden: Sequence[int] | None = None,
         reward_gradient: Callable[[Tensor, Any, bool], Tensor] | None = None,
         sde: SDE | None = None,
+        fade: Callable[[float], float] | None = None,
         centre: Tensor | None = None,
         spread: Tensor | None = None,
         condition_size: int = 0,
@@ -104,7 +106,7 @@ class DefaultControl(Control):
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
         n, m = self.event_shape.numel(), self.control_shape.numel()
         self.hidden = tuple(hidden) if hidden is not None else ((64, 64) if n <= 32 else (128, 128))
-        self.reward_gradient, self.sde = reward_gradient, sde
+        self.reward_gradient, self.sde, self.fade = reward_gradient, sde, fade
         self.condition_size, self.classes = condition_size, classes
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
         self.centre: Tensor
@@ -209,6 +211,15 @@ class DefaultControl(Control):
         gradient = self.reward_gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
         return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
 
+    def _gate_scales(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """``sigma(x, t_k)`` of the gate at given times, faded."""
+        assert self.sde is not None
+        diffusion = self.sde.diffusion_on_grid(times)
+        if self.fade is None:
+            return diffusion
+        factors = [self.fade(t) for t in times.tolist()]
+        return lambda k, x: diffusion(k, x) * factors[k]
+
     @property
     def _looks_at_reward(self) -> bool:
         """Whether the gate asks for the reward's gradient at every step."""
@@ -245,7 +256,7 @@ class DefaultControl(Control):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:
-            sigma = self.sde.diffusion(x, t) if self._looks_at_reward and self.sde is not None else None
+            sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
             x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
             return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
         times, where = torch.unique(t, return_inverse=True)
@@ -261,8 +272,7 @@ class DefaultControl(Control):
         tables = self.tables(chain) if tables is None or len(tables) == 0 else tables
         # one unbind: indexing step by step would cost K^2 in backward
         rows = [p.unbind(0) if isinstance(p, Tensor) else p for p in tables]
-        sde = self.sde if self._looks_at_reward else None
-        diffusion = sde.diffusion_on_grid(chain.times) if sde is not None else None
+        diffusion = self._gate_scales(chain.times) if self._looks_at_reward else None
         denoise = self.denoiser.denoiser_on_grid(chain.times) if self.denoiser is not None else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
@@ -294,12 +304,12 @@ class DefaultControl(Control):
 
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
-        assert self.reward_gradient is not None and self.sde is not None
+        assert self.reward_gradient is not None
         count = states.shape[0]
         many = None if y is None else y.repeat(count, *(1 for _ in y.shape[1:]))
         gradient = self.reward_gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
         gradient = gradient.unflatten(0, states.shape[:2])
-        diffusion = self.sde.diffusion_on_grid(chain.times)
+        diffusion = self._gate_scales(chain.times)
         ndim = len(self.event_shape)
         return torch.stack(
             [

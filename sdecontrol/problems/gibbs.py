@@ -29,6 +29,7 @@ Annealed Langevin with a learned correction (CMCD, 2307.01050) has no reference 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,20 @@ class GibbsProblem(ControlProblem):
 
     def _probe_reward(self, x: Tensor, y: Any) -> bool:
         return self.density.differentiable  # probed when it was made, at states of its own scale
+
+    @functools.cached_property
+    def roughness(self) -> float:
+        """Size of an entry of the target's score in units of 1/scale: the pilot's root mean square at the target, or where the scale was
+        given the median over the reference's end."""
+        if self.pilot is not None and math.isfinite(self.pilot.roughness):
+            return max(1.0, self.pilot.roughness)
+        x = draw(self.terminal_law, _CHECKED, 0)
+        with torch.enable_grad(), self.evaluating():
+            leaf = x.clone().requires_grad_(True)
+            value = self.density(leaf, self.draw_condition(_CHECKED, 0))
+            slope = torch.autograd.grad(torch.where(value > -math.inf, value, 0.0).sum(), leaf)[0]
+        sizes = (self.scale * slope).norm(dim=1).nan_to_num(0.0, 0.0, 0.0)
+        return max(1.0, float(sizes.median()) / self.dim**0.5)
 
     def modules(self) -> list[nn.Module]:
         return [*super().modules(), *self.density.modules()]
