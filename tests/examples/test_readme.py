@@ -34,8 +34,8 @@ def test_python_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = sc.solve
 
     @functools.wraps(solve)
-    def short(*args, **kwargs):
-        return solve(*args, **{**kwargs, "iterations": 1})
+    def short(problem, method, **kwargs):
+        return solve(problem, method, **{**kwargs, **({"iterations": 1} if method.default_iterations else {})})
 
     monkeypatch.setattr(sc, "solve", short)
     names = {"model": Model(), "my_reward": lambda x: -x.square().flatten(1).sum(1), "torch": torch, "sc": sc}
