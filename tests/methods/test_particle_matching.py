@@ -134,7 +134,7 @@ def test_bad_input():
 @pytest.mark.parametrize("observations", [2, 4])
 def test_the_modes_of_an_inverse_problem_are_found_and_learnt(observations):
     """The mixture inverse problem: after 600 iterations the shares of the posterior's modes are within 0.2 in total variation, where losses on the
-    control's own paths stay above 0.5, and the gap is below 2 nats."""
+    control's own paths stay above 0.4, and 95 % of the reference's gap are gone (what is left lies within the modes)."""
     problem = sc.mixture_inverse_problem(observations, 0)
     exact = sc.exact_solution(problem)
     method = sc.ParticleMatching(num_particles=2048)
@@ -142,4 +142,6 @@ def test_the_modes_of_an_inverse_problem_are_found_and_learnt(observations):
     posterior = exact.marginal(problem.horizon)
     shares = posterior.responsibilities(solution.sample(2000, seed=1)).mean(0)
     assert 0.5 * float((shares - posterior.weights).abs().sum()) < 0.2
-    assert float(exact.log_z) - solution.evaluate(4096, seed=1).elbo.value < 2.0
+    untuned = sc.solve(problem, sc.BestOfN(n=1), time_steps=50, seed=0)
+    gaps = [float(exact.log_z) - s.evaluate(4096, seed=1).elbo.value for s in (solution, untuned)]
+    assert gaps[0] < 0.05 * gaps[1], gaps
