@@ -150,8 +150,8 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     ]
     far = Suggestion(
         ParticleMatching(),
-        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns from them: on mixture posteriors "
-        "with modes far apart it alone came near the exact law (docs/mixture.md).",
+        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns from them: on three mixture "
+        "posteriors with modes far apart it kept the modes' shares within 8 % in total variation, given 600 CPU-seconds (docs/mixture.md).",
     )
     if not problem.has_gradient:
         return [*black_box, far]
