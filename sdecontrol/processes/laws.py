@@ -7,6 +7,7 @@ time 0 of a fixed start).
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributions import Distribution
 from ..randomness import BLOCK, derive_seed, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 
-__all__ = ["Dirac", "Gaussian", "GaussianMixture", "draw", "factor"]
+__all__ = ["Dirac", "Gaussian", "GaussianMixture", "ProductMixture", "draw", "factor"]
 
 _LOG_2PI = 1.8378770664093453
 
@@ -316,6 +317,76 @@ class GaussianMixture(Distribution):
         return self._shape(index, torch.randn((rows, *self.event_shape), **options))
 
 
+class ProductMixture(Distribution):
+    """Independent coordinates, each of a mixture of Gaussians in one dimension: ``prod_j sum_i weights_ji N(x_j; means_ji, variances_ji)``.
+
+    Args:
+        weights: ``(d, k)``, > 0; normalised here over k. means, variances: ``(d, k)``.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, weights: Tensor, means: Tensor, variances: Tensor) -> None:
+        means = check_tensor("ProductMixture(means)", means, shape=("d", "k"))
+        weights = check_tensor("ProductMixture(weights)", weights, shape=tuple(means.shape))
+        variances = check_tensor("ProductMixture(variances)", variances, shape=tuple(means.shape))
+        if bool((weights <= 0).any()) or bool((variances <= 0).any()):
+            raise ValueError("ProductMixture: weights and variances must all be > 0.")
+        self.means, self.variances = means, variances
+        self.log_weights = (weights / weights.sum(1, keepdim=True)).log()
+        super().__init__(event_shape=means.shape[:1], validate_args=False)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.weights * self.means).sum(1)
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.weights * (self.variances + self.means**2)).sum(1) - self.mean**2
+
+    def __repr__(self) -> str:
+        return f"ProductMixture(d={self.means.shape[0]}, {self.means.shape[1]} components in each coordinate)"
+
+    def noised(self, mu: Tensor | float, std: Tensor | float) -> ProductMixture:
+        """The law of ``mu X + std eps``."""
+        law = copy.copy(self)
+        law.means, law.variances = mu * self.means, mu**2 * self.variances + std**2
+        return law
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Joint log densities of each coordinate and its component, and differences from the means, ``(..., d, k)``."""
+        difference = x.unsqueeze(-1) - self.means
+        square = difference**2 / self.variances + self.variances.log() + _LOG_2PI
+        return self.log_weights - 0.5 * square, difference
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._terms(value)[0].logsumexp(-1).sum(-1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """``grad log p(x)``, of the shape of x."""
+        joint, difference = self._terms(x)
+        return -(joint.softmax(-1) * difference / self.variances).sum(-1)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape)
+        generator = torch.default_generator if self.means.device.type == "cpu" else None
+        return self._drawn(max(1, shape.numel()), generator).reshape(shape + self.event_shape)
+
+    def _drawn(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        options: dict[str, Any] = {"dtype": self.means.dtype, "device": self.means.device, "generator": generator}
+        edges, d = self.weights.cumsum(1), self.means.shape[0]
+        index = torch.searchsorted(edges, torch.rand((d, rows), **options)).clamp(max=edges.shape[1] - 1)
+        z = torch.randn((d, rows), **options)
+        return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT
+
+    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
+        return self._drawn(rows, generator).contiguous()
+
+
 def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -> Tensor:
     """``n`` seeded draws from a law, ``(n, *event)``: block by block, so that row i does not depend on n.
 
@@ -327,7 +398,7 @@ def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -
     parts = []
     for block in range(first_block, first_block + -(-n // BLOCK)):
         where = derive_seed(seed, 1_000_003 + place, block)
-        if isinstance(law, (Gaussian, GaussianMixture)):
+        if isinstance(law, (Gaussian, GaussianMixture, ProductMixture)):
             parts.append(law._draw_block(BLOCK, generator_for(_device_of(law), where)))
         elif isinstance(law, Tensor):
             generator = generator_for(law.device, where)

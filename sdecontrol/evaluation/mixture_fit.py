@@ -1,0 +1,226 @@
+"""``fit_mixture``: a mixture of Gaussians fitted to (weighted) samples, its kind and size chosen on samples held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..processes.laws import GaussianMixture, ProductMixture
+from ..randomness import derive_seed, generator_for
+from .particles import resample
+
+__all__ = ["fit_mixture"]
+
+_FULL = 64  # largest dimension with whole covariances
+_HELD_OUT = 0.25
+_CHOOSING = (4096, 16384, 100_000)  # samples that choose: at least, at most, and numbers in all of them
+_PASSES, _ENOUGH = 60, 1e-3  # of expectation and maximisation at most; nats per sample that are worth another
+_NARROW = 1e-3  # least standard deviation of a component, relative to the samples' in that direction
+_BETTER = 0.01  # nats per held-out sample that a larger mixture must gain
+_ROWS = 2048  # samples whose responsibilities are held at once
+_COORDINATE_SIZES = (1, 2, 4, 8)
+
+#: products of coordinates; joint with diagonal covariances; joint with whole ones, from means spread out and from means at random samples
+KINDS = ("product", "diagonal", "spread", "random")
+
+
+def fit_mixture(
+    x: Tensor, log_weights: Tensor | None = None, *, seed: int, most: int = 64
+) -> GaussianMixture | ProductMixture:
+    """The mixture of Gaussians that says most of samples held out, by expectation and maximisation.
+
+    Candidates are joint mixtures of 1, 2, 4, ..., ``most`` components, from two kinds of start (means spread over the samples by k-means++,
+    Arthur & Vassilvitskii 2007, which finds separate modes; means at random samples, which finds scales within one) with whole covariances, shrunk
+    towards their diagonals by dimension/(samples of the component), or with diagonal ones (only these above 64 dimensions); and products of
+    mixtures of the single coordinates, which have few parameters where a joint mixture would need a component for every combination of modes.
+    Three quarters of (some thousands of) the samples choose by the likelihood of the last quarter; the chosen kind and size is then fitted to all.
+
+    Args:
+        x: ``(n, d)``. log_weights: ``(n,)``, of any sum; None: all equal.
+        most: components of a joint mixture at most.
+
+    Returns:
+        A law in x's dtype and on its device; components that lost their samples are left out.
+
+    Raises:
+        ValueError: fewer than 16 samples, or samples that are not finite.
+    """
+    if x.ndim != 2 or len(x) < 16 or not bool(torch.isfinite(x).all()):
+        raise ValueError(f"x must be at least 16 finite samples (n, d); got {tuple(x.shape)}.")
+    v = x.double()
+    if log_weights is not None:
+        shares = log_weights.double().unsqueeze(0).log_softmax(1)
+        v = v[resample(shares, len(v), "systematic", generator_for(x.device, seed, 5))[0]]
+    mean, scale = v.mean(0), v.std(0).clamp(min=1e-12)
+    z = (v - mean) / scale
+    order = torch.randperm(len(z), generator=generator_for(x.device, seed, 6), device=x.device)
+    least, highest, numbers = _CHOOSING
+    order = order[: min(highest, max(least, numbers // z.shape[1]))]
+    cut = max(8, round(_HELD_OUT * len(order)))
+    held, kept = z[order[:cut]], z[order[cut:]]
+    best, found = -math.inf, None
+    for kind in KINDS if z.shape[1] <= _FULL else KINDS[:2]:
+        score, fit = _best_size(kind, kept, held, most, seed)
+        if found is None or score > best + _BETTER:
+            best, found = score, fit
+    assert found is not None
+    found.improve(z)
+    like = {"dtype": x.dtype, "device": x.device}
+    if isinstance(found, _Coordinates):
+        middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
+        parts = (found.weights.clamp(min=1e-12), middle + width * found.means, width**2 * found.var)
+        return ProductMixture(*(part.to(**like) for part in parts))
+    width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
+    return GaussianMixture(
+        found.weights.to(**like), (mean + scale * found.means).to(**like), (found.cov * width).to(**like)
+    )
+
+
+def _best_size(kind: str, kept: Tensor, held: Tensor, most: int, seed: int) -> tuple[float, _Joint | _Coordinates]:
+    """The best log-likelihood of held-out samples among the sizes of a kind, and its fit; larger ones are not tried after two that gain nothing."""
+    best, chosen, poor = -math.inf, None, 0
+    for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
+        if poor == 2:
+            break
+        fit = _fit(kind, size, kept, seed)
+        score = float(fit.log_prob(held).mean())
+        if chosen is None or score > best + _BETTER:
+            best, chosen, poor = score, fit, 0
+        else:
+            poor += 1
+    assert chosen is not None
+    return best, chosen
+
+
+def _sizes(most: int) -> Iterator[int]:
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield max(1, most)
+
+
+def _fit(kind: str, size: int, z: Tensor, seed: int) -> _Joint | _Coordinates:
+    if kind == "product":
+        return _Coordinates(z, size)
+    generator = generator_for(z.device, derive_seed(seed, size, KINDS.index(kind)))
+    if kind == "random":
+        means = z[torch.randperm(len(z), generator=generator, device=z.device)[:size]]
+    else:
+        means = _spread(z, size, generator)
+    return _Joint(z, means, full=kind != "diagonal")
+
+
+class _Fit:
+    """Expectation and maximisation; ``_joint`` gives ``log weight_i + log N`` with components in the last dimension."""
+
+    def _joint(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _maximise(self, z: Tensor, share: Tensor) -> None:
+        raise NotImplementedError
+
+    def improve(self, z: Tensor) -> None:
+        before = -math.inf
+        for _ in range(_PASSES):
+            joint = self._joint(z)
+            level = joint.logsumexp(-1, keepdim=True)
+            self._maximise(z, (joint - level).exp())
+            now = float(level.sum()) / len(z)
+            if now - before < _ENOUGH:
+                break
+            before = now
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """``(n,)``."""
+        level = self._joint(z).logsumexp(-1)
+        return level if level.ndim == 1 else level.sum(1)
+
+
+class _Joint(_Fit):
+    """A joint mixture, for samples of mean 0 and variance 1 in every coordinate; starts with each sample at its nearest mean."""
+
+    def __init__(self, z: Tensor, means: Tensor, full: bool) -> None:
+        self.full = full
+        nearest = torch.cdist(z, means).argmin(1)
+        self._maximise(z, torch.nn.functional.one_hot(nearest, len(means)).double())
+        self.improve(z)
+
+    def _joint(self, z: Tensor) -> Tensor:
+        """``log weight_i + log N(z; i)``, ``(n, k)``."""
+        (k, d), out = self.means.shape, []
+        if not self.full:
+            precision = 1 / self.cov
+            half = 0.5 * (self.cov.log() + self.means.square() * precision).sum(1)
+            level = self.weights.log() - half - 0.5 * d * math.log(2 * math.pi)
+            return level - 0.5 * z.square() @ precision.mT + z @ (self.means * precision).mT
+        # all components whiten a sample by one product of matrices
+        eye = torch.eye(d, dtype=z.dtype, device=z.device).expand(k, d, d)
+        inverse = torch.linalg.solve_triangular(self.root, eye, upper=False)
+        white = inverse.flatten(0, 1).mT
+        offset = (inverse @ self.means.unsqueeze(2)).flatten()
+        half = self.root.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * d * math.log(2 * math.pi)
+        for part in z.split(_ROWS):
+            square = (part @ white - offset).square().unflatten(1, (k, d)).sum(2)
+            out.append(self.weights.log() - half - 0.5 * square)
+        return torch.cat(out)
+
+    def _maximise(self, z: Tensor, share: Tensor) -> None:
+        d = z.shape[1]
+        share = share[:, share.sum(0) > min(4.0, 0.25 * len(z))]
+        count = share.sum(0)
+        self.weights = count / count.sum()
+        self.means = share.mT @ z / count.unsqueeze(1)
+        if not self.full:
+            second = share.mT @ z.square() / count.unsqueeze(1)
+            self.cov = (second - self.means.square()).clamp(min=0.0) + _NARROW**2
+            return
+        # one component at a time: (n, k, d, d) would not fit
+        centred = (z - m for m in self.means)
+        cov = torch.stack([(w.unsqueeze(1) * v).mT @ v / c for w, v, c in zip(share.mT, centred, count)])
+        diagonal = torch.diag_embed(cov.diagonal(dim1=1, dim2=2))
+        shrink = (d / count).clamp(max=1.0).reshape(-1, 1, 1)
+        floor = _NARROW**2 * torch.eye(d, dtype=z.dtype, device=z.device)
+        self.cov = (1 - shrink) * cov + shrink * diagonal + floor
+        self.root = torch.linalg.cholesky(self.cov)
+
+
+class _Coordinates(_Fit):
+    """Mixtures of ``size`` components of all coordinates at once, from equal quantiles."""
+
+    def __init__(self, z: Tensor, size: int) -> None:
+        rank = z.argsort(0).argsort(0) * size // len(z)
+        self._maximise(z, torch.nn.functional.one_hot(rank, size).double())  # (n, d, k)
+        self.improve(z)
+
+    def _joint(self, z: Tensor) -> Tensor:
+        """``log weight_ji + log N(z_j; ji)``, ``(n, d, k)``."""
+        square = (z.unsqueeze(2) - self.means).square() / self.var + self.var.log() + math.log(2 * math.pi)
+        return self.weights.clamp(min=1e-300).log() - 0.5 * square
+
+    def _maximise(self, z: Tensor, share: Tensor) -> None:
+        count = share.sum(0).clamp(min=1e-9)
+        self.weights = count / count.sum(1, keepdim=True)
+        self.means = torch.einsum("nd,ndk->dk", z, share) / count
+        second = torch.einsum("nd,ndk->dk", z.square(), share) / count
+        self.var = (second - self.means.square()).clamp(min=0.0) + _NARROW**2
+
+
+def _spread(z: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """``size`` of the samples, each next one drawn in proportion to its squared distance from those before; the best of a few candidates."""
+    tries = 2 + int(math.log(size))
+    first = int(torch.randint(len(z), (1,), generator=generator, device=z.device))
+    chosen = [z[first]]
+    nearest = (z - chosen[0]).square().sum(1)
+    for _ in range(size - 1):
+        if float(nearest.sum()) <= 0:
+            break
+        options = torch.multinomial(nearest, tries, replacement=True, generator=generator)
+        after = torch.minimum(nearest, torch.cdist(z[options], z).square())
+        pick = int(after.sum(1).argmin())
+        chosen.append(z[options[pick]])
+        nearest = after[pick]
+    return torch.stack(chosen)
