@@ -22,11 +22,12 @@ from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
 from .given import GivenControl, ZeroControl, given_control
 from .guidance import ValueControl, value_from_configuration
+from .mixture import CorrectedControl, MixtureControl
 from .network import DefaultControl
 from .path_integral import PathIntegralControl
 from .tuned import TunedControl, has_trainable_model
 
-__all__ = ["build_control", "control_from_configuration", "control_kind"]
+__all__ = ["build_control", "control_from_configuration", "control_kind", "corrected"]
 
 _PILOT_PATHS = 256
 
@@ -47,6 +48,14 @@ def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *,
     if not isinstance(chain, JoinedChain) or isinstance(main, StartedControl):
         return main
     return StartedControl(_start_network(problem, derive_seed(seed, 12)), main)
+
+
+def corrected(
+    problem: ControlProblem, chain: Chain, base: MixtureControl, *, seed: int = 0, **options: Any
+) -> CorrectedControl:
+    """A default network beside a mixture's control, at zero output; it sees the mixture's ``E[x_T | x_t]``."""
+    network = _network(problem, chain, derive_seed(seed, 11), normalise=not options, denoiser=base, **options)
+    return CorrectedControl(base, network)
 
 
 def _users(problem: ControlProblem, chain: Chain, control: Any) -> Control:
@@ -156,10 +165,18 @@ def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
     return {"condition_size": classes, "classes": classes}
 
 
-def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, **options: Any) -> DefaultControl:
+def _network(
+    problem: ControlProblem,
+    chain: Chain,
+    seed: int,
+    normalise: bool,
+    denoiser: GenerativeSDE | MixtureControl | None = None,
+    **options: Any,
+) -> DefaultControl:
     sde = problem.reference
     gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
-    denoiser = sde if isinstance(sde, GenerativeSDE) and options.pop("denoised", True) else None
+    if isinstance(sde, GenerativeSDE) and options.pop("denoised", True):
+        denoiser = sde
     if not options:
         options = _condition_parts(problem)
     if normalise:
@@ -169,7 +186,10 @@ def _network(problem: ControlProblem, chain: Chain, seed: int, normalise: bool, 
             centre, spread = flat.mean(0), flat.std(0)
             spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
             options.update(centre=centre, spread=spread)
-            if denoiser is not None:
+            if isinstance(denoiser, MixtureControl):
+                ends = denoiser.ends(_PILOT_PATHS, seed)
+                options.update(data_centre=ends.mean(0), data_spread=ends.std(0).clamp(min=1e-12))
+            elif denoiser is not None:
                 ends = states[-1].flatten(1)
                 data_spread = ends.std(0)
                 floor = 1e-3 * float(data_spread.max()) + 1e-12
@@ -225,7 +245,9 @@ def control_kind(control: Control) -> dict[str, Any]:
         return {"kind": "tuned"}
     if isinstance(control, DefaultControl):
         return {"kind": "network", **control.configuration}
-    if isinstance(control, (ZeroControl, GivenControl, PathIntegralControl, ValueControl)):
+    if isinstance(control, CorrectedControl):
+        return {"kind": "corrected", "base": control_kind(control.base), "network": control.correction.configuration}
+    if isinstance(control, (ZeroControl, GivenControl, PathIntegralControl, ValueControl, MixtureControl)):
         return control.configuration
     return {"kind": "user"}
 
@@ -243,6 +265,11 @@ def control_from_configuration(
     """
     if kind["kind"] == "zero":
         return given_control(problem, None)
+    if kind["kind"] == "mixture":
+        return MixtureControl.from_configuration(problem, kind)  # type: ignore[arg-type]
+    if kind["kind"] == "corrected":
+        base = MixtureControl.from_configuration(problem, kind["base"])  # type: ignore[arg-type]
+        return corrected(problem, chain, base, hidden=kind["network"]["hidden"])
     if kind["kind"] == "value":
         return ValueControl(value_from_configuration(problem, chain, kind["value"], value), problem, chain)
     if kind["kind"] == "path-integral":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..problems.gibbs import GibbsProblem
-from ..processes.laws import GaussianMixture, ProductMixture
+from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..processes.time_changed import TimeChanged
 from ..randomness import derive_seed
 from ..simulation.chains import Chain, TransitionChain
@@ -138,6 +138,10 @@ class MixtureControl(Control):
         """``E[x_T | x_t]`` at a 0-d t, of x's shape."""
         return self._coloured(self._expected(self._white(x), self._left(float(t))))
 
+    def ends(self, n: int, seed: int) -> Tensor:
+        """Draws of the mixture, ``(n, d)``."""
+        return self._coloured(draw(self.law, n, derive_seed(seed, 51)))
+
     def _coloured(self, z: Tensor) -> Tensor:
         return self._reference[0].centre + self._reference[0].scale * z
 
@@ -147,7 +151,11 @@ class MixtureControl(Control):
 
         def denoise(k: int, x: Tensor, y: Any) -> Tensor:
             key = (left[k], x, torch.is_grad_enabled())
-            if self._last is None or any(a is not b for a, b in zip(self._last[1:3], key[1:])) or self._last[0] != key[0]:
+            if (
+                self._last is None
+                or any(a is not b for a, b in zip(self._last[1:3], key[1:]))
+                or self._last[0] != key[0]
+            ):
                 self._last = (*key, self._coloured(self._expected(self._white(x), left[k])))
             return self._last[3]
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
@@ -31,6 +30,16 @@ _MOST_BUMPED = 32  # largest state that gets a function per coordinate
 _BUMPS = 10  # per coordinate
 _REACH = 2.5  # spreads from the centre to the outermost bump
 _RESOLUTIONS = tuple(2.0**-j for j in range(1, 8))
+
+
+class Denoiser(Protocol):
+    """What knows the mean of the end given the state, as :class:`sdecontrol.processes.generative.GenerativeSDE` does."""
+
+    def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor: ...
+
+    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]: ...
+
+    def forget(self) -> None: ...
 
 
 def time_features(s: Tensor) -> Tensor:
@@ -76,7 +85,7 @@ class DefaultControl(Control):
         affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
             since it is folded into the affine path.
         nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
-        denoiser: a generative reference whose mean of the data given x, ``x0^(x, t)``, the hidden layers see beside x: what a control towards
+        denoiser: a generative reference (or a mixture's control) whose mean of the data given x, ``x0^(x, t)``, the hidden layers see beside x: what a control towards
             a reward depends on most (its value is nearly a function of x0^). Inside a chain it costs nothing, since the
             step has called the model at x. ``data_centre``, ``data_spread``: of x0^, ``(*event)``.
     """
@@ -99,7 +108,7 @@ class DefaultControl(Control):
         generator: torch.Generator | None = None,
         affine_pull: tuple[Tensor, Tensor] | None = None,
         nonlinear: bool = False,
-        denoiser: GenerativeSDE | None = None,
+        denoiser: Denoiser | None = None,
         data_centre: Tensor | None = None,
         data_spread: Tensor | None = None,
     ) -> None:

@@ -17,7 +17,11 @@ __all__ = ["fit_mixture"]
 _FULL = 64  # largest dimension with whole covariances
 _HELD_OUT = 0.25
 _CHOOSING = (4096, 16384, 100_000)  # samples that choose: at least, at most, and numbers in all of them
-_PASSES, _ENOUGH = 60, 1e-3  # of expectation and maximisation at most; nats per sample that are worth another
+_PASSES, _FIRST_PASSES, _ENOUGH = (
+    60,
+    15,
+    1e-3,
+)  # of expectation and maximisation at most, and while choosing; nats per sample that are worth another
 _NARROW = 1e-3  # least standard deviation of a component, relative to the samples' in that direction
 _BETTER = 0.01  # nats per held-out sample that a larger mixture must gain
 _ROWS = 2048  # samples whose responsibilities are held at once
@@ -123,9 +127,9 @@ class _Fit:
     def _maximise(self, z: Tensor, share: Tensor) -> None:
         raise NotImplementedError
 
-    def improve(self, z: Tensor) -> None:
+    def improve(self, z: Tensor, passes: int = _PASSES) -> None:
         before = -math.inf
-        for _ in range(_PASSES):
+        for _ in range(passes):
             joint = self._joint(z)
             level = joint.logsumexp(-1, keepdim=True)
             self._maximise(z, (joint - level).exp())
@@ -147,7 +151,7 @@ class _Joint(_Fit):
         self.full = full
         nearest = torch.cdist(z, means).argmin(1)
         self._maximise(z, torch.nn.functional.one_hot(nearest, len(means)).double())
-        self.improve(z)
+        self.improve(z, _FIRST_PASSES)
 
     def _joint(self, z: Tensor) -> Tensor:
         """``log weight_i + log N(z; i)``, ``(n, k)``."""
@@ -194,7 +198,7 @@ class _Coordinates(_Fit):
     def __init__(self, z: Tensor, size: int) -> None:
         rank = z.argsort(0).argsort(0) * size // len(z)
         self._maximise(z, torch.nn.functional.one_hot(rank, size).double())  # (n, d, k)
-        self.improve(z)
+        self.improve(z, _FIRST_PASSES)
 
     def _joint(self, z: Tensor) -> Tensor:
         """``log weight_ji + log N(z_j; ji)``, ``(n, d, k)``."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..controls.given import ZeroControl
+from ..controls.mixture import MixtureControl
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
@@ -19,6 +20,8 @@ from .weighted import ParticleSettings, ParticleSolution
 
 __all__ = ["TemperedSettings", "TemperedSolution", "tempered_target"]
 
+_WIDER = 1.2  # variances of a fitted mixture that particles begin with: weights of its tails stay bounded
+
 
 @dataclass(frozen=True)
 class TemperedSettings:
@@ -28,11 +31,13 @@ class TemperedSettings:
         space: "states" (the density's own, Gibbs problems only) or "noises" (paths as functions of their noises).
         gradient: move by gradients, or without.
         width: of the Gaussian that a Gibbs problem's particles begin with, in units of the reference's end.
+        mixture: begin with the law of a :class:`MixtureControl` instead, a little widened.
     """
 
     space: str
     gradient: bool
     width: float = 2.0
+    mixture: bool = False
 
 
 def tempered_target(
@@ -50,8 +55,11 @@ def tempered_target(
             raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
         if problem.condition is not None:
             raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
-        scale = settings.width * problem.scale.expand(problem.dim)
-        target = StateTarget(problem.density, problem.centre, scale)
+        width, law = settings.width, None
+        if settings.mixture:
+            assert isinstance(control, MixtureControl)
+            width, law = 1.0, control.law.widened(_WIDER)
+        target = StateTarget(problem.density, problem.centre, width * problem.scale.expand(problem.dim), law=law)
     target.smooth = settings.gradient
     return target
 

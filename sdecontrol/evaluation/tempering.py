@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..problems.problem import ControlProblem
-from ..processes.laws import Gaussian
+from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import SuppliedNoise, derive_seed, generator_for
 from ..simulation.chains import Chain
 from ..simulation.integrator import integrate
@@ -55,12 +55,14 @@ class TemperedTarget(Protocol):
 
     Attributes:
         dim: of z. smooth: whether phi has a gradient.
+        law: what particles begin with, of z; None: N(0, I). Levels go from it to the target.
     """
 
     dim: int
     smooth: bool
     dtype: torch.dtype
     device: torch.device
+    law: GaussianMixture | ProductMixture | None
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
@@ -77,12 +79,19 @@ class StateTarget:
     Args:
         log_density: ``(n, dim) -> (n,)``, unnormalised.
         centre, scale: ``(dim,)``; wide enough to cover the target.
+        law: of ``(x - centre)/scale``, which particles begin with instead of the Gaussian.
     """
 
     def __init__(
-        self, log_density: Callable[[Tensor], Tensor], centre: Tensor, scale: Tensor, smooth: bool = True
+        self,
+        log_density: Callable[[Tensor], Tensor],
+        centre: Tensor,
+        scale: Tensor,
+        smooth: bool = True,
+        law: GaussianMixture | ProductMixture | None = None,
     ) -> None:
         self.log_density, self.centre, self.scale, self.smooth = log_density, centre, scale, smooth
+        self.law = law
         self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
         self.constant = 0.5 * self.dim * math.log(2 * math.pi) + float(scale.double().log().sum())
 
@@ -110,6 +119,7 @@ class NoiseTarget:
         self.problem, self.chain, self.control = problem, chain, control
         if problem.condition is not None:
             raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
+        self.law: GaussianMixture | ProductMixture | None = None
         self.gaussian = problem.initial if problem.start != "controlled" else None
         if not isinstance(self.gaussian, Gaussian):
             self.gaussian = None
@@ -194,15 +204,27 @@ class Population:
 
 @dataclass(frozen=True)
 class _Points:
-    """Particles ``(n, dim)`` with phi and its gradient (zero where there is none)."""
+    """Particles ``(n, dim)`` with phi and its gradient (zero where there is none).
+
+    Where particles begin with another law m than N(0, I), ``base`` is ``log m/N(0, I)``, and phi what the target has beyond m: the law of a
+    level is ``N(0, I) exp(base + beta phi)`` for both.
+    """
 
     z: Tensor
     phi: Tensor
     slope: Tensor
     origin: Tensor
+    base: Tensor
+    base_slope: Tensor
 
     def rows(self, index: Tensor) -> _Points:
-        return _Points(self.z[index], self.phi[index], self.slope[index], self.origin[index])
+        return _Points(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def where(self, keep: Tensor, old: _Points) -> _Points:
+        """These where ``keep``, else the old ones."""
+        pick = lambda a, b: torch.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+        pairs = {f.name: (getattr(self, f.name), getattr(old, f.name)) for f in fields(self) if f.name != "origin"}
+        return _Points(**{name: pick(*pair) for name, pair in pairs.items()}, origin=old.origin)
 
 
 def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
@@ -214,7 +236,14 @@ def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
     else:
         with torch.no_grad():
             phi, slope = target.log_ratio(z, origin), torch.zeros_like(z)
-    phi = phi.detach()
+    phi, z = phi.detach(), z.detach()
+    base, base_slope = phi.new_zeros(()).expand(len(z)), z.new_zeros(()).expand(z.shape)
+    if target.law is not None:
+        base = target.law.log_prob(z) + 0.5 * z.square().sum(1) + 0.5 * target.dim * math.log(2 * math.pi)
+        phi = phi - base
+        if target.smooth:
+            base_slope = target.law.score(z) + z
+            slope = slope - base_slope
     # leaps that diverge end far outside, where a density may well be inf - inf: those moves are rejected
     far = z.abs().amax(1) > _FAR
     phi = torch.where(far & ~phi.isfinite(), -math.inf, phi)
@@ -227,7 +256,8 @@ def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
             rows=rows,
         )
     inside = phi > -math.inf
-    return _Points(z.detach(), phi, torch.where(inside.unsqueeze(1) & slope.isfinite(), slope, 0.0), origin)
+    slope = torch.where(inside.unsqueeze(1) & slope.isfinite(), slope, 0.0)
+    return _Points(z, phi, slope, origin, base, base_slope)
 
 
 @dataclass(frozen=True)
@@ -248,11 +278,12 @@ class _Kernel:
         return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
 
     def energy(self, p: _Points, v: Tensor) -> Tensor:
-        return 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1)) - self.beta * p.phi.double()
+        whole = 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1))
+        return whole - p.base.double() - self.beta * p.phi.double()
 
     def push(self, p: _Points, w: Tensor) -> Tensor:
         """Gradient in w of what the potential has beyond ``|w|^2/2``."""
-        slope = p.z - self.beta * p.slope
+        slope = p.z - p.base_slope - self.beta * p.slope
         return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
 
     def move(
@@ -275,14 +306,16 @@ class _Kernel:
                 v = v - 0.5 * turn * self.push(new, w)
         change = before - self.energy(new, v)
         accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
-        keep = accept.unsqueeze(1)
-        moved = _Points(
-            torch.where(keep, new.z, p.z),
-            torch.where(accept, new.phi, p.phi),
-            torch.where(keep, new.slope, p.slope),
-            p.origin,
-        )
-        return moved, accept
+        return new.where(accept, p), accept
+
+    def leap(self, target: TemperedTarget, p: _Points, generator: torch.Generator) -> _Points:
+        """The particles after each was offered a draw of the law that they began with, however far: an independence Metropolis move, which is
+        accepted with probability ``exp(beta (phi' - phi))``. The better the law, the more are."""
+        assert target.law is not None
+        new = _at(target, _draws(target, len(p.z), generator), p.origin)
+        uniform = torch.rand(len(p.z), generator=generator, dtype=p.z.dtype, device=p.z.device)
+        change = self.beta * (new.phi.double() - p.phi.double())
+        return new.where(uniform.double().log() < torch.nan_to_num(change, nan=-math.inf), p)
 
 
 def _fit(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,13 +352,19 @@ def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> floa
 
 
 def adapt(
-    target: TemperedTarget, particles: int, seed: int, *, fraction: float = 0.7, most_moves: int = _MOST_MOVES
+    target: TemperedTarget,
+    particles: int,
+    seed: int,
+    *,
+    fraction: float = 0.7,
+    most_moves: int = _MOST_MOVES,
+    last_moves: int = 1,
 ) -> tuple[Ladder, Population]:
     """Choose levels and kernels on one system of particles.
 
     Args:
         fraction: effective fraction that the incremental weights of a level keep.
-        most_moves: at a level; fewer where phi is forgotten sooner.
+        most_moves: at a level; fewer where phi is forgotten sooner, but at the last one ``last_moves`` at least.
 
     Returns:
         The ladder, and the particles themselves: their Z^ has a bias of order 1/particles, since they chose the ladder.
@@ -362,7 +401,10 @@ def adapt(
             rate = float(accept.double().mean())
             angle = min(_COARSEST, max(_ROUGHEST, angle * math.exp(rate - _ACCEPT[target.smooth])))
             moves, work, leaps = moves + 1, work + particles * leaps, _leaps(angle, target.smooth)
-            if _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
+            if target.law is not None:
+                p, work = kernel.leap(target, p, generator), work + particles
+            enough = last_moves if beta == 1 else 1
+            if moves >= enough and _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
                 break
         found.append((beta, centre, factor, angle, leaps, moves))
         facts.append((ess, rate, float(resampled)))
@@ -431,6 +473,8 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         for _ in range(int(ladder.moves[j])):
             p, accept = kernel.move(target, p, float(ladder.angles[j]), generator)
             accepted += float(accept.double().mean()) / int(ladder.moves[j])
+            if target.law is not None:
+                p = kernel.leap(target, p, generator)
         facts.append((float(ess.mean()), accepted, float(poor.double().mean())))
     all_facts = torch.tensor(facts, dtype=torch.float64, device=p.z.device)
     return Population(
@@ -442,14 +486,20 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         all_facts[:, 0],
         all_facts[:, 1],
         all_facts[:, 2],
-        M * N * ladder.work,
+        M * N * (ladder.work + (int(ladder.moves.sum()) if target.law is not None else 0)),
     )
+
+
+def _draws(target: TemperedTarget, n: int, generator: torch.Generator) -> Tensor:
+    """What particles begin with, ``(n, dim)``."""
+    if target.law is not None:
+        return target.law._draw_block(n, generator)
+    return torch.randn((n, target.dim), generator=generator, dtype=target.dtype, device=target.device)
 
 
 def _start(target: TemperedTarget, n: int, seed: int) -> _Points:
     generator = generator_for(target.device, seed, 0)
-    z = torch.randn((n, target.dim), generator=generator, dtype=target.dtype, device=target.device)
-    p = _at(target, z, target.draw_origin(n, seed))
+    p = _at(target, _draws(target, n, generator), target.draw_origin(n, seed))
     if not bool((p.phi > -math.inf).any()):
         raise NonFiniteError(
             f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that cover the "

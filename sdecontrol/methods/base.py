@@ -128,6 +128,10 @@ class Method:
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
         raise NotImplementedError
 
+    def finished(self, state: nn.Module, run: Run) -> bool:
+        """Whether there is no more to do, asked after every iteration."""
+        return False
+
     def finish(self, state: nn.Module, run: Run) -> Control:
         control = state.control
         assert isinstance(control, Control)

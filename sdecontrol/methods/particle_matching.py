@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..controls.build import build_control
+from ..controls.base import Control
+from ..controls.build import build_control, corrected
+from ..controls.mixture import MixtureControl
+from ..evaluation.mixture_fit import fit_mixture
 from ..evaluation.particles import resample
 from ..evaluation.tempered import TemperedSettings, tempered_target
 from ..evaluation.tempering import NoiseTarget, adapt
@@ -18,7 +21,7 @@ from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
 from ..randomness import derive_seed, generator_for
 from ..simulation.bridges import ChainBridge, NoisingBridge
-from ..simulation.chains import Chain
+from ..simulation.chains import Chain, TransitionChain
 from ..simulation.shifts import shifts_along
 from .base import Method, Run, path_metrics, register
 from .on_paths import check_count
@@ -26,7 +29,7 @@ from .regression import RegressionState, regress
 
 __all__ = ["ParticleMatching"]
 
-_PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK = 61, 62, 63
+_PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK, _PLACE_START = 61, 62, 63, 64
 
 
 class _State(RegressionState):
@@ -34,7 +37,7 @@ class _State(RegressionState):
 
     def __init__(self, run: Run, size: int) -> None:
         problem, chain = run.problem, run.chain
-        super().__init__(build_control(problem, chain, run.control, seed=run.seed), chain)
+        super().__init__(_control(run, size), chain)
         self.bridge = _bridge(problem, chain)
         kept = 2 if self.bridge is not None else chain.steps + 1
         self.states: Tensor
@@ -45,6 +48,20 @@ class _State(RegressionState):
         self.register_buffer("draws", chain.times.new_zeros(shape))
         # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last run
         self.register_buffer("facts", torch.full((7,), math.nan, dtype=torch.float64, device=chain.times.device))
+
+
+def _control(run: Run, size: int) -> Control:
+    """The user's, the default one, or for a Gibbs problem a network beside the control towards a mixture fitted to first particles."""
+    problem, chain = run.problem, run.chain
+    if run.control is not None or not isinstance(problem, GibbsProblem) or not isinstance(chain, TransitionChain):
+        return build_control(problem, chain, run.control, seed=run.seed)
+    seed = derive_seed(run.seed, _PLACE_START)
+    with torch.no_grad(), problem.evaluating():
+        target: Any = tempered_target(problem, chain, None, TemperedSettings("states", problem.has_gradient))
+        _, found = adapt(target, size, seed)
+        z = (target.states(found.z[0]) - problem.centre) / problem.scale
+        law = fit_mixture(z, found.log_weights[0], seed=derive_seed(seed, 1))
+    return corrected(problem, chain, MixtureControl(problem, law), seed=run.seed)
 
 
 def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridge | None:
@@ -66,7 +83,8 @@ class ParticleMatching(Method):
 
     1. Particles are tempered from the paths of the current control to Q_fine (``evaluation/tempering.py``), in the space of their
        noises, without a gradient of the reward; for a Gibbs problem at first in the states of the density. All modes that they find get
-       their share, however far from the current control.
+       their share, however far from the current control. A mixture of Gaussians is fitted to these, the exact control towards it is the base that
+       a network corrects (:class:`MixtureControl`), and later particles are tempered from the mixture.
     2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends (:class:`BridgeMatching`, all weights 1; for a
        generative reference that forgets its start, the noising process), drawn anew in every batch; where no bridge is known (a running cost,
        a nonlinear reference) on the noises of their own paths.
@@ -123,9 +141,11 @@ class ParticleMatching(Method):
         seed = derive_seed(run.seed, _PLACE_PARTICLES, run.iteration)
         paths = NoiseTarget(problem, chain, state.control)
         paths.smooth = False
+        control = getattr(state.control, "base", None)
         if isinstance(problem, GibbsProblem):
-            settings = TemperedSettings("states", problem.has_gradient)
-            target: Any = tempered_target(problem, chain, None, settings)
+            mixture = isinstance(control, MixtureControl)
+            settings = TemperedSettings("states", problem.has_gradient, mixture=mixture)
+            target: Any = tempered_target(problem, chain, control, settings)
         else:
             target = paths
         _, found = adapt(target, N, seed)

@@ -270,6 +270,10 @@ class GaussianMixture(Distribution):
     def __repr__(self) -> str:
         return f"GaussianMixture({len(self.means)} components, d={self.means.shape[1]})"
 
+    def widened(self, factor: float) -> GaussianMixture:
+        """The same with all covariances times ``factor``."""
+        return self._from_parts(self.log_weights, self.means, factor * self._values, self._vectors)
+
     def noised(self, mu: Tensor | float, std: Tensor | float) -> GaussianMixture:
         """The law of ``mu X + std eps``."""
         return self._from_parts(self.log_weights, mu * self.means, mu**2 * self._values + std**2, self._vectors)
@@ -350,6 +354,12 @@ class ProductMixture(Distribution):
 
     def __repr__(self) -> str:
         return f"ProductMixture(d={self.means.shape[0]}, {self.means.shape[1]} components in each coordinate)"
+
+    def widened(self, factor: float) -> ProductMixture:
+        """The same with all variances times ``factor``."""
+        law = copy.copy(self)
+        law.variances = factor * self.variances
+        return law
 
     def noised(self, mu: Tensor | float, std: Tensor | float) -> ProductMixture:
         """The law of ``mu X + std eps``."""

@@ -290,7 +290,7 @@ class _Trainer:
                         break
                     self._iterate(elapsed)
                     bar.update(self.done, self.pace.last, self.history[-1])
-                    if self._good_enough():
+                    if self.method.finished(self.state, self.run) or self._good_enough():
                         break
         except BaseException as error:
             self._stop(error)

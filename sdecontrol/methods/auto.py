@@ -1,0 +1,209 @@
+"""``Auto``: sequential Monte Carlo that learns where to begin, and keeps what pays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..controls.base import Control
+from ..controls.given import given_control
+from ..controls.mixture import MixtureControl
+from ..evaluation.mixture_fit import fit_mixture
+from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_target
+from ..evaluation.tempering import Ladder, Population, adapt
+from ..evaluation.weighted import ParticleSettings
+from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed
+from .base import Method, Run, register
+from .on_paths import check_count
+
+__all__ = ["Auto"]
+
+_SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
+_GAIN = 0.8  # of the cost, below which a round was worth it
+_QUIET = 2  # rounds without a change, after which no more are made
+_LOST = 0.1  # nats of log Z
+_LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
+
+
+class _State(nn.Module):
+    """Two populations of particles (of the last round, and of the one before it that found most), and what rounds cost."""
+
+    def __init__(self, run: Run, size: int) -> None:
+        super().__init__()
+        problem = run.problem
+        like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
+        numbers: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
+        self.z: Tensor
+        self.log_weights: Tensor
+        self.log_z: Tensor
+        self.cost: Tensor
+        self.spent: Tensor
+        self.register_buffer("z", torch.zeros(2, size, problem.event_shape[0], **like))
+        self.register_buffer("log_weights", torch.zeros(2, size, **numbers))
+        self.register_buffer("log_z", torch.full((2,), -math.inf, **numbers))
+        # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
+        self.register_buffer("cost", torch.full((3,), math.inf, **numbers))
+        # log Z of the first round and of the one before the last (-inf at first); standard error of the last
+        self.register_buffer("seen", torch.full((3,), math.nan, **numbers))
+        self.register_buffer("spent", torch.zeros((), dtype=torch.long, device=problem.device))
+        self.register_buffer(
+            "quiet", torch.zeros((), dtype=torch.long, device=problem.device)
+        )  # rounds without a change
+        self._law: Any = None
+
+    seen: Tensor
+    quiet: Tensor
+
+    def law(self, run: Run, most: int) -> Any:
+        """The mixture fitted to both populations; None before the first round."""
+        if self._law is None and bool(self.log_z[0] > -math.inf):
+            known = self.log_z > -math.inf
+            z, log_w = self.z[known].flatten(0, 1), self.log_weights[known].flatten()
+            self._law = fit_mixture(z, log_w, seed=derive_seed(run.seed, 72, run.iteration), most=most)
+        return self._law
+
+    def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
+        """Keep a round's particles; the variance of its log Z^ times its particles."""
+        if bool(self.log_z[0] >= self.log_z[1] - _LOST):
+            for kept in (self.z, self.log_weights, self.log_z):
+                kept[1] = kept[0]
+        self.z[0], self.log_weights[0] = z, found.log_weights[0]
+        # what is left of the weights at each resampling, and at the end
+        last = torch.arange(len(ladder), device=z.device) == len(ladder) - 1
+        variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum())
+        first = not bool(torch.isfinite(self.cost[0]))
+        self.cost[2] = torch.minimum(self.cost[1], self.cost[2])
+        self.cost[1] = variance * found.evaluations / len(z)
+        self.seen[1], self.seen[2] = self.log_z[0], math.sqrt(variance / len(z))
+        self.log_z[0] = found.log_z[0]
+        if first:
+            self.cost[0], self.seen[0] = self.cost[1], found.log_z[0]
+        self.spent += found.evaluations
+        self._law = None
+        change = abs(float(self.log_z[0] - self.seen[1]))
+        settled = change < max(_SAME, _SIGMAS * float(self.seen[2])) and float(self.cost[1]) > _GAIN * float(
+            self.cost[2]
+        )
+        self.quiet.fill_(int(self.quiet) + 1 if settled else 0)
+        return variance
+
+
+@register
+@dataclass(frozen=True)
+class Auto(Method):
+    """For a Gibbs problem: tuned SMC first, a mixture of Gaussians learned from its particles, SMC from that mixture, and again.
+
+    1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`).
+    2. A mixture of Gaussians is fitted to them (``evaluation/mixture_fit.py``), as wide as the data say.
+    3. New particles are tempered from the mixture, a little widened, with independent draws from it among their moves. A better beginning needs fewer
+       levels, and reaches what the wide Gaussian could not: the neck of a funnel is entered a little further in every round.
+
+    Rounds end when neither log Z nor what it costs changes any more. Kept is what needs fewer evaluations for the same error of log Z: the
+    tempering from the mixture, or, where learning did not pay, that from the Gaussian; ``solution.details["report"]`` says which and why.
+    Samples and estimates then come from new particles on a fixed ladder, so that ``E Z^ = Z``. ``solution.control`` is the exact control of the
+    problem's reference towards the mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
+
+    Args:
+        num_particles: of a round, and of each system of the solution. evaluations: of the log density at which no new round begins.
+        components: of the mixture at most.
+
+    Raises:
+        ValueError: no Gibbs problem, or one with conditions or without a reference of known end.
+    """
+
+    num_particles: int = 8192
+    evaluations: int = 20_000_000
+    components: int = 64
+
+    default_iterations: ClassVar[int] = 12
+    steady: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("num_particles", self.num_particles, 64)
+        check_count("evaluations", self.evaluations, 1)
+        check_count("components", self.components, 1)
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if not isinstance(problem, GibbsProblem):
+            raise ValueError(
+                "auto is for gibbs_problem; sc.recommend(problem) says which method suits another problem."
+            )
+        if problem.condition is not None:
+            raise ValueError("auto: particles need one target; make a problem with the condition fixed.")
+
+    def setup(self, run: Run) -> nn.Module:
+        return _State(run, self.num_particles)
+
+    def _settings(self, problem: ControlProblem, mixture: bool) -> TemperedSettings:
+        return TemperedSettings("states", problem.has_gradient, mixture=mixture)
+
+    @torch.no_grad()
+    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+        assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
+        problem = run.problem
+        law = state.law(run, self.components)
+        control = None if law is None else MixtureControl(problem, law)
+        settings = self._settings(problem, mixture=law is not None)
+        target: Any = tempered_target(problem, run.chain, control, settings)
+        seed = derive_seed(run.seed, 71, run.iteration)
+        ladder, found = adapt(target, self.num_particles, seed, last_moves=1 if law is None else _LAST_MOVES)
+        z = (target.states(found.z[0]) - problem.centre) / problem.scale
+        variance = state.add(z, found, ladder)
+        return {
+            "objective": float(found.log_z[0]),
+            "objective_stderr": float(state.seen[2]),
+            "log_z": float(found.log_z[0]),
+            "levels": float(len(ladder)),
+            "evaluations": float(state.spent),
+            "cost": float(state.cost[1]),
+            "ess": 1 / (1 + variance),
+            "loss": variance,
+        }
+
+    def finished(self, state: nn.Module, run: Run) -> bool:
+        assert isinstance(state, _State)
+        return int(state.spent) >= self.evaluations or int(state.quiet) >= _QUIET
+
+    def finish(self, state: nn.Module, run: Run) -> Control:
+        assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
+        law = state.law(run, self.components)
+        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2]))
+        if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
+            return given_control(run.problem, None)
+        return MixtureControl(run.problem, law)
+
+    def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> TemperedSolution:
+        learned = isinstance(control, MixtureControl)
+        details = {"report": _report(facts["history"], control)}
+        return TemperedSolution(
+            problem,
+            control,
+            particles=ParticleSettings(self.num_particles),
+            tempering=self._settings(problem, learned),
+            details=details,
+            **facts,
+        )
+
+
+def _report(history: list[dict[str, float]], control: Control) -> str:
+    """What each round began with, found and cost, and what was kept."""
+    lines = []
+    for i, row in enumerate(history):
+        start = "a wide Gaussian" if i == 0 else "the mixture"
+        levels = int(row["levels"])
+        lines.append(
+            f"round {i + 1}, from {start}: log Z {row['log_z']:.4g} +- {row['objective_stderr']:.2g}, {levels} level{'s' if levels > 1 else ''}, "
+            f"{row['cost']:.3g} evaluations to know log Z to one nat"
+        )
+    if isinstance(control, MixtureControl):
+        lines.append(f"kept: tempering from {control.law!r}")
+    else:
+        lines.append("kept: tempering from the wide Gaussian; learning did not pay")
+    return "\n".join(lines)
