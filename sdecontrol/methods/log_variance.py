@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -51,6 +51,7 @@ class LogVariance(Method):
             the whole batch. ``batch_size`` must be a multiple of it.
     """
 
+    backward: ClassVar[str] = "yes"
     loss: str = "variance"
     paths: Any = "current"
     steps: int | None = None
