@@ -56,9 +56,10 @@ class Rollout:
         ratios = event_sum(self.shifts * (self.draws - 0.5 * self.shifts), len(self.chain.noise_shape))
         return self._less_backward(ratios, self.backward_shifts)
 
-    def kls(self) -> Tensor:
-        """``|c_k|^2/2 [- log dB/dB^0]``, ``(K, batch)``."""
-        return self._less_backward(event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape)), self.backward_shifts)
+    def kls(self, forward: bool = False) -> Tensor:
+        """``|c_k|^2/2 [- log dB/dB^0]``, ``(K, batch)``; ``forward``: without the latter."""
+        kls = event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
+        return kls if forward else self._less_backward(kls, self.backward_shifts)
 
     def _less_backward(self, values: Tensor, b: Tensor | None, steps: Sequence[int] | None = None) -> Tensor:
         """``values - log B^u/B^0``, the latter being ``-b.z - |b|^2/2`` for the backward draw z."""

@@ -24,7 +24,15 @@ from ..tensors import event_sum
 from .chains import Chain
 from .shifts import ShiftFunction, shift_function, shifts_along
 
-__all__ = ["AnnealedChain", "BackwardRun", "Remembered", "backward_shifts_along", "log_reversal", "look_back", "reversal_along"]
+__all__ = [
+    "AnnealedChain",
+    "BackwardRun",
+    "Remembered",
+    "backward_shifts_along",
+    "log_reversal",
+    "look_back",
+    "reversal_along",
+]
 
 
 class Remembered:
@@ -73,7 +81,12 @@ def log_reversal(chain: Chain, x: Tensor, end: Tensor, draw: Tensor, back: Tenso
 
 
 def backward_shifts_along(
-    chain: Chain, control: Any, states: Tensor, condition: Any, steps: Sequence[int] | None = None, c: Tensor | None = None
+    chain: Chain,
+    control: Any,
+    states: Tensor,
+    condition: Any,
+    steps: Sequence[int] | None = None,
+    c: Tensor | None = None,
 ) -> Tensor:
     """``b_k`` of a control at stored states ``(K+1, batch, *event)``, for all steps or the given ones.
 
@@ -105,7 +118,11 @@ class BackwardRun(Chain):
 
     def __init__(self, chain: Chain, control: Any = None) -> None:
         self.chain, self.reference = chain, chain.reference
-        self.event_shape, self.noise_shape, self.control_shape = chain.event_shape, chain.noise_shape, chain.control_shape
+        self.event_shape, self.noise_shape, self.control_shape = (
+            chain.event_shape,
+            chain.noise_shape,
+            chain.control_shape,
+        )
         self._set_times([chain.clock[-1] - t for t in reversed(chain.clock)], chain.times.dtype, chain.times.device)
         self._shift = None if control is None or not chain.backward_control else shift_function(chain, control)
 
@@ -145,7 +162,9 @@ class AnnealedChain(Chain):
             v, e = sde.variance(t + 0.5 * h), sde.relaxations * h / sde.horizon
             pull, spread = (0.5 * e, e) if scheme == "euler" else (-math.expm1(-0.5 * e), -math.expm1(-e))
             self._steps.append(((pull * v).to(device, dtype), (spread * v).sqrt().to(device, dtype)))
-            self._gains.append(math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e))  # a held control's effect over the scale
+            self._gains.append(
+                math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e)
+            )  # a held control's effect over the scale
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         pull, scale = self._steps[k]
