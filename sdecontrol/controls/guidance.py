@@ -64,9 +64,10 @@ class AnnealedValue(LogValue):
     def __init__(self, problem: ControlProblem) -> None:
         super().__init__()
         self.problem = problem
+        self._reference: Any = problem.reference
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        return self.problem.reference.beta(float(t)) * self.problem.reward(x, y)
+        return self._reference.beta(float(t)) * self.problem.reward(x, y)
 
 
 class ValueControl(Control):

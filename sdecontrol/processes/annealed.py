@@ -50,7 +50,7 @@ class AnnealedLangevin(SDE):
         scale: Tensor,
         roughness: float,
         horizon: float = 1.0,
-        relaxations: float = 20.0,
+        relaxations: float = 10.0,
         backward_control: bool = True,
     ) -> None:
         self.backward_control = backward_control
@@ -58,7 +58,7 @@ class AnnealedLangevin(SDE):
         self.scale = check_tensor("scale", scale)
         self.roughness = max(1.0, as_float("roughness", roughness, positive=True))
         self.relaxations = as_float("relaxations", relaxations, positive=True)
-        self._score, self._bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
+        self.unbounded_score, self._bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
         self._memo: tuple[Tensor, bool, Tensor] | None = None
         super().__init__(self._drift_at, lambda x, t: self.diffusion(x, t), dim=centre.numel(), horizon=horizon)
         self.dtype, self.device = centre.dtype, centre.device
@@ -78,7 +78,7 @@ class AnnealedLangevin(SDE):
         grad = torch.is_grad_enabled()
         if self._memo is not None and self._memo[0] is x and self._memo[1] == grad:
             return self._memo[2]
-        value = self._score(x, condition)
+        value = self.unbounded_score(x, condition)
         square = (self.scale * value).square().sum(-1, keepdim=True) / self._bound**2
         value = value / torch.hypot(square, torch.ones_like(square)).sqrt()
         self._memo = (x, grad, value)
