@@ -240,7 +240,9 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
 def _run_backwards(solution: Solution, ends: Tensor, seed: int) -> Tensor:
     """Log weights of paths of a target made of backward kernels: these draw them from their ends."""
     problem, chain = solution.problem, solution.chain
-    noise = SeededNoise(seed, len(ends), chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
+    noise = SeededNoise(
+        seed, len(ends), chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
+    )
     with torch.no_grad():
         paths = integrate(BackwardRun(chain, solution.control), ends, noise)
         return _log_weights_along(problem, chain, solution.control, paths.states.flip(0))

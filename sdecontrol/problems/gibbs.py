@@ -111,7 +111,9 @@ class _Score:
             return value
         rows = torch.isfinite(value.detach()).all(1).nonzero().flatten()  # again, without the others: see GibbsReward
         out = torch.zeros_like(x)
-        return out if len(rows) == 0 else out.index_copy(0, rows, self._gradient(x[rows], None if y is None else y[rows]))
+        return (
+            out if len(rows) == 0 else out.index_copy(0, rows, self._gradient(x[rows], None if y is None else y[rows]))
+        )
 
     def _gradient(self, x: Tensor, y: Any) -> Tensor:
         graph = torch.is_grad_enabled() and x.requires_grad
@@ -257,7 +259,9 @@ def gibbs_problem(
         raise unknown_name("reference", reference, REFERENCES)
     annealed = reference == "annealed"
     if not backward_control and not annealed:
-        raise ValueError(f"backward_control goes with reference='annealed' and only with it; got reference={reference!r}.")
+        raise ValueError(
+            f"backward_control goes with reference='annealed' and only with it; got reference={reference!r}."
+        )
     given = [v for v in (centre, scale) if isinstance(v, Tensor) and v.is_floating_point()]
     dtype = dtype if dtype is not None else given[0].dtype if given else torch.get_default_dtype()
     device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
@@ -292,7 +296,9 @@ def gibbs_problem(
         highest = _check_end(density, middle, width, conditions, seed, pilot)
     process: TimeChanged | AnnealedLangevin
     if annealed:
-        process = AnnealedLangevin(_Score(density), middle, width, roughness, horizon, backward_control=backward_control)
+        process = AnnealedLangevin(
+            _Score(density), middle, width, roughness, horizon, backward_control=backward_control
+        )
     else:
         process = TimeChanged(reference, middle, width, horizon, resolution)
     return GibbsProblem(

@@ -45,7 +45,9 @@ class ReplayBuffer(nn.Module):
         pairs = [(self.states, rollout.states, 1), (self.draws, rollout.draws, 1), (self.shifts, rollout.shifts, 1)]
         pairs += [(self.reward, rollout.reward, 0), (self.costs, rollout.costs, 1)]
         if self.chain.backward:
-            pairs += [(getattr(self, name), getattr(rollout, name), 1) for name in ("backward_draws", "backward_shifts")]
+            pairs += [
+                (getattr(self, name), getattr(rollout, name), 1) for name in ("backward_draws", "backward_shifts")
+            ]
         return pairs + ([(self.condition, rollout.condition, 0)] if self.conditional else [])  # type: ignore[list-item]
 
     @torch.no_grad()
