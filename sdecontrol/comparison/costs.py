@@ -70,6 +70,27 @@ class Meter:
             return value
 
         self.problem._call_reward = counted
+        self.reference: Any = problem.reference if problem.backward else None
+
+    @contextlib.contextmanager
+    def _watched_score(self) -> Iterator[None]:
+        """Annealed Langevin moves by the gradient of the density: counted as one of the reward, each with a call."""
+        if self.reference is None:
+            yield
+            return
+        own = self.reference.unbounded_score
+
+        def counted(x: Tensor, condition: Any) -> Tensor:
+            if self.costs is not None:
+                self.costs.reward_calls += len(x)
+                self.costs.gradient_calls += len(x)
+            return own(x, condition)
+
+        self.reference.unbounded_score = counted
+        try:
+            yield
+        finally:
+            self.reference.unbounded_score = own
 
     def _gradient(self, rows: int, gradient: Tensor) -> None:
         if self.costs is not None:
@@ -82,7 +103,7 @@ class Meter:
         memory = _PeakMemory(self.problem.device)
         self.costs, began = costs, time.process_time()
         try:
-            with _watched_controls(self._evaluation):
+            with _watched_controls(self._evaluation), self._watched_score():
                 yield costs
         finally:
             self.costs = None

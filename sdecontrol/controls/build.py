@@ -12,6 +12,7 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
+from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
@@ -118,14 +119,20 @@ def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float]
     Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's curvature becomes
     ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the region where the density is a number.
     """
-    scale, rough = problem.scale, problem.roughness
+    scale, rough, reference = problem.scale, problem.roughness, problem.reference
+    if isinstance(reference, AnnealedLangevin):  # bounds the score itself, and has it at hand
+
+        def remembered(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+            return reference.score(x, y) + (x - reference.centre) / reference.scale.square()
+
+        return remembered, reference.beta
     bound = 5 * rough * problem.dim**0.5
 
     def bounded(x: Tensor, y: Any, create_graph: bool) -> Tensor:
         z = scale * gradient(x, y, create_graph)
         return z / (1 + z.norm(dim=1, keepdim=True) / bound) / scale
 
-    return bounded, lambda t: 1 / (1 + max(0.0, float(problem.reference.left(t))) * rough**2)
+    return bounded, lambda t: 1 / (1 + max(0.0, float(reference.left(t))) * rough**2)
 
 
 def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:

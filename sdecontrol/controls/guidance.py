@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .given import rows_of
 from .network import time_features
 
 __all__ = [
+    "AnnealedValue",
     "ClassifierValue",
     "GivenValue",
     "LogValue",
@@ -53,6 +54,20 @@ class LogValue(nn.Module):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         raise NotImplementedError
+
+
+class AnnealedValue(LogValue):
+    """``beta(t) r(x)``, ``log pi_t - log p0``: what particles of annealed Langevin are weighed by on their way."""
+
+    configuration: ClassVar[dict[str, Any]] = {"kind": "annealed"}
+
+    def __init__(self, problem: ControlProblem) -> None:
+        super().__init__()
+        self.problem = problem
+        self._reference: Any = problem.reference
+
+    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        return self._reference.beta(float(t)) * self.problem.reward(x, y)
 
 
 class ValueControl(Control):
@@ -347,6 +362,8 @@ def value_from_configuration(problem: ControlProblem, chain: Chain, kind: dict[s
     """
     if kind["kind"] == "network":
         return value_network(problem, chain, 0, kind)
+    if kind["kind"] == "annealed":
+        return AnnealedValue(problem)
     if kind["kind"] == "tweedie" and not kind["classifier"]:
         return TweedieValue(problem, chain)
     usable, function = callable(given), given

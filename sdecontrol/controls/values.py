@@ -36,7 +36,7 @@ class LearnedLogZ(nn.Module):
     def __init__(self, problem: ControlProblem, chain: Chain, varies: bool, seed: int) -> None:
         super().__init__()
         self.network = learned_value(problem, chain, seed) if varies else None
-        self._first = chain.times[:1]
+        self._first, self._forgets_start = chain.times[:1], problem.backward  # backward kernels lead to the start
         self.level: Tensor
         self.count: Tensor
         self.register_buffer("level", torch.zeros((), dtype=problem.dtype, device=problem.device))
@@ -44,6 +44,7 @@ class LearnedLogZ(nn.Module):
 
     def forward(self, x0: Tensor, condition: Any = None) -> Tensor:
         """``(batch,)``, with the network's graph."""
+        x0 = torch.zeros_like(x0) if self._forgets_start else x0
         level = self.level.clone().expand(x0.shape[0])
         return level if self.network is None else level + self.network.along(x0.unsqueeze(0), self._first, condition)[0]
 

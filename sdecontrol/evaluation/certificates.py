@@ -4,7 +4,8 @@ Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z fro
 it from above, ``log Z <= E_{Q_fine} log w`` (EUBO; Ji & Shen 1907.00824, Blessing et al. 2406.07423). A sampler that sits on some of the modes has
 excellent weights of its own, a log Z^ that lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
 
-A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone; where there are no
+A path of the target is an exact draws of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone (annealed Langevin: run back by the backward kernels, which is
+what these are for); where there are no
 draws, tempered particles stand for them, and are named as such.
 """
 
@@ -20,16 +21,19 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
-from ..randomness import derive_seed, fresh_seed, generator_for
+from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
+from ..simulation.backward import BackwardRun, reversal_along
 from ..simulation.bridges import ChainBridge
 from ..simulation.chains import Chain
+from ..simulation.integrator import integrate
 from ..simulation.shifts import shifts_along
 from ..tensors import event_sum, is_matrix_scale
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .particles import resample
 from .solution import Solution
-from .tempering import NoiseTarget, adapt, run_tempered
+from .tempered import TemperedSettings, tempered_target
+from .tempering import NoiseTarget, StateTarget, adapt, run_tempered
 
 __all__ = ["Certificate", "bridge_log_z", "certify"]
 
@@ -223,6 +227,8 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
         raise ValueError(
             "samples: paths to given ends need a Gaussian or point start and no running cost; leave samples out."
         )
+    if chain.backward:
+        return _run_backwards(solution, samples.to(chain.times), seed)
     bridge, end = ChainBridge(chain), samples.to(chain.times)
     generator = generator_for(end.device, seed)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
@@ -231,35 +237,55 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
     return _log_weights_along(problem, chain, solution.control, states)
 
 
+def _run_backwards(solution: Solution, ends: Tensor, seed: int) -> Tensor:
+    """Log weights of paths of a target made of backward kernels: these draw them from their ends."""
+    problem, chain = solution.problem, solution.chain
+    noise = SeededNoise(
+        seed, len(ends), chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
+    )
+    with torch.no_grad():
+        paths = integrate(BackwardRun(chain, solution.control), ends, noise)
+        return _log_weights_along(problem, chain, solution.control, paths.states.flip(0))
+
+
 def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, states: Tensor) -> Tensor:
     """``log w`` of stored whole paths, ``(batch,)``: the draws that made them under the reference, and the control's shifts."""
-    draws = []
+    found = []
     for k in range(chain.steps):
         mean, scale = chain.kernel(k, states[k])
         rest = states[k + 1] - mean
         if is_matrix_scale(scale, chain.event_ndim):
-            draws.append(
+            found.append(
                 torch.linalg.lstsq(scale.expand(len(rest), *scale.shape[1:]), rest.unsqueeze(2)).solution[..., 0]
             )
         else:
-            draws.append(rest / scale)
+            found.append(rest / scale)
     chain.forget()
     c = shifts_along(chain, control, states[:-1], None)
-    ratio = event_sum(c * (torch.stack(draws) - 0.5 * c), len(chain.noise_shape)).sum(0)
-    return (problem.reward(chain.decode(states[-1], None)) / problem.alpha - ratio).double()
+    draws = torch.stack(found)
+    log_w = problem.reward(chain.decode(states[-1], None)) / problem.alpha
+    log_w = log_w - event_sum(c * (draws - 0.5 * c), len(chain.noise_shape)).sum(0)
+    return (log_w + reversal_along(chain, control, states, draws) if chain.backward else log_w).double()
 
 
 def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded ends."""
     problem, chain = solution.problem, solution.chain
-    target = NoiseTarget(problem, chain, None)
-    target.smooth = False
+    target: StateTarget | NoiseTarget
+    if chain.backward:  # its paths depend on the control, its ends do not
+        target = tempered_target(problem, chain, None, TemperedSettings("states", gradient=True))
+    else:
+        target = NoiseTarget(problem, chain, None)
+        target.smooth = False
     ladder, _ = adapt(target, _PARTICLES, seed)
     systems = max(1, -(-n // _PARTICLES))
     found = run_tempered(target, ladder, systems, _PARTICLES, derive_seed(seed, 1))
     log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
     generator = generator_for(chain.times.device, seed, 2)
     rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
+    if isinstance(target, StateTarget):
+        ends = target.states(found.z.flatten(0, 1)[rows])
+        return _run_backwards(solution, ends, derive_seed(seed, 3)), ends
     paths = target.paths(found.z.flatten(0, 1)[rows], found.origin.flatten(0, 1)[rows])
     total = (problem.reward(paths.samples) - paths.running_cost) / problem.alpha
     return (total - paths.log_ratio(solution.control)).double(), paths.samples

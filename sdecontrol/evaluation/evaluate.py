@@ -90,7 +90,7 @@ class Evaluation:
         how = "exact" if self.exact else "estimated"
         rows = [("reward", self.reward, "E r(X_T)")]
         if self.running_cost.value or self.running_cost.stderr > 0:
-            rows.append(("running cost", self.running_cost, "E sum h f"))
+            rows.append(("running cost", self.running_cost, "E sum h f, or of backward kernels"))
         rows += [
             ("KL", self.kl, "KL(P^u || Q0)"),
             ("objective", self.objective, "reward - cost - alpha KL"),

@@ -53,6 +53,10 @@ def exact_solution(
         raise NoExactSolution(
             "condition: no exact solution is known for conditional problems; make one problem per condition."
         )
+    if problem.backward:
+        raise NoExactSolution(
+            "reference: an annealed Langevin target is made of backward kernels; it has no value function, and no exact solution is known. Use reference='ou' or 'brownian'."
+        )
     if not isinstance(problem.reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     linear = linear_reference(problem.reference)

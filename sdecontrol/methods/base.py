@@ -108,6 +108,8 @@ class Method:
     steady: ClassVar[bool] = False
     #: decay of the average of the parameters over iterations
     averaging: ClassVar[float] = 0.99
+    #: whether a target made of backward kernels (annealed Langevin) will do: "yes"; "no"; "fixed": if the control has no part in them
+    backward: ClassVar[str] = "no"
 
     @property
     def name(self) -> str:
@@ -115,6 +117,17 @@ class Method:
 
     def check(self, problem: ControlProblem) -> None:
         """Raise early where the problem is none for this method."""
+        if problem.backward and self.backward != "yes":
+            if self.backward == "no":
+                raise ValueError(
+                    f"{self.name} does not take reference='annealed': it uses a value function, the adjoint or bridges of the reference, and a target made of backward kernels "
+                    "has none of these. Use log-variance, reward-backprop, path-consistency with n='all', reinforce or smc; or reference='ou' or 'brownian'."
+                )
+            if getattr(problem.reference, "backward_control", True):
+                raise ValueError(
+                    f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the control has a part in the backward kernels. "
+                    "Use log-variance or reward-backprop, or gibbs_problem(..., backward_control=False)."
+                )
         if self.needs_gradient and not problem.has_gradient:
             raise NotDifferentiable(
                 f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without a "

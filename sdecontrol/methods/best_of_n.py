@@ -35,6 +35,7 @@ class BestOfN(Method):
         proposal: the candidates' control or solution; None: the reference (the only one for "rejection").
     """
 
+    backward: ClassVar[str] = "yes"
     n: int = 16
     selection: str = "best"
     bound: float | None = None

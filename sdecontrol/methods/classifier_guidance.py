@@ -47,6 +47,7 @@ class ClassifierGuidance(Method):
             )
 
     def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
         if self.classifier is None and (self.noisy or not isinstance(problem.reward_function, LogProb)):
             raise ValueError(
                 "classifier is missing: without one, classifier-guidance takes that of the problem's reward, which must be "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..evaluation.weights import self_normalised, warn_where_few
 from .base import Method, Run, register
@@ -42,6 +42,7 @@ class CrossEntropy(Method):
         steps: take the gradient through so many randomly drawn steps of each path (unbiased); None: all.
     """
 
+    backward: ClassVar[str] = "fixed"
     paths: Any = "current"
     trust_region: float | None = None
     group_size: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,6 +41,9 @@ class LogVariance(Method):
     the minimiser moves by O(h) (docs/mathematics.md section 3). "moment" is ``E (Y + log Z)^2/2`` with a learned log Z: the same
     gradient in expectation, also known as trajectory balance.
 
+    For annealed Langevin (CMCD-LV) the control has a part in the backward kernels B of the target too. ``Y`` has both, and is constant at the optimum alone, but away from
+    it the gradient on the control's own paths, ``E[(Y - EY) d(log P - log B)]``, is no longer that of the KL, ``E[(Y - EY) d log P] - E[d log B]``.
+
     Args:
         loss: "variance" or "moment".
         paths: "current", "reference", or a control or solution whose paths to learn from.
@@ -51,6 +54,7 @@ class LogVariance(Method):
             the whole batch. ``batch_size`` must be a multiple of it.
     """
 
+    backward: ClassVar[str] = "yes"
     loss: str = "variance"
     paths: Any = "current"
     steps: int | None = None

@@ -67,14 +67,15 @@ def collect(state: PathState, run: Run, part: int, group_size: int | None = None
     """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and condition."""
     batch = run.batch(part)
     if group_size is not None:
-        batch = _grouped(batch, group_size)
+        batch = _grouped(batch, group_size, not run.problem.backward)
     control = state.control if state.behaviour is None else state.behaviour
     return roll_out(run.problem, run.chain, control, batch.x0, batch.noise, batch.condition, until)
 
 
-def _grouped(batch: Batch, size: int) -> Batch:
+def _grouped(batch: Batch, size: int, starts: bool) -> Batch:
     first = lambda v: v[: len(v) // size].repeat_interleave(size, 0)  # noqa: E731
-    return replace(batch, x0=first(batch.x0), condition=None if batch.condition is None else first(batch.condition))
+    x0 = first(batch.x0) if starts else batch.x0  # backward kernels lead to the start: Y is constant over all of them
+    return replace(batch, x0=x0, condition=None if batch.condition is None else first(batch.condition))
 
 
 def starts_differ(problem: ControlProblem) -> bool:
@@ -114,8 +115,10 @@ def current_metrics(state: PathState, run: Run, rollouts: Sequence[Rollout], own
     if state.behaviour is not None or not own:
         return dict.fromkeys(("objective", "objective_stderr", "reward", "running_cost", "kl"), math.nan)
     rewards = concatenate(r.reward for r in rollouts)
-    costs = concatenate(r.costs.sum(0) for r in rollouts)
-    return path_metrics(rewards, costs, concatenate(r.kls().sum(0) for r in rollouts), run.problem.alpha)
+    kls = concatenate(r.kls(forward=True).sum(0) for r in rollouts)
+    backward = concatenate(r.kls().sum(0) for r in rollouts) - kls  # of the control, in the target's backward kernels
+    costs = concatenate(r.costs.sum(0) for r in rollouts) + run.problem.alpha * backward
+    return path_metrics(rewards, costs, kls, run.problem.alpha)
 
 
 # ---------------------------------------------------------------- settings

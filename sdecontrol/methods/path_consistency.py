@@ -51,6 +51,11 @@ class PathConsistency(Method):
         check_count("replay", self.replay, 0)
 
     @property
+    def backward(self) -> str:  # type: ignore[override]
+        """Windows have values at their ends."""
+        return "yes" if self.n == "all" else "no"
+
+    @property
     def residual(self) -> bool:  # type: ignore[override]
         """Other paths than its own say nothing of the objective."""
         return self.paths != "current"

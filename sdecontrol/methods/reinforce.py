@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ class Reinforce(Method):
         steps: use so many randomly drawn steps of every path's sum (unbiased); None: all.
     """
 
+    backward: ClassVar[str] = "yes"
     baseline: str = "batch"
     steps: int | None = None
 
@@ -47,7 +48,7 @@ class Reinforce(Method):
         for part in range(run.accumulate):
             rollout = collect(state, run, part)
             cost = rollout.kls().sum(0) - rollout.total / run.problem.alpha
-            log_ratios, kls = rollout.log_ratios_of(state.control, steps_of(run, self.steps, part))
+            log_ratios, kls = rollout.log_ratios_of(state.control, steps_of(run, self.steps, part), forward=True)
             advantage = leave_one_out(cost) if self.baseline == "batch" else cost
             add_scores(run, advantage * log_ratios + kls, torch.ones_like(advantage))
             loss += float(cost.mean()) / run.accumulate

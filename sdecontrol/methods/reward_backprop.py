@@ -39,6 +39,7 @@ class RewardBackprop(Method):
             Both replace sums over steps by integrals, need scheme="euler", and are slower than "adjoint".
     """
 
+    backward: ClassVar[str] = "yes"
     gradient: str | int = "full"
 
     needs_gradient: ClassVar[bool] = True

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..controls.base import Control
 from ..controls.given import given_control
-from ..controls.guidance import GivenValue, LogValue, TweedieValue, ValueControl
+from ..controls.guidance import AnnealedValue, GivenValue, LogValue, TweedieValue, ValueControl
 from ..errors import unknown_name
 from ..evaluation.particles import RESAMPLING
 from ..evaluation.weighted import ParticleSettings, ParticleSolution
@@ -36,7 +36,7 @@ class SMC(Method):
         proposal: what moves the particles: None, the reference; a control; a solution; or a method, which is run first
             (guidance, or any that trains a control): the iterations of ``solve`` are then its own.
         twist: ``log psi_k``, what weighs particles before the end. None: only the running cost and the proposal's likelihood
-            ratio. "proposal": the value that guides the proposal. "tweedie": the reward of the denoised state. A function
+            ratio (for annealed Langevin the annealed density, so that particles are weighed towards ``pi_t``). "proposal": the value that guides the proposal. "tweedie": the reward of the denoised state. A function
             ``v(x, t) -> (batch,)``, t ``(batch,)``: a value, divided by alpha here. It need not be exact for ``E Z^ = Z``.
         ess_threshold: effective fraction of a system's weights below which it is resampled; 0 never, 1 at every step.
         resampling: "systematic", "stratified" or "multinomial".
@@ -44,6 +44,7 @@ class SMC(Method):
             come from n/N systems together, and samples of one system share ancestors.
     """
 
+    backward: ClassVar[str] = "yes"
     num_particles: int = 256
     proposal: Any = None
     twist: str | Callable[..., Tensor] | None = None
@@ -79,6 +80,7 @@ class SMC(Method):
         return (self.proposal if isinstance(self.proposal, Method) else Method).averaging
 
     def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
         if isinstance(self.proposal, Method):
             self.proposal.check(problem)
 
@@ -106,6 +108,8 @@ class SMC(Method):
             return control.value
         if self.twist == "tweedie":
             return TweedieValue(problem, chain)
+        if self.twist is None and problem.backward:
+            return AnnealedValue(problem)
         return GivenValue(self.twist, problem.alpha) if callable(self.twist) else None
 
     def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> ParticleSolution:

@@ -45,6 +45,7 @@ class TemperedSMC(Method):
         or -inf everywhere at the start.
     """
 
+    backward: ClassVar[str] = "yes"
     num_particles: int = 1024
     space: str = "auto"
     gradient: bool | None = None
@@ -67,6 +68,7 @@ class TemperedSMC(Method):
         return TemperedSettings(space, gradient, float(self.width))
 
     def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
         settings = self._settings(problem)
         if settings.gradient and not problem.has_gradient:
             raise ValueError("gradient=True, but the reward has no gradient; leave gradient out.")

@@ -74,6 +74,7 @@ class ValueGuidance(Method):
         return 2000 if self.value in ("monte-carlo", "soft-q") else 0
 
     def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
         if self.value == "tweedie" and not problem.has_gradient:
             raise NotDifferentiable(
                 "value-guidance with value='tweedie' differentiates the reward, but this reward has no gradient. Use "

@@ -20,10 +20,16 @@ cross-entropy, reweighted maximum likelihood                   either      ``Cro
 adjoint matching (2409.08861)                                  either      ``AdjointMatching()``
 adjoint sampling (2504.11713)                                  "brownian"  ``AdjointMatching(reciprocal=True)``
 particle denoising / twisted SMC                               "ou"        ``SMC()``
+controlled Monte Carlo diffusions, CMCD (2307.01050)           "annealed"  ``RewardBackprop()`` (CMCD-KL), ``LogVariance()`` (CMCD-LV)
+annealed importance sampling, unadjusted Langevin (9803008,    "annealed"  ``BestOfN(selection="softmax")``, ``SMC(ess_threshold=0)``
+ULA; 2208.07698)                                                           (nothing trained; ``log_z`` by ``evaluate``)
+annealed sequential Monte Carlo (Del Moral et al. 2006)        "annealed"  ``SMC()``; with a learned control ``SMC(proposal=solution)`` (2412.07081)
 =============================================================  ==========  ===============================================================
 
 The published references run at constant speed (PIS) or on a schedule chosen by hand (DDS, DIS); these run at a geometrically falling one.
-Annealed Langevin with a learned correction (CMCD, 2307.01050) has no reference with a known end and is not made here.
+
+Annealed Langevin has no reference with a known end. Its target is made of backward kernels from pi, in which the control has a part too (``simulation/backward.py``): there is
+no value function of the state alone, so methods that use or learn one refuse it, as do those that use the reference's bridges or adjoint.
 """
 
 from __future__ import annotations
@@ -38,7 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImproperTarget, NonFiniteError, unknown_name
+from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, unknown_name
+from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.time_changed import KINDS, TimeChanged
 from ..randomness import derive_seed, fresh_seed
@@ -47,7 +54,9 @@ from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
 from .problem import ControlProblem
 
-__all__ = ["FLOOR_DEPTH", "GibbsProblem", "gibbs_problem"]
+__all__ = ["FLOOR_DEPTH", "REFERENCES", "GibbsProblem", "gibbs_problem"]
+
+REFERENCES = (*KINDS, "annealed")
 
 FLOOR_DEPTH = 1e4  #: a density of zero counts as the highest log density that was met, less this
 _CHECKED = 256  # draws of the reference's end at which the density is tried
@@ -90,26 +99,49 @@ class GibbsReward:
         return value + square - self.log_peak
 
 
+class _Score:
+    """Gradient of a log density, ``(batch, d)``, with its graph where x has one; 0 where it is not finite."""
+
+    def __init__(self, density: LogDensity) -> None:
+        self.density = density
+
+    def __call__(self, x: Tensor, y: Any = None) -> Tensor:
+        value = self._gradient(x, y)
+        if bool(torch.isfinite(value.detach().sum())):
+            return value
+        rows = torch.isfinite(value.detach()).all(1).nonzero().flatten()  # again, without the others: see GibbsReward
+        out = torch.zeros_like(x)
+        return (
+            out if len(rows) == 0 else out.index_copy(0, rows, self._gradient(x[rows], None if y is None else y[rows]))
+        )
+
+    def _gradient(self, x: Tensor, y: Any) -> Tensor:
+        graph = torch.is_grad_enabled() and x.requires_grad
+        with torch.enable_grad():
+            leaf = x if graph else x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.density(leaf, y).sum(), leaf, create_graph=graph)[0]
+
+
 class GibbsProblem(ControlProblem):
     """What :func:`gibbs_problem` makes: a :class:`ControlProblem` whose tilted end is a density known up to its integral.
 
     Attributes:
-        dim: dimension of the states. kind: "ou" or "brownian".
+        dim: dimension of the states. kind: "ou", "brownian" or "annealed".
         log_density: the user's function. score: the user's, or None.
         centre: ``(dim,)``. scale: 0-d or ``(dim,)``.
-        terminal_law: the reference's end ``N(centre, scale^2)``, a :class:`Gaussian`; the chain's own, at every step size.
+        terminal_law: the reference's end ``N(centre, scale^2)``, a :class:`Gaussian`; the chain's own, at every step size. ("annealed": its start.)
         pilot: what the pilot run found and cost (:class:`Pilot`), or None where the scale was given.
         floor: the log density that stands for -inf.
         has_gradient: whether the log density has one; without, methods that need it refuse, and ``LogVariance``, ``PathConsistency``,
             ``CrossEntropy``, ``SoftPPO``, ``PathIntegralGuidance`` and ``SMC`` are those that do not.
     """
 
-    reference: TimeChanged
+    reference: TimeChanged | AnnealedLangevin
 
     def __init__(
         self,
         density: LogDensity,
-        reference: TimeChanged,
+        reference: TimeChanged | AnnealedLangevin,
         *,
         condition: Any = None,
         pilot: Pilot | None = None,
@@ -121,16 +153,20 @@ class GibbsProblem(ControlProblem):
         self.centre, self.scale = reference.centre, reference.scale
         self.pilot, self.floor = pilot, floor
         self.terminal_law = Gaussian(self.centre, self.scale.square())
-        ou = reference.kind == "ou"
+        point = reference.kind == "brownian"
         super().__init__(
             reference,
-            initial=self.terminal_law if ou else Dirac(self.centre),
+            initial=Dirac(self.centre) if point else self.terminal_law,
             reward=GibbsReward(density, self.centre, self.scale, floor),
             alpha=1.0,
-            start="memoryless" if ou else None,
+            start=None if point else "memoryless",
             condition=condition,
             reward_batch_size=reward_batch_size,
         )
+
+    def _choose_start(self, start: str | None) -> str:
+        # backward kernels lead back to the start, so that tilting the end is all there is to do
+        return "memoryless" if self.backward else super()._choose_start(start)
 
     def _probe_reward(self, x: Tensor, y: Any) -> bool:
         return self.density.differentiable  # probed when it was made, at states of its own scale
@@ -139,6 +175,8 @@ class GibbsProblem(ControlProblem):
     def roughness(self) -> float:
         """Size of an entry of the target's score in units of 1/scale: the pilot's root mean square at the target, or where the scale was
         given the median over the reference's end."""
+        if isinstance(self.reference, AnnealedLangevin):
+            return self.reference.roughness
         if self.pilot is not None and math.isfinite(self.pilot.roughness):
             return max(1.0, self.pilot.roughness)
         x = draw(self.terminal_law, _CHECKED, 0)
@@ -175,6 +213,7 @@ def gibbs_problem(
     condition: Any = None,
     horizon: float = 1.0,
     resolution: float = 0.03,
+    backward_control: bool = True,
     seed: int | None = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -188,14 +227,17 @@ def gibbs_problem(
             1e4, without a gradient. NaN and +inf are errors. A function without a gradient is allowed.
         reference: "ou": the stationary Ornstein-Uhlenbeck process with law ``N(centre, scale^2)``, from 0 to a memoryless end (correlation
             0.005); "brownian": Brownian motion from ``centre`` to ``N(centre, scale^2)``. Both on a clock that slows down towards the end.
+            "annealed": annealed Langevin dynamics from ``N(centre, scale^2)`` along ``p0^(1-beta) rho^beta``, with the backward kernels of CMCD (:class:`AnnealedLangevin
+            <sdecontrol.processes.annealed.AnnealedLangevin>`; needs a gradient). Its reference alone is annealed importance sampling. Losses of whole weights and SMC take it.
         scale: the reference's standard deviation: a number or ``(dim,)``, wide enough to cover the target. None: found by a pilot run
-            of about 3e4 evaluations (:mod:`sdecontrol.problems.pilot`), on the wide side.
+            of about 3e4 evaluations (:mod:`sdecontrol.problems.pilot`), on the wide side ("annealed" makes it in any case, for its step sizes).
         centre: a number or ``(dim,)``. None: by the pilot run, or 0 where the scale is given.
         score: ``grad log_density`` in x, ``(batch, dim) -> (batch, dim)``, where you have a cheaper or safer one than autograd's.
         condition: what y is drawn from, as in :class:`ControlProblem`: one control then samples all of ``exp(log_density(., y)) / Z(y)``,
             and the reference covers their union.
         horizon: end time; a mere unit, since the clock's total is fixed.
         resolution: the finest detail of the target, as a fraction of the scale: how far the clock slows down.
+        backward_control: "annealed": whether the control has its part in the backward kernels (CMCD), or they are plain Langevin steps.
         seed: of the pilot run and the checks; None draws one from torch's global generator.
         dtype, device: of the states. Default: those of ``centre`` or ``scale`` where they are tensors, else torch's dtype, on the CPU.
         reward_batch_size: call the density on at most so many states at once while solving.
@@ -213,8 +255,13 @@ def gibbs_problem(
         raise TypeError(f"dim must be an int, the dimension of the states; got {dim!r}.")
     if dim < 1:
         raise ValueError(f"dim must be >= 1, got {dim}.")
-    if reference not in KINDS:
-        raise unknown_name("reference", reference, KINDS)
+    if reference not in REFERENCES:
+        raise unknown_name("reference", reference, REFERENCES)
+    annealed = reference == "annealed"
+    if not backward_control and not annealed:
+        raise ValueError(
+            f"backward_control goes with reference='annealed' and only with it; got reference={reference!r}."
+        )
     given = [v for v in (centre, scale) if isinstance(v, Tensor) and v.is_floating_point()]
     dtype = dtype if dtype is not None else given[0].dtype if given else torch.get_default_dtype()
     device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
@@ -235,14 +282,28 @@ def gibbs_problem(
         if condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
             raise ValueError("condition must draw a tensor (n, ...) of n conditions.")
         density.probe(x, y)
-        pilot = None
-        if width is None:
+        if annealed and not density.differentiable:
+            raise NotDifferentiable(
+                "reference='annealed' moves by the gradient of log_density, which has none (it returned a tensor without a graph). Pass score=, write it in "
+                "torch operations, or use reference='ou'."
+            )
+        pilot, roughness = None, 1.0
+        if width is None or annealed:
             pilot = run_pilot(density, middle, centre is not None, conditions, derive_seed(seed, 22))
-            middle, width = pilot.centre, pilot.scale
+            if width is None:
+                middle, width = pilot.centre, pilot.scale
+            roughness = pilot.roughness * float((width.double() / pilot.scale.double()).log().mean().exp())
         highest = _check_end(density, middle, width, conditions, seed, pilot)
+    process: TimeChanged | AnnealedLangevin
+    if annealed:
+        process = AnnealedLangevin(
+            _Score(density), middle, width, roughness, horizon, backward_control=backward_control
+        )
+    else:
+        process = TimeChanged(reference, middle, width, horizon, resolution)
     return GibbsProblem(
         density,
-        TimeChanged(reference, middle, width, horizon, resolution),
+        process,
         condition=condition,
         pilot=pilot,
         floor=highest - FLOOR_DEPTH,

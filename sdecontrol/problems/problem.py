@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..errors import NonFiniteError, unknown_name
+from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
 from ..processes.sde import MEMORYLESS, SDE, _positional, check_memoryless
@@ -216,6 +217,11 @@ class ControlProblem:
     @property
     def control_shape(self) -> torch.Size:
         return self.reference.control_shape
+
+    @property
+    def backward(self) -> bool:
+        """Whether the target is made of backward kernels (annealed Langevin), not of the reference's own."""
+        return isinstance(self.reference, AnnealedLangevin)
 
     @property
     def horizon(self) -> float:

@@ -31,6 +31,9 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("shifts", torch.zeros(K, size, *chain.noise_shape, **options))
         self.register_buffer("reward", torch.zeros(size, **options))
         self.register_buffer("costs", torch.zeros(K, size, **options))
+        if chain.backward:
+            self.register_buffer("backward_draws", torch.zeros(K, size, *chain.noise_shape, **options))
+            self.register_buffer("backward_shifts", torch.zeros(K, size, *chain.noise_shape, **options))
         self.conditional = condition is not None
         if self.conditional:
             self.register_buffer("condition", condition[:1].repeat(size, *(1 for _ in condition.shape[1:])))
@@ -41,6 +44,10 @@ class ReplayBuffer(nn.Module):
         """Buffer, paths, and the dimension that counts paths."""
         pairs = [(self.states, rollout.states, 1), (self.draws, rollout.draws, 1), (self.shifts, rollout.shifts, 1)]
         pairs += [(self.reward, rollout.reward, 0), (self.costs, rollout.costs, 1)]
+        if self.chain.backward:
+            pairs += [
+                (getattr(self, name), getattr(rollout, name), 1) for name in ("backward_draws", "backward_shifts")
+            ]
         return pairs + ([(self.condition, rollout.condition, 0)] if self.conditional else [])  # type: ignore[list-item]
 
     @torch.no_grad()
@@ -64,5 +71,6 @@ class ReplayBuffer(nn.Module):
             self.reward,  # type: ignore[arg-type]
             self.costs,  # type: ignore[arg-type]
             self.condition if self.conditional else None,
+            *((self.backward_draws, self.backward_shifts) if self.chain.backward else ()),  # type: ignore[arg-type]
         )
         return whole.rows(index)

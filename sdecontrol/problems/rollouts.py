@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..simulation.backward import backward_shifts_along, log_reversal
 from ..simulation.chains import Chain
 from ..simulation.integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
@@ -22,13 +23,17 @@ __all__ = ["Rollout", "leave_one_out", "roll_out"]
 class Rollout:
     """Paths without a graph, with the total reward's parts.
 
+    On a chain with backward kernels (``simulation/backward.py``) the target depends on the control. Its part, ``log dB^u/dB^0``, is taken off the log-ratio here, so
+    that total and costs are functions of the path alone and ``log_ratios - total/alpha`` is the negative log weight, of any control.
+
     Attributes:
         chain: of K steps.
         states: ``(K+1, batch, *event)``.
         draws: ``(K, batch, *noise)``, ``c_k + xi_k``: the noise that would have made the path under the reference. Log-ratios of
             any control depend on the path through it alone.
         shifts: ``(K, batch, *noise)``, the ``c_k`` that drew the paths.
-        reward: ``(batch,)``; costs: ``(K, batch)``, running costs ``h_k f_k``, before time 0 zero.
+        reward: ``(batch,)``; costs: ``(K, batch)``, running costs ``h_k f_k``, before time 0 zero; less the functional of backward kernels without control.
+        backward_draws, backward_shifts: as of :class:`Paths`, where there are backward kernels.
     """
 
     chain: Chain
@@ -38,6 +43,8 @@ class Rollout:
     reward: Tensor
     costs: Tensor
     condition: Any = None
+    backward_draws: Tensor | None = None
+    backward_shifts: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -45,17 +52,28 @@ class Rollout:
         return self.reward - self.costs.sum(0)
 
     def log_ratios(self) -> Tensor:
-        """``log dP/dQ0`` of each step, ``(K, batch)``, for the law P that drew the paths."""
-        return event_sum(self.shifts * (self.draws - 0.5 * self.shifts), len(self.chain.noise_shape))
+        """``log dP/dQ0 [- log dB/dB^0]`` of each step, ``(K, batch)``, for the law P that drew the paths."""
+        ratios = event_sum(self.shifts * (self.draws - 0.5 * self.shifts), len(self.chain.noise_shape))
+        return self._less_backward(ratios, self.backward_shifts)
 
-    def kls(self) -> Tensor:
-        """``|c_k|^2/2``, ``(K, batch)``."""
-        return event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
+    def kls(self, forward: bool = False) -> Tensor:
+        """``|c_k|^2/2 [- log dB/dB^0]``, ``(K, batch)``; ``forward``: without the latter."""
+        kls = event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
+        return kls if forward else self._less_backward(kls, self.backward_shifts)
 
-    def log_ratios_of(self, control: Any, steps: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """``log dP^u/dQ0`` and ``|c_k|^2/2`` of a control at these states, with their graph: both ``(steps, batch)``.
+    def _less_backward(self, values: Tensor, b: Tensor | None, steps: Sequence[int] | None = None) -> Tensor:
+        """``values - log B^u/B^0``, the latter being ``-b.z - |b|^2/2`` for the backward draw z."""
+        if b is None or self.backward_draws is None:
+            return values
+        back = self.backward_draws if steps is None else self.backward_draws[list(steps)]
+        return values + event_sum(b * (back + 0.5 * b), len(self.chain.noise_shape))
 
-        All steps in one call of the control; or the given ones.
+    def log_ratios_of(
+        self, control: Any, steps: Sequence[int] | None = None, forward: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``log dP^u/dQ0 [- log dB^u/dB^0]`` and ``|c_k|^2/2 [- log dB^u/dB^0]`` of a control at these states, with their graph: both ``(steps, batch)``.
+
+        All steps in one call of the control; or the given ones. ``forward``: the first as ``log dP^u/dQ0`` alone, whose gradient is the score of the law of the paths.
         """
         chain, n = self.chain, len(self.chain.noise_shape)
         if steps is None:
@@ -64,8 +82,12 @@ class Rollout:
             shift = shift_function(chain, control)
             c = torch.stack([shift(k, self.states[k], self.condition) for k in steps])
             draws = self.draws[list(steps)]
+        b = None
+        if chain.backward_control:
+            b = backward_shifts_along(chain, control, self.states, self.condition, steps, c if steps is None else None)
         chain.forget()
-        return event_sum(c * (draws - 0.5 * c), n), event_sum(0.5 * c**2, n)
+        ratios, kls = event_sum(c * (draws - 0.5 * c), n), event_sum(0.5 * c**2, n)
+        return ratios if forward else self._less_backward(ratios, b, steps), self._less_backward(kls, b, steps)
 
     def rows(self, index: Tensor) -> Rollout:
         """Some of the paths."""
@@ -78,6 +100,8 @@ class Rollout:
             self.reward[index],
             self.costs[:, index],
             y,
+            None if self.backward_draws is None else self.backward_draws[:, index],
+            None if self.backward_shifts is None else self.backward_shifts[:, index],
         )
 
 
@@ -114,7 +138,11 @@ def roll_out(
         steps = x0.new_tensor(chain.step_sizes[chain.start :]).unsqueeze(1)
         costs[chain.start :] = torch.stack(found) * steps
     reward = problem.reward(paths.samples, condition).detach()
-    return Rollout(chain, paths.states, paths.shifts + paths.noises, paths.shifts, reward, costs, condition)
+    draws, back, b = paths.shifts + paths.noises, None, None
+    if chain.backward:
+        back, b = paths.backward_draws, paths.backward_shifts
+        costs = costs - log_reversal(chain, paths.states[:-1], paths.states[1:], draws, back, None)
+    return Rollout(chain, paths.states, draws, paths.shifts, reward, costs, condition, back, b)
 
 
 def _followed(chain: Chain, shift: ShiftFunction, until: int) -> ShiftFunction:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoLikelihood, unknown_name
+from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import Gaussian, GaussianMixture
 from ..processes.linear import LinearSDE
@@ -57,6 +58,9 @@ class Chain:
     noise_shape: torch.Size
     control_shape: torch.Size
     reference: Any
+    #: whether the target is made of backward kernels (``backward.py``), in which the control enters too where ``backward_control`` says so
+    backward = False
+    backward_control = False
 
     def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.clock = clock
@@ -73,6 +77,14 @@ class Chain:
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Mean and scale of step k at x; scales as in :func:`sdecontrol.tensors.apply_scale`."""
+        raise NotImplementedError
+
+    def backward_kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """Mean and scale (elementwise, the forward one) of ``x_k`` given ``x_{k+1} = end``, where there are backward kernels."""
+        raise NotImplementedError
+
+    def log_origin(self, x: Tensor) -> Tensor:
+        """Log density of the law that the reference's chain starts from, up to a constant, ``(..., batch)``; with backward kernels."""
         raise NotImplementedError
 
     def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
@@ -454,6 +466,10 @@ def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device:
             f"solutions need. Use scheme='euler' there; simulate(..., scheme={scheme!r}) samples with it."
         )
     clock = make_grid(time_steps, sde.horizon)
+    if isinstance(sde, AnnealedLangevin) and scheme in ("euler", "exponential"):
+        from .backward import AnnealedChain
+
+        return AnnealedChain(sde, clock, scheme, dtype, device)
     if scheme == "euler":
         return EulerChain(sde, clock, dtype, device)
     if scheme == "exact":

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backward import Remembered, log_reversal, look_back
 from .chains import Chain
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate, one_step
 from .shifts import ShiftFunction, shift_function
@@ -214,13 +215,20 @@ def _recompute(
     chain = setting.chain
     costs: list[Tensor] = []
     slopes: list[Tensor] = []
+    shift = Remembered(shift) if chain.backward else shift
     for k in steps:
         if setting.running_cost is not None and chain.clock[k] >= 0:
             f = setting.running_cost(x, chain.times[k], setting.condition)
             if f.requires_grad:
                 costs.append(f)
                 slopes.append(torch.full_like(f, scale * chain.step_sizes[k] / setting.alpha))
-        x, c = one_step(chain, k, x, setting.noise[k], shift, setting.condition)
+        before, xi = x, setting.noise[k]
+        x, c = one_step(chain, k, x, xi, shift, setting.condition)
+        if chain.backward:
+            back, b = look_back(chain, k, before, x, shift, setting.condition)
+            gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
+            costs.append(gained)
+            slopes.append(torch.full_like(gained, -scale / setting.alpha))
         if c is not None and c.requires_grad:
             costs.append(c)
             slopes.append(c.detach() * scale)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..tensors import apply_scale, nonfinite_rows
+from .backward import Remembered, log_reversal, look_back
 from .chains import Chain
 from .paths import Paths
 from .shifts import ShiftFunction
@@ -103,6 +104,8 @@ def integrate(
 ) -> Paths:
     """Run steps ``first .. last-1`` of a chain from states x ``(batch, *event)``.
 
+    Where the chain has backward kernels, the running cost has -1 times the functional of the path that they make (``backward.py``, alpha = 1).
+
     The graph is kept if gradients are enabled and something requires them. Log-ratios are reduced after the loop from
     what it stored; finiteness is checked afterwards and located from the stored states.
 
@@ -115,13 +118,24 @@ def integrate(
     noises: list[Tensor] = []
     shifts: list[Tensor] = []
     cost: Tensor | None = None
+    backward, back_draws, back_shifts = chain.backward, [], []
+    if backward and shift is not None:
+        shift = Remembered(shift)
     sums = None if everything or shift is None else _Sums()
     for k in range(first, last):
         xi = noise[k]
         if running_cost is not None and chain.clock[k] >= 0:
             here = running_cost(x, chain.times[k], condition)
             cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
+        before = x
         x, c = one_step(chain, k, x, xi, shift, condition)
+        if backward:
+            back, b = look_back(chain, k, before, x, shift, condition)
+            gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
+            cost = -gained if cost is None else cost - gained
+            if everything:
+                back_draws.append(back)
+                back_shifts.append(torch.zeros_like(back) if b is None else b)
         if states is not None:
             states.append(x)
         if everything:
@@ -148,6 +162,8 @@ def integrate(
         shifts=shifts if everything else None,
         sums=None if everything else (_Sums() if sums is None else sums).result(x),
         replay=replay,
+        backward_draws=back_draws if backward and everything else None,
+        backward_shifts=back_shifts if backward and everything else None,
     )
     if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(cost).all()):
         if states is None:  # the same steps again with the states kept: raises, with the step's name
@@ -197,6 +213,8 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
             if shift is not None and (rows := nonfinite_rows(shift(k, x, paths.condition))):
                 return _nonfinite("control", k, rows, chain)
             return _nonfinite("state", k, nonfinite_rows(states[j + 1]), chain)
+        if rows := nonfinite_rows(paths.running_cost):
+            return _nonfinite("running cost", None, rows, chain)
     return _nonfinite("state", None, nonfinite_rows(paths.end), chain)
 
 

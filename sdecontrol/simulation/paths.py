@@ -24,6 +24,8 @@ class Paths:
         noises: ``(K, batch, *noise)``, the ``xi_k``.
         shifts: ``(K, batch, *noise)``, the ``c_k`` of the control that drew the paths.
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
+            On a chain with backward kernels: less the functional of the path that they make (``backward.py``).
+        backward_draws, backward_shifts: there, ``(K, batch, *noise)``: ``(x_k - mean'_k(x_{k+1}))/scale_k`` of the kernels without control, and ``b_k``.
         condition: what the paths were conditioned on, or None.
         end: ``(batch, *event)``, the last states (before ``decode``).
         chain: the chain that was simulated.
@@ -45,7 +47,10 @@ class Paths:
         shifts: list[Tensor] | None,
         sums: tuple[Tensor, Tensor] | None,
         replay: Callable[[], Paths] | None,
+        backward_draws: list[Tensor] | None = None,
+        backward_shifts: list[Tensor] | None = None,
     ) -> None:
+        self._backward_draws, self._backward_shifts = backward_draws, backward_shifts
         self.chain, self.first, self.last, self.end = chain, first, last, end
         self.running_cost, self.condition = running_cost, condition
         self._states, self._noises, self._shifts = states, noises, shifts
@@ -105,6 +110,14 @@ class Paths:
     @property
     def shifts(self) -> Tensor:
         return self._stacked("shifts")
+
+    @property
+    def backward_draws(self) -> Tensor:
+        return self._stacked("backward_draws")
+
+    @property
+    def backward_shifts(self) -> Tensor:
+        return self._stacked("backward_shifts")
 
     @property
     def samples(self) -> Tensor:
