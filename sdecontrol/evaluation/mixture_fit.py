@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..processes.laws import GaussianMixture, ProductMixture
 from ..randomness import derive_seed, generator_for
-from .particles import resample
 
 __all__ = ["fit_mixture"]
 
@@ -38,7 +37,7 @@ def fit_mixture(
 
     Candidates are joint mixtures of 1, 2, 4, ..., ``most`` components, from two kinds of start (means spread over the samples by k-means++,
     Arthur & Vassilvitskii 2007, which finds separate modes; means at random samples, which finds scales within one) with whole covariances, shrunk
-    towards their diagonals by dimension/(samples of the component), or with diagonal ones (only these above 64 dimensions); and products of
+    towards their diagonals by dimension/(effective samples of the component), or with diagonal ones (only these above 64 dimensions); and products of
     mixtures of the single coordinates, which have few parameters where a joint mixture would need a component for every combination of modes.
     Three quarters of (some thousands of) the samples choose by the likelihood of the last quarter; the chosen kind and size is then fitted to all.
 
@@ -55,23 +54,23 @@ def fit_mixture(
     if x.ndim != 2 or len(x) < 16 or not bool(torch.isfinite(x).all()):
         raise ValueError(f"x must be at least 16 finite samples (n, d); got {tuple(x.shape)}.")
     v = x.double()
-    if log_weights is not None:
-        shares = log_weights.double().unsqueeze(0).log_softmax(1)
-        v = v[resample(shares, len(v), "systematic", generator_for(x.device, seed, 5))[0]]
-    mean, scale = v.mean(0), v.std(0).clamp(min=1e-12)
+    w = torch.ones_like(v[:, 0]) if log_weights is None else log_weights.double().softmax(0) * len(v)
+    v, w = v[w > 0], w[w > 0]
+    mean = (w.unsqueeze(1) * v).sum(0) / w.sum()
+    scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
     z = (v - mean) / scale
     order = torch.randperm(len(z), generator=generator_for(x.device, seed, 6), device=x.device)
     least, highest, numbers = _CHOOSING
     order = order[: min(highest, max(least, numbers // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
-    held, kept = z[order[:cut]], z[order[cut:]]
+    held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
     best, found = -math.inf, None
     for kind in KINDS if z.shape[1] <= _FULL else KINDS[:2]:
-        score, fit = _best_size(kind, kept, held, most, seed)
+        score, fit = _best_size(kind, *kept, *held, most, seed)
         if found is None or score > best + _BETTER:
             best, found = score, fit
     assert found is not None
-    found.improve(z)
+    found.improve(z, w)
     like = {"dtype": x.dtype, "device": x.device}
     if isinstance(found, _Coordinates):
         middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
@@ -83,14 +82,16 @@ def fit_mixture(
     )
 
 
-def _best_size(kind: str, kept: Tensor, held: Tensor, most: int, seed: int) -> tuple[float, _Joint | _Coordinates]:
+def _best_size(
+    kind: str, kept: Tensor, weights: Tensor, held: Tensor, held_weights: Tensor, most: int, seed: int
+) -> tuple[float, _Joint | _Coordinates]:
     """The best log-likelihood of held-out samples among the sizes of a kind, and its fit; larger ones are not tried after two that gain nothing."""
     best, chosen, poor = -math.inf, None, 0
     for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
         if poor == 2:
             break
-        fit = _fit(kind, size, kept, seed)
-        score = float(fit.log_prob(held).mean())
+        fit = _fit(kind, size, kept, weights, seed)
+        score = float((held_weights * fit.log_prob(held)).mean())
         if chosen is None or score > best + _BETTER:
             best, chosen, poor = score, fit, 0
         else:
@@ -107,15 +108,15 @@ def _sizes(most: int) -> Iterator[int]:
     yield max(1, most)
 
 
-def _fit(kind: str, size: int, z: Tensor, seed: int) -> _Joint | _Coordinates:
+def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:
     if kind == "product":
-        return _Coordinates(z, size)
+        return _Coordinates(z, w, size)
     generator = generator_for(z.device, derive_seed(seed, size, KINDS.index(kind)))
     if kind == "random":
         means = z[torch.randperm(len(z), generator=generator, device=z.device)[:size]]
     else:
         means = _spread(z, size, generator)
-    return _Joint(z, means, full=kind != "diagonal")
+    return _Joint(z, w, means, full=kind != "diagonal")
 
 
 class _Fit:
@@ -127,13 +128,15 @@ class _Fit:
     def _maximise(self, z: Tensor, share: Tensor) -> None:
         raise NotImplementedError
 
-    def improve(self, z: Tensor, passes: int = _PASSES) -> None:
+    def improve(self, z: Tensor, w: Tensor, passes: int = _PASSES) -> None:
+        """Passes over samples z with weights w, ``(n,)`` of mean 1."""
         before = -math.inf
         for _ in range(passes):
             joint = self._joint(z)
             level = joint.logsumexp(-1, keepdim=True)
-            self._maximise(z, (joint - level).exp())
-            now = float(level.sum()) / len(z)
+            rows = w.reshape(-1, *(1,) * (level.ndim - 1))
+            self._maximise(z, (joint - level).exp() * rows)
+            now = float((rows * level).sum()) / len(z)
             if now - before < _ENOUGH:
                 break
             before = now
@@ -147,11 +150,11 @@ class _Fit:
 class _Joint(_Fit):
     """A joint mixture, for samples of mean 0 and variance 1 in every coordinate; starts with each sample at its nearest mean."""
 
-    def __init__(self, z: Tensor, means: Tensor, full: bool) -> None:
+    def __init__(self, z: Tensor, w: Tensor, means: Tensor, full: bool) -> None:
         self.full = full
         nearest = torch.cdist(z, means).argmin(1)
-        self._maximise(z, torch.nn.functional.one_hot(nearest, len(means)).double())
-        self.improve(z, _FIRST_PASSES)
+        self._maximise(z, torch.nn.functional.one_hot(nearest, len(means)) * w.unsqueeze(1))
+        self.improve(z, w, _FIRST_PASSES)
 
     def _joint(self, z: Tensor) -> Tensor:
         """``log weight_i + log N(z; i)``, ``(n, k)``."""
@@ -186,7 +189,7 @@ class _Joint(_Fit):
         centred = (z - m for m in self.means)
         cov = torch.stack([(w.unsqueeze(1) * v).mT @ v / c for w, v, c in zip(share.mT, centred, count)])
         diagonal = torch.diag_embed(cov.diagonal(dim1=1, dim2=2))
-        shrink = (d / count).clamp(max=1.0).reshape(-1, 1, 1)
+        shrink = (d * share.square().sum(0) / count**2).clamp(max=1.0).reshape(-1, 1, 1)
         floor = _NARROW**2 * torch.eye(d, dtype=z.dtype, device=z.device)
         self.cov = (1 - shrink) * cov + shrink * diagonal + floor
         self.root = torch.linalg.cholesky(self.cov)
@@ -195,10 +198,10 @@ class _Joint(_Fit):
 class _Coordinates(_Fit):
     """Mixtures of ``size`` components of all coordinates at once, from equal quantiles."""
 
-    def __init__(self, z: Tensor, size: int) -> None:
+    def __init__(self, z: Tensor, w: Tensor, size: int) -> None:
         rank = z.argsort(0).argsort(0) * size // len(z)
-        self._maximise(z, torch.nn.functional.one_hot(rank, size).double())  # (n, d, k)
-        self.improve(z, _FIRST_PASSES)
+        self._maximise(z, torch.nn.functional.one_hot(rank, size) * w.reshape(-1, 1, 1))  # (n, d, k)
+        self.improve(z, w, _FIRST_PASSES)
 
     def _joint(self, z: Tensor) -> Tensor:
         """``log weight_ji + log N(z_j; ji)``, ``(n, d, k)``."""

@@ -17,6 +17,7 @@ from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_t
 from ..evaluation.tempering import Ladder, Population, adapt
 from ..evaluation.weighted import ParticleSettings
 from ..problems.gibbs import GibbsProblem
+from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
 from .base import Method, Run, register
@@ -28,11 +29,12 @@ _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds a
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _QUIET = 2  # rounds without a change, after which no more are made
 _LOST = 0.1  # nats of log Z
+_SEARCHED = 8  # particles of a round for one chain of the search
 _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
 
 
 class _State(nn.Module):
-    """Two populations of particles (of the last round, and of the one before it that found most), and what rounds cost."""
+    """Two populations of particles (of the last round, and of the one before it that found most; at first, of the search), and what rounds cost."""
 
     def __init__(self, run: Run, size: int) -> None:
         super().__init__()
@@ -56,6 +58,13 @@ class _State(nn.Module):
             "quiet", torch.zeros((), dtype=torch.long, device=problem.device)
         )  # rounds without a change
         self._law: Any = None
+        assert isinstance(problem, GibbsProblem)
+        before = problem.density.values
+        ends = search(problem.density, problem.centre, problem.scale, size // _SEARCHED, derive_seed(run.seed, 73))
+        self.spent += problem.density.values - before
+        self.z[1, : len(ends)] = (ends - problem.centre) / problem.scale
+        self.log_weights[1] = -math.inf
+        self.log_weights[1, : len(ends)] = -math.log(max(1, len(ends)))
 
     seen: Tensor
     quiet: Tensor
@@ -63,9 +72,12 @@ class _State(nn.Module):
     def law(self, run: Run, most: int) -> Any:
         """The mixture fitted to both populations; None before the first round."""
         if self._law is None and bool(self.log_z[0] > -math.inf):
-            known = self.log_z > -math.inf
-            z, log_w = self.z[known].flatten(0, 1), self.log_weights[known].flatten()
-            self._law = fit_mixture(z, log_w, seed=derive_seed(run.seed, 72, run.iteration), most=most)
+            self._law = fit_mixture(
+                self.z.flatten(0, 1),
+                self.log_weights.flatten(),
+                seed=derive_seed(run.seed, 72, run.iteration),
+                most=most,
+            )
         return self._law
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
@@ -99,8 +111,8 @@ class _State(nn.Module):
 class Auto(Method):
     """For a Gibbs problem: tuned SMC first, a mixture of Gaussians learned from its particles, SMC from that mixture, and again.
 
-    1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`).
-    2. A mixture of Gaussians is fitted to them (``evaluation/mixture_fit.py``), as wide as the data say.
+    1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`), and short chains search for modes from far out.
+    2. A mixture of Gaussians is fitted to both (``evaluation/mixture_fit.py``).
     3. New particles are tempered from the mixture, a little widened, with independent draws from it among their moves. A better beginning needs fewer
        levels, and reaches what the wide Gaussian could not: the neck of a funnel is entered a little further in every round.
 

@@ -31,7 +31,7 @@ from ..errors import ImproperTarget
 from ..randomness import derive_seed, generator_for
 from .density import LogDensity
 
-__all__ = ["Pilot", "check_rays", "run_pilot"]
+__all__ = ["Pilot", "check_rays", "run_pilot", "search"]
 
 _EXPONENTS = range(-20, 21)
 _DRAWS, _MORE_DRAWS = 64, 2048  # per scale of the scan; the second where none of the first has density
@@ -114,6 +114,24 @@ def run_pilot(
     )
 
 
+def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int) -> Tensor:
+    """Where n of the pilot's chains end, ``(m, d)``, ``m <= n``, started at once from half of the reference's scale to eight times it: modes near the
+    centre are found from near, those around it from far. No draws of the target: each mode has the share of its basin, not its own.
+    """
+    generator = generator_for(centre.device, derive_seed(seed, 7))
+    u = torch.rand(n, 1, generator=generator, dtype=centre.dtype, device=centre.device)
+    start = float(scale.max()) * 2 ** (4 * u - 1)
+    inside = centre.unsqueeze(0)
+    known = inside, density.value(inside)
+    _, _, (x, value), _, _ = _chains(density, centre, 1.0, known, lambda n, seed: None, seed, start=start)
+    # chains that have not arrived, and those that no move has brought to any density
+    level = value[value.isfinite()]
+    if len(level) == 0:
+        return x[:0]
+    low, high = torch.quantile(level, torch.tensor([0.5, 0.84], dtype=level.dtype, device=level.device)).tolist()
+    return x[value > low - _LATE * (high - low) - _LATE]
+
+
 def _finite(values: Tensor) -> Tensor:
     """NaN and +inf as -inf: nothing to go by."""
     return torch.nan_to_num(values, nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
@@ -161,14 +179,17 @@ def _chains(
     known: tuple[Tensor, Tensor],
     conditions: Callable[[int, int], Any],
     seed: int,
+    *,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Any, float]:
-    """States and scores ``(n, d)`` of the second half, the last states with their values, the conditions, and the acceptance."""
+    """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States and scores ``(n, d)`` of the second half, the last states with their values, the conditions, and the acceptance."""
     like = {"dtype": guess.dtype, "device": guess.device}
     generator = generator_for(guess.device, derive_seed(seed, 3))
     normal = lambda *shape: torch.randn(*shape, generator=generator, **like)  # noqa: E731
     uniform = lambda *shape: torch.rand(*shape, generator=generator, **like)  # noqa: E731
-    n, d, smooth = _CHAINS, guess.numel(), density.differentiable
-    start = scan_scale * 2 ** (_DOUBLINGS * uniform(n, 1))
+    n, d, smooth = _CHAINS if start is None else len(start), guess.numel(), density.differentiable
+    if start is None:
+        start = scan_scale * 2 ** (_DOUBLINGS * uniform(n, 1))
     x, y = guess + start * normal(n, d), conditions(n, derive_seed(seed, 4))
     value = _finite(density.value(x, y))
     outside = value.isinf().nonzero().flatten()
