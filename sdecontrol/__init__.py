@@ -33,6 +33,9 @@ from .library.inverse import mixture_inverse_problem
 from .library.problems import named_problem, problem_names
 from .library.targets import named_target, target_card, target_names
 from .methods import (
+    HMC,
+    MALA,
+    NUTS,
     SMC,
     SOCM,
     AdjointMatching,
@@ -77,6 +80,9 @@ from .training.solve import load, solve
 __version__ = "0.1.0"
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "NUTS",
     "SDE",
     "SMC",
     "SOCM",

@@ -7,7 +7,7 @@ import torch
 from problems import F64, randn, random_lq
 
 import sdecontrol as sc
-from sdecontrol.evaluation.certificates import bridge_log_z
+from sdecontrol.evaluation.estimates import bridge_log_z
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.simulation.bridges import ChainBridge
 

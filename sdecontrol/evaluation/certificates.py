@@ -28,14 +28,14 @@ from ..simulation.chains import Chain
 from ..simulation.integrator import integrate
 from ..simulation.shifts import shifts_along
 from ..tensors import event_sum, is_matrix_scale
-from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
+from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .particles import resample
 from .solution import Solution
 from .tempered import TemperedSettings, tempered_target
 from .tempering import NoiseTarget, StateTarget, adapt, run_tempered
 
-__all__ = ["Certificate", "bridge_log_z", "certify"]
+__all__ = ["Certificate", "certify"]
 
 _PARTICLES = 4096
 _FEW = 0.1  # forward ESS, relative to the reverse one, below which the sampler misses a part of the target
@@ -103,31 +103,6 @@ class Certificate:
         return "\n".join(
             [*lines, *(f"ALARM: {alarm}" for alarm in self.alarms)] if self.alarms else [*lines, "no alarm"]
         )
-
-
-def bridge_log_z(reverse: Tensor, forward: Tensor) -> Estimate:
-    """log Z from log weights of both sides, by the optimal bridge estimate: the root c of ``sum_P s(log w - c + l) = sum_Q s(c - log w - l)``, s the
-    logistic function and l the logarithm of the ratio of their numbers.
-
-    Args:
-        reverse: ``(n,)`` of the sampler's paths; forward: ``(m,)`` of the target's, assumed independent.
-    """
-    a, b = reverse.double(), forward.double()
-    offset = math.log(len(b) / len(a))
-    low = float(torch.minimum(a.min(), b.min())) - 1 - abs(offset)
-    high = float(torch.maximum(a.max(), b.max())) + 1 + abs(offset)
-
-    def balance(c: float) -> float:
-        return float(torch.sigmoid(a + offset - c).sum() - torch.sigmoid(c - b - offset).sum())
-
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if balance(middle) > 0 else (low, middle)
-    c = 0.5 * (low + high)
-    up, down = torch.sigmoid(a + offset - c), torch.sigmoid(c - b - offset)
-    mean = lambda v: float(v.mean())  # noqa: E731
-    relative = lambda v: float(v.var()) / (len(v) * max(mean(v), 1e-300) ** 2)  # noqa: E731
-    return Estimate(c, math.sqrt(relative(up) + relative(down)))
 
 
 def certify(

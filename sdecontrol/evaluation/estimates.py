@@ -1,4 +1,4 @@
-"""``Estimate``: a number with its standard error; and estimates from importance weights."""
+"""``Estimate``: a number with its standard error; and estimates from importance weights and from chains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "effective_sample_size", "log_mean_weight", "mean_estimate", "pareto_k"]
+from .diagnostics import chain_ess
+
+__all__ = [
+    "Estimate",
+    "bridge_log_z",
+    "chain_mean",
+    "effective_sample_size",
+    "log_mean_weight",
+    "mean_estimate",
+    "pareto_k",
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,20 @@ def mean_estimate(values: Tensor) -> Estimate:
     """Mean of independent values ``(n,)`` with its standard error."""
     v = values.detach().double()
     return Estimate(float(v.mean()), float(v.std()) / math.sqrt(len(v)) if len(v) > 1 else float("nan"))
+
+
+def chain_mean(values: Tensor) -> Estimate:
+    """Mean of the values ``(chains, draws)`` of a stationary Markov chain, its error by their effective number (:func:`chain_ess`)."""
+    v = values.detach().double()
+    return Estimate(float(v.mean()), math.sqrt(_variance_of_mean(v)))
+
+
+def _variance_of_mean(v: Tensor) -> float:
+    """Of independent values ``(n,)``, or of those of chains ``(chains, draws)``."""
+    if v.ndim == 1:
+        return float(v.var()) / len(v)
+    ess = float(chain_ess(v))
+    return float(v.var()) / ess if ess > 0 else 0.0 if float(v.var()) == 0 else math.inf
 
 
 def log_mean_weight(log_w: Tensor) -> Estimate:
@@ -74,3 +98,30 @@ def pareto_k(log_w: Tensor) -> float:
     shape, _, _ = genpareto.fit(tail / tail.mean(), floc=0)
     # weakly informative prior of ten observations at 0.5, as in the reference implementation
     return float((shape * count + 0.5 * 10) / (count + 10))
+
+
+def bridge_log_z(reverse: Tensor, forward: Tensor) -> Estimate:
+    """log Z from log weights of both sides, by the optimal bridge estimate (Meng & Wong 1996): the root c of ``sum_P s(log w - c + l) = sum_Q s(c - log w - l)``,
+    s the logistic function and l the logarithm of the ratio of their numbers.
+
+    Args:
+        reverse: ``(n,)`` of the sampler's (or proposal's) independent draws; -inf where the target vanishes.
+        forward: ``(m,)`` of the target's, assumed independent; or ``(chains, draws)`` of stationary Markov chains. Then their effective number stands
+            for their number, in l and in the error.
+    """
+    a, b = reverse.double(), forward.double()
+    number = float(b.numel()) if b.ndim == 1 else min(float(b.numel()), max(1.0, float(chain_ess(b))))
+    offset, share = math.log(number / len(a)), number / b.numel()
+    finite = torch.cat((a[a.isfinite()], b.flatten()))
+    low, high = float(finite.min()) - 1 - abs(offset), float(finite.max()) + 1 + abs(offset)
+
+    def sides(c: float) -> tuple[Tensor, Tensor]:
+        return torch.sigmoid(a + offset - c), torch.sigmoid(c - b - offset)
+
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        up, down = sides(middle)
+        low, high = (middle, high) if float(up.sum()) > share * float(down.sum()) else (low, middle)
+    c = 0.5 * (low + high)
+    relative = [_variance_of_mean(v) / max(float(v.mean()), 1e-300) ** 2 for v in sides(c)]
+    return Estimate(c, math.sqrt(sum(relative)))

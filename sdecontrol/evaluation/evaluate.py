@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class Evaluation:
         n: number of paths.
     """
 
+    log_z_from: ClassVar[str] = "by importance weights"
+
     reward: Estimate
     running_cost: Estimate
     kl: Estimate
@@ -95,7 +97,7 @@ class Evaluation:
             ("KL", self.kl, "KL(P^u || Q0)"),
             ("objective", self.objective, "reward - cost - alpha KL"),
             ("ELBO", self.elbo, "objective / alpha, below log Z"),
-            ("log Z", self.log_z, "by importance weights"),
+            ("log Z", self.log_z, self.log_z_from),
             ("ESS", self.ess, f"fraction of {self.n} paths"),
             ("gap", self.gap, f"KL to the optimum, {how}"),
         ]

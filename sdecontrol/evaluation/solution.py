@@ -199,6 +199,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     module = control_from_configuration(problem, chain, saved["control"], control, value)
     twisting = {name.removeprefix("twist."): tensors.pop(name) for name in list(tensors) if name.startswith("twist.")}
     ladder = {name.removeprefix("ladder."): tensors.pop(name) for name in list(tensors) if name.startswith("ladder.")}
+    chains = {name.removeprefix("chains."): tensors.pop(name) for name in list(tensors) if name.startswith("chains.")}
     load_tensors(module, tensors, folder)
     kind: Any = Solution
     more: dict[str, Any] = {}
@@ -214,6 +215,10 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
 
         kind = TemperedSolution
         more |= {"tempering": TemperedSettings(**saved["tempering"]), "ladder": Ladder(**ladder)}
+    if chains:
+        from .mcmc import ChainSettings, ChainSolution, WarmChains
+
+        kind, more = ChainSolution, {"chains": ChainSettings(**saved["chains"]), "warm": WarmChains(**chains)}
     return kind(
         problem,
         module,

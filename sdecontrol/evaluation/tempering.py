@@ -35,7 +35,21 @@ from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
 from .particles import resample
 
-__all__ = ["Ladder", "NoiseTarget", "Population", "StateTarget", "TemperedTarget", "adapt", "run_tempered"]
+__all__ = [
+    "Kernel",
+    "Ladder",
+    "NoiseTarget",
+    "Points",
+    "Population",
+    "StateTarget",
+    "TemperedTarget",
+    "adapt",
+    "fit_gaussian",
+    "leaps_of",
+    "points_at",
+    "run_tempered",
+    "start_points",
+]
 
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
 _JITTER = 3.0  # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
@@ -203,7 +217,7 @@ class Population:
 
 
 @dataclass(frozen=True)
-class _Points:
+class Points:
     """Particles ``(n, dim)`` with phi and its gradient (zero where there is none).
 
     Where particles begin with another law m than N(0, I), ``base`` is ``log m/N(0, I)``, and phi what the target has beyond m: the law of a
@@ -217,17 +231,22 @@ class _Points:
     base: Tensor
     base_slope: Tensor
 
-    def rows(self, index: Tensor) -> _Points:
-        return _Points(*(getattr(self, f.name)[index] for f in fields(self)))
+    def rows(self, index: Tensor) -> Points:
+        return Points(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def where(self, keep: Tensor, old: _Points) -> _Points:
+    def where(self, keep: Tensor, old: Points) -> Points:
         """These where ``keep``, else the old ones."""
         pick = lambda a, b: torch.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
         pairs = {f.name: (getattr(self, f.name), getattr(old, f.name)) for f in fields(self) if f.name != "origin"}
-        return _Points(**{name: pick(*pair) for name, pair in pairs.items()}, origin=old.origin)
+        return Points(**{name: pick(*pair) for name, pair in pairs.items()}, origin=old.origin)
 
 
-def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
+def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
+    """The target evaluated once at each of ``(n, dim)``.
+
+    Raises:
+        NonFiniteError: a log density that is nan or +inf (far outside that counts as -inf).
+    """
     if target.smooth:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_(True)
@@ -257,17 +276,24 @@ def _at(target: TemperedTarget, z: Tensor, origin: Tensor) -> _Points:
         )
     inside = phi > -math.inf
     slope = torch.where(inside.unsqueeze(1) & slope.isfinite(), slope, 0.0)
-    return _Points(z, phi, slope, origin, base, base_slope)
+    return Points(z, phi, slope, origin, base, base_slope)
 
 
 @dataclass(frozen=True)
-class _Kernel:
-    """One move at one level; see the module's head."""
+class Kernel:
+    """One move at one level; see the module's head.
+
+    Attributes:
+        beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`.
+        leaps: of a move, each of one evaluation.
+        jitter: the angle of a move is the given one times ``exp(-jitter U)``, U uniform in [0, 1].
+    """
 
     beta: float
     centre: Tensor
     factor: Tensor
     leaps: int
+    jitter: float = _JITTER
 
     def whiten(self, z: Tensor) -> Tensor:
         if self.factor.ndim == 1:
@@ -277,22 +303,22 @@ class _Kernel:
     def colour(self, w: Tensor) -> Tensor:
         return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
 
-    def energy(self, p: _Points, v: Tensor) -> Tensor:
+    def energy(self, p: Points, v: Tensor) -> Tensor:
         whole = 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1))
         return whole - p.base.double() - self.beta * p.phi.double()
 
-    def push(self, p: _Points, w: Tensor) -> Tensor:
+    def push(self, p: Points, w: Tensor) -> Tensor:
         """Gradient in w of what the potential has beyond ``|w|^2/2``."""
         slope = p.z - p.base_slope - self.beta * p.slope
         return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
 
     def move(
-        self, target: TemperedTarget, p: _Points, angle: float, generator: torch.Generator
-    ) -> tuple[_Points, Tensor]:
-        """The particles after a move, and which of them moved."""
+        self, target: TemperedTarget, p: Points, angle: float | Tensor, generator: torch.Generator
+    ) -> tuple[Points, Tensor]:
+        """The particles after a move, and which of them moved; ``angle`` of all, or ``(n, 1)``."""
         n, like = len(p.z), {"generator": generator, "dtype": p.z.dtype, "device": p.z.device}
         v = torch.randn(p.z.shape, **like)
-        turn = angle * torch.exp(-_JITTER * torch.rand((n, 1), **like))
+        turn = angle * torch.exp(-self.jitter * torch.rand((n, 1), **like))
         turn = turn.clamp(max=_COARSEST)
         uniform = torch.rand(n, **like)
         before, w, new = self.energy(p, v), self.whiten(p.z), p
@@ -301,24 +327,24 @@ class _Kernel:
             if target.smooth:
                 v = v - 0.5 * turn * self.push(new, w)
             w, v = w * turn.cos() + v * turn.sin(), v * turn.cos() - w * turn.sin()
-            new = _at(target, self.colour(w), p.origin)
+            new = points_at(target, self.colour(w), p.origin)
             if target.smooth:
                 v = v - 0.5 * turn * self.push(new, w)
         change = before - self.energy(new, v)
         accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
         return new.where(accept, p), accept
 
-    def leap(self, target: TemperedTarget, p: _Points, generator: torch.Generator) -> _Points:
+    def leap(self, target: TemperedTarget, p: Points, generator: torch.Generator) -> Points:
         """The particles after each was offered a draw of the law that they began with, however far: an independence Metropolis move, which is
         accepted with probability ``exp(beta (phi' - phi))``. The better the law, the more are."""
         assert target.law is not None
-        new = _at(target, _draws(target, len(p.z), generator), p.origin)
+        new = points_at(target, _draws(target, len(p.z), generator), p.origin)
         uniform = torch.rand(len(p.z), generator=generator, dtype=p.z.dtype, device=p.z.device)
         change = self.beta * (new.phi.double() - p.phi.double())
         return new.where(uniform.double().log() < torch.nan_to_num(change, nan=-math.inf), p)
 
 
-def _fit(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def fit_gaussian(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (triangular or diagonal) factor of weighted particles, shrunk towards a diagonal."""
     v, w = z.double(), weights.double().unsqueeze(1)
     mean = (w * v).sum(0)
@@ -373,7 +399,7 @@ def adapt(
         NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels.
     """
     generator = generator_for(target.device, seed, 1)
-    p = _start(target, particles, seed)
+    p = start_points(target, particles, seed)
     log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
     beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
     found: list[tuple] = []
@@ -388,19 +414,19 @@ def adapt(
         log_w = log_w + _increment(new - beta, p.phi)
         level = torch.logsumexp(log_w, 0)
         log_z, log_w, beta = log_z + float(level), log_w - level, new
-        centre, factor = _fit(p.z, log_w.exp())
+        centre, factor = fit_gaussian(p.z, log_w.exp())
         ess = float(1 / log_w.exp().square().sum()) / particles
         if resampled := ess < _RESAMPLE:
             p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
             log_w = torch.full_like(log_w, -math.log(particles))
         began, moves, rate = p.phi, 0, 0.0
-        leaps = _leaps(angle, target.smooth)
+        leaps = leaps_of(angle, target.smooth)
         while moves < most_moves:
-            kernel = _Kernel(beta, centre, factor, leaps)
+            kernel = Kernel(beta, centre, factor, leaps)
             p, accept = kernel.move(target, p, angle, generator)
             rate = float(accept.double().mean())
             angle = min(_COARSEST, max(_ROUGHEST, angle * math.exp(rate - _ACCEPT[target.smooth])))
-            moves, work, leaps = moves + 1, work + particles * leaps, _leaps(angle, target.smooth)
+            moves, work, leaps = moves + 1, work + particles * leaps, leaps_of(angle, target.smooth)
             if target.law is not None:
                 p, work = kernel.leap(target, p, generator), work + particles
             enough = last_moves if beta == 1 else 1
@@ -451,7 +477,7 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         }
         return Population(**joined, **means, evaluations=sum(q.evaluations for q in parts))
     generator = generator_for(target.device, seed, 1)
-    p = _start(target, M * N, seed)
+    p = start_points(target, M * N, seed)
     log_w = p.phi.new_full((M, N), -math.log(N), dtype=torch.float64)
     log_z = log_w.new_zeros(M)
     first = torch.arange(M, device=p.z.device).unsqueeze(1) * N
@@ -468,7 +494,7 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
             index = torch.where(poor, resample(log_w, N, "systematic", generator), own)
             p = p.rows((first + index).flatten())
             log_w = torch.where(poor, -math.log(N), log_w)
-        kernel = _Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leaps[j]))
+        kernel = Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leaps[j]))
         accepted = 0.0
         for _ in range(int(ladder.moves[j])):
             p, accept = kernel.move(target, p, float(ladder.angles[j]), generator)
@@ -497,9 +523,14 @@ def _draws(target: TemperedTarget, n: int, generator: torch.Generator) -> Tensor
     return torch.randn((n, target.dim), generator=generator, dtype=target.dtype, device=target.device)
 
 
-def _start(target: TemperedTarget, n: int, seed: int) -> _Points:
+def start_points(target: TemperedTarget, n: int, seed: int) -> Points:
+    """What particles begin with.
+
+    Raises:
+        NonFiniteError: the log density is -inf at all of them, or as :func:`points_at`.
+    """
     generator = generator_for(target.device, seed, 0)
-    p = _at(target, _draws(target, n, generator), target.draw_origin(n, seed))
+    p = points_at(target, _draws(target, n, generator), target.draw_origin(n, seed))
     if not bool((p.phi > -math.inf).any()):
         raise NonFiniteError(
             f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that cover the "
@@ -514,7 +545,8 @@ def _increment(step: float, phi: Tensor) -> Tensor:
     return torch.where(phi > -math.inf, step * phi.double(), -math.inf)
 
 
-def _leaps(angle: float, smooth: bool) -> int:
+def leaps_of(angle: float, smooth: bool) -> int:
+    """Leaps of a move whose trajectory turns far enough; one where there is no gradient."""
     return max(1, min(_MOST_LEAPS, round(_TURN / angle))) if smooth else 1
 
 

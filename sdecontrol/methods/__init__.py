@@ -9,6 +9,7 @@ from .classifier_free_guidance import ClassifierFreeGuidance
 from .classifier_guidance import ClassifierGuidance
 from .cross_entropy import CrossEntropy
 from .log_variance import LogVariance
+from .mcmc import HMC, MALA, NUTS
 from .particle_matching import ParticleMatching
 from .path_consistency import PathConsistency
 from .path_integral import PathIntegralGuidance
@@ -22,6 +23,9 @@ from .tempered_smc import TemperedSMC
 from .value_guidance import ValueGuidance
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "NUTS",
     "SMC",
     "SOCM",
     "AdjointMatching",

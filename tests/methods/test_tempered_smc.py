@@ -8,7 +8,15 @@ from problems import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
-from sdecontrol.evaluation.tempering import NoiseTarget, StateTarget, _at, _fit, _Kernel, adapt, run_tempered
+from sdecontrol.evaluation.tempering import (
+    Kernel,
+    NoiseTarget,
+    StateTarget,
+    adapt,
+    fit_gaussian,
+    points_at,
+    run_tempered,
+)
 
 
 def close(estimate, truth, most):
@@ -59,9 +67,9 @@ def test_moves_keep_their_law(smooth, beta):
     centre = mixed @ (beta * torch.linalg.inv(cov) @ mean)
     root = torch.linalg.cholesky(mixed)
     n = 40_000
-    p = _at(target, centre + randn(n, 3, seed=5) @ root.T, torch.zeros(n, 0, dtype=F64))
+    p = points_at(target, centre + randn(n, 3, seed=5) @ root.T, torch.zeros(n, 0, dtype=F64))
     began = p.z
-    kernel = _Kernel(beta, 0.5 * randn(3, seed=6), 1.3 * torch.linalg.cholesky(spd(3, 7)), 3 if smooth else 1)
+    kernel = Kernel(beta, 0.5 * randn(3, seed=6), 1.3 * torch.linalg.cholesky(spd(3, 7)), 3 if smooth else 1)
     generator = torch.Generator().manual_seed(8)
     for _ in range(6):
         p, accept = kernel.move(target, p, 0.9, generator)
@@ -81,12 +89,12 @@ def test_moves_on_a_fitted_gaussian_are_never_rejected():
     law = torch.distributions.MultivariateNormal(mean, cov)
     scale = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)
     target = StateTarget(law.log_prob, randn(4, seed=5), scale)
-    p = _at(target, randn(100, 4, seed=6), torch.zeros(100, 0, dtype=F64))
+    p = points_at(target, randn(100, 4, seed=6), torch.zeros(100, 0, dtype=F64))
     root = torch.linalg.cholesky(cov / scale / scale.unsqueeze(1))
-    kernel = _Kernel(1.0, (mean - target.centre) / scale, root, 5)
+    kernel = Kernel(1.0, (mean - target.centre) / scale, root, 5)
     _, accept = kernel.move(target, p, 1.4, torch.Generator().manual_seed(0))
     assert bool(accept.all())
-    mean, factor = _fit(randn(50_000, 4, seed=7) @ root.T, torch.full((50_000,), 1 / 50_000, dtype=F64))
+    mean, factor = fit_gaussian(randn(50_000, 4, seed=7) @ root.T, torch.full((50_000,), 1 / 50_000, dtype=F64))
     assert float((factor - root).abs().max()) < 0.03 and float(mean.abs().max()) < 0.03
 
 

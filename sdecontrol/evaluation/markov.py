@@ -1,0 +1,168 @@
+"""Parallel Markov chains on a density: the Hamiltonian moves of :mod:`.tempering` at the target itself, adapted in a warm-up and then frozen.
+
+All chains move at once, and the Gaussian of the moves is fitted to all of them together. One leap a move is MALA (Roberts & Tweedie 1996) with the
+fitted Gaussian's linear part solved exactly; several are Hamiltonian Monte Carlo (Neal 1206.1901). A kernel that goes on adapting to its own chain keeps
+no law, so that everything is fixed before the first draw that counts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..randomness import generator_for
+from .diagnostics import chain_ess
+from .tempering import Kernel, Points, StateTarget, fit_gaussian, leaps_of, points_at, start_points
+
+__all__ = ["Draws", "WarmChains", "finite_starts", "log_density_of", "run_chains", "spacing", "warm_up_chains"]
+
+_ACCEPT = {True: 0.6, False: 0.75}  # wanted acceptance of MALA, and of several leaps
+_JITTER = 1.0  # as in Kernel; less than in tempering, since steps are fitted to one law
+_ALONE = 0.25  # of the adaptation: each chain with a step of its own, as chains that start far out need
+_REFITS = (0.25, 0.4, 0.6)  # of the adaptation: where the Gaussian is fitted anew
+_FROZEN = 0.2  # of the warm-up: already with the final kernel, to see how long it remembers
+_MOST_APART = 16
+_SMALLEST, _LARGEST = 1e-6, math.pi / 2  # angles
+
+
+@dataclass(frozen=True)
+class WarmChains:
+    """Chains after their warm-up, with a kernel that no longer changes. All tensors, so that files hold them.
+
+    Attributes:
+        states: ``(M, dim)`` in the coordinates of the target (:class:`StateTarget`).
+        steps: angle of a leap, ``()``; for NUTS step sizes ``(M,)``.
+        centre, factor: of the fitted Gaussian, ``(dim,)`` and ``(dim, dim)`` or ``(dim,)``; for NUTS ``(0,)``, and inverse mass matrices ``(M, dim, dim)`` or ``(M,
+            dim)``.
+        leaps: of a move, ``()``; 0 for NUTS. apart: moves between two draws, ``()``.
+    """
+
+    states: Tensor
+    steps: Tensor
+    centre: Tensor
+    factor: Tensor
+    leaps: Tensor
+    apart: Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of chains.
+
+    Attributes:
+        z: ``(M, N, dim)``. phi: ``(M, N)`` of the target, in float64.
+        accepted: share of the moves; for NUTS nan.
+        evaluations: of the log density with its gradient.
+    """
+
+    z: Tensor
+    phi: Tensor
+    accepted: float
+    evaluations: int
+
+    @property
+    def log_density(self) -> Tensor:
+        """:func:`log_density_of` the draws, ``(M, N)``."""
+        return log_density_of(self.z, self.phi)
+
+
+def log_density_of(z: Tensor, phi: Tensor) -> Tensor:
+    """``log(N(z; 0, I) exp(phi))`` in float64: the unnormalised log density of the coordinates z, whose integral is Z."""
+    return phi.double() - 0.5 * (z.double().square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
+
+
+def finite_starts(target: StateTarget, chains: int, seed: int) -> Points:
+    """Over-dispersed starts: draws of N(0, I), those where the density vanishes replaced by others.
+
+    Raises:
+        NonFiniteError: as :func:`start_points`.
+    """
+    p = start_points(target, chains, seed)
+    inside = (p.phi > -math.inf).nonzero().flatten()
+    row = torch.arange(chains, device=inside.device)
+    return p.rows(torch.where(p.phi > -math.inf, row, inside[row % len(inside)]))
+
+
+def spacing(z: Tensor, log_density: Tensor) -> int:
+    """Moves between two draws that are nearly independent: half the autocorrelation time of the slowest coordinate, or of the log density.
+
+    Args:
+        z: ``(M, N, dim)`` after each move. log_density: ``(M, N)``.
+    """
+    ess = float(chain_ess(torch.cat((z.double(), log_density.double().unsqueeze(2)), 2)).min())
+    return max(1, min(_MOST_APART, round(0.5 * z.shape[0] * z.shape[1] / max(ess, 1e-9))))
+
+
+def warm_up_chains(
+    target: StateTarget, chains: int, iterations: int, seed: int, leaps: int | None = None, apart: int | None = None
+) -> tuple[WarmChains, int]:
+    """Start chains, adapt their kernel, and freeze it.
+
+    At first each chain has a step of its own, by which it gets away from wherever it started. Then all have one, which follows their acceptance, and a
+    Gaussian fitted to all of them at a few times. The last fifth of the moves is made by the final kernel.
+
+    Args:
+        leaps: of a move; None: as many as turn the trajectory far enough.
+        apart: moves between two draws; None: :func:`spacing` of the last moves.
+
+    Returns:
+        The chains, and the evaluations that this took: ``chains (1 + sum of leaps)``.
+    """
+    generator = generator_for(target.device, seed, 1)
+    p, work = finite_starts(target, chains, seed), chains
+    centre, factor = torch.zeros_like(p.z[0]), torch.ones_like(p.z[0])
+    frozen = max(8, round(_FROZEN * iterations))
+    last = iterations - frozen
+    refits = {max(1, round(part * last)) for part in _REFITS}
+    recent: list[Tensor] = []
+    alone = torch.ones_like(p.z[:, :1])
+    for _ in range(round(_ALONE * last)):
+        p, accept = Kernel(1.0, centre, factor, 1, _JITTER).move(target, p, alone, generator)
+        work += chains
+        alone = (alone * (accept.to(alone) - _ACCEPT[True]).exp().unsqueeze(1)).clamp(_SMALLEST, _LARGEST)
+        recent.append(p.z)
+    angle, since = float(alone.median()), 0
+    for t in range(round(_ALONE * last), last):
+        if t in refits and recent:
+            pool = torch.cat(recent[len(recent) // 2 :])
+            centre, factor = fit_gaussian(pool, pool.new_full((len(pool),), 1 / len(pool)))
+            recent, since = [], 0
+        count = leaps_of(angle, True) if leaps is None else leaps
+        p, accept = Kernel(1.0, centre, factor, count, _JITTER).move(target, p, angle, generator)
+        work += chains * count
+        wanted = float(accept.double().mean()) - _ACCEPT[count == 1]
+        angle = min(_LARGEST, max(_SMALLEST, angle * math.exp(wanted / math.sqrt(1 + since / 10))))
+        recent.append(p.z)
+        since += 1
+    count = leaps_of(angle, True) if leaps is None else leaps
+    kernel = Kernel(1.0, centre, factor, count, _JITTER)
+    z, phi = [], []
+    for _ in range(frozen):
+        p, _ = kernel.move(target, p, angle, generator)
+        z.append(p.z)
+        phi.append(p.phi)
+    work += chains * count * frozen
+    seen = torch.stack(z, 1)
+    far = spacing(seen, log_density_of(seen, torch.stack(phi, 1))) if apart is None else apart
+    as_double = lambda v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    return WarmChains(p.z, as_double(angle), centre, factor, torch.tensor(count), torch.tensor(far)), work
+
+
+def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> Draws:
+    """Go on from the warm states: ``draws`` of each chain, ``warm.apart`` moves before each."""
+    generator = generator_for(target.device, seed, 1)
+    chains, leaps, apart = len(warm.states), int(warm.leaps), int(warm.apart)
+    p = points_at(target, warm.states, target.draw_origin(chains, seed))
+    kernel = Kernel(1.0, warm.centre, warm.factor, leaps, _JITTER)
+    z, phi, accepted = [], [], 0.0
+    for _ in range(draws):
+        for _ in range(apart):
+            p, accept = kernel.move(target, p, float(warm.steps), generator)
+            accepted += float(accept.double().mean())
+        z.append(p.z)
+        phi.append(p.phi.double())
+    moves = draws * apart
+    return Draws(torch.stack(z, 1), torch.stack(phi, 1), accepted / moves, chains * (1 + moves * leaps))

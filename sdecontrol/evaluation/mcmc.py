@@ -1,0 +1,235 @@
+"""``ChainSolution``: a solution whose samples are draws of parallel Markov chains on the density of a Gibbs problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..problems.problem import ControlProblem
+from ..processes.laws import draw
+from ..randomness import derive_seed, fresh_seed, generator_for
+from .diagnostics import Diagnostics, diagnose
+from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
+from .evaluate import _AGREEMENT, Evaluation
+from .markov import Draws, WarmChains, log_density_of, run_chains, warm_up_chains
+from .mixture_fit import fit_mixture
+from .nuts import run_nuts, warm_up_nuts
+from .solution import Solution
+from .tempered import TemperedSettings, tempered_target
+from .tempering import StateTarget, points_at
+
+__all__ = ["ChainSettings", "ChainSolution", "WarmChains", "chain_target"]
+
+_LEAST_DRAWS = 64  # of each chain, where they are judged
+_MOST_RHAT = 1.05
+_FEW = 400.0  # effective draws below which means and R-hat itself are not to be trusted (Vehtari et al. 1903.08008)
+_PLACE_PICK, _PLACE_FIT, _PLACE_PROPOSAL, _PLACE_LOG_Z = 51, 52, 53, 54
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """How chains are run.
+
+    Attributes:
+        kernel: "mala", "hmc" or "nuts". num_chains: at once, or for NUTS one after another.
+        warm_up: moves of each chain before its kernel is frozen.
+        thin: moves between two draws; None: as many as make them nearly independent, by the end of the warm-up; 1 for NUTS.
+        leaps: of a move of "hmc"; None: as many as turn the trajectory far enough.
+        width: of the Gaussian that chains start from, in units of the reference's end.
+        max_tree_depth: for NUTS.
+    """
+
+    kernel: str
+    num_chains: int
+    warm_up: int
+    thin: int | None = None
+    leaps: int | None = None
+    width: float = 2.0
+    max_tree_depth: int = 10
+
+
+class ChainEvaluation(Evaluation):
+    """An :class:`Evaluation` from chains."""
+
+    log_z_from: ClassVar[str] = "by bridge sampling"
+
+
+def chain_target(problem: ControlProblem, settings: ChainSettings) -> StateTarget:
+    """The density in coordinates in which N(0, I) is the law of the starts.
+
+    Raises:
+        ValueError: no Gibbs problem; or one with conditions.
+    """
+    target = tempered_target(problem, problem.chain(), None, TemperedSettings("states", True, settings.width))
+    assert isinstance(target, StateTarget)
+    return target
+
+
+class ChainSolution(Solution):
+    """A :class:`Solution` whose samples are draws of Markov chains; ``control``, ``simulate`` and ``initial`` are the reference's.
+
+    Chains are warmed up once, when the solution is made. Every call goes on from their warm states with noise of its own seed and the frozen
+    kernel, so that it has the target's law as far as the warm-up had reached it: what :meth:`diagnostics` judges. Nothing tells of modes that no chain
+    has found.
+
+    Attributes:
+        warm: states and kernel after the warm-up.
+        evaluations: of the log density so far, all runs together: with its gradient in moves, without in bridge sampling.
+    """
+
+    def __init__(self, *args: Any, chains: ChainSettings, warm: WarmChains | None = None, **facts: Any) -> None:
+        super().__init__(*args, **facts)
+        self.chains, self.evaluations = chains, 0
+        self.target = chain_target(self.problem, chains)
+        if warm is None:
+            seed, target = fresh_seed(self.seed), self.target
+            with self.problem.evaluating():
+                if chains.kernel == "nuts":
+                    warm, work = warm_up_nuts(
+                        target, chains.num_chains, chains.warm_up, seed, chains.max_tree_depth, chains.thin
+                    )
+                else:
+                    leaps = 1 if chains.kernel == "mala" else chains.leaps
+                    warm, work = warm_up_chains(target, chains.num_chains, chains.warm_up, seed, leaps, chains.thin)
+            self.evaluations += work
+        self.warm = warm
+        self._log_z: Estimate | None = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {self.chains.num_chains} chains)"
+
+    def run(self, draws: int, seed: int | None = None) -> Draws:
+        """``draws`` of each chain, with everything known of them."""
+        seed = fresh_seed(seed)
+        with self.problem.evaluating():
+            if self.chains.kernel == "nuts":
+                found = run_nuts(self.target, self.warm, draws, seed, self.chains.max_tree_depth)
+            else:
+                found = run_chains(self.target, self.warm, draws, seed)
+        self.evaluations += found.evaluations
+        return found
+
+    # ---------------------------------------------------------------- samples
+
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
+        """``(n, dim)`` draws in random order, as many of each chain as are needed. Draws of one chain depend on one another."""
+        if condition is not None:
+            raise ValueError("condition: chains sample one density, which has none.")
+        seed = fresh_seed(seed)
+        found = self.run(-(-n // self.chains.num_chains), seed)
+        flat = found.z.flatten(0, 1)
+        generator = generator_for(flat.device, seed, _PLACE_PICK)
+        return self.target.states(flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:n]])
+
+    @property
+    def log_z(self) -> Estimate:
+        """log Z by bridge sampling (:meth:`evaluate`), from a run of its own at the solution's seed, made once."""
+        if self._log_z is None:
+            seed = derive_seed(fresh_seed(self.seed), _PLACE_LOG_Z)
+            self._log_z = self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
+        return self._log_z
+
+    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
+        """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own, and all stand for the same
+        share of the target."""
+        x = self.sample(n, seed, condition=condition)
+        return x, torch.full_like(x[:, 0], self.log_z.value)
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _diagnose(self, found: Draws) -> Diagnostics:
+        quantities = torch.cat((self.target.states(found.z).double(), found.log_density.unsqueeze(2)), 2)
+        return diagnose(quantities, [*(f"x[{i}]" for i in range(self.target.dim)), "log density"])
+
+    def diagnostics(self, n: int = 4096, seed: int | None = None) -> Diagnostics:
+        """R-hat and effective sample size of every coordinate and of the log density, from n draws and 64 of each chain at least."""
+        return self._diagnose(self.run(self._draws(n), seed))
+
+    def _draws(self, n: int) -> int:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 64:
+            raise ValueError(f"n must be an int >= 64 (draws to estimate from), got {n!r}.")
+        return max(_LEAST_DRAWS, -(-n // self.chains.num_chains))
+
+    def _bridge(self, found: Draws, seed: int) -> tuple[Estimate, Tensor]:
+        """log Z between the later half of all chains and a mixture fitted to the earlier one; and the log weights of the mixture's draws."""
+        half = found.z.shape[1] // 2
+        later, density = found.z[:, half:], found.log_density[:, half:]
+        proposal = fit_mixture(found.z[:, :half].flatten(0, 1).double(), seed=derive_seed(seed, _PLACE_FIT))
+        z = draw(proposal, density.numel(), derive_seed(seed, _PLACE_PROPOSAL)).to(found.z)
+        target = StateTarget(self.target.log_density, self.target.centre, self.target.scale, smooth=False)
+        with self.problem.evaluating():
+            phi = points_at(target, z, target.draw_origin(len(z), seed)).phi
+        self.evaluations += len(z)
+        reverse = log_density_of(z, phi) - proposal.log_prob(z.double())
+        if not bool((reverse > -math.inf).any()):
+            raise NonFiniteError(
+                "the log density is -inf at all draws of the mixture fitted to the chains.", what="weights"
+            )
+        return bridge_log_z(reverse, density - proposal.log_prob(later.double())), reverse
+
+    def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
+        """As :meth:`Solution.evaluate`, from n draws and 64 of each chain at least.
+
+        ``reward`` is a mean over the chains, its error by their effective number. ``log_z`` is the bridge estimate (Meng & Wong 1996) between the
+        later half of the chains' draws and independent draws of a Gaussian mixture fitted to the earlier half (:func:`fit_mixture`); its error counts the chains' effective draws, and is
+        that of chains which have reached the target. ``ess`` is the smallest bulk effective sample size of a coordinate or the log density, as a fraction. The
+        law of a draw is not known, hence no ``kl``, ``elbo``, ``objective`` or ``gap``: nan.
+
+        Not reliable: an R-hat above 1.05, fewer than 400 effective draws, or importance weights of the fitted mixture (where those have an error) that give
+        another log Z.
+        """
+        seed = fresh_seed(seed)
+        found = self.run(self._draws(n), seed)
+        facts = self._diagnose(found)
+        log_z, reverse = self._bridge(found, seed)
+        law = self.problem.terminal_law  # type: ignore[attr-defined]
+        density = found.log_density - float(self.target.scale.double().log().sum())
+        reward = density - law.log_prob(self.target.states(found.z)).double()
+        reliable, why = _reliability(facts, log_z, reverse)
+        exact_z = (self._exact_values() or {}).get("log_z") if self._exact_values is not None else None
+        nan, size = Estimate(float("nan")), found.phi.numel()
+        return ChainEvaluation(
+            reward=chain_mean(reward),
+            running_cost=Estimate(0.0, 0.0),
+            kl=nan,
+            objective=nan,
+            elbo=nan,
+            log_z=log_z,
+            ess=Estimate(min(1.0, facts.worst_ess[1] / size)),
+            gap=nan,
+            start_gap=Estimate(0.0, 0.0),
+            reliable=reliable,
+            reliability=why,
+            pareto_k=float("nan"),
+            exact=exact_z is not None,
+            n=size,
+        )
+
+    # ---------------------------------------------------------------- files
+
+    def _saved(self) -> dict[str, Any]:
+        return {"chains": asdict(self.chains)}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), **{f"chains.{f.name}": getattr(self.warm, f.name) for f in fields(WarmChains)}}
+
+
+def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[bool, str]:
+    """From R-hat, effective draws, and a second estimate of log Z."""
+    (loose, rhat), (slow, ess) = facts.worst_rhat, facts.worst_ess
+    if not rhat <= _MOST_RHAT:
+        return False, f"R-hat of {loose} is {rhat:.3g} (at most {_MOST_RHAT} wanted): chains disagree, or are too short"
+    if ess < _FEW:
+        return False, f"only {ess:.0f} effective draws of {slow} (at least {_FEW:.0f} wanted)"
+    mixed = f"R-hat at most {rhat:.3f}, {ess:.0f} effective draws at least"
+    if not pareto_k(reverse) < 0.7:
+        return True, f"{mixed}; unconfirmed: the fitted mixture alone gives no second estimate of log Z"
+    other = log_mean_weight(reverse)
+    if abs(other.value - log_z.value) > _AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+        return False, f"importance weights of the fitted mixture disagree: log Z = {other} there"
+    return True, f"{mixed}; confirmed by importance weights (log Z = {other})"
