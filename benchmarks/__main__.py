@@ -6,6 +6,7 @@ import typer
 
 from .control import control
 from .digits import digits
+from .gibbs import gibbs
 from .methods import methods
 from .mixture import mixture
 from .orders import orders
@@ -14,6 +15,7 @@ from .speed.command import speed
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(control)
 app.command()(digits)
+app.command()(gibbs)
 app.command()(methods)
 app.command()(mixture)
 app.command()(orders)

@@ -22,6 +22,7 @@ _PASSES, _FIRST_PASSES, _ENOUGH = (
     1e-3,
 )  # of expectation and maximisation at most, and while choosing; nats per sample that are worth another
 _NARROW = 1e-3  # least standard deviation of a component, relative to the samples' in that direction
+_WIDE, _BESIDE = 3.0, 0.01  # standard deviation and weight of what stands beside a fit while it is judged
 _BETTER = 0.01  # nats per held-out sample that a larger mixture must gain
 _ROWS = 2048  # samples whose responsibilities are held at once
 _COORDINATE_SIZES = (1, 2, 4, 8)
@@ -85,19 +86,22 @@ def fit_mixture(
 def _best_size(
     kind: str, kept: Tensor, weights: Tensor, held: Tensor, held_weights: Tensor, most: int, seed: int
 ) -> tuple[float, _Joint | _Coordinates]:
-    """The best log-likelihood of held-out samples among the sizes of a kind, and its fit; larger ones are not tried after two that gain nothing."""
-    best, chosen, poor = -math.inf, None, 0
+    """The best log-likelihood of held-out samples among the sizes of a kind, and its fit. All are tried: with separate modes nothing is gained before there
+    is a component for each."""
+    best, chosen = -math.inf, None
     for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
-        if poor == 2:
-            break
         fit = _fit(kind, size, kept, weights, seed)
-        score = float((held_weights * fit.log_prob(held)).mean())
+        score = float((held_weights * _guarded(fit.log_prob(held), held)).mean())
         if chosen is None or score > best + _BETTER:
-            best, chosen, poor = score, fit, 0
-        else:
-            poor += 1
+            best, chosen = score, fit
     assert chosen is not None
     return best, chosen
+
+
+def _guarded(level: Tensor, z: Tensor) -> Tensor:
+    """Log densities ``(n,)`` of a fit with a little of a wide Gaussian beside it: one sample that no component expects does not decide alone."""
+    wide = -0.5 * (z / _WIDE).square().sum(1) - z.shape[1] * math.log(_WIDE * math.sqrt(2 * math.pi))
+    return torch.logaddexp(level + math.log1p(-_BESIDE), wide + math.log(_BESIDE))
 
 
 def _sizes(most: int) -> Iterator[int]:

@@ -61,7 +61,9 @@ _MOST_LEVELS = 500
 _CORRELATION = 0.3  # of phi before and after the moves of a level, at which they are enough
 _RESAMPLE = 0.6  # effective fraction below which a system is resampled
 _FAR = 100.0  # standard deviations of the reference
+_GONE = 1e6  # and beyond which a leap has diverged
 _ROWS = 16384  # particles moved at once
+_HELD = 1 << 19  # numbers of a mixture's terms held at once
 
 
 class TemperedTarget(Protocol):
@@ -258,10 +260,12 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
     phi, z = phi.detach(), z.detach()
     base, base_slope = phi.new_zeros(()).expand(len(z)), z.new_zeros(()).expand(z.shape)
     if target.law is not None:
-        base = target.law.log_prob(z) + 0.5 * z.square().sum(1) + 0.5 * target.dim * math.log(2 * math.pi)
+        rows = max(64, _HELD // target.law.means.numel())  # few at a time stay in the cache
+        pairs = [target.law.log_prob_and_score(part) for part in z.split(rows)]
+        base = torch.cat([p[0] for p in pairs]) + 0.5 * z.square().sum(1) + 0.5 * target.dim * math.log(2 * math.pi)
         phi = phi - base
         if target.smooth:
-            base_slope = target.law.score(z) + z
+            base_slope = torch.cat([p[1] for p in pairs]) + z
             slope = slope - base_slope
     # leaps that diverge end far outside, where a density may well be inf - inf: those moves are rejected
     far = z.abs().amax(1) > _FAR
@@ -322,15 +326,18 @@ class Kernel:
         turn = turn.clamp(max=_COARSEST)
         uniform = torch.rand(n, **like)
         before, w, new = self.energy(p, v), self.whiten(p.z), p
+        lost = torch.zeros(n, 1, dtype=torch.bool, device=p.z.device)  # leaps that diverge are not followed, and rejected
         # the energy of what rotates is |w|^2/2, that of the noises in it |z|^2/2 + residual: their sum is in energy()
         for _ in range(self.leaps):
             if target.smooth:
                 v = v - 0.5 * turn * self.push(new, w)
             w, v = w * turn.cos() + v * turn.sin(), v * turn.cos() - w * turn.sin()
-            new = points_at(target, self.colour(w), p.origin)
+            z = self.colour(w)
+            lost = lost | ~(z.abs().amax(1, keepdim=True) < _GONE)  # nan too
+            new = points_at(target, torch.where(lost, p.z, z), p.origin)
             if target.smooth:
                 v = v - 0.5 * turn * self.push(new, w)
-        change = before - self.energy(new, v)
+        change = torch.where(lost.squeeze(1), -math.inf, before - self.energy(new, v))
         accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
         return new.where(accept, p), accept
 

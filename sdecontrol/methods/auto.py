@@ -29,6 +29,7 @@ _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds a
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _QUIET = 2  # rounds without a change, after which no more are made
 _LOST = 0.1  # nats of log Z
+_FIRST = 4  # the first round's part of the particles: it only has to find something
 _SEARCHED = 8  # particles of a round for one chain of the search
 _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
 
@@ -82,10 +83,11 @@ class _State(nn.Module):
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""
-        if bool(self.log_z[0] >= self.log_z[1] - _LOST):
+        if bool(self.log_z[0] > -math.inf) and bool(self.log_z[0] >= self.log_z[1] - _LOST):
             for kept in (self.z, self.log_weights, self.log_z):
                 kept[1] = kept[0]
-        self.z[0], self.log_weights[0] = z, found.log_weights[0]
+        self.log_weights[0] = -math.inf
+        self.z[0, : len(z)], self.log_weights[0, : len(z)] = z, found.log_weights[0]
         # what is left of the weights at each resampling, and at the end
         last = torch.arange(len(ladder), device=z.device) == len(ladder) - 1
         variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum())
@@ -122,7 +124,7 @@ class Auto(Method):
     problem's reference towards the mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
 
     Args:
-        num_particles: of a round, and of each system of the solution. evaluations: of the log density at which no new round begins.
+        num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log density at which no new round begins.
         components: of the mixture at most.
 
     Raises:
@@ -165,7 +167,9 @@ class Auto(Method):
         settings = self._settings(problem, mixture=law is not None)
         target: Any = tempered_target(problem, run.chain, control, settings)
         seed = derive_seed(run.seed, 71, run.iteration)
-        ladder, found = adapt(target, self.num_particles, seed, last_moves=1 if law is None else _LAST_MOVES)
+        first = law is None
+        size = max(64, self.num_particles // _FIRST) if first else self.num_particles
+        ladder, found = adapt(target, size, seed, last_moves=1 if first else _LAST_MOVES)
         z = (target.states(found.z[0]) - problem.centre) / problem.scale
         variance = state.add(z, found, ladder)
         return {

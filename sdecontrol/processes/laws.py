@@ -292,11 +292,15 @@ class GaussianMixture(Distribution):
 
     def score(self, x: Tensor) -> Tensor:
         """``grad log p(x)``, of the shape of x."""
+        return self.log_prob_and_score(x)[1]
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for little more than one."""
         joint, difference = self._terms(x)
         pull = difference / self._values
         if self._vectors is not None:
             pull = torch.einsum("...ke,kde->...kd", pull, self._vectors)
-        return -(joint.softmax(-1).unsqueeze(-1) * pull).sum(-2)
+        return joint.logsumexp(-1), -(joint.softmax(-1).unsqueeze(-1) * pull).sum(-2)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities of the components, ``(..., k)``."""
@@ -378,8 +382,12 @@ class ProductMixture(Distribution):
 
     def score(self, x: Tensor) -> Tensor:
         """``grad log p(x)``, of the shape of x."""
+        return self.log_prob_and_score(x)[1]
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for little more than one."""
         joint, difference = self._terms(x)
-        return -(joint.softmax(-1) * difference / self.variances).sum(-1)
+        return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape)
