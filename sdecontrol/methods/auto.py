@@ -135,6 +135,7 @@ class Auto(Method):
 
     default_iterations: ClassVar[int] = 12
     steady: ClassVar[bool] = True
+    estimates: ClassVar[str | None] = "log_z"
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
@@ -172,6 +173,7 @@ class Auto(Method):
             "objective": float(found.log_z[0]),
             "objective_stderr": float(state.seen[2]),
             "log_z": float(found.log_z[0]),
+            "log_z_stderr": float(state.seen[2]),
             "levels": float(len(ladder)),
             "evaluations": float(state.spent),
             "cost": float(state.cost[1]),
