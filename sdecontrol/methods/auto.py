@@ -82,7 +82,8 @@ class _State(nn.Module):
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""
-        if bool(self.log_z[0] >= self.log_z[1] - _LOST):
+        # the first round has none before it: the ends of the search stay for the first mixture
+        if bool(self.log_z[0] > -math.inf) and bool(self.log_z[0] >= self.log_z[1] - _LOST):
             for kept in (self.z, self.log_weights, self.log_z):
                 kept[1] = kept[0]
         self.z[0], self.log_weights[0] = z, found.log_weights[0]
