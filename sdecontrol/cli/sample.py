@@ -23,6 +23,7 @@ __all__ = ["sample"]
 
 _FIGURES = (".png", ".pdf", ".svg")
 _FILES = (".npy", ".pt", ".safetensors")
+_DENSE = 20_000  # exact samples of the figure
 _MOST_NOISES = 1000  # of a path, up to which a certificate without exact samples is made unasked
 
 
@@ -37,7 +38,10 @@ def sample(
     ] = None,
     method: Annotated[str, typer.Option(help="The method.")] = "auto",
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Stop there: 60s, 5m; auto ends between two rounds.")
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Stop solving there: 60s, 5m; auto ends between two rounds, then is evaluated."
+        ),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many, or rounds of auto.", show_default="the method's")
@@ -110,11 +114,12 @@ def sample(
         settings["budget"] = budget
     solution = training.solve(problem, progress=True, **settings)
     seconds, evaluations = time.monotonic() - began, counted.rows
+    note("evaluating ...")
     evaluation = solution.evaluate(n, seed=seed + 1)
     x, log_w = solution.weighted_sample(n, seed=seed + 2)
-    total = {"seconds": time.monotonic() - began, "evaluations": counted.rows}
     exact = _reference(known, n, seed, reference_samples)
     certified, why_not = _certificate(solution, known, n, seed, certificate)
+    total = {"seconds": time.monotonic() - began, "evaluations": counted.rows}
     own = _drawn(solution, x, log_w, seed)
     distances = _distances(known, exact, own, n, seed)
     log_z = None if known is None else known.log_z
@@ -124,11 +129,12 @@ def sample(
     if figure is not None:
         from ..evaluation.sample_figure import sample_figure
 
+        dense = known.sample(_DENSE, seed + 7) if known is not None and known.has_samples else None
         drawn, _ = sample_figure(
             solution,
             own,
-            exact=None if exact is None else exact.x,
-            exact_name="exact samples" if exact is None or exact.exact else "long tempered runs",
+            exact=dense if dense is not None or exact is None else exact.x,
+            exact_name="long tempered runs" if dense is None else "exact samples",
             log_z=log_z,
             evaluation=evaluation,
             certificate=certified,
@@ -341,8 +347,8 @@ def _print_known(
         )
     else:
         print("\nexact log Z   not known")
-        if exact is not None:
-            print(f"log Z         {exact.log_z}  by {exact.source}")
+    if exact is not None and not exact.exact:
+        print(f"long runs     {exact.log_z}  log Z by {exact.source}")
     for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
         if distances is not None and key in distances:
             floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"

@@ -142,7 +142,15 @@ def _plane(
             *(truth[:_BEHIND, k].numpy() for k in (i, j)), bins=48, range=[[low, high], [bottom, top]]
         )
         counts = np.where(counts > 0, np.sqrt(counts), np.nan).T
-        axes.pcolormesh(across, up, counts, cmap="Oranges", vmin=-0.3 * np.nanmax(counts), rasterized=True)
+        axes.pcolormesh(
+            across,
+            up,
+            counts,
+            cmap="Oranges",
+            vmin=-0.3 * np.nanmax(counts),
+            vmax=1.8 * np.nanmax(counts),
+            rasterized=True,
+        )
         axes.plot([], [], "s", ms=8, color="#fdae6b", label=name)
     dots = x[:_DOTS]
     size = 2.2 if len(dots) > 1500 else 3.5
@@ -162,9 +170,7 @@ def _plane(
     axes.set_xlabel(f"x{i + 1}", color=_INK)
     axes.set_ylabel(f"x{j + 1}", color=_INK)
     axes.set_title(f"{len(dots)} samples" + (f"; {why}" if why else " over the density"), fontsize=10.5, color=_INK)
-    legend = axes.legend(
-        fontsize=8.5, loc="upper right", framealpha=0.85, edgecolor="none", handletextpad=0.3, borderpad=0.3
-    )
+    legend = axes.legend(fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none", handletextpad=0.3, borderpad=0.3)
     legend.get_lines()[-1].set_markersize(8)
     legend.get_lines()[-1].set_alpha(1)
 
@@ -179,7 +185,7 @@ def _contours(axes: Any, solution: Solution, across: tuple[float, float], up: tu
     value = (value - value[value.isfinite()].max()).nan_to_num(-1e30, neginf=-1e30).reshape(len(a), len(b)).mT
     levels = [-depth for depth in reversed(_DEPTHS)]
     image = value.numpy()
-    axes.contourf(a.numpy(), b.numpy(), image, levels=[*levels, 1e-9], cmap="Oranges", vmin=-14, vmax=4)
+    axes.contourf(a.numpy(), b.numpy(), image, levels=[*levels, 1e-9], cmap="Oranges", vmin=-14, vmax=14)
     axes.contour(
         a.numpy(), b.numpy(), image, levels=levels, colors=_EXACT, linewidths=0.5, linestyles="solid", alpha=0.6
     )
@@ -188,7 +194,7 @@ def _contours(axes: Any, solution: Solution, across: tuple[float, float], up: tu
 
 def _marginal(axes: Any, i: int, x: Tensor, truth: Tensor | None, name: str, first: bool) -> None:
     both = [x[:, i]] if truth is None else [x[:, i], truth[:, i]]
-    low, high = _range(both, 0.005)
+    low, high = _range(both, 0.01)
     bins = np.linspace(low, high, int(min(80, max(20, len(x) ** 0.5))) + 1)
     width = bins[1] - bins[0]
 
@@ -249,7 +255,11 @@ def _rounds(axes: Any, rounds: list[dict[str, float]], evaluation: Evaluation | 
     last = evaluation.log_z if evaluation is not None else Estimate(float(values[-1]), float(errors[-1]))
     middle = last.value if log_z is None else log_z
     own = last.stderr if math.isfinite(last.stderr) else 0.0
-    reach = 1.25 * max(float(np.median(np.abs(values - middle) + errors)), abs(last.value - middle) + 2 * own, 1e-3)
+    reach = 1.25 * max(
+        float(np.quantile(np.abs(values - middle) + errors, 0.5, method="lower")),
+        abs(last.value - middle) + 2 * own,
+        1e-3,
+    )
     inside = np.abs(values - middle) <= 3 * reach
     reach = max([reach, *(1.2 * (np.abs(values - middle) + errors)[inside])])
     axes.errorbar(
@@ -259,14 +269,16 @@ def _rounds(axes: Any, rounds: list[dict[str, float]], evaluation: Evaluation | 
         up = values[k] > middle
         edge = middle + (0.9 if up else -0.9) * reach
         axes.plot(steps[k], edge, "^" if up else "v", color=_ACCENT, ms=7)
-        axes.annotate(f"{values[k]:.4g}", (steps[k], edge), (7, 0), textcoords="offset points", va="center", fontsize=9)
+        text = str(Estimate(float(values[k]), float(errors[k])))
+        place = {"xytext": (0, -9 if up else 9), "va": "top" if up else "bottom", "ha": "center", "rotation": 90}
+        axes.annotate(text, (steps[k], edge), textcoords="offset points", fontsize=8.5, color=_INK, **place)
     if evaluation is not None:
         axes.errorbar(
-            len(rounds) + 1, last.value, yerr=own, fmt="D", ms=6, color=_INK, capsize=3, label=f"solution: {last}"
+            len(rounds) + 1, last.value, yerr=own, fmt="D", ms=6, color=_INK, capsize=3, label=f"final: {last}"
         )
     axes.set_ylim(middle - reach, middle + reach)
     ticks = steps[:: max(1, math.ceil(len(steps) / 8))].tolist()
-    axes.set_xticks([*ticks, len(rounds) + 1], [*map(str, ticks), "solution"])
+    axes.set_xticks([*ticks, len(rounds) + 1], [*map(str, ticks), "final"])
     axes.set_xlim(0.5, len(rounds) + 1.5)
     axes.set_xlabel("round", color=_INK)
     axes.set_title("log Z, with standard errors", fontsize=10.5, color=_INK)
