@@ -228,7 +228,7 @@ def _bounds(
     else:
         _points(axes, found, log_z)
     if log_z is not None:
-        axes.axhline(log_z, color=_EXACT, lw=1.2, ls="--", zorder=1, label=f"exact log Z = {log_z:.5g}")
+        axes.axhline(log_z, color=_EXACT, lw=1.2, ls="--", zorder=1, label=f"exact log Z = {log_z:.7g}")
     axes.set_ylabel("nats", color=_INK)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(axis="y", color="#e4e9ed", linewidth=0.8)

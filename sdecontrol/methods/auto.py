@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.mixture import MixtureControl
+from ..evaluation.estimates import Estimate
 from ..evaluation.mixture_fit import fit_mixture
 from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_target
 from ..evaluation.tempering import Ladder, Population, adapt
@@ -214,7 +215,7 @@ def _report(history: list[dict[str, float]], control: Control) -> str:
         start = "a wide Gaussian" if i == 0 else "the mixture"
         levels = int(row["levels"])
         lines.append(
-            f"round {i + 1}, from {start}: log Z {row['log_z']:.4g} +- {row['objective_stderr']:.2g}, {levels} level{'s' if levels > 1 else ''}, "
+            f"round {i + 1}, from {start}: log Z {Estimate(row['log_z'], row['objective_stderr'])}, {levels} level{'s' if levels > 1 else ''}, "
             f"{row['cost']:.3g} evaluations to know log Z to one nat"
         )
     if isinstance(control, MixtureControl):

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from ..evaluation.estimates import Estimate
+
 __all__ = ["ProgressBar"]
 
 _PLAIN_EVERY = 5.0  # seconds between two lines where the error stream is no terminal
@@ -90,6 +92,7 @@ class ProgressBar:
     def _shown(self) -> str:
         if not self._weight:
             return "..."
+        value = self._mean / max(self._weight, 1e-12)
         # the variance of a mean with weights w_i ~ (1 - new)^i is new/(2 - new) of one iteration's
-        error = f" ± {(self._variance * self._new / (2 - self._new)) ** 0.5:.2g}" if self._variance else ""
-        return f"{self._mean / max(self._weight, 1e-12):.4g}{error}"
+        error = (self._variance * self._new / (2 - self._new)) ** 0.5
+        return str(Estimate(value, error)) if error > 0 else f"{value:.4g}"

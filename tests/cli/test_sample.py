@@ -55,7 +55,7 @@ def test_named_target_beside_what_is_known(run) -> None:
     assert distances["left_share"]["true"] == pytest.approx(0.5)
     for name in ("sliced_wasserstein", "energy_wasserstein"):
         assert distances[name]["value"] > distances[name]["floor"] > 0  # little was learnt in one iteration
-    assert result["certificate"] is None and 0 < distances["modes"]["hit"] < 32
+    assert result["certificate"] is None and 0 < distances["modes"]["hit"] <= 32
     assert 0 < result["evaluations"] < result["with_evaluation"]["evaluations"]
 
 
@@ -220,7 +220,7 @@ def test_the_bar_shows_the_last_round_and_no_total_under_a_budget(capsys, monkey
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == solution.iterations and not solution.reproducible
     for k, (line, row) in enumerate(zip(lines, solution.history), 1):
-        assert line.startswith(f"auto {k}, log_z {row['log_z']:.4g} ± {row['log_z_stderr']:.2g}")
+        assert line.startswith(f"auto {k}, log_z {sc.Estimate(row['log_z'], row['log_z_stderr'])}, ")
 
 
 # ---------------------------------------------------------------- the figure
