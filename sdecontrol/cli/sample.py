@@ -350,7 +350,7 @@ def _print_known(
     if exact is not None and not exact.exact:
         print(f"long runs     {exact.log_z}  log Z by {exact.source}")
     for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
-        if distances is not None and key in distances:
+        if exact is not None and distances is not None and key in distances:
             floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"
             d = distances[key]
             print(f"{title:<13} {d['value']:.4g}  to the {distances['reference']}; {floor}: {d['floor']:.4g}")

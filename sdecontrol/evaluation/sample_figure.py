@@ -52,7 +52,8 @@ def sample_figure(
     figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(wspace=0.04, w_pad=0.08)  # type: ignore[union-attr]
-    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
+    parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
+    left, middle, right = parts
     pair, why = telling_coordinates(x if truth is None else truth)
     plane = left.subplots()
     _plane(plane, solution, x, truth, exact_name, pair, why)
@@ -170,9 +171,12 @@ def _plane(
     axes.set_xlabel(f"x{i + 1}", color=_INK)
     axes.set_ylabel(f"x{j + 1}", color=_INK)
     axes.set_title(f"{len(dots)} samples" + (f"; {why}" if why else " over the density"), fontsize=10.5, color=_INK)
-    legend = axes.legend(fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none", handletextpad=0.3, borderpad=0.3)
-    legend.get_lines()[-1].set_markersize(8)
-    legend.get_lines()[-1].set_alpha(1)
+    if x.shape[1] > 2:
+        legend = axes.legend(
+            fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none", handletextpad=0.3, borderpad=0.3
+        )
+        legend.get_lines()[-1].set_markersize(8)
+        legend.get_lines()[-1].set_alpha(1)
 
 
 def _contours(axes: Any, solution: Solution, across: tuple[float, float], up: tuple[float, float]) -> None:
@@ -189,7 +193,6 @@ def _contours(axes: Any, solution: Solution, across: tuple[float, float], up: tu
     axes.contour(
         a.numpy(), b.numpy(), image, levels=levels, colors=_EXACT, linewidths=0.5, linestyles="solid", alpha=0.6
     )
-    axes.plot([], [], "-", color=_EXACT, lw=1, label="density")
 
 
 def _marginal(axes: Any, i: int, x: Tensor, truth: Tensor | None, name: str, first: bool) -> None:
@@ -299,8 +302,8 @@ def _iterations(axes: Any, solution: Solution, found: list[tuple[str, Estimate, 
         axes.set_xlim(1, max(2, steps[-1]))
     for name, e, colour in found:
         axes.axhline(e.value, color=colour, lw=1.2, ls="-." if name == "EUBO" else ":", label=f"{name} = {e}")
-    low = min([*(np.quantile(value, [0.2]) if len(value) else []), *finals])
-    high = max([*(np.quantile(value, [0.98]) if len(value) else []), *finals])
+    seen = [float(np.quantile(value, q)) for q in (0.2, 0.98)] if len(value) else []
+    low, high = min([*seen, *finals], default=0.0), max([*seen, *finals], default=1.0)
     eubos = [e.value for name, e, _ in found if name == "EUBO"]
     span = max(high - low, 1e-3)
     if eubos and eubos[0] - high < 2 * span:

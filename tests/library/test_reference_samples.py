@@ -13,7 +13,7 @@ import sdecontrol as sc
 from sdecontrol.library.reference_samples import _over_systems
 from sdecontrol.library.target_base import Target
 
-TINY = {"systems": 6, "particles": 64, "moves": 2}
+TINY: dict = {"systems": 6, "particles": 64, "moves": 2}
 
 
 class Bell(Target):
