@@ -63,8 +63,9 @@ def test_evaluations_are_those_of_the_log_density(run, monkeypatch) -> None:
     """Counted again, by the function itself."""
     import sys
 
-    rows = []
+    rows, before = [], list(sys.path)
     first = only_json(run("sample", "my_sampled_module:log_density", "--dim", "2", *QUICK, "--json"))
+    assert sys.path == before  # nothing of the folder stays on the path
     module = sys.modules["my_sampled_module"]
     own = module.log_density
     monkeypatch.setattr(module, "log_density", lambda x: (rows.append(len(x)), own(x))[1])
@@ -236,6 +237,10 @@ def test_telling_coordinates() -> None:
     x[:, 7] = x[:, 1] ** 2 + 0.1 * x[:, 7]  # uncorrelated, and dependent
     pair, why = telling_coordinates(x)
     assert pair == (1, 7) and "most dependent" in why
+    x[:, 3], x[:, 4] = x[:, 3].sign() * x[:, 3].abs().exp() ** 4, x[:, 4].sign() * x[:, 4].abs().exp() ** 4
+    assert telling_coordinates(x)[0] == (1, 7)  # tails are no dependence
+    x = sc.named_target("funnel").sample(2000, 1).double()
+    assert telling_coordinates(x)[0][0] == 0  # the neck's coordinate, which all others depend on
     assert telling_coordinates(x[:, :2])[0] == (0, 1) and telling_coordinates(x[:, :1])[0] == (0, 0)
 
 
