@@ -31,6 +31,7 @@ from .evaluation.solution import Solution
 from .exact import exact_solution
 from .library.inverse import mixture_inverse_problem
 from .library.problems import named_problem, problem_names
+from .library.reference_samples import ReferenceSamples, reference_samples
 from .library.targets import named_target, target_card, target_names
 from .methods import (
     HMC,
@@ -129,6 +130,7 @@ __all__ = [
     "Paths",
     "Quadratic",
     "QuadraticCost",
+    "ReferenceSamples",
     "Reinforce",
     "RewardBackprop",
     "RewardWeightedMLE",
@@ -158,6 +160,7 @@ __all__ = [
     "named_target",
     "problem_names",
     "recommend",
+    "reference_samples",
     "simulate",
     "sinkhorn",
     "sliced_wasserstein",

@@ -10,6 +10,7 @@ import typer
 from .common import BAD_INPUT, INTERRUPTED, report
 from .compare import compare
 from .demo import demo
+from .sample import sample
 from .solve import solve
 from .verify import verify
 
@@ -42,7 +43,7 @@ def _options(
     pass
 
 
-for _command in (demo, solve, compare, verify):
+for _command in (demo, solve, sample, compare, verify):
     app.command()(_command)
 
 

@@ -1,43 +1,23 @@
-"""The cache of trained demo models: bundles (safetensors and JSON) in the user's cache folder."""
+"""The package's cache (:mod:`sdecontrol.library.cache`), its troubles as lines on standard error."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import BadFileError
-from ..evaluation.files import read_bundle, write_bundle
+from ..library import cache
+from ..library.cache import cache_folder
 from .common import note
 
 __all__ = ["cache_folder", "read_cached", "write_cached"]
 
 
-def cache_folder() -> Path:
-    """$SDECONTROL_CACHE, else $XDG_CACHE_HOME/sdecontrol, else ~/.cache/sdecontrol."""
-    if own := os.environ.get("SDECONTROL_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "sdecontrol"
-
-
 def read_cached(name: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """A cached bundle, or None where there is none or it is damaged (which is reported)."""
-    folder = cache_folder()
-    if not (folder / f"{name}.json").exists():
-        return None
-    try:
-        return read_bundle(folder, name, kind)
-    except (BadFileError, OSError) as error:
-        note(f"the cache is damaged and will be made again: {error}")
-        return None
+    """A cached bundle, or None where there is none or it is damaged."""
+    return cache.read_cached(name, kind, note)
 
 
 def write_cached(name: str, kind: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Write a bundle to the cache; a cache that cannot be written is reported, and no error."""
-    try:
-        write_bundle(cache_folder(), name, tensors, {"kind": kind, **settings})
-    except OSError as error:
-        note(f"the models could not be cached in {cache_folder()} ({error}); set SDECONTROL_CACHE to another folder.")
+    """Write a bundle to the cache."""
+    cache.write_cached(name, kind, tensors, settings, note)

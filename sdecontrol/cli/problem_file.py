@@ -28,8 +28,6 @@ a function that returns one, in a module beside the file or importable.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +41,7 @@ from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian
 from ..processes.linear import LinearSDE
+from .objects import import_object
 
 __all__ = ["SOLVE_KEYS", "read_problem_file"]
 
@@ -125,22 +124,8 @@ def _solve_settings(table: dict[str, Any]) -> dict[str, Any]:
 
 def _from_function(table: dict[str, Any], path: Path) -> ControlProblem:
     spec = table.get("function")
-    if not isinstance(spec, str) or spec.count(":") != 1:
-        raise ValueError(f"[problem] function must be 'module:object', got {spec!r}.")
-    module_name, attribute = spec.split(":")
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"[problem] function: cannot import {module_name!r} ({error}); it must lie beside the file or be installed."
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, attribute):
-        with _located("[problem] function"):
-            raise unknown_name(f"object in module {module_name}:", attribute, [n for n in dir(module) if n[0] != "_"])
-    problem = getattr(module, attribute)
+    with _located("[problem] function"):
+        problem = import_object(spec, path.resolve().parent)
     problem = problem() if callable(problem) and not isinstance(problem, ControlProblem) else problem
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"[problem] function: {spec} gives a {type(problem).__name__}, not a ControlProblem.")

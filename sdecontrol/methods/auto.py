@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.mixture import MixtureControl
+from ..evaluation.estimates import Estimate
 from ..evaluation.mixture_fit import fit_mixture
 from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_target
 from ..evaluation.tempering import Ladder, Population, adapt
@@ -83,6 +84,7 @@ class _State(nn.Module):
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""
+        # the first round has none before it: the ends of the search stay for the first mixture
         if bool(self.log_z[0] > -math.inf) and bool(self.log_z[0] >= self.log_z[1] - _LOST):
             for kept in (self.z, self.log_weights, self.log_z):
                 kept[1] = kept[0]
@@ -137,6 +139,7 @@ class Auto(Method):
 
     default_iterations: ClassVar[int] = 12
     steady: ClassVar[bool] = True
+    estimates: ClassVar[str | None] = "log_z"
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
@@ -176,6 +179,7 @@ class Auto(Method):
             "objective": float(found.log_z[0]),
             "objective_stderr": float(state.seen[2]),
             "log_z": float(found.log_z[0]),
+            "log_z_stderr": float(state.seen[2]),
             "levels": float(len(ladder)),
             "evaluations": float(state.spent),
             "cost": float(state.cost[1]),
@@ -215,7 +219,7 @@ def _report(history: list[dict[str, float]], control: Control) -> str:
         start = "a wide Gaussian" if i == 0 else "the mixture"
         levels = int(row["levels"])
         lines.append(
-            f"round {i + 1}, from {start}: log Z {row['log_z']:.4g} +- {row['objective_stderr']:.2g}, {levels} level{'s' if levels > 1 else ''}, "
+            f"round {i + 1}, from {start}: log Z {Estimate(row['log_z'], row['objective_stderr'])}, {levels} level{'s' if levels > 1 else ''}, "
             f"{row['cost']:.3g} evaluations to know log Z to one nat"
         )
     if isinstance(control, MixtureControl):

@@ -106,6 +106,8 @@ class Method:
     residual: ClassVar[bool] = False
     #: whether a run has its default length, since no metric of an iteration says when there is no more to gain
     steady: ClassVar[bool] = False
+    #: a metric that each iteration estimates afresh, which the progress bar then shows; None: the objective, averaged
+    estimates: ClassVar[str | None] = None
     #: decay of the average of the parameters over iterations
     averaging: ClassVar[float] = 0.99
     #: whether a target made of backward kernels (annealed Langevin) will do: "yes"; "no"; "fixed": if the control has no part in them

@@ -203,8 +203,9 @@ class _Trainer:
         )
         self.run.descend = self.descent.step
         most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
+        self.by_time = iterations is None and budget is not None
         self.pace = Pace(most, adaptive=iterations is None and budget is None and not method.steady)
-        if budget is not None and iterations is None:
+        if self.by_time:
             self.pace.decay_from = None
         self.history: list[dict[str, float]] = []
         self.done = 0
@@ -282,14 +283,18 @@ class _Trainer:
         self._notify("on_train_begin")
         began = time.monotonic()
         try:
-            with ProgressBar(self.pace.last, self.method.name, self.show) as bar, _kept_gradients(self.problem):
+            # by time alone, no number of iterations is known
+            known = None if self.by_time else self.pace.last
+            measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
+            made = ProgressBar(known, self.method.name, self.show, measure, latest=fresh)
+            with made as bar, _kept_gradients(self.problem):
                 while self.done < self.pace.last:
                     elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
                     self._iterate(elapsed)
-                    bar.update(self.done, self.pace.last, self.history[-1])
+                    bar.update(self.done, known if known is None else self.pace.last, self.history[-1])
                     if self.method.finished(self.state, self.run) or self._good_enough():
                         break
         except BaseException as error:

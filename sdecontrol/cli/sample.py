@@ -1,0 +1,366 @@
+"""``sdecontrol sample``: an unnormalised density, named or a user's own function."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from torch import Tensor
+
+from .common import DebugOption, JsonOption, SeedOption, handles_errors, note, print_json
+
+if TYPE_CHECKING:
+    from ..evaluation.certificates import Certificate
+    from ..evaluation.estimates import Estimate
+    from ..evaluation.solution import Solution
+    from ..library.target_base import Target
+
+__all__ = ["sample"]
+
+_FIGURES = (".png", ".pdf", ".svg")
+_FILES = (".npy", ".pt", ".safetensors")
+_DENSE = 20_000  # exact samples of the figure
+_MOST_NOISES = 1000  # of a path, up to which a certificate without exact samples is made unasked
+
+
+@handles_errors
+def sample(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="NAME|module:function", help="A named target, or a log density of your own."),
+    ],
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Dimension of the states; needed for a function of your own.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="The method.")] = "auto",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Stop solving there: 60s, 5m; auto ends between two rounds, then is evaluated."
+        ),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Exactly so many, or rounds of auto.", show_default="the method's")
+    ] = None,
+    time_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the chain that a control steers.", show_default="100")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="ou, brownian or annealed.")] = "ou",
+    scale: Annotated[
+        float | None, typer.Option(help="Standard deviation of the reference's end.", show_default="from a pilot run")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=64, help="Samples drawn, and paths of the evaluation.")] = 4096,
+    samples: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write samples and log weights: .npy (two files), .pt or .safetensors."),
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a figure: samples, marginals, bounds of log Z.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")] = None,
+    certificate: Annotated[
+        bool | None,
+        typer.Option(
+            "--certificate/--no-certificate",
+            help="Bound log Z from both sides by paths of the control.",
+            show_default="where it is cheap",
+        ),
+    ] = None,
+    reference_samples: Annotated[
+        bool,
+        typer.Option(
+            "--reference-samples",
+            help="For a named target without an exact sampler: compare with long tempered runs (minutes, once; then cached).",
+        ),
+    ] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Sample an unnormalised density, estimate its normalising constant, and hold both against what is known exactly.
+
+    Named targets: gmm9, gmm40-2d, gmm40-50d, funnel, many-well-5,
+    many-well-32, many-well-50, dw-4, lj-13, logistic-regression, phi4-8. Or a function module:function of your own, (batch, dim) -> (batch,), the
+    log density up to a constant, in a module in this folder or importable (its code runs).
+
+    Log weights of samples are towards the density: the mean of their exponentials estimates Z. A .npy file holds the samples, and a
+    second one beside it, FILE-log-weights.npy, their log weights.
+
+    Example:  [bold]sdecontrol sample gmm9 --figure gmm9.png[/bold]
+
+    Example:  [bold]sdecontrol sample funnel --method particle-matching --budget 60s --json[/bold]
+
+    Example:  [bold]sdecontrol sample my_model:log_density --dim 10 --samples draws.npy[/bold]
+    """
+    from ..problems.gibbs import gibbs_problem
+    from ..training import solve as training
+
+    _check_file("--figure", figure, _FIGURES)
+    _check_file("--samples", samples, _FILES)
+    density, known, dim, name = _density(target, dim)
+    if reference_samples and known is None:
+        raise ValueError("--reference-samples: only for named targets; a function of your own has no long runs.")
+    counted = _Counted(density, name)
+    began = time.monotonic()
+    problem = gibbs_problem(counted, dim, reference=reference, scale=scale, seed=seed)
+    settings: dict[str, Any] = {"method": method, "seed": seed, "time_steps": time_steps}
+    if iterations is not None:
+        settings["iterations"] = iterations
+    if budget is not None:
+        settings["budget"] = budget
+    solution = training.solve(problem, progress=True, **settings)
+    seconds, evaluations = time.monotonic() - began, counted.rows
+    note("evaluating ...")
+    evaluation = solution.evaluate(n, seed=seed + 1)
+    x, log_w = solution.weighted_sample(n, seed=seed + 2)
+    exact = _reference(known, n, seed, reference_samples)
+    certified, why_not = _certificate(solution, known, n, seed, certificate)
+    total = {"seconds": time.monotonic() - began, "evaluations": counted.rows}
+    own = _drawn(solution, x, log_w, seed)
+    distances = _distances(known, exact, own, n, seed)
+    log_z = None if known is None else known.log_z
+    against = None if log_z is None else _deviation(evaluation.log_z, log_z)
+    if samples is not None:
+        _write(samples, x, log_w)
+    if figure is not None:
+        from ..evaluation.sample_figure import sample_figure
+
+        dense = known.sample(_DENSE, seed + 7) if known is not None and known.has_samples else None
+        drawn, _ = sample_figure(
+            solution,
+            own,
+            exact=dense if dense is not None or exact is None else exact.x,
+            exact_name="long tempered runs" if dense is None else "exact samples",
+            log_z=log_z,
+            evaluation=evaluation,
+            certificate=certified,
+            title=f"{name}: {solution.method}",
+        )
+        drawn.savefig(figure, facecolor="white")
+    if save is not None:
+        solution.save(save)
+    report = solution.details.get("report")
+    files = {"samples": samples, "figure": figure, "saved": save}
+    if as_json:
+        print_json(
+            {
+                "target": name,
+                "version": None if known is None else known.version,
+                "dim": dim,
+                "settings": {**settings, "reference": reference, "scale": scale},
+                "iterations": solution.iterations,
+                "reproducible": solution.reproducible,
+                "seconds": seconds,
+                "evaluations": evaluations,
+                "with_evaluation": total,
+                "report": report,
+                "evaluation": evaluation.as_dict(),
+                "exact_log_z": log_z,
+                "deviation": against,
+                "distances": distances,
+                "certificate": None if certified is None else certified.as_dict(),
+                **{key: None if path is None else str(path) for key, path in files.items()},
+            }
+        )
+        return
+    print(f"{name}, d = {dim}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s")
+    print(f"{evaluations} evaluations of the log density, {total['evaluations']} with those of what follows\n")
+    if report is not None:
+        print(f"{report}\n")
+    print(evaluation)
+    _print_known(log_z, against, exact, distances, known)
+    if certified is not None:
+        of = "the control's paths" if _particles(solution) else "the sampler's paths"
+        print(f"\ncertificate of {of}\n{certified}")
+    elif why_not:
+        print(f"\nno certificate: {why_not}")
+    for what, path in files.items():
+        if path is not None:
+            note(f"{what} in {path}" if what != "saved" else f"saved in {path}")
+
+
+class _Counted:
+    """A log density that counts the rows it is called with (with a gradient or without)."""
+
+    def __init__(self, function: Any, name: str) -> None:
+        self.function, self.rows, self.__name__ = function, 0, name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.rows += x.shape[0]
+        return self.function(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
+        return self  # copies of a solution count here too
+
+
+def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise before the work is done where its result could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} must be a {', '.join(suffixes[:-1])} or {suffixes[-1]} file, got {path.name!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{option}: the folder {path.parent} cannot be written to.")
+
+
+def _density(text: str, dim: int | None) -> tuple[Any, Target | None, int, str]:
+    """The log density, the target if it is one, its dimension and name."""
+    from ..library.target_base import Target
+    from ..library.targets import named_target
+    from .objects import import_object
+
+    if ":" not in text:
+        found: Any = named_target(text)
+    else:
+        try:
+            found = import_object(text, Path.cwd())
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from error
+    if not isinstance(found, Target):
+        if not callable(found):
+            raise TypeError(f"{text} is a {type(found).__name__}, not a log density x -> (batch,).")
+        if dim is None:
+            raise ValueError(f"--dim is missing: the dimension of the states of {text}, e.g. --dim 2.")
+        return found, None, dim, text
+    if dim is not None and dim != found.dim:
+        raise ValueError(f"--dim: {text} has dimension {found.dim}, not {dim}; leave it out.")
+    return found, found, found.dim, found.name or text
+
+
+def _particles(solution: Solution) -> bool:
+    """Whether samples are particles or chains at the density, and no ends of the control's paths."""
+    from ..evaluation.solution import Solution as Plain
+
+    return type(solution) is not Plain
+
+
+def _drawn(solution: Solution, x: Tensor, log_w: Tensor, seed: int) -> Tensor:
+    """The sampler's samples, all of the same weight: particles are drawn by theirs, the ends of paths are what they are."""
+    from ..evaluation.particles import resample
+    from ..randomness import generator_for
+
+    if not _particles(solution):
+        return x
+    return x[resample(log_w.unsqueeze(0), len(x), "systematic", generator_for(log_w.device, seed, 91))[0]]
+
+
+def _reference(known: Target | None, n: int, seed: int, long_runs: bool) -> Any:
+    """Samples to compare with, or None."""
+    from ..library.reference_samples import reference_samples
+
+    if known is None or not (known.has_samples or long_runs):
+        return None
+    if not known.has_samples:
+        note("reference samples: from the cache, or made now by long tempered runs (minutes, once) ...")
+        return reference_samples(known)
+    return reference_samples(known, n, seed + 4)
+
+
+def _certificate(
+    solution: Solution, known: Target | None, n: int, seed: int, wanted: bool | None
+) -> tuple[Certificate | None, str]:
+    """The certificate, or why there is none."""
+    from ..controls.given import ZeroControl
+    from ..evaluation.certificates import certify
+
+    if wanted is False:
+        return None, ""
+    exact = known is not None and known.has_samples
+    if isinstance(solution.control, ZeroControl):
+        if wanted:
+            raise ValueError(f"--certificate: {solution.method} has learned no control whose paths it could weigh.")
+        return None, f"{solution.method} has no control here whose paths it could weigh"
+    noises = solution.chain.steps * math.prod(solution.chain.noise_shape)
+    if wanted is None and not exact and noises > _MOST_NOISES:
+        return None, f"without exact samples it needs particles in {noises} dimensions; --certificate makes one"
+    note("certificate ...")
+    samples = known.sample(n, seed + 5) if known is not None and exact else None
+    modes = None if known is None or known.modes is None else known.modes.to(solution.problem.dtype)
+    return certify(solution, samples, modes=modes, n=n, seed=seed + 3), ""
+
+
+def _distances(known: Target | None, exact: Any, x: Tensor, n: int, seed: int) -> dict[str, Any] | None:
+    """From the samples to those of the reference, and what two sets of exact samples score; the modes that are covered."""
+    from ..evaluation.metrics import energy_wasserstein, mode_coverage, sliced_wasserstein
+
+    if known is None:
+        return None
+    out: dict[str, Any] = {}
+    if exact is not None:
+        other = known.sample(n, seed + 6) if known.has_samples else exact.x[len(exact.x) // 2 :]
+        truth = exact.x if known.has_samples else exact.x[: len(exact.x) // 2]
+        out["reference"] = exact.source
+        for name, distance in (
+            ("sliced_wasserstein", sliced_wasserstein),
+            ("energy_wasserstein", lambda a, b: energy_wasserstein(a, b, known)),
+        ):
+            out[name] = {"value": distance(x, truth), "floor": distance(other, truth)}
+    if known.modes is not None:
+        covered = mode_coverage(x, known.modes)
+        out["modes"] = {"hit": covered.hit, "of": len(covered.shares), "missed": covered.missed}
+    if hasattr(known, "left_shares"):
+        shares: Tensor = known.left_shares(x)  # type: ignore[attr-defined]
+        out["left_share"] = {
+            "true": float(known.left_share),  # type: ignore[attr-defined]
+            "smallest": float(shares.min()),
+            "largest": float(shares.max()),
+        }
+    return out or None
+
+
+def _deviation(found: Estimate, exact: float) -> dict[str, float]:
+    return {"nats": found.value - exact, "standard_errors": (found.value - exact) / found.stderr}
+
+
+def _write(path: Path, x: Tensor, log_w: Tensor) -> None:
+    tensors = {"samples": x.detach().cpu().contiguous(), "log_weights": log_w.detach().cpu().contiguous()}
+    if path.suffix.lower() == ".npy":
+        import numpy as np
+
+        np.save(path, tensors["samples"].numpy())
+        np.save(path.with_name(f"{path.stem}-log-weights.npy"), tensors["log_weights"].numpy())
+    elif path.suffix.lower() == ".pt":
+        import torch
+
+        torch.save(tensors, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(tensors, path)
+
+
+def _print_known(
+    log_z: float | None,
+    against: dict[str, float] | None,
+    exact: Any,
+    distances: dict[str, Any] | None,
+    known: Target | None,
+) -> None:
+    if log_z is not None and against is not None:
+        print(
+            f"\nexact log Z   {log_z:.6g}; found {against['nats']:+.3g} from it, {against['standard_errors']:+.1f} standard errors"
+        )
+    else:
+        print("\nexact log Z   not known")
+    if exact is not None and not exact.exact:
+        print(f"long runs     {exact.log_z}  log Z by {exact.source}")
+    for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
+        if exact is not None and distances is not None and key in distances:
+            floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"
+            d = distances[key]
+            print(f"{title:<13} {d['value']:.4g}  to the {distances['reference']}; {floor}: {d['floor']:.4g}")
+    if distances is not None and "modes" in distances:
+        modes = distances["modes"]
+        print(f"modes         {modes['hit']} of {modes['of']} hit (a tenth of their share or more)")
+    if distances is not None and "left_share" in distances:
+        share = distances["left_share"]
+        print(
+            f"left of wells {share['smallest']:.3f} to {share['largest']:.3f} of the samples; exact {share['true']:.3f}"
+        )
+    if known is not None and exact is None and known.name:
+        print("reference     no exact sampler; --reference-samples compares with long tempered runs")
