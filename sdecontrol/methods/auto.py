@@ -83,7 +83,8 @@ class _State(nn.Module):
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""
-        if bool(self.log_z[0] > -math.inf) and bool(self.log_z[0] >= self.log_z[1] - _LOST):
+        first = not bool(torch.isfinite(self.cost[0]))
+        if not first and bool(self.log_z[0] >= self.log_z[1] - _LOST):
             for kept in (self.z, self.log_weights, self.log_z):
                 kept[1] = kept[0]
         self.log_weights[0] = -math.inf
@@ -91,7 +92,6 @@ class _State(nn.Module):
         # what is left of the weights at each resampling, and at the end
         last = torch.arange(len(ladder), device=z.device) == len(ladder) - 1
         variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum())
-        first = not bool(torch.isfinite(self.cost[0]))
         self.cost[2] = torch.minimum(self.cost[1], self.cost[2])
         self.cost[1] = variance * found.evaluations / len(z)
         self.seen[1], self.seen[2] = self.log_z[0], math.sqrt(variance / len(z))

@@ -275,6 +275,7 @@ class _Trainer:
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
         self.history, self.done = saved["history"], saved["done"]
+        self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 
     # ------------------------------------------------------------ the loop
 
@@ -283,15 +284,15 @@ class _Trainer:
         began = time.monotonic()
         try:
             with ProgressBar(self.pace.last, self.method.name, self.show) as bar, _kept_gradients(self.problem):
-                while self.done < self.pace.last:
+                finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
+                while self.done < self.pace.last and not finished:
                     elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
                     self._iterate(elapsed)
                     bar.update(self.done, self.pace.last, self.history[-1])
-                    if self.method.finished(self.state, self.run) or self._good_enough():
-                        break
+                    finished = self.method.finished(self.state, self.run) or self._good_enough()
         except BaseException as error:
             self._stop(error)
             raise
