@@ -271,6 +271,7 @@ class _Trainer:
             self.state,
             {n[len(prefix) :]: v for n, v in tensors.items() if n.startswith(prefix)},
             self.checkpoints.folder if self.checkpoints else "",
+            finite_buffers=False,
         )
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
