@@ -52,8 +52,8 @@ class _State(nn.Module):
         self.register_buffer("log_z", torch.full((2,), -math.inf, **numbers))
         # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
         self.register_buffer("cost", torch.full((3,), math.inf, **numbers))
-        # log Z of the first round and of the one before the last (-inf at first); standard error of the last
-        self.register_buffer("seen", torch.full((3,), math.nan, **numbers))
+        # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
+        self.register_buffer("seen", torch.full((4,), math.nan, **numbers))
         self.register_buffer("spent", torch.zeros((), dtype=torch.long, device=problem.device))
         self.register_buffer(
             "quiet", torch.zeros((), dtype=torch.long, device=problem.device)
@@ -97,7 +97,7 @@ class _State(nn.Module):
         self.seen[1], self.seen[2] = self.log_z[0], math.sqrt(variance / len(z))
         self.log_z[0] = found.log_z[0]
         if first:
-            self.cost[0], self.seen[0] = self.cost[1], found.log_z[0]
+            self.cost[0], self.seen[0], self.seen[3] = self.cost[1], found.log_z[0], self.seen[2]
         self.spent += found.evaluations
         self._law = None
         change = abs(float(self.log_z[0] - self.seen[1]))
@@ -190,7 +190,7 @@ class Auto(Method):
     def finish(self, state: nn.Module, run: Run) -> Control:
         assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
         law = state.law(run, self.components)
-        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2]))
+        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2:].norm()))
         if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)
         return MixtureControl(run.problem, law)
@@ -221,5 +221,7 @@ def _report(history: list[dict[str, float]], control: Control) -> str:
     if isinstance(control, MixtureControl):
         lines.append(f"kept: tempering from {control.law!r}")
     else:
-        lines.append("kept: tempering from the wide Gaussian; learning did not pay")
+        paid = any(row["cost"] < history[0]["cost"] for row in history)
+        why = "rounds from the mixture found less" if paid else "learning did not pay"
+        lines.append(f"kept: tempering from the wide Gaussian; {why}")
     return "\n".join(lines)
