@@ -11,7 +11,7 @@ from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.problems.density import LogDensity
 from sdecontrol.problems.pilot import search
 
-SMALL = sc.Auto(num_particles=1024)
+SMALL = sc.Auto(num_particles=512)
 
 
 def banana(x):
@@ -61,12 +61,14 @@ def close(estimate, truth, most=0.02):
     assert abs(estimate.value - truth) < 4 * estimate.stderr, (estimate, truth)
 
 
-@pytest.mark.parametrize("density", [banana, ring, unequal, annulus], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "density", [ring, unequal, *(pytest.param(f, marks=pytest.mark.slow) for f in (banana, annulus))]
+)
 def test_log_z_of_densities_in_the_plane(density):
     """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was kept; samples lie where the density does."""
     problem = sc.gibbs_problem(density, 2)
     solution = sc.solve(problem, SMALL, seed=0)
-    evaluation = solution.evaluate(16384, seed=1)
+    evaluation = solution.evaluate(8192, seed=1)
     close(evaluation.log_z, quadrature(density))
     lines = solution.details["report"].splitlines()
     assert len(lines) == solution.iterations + 1 and lines[-1].startswith("kept: ")
@@ -126,7 +128,7 @@ def test_where_learning_does_not_pay_the_gaussian_is_kept(tmp_path):
 def test_the_same_seed_a_saved_one_and_another_reference(tmp_path):
     """The same numbers, bit for bit; the kind of reference matters to the control alone."""
     problem = sc.gibbs_problem(unequal, 2, scale=4.0)
-    a, b = (sc.solve(problem, SMALL, iterations=3, seed=5) for _ in range(2))
+    a, b = (sc.solve(problem, SMALL, iterations=2, seed=5) for _ in range(2))
     assert told(a) == told(b)
     x = a.sample(200, seed=1)
     assert torch.equal(x, b.sample(200, seed=1))
@@ -136,16 +138,16 @@ def test_the_same_seed_a_saved_one_and_another_reference(tmp_path):
     assert torch.equal(loaded.control.means, a.control.means) and loaded.method == "auto"
     again = loaded.evaluate(4096, seed=3)
     assert again.log_z.value == a.evaluate(4096, seed=3).log_z.value
-    other = sc.solve(sc.gibbs_problem(unequal, 2, "brownian", 4.0), SMALL, iterations=3, seed=5)
+    other = sc.solve(sc.gibbs_problem(unequal, 2, "brownian", 4.0), SMALL, iterations=2, seed=5)
     assert torch.equal(x, other.sample(200, seed=1))
-    assert sc.solve(problem, SMALL, iterations=3, seed=6).history[0]["log_z"] != a.history[0]["log_z"]
+    assert sc.solve(problem, SMALL, iterations=1, seed=6).history[0]["log_z"] != a.history[0]["log_z"]
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_stopped_and_resumed_it_ends_with_the_same_numbers(tmp_path, stop):
     problem = sc.gibbs_problem(ring, 2, scale=2.5)
-    method = sc.Auto(num_particles=256)
-    whole = sc.solve(problem, method, iterations=4, seed=0)
+    method = sc.Auto(num_particles=128)
+    whole = sc.solve(problem, method, iterations=3, seed=0)
 
     class Stop:
         def on_step_end(self, state):
@@ -153,8 +155,8 @@ def test_stopped_and_resumed_it_ends_with_the_same_numbers(tmp_path, stop):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sc.solve(problem, method, iterations=4, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()])
-    resumed = sc.solve(problem, method, iterations=4, seed=0, checkpoint_dir=tmp_path, resume=True)
+        sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()])
+    resumed = sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, resume=True)
     assert told(resumed) == told(whole)
     assert torch.equal(whole.sample(64, seed=1), resumed.sample(64, seed=1))
 
@@ -172,10 +174,10 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 
 def test_the_budget_of_evaluations_ends_it_between_rounds():
     problem = sc.gibbs_problem(ring, 2, scale=2.5)
-    whole = sc.solve(problem, sc.Auto(num_particles=256), iterations=5, seed=0)
+    whole = sc.solve(problem, sc.Auto(num_particles=128), iterations=5, seed=0)
     spent = [int(row["evaluations"]) for row in whole.history]
     for most, rounds in ((1, 1), (spent[0] + 1, 2), (spent[1], 2), (spent[2] + 1, 4)):
-        stopped = sc.solve(problem, sc.Auto(num_particles=256, evaluations=most), seed=0)
+        stopped = sc.solve(problem, sc.Auto(num_particles=128, evaluations=most), seed=0)
         assert stopped.iterations == rounds, (most, spent)
         assert [row["log_z"] for row in stopped.history] == [row["log_z"] for row in whole.history[:rounds]]
 
@@ -190,7 +192,7 @@ def test_densities_without_a_gradient_or_with_a_score():
     assert not problem.has_gradient
     solution = sc.solve(problem, SMALL, seed=0)
     truth = quadrature(unequal)
-    close(solution.evaluate(16384, seed=1).log_z, truth)
+    close(solution.evaluate(8192, seed=1).log_z, truth)
 
     def score(x):
         with torch.enable_grad():
@@ -198,12 +200,11 @@ def test_densities_without_a_gradient_or_with_a_score():
             return torch.autograd.grad(unequal(leaf).sum(), leaf)[0]
 
     scored = sc.gibbs_problem(lambda x: unequal(x).detach(), 2, scale=4.0, score=score)
-    solution = sc.solve(scored, SMALL, seed=0)
-    close(solution.evaluate(16384, seed=1).log_z, truth)
+    solution = sc.solve(scored, SMALL, iterations=3, seed=0)
+    close(solution.evaluate(8192, seed=1).log_z, truth)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize(("dim", "scale"), [(1, 1e3), (3, 1e-3)])
 def test_any_scale_and_one_dimension(dim, scale):
     """Two wells in each coordinate, far from 0 and of size ``scale``, in float32, with nothing said of it."""
 
@@ -226,7 +227,7 @@ def test_a_support_that_hardly_any_chain_meets():
         return torch.where((x - 3).abs().amax(1) < 0.5, 0.0, -math.inf)
 
     problem = sc.gibbs_problem(speck, 2, centre=0.0, scale=3.0)
-    solution = sc.solve(problem, sc.Auto(num_particles=2048), iterations=3, seed=0)
+    solution = sc.solve(problem, sc.Auto(num_particles=1024), iterations=3, seed=0)
     close(solution.evaluate(8192, seed=1).log_z, 0.0, 0.05)
     x = search(LogDensity(lambda x: torch.where(x[:, 0] > 1e9, 0.0, -math.inf)), torch.zeros(2), torch.ones(()), 16, 0)
     assert x.shape == (0, 2)

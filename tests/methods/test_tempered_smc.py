@@ -245,14 +245,14 @@ def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
     ladder, first = adapt(target, 256, 0, fraction=0.85)
     assert len(ladder) > 1 and calls[0] == first.evaluations
     calls[0] = 0
-    found = run_tempered(target, ladder, 6000, 16, 1)
+    found = run_tempered(target, ladder, 2500, 16, 1)
     assert calls[0] == found.evaluations
     relative = (found.log_z - math.log(3)).exp()
-    close(mean_estimate(relative), 1.0, 0.015)
+    close(mean_estimate(relative), 1.0, 0.02)
     assert float(relative.std()) > 0.1
     means = relative.unsqueeze(1) * (found.log_weights.exp().unsqueeze(2) * target.states(found.z)).sum(1)
     for mean, truth in zip(means.T, (0.5, 1 / 3)):
-        close(mean_estimate(mean), truth, 0.025)
+        close(mean_estimate(mean), truth, 0.04)
 
 
 def test_from_the_targets_own_law_nothing_is_left_to_do():
