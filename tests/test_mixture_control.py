@@ -298,6 +298,17 @@ def test_saved_and_copied_controls_are_the_same(law, kind, tmp_path):
     )
 
 
+def test_a_law_that_is_loaded_or_converted_replaces_the_one_in_use():
+    """Marginals of the mixture are remembered by time; a new law forgets them."""
+    problem = gibbs()
+    control, other = MixtureControl(problem, joint(seed=0)), MixtureControl(problem, joint(seed=7))
+    x, t = randn(6, 2, seed=1), torch.tensor(0.4, dtype=F64)
+    before, wanted = control.at(x, t), other.at(x, t)
+    control.load_state_dict(other.state_dict())
+    assert torch.equal(control.at(x, t), wanted) and not torch.allclose(before, wanted)
+    assert control.to(F32).law.means.dtype == F32 and control.denoised(x.to(F32), t).dtype == F32
+
+
 def test_a_correction_begins_as_the_mixture_and_is_trained_beside_it():
     """At zero output it is the base; its parameters are the network's; one step of training changes it and leaves the law alone."""
     law = joint()

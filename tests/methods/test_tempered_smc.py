@@ -301,6 +301,22 @@ def test_moves_from_a_law_keep_theirs(smooth, beta, move):
             close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
 
 
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_moves_between_gaussians_are_never_rejected_where_the_level_is_fitted(beta):
+    """As on the target alone: kicks by what the level, law and target together, has beyond the fitted Gaussian vanish. The law's slope left out shows here."""
+    cov, mean, start, where = spd(3, 3), randn(3, seed=4), 1.5 * spd(3, 5), 0.5 * randn(3, seed=6)
+    aim = torch.distributions.MultivariateNormal(mean, cov)
+    law = GaussianMixture(torch.ones(1, dtype=F64), where.unsqueeze(0), start.unsqueeze(0))
+    target = StateTarget(aim.log_prob, torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64), True, law)
+    first, last = torch.linalg.inv(start), torch.linalg.inv(cov)
+    mixed = torch.linalg.inv((1 - beta) * first + beta * last)
+    centre = mixed @ ((1 - beta) * first @ where + beta * last @ mean)
+    p = points_at(target, randn(100, 3, seed=5), torch.zeros(100, 0, dtype=F64))
+    kernel = Kernel(beta, centre, torch.linalg.cholesky(mixed), 5)
+    _, accept = kernel.move(target, p, 1.4, torch.Generator().manual_seed(0))
+    assert bool(accept.all())
+
+
 def test_a_law_on_a_hard_constraint():
     """Where the density vanishes particles never go, though the law does; a box of area 4 from a Gaussian that leaves half of its draws outside."""
 
