@@ -8,6 +8,8 @@ import torch
 import sdecontrol as sc
 from sdecontrol.controls.given import ZeroControl
 from sdecontrol.controls.mixture import MixtureControl
+from sdecontrol.methods import auto
+from sdecontrol.methods.base import Run
 from sdecontrol.problems.density import LogDensity
 from sdecontrol.problems.pilot import search
 
@@ -243,6 +245,36 @@ def test_the_search_finds_wells_from_near_and_from_far():
     distance, nearest = torch.cdist(x, centres).min(1)
     assert set(nearest.tolist()) == {0, 1} and float((distance < 0.5).double().mean()) > 0.9
     assert density.values <= 1 + 512 * 202
+
+
+def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
+    """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond three errors of both; every round has a seed of its own,
+    and particles begin with the mixture a fifth wider than the control's."""
+    problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=128), []
+    adapt = auto.adapt
+
+    def recorded(target, size, seed, **settings):
+        seeds.append(seed)
+        return adapt(target, size, seed, **settings)
+
+    monkeypatch.setattr(auto, "adapt", recorded)
+    run = Run(problem, problem.chain(10), 64, 1, 0)
+    state = method.setup(run)
+    for run.iteration in range(3):
+        method.step(state, run)
+    assert len(set(seeds)) == 3
+    state.cost[:] = torch.tensor([100.0, 1.0, 2.0])
+    state.seen[2:] = 0.1
+    for loss, kept in ((-1.0, True), (0.4, True), (0.45, False), (5.0, False)):  # 3 sqrt(0.02) = 0.42
+        state.seen[0] = state.log_z[0] + loss
+        assert isinstance(method.finish(state, run), MixtureControl if kept else ZeroControl), loss
+    state.seen[0], state.cost[0] = state.log_z[0], 0.5
+    assert isinstance(method.finish(state, run), ZeroControl)
+    control = MixtureControl(problem, state.law(run, 8))
+    settings = auto.TemperedSettings("states", True, mixture=True)
+    law = auto.tempered_target(problem, run.chain, control, settings).law
+    x = torch.randn(20, 2)
+    assert torch.allclose(law.log_prob(x), control.law.widened(1.2).log_prob(x))
 
 
 def test_other_problems_are_refused():
