@@ -105,9 +105,9 @@ def test_draws_of_a_product_have_its_moments():
 
 def test_a_product_refuses_bad_input():
     one = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="weights.*> 0"):
+    with pytest.raises(ValueError, match=r"weights.*> 0"):
         ProductMixture(torch.zeros(2, 3), one, one)
-    with pytest.raises(ValueError, match="variances.*> 0"):
+    with pytest.raises(ValueError, match=r"variances.*> 0"):
         ProductMixture(one, one, -one)
     with pytest.raises(ValueError, match="weights"):
         ProductMixture(torch.ones(3), one, one)

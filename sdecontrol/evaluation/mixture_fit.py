@@ -83,7 +83,9 @@ def fit_mixture(
     law = GaussianMixture(found.weights, mean + scale * found.means, found.cov * width)
     # axes are found in float64: a narrow direction beside a wide one is below float32's rounding of a covariance
     vectors = None if law._vectors is None else law._vectors.to(**like)
-    return GaussianMixture._from_parts(law.log_weights.to(**like), law.means.to(**like), law._values.to(**like), vectors)
+    return GaussianMixture._from_parts(
+        law.log_weights.to(**like), law.means.to(**like), law._values.to(**like), vectors
+    )
 
 
 def _best_size(
