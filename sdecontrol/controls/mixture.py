@@ -87,11 +87,16 @@ class MixtureControl(Control):
         a, variance = self._between(left)
         if a < _NOTHING:
             return self.law.mean.expand_as(z)
+        return (z + variance * self._law_at(left).score(z)) / a
+
+    def _law_at(self, left: float) -> GaussianMixture | ProductMixture:
+        """The mixture's marginal, of the state over its scale."""
         if left not in self._laws:
             if len(self._laws) > 4096:
                 self._laws.clear()
+            a, variance = self._between(left)
             self._laws[left] = self.law.noised(a, math.sqrt(variance))
-        return (z + variance * self._laws[left].score(z)) / a
+        return self._laws[left]
 
     def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
         self._laws.clear()
@@ -110,10 +115,14 @@ class MixtureControl(Control):
                 rows = (t == time).nonzero().flatten()
                 out[rows] = self.at(x[rows], time, y)
             return out
-        left = max(self._left(float(t)), 1e-12)
-        z, (decay, variance) = self._white(x), self._onwards(left)
-        pull = math.sqrt(float(self._reference[0].speed(float(t)))) * decay / variance
-        return pull * (self._expected(z, left) - decay * z)
+        left, z = self._left(float(t)), self._white(x)
+        speed = math.sqrt(float(self._reference[0].speed(float(t))))
+        a = self._between(left)[0]
+        if a < _NOTHING:
+            decay, variance = self._onwards(left)
+            return speed * decay / variance * (self._expected(z, left) - decay * z)
+        # score of the mixture's marginal less the reference's; E[x_T | x_t] - x_t would drown in rounding at the end
+        return speed * (self._law_at(left).score(z) + (z if self._reference[0].kind == "ou" else z / a))
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         if not isinstance(chain, TransitionChain) or chain.reference is not self._reference[0]:

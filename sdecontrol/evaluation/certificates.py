@@ -171,7 +171,7 @@ def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
             f"the sampler's own log Z is {lacking.value:.3g} below the one from both sides: it misses about {1 - math.exp(-lacking.value):.0%} of the "
             "target, whatever its reverse ESS says."
         )
-    if found.forward_ess.value < _FEW * found.reverse_ess.value:
+    if _below(found.forward_ess, _FEW * found.reverse_ess.value):
         out.append(
             f"forward ESS {found.forward_ess.value:.2g} against reverse ESS {found.reverse_ess.value:.2g}: paths of {found.source} have weights "
             "that the sampler's never show."
@@ -183,6 +183,11 @@ def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
                 f"{int(missed.sum())} of {len(missed)} modes are (nearly) missed, with {float(expected[missed].sum()):.0%} of the target."
             )
     return tuple(out)
+
+
+def _below(share: Estimate, level: float) -> bool:
+    """Whether a positive number is, beyond the error of its logarithm: one draw of the target far out may make all of it."""
+    return share.value < level * math.exp(-_BEYOND * share.stderr / share.value) if share.value > 0 else level > 0
 
 
 def _shares(x: Tensor, modes: Tensor) -> Tensor:

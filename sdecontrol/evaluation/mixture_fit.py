@@ -50,13 +50,15 @@ def fit_mixture(
         A law in x's dtype and on its device; components that lost their samples are left out.
 
     Raises:
-        ValueError: fewer than 16 samples, or samples that are not finite.
+        ValueError: fewer than 16 samples (of weights above 0), or samples that are not finite.
     """
     if x.ndim != 2 or len(x) < 16 or not bool(torch.isfinite(x).all()):
         raise ValueError(f"x must be at least 16 finite samples (n, d); got {tuple(x.shape)}.")
     v = x.double()
     w = torch.ones_like(v[:, 0]) if log_weights is None else log_weights.double().softmax(0) * len(v)
     v, w = v[w > 0], w[w > 0]
+    if len(v) < 16:
+        raise ValueError(f"log_weights: at least 16 samples must have a weight above 0; {len(v)} of {len(x)} have.")
     mean = (w.unsqueeze(1) * v).sum(0) / w.sum()
     scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
     z = (v - mean) / scale
@@ -78,8 +80,11 @@ def fit_mixture(
         parts = (found.weights.clamp(min=1e-12), middle + width * found.means, width**2 * found.var)
         return ProductMixture(*(part.to(**like) for part in parts))
     width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
-    return GaussianMixture(
-        found.weights.to(**like), (mean + scale * found.means).to(**like), (found.cov * width).to(**like)
+    law = GaussianMixture(found.weights, mean + scale * found.means, found.cov * width)
+    # axes are found in float64: a narrow direction beside a wide one is below float32's rounding of a covariance
+    vectors = None if law._vectors is None else law._vectors.to(**like)
+    return GaussianMixture._from_parts(
+        law.log_weights.to(**like), law.means.to(**like), law._values.to(**like), vectors
     )
 
 

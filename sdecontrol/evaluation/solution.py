@@ -232,13 +232,17 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     )
 
 
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any) -> None:
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, finite_buffers: bool = True) -> None:
     """Fill a module from saved tensors, all names and shapes matching.
+
+    Args:
+        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not be.
 
     Raises:
         BadFileError: naming what does not fit.
     """
     wanted = module.state_dict()
+    free = set() if finite_buffers else {name for name, _ in module.named_buffers()}
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted:
             raise BadFileError(
@@ -249,5 +253,6 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any) -> No
                 f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
                 f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
             )
-        check_tensor(name, tensors[name]) if tensors[name].is_floating_point() else None
+        if tensors[name].is_floating_point() and name not in free:
+            check_tensor(name, tensors[name])
     module.load_state_dict(tensors)

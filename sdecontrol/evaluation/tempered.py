@@ -106,6 +106,7 @@ class TemperedSolution(ParticleSolution):
             if isinstance(self.target, StateTarget):
                 end = self.target.states(flat)
                 reward = self.problem.reward(end)
+                self.evaluations += len(end)
                 cost = ratio = torch.zeros_like(reward)
             else:
                 paths = self.target.paths(flat, found.origin.flatten(0, 1), keep="end")

@@ -53,8 +53,8 @@ class _State(nn.Module):
         self.register_buffer("log_z", torch.full((2,), -math.inf, **numbers))
         # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
         self.register_buffer("cost", torch.full((3,), math.inf, **numbers))
-        # log Z of the first round and of the one before the last (-inf at first); standard error of the last
-        self.register_buffer("seen", torch.full((3,), math.nan, **numbers))
+        # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
+        self.register_buffer("seen", torch.full((4,), math.nan, **numbers))
         self.register_buffer("spent", torch.zeros((), dtype=torch.long, device=problem.device))
         self.register_buffer(
             "quiet", torch.zeros((), dtype=torch.long, device=problem.device)
@@ -84,8 +84,9 @@ class _State(nn.Module):
 
     def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""
+        first = not bool(torch.isfinite(self.cost[0]))
         # the first round has none before it: the ends of the search stay for the first mixture
-        if bool(self.log_z[0] > -math.inf) and bool(self.log_z[0] >= self.log_z[1] - _LOST):
+        if not first and bool(self.log_z[0] >= self.log_z[1] - _LOST):
             for kept in (self.z, self.log_weights, self.log_z):
                 kept[1] = kept[0]
         self.log_weights[0] = -math.inf
@@ -93,13 +94,12 @@ class _State(nn.Module):
         # what is left of the weights at each resampling, and at the end
         last = torch.arange(len(ladder), device=z.device) == len(ladder) - 1
         variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum())
-        first = not bool(torch.isfinite(self.cost[0]))
         self.cost[2] = torch.minimum(self.cost[1], self.cost[2])
         self.cost[1] = variance * found.evaluations / len(z)
         self.seen[1], self.seen[2] = self.log_z[0], math.sqrt(variance / len(z))
         self.log_z[0] = found.log_z[0]
         if first:
-            self.cost[0], self.seen[0] = self.cost[1], found.log_z[0]
+            self.cost[0], self.seen[0], self.seen[3] = self.cost[1], found.log_z[0], self.seen[2]
         self.spent += found.evaluations
         self._law = None
         change = abs(float(self.log_z[0] - self.seen[1]))
@@ -194,7 +194,7 @@ class Auto(Method):
     def finish(self, state: nn.Module, run: Run) -> Control:
         assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
         law = state.law(run, self.components)
-        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2]))
+        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2:].norm()))
         if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)
         return MixtureControl(run.problem, law)
@@ -225,5 +225,7 @@ def _report(history: list[dict[str, float]], control: Control) -> str:
     if isinstance(control, MixtureControl):
         lines.append(f"kept: tempering from {control.law!r}")
     else:
-        lines.append("kept: tempering from the wide Gaussian; learning did not pay")
+        paid = any(row["cost"] < history[0]["cost"] for row in history)
+        why = "rounds from the mixture found less" if paid else "learning did not pay"
+        lines.append(f"kept: tempering from the wide Gaussian; {why}")
     return "\n".join(lines)

@@ -232,7 +232,7 @@ def _chains(
                 kept.append(x)
                 slopes.append(score)
     found = value.isfinite()
-    if y is None:  # with conditions values do not compare
+    if y is None and bool(found.any()):  # with conditions values do not compare
         low, high = torch.quantile(value[found], torch.tensor([0.5, 0.84], **like)).tolist()
         found = found & (value > low - _LATE * (high - low) - _LATE)
     states, scores = (torch.stack(v)[:, found].flatten(0, 1) for v in (kept, slopes))

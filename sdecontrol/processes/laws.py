@@ -338,8 +338,13 @@ class ProductMixture(Distribution):
         means = check_tensor("ProductMixture(means)", means, shape=("d", "k"))
         weights = check_tensor("ProductMixture(weights)", weights, shape=tuple(means.shape))
         variances = check_tensor("ProductMixture(variances)", variances, shape=tuple(means.shape))
-        if bool((weights <= 0).any()) or bool((variances <= 0).any()):
-            raise ValueError("ProductMixture: weights and variances must all be > 0.")
+        for name, value in (("weights", weights), ("variances", variances)):
+            if value.dtype != means.dtype or value.device != means.device:
+                raise TypeError(
+                    f"ProductMixture({name}) is {value.dtype} on {value.device}, the means {means.dtype} on {means.device}; make them agree."
+                )
+            if bool((value <= 0).any()):
+                raise ValueError(f"ProductMixture({name}) must all be > 0.")
         self.means, self.variances = means, variances
         self.log_weights = (weights / weights.sum(1, keepdim=True)).log()
         super().__init__(event_shape=means.shape[:1], validate_args=False)

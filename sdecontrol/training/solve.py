@@ -272,10 +272,12 @@ class _Trainer:
             self.state,
             {n[len(prefix) :]: v for n, v in tensors.items() if n.startswith(prefix)},
             self.checkpoints.folder if self.checkpoints else "",
+            finite_buffers=False,
         )
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
         self.history, self.done = saved["history"], saved["done"]
+        self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 
     # ------------------------------------------------------------ the loop
 
@@ -288,15 +290,15 @@ class _Trainer:
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.show, measure, latest=fresh)
             with made as bar, _kept_gradients(self.problem):
-                while self.done < self.pace.last:
+                finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
+                while self.done < self.pace.last and not finished:
                     elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
                     self._iterate(elapsed)
                     bar.update(self.done, known if known is None else self.pace.last, self.history[-1])
-                    if self.method.finished(self.state, self.run) or self._good_enough():
-                        break
+                    finished = self.method.finished(self.state, self.run) or self._good_enough()
         except BaseException as error:
             self._stop(error)
             raise

@@ -16,7 +16,9 @@ from sdecontrol.evaluation.tempering import (
     fit_gaussian,
     points_at,
     run_tempered,
+    start_points,
 )
+from sdecontrol.processes.laws import GaussianMixture, ProductMixture
 
 
 def close(estimate, truth, most):
@@ -211,3 +213,122 @@ def test_the_target_of_noises_is_the_log_weight_of_their_paths():
         paths = sc.simulate(problem, 50, control=control, time_steps=6, noise=noise)
         phi = target.log_ratio(z, origin)
     assert torch.allclose(phi, sc.log_weights(problem, paths), atol=1e-12)
+
+
+# ---------------------------------------------------------------- particles that begin with a law
+
+
+def wrong_law(kind):
+    """Covers the two wells, with the wrong shares, places and widths; of the state over the scale 2."""
+    means = torch.tensor([[-0.9, 0.3], [0.5, -0.2], [1.4, 1.0]], dtype=F64)
+    if kind == "product":
+        return ProductMixture(torch.ones(2, 2, dtype=F64), torch.tensor([[-0.9, 0.7], [-0.3, 0.5]], dtype=F64), torch.full((2, 2), 0.2, dtype=F64))  # fmt: skip
+    return GaussianMixture(torch.tensor([0.7, 0.1, 0.2], dtype=F64), means, torch.stack([0.2 * spd(2, i) for i in range(3)]))  # fmt: skip
+
+
+def wells_from(law, smooth=True):
+    return StateTarget(two_wells, torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64), smooth, law)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("kind", ["product", "joint"])
+def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
+    """As from the Gaussian, with levels between the law and the target, leaps among the moves, and exactly as many evaluations as are told."""
+    calls = [0]
+
+    def counted(x):
+        calls[0] += len(x)
+        return two_wells(x)
+
+    target = wells_from(wrong_law(kind), smooth)
+    target.log_density = counted
+    ladder, first = adapt(target, 256, 0, fraction=0.85)
+    assert len(ladder) > 1 and calls[0] == first.evaluations
+    calls[0] = 0
+    found = run_tempered(target, ladder, 2500, 16, 1)
+    assert calls[0] == found.evaluations
+    relative = (found.log_z - math.log(3)).exp()
+    close(mean_estimate(relative), 1.0, 0.02)
+    assert float(relative.std()) > 0.1
+    means = relative.unsqueeze(1) * (found.log_weights.exp().unsqueeze(2) * target.states(found.z)).sum(1)
+    for mean, truth in zip(means.T, (0.5, 1 / 3)):
+        close(mean_estimate(mean), truth, 0.04)
+
+
+def test_from_the_targets_own_law_nothing_is_left_to_do():
+    """phi is log Z everywhere: one level, equal weights, every leap accepted."""
+    cov = torch.tensor([[0.3, 0.2], [0.2, 0.4]], dtype=F64)
+    means = torch.tensor([[-1.5, 0.0], [1.5, 0.5]], dtype=F64)
+    law = GaussianMixture(torch.tensor([1.0, 2.0], dtype=F64), means / 2, torch.stack((0.2 * torch.eye(2, dtype=F64), cov)) / 4)  # fmt: skip
+    target = wells_from(law)
+    ladder, found = adapt(target, 128, 0)
+    assert len(ladder) == 1 and float(ladder.betas[0]) == 1.0
+    assert torch.allclose(found.phi, torch.full_like(found.phi, math.log(3)), atol=1e-9)
+    assert abs(float(found.log_z) - math.log(3)) < 1e-9
+    p = start_points(target, 500, 1)
+    q = Kernel(1.0, *fit_gaussian(p.z, torch.full((500,), 0.002)), 1).leap(target, p, torch.Generator().manual_seed(0))
+    assert bool((q.z != p.z).any(1).all())
+    assert torch.allclose(p.slope, torch.zeros_like(p.slope), atol=1e-9)
+
+
+@pytest.mark.parametrize("move", ["move", "leap"])
+@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_moves_from_a_law_keep_theirs(smooth, beta, move):
+    """Exact draws of ``law^(1-beta) target^beta``, Gaussians all, have its moments after moves with a badly fitted Gaussian, and after leaps."""
+    cov, mean, start, where = spd(2, 3), 0.7 * randn(2, seed=4), 1.5 * spd(2, 5), 0.5 * randn(2, seed=6)
+    aim = torch.distributions.MultivariateNormal(mean, cov)
+    law = GaussianMixture(torch.ones(1, dtype=F64), where.unsqueeze(0), start.unsqueeze(0))
+    target = StateTarget(aim.log_prob, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), smooth, law)
+    first, last = torch.linalg.inv(start), torch.linalg.inv(cov)
+    mixed = torch.linalg.inv((1 - beta) * first + beta * last)
+    centre = mixed @ ((1 - beta) * first @ where + beta * last @ mean)
+    root, n = torch.linalg.cholesky(mixed), 40_000
+    p = points_at(target, centre + randn(n, 2, seed=5) @ root.T, torch.zeros(n, 0, dtype=F64))
+    began = p.z
+    kernel = Kernel(beta, 0.4 * randn(2, seed=6), 1.2 * torch.linalg.cholesky(spd(2, 7)), 3 if smooth else 1)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(6):
+        p = kernel.move(target, p, 0.9, generator)[0] if move == "move" else kernel.leap(target, p, generator)
+    again = points_at(target, p.z, p.origin)  # what is kept of a particle is what belongs to it
+    for name in ("phi", "slope", "base", "base_slope"):
+        assert torch.allclose(getattr(p, name), getattr(again, name), atol=1e-12), name
+    assert float((began - p.z).abs().mean()) > 0.1
+    white = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
+    for i in range(2):
+        close(mean_estimate(white[:, i]), 0.0, 0.02)
+        for j in range(i + 1):
+            close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_moves_between_gaussians_are_never_rejected_where_the_level_is_fitted(beta):
+    """As on the target alone: kicks by what the level, law and target together, has beyond the fitted Gaussian vanish. The law's slope left out shows here."""
+    cov, mean, start, where = spd(3, 3), randn(3, seed=4), 1.5 * spd(3, 5), 0.5 * randn(3, seed=6)
+    aim = torch.distributions.MultivariateNormal(mean, cov)
+    law = GaussianMixture(torch.ones(1, dtype=F64), where.unsqueeze(0), start.unsqueeze(0))
+    target = StateTarget(aim.log_prob, torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64), True, law)
+    first, last = torch.linalg.inv(start), torch.linalg.inv(cov)
+    mixed = torch.linalg.inv((1 - beta) * first + beta * last)
+    centre = mixed @ ((1 - beta) * first @ where + beta * last @ mean)
+    p = points_at(target, randn(100, 3, seed=5), torch.zeros(100, 0, dtype=F64))
+    kernel = Kernel(beta, centre, torch.linalg.cholesky(mixed), 5)
+    _, accept = kernel.move(target, p, 1.4, torch.Generator().manual_seed(0))
+    assert bool(accept.all())
+
+
+def test_a_law_on_a_hard_constraint():
+    """Where the density vanishes particles never go, though the law does; a box of area 4 from a Gaussian that leaves half of its draws outside."""
+
+    def box(x):
+        return torch.where((x.abs() < 1).all(1), 0.0, -math.inf)
+
+    law = GaussianMixture(torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), 0.3)
+    target = StateTarget(box, torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64), False, law)
+    ladder, _ = adapt(target, 512, 0)
+    found = run_tempered(target, ladder, 32, 512, 1)
+    close(mean_estimate((found.log_z - math.log(4)).exp()), 1.0, 0.05)
+    x = target.states(found.z)
+    weights = found.log_weights.exp().unsqueeze(2)
+    assert bool(((x.abs() < 1) | (weights == 0)).all())
+    close(mean_estimate((weights * x.square()).sum(1)[:, 0]), 1 / 3, 0.02)
