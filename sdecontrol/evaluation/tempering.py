@@ -222,16 +222,14 @@ class Population:
 class Points:
     """Particles ``(n, dim)`` with phi and its gradient (zero where there is none).
 
-    Where particles begin with another law m than N(0, I), ``base`` is ``log m/N(0, I)``, and phi what the target has beyond m: the law of a
-    level is ``N(0, I) exp(base + beta phi)`` for both.
+    Where particles begin with another law m than N(0, I), phi is what the target has beyond m: the law of a level is ``N(0, I) exp(beta phi)`` or
+    ``m exp(beta phi)``.
     """
 
     z: Tensor
     phi: Tensor
     slope: Tensor
     origin: Tensor
-    base: Tensor
-    base_slope: Tensor
 
     def rows(self, index: Tensor) -> Points:
         return Points(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -258,15 +256,13 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
         with torch.no_grad():
             phi, slope = target.log_ratio(z, origin), torch.zeros_like(z)
     phi, z = phi.detach(), z.detach()
-    base, base_slope = phi.new_zeros(()).expand(len(z)), z.new_zeros(()).expand(z.shape)
     if target.law is not None:
         rows = max(64, _HELD // target.law.means.numel())  # few at a time stay in the cache
         pairs = [target.law.log_prob_and_score(part) for part in z.split(rows)]
-        base = torch.cat([p[0] for p in pairs]) + 0.5 * z.square().sum(1) + 0.5 * target.dim * math.log(2 * math.pi)
-        phi = phi - base
+        normal = -0.5 * z.square().sum(1) - 0.5 * target.dim * math.log(2 * math.pi)
+        phi = phi + normal - torch.cat([p[0] for p in pairs])
         if target.smooth:
-            base_slope = torch.cat([p[1] for p in pairs]) + z
-            slope = slope - base_slope
+            slope = slope - z - torch.cat([p[1] for p in pairs])
     # leaps that diverge end far outside, where a density may well be inf - inf: those moves are rejected
     far = z.abs().amax(1) > _FAR
     phi = torch.where(far & ~phi.isfinite(), -math.inf, phi)
@@ -280,7 +276,59 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
         )
     inside = phi > -math.inf
     slope = torch.where(inside.unsqueeze(1) & slope.isfinite(), slope, 0.0)
-    return Points(z, phi, slope, origin, base, base_slope)
+    return Points(z, phi, slope, origin)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Coordinates w in which the Gaussian fitted to a level is standard normal, the same for all particles; that level is ``N(0, I) exp(beta phi)``."""
+
+    centre: Tensor
+    factor: Tensor
+
+    def whiten(self, z: Tensor) -> Tensor:
+        if self.factor.ndim == 1:
+            return (z - self.centre) / self.factor
+        return torch.linalg.solve_triangular(self.factor, (z - self.centre).mT, upper=False).mT
+
+    def colour(self, w: Tensor) -> Tensor:
+        return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
+
+    def energy(self, p: Points, w: Tensor, v: Tensor, beta: float) -> Tensor:
+        return 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1)) - beta * p.phi.double()
+
+    def push(self, p: Points, w: Tensor, beta: float) -> Tensor:
+        """Gradient in w of what the potential has beyond ``|w|^2/2``."""
+        slope = p.z - beta * p.slope
+        return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
+
+
+@dataclass(frozen=True)
+class _Component:
+    """Coordinates in which a component of the law is standard normal, one for each particle.
+
+    The component is drawn with its probability given z, so that z given it has the density ``m exp(beta phi) r_i(z) = weight_i N_i(z) exp(beta phi)``: a
+    Gaussian whose flow is an exact rotation, and kicks by phi alone, which vanish as the law comes near the target.
+    """
+
+    centre: Tensor
+    widths: Tensor
+    axes: Tensor | None
+
+    def whiten(self, z: Tensor) -> Tensor:
+        d = z - self.centre
+        return (d if self.axes is None else (d.unsqueeze(1) @ self.axes).squeeze(1)) / self.widths
+
+    def colour(self, w: Tensor) -> Tensor:
+        d = w * self.widths
+        return self.centre + (d if self.axes is None else (self.axes @ d.unsqueeze(2)).squeeze(2))
+
+    def energy(self, p: Points, w: Tensor, v: Tensor, beta: float) -> Tensor:
+        return 0.5 * (w.double().square().sum(1) + v.double().square().sum(1)) - beta * p.phi.double()
+
+    def push(self, p: Points, w: Tensor, beta: float) -> Tensor:
+        slope = -beta * p.slope
+        return (slope if self.axes is None else (slope.unsqueeze(1) @ self.axes).squeeze(1)) * self.widths
 
 
 @dataclass(frozen=True)
@@ -288,7 +336,8 @@ class Kernel:
     """One move at one level; see the module's head.
 
     Attributes:
-        beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`.
+        beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`; of a target whose particles begin with a
+            mixture its components are taken instead.
         leaps: of a move, each of one evaluation.
         jitter: the angle of a move is the given one times ``exp(-jitter U)``, U uniform in [0, 1].
     """
@@ -299,23 +348,6 @@ class Kernel:
     leaps: int
     jitter: float = _JITTER
 
-    def whiten(self, z: Tensor) -> Tensor:
-        if self.factor.ndim == 1:
-            return (z - self.centre) / self.factor
-        return torch.linalg.solve_triangular(self.factor, (z - self.centre).mT, upper=False).mT
-
-    def colour(self, w: Tensor) -> Tensor:
-        return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
-
-    def energy(self, p: Points, v: Tensor) -> Tensor:
-        whole = 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1))
-        return whole - p.base.double() - self.beta * p.phi.double()
-
-    def push(self, p: Points, w: Tensor) -> Tensor:
-        """Gradient in w of what the potential has beyond ``|w|^2/2``."""
-        slope = p.z - p.base_slope - self.beta * p.slope
-        return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
-
     def move(
         self, target: TemperedTarget, p: Points, angle: float | Tensor, generator: torch.Generator
     ) -> tuple[Points, Tensor]:
@@ -325,19 +357,26 @@ class Kernel:
         turn = angle * torch.exp(-self.jitter * torch.rand((n, 1), **like))
         turn = turn.clamp(max=_COARSEST)
         uniform = torch.rand(n, **like)
-        before, w, new = self.energy(p, v), self.whiten(p.z), p
-        lost = torch.zeros(n, 1, dtype=torch.bool, device=p.z.device)  # leaps that diverge are not followed, and rejected
-        # the energy of what rotates is |w|^2/2, that of the noises in it |z|^2/2 + residual: their sum is in energy()
+        frame = (
+            _Fitted(self.centre, self.factor)
+            if target.law is None
+            else _Component(*target.law.component(p.z, generator))
+        )
+        w, new = frame.whiten(p.z), p
+        before = frame.energy(p, w, v, self.beta)
+        lost = torch.zeros(
+            n, 1, dtype=torch.bool, device=p.z.device
+        )  # leaps that diverge are not followed, and rejected
         for _ in range(self.leaps):
             if target.smooth:
-                v = v - 0.5 * turn * self.push(new, w)
+                v = v - 0.5 * turn * frame.push(new, w, self.beta)
             w, v = w * turn.cos() + v * turn.sin(), v * turn.cos() - w * turn.sin()
-            z = self.colour(w)
+            z = frame.colour(w)
             lost = lost | ~(z.abs().amax(1, keepdim=True) < _GONE)  # nan too
             new = points_at(target, torch.where(lost, p.z, z), p.origin)
             if target.smooth:
-                v = v - 0.5 * turn * self.push(new, w)
-        change = torch.where(lost.squeeze(1), -math.inf, before - self.energy(new, v))
+                v = v - 0.5 * turn * frame.push(new, w, self.beta)
+        change = torch.where(lost.squeeze(1), -math.inf, before - frame.energy(new, w, v, self.beta))
         accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
         return new.where(accept, p), accept
 

@@ -306,6 +306,15 @@ class GaussianMixture(Distribution):
         """Posterior probabilities of the components, ``(..., k)``."""
         return self._terms(x)[0].softmax(-1)
 
+    def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For each of ``(n, d)`` a component drawn with its probability given x: mean and standard deviations ``(n, d)`` in its axes, and the axes
+        ``(n, d, d)``, or None where they are those of the coordinates."""
+        edges = self.responsibilities(x).cumsum(1)
+        u = torch.rand((len(x), 1), generator=generator, dtype=x.dtype, device=x.device) * edges[:, -1:]
+        index = torch.searchsorted(edges, u).squeeze(1).clamp(max=edges.shape[1] - 1)
+        axes = None if self._vectors is None else self._vectors[index]
+        return self.means[index], self._values[index].sqrt(), axes
+
     def _shape(self, index: Tensor, z: Tensor) -> Tensor:
         y = z * self._values[index].sqrt()
         if self._vectors is not None:
@@ -393,6 +402,15 @@ class ProductMixture(Distribution):
         """Both, for little more than one."""
         joint, difference = self._terms(x)
         return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
+
+    def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, None]:
+        """For each of ``(n, d)`` a component of every coordinate drawn with its probability given x: means and standard deviations ``(n, d)``; the axes
+        are those of the coordinates."""
+        edges = self._terms(x)[0].softmax(-1).cumsum(-1)
+        u = torch.rand((*x.shape, 1), generator=generator, dtype=x.dtype, device=x.device) * edges[..., -1:]
+        index = torch.searchsorted(edges, u).clamp(max=edges.shape[-1] - 1)
+        pick = lambda v: v.expand(len(x), *v.shape).gather(2, index).squeeze(2)  # noqa: E731
+        return pick(self.means), pick(self.variances.sqrt()), None
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape)
