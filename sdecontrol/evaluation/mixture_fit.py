@@ -67,13 +67,17 @@ def fit_mixture(
     order = order[: min(highest, max(least, numbers // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
     held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
-    best, found = -math.inf, None
+    best, found, chosen = -math.inf, None, ("diagonal", 1)
     for kind in KINDS if z.shape[1] <= _FULL else KINDS[:2]:
-        score, fit = _best_size(kind, *kept, *held, most, seed)
+        score, fit, size = _best_size(kind, *kept, *held, most, seed)
         if found is None or score > best + _BETTER:
-            best, found = score, fit
+            best, found, chosen = score, fit, (kind, size)
     assert found is not None
-    found.improve(z, w)
+    # what was chosen, gone on with all samples; and begun anew on them, lest a mode have had its few samples among those held out
+    anew = _fit(*chosen, z, w, derive_seed(seed, 8))
+    for fit in (found, anew):
+        fit.improve(z, w)
+    found = max((found, anew), key=lambda fit: float((w * _guarded(fit.log_prob(z), z)).mean()))
     like = {"dtype": x.dtype, "device": x.device}
     if isinstance(found, _Coordinates):
         middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
@@ -90,17 +94,17 @@ def fit_mixture(
 
 def _best_size(
     kind: str, kept: Tensor, weights: Tensor, held: Tensor, held_weights: Tensor, most: int, seed: int
-) -> tuple[float, _Joint | _Coordinates]:
-    """The best log-likelihood of held-out samples among the sizes of a kind, and its fit. All are tried: with separate modes nothing is gained before there
+) -> tuple[float, _Joint | _Coordinates, int]:
+    """The best log-likelihood of held-out samples among the sizes of a kind, its fit and size. All are tried: with separate modes nothing is gained before there
     is a component for each."""
-    best, chosen = -math.inf, None
+    best, chosen, best_size = -math.inf, None, 1
     for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
         fit = _fit(kind, size, kept, weights, seed)
         score = float((held_weights * _guarded(fit.log_prob(held), held)).mean())
         if chosen is None or score > best + _BETTER:
-            best, chosen = score, fit
+            best, chosen, best_size = score, fit, size
     assert chosen is not None
-    return best, chosen
+    return best, chosen, best_size
 
 
 def _guarded(level: Tensor, z: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ class _Joint(_Fit):
 
     def _maximise(self, z: Tensor, share: Tensor) -> None:
         d = z.shape[1]
-        share = share[:, share.sum(0) > min(4.0, 0.25 * len(z))]
+        share = share[:, share.sum(0) > min(2.0, 0.25 * len(z))]
         count = share.sum(0)
         self.weights = count / count.sum()
         self.means = share.mT @ z / count.unsqueeze(1)

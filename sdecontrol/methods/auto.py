@@ -29,9 +29,14 @@ __all__ = ["Auto"]
 _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _QUIET = 2  # rounds without a change, after which no more are made
-_LOST = 0.1  # nats of log Z
+_LOST = 0.1  # nats of log Z below the population that is kept, at which a round does not take its place
+_WORSE, _WORSE_SIGMAS = (
+    0.5,
+    10.0,
+)  # nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
+# has chosen its own ladder leaves out what its moves do not forget, and is several times too small where levels are many
 _FIRST = 4  # the first round's part of the particles: it only has to find something
-_SEARCHED = 8  # particles of a round for one chain of the search
+_SEARCHED = 4  # particles of a round for one chain of the search
 _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
 
 
@@ -194,7 +199,7 @@ class Auto(Method):
     def finish(self, state: nn.Module, run: Run) -> Control:
         assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
         law = state.law(run, self.components)
-        lost = float(state.seen[0] - state.log_z[0]) > max(_LOST, _SIGMAS * float(state.seen[2:].norm()))
+        lost = float(state.seen[0] - state.log_z[0]) > max(_WORSE, _WORSE_SIGMAS * float(state.seen[2:].norm()))
         if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)
         return MixtureControl(run.problem, law)
