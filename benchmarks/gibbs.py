@@ -39,6 +39,7 @@ VERSION = 1  # of what a cell holds
 _SAMPLES, _EXACT, _EVALUATE, _CERTIFY, _RUNS = 91, 92, 93, 94, 95  # places of seeds
 _DRAWN, _PATHS = 4096, 4096
 _ROUNDS = 0.6  # of the budget for auto's rounds; the rest is for the particles of its estimate
+_MOST_SYSTEMS = 64
 
 CORE = ("gmm9", "funnel", "many-well-32", "gmm40-2d", "logistic-regression")
 TARGETS = (*CORE, "gmm40-50d", "many-well-5", "many-well-50", "dw-4", "lj-13", "phi4-8")
@@ -129,7 +130,7 @@ def _estimate(solution: Any, left: float, seed: int) -> Any:
         began = time.process_time()
         solution.run(1, derive_seed(seed, _RUNS))
         each = time.process_time() - began
-        n = solution.particles.num_particles * max(16, min(512, int((left - each) / max(each, 1e-6))))
+        n = solution.particles.num_particles * max(16, min(_MOST_SYSTEMS, int((left - each) / max(each, 1e-6))))
     return solution.evaluate(n, seed=derive_seed(seed, _EVALUATE))
 
 
