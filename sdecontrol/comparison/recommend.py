@@ -17,6 +17,7 @@ from ..methods import (
     SMC,
     SOCM,
     AdjointMatching,
+    Auto,
     BestOfN,
     ClassifierGuidance,
     CrossEntropy,
@@ -29,6 +30,7 @@ from ..methods import (
     TemperedSMC,
     ValueGuidance,
 )
+from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from ..processes.generative import GenerativeSDE
@@ -118,6 +120,8 @@ def recommend(
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
     found = _one_off(problem, chain) if one_off else _trained(problem, chain, fits, steps)
+    if isinstance(problem, GibbsProblem):
+        found = [_for_densities(), *found]
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
         (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
@@ -127,6 +131,14 @@ def recommend(
 
 
 # ---------------------------------------------------------------- what to try
+
+
+def _for_densities() -> Suggestion:
+    return Suggestion(
+        Auto(),
+        "a density by itself: particles that learn where to begin; on all named targets more exact for its evaluations than what is trained on paths "
+        "(docs/gibbs_table.md).",
+    )
 
 
 def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | None) -> list[Suggestion]:

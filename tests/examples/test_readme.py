@@ -1,4 +1,4 @@
-"""The README's code runs as written (with one iteration of training instead of hundreds)."""
+"""The code of the README and of the page on densities runs as written (with one iteration of training instead of hundreds)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
+from sdecontrol.methods import find_method
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 class Model(nn.Module):
@@ -30,16 +31,19 @@ class Model(nn.Module):
         return self.gain * s.reshape(-1, 1, 1, 1) * x
 
 
-def test_python_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/gibbs.md"])
+def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     solve = sc.solve
 
     @functools.wraps(solve)
     def short(problem, method, **kwargs):
-        return solve(problem, method, **{**kwargs, **({"iterations": 1} if method.default_iterations else {})})
+        return solve(
+            problem, method, **{**kwargs, **({"iterations": 1} if find_method(method).default_iterations else {})}
+        )
 
     monkeypatch.setattr(sc, "solve", short)
     names = {"model": Model(), "my_reward": lambda x: -x.square().flatten(1).sum(1), "torch": torch, "sc": sc}
-    for block in blocks("python"):
+    for block in blocks("python", page):
         exec(block, names)
 
 
