@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .amortised import amortised
 from .control import control
 from .digits import digits
 from .gibbs import gibbs
@@ -13,6 +14,7 @@ from .orders import orders
 from .speed.command import speed
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
+app.command()(amortised)
 app.command()(control)
 app.command()(digits)
 app.command()(gibbs)
