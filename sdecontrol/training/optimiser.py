@@ -117,9 +117,14 @@ class Descent:
         if not bool(torch.isfinite(norm)):
             bad = sum(int((~torch.isfinite(g)).sum()) for g in gradients)
             total = sum(g.numel() for g in gradients)
+            where = f"is not finite in {bad} of {total} entries" if bad else "overflows: its norm is not finite"
+            cause = (
+                "look at the derivative of the reward, drift or control (sqrt or norm at 0, for instance)"
+                if bad
+                else "training has diverged; use a smaller learning rate, or a reward that is less steep where paths go"
+            )
             raise NonFiniteError(
-                f"gradient is not finite in {bad} of {total} entries. Reward and paths were finite, so look "
-                "at the derivative of the reward, drift or control (sqrt or norm at 0, for instance).",
+                f"gradient {where}. Reward and paths were finite, so {cause}.",
                 what="gradient",
                 rows=bad,
             )
