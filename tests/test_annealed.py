@@ -391,7 +391,18 @@ REFUSED = {
     "soft-ppo": "soft-ppo", "bridge-matching": "bridge-matching", "particle-matching": "particle-matching", "classifier-guidance": "classifier-guidance",
     "reward-weighted-mle": "reward-weighted-mle",
 }  # fmt: skip
-TAKEN = ("reward-backprop", "log-variance", "path-consistency", "reinforce", "smc", "best-of-n", "tempered-smc")
+TAKEN = (
+    "reward-backprop",
+    "log-variance",
+    "path-consistency",
+    "reinforce",
+    "smc",
+    "best-of-n",
+    "tempered-smc",
+    "mala",
+    "hmc",
+    "nuts",
+)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
