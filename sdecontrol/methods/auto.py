@@ -30,11 +30,9 @@ _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds a
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _QUIET = 2  # rounds without a change, after which no more are made
 _LOST = 0.1  # nats of log Z below the population that is kept, at which a round does not take its place
-_WORSE, _WORSE_SIGMAS = (
-    0.5,
-    10.0,
-)  # nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
-# has chosen its own ladder leaves out what its moves do not forget, and is several times too small where levels are many
+# Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that has chosen its own ladder
+# leaves out what its moves do not forget, and is several times too small where levels are many.
+_WORSE, _WORSE_SIGMAS = 0.5, 10.0
 _FIRST = 4  # the first round's part of the particles: it only has to find something
 _SEARCHED = 4  # particles of a round for one chain of the search
 _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
@@ -61,9 +59,8 @@ class _State(nn.Module):
         # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
         self.register_buffer("seen", torch.full((4,), math.nan, **numbers))
         self.register_buffer("spent", torch.zeros((), dtype=torch.long, device=problem.device))
-        self.register_buffer(
-            "quiet", torch.zeros((), dtype=torch.long, device=problem.device)
-        )  # rounds without a change
+        # rounds without a change
+        self.register_buffer("quiet", torch.zeros((), dtype=torch.long, device=problem.device))
         self._law: Any = None
         assert isinstance(problem, GibbsProblem)
         before = problem.density.values
