@@ -1,4 +1,4 @@
-"""Products of mixtures as laws, and the exact control of a Gibbs problem's reference towards a mixture of Gaussians."""
+"""Products of mixtures as laws, and the exact control of references with a known end towards a mixture of Gaussians."""
 
 import copy
 import itertools
@@ -327,12 +327,121 @@ def test_a_correction_begins_as_the_mixture_and_is_trained_beside_it():
     assert not torch.equal(trained.at(x, t), control.at(x, t))
 
 
+# ---------------------------------------------------------------- generative references
+
+
+def fine_tuned(schedule=None, dtype=F64, reward=None):
+    """A mixture as a pre-trained model, and a quadratic reward: the tilted law is a mixture, and known."""
+    G = spd(2, 4).to(dtype)
+    model = joint()
+    model = GaussianMixture(model.weights.to(dtype), model.means.to(dtype), model.covariances.to(dtype))
+    sde = sc.generative_sde(model, schedule=schedule or sc.VP())
+    reward = sc.Quadratic(G, randn(2, seed=6, dtype=dtype)) if reward is None else reward
+    problem = sc.ControlProblem(sde, reward=reward, alpha=0.7)
+    return problem, sc.exact_solution(problem)
+
+
+@pytest.mark.parametrize("schedule", [sc.VP(), sc.VE(sigma_max=100.0), sc.CosineVP()], ids=["vp", "ve", "cosine"])
+def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_law(schedule):
+    """Given the tilted law itself: ``g`` times the difference of scores at every time, as the closed-form solution has it, its Euler shift ``sqrt(h) u``, and
+    ``E[x_T | x_t]`` of the noised mixture; to 1e-8. Given the model's own end it is zero."""
+    problem, exact = fine_tuned(schedule)
+    law = exact.marginal(problem.horizon)
+    control = MixtureControl(problem, law)
+    x = float(problem.initial.variance.max().sqrt()) * randn(30, 2, seed=3)
+    for t in (0.0, 0.3, 0.7, 0.99):
+        time = torch.tensor(t, dtype=F64)
+        found, wanted = control.at(x, time), exact.control(x, t)
+        assert torch.allclose(found, wanted, atol=1e-8 * float(wanted.abs().max() + 1)), t
+        mu, variance = control._ends[0].between(t)
+        at = exact.marginal(t)
+        assert torch.allclose(
+            mu * control.denoised(x, time), x + variance * at.score(x), atol=1e-8 * float(x.abs().max())
+        )
+    for scheme in (None, "exponential"):
+        chain = problem.chain(9, scheme)
+        shift = control.on_chain(chain)
+        states = torch.stack([exact.marginal(float(t)).sample((20,)) for t in chain.times[:-1]])
+        for k, state in enumerate(states):
+            wanted = chain.shift(k, control.at(state, chain.times[k]))
+            assert torch.allclose(shift(k, state, None), wanted, atol=1e-8 * float(wanted.abs().max() + 1))
+            problem.reference.forget()
+        own = MixtureControl(problem, problem.reference.marginal(1.0)).along(chain, states)
+        assert float(own.abs().max()) < 1e-7
+
+
+def test_a_step_of_a_generative_chain_calls_the_model_once():
+    problem, exact = fine_tuned()
+    control = MixtureControl(problem, exact.marginal(problem.horizon))
+    both = corrected(problem, problem.chain(5), control, seed=0)
+    model, calls = problem.reference.model, []
+    model.register_forward_hook(lambda *args: calls.append(1))
+    sc.simulate(problem, 16, control=both, time_steps=5, seed=0)
+    assert len(calls) == 5
+    assert both.correction.gate is None and both.correction.denoiser is control
+
+
+def test_the_gap_of_a_tuned_mixture_falls_with_the_steps():
+    problem, exact = fine_tuned()
+    control, gaps = MixtureControl(problem, exact.marginal(problem.horizon)), []
+    for K in (20, 80, 320):
+        found = solved(problem, control, K).evaluate(4096, seed=1)
+        gaps.append(float(exact.log_z) - found.elbo.value)
+    assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] and gaps[2] < 0.02, gaps
+
+
+def test_states_of_any_shape():
+    """The law is of the flattened state: images of 1 x 2 x 1 are the same problem as vectors of 2."""
+    flat, exact = fine_tuned()
+    model = flat.reference.model
+
+    class Image(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("unused", torch.nn.Parameter(torch.zeros((), dtype=F64), requires_grad=False))
+
+        def forward(self, x, s):
+            return model(x.flatten(1), s).reshape(x.shape)
+
+    image = sc.ControlProblem(
+        sc.generative_sde(Image(), schedule=sc.VP(), shape=(1, 2, 1)),
+        reward=lambda x: flat.reward(x.flatten(1)),
+        initial=sc.Gaussian(torch.zeros(1, 2, 1, dtype=F64), 1.0),
+        alpha=0.7,
+    )
+    law = exact.marginal(flat.horizon)
+    a, b = MixtureControl(flat, law), MixtureControl(image, law)
+    x, t = randn(7, 2, seed=1), torch.tensor(0.6, dtype=F64)
+    assert torch.allclose(a.at(x, t), b.at(x.reshape(7, 1, 2, 1), t).flatten(1), atol=1e-10)
+    assert b.ends(5, 0).shape == (5, 1, 2, 1)
+    assert corrected(image, image.chain(4), b, seed=0).at(x.reshape(7, 1, 2, 1), t).shape == (7, 1, 2, 1)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "corrected"])
+def test_saved_controls_of_generative_references_are_the_same(kind, tmp_path):
+    problem, exact = fine_tuned()
+    control = MixtureControl(problem, exact.marginal(problem.horizon))
+    if kind == "corrected":
+        control = corrected(problem, problem.chain(6), control, seed=0)
+        with torch.no_grad():
+            for parameter in control.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    solution = solved(problem, control, 6)
+    x = solution.sample(100, seed=1)
+    solution.save(tmp_path / "run")
+    loaded = sc.load(tmp_path / "run", problem)
+    assert torch.equal(loaded.sample(100, seed=1), x) and type(loaded.control) is type(control)
+    assert torch.equal(solved(problem, copy.deepcopy(control), 6).sample(100, seed=1), x)
+
+
 def test_other_problems_are_refused():
     law = joint()
     annealed = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, "annealed", 1.0)
     plain = sc.ControlProblem(sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), lambda x: -x.square().sum(1))
-    for problem in (annealed, plain):
-        with pytest.raises(TypeError, match="gibbs_problem"):
+    level = sc.ControlProblem(sc.generative_sde(joint(), schedule=sc.VP(), noise_level=3.0), alpha=1.0)
+    controlled = sc.ControlProblem(sc.generative_sde(joint(), schedule=sc.VP()), alpha=1.0, start="controlled")
+    for problem in (annealed, plain, level, controlled):
+        with pytest.raises(TypeError, match=r"gibbs_problem .* or a memoryless generative_sde"):
             MixtureControl(problem, law)
 
 

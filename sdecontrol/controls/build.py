@@ -182,8 +182,11 @@ def _network(
 ) -> DefaultControl:
     sde = problem.reference
     gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
-    if isinstance(sde, GenerativeSDE) and options.pop("denoised", True):
-        denoiser = sde
+    if isinstance(sde, GenerativeSDE):
+        if denoiser is not None:
+            gated = False  # the mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off
+        elif options.pop("denoised", True):
+            denoiser = sde
     if not options:
         options = _condition_parts(problem)
     if normalise:
@@ -195,7 +198,7 @@ def _network(
             options.update(centre=centre, spread=spread)
             if isinstance(denoiser, MixtureControl):
                 ends = denoiser.ends(_PILOT_PATHS, seed)
-                options.update(data_centre=ends.mean(0), data_spread=ends.std(0).clamp(min=1e-12))
+                options.update(data_centre=ends.mean(0).flatten(), data_spread=ends.std(0).flatten().clamp(min=1e-12))
             elif denoiser is not None:
                 ends = states[-1].flatten(1)
                 data_spread = ends.std(0)

@@ -1,4 +1,4 @@
-"""``MixtureControl``: the exact control of a Gibbs problem's reference towards a mixture of Gaussians, and a network beside it."""
+"""``MixtureControl``: the control of a reference with a known end towards a mixture of Gaussians, and a network beside it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
-from ..processes.time_changed import TimeChanged
 from ..randomness import derive_seed
-from ..simulation.chains import Chain, TransitionChain
+from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
 from .base import Control
+from .ends import ends_of
 from .linear_part import LinearPart
 
 __all__ = ["CorrectedControl", "MixtureControl"]
@@ -24,25 +24,27 @@ _NOTHING = 1e-6  # of the end's size in a state, below which the state says noth
 
 
 class MixtureControl(Control):
-    """The mean shift of the chain that carries a Gibbs problem's reference to a mixture of Gaussians instead, in closed form.
+    """The control that carries a reference to a mixture of Gaussians instead of its own end, in closed form. It trains nothing.
 
-    Given its end the reference is a bridge, ``x_t = centre + a_t (x_T - centre) + scale sqrt(l_t) eps``, so that the mixture stays one at all times,
-    and ``E[x_T | x_t]`` follows from its score (Tweedie). On a chain of exact transitions ``c_k = E[xi_k | x_k]`` is that of the chain at every
-    step size: Doob's transform, as :class:`sdecontrol.simulation.bridges.ChainBridge` has it for one end. It trains nothing.
+    Given its end the reference is a bridge, ``z_t = a_t z_T + sqrt(l_t) eps`` (``controls/ends.py``), so that the mixture stays one at all times,
+    and ``E[z_T | z_t]`` follows from its score (Tweedie). For the references of Gibbs problems, on a chain of their exact transitions, ``c_k = E[xi_k |
+    x_k]`` is that of the chain at every step size: Doob's transform, as :class:`sdecontrol.simulation.bridges.ChainBridge` has it for one end. For a
+    generative reference, whose bridge is the noising process, ``u = g (score of the noised mixture - score of the model)``: Doob's transform of
+    continuous time. It calls the model once at a state, as the reference's own step does.
 
     Args:
-        law: of ``(x_T - centre)/scale``: a :class:`GaussianMixture` or :class:`ProductMixture` in the states' dtype.
+        problem: of :func:`gibbs_problem` on "ou" or "brownian", or with a memoryless generative reference.
+        law: of the end z_T, ``(d,)``: ``(x_T - centre)/scale`` of a Gibbs problem, the flattened state of a generative reference. A
+            :class:`GaussianMixture` or :class:`ProductMixture` in the states' dtype.
 
     Raises:
-        TypeError: another problem than one of :func:`gibbs_problem` on a reference with a known end.
+        TypeError: another problem.
     """
 
-    def __init__(self, problem: GibbsProblem, law: GaussianMixture | ProductMixture) -> None:
-        reference = getattr(problem, "reference", None)
-        if not isinstance(problem, GibbsProblem) or not isinstance(reference, TimeChanged):
-            raise TypeError("a mixture's control needs a gibbs_problem with reference='ou' or 'brownian'.")
+    def __init__(self, problem: ControlProblem, law: GaussianMixture | ProductMixture) -> None:
+        ends = ends_of(problem)
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
-        self._reference, self.product = [reference], isinstance(law, ProductMixture)
+        self._ends, self.product = [ends], isinstance(law, ProductMixture)
         for name, value in _tensors_of(law).items():
             self.register_buffer(name, value.detach().clone())
         self._laws: dict[float, GaussianMixture | ProductMixture] = {}
@@ -55,48 +57,31 @@ class MixtureControl(Control):
         return {"kind": "mixture", "product": self.product, "shapes": shapes}
 
     @classmethod
-    def from_configuration(cls, problem: GibbsProblem, kind: dict[str, Any]) -> MixtureControl:
+    def from_configuration(cls, problem: ControlProblem, kind: dict[str, Any]) -> MixtureControl:
         """A control of the same shapes, to be filled by ``load_state_dict``."""
         like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
         return cls(problem, _law_of({name: torch.ones(shape, **like) for name, shape in kind["shapes"].items()}))
 
     @property
     def law(self) -> GaussianMixture | ProductMixture:
-        """Of ``(x_T - centre)/scale``."""
+        """Of the end, in coordinates z."""
         return _law_of(dict(self.named_buffers()))
 
-    def _between(self, left: float) -> tuple[float, float]:
-        """``a`` and ``l`` of the state with this much clock time left, given its end."""
-        if self._reference[0].kind == "ou":
-            return math.exp(-0.5 * left), -math.expm1(-left)
-        return 1 - left, left * (1 - left)
-
-    def _onwards(self, left: float) -> tuple[float, float]:
-        """Decay and variance of the end given the state, in units of the scale."""
-        return (math.exp(-0.5 * left), -math.expm1(-left)) if self._reference[0].kind == "ou" else (1.0, left)
-
-    def _left(self, t: float) -> float:
-        reference = self._reference[0]
-        return min(max(float(reference.left(t)), 0.0), reference.total)
-
-    def _white(self, x: Tensor) -> Tensor:
-        return (x - self._reference[0].centre) / self._reference[0].scale
-
-    def _expected(self, z: Tensor, left: float) -> Tensor:
+    def _expected(self, z: Tensor, t: float) -> Tensor:
         """``E[z_T | z_t]``, ``(batch, d)``."""
-        a, variance = self._between(left)
+        a, variance = self._ends[0].between(t)
         if a < _NOTHING:
             return self.law.mean.expand_as(z)
-        return (z + variance * self._law_at(left).score(z)) / a
+        return (z + variance * self._law_at(t).score(z)) / a
 
-    def _law_at(self, left: float) -> GaussianMixture | ProductMixture:
-        """The mixture's marginal, of the state over its scale."""
-        if left not in self._laws:
+    def _law_at(self, t: float) -> GaussianMixture | ProductMixture:
+        """The mixture's marginal, of z_t."""
+        if t not in self._laws:
             if len(self._laws) > 4096:
                 self._laws.clear()
-            a, variance = self._between(left)
-            self._laws[left] = self.law.noised(a, math.sqrt(variance))
-        return self._laws[left]
+            a, variance = self._ends[0].between(t)
+            self._laws[t] = self.law.noised(a, math.sqrt(variance))
+        return self._laws[t]
 
     def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
         self._laws.clear()
@@ -115,57 +100,43 @@ class MixtureControl(Control):
                 rows = (t == time).nonzero().flatten()
                 out[rows] = self.at(x[rows], time, y)
             return out
-        left, z = self._left(float(t)), self._white(x)
-        speed = math.sqrt(float(self._reference[0].speed(float(t))))
-        a = self._between(left)[0]
-        if a < _NOTHING:
-            decay, variance = self._onwards(left)
-            return speed * decay / variance * (self._expected(z, left) - decay * z)
-        # score of the mixture's marginal less the reference's; E[x_T | x_t] - x_t would drown in rounding at the end
-        return speed * (self._law_at(left).score(z) + (z if self._reference[0].kind == "ou" else z / a))
+        ends, time, z = self._ends[0], float(t), self._ends[0].white(x)
+        if ends.between(time)[0] < _NOTHING:
+            u = ends.pull(time) * (self._expected(z, time) - ends.expected(x, time))
+        else:  # E[z_T | z_t] - z_t would drown in rounding at the end
+            u = ends.rate(time) * (self._law_at(time).score(z) - ends.score(x, time))
+        return u.reshape(x.shape)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        if not isinstance(chain, TransitionChain) or chain.reference is not self._reference[0]:
+        shift = self._ends[0].on_grid(chain)
+        if shift is None:
             return super().on_chain(chain, tables)
-        left = [self._left(t) for t in chain.clock]
         denoise = self.denoiser_on_grid(chain.times)
-        gains = []
-        for k in range(chain.steps):
-            (first, variance), (last, after) = self._onwards(left[k]), self._onwards(left[k + 1])
-            step = variance - after if self._reference[0].kind == "brownian" else -math.expm1(left[k + 1] - left[k])
-            gains.append((math.sqrt(step) * last / variance, first))
-
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            gain, decay = gains[k]
-            return gain * (self._white(denoise(k, x, y)) - decay * self._white(x))
-
-        return shift
+        return lambda k, x, y: shift(k, x, self._ends[0].white(denoise(k, x, y)))
 
     # ------------------------------------------------------------ E[x_T | x_t], as networks see it
 
     def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``E[x_T | x_t]`` at a 0-d t, of x's shape."""
-        return self._coloured(self._expected(self._white(x), self._left(float(t))))
+        return self._ends[0].coloured(self._expected(self._ends[0].white(x), float(t)))
 
     def ends(self, n: int, seed: int) -> Tensor:
-        """Draws of the mixture, ``(n, d)``."""
-        return self._coloured(draw(self.law, n, derive_seed(seed, 51)))
-
-    def _coloured(self, z: Tensor) -> Tensor:
-        return self._reference[0].centre + self._reference[0].scale * z
+        """Draws of the mixture, ``(n, *event)``."""
+        return self._ends[0].coloured(draw(self.law, n, derive_seed(seed, 51)))
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> E[x_T | x_k]``; what was asked last is remembered, since control and network both ask."""
-        left = [self._left(float(t)) for t in times.double()]
+        clock = times.double().tolist()
 
         def denoise(k: int, x: Tensor, y: Any) -> Tensor:
-            key = (left[k], x, torch.is_grad_enabled())
+            key = (clock[k], x, torch.is_grad_enabled())
             if (
                 self._last is None
                 or any(a is not b for a, b in zip(self._last[1:3], key[1:]))
                 or self._last[0] != key[0]
             ):
-                self._last = (*key, self._coloured(self._expected(self._white(x), left[k])))
+                ends = self._ends[0]
+                self._last = (*key, ends.coloured(self._expected(ends.white(x), clock[k])))
             return self._last[3]
 
         return denoise
@@ -180,9 +151,9 @@ class MixtureControl(Control):
         memo[id(self)] = made
         nn.Module.__init__(made)
         for name, value in self.__dict__.items():
-            if name not in ("_buffers", "_reference", "_laws"):
+            if name not in ("_buffers", "_ends", "_laws"):
                 made.__dict__[name] = value
-        made._reference, made._laws, made.settings = self._reference, {}, dict(self.settings)
+        made._ends, made._laws, made.settings = self._ends, {}, dict(self.settings)
         for name, value in self.named_buffers():
             made.register_buffer(name, value.clone())
         return made

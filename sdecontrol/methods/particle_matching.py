@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
-from ..controls.mixture import MixtureControl
-from ..evaluation.mixture_fit import fit_mixture
+from ..controls.mixture import CorrectedControl
+from ..controls.tuned import has_trainable_model
 from ..evaluation.particles import resample
-from ..evaluation.tempered import TemperedSettings, tempered_target
 from ..evaluation.tempering import NoiseTarget, adapt
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
 from ..randomness import derive_seed, generator_for
 from ..simulation.bridges import ChainBridge, NoisingBridge
-from ..simulation.chains import Chain, TransitionChain
+from ..simulation.chains import Chain
 from ..simulation.shifts import shifts_along
 from .base import Method, Run, path_metrics, register
+from .mixture_start import first_mixture, tempered_ends
 from .on_paths import check_count
 from .regression import RegressionState, regress
 
 __all__ = ["ParticleMatching"]
 
 _PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK, _PLACE_START = 61, 62, 63, 64
+_JUDGING = 8  # batches of new bridges on which a correction is judged
 
 
 class _State(RegressionState):
@@ -51,17 +51,16 @@ class _State(RegressionState):
 
 
 def _control(run: Run, size: int) -> Control:
-    """The user's, the default one, or for a Gibbs problem a network beside the control towards a mixture fitted to first particles."""
+    """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to particles where that pays."""
     problem, chain = run.problem, run.chain
-    if run.control is not None or not isinstance(problem, GibbsProblem) or not isinstance(chain, TransitionChain):
+    base = (
+        first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START))
+        if run.control is None and not has_trainable_model(problem.reference)
+        else None
+    )
+    if base is None:
         return build_control(problem, chain, run.control, seed=run.seed)
-    seed = derive_seed(run.seed, _PLACE_START)
-    with torch.no_grad(), problem.evaluating():
-        target: Any = tempered_target(problem, chain, None, TemperedSettings("states", problem.has_gradient))
-        _, found = adapt(target, size, seed)
-        z = (target.states(found.z[0]) - problem.centre) / problem.scale
-        law = fit_mixture(z, found.log_weights[0], seed=derive_seed(seed, 1))
-    return corrected(problem, chain, MixtureControl(problem, law), seed=run.seed)
+    return corrected(problem, chain, base, seed=run.seed)
 
 
 def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridge | None:
@@ -81,16 +80,19 @@ def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridg
 class ParticleMatching(Method):
     """Forward ``KL(Q_fine || P^u)`` on particles of Q_fine, which are run anew under the learned control every so often.
 
+    0. Where the reference has a known bridge to its end (Gibbs problems, memoryless generative references) a mixture of Gaussians is fitted to first
+       particles, and the control towards it, known in closed form (:class:`MixtureControl`), is the base that a network corrects
+       (``methods/mixture_start.py``); not where the control is given, or a trainable model is to be tuned.
     1. Particles are tempered from the paths of the current control to Q_fine (``evaluation/tempering.py``), in the space of their
-       noises, without a gradient of the reward; for a Gibbs problem at first in the states of the density. All modes that they find get
-       their share, however far from the current control. A mixture of Gaussians is fitted to these, the exact control towards it is the base that
-       a network corrects (:class:`MixtureControl`), and later particles are tempered from the mixture.
+       noises, without a gradient of the reward; for a Gibbs problem in the states of the density, from the mixture. All modes that they find get
+       their share, however far from the current control.
     2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends (:class:`BridgeMatching`, all weights 1; for a
        generative reference that forgets its start, the noising process), drawn anew in every batch; where no bridge is known (a running cost,
        a nonlinear reference) on the noises of their own paths.
 
     The better the control, the less is left to temper, so that particles and control improve each other; the fixed point is the mean shift of
-    the soft-optimal chain. Nothing pulls the control towards one mode, as the losses of its own paths do.
+    the soft-optimal chain. Nothing pulls the control towards one mode, as the losses of its own paths do. Of a corrected mixture the mixture's control alone is
+    kept, unless the correction has lowered the loss on new bridges.
 
     Args:
         num_particles: kept to learn from. refresh: iterations between two runs of the particles.
@@ -133,27 +135,35 @@ class ParticleMatching(Method):
         found = {"objective": objective, "objective_stderr": error, "reward": reward, "running_cost": cost, "kl": kl}
         return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}
 
+    @torch.no_grad()
+    def finish(self, state: nn.Module, run: Run) -> Control:
+        """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is the forward KL up to a constant."""
+        control = super().finish(state, run)
+        if not isinstance(control, CorrectedControl):
+            return control
+        assert isinstance(state, _State)
+        if not bool(state.states.any()):  # before the first step
+            return control.base
+        gains = []
+        for part in range(_JUDGING):
+            states, targets = self._draw(state, run, _JUDGING + part)
+            with_it, alone = (shifts_along(run.chain, c, states) - targets for c in (control, control.base))
+            gains.append((alone.square() - with_it.square()).flatten(2).sum((0, 2)))
+        return control if float(torch.cat(gains).mean()) > 0 else control.base
+
     # ---------------------------------------------------------------- particles
 
     @torch.no_grad()
     def _run_particles(self, state: _State, run: Run) -> None:
         problem, chain, N = run.problem, run.chain, self.num_particles
         seed = derive_seed(run.seed, _PLACE_PARTICLES, run.iteration)
-        paths = NoiseTarget(problem, chain, state.control)
-        paths.smooth = False
-        control = getattr(state.control, "base", None)
-        if isinstance(problem, GibbsProblem):
-            mixture = isinstance(control, MixtureControl)
-            settings = TemperedSettings("states", problem.has_gradient, mixture=mixture)
-            target: Any = tempered_target(problem, chain, control, settings)
-        else:
-            target = paths
+        target = tempered_ends(problem, chain, state.control)
         _, found = adapt(target, N, seed)
         generator = generator_for(chain.times.device, seed, _PLACE_PICK)
         rows = resample(found.log_weights, N, "systematic", generator)[0]
         z, origin = found.z[0, rows], found.origin[0, rows]
-        if target is paths:
-            drawn = paths.paths(z, origin)
+        if isinstance(target, NoiseTarget):
+            drawn = target.paths(z, origin)
             if state.bridge is None:
                 state.states.copy_(drawn.states)
                 state.draws.copy_(drawn.noises + drawn.shifts)
@@ -164,6 +174,7 @@ class ParticleMatching(Method):
             end = target.states(z)
             noise = torch.randn(end.shape, generator=generator, dtype=end.dtype, device=end.device)
             state.states.copy_(torch.stack((state.bridge.start_given_end(problem.initial, end, noise), end)))
+        paths = target if isinstance(target, NoiseTarget) else NoiseTarget(problem, chain, state.control)
         self._observe(state, run, paths, float(found.log_z))
 
     def _observe(self, state: _State, run: Run, target: NoiseTarget, log_z: float) -> None:

@@ -92,6 +92,7 @@ class Coefficients(NamedTuple):
     with ``eps = eps_of_x x + eps_of_prediction prediction``."""
 
     log_mu: Tensor  #: log mu
+    std: Tensor  #: of the noise
     log_mu_slope: Tensor  #: d log mu / dt, in process time
     eps_part: Tensor  #: of the SDE's drift: ``-(g_f^2 + g^2) / (2 std)``
     flow_part: Tensor  #: of the probability flow's velocity: ``-g_f^2 / (2 std)``
@@ -175,6 +176,7 @@ class GenerativeSDE(SDE):
         a, b = noise_coefficients(self.prediction, mu, std, slope, rate)
         return Coefficients(
             mu.log(),
+            std,
             -end * slope,
             -end * (rate + level**2) / (2 * std),
             -end * rate / (2 * std),
@@ -234,8 +236,7 @@ class GenerativeSDE(SDE):
         """``x0^ = a x + b prediction`` at process times: the coefficients, in float64."""
         c = self.coefficients(times)
         mu = c.log_mu.exp()
-        std = self.schedule.std(self.noising_time(times.detach().double().cpu()).clamp(min=_S_MIN))
-        return ((1 - std * c.eps_of_x) / mu).tolist(), (-std * c.eps_of_prediction / mu).tolist()
+        return ((1 - c.std * c.eps_of_x) / mu).tolist(), (-c.std * c.eps_of_prediction / mu).tolist()
 
     def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``x0^ = (x - std eps^)/mu``, the model's mean of the data given x at process time t (0-d)."""

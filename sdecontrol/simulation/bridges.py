@@ -130,12 +130,11 @@ class NoisingBridge:
             raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
         times = chain.times[:-1]
         c = sde.coefficients(times)
-        std = sde.schedule.std(sde.noising_time(times.double().cpu())).to(c.level)
         ndim = len(chain.event_shape)
         shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * ndim)  # noqa: E731
-        self._mu, self._std = shape(c.log_mu.exp()), shape(std)
+        self._mu, self._std = shape(c.log_mu.exp()), shape(c.std)
         gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
-        self._gain = shape(gains * c.level / std)
+        self._gain = shape(gains * c.level / c.std)
         self._denoise, self._sde = sde.denoiser_on_grid(chain.times), sde
 
     def between(self, end: Tensor, noise: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ import torch
 from problems import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
+from sdecontrol.controls.base import Control
+from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
+from sdecontrol.controls.tuned import TunedControl
+from sdecontrol.methods.base import Run
 from sdecontrol.simulation.bridges import ChainBridge, NoisingBridge
 
 F32 = torch.float32
@@ -99,6 +103,79 @@ def test_both_wells_of_a_density_get_their_share():
     assert abs(evaluation.log_z.value - exact) < 4 * evaluation.log_z.stderr + 0.01
     reference = sc.solve(problem, sc.BestOfN(n=1), time_steps=30, seed=0).evaluate(4096, seed=2)
     assert exact - evaluation.elbo.value < 0.1 * (exact - reference.elbo.value)
+
+
+def small_inverse():
+    """Three modes that a weak reward reweights: cheap to temper."""
+    means = torch.tensor([[-4.0, -4.0], [0.0, 3.0], [5.0, 0.0]])
+    model = sc.GaussianMixture(torch.tensor([0.5, 0.3, 0.2]), means, 0.5)
+    return sc.ControlProblem(
+        sc.generative_sde(model, schedule=sc.VP()), reward=sc.Quadratic(0.3 * torch.eye(2), torch.tensor([2.0, 0.0])), alpha=1.0
+    )
+
+
+def test_a_generative_reference_begins_with_the_mixture():
+    """The base is the tilted law's own control up to the fit, whatever little training adds: the shares of its modes, a gap near that of the exact control on
+    the same chain. A mixture fitted without the particles' weights, or to the reference's ends, has other shares."""
+    problem = small_inverse()
+    exact = sc.exact_solution(problem)
+    solution = sc.solve(problem, sc.ParticleMatching(num_particles=2048), time_steps=50, iterations=2, seed=0)
+    law = exact.marginal(problem.horizon)
+    shares = law.responsibilities(solution.sample(4096, seed=1)).mean(0)
+    assert 0.5 * float((shares - law.weights).abs().sum()) < 0.04
+    value = sc.solve(problem, sc.ValueGuidance(exact.value), time_steps=50, seed=0)
+    gaps = [float(exact.log_z) - s.evaluate(4096, seed=2).elbo.value for s in (solution, value)]
+    assert gaps[0] < gaps[1] + 0.05, gaps
+    base = getattr(solution.control, "base", solution.control)
+    assert isinstance(base, MixtureControl)
+
+
+class Difference(Control):
+    """What one control has beyond another."""
+
+    def __init__(self, right, wrong):
+        super().__init__(right.event_shape, right.control_shape, 0.0, 1.0)
+        self.right, self.wrong = right, wrong
+
+    def on_chain(self, chain, tables=None):
+        right, wrong = self.right.on_chain(chain), self.wrong.on_chain(chain)
+        return lambda k, x, y: right(k, x, y) - wrong(k, x, y)
+
+
+def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not():
+    """The loss on new bridges is the forward KL up to a constant: a network that is a little off is left out, one that mends a mixture a little off stays."""
+    problem = small_inverse()
+    chain = problem.chain(20)
+    law = sc.exact_solution(problem).marginal(problem.horizon)
+    method = sc.ParticleMatching(num_particles=1024, refresh=1000)
+    run = Run(problem, chain, batch_size=256, accumulate=1, seed=0)
+    state = method.setup(run)
+    assert isinstance(state.control, CorrectedControl)
+    assert method.finish(state, run) is state.control.base  # nothing was drawn yet
+    method._run_particles(state, run)
+    right = MixtureControl(problem, law)
+    off = MixtureControl(problem, sc.GaussianMixture(law.weights, law.means + 0.2, law.covariances))
+    for base, correction, kept in ((right, Difference(off, right), False), (off, Difference(right, off), True)):
+        state.control = CorrectedControl(base, correction)
+        assert method.finish(state, run) is (state.control if kept else base)
+
+
+def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
+    class Model(torch.nn.Linear):
+        def forward(self, x, s):
+            return super().forward(x)
+
+    tuned = sc.ControlProblem(
+        sc.generative_sde(Model(2, 2), schedule=sc.VP(), shape=(2,)), reward=lambda x: -x.square().sum(1), alpha=1.0
+    )
+    cost = sc.ControlProblem(
+        small_inverse().reference, reward=lambda x: -x.square().sum(1), running_cost=lambda x, t: x.square().sum(1), alpha=1.0
+    )
+    method, more = sc.ParticleMatching(num_particles=64), {"time_steps": 5, "iterations": 1, "seed": 0}
+    assert isinstance(sc.solve(tuned, method, **more).control, TunedControl)
+    assert not isinstance(sc.solve(cost, method, **more).control, (MixtureControl, CorrectedControl))
+    given = sc.solve(small_inverse(), "reward-backprop", **more).control
+    assert type(sc.solve(small_inverse(), method, control=given, **more).control) is type(given)
 
 
 def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):

@@ -1,0 +1,66 @@
+"""A mixture of Gaussians learned from particles, as the beginning of a control: what regression then has to correct is little."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..controls.base import Control
+from ..controls.ends import ends_of
+from ..controls.mixture import MixtureControl
+from ..evaluation.mixture_fit import fit_mixture
+from ..evaluation.tempered import TemperedSettings, tempered_target
+from ..evaluation.tempering import NoiseTarget, StateTarget, adapt
+from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
+from ..randomness import derive_seed
+from ..simulation.chains import Chain
+
+__all__ = ["first_mixture", "tempered_ends"]
+
+_FIRST = 4  # the first particles' part: they only have to find the modes
+_LARGEST = 1024  # numbers in a state to which a mixture is fitted
+
+
+@torch.no_grad()
+def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -> MixtureControl | None:
+    """The control towards a mixture fitted to the ends of tempered particles: a quarter of ``size`` from the reference, then ``size`` that begin with the
+    first mixture, to whose ends it is fitted anew.
+
+    Returns:
+        None where no such control is known (``controls/ends.py``), a running cost weighs more than the ends, or the first mixture saves no evaluations.
+    """
+    try:
+        ends = ends_of(problem)
+    except TypeError:
+        return None
+    if problem.running_cost_function is not None or problem.event_shape.numel() > _LARGEST:
+        return None
+    control, work = None, math.inf
+    for part, n in enumerate((max(64, size // _FIRST), size)):
+        place = derive_seed(seed, part)
+        with problem.evaluating():
+            target = tempered_ends(problem, chain, control)
+            _, found = adapt(target, n, place)
+            end = _ends(target, found.z[0], found.origin[0])
+        if found.evaluations / n >= work:
+            return None
+        law = fit_mixture(ends.white(end), found.log_weights[0], seed=derive_seed(place, 1))
+        control, work = MixtureControl(problem, law), found.evaluations / n
+    return control
+
+
+def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None) -> StateTarget | NoiseTarget:
+    """Where particles are tempered to the ends of Q_fine: the states of a density, from the mixture where there is one; else the noises of paths, without a gradient."""
+    if not isinstance(problem, GibbsProblem):
+        return tempered_target(problem, chain, control, TemperedSettings("noises", False))
+    base = getattr(control, "base", control)
+    mixture = isinstance(base, MixtureControl)
+    settings = TemperedSettings("states", problem.has_gradient, mixture=mixture)
+    return tempered_target(problem, chain, base if mixture else None, settings)
+
+
+def _ends(target: StateTarget | NoiseTarget, z: Tensor, origin: Tensor) -> Tensor:
+    return target.states(z) if isinstance(target, StateTarget) else target.paths(z, origin, keep="end").end
