@@ -151,6 +151,9 @@ ROWS: dict[str, Row] = {
     "particle-matching": Row(
         lambda problem, budget, seed: _particle_matching(problem, budget, seed), trained=True, seeds=3
     ),
+    "particle-matching, exponential": Row(
+        lambda problem, budget, seed: _particle_matching(problem, budget, seed, "exponential"), trained=True, seeds=3
+    ),
     "socm": Row(sc.SOCM(), seeds=3),
     "log-variance": Row(sc.LogVariance(), seeds=3),
     "reward-backprop": Row(sc.RewardBackprop(), seeds=3),
@@ -169,18 +172,19 @@ ROWS: dict[str, Row] = {
 }
 
 
-def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int) -> sc.Solution:
+def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int, scheme: Any = None) -> sc.Solution:
     """With its defaults, and as many iterations as the budget pays for: a run of few particles and one of ten iterations more are timed."""
     method, few, costs = sc.ParticleMatching(), 256, []
+    settings: dict[str, Any] = {"time_steps": TIME_STEPS, "scheme": scheme, "seed": seed, "progress": False}
     for iterations in (1, 11):
         began = time.process_time()
         trial = sc.ParticleMatching(num_particles=few)
-        sc.solve(problem, trial, time_steps=TIME_STEPS, iterations=iterations, seed=seed, progress=False)
+        sc.solve(problem, trial, iterations=iterations, **settings)
         costs.append(time.process_time() - began)
     particles = costs[0] * method.num_particles / few
     each = max(1e-3, (costs[1] - costs[0]) / 10) + 0.4 * particles / method.refresh  # later there is less to temper
     most = max(20, int((budget - 0.6 * particles) / each))
-    return sc.solve(problem, method, time_steps=TIME_STEPS, iterations=most, seed=seed, progress=False)
+    return sc.solve(problem, method, iterations=most, **settings)
 
 
 def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) -> int:

@@ -136,7 +136,7 @@ def recommend(
 def _for_densities() -> Suggestion:
     return Suggestion(
         Auto(),
-        "a density by itself: particles that learn where to begin; on all named targets more exact for its evaluations than what is trained on paths "
+        "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations than what is trained on paths "
         "(docs/gibbs_table.md).",
     )
 

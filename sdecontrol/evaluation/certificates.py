@@ -4,9 +4,9 @@ Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z fro
 it from above, ``log Z <= E_{Q_fine} log w`` (EUBO; Ji & Shen 1907.00824, Blessing et al. 2406.07423). A sampler that sits on some of the modes has
 excellent weights of its own, a log Z^ that lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
 
-A path of the target is an exact draws of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone (annealed Langevin: run back by the backward kernels, which is
-what these are for); where there are no
-draws, tempered particles stand for them, and are named as such.
+A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone; with annealed Langevin
+dynamics it is the draw run back by the backward kernels, which is what these are for. Where there are no exact draws, tempered particles stand for them, and
+are named as such.
 """
 
 from __future__ import annotations

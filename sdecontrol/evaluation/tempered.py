@@ -65,7 +65,7 @@ def tempered_target(
 
 
 class TemperedSolution(ParticleSolution):
-    """A :class:`ParticleSolution` whose systems are tempered from a Gaussian to the target on a fixed ladder.
+    """A :class:`ParticleSolution` whose systems are tempered from a Gaussian, or a mixture of them, to the target on a fixed ladder.
 
     Attributes:
         ladder: levels and kernels, chosen by a run of its own, so that ``E Z^ = Z`` for every later one.

@@ -1,4 +1,4 @@
-"""Tempered particles: sequential Monte Carlo from a Gaussian to ``N(z; 0, I) exp(phi(z))``, and chains on any of its tempered laws.
+"""Tempered particles: sequential Monte Carlo from a Gaussian, or a mixture of them, to ``N(z; 0, I) exp(phi(z))``, and chains on any of its tempered laws.
 
 Every problem of the package has this form. A path of a chain is a function of its standard normal noises, and ``phi = R/alpha - log
 dP^u/dQ0`` of that path (:class:`NoiseTarget`): ``exp(phi)`` integrates to the chain's Z under N(0, I). A Gibbs target has it in its own
@@ -11,7 +11,9 @@ them on new ones.
 
 The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotation of a Gaussian fitted to the particles, ``N(m, S)``, and kicks by what
 the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error in the directions where the target is that
-Gaussian, and none from their number. One step of it is a MALA move; without a gradient it is the preconditioned Crank-Nicolson move (Cotter et
+Gaussian, and none from their number. Particles that begin with a mixture m (``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the
+coordinates of a component drawn given its place (:class:`_Component`), and an independent draw from m is proposed after every such move
+(:meth:`Kernel.leap`). One step of the flow is a MALA move; without a gradient it is the preconditioned Crank-Nicolson move (Cotter et
 al. 1202.0709).
 """
 
@@ -170,11 +172,12 @@ class NoiseTarget:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Levels between the Gaussian and the target, and the kernel of each.
+    """Levels between what particles begin with and the target, and the kernel of each.
 
     Attributes:
         betas: ``(J,)``, increasing, the last is 1.
-        centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the levels.
+        centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the levels (not used by particles that
+            begin with a mixture).
         angles: ``(J,)`` radians turned by one leap. leaps, moves: ``(J,)`` leaps of a move, and moves.
     """
 
@@ -190,7 +193,8 @@ class Ladder:
 
     @property
     def work(self) -> int:
-        """Evaluations that one particle costs: gradients of a smooth target, values of another."""
+        """Evaluations that one particle costs: gradients of a smooth target, values of another; without the independent draws that a mixture proposes,
+        one more for every move."""
         return 1 + int((self.leaps * self.moves).sum())
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ..controls.build import build_control
 from ..errors import unknown_name
+from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..simulation.bridges import ChainBridge
 from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, with_a_first_slope
 from ..simulation.paths import Paths
 from ..simulation.shifts import shifts_along
-from ..tensors import event_sum
+from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, steps_of
 from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
@@ -94,6 +95,8 @@ class AdjointMatching(Method):
             2504.11713): one reward gradient serves many regressions. Linear references without running cost; the fixed point is O(h)
             from the chain's optimum.
         buffer_size, refresh: of the reciprocal form: paths kept, and iterations between new ones.
+        clip: of the reciprocal form on a Gibbs problem: slopes of the reward longer than so many times their usual size on the target (that a pilot run has seen)
+            are shortened to it, as in 2504.11713; None: as they are. The first paths end where a density may be steep beyond any use.
 
     Raises:
         NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form bridges.
@@ -105,6 +108,7 @@ class AdjointMatching(Method):
     reciprocal: bool = False
     buffer_size: int = 4096
     refresh: int = 10
+    clip: float | None = 5.0
 
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
@@ -116,6 +120,8 @@ class AdjointMatching(Method):
         check_count("steps", self.steps, 1, optional=True)
         check_count("buffer_size", self.buffer_size, 1)
         check_count("refresh", self.refresh, 1)
+        if self.clip is not None:
+            as_float("clip", self.clip, positive=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -171,12 +177,20 @@ class AdjointMatching(Method):
         metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
         return {**metrics, "loss": loss}
 
+    def _clipped(self, problem: ControlProblem, slope: Tensor) -> Tensor:
+        if self.clip is None or not isinstance(problem, GibbsProblem):
+            return slope
+        size = (problem.scale * slope).norm(dim=1, keepdim=True)
+        bound = self.clip * problem.roughness * problem.dim**0.5
+        # a slope that is not finite says nothing but that the path has gone too far
+        return (slope * (bound / size).clamp(max=1.0)).nan_to_num(0.0, 0.0, 0.0)
+
     def _reciprocal_step(self, state: _Buffer, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
         if run.iteration % self.refresh == 0:
             paths = controlled_paths(problem, chain, state.control, run.batch())
             reward, slope = reward_slope(problem, paths)
-            state.add(paths, slope)
+            state.add(paths, self._clipped(problem, slope))
             found = path_metrics(reward, paths.running_cost, paths.kl(), problem.alpha)
             state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))
         generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))

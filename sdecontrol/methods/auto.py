@@ -127,6 +127,8 @@ class Auto(Method):
     Samples and estimates then come from new particles on a fixed ladder, so that ``E Z^ = Z``. ``solution.control`` is the exact control of the
     problem's reference towards the mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
 
+    However easy the density, the search for modes costs 0.4 million evaluations with the default number of particles (2 million without a gradient).
+
     Args:
         num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log density at which no new round begins.
         components: of the mixture at most.

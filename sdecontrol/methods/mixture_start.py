@@ -12,7 +12,7 @@ from ..controls.ends import ends_of
 from ..controls.mixture import MixtureControl
 from ..evaluation.mixture_fit import fit_mixture
 from ..evaluation.tempered import TemperedSettings, tempered_target
-from ..evaluation.tempering import NoiseTarget, StateTarget, adapt
+from ..evaluation.tempering import NoiseTarget, StateTarget, adapt, start_points
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
@@ -21,13 +21,16 @@ from ..simulation.chains import Chain
 __all__ = ["first_mixture", "tempered_ends"]
 
 _FIRST = 4  # the first particles' part: they only have to find the modes
+_DRAWS = 8  # times ``size``: independent draws for the last mixture
 _LARGEST = 1024  # numbers in a state to which a mixture is fitted
 
 
 @torch.no_grad()
 def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -> MixtureControl | None:
-    """The control towards a mixture fitted to the ends of tempered particles: a quarter of ``size`` from the reference, then ``size`` that begin with the
-    first mixture, to whose ends it is fitted anew.
+    """The control towards a mixture fitted to the ends of particles, in three steps that each begin with the mixture before.
+
+    A quarter of ``size`` are tempered from the reference and find the modes; ``size`` tempered from the first mixture find their shares; and eight times as many
+    independent draws that begin with the second one, weighted, say more of all that than any of them could by moving, if their weights are even enough.
 
     Returns:
         None where no such control is known (``controls/ends.py``), a running cost weighs more than the ends, or the first mixture saves no evaluations.
@@ -49,6 +52,11 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
             return None
         law = fit_mixture(ends.white(end), found.log_weights[0], seed=derive_seed(place, 1))
         control, work = MixtureControl(problem, law), found.evaluations / n
+    place = derive_seed(seed, 2)
+    with problem.evaluating():
+        end, log_w = _weighted(tempered_ends(problem, chain, control), size, place)
+    if float(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)) > math.log(size):
+        control = MixtureControl(problem, fit_mixture(ends.white(end), log_w, seed=derive_seed(place, 1)))
     return control
 
 
@@ -60,6 +68,16 @@ def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None
     mixture = isinstance(base, MixtureControl)
     settings = TemperedSettings("states", problem.has_gradient, mixture=mixture)
     return tempered_target(problem, chain, base if mixture else None, settings)
+
+
+def _weighted(target: StateTarget | NoiseTarget, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ends of independent draws of what particles begin with, and their log weights."""
+    ends, log_w = [], []
+    for block in range(_DRAWS):
+        p = start_points(target, size, derive_seed(seed, 3, block))
+        ends.append(_ends(target, p.z, p.origin))
+        log_w.append(p.phi.double())
+    return torch.cat(ends), torch.cat(log_w)
 
 
 def _ends(target: StateTarget | NoiseTarget, z: Tensor, origin: Tensor) -> Tensor:
