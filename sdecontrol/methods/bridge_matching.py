@@ -10,7 +10,7 @@ import torch
 from ..evaluation.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import ChainBridge
+from ..simulation.bridges import bridge_of
 from ..simulation.shifts import shifts_along
 from ..tensors import event_sum
 from .base import Method, Run, register
@@ -29,7 +29,8 @@ class BridgeMatching(Method):
     (Theorem 3), and the target is ``E[xi_k | x_k, x_K]``. It is :class:`CrossEntropy` with the noise of the middle averaged out: the
     same expected gradient on the chain. A baseline for control problems: the target's variance given x_k does not vanish at the optimum.
 
-    Needs a linear reference and no running cost.
+    Needs a reference whose bridges are known and no running cost: a linear one, or a memoryless generative one, whose bridge is the noising process (in continuous
+    time: the fixed point is O(h) from the chain's optimum).
 
     Args:
         paths: "current", "reference", or a control or solution whose ends to learn from.
@@ -58,7 +59,7 @@ class BridgeMatching(Method):
 
     def setup(self, run: Run) -> Any:
         state: Any = path_state(run, self.paths)
-        state.bridge = ChainBridge(run.chain)
+        state.bridge = bridge_of(run.chain, run.problem.start)
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
@@ -72,9 +73,9 @@ class BridgeMatching(Method):
             generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
             noise = torch.randn(rollout.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
             states = state.bridge.between(start, end, noise)
-            target = state.bridge.noise_given_end(states, end)
+            target = state.bridge.noise_given_end(states, end, rollout.condition)
             c = shifts_along(chain, state.control, states, rollout.condition)
-            value = (weights.weights * event_sum(0.5 * (c - target) ** 2, 1).sum(0)).mean()
+            value = (weights.weights * event_sum(0.5 * (c - target) ** 2, len(chain.noise_shape)).sum(0)).mean()
             (value / run.accumulate).backward()
             loss += float(value.detach()) / run.accumulate
             ess += weights.ess / run.accumulate

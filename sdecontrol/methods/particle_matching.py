@@ -16,9 +16,8 @@ from ..controls.tuned import has_trainable_model
 from ..evaluation.particles import resample
 from ..evaluation.tempering import NoiseTarget, adapt
 from ..problems.problem import ControlProblem
-from ..processes.generative import GenerativeSDE
 from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import ChainBridge, NoisingBridge
+from ..simulation.bridges import ChainBridge, NoisingBridge, bridge_of
 from ..simulation.chains import Chain
 from ..simulation.shifts import shifts_along
 from .base import Method, Run, path_metrics, register
@@ -67,10 +66,8 @@ def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridg
     """What draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does."""
     if problem.running_cost_function is not None:
         return None
-    if isinstance(problem.reference, GenerativeSDE):
-        return NoisingBridge(chain) if problem.start == "memoryless" else None
     try:
-        return ChainBridge(chain)
+        return bridge_of(chain, problem.start)
     except ValueError:
         return None
 
@@ -204,8 +201,5 @@ class ParticleMatching(Method):
         start, end = state.states[0, rows], state.states[1, rows]
         shape = (chain.steps, *end.shape)
         noise = torch.randn(shape, generator=generator, dtype=end.dtype, device=device)
-        if isinstance(state.bridge, ChainBridge):
-            states = state.bridge.between(start, end, noise)
-        else:
-            states = state.bridge.between(end, noise)
+        states = state.bridge.between(start, end, noise)
         return states, state.bridge.noise_given_end(states, end)

@@ -13,7 +13,7 @@ from ..processes.laws import Dirac, Gaussian, factor
 from ..tensors import is_matrix_scale, symmetric
 from .chains import Chain, EulerChain, GenerativeExponentialChain
 
-__all__ = ["ChainBridge", "NoisingBridge"]
+__all__ = ["ChainBridge", "NoisingBridge", "bridge_of"]
 
 
 class ChainBridge:
@@ -109,9 +109,23 @@ class ChainBridge:
             states.append(x)
         return torch.stack([*states, end])
 
-    def noise_given_end(self, states: Tensor, end: Tensor) -> Tensor:
+    def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
         """``E[xi_k | x_k, x_K]``, ``(K, batch, noise)``, at states ``(K, batch, d)`` for the end ``(batch, d)``."""
         return states @ self._back.mT + end @ self._pull.mT + self._push.unsqueeze(1)
+
+
+def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
+    """What draws the middle of a path of the reference anew given its ends.
+
+    Args:
+        start: of the problem: only a memoryless generative reference has such a bridge.
+
+    Raises:
+        ValueError: nothing known does.
+    """
+    if isinstance(chain.reference, GenerativeSDE) and start == "memoryless":
+        return NoisingBridge(chain)
+    return ChainBridge(chain)
 
 
 class NoisingBridge:
@@ -121,13 +135,17 @@ class NoisingBridge:
     noising kernel has beyond the model's own [26], [45].
 
     Raises:
-        ValueError: another reference, a controlled start, or a reference that remembers its start.
+        ValueError: another reference, a controlled start, or another noise level than that of the reversal, under which state and end have another joint law.
     """
 
     def __init__(self, chain: Chain) -> None:
         sde = chain.reference
         if not isinstance(chain, (EulerChain, GenerativeExponentialChain)) or not isinstance(sde, GenerativeSDE):
             raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
+        if not sde.reversal:
+            raise ValueError(
+                "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another level state and end have another joint law."
+            )
         times = chain.times[:-1]
         c = sde.coefficients(times)
         ndim = len(chain.event_shape)
@@ -137,8 +155,8 @@ class NoisingBridge:
         self._gain = shape(gains * c.level / c.std)
         self._denoise, self._sde = sde.denoiser_on_grid(chain.times), sde
 
-    def between(self, end: Tensor, noise: Tensor) -> Tensor:
-        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law."""
+    def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
+        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law; the start is forgotten."""
         return self._mu * end + self._std * noise
 
     @torch.no_grad()

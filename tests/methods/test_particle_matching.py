@@ -48,14 +48,14 @@ def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
         initial = sc.Gaussian(problem.initial.mean.float(), problem.initial.covariance_matrix.float())
         linear = sc.ControlProblem(sde.as_linear(), initial, alpha=1.0)
         exact = ChainBridge(linear.chain(K))
-        states = noising.between(end, randn(K, 2000, 2, seed=5))
+        states = noising.between(end, end, randn(K, 2000, 2, seed=5))
         middle = slice(K // 4, 3 * K // 4)
         a = noising.noise_given_end(states, end)[middle]
         b = exact.noise_given_end(states.float(), end.float()).double()[middle]
         errors.append(float((a - b).square().mean().sqrt() / b.square().mean().sqrt()))
         start = exact.start_given_end(initial, end.float(), torch.zeros(2000, 2))
         law = exact.between(start, end.float(), torch.zeros(K, 2000, 2)).double()[middle]
-        still = noising.between(end, torch.zeros(K, 2000, 2, dtype=F64))[middle]
+        still = noising.between(end, end, torch.zeros(K, 2000, 2, dtype=F64))[middle]
         errors[-1] = max(errors[-1], float((law - still).square().mean().sqrt() / law.square().mean().sqrt()))
     assert errors[2] < 0.02, errors
     assert 1.6 < errors[0] / errors[1] < 2.6 and 1.6 < errors[1] / errors[2] < 2.6, errors
@@ -110,7 +110,9 @@ def small_inverse():
     means = torch.tensor([[-4.0, -4.0], [0.0, 3.0], [5.0, 0.0]])
     model = sc.GaussianMixture(torch.tensor([0.5, 0.3, 0.2]), means, 0.5)
     return sc.ControlProblem(
-        sc.generative_sde(model, schedule=sc.VP()), reward=sc.Quadratic(0.3 * torch.eye(2), torch.tensor([2.0, 0.0])), alpha=1.0
+        sc.generative_sde(model, schedule=sc.VP()),
+        reward=sc.Quadratic(0.3 * torch.eye(2), torch.tensor([2.0, 0.0])),
+        alpha=1.0,
     )
 
 
@@ -128,6 +130,39 @@ def test_a_generative_reference_begins_with_the_mixture():
     assert gaps[0] < gaps[1] + 0.05, gaps
     base = getattr(solution.control, "base", solution.control)
     assert isinstance(base, MixtureControl)
+
+
+def test_bridge_matching_takes_a_memoryless_generative_reference():
+    """By the noising process: nearly all of the gap is gone, and modes have their shares."""
+    problem = small_inverse()
+    exact = sc.exact_solution(problem)
+    solution = sc.solve(problem, "bridge-matching", time_steps=30, iterations=150, batch_size=256, seed=0)
+    law = exact.marginal(problem.horizon)
+    shares = law.responsibilities(solution.sample(4096, seed=1)).mean(0)
+    assert 0.5 * float((shares - law.weights).abs().sum()) < 0.06
+    gap = float(exact.log_z) - solution.evaluate(4096, seed=2).elbo.value
+    untuned = (
+        float(exact.log_z) - sc.solve(problem, sc.BestOfN(n=1), time_steps=30, seed=0).evaluate(4096, seed=2).elbo.value
+    )
+    assert gap < 0.05 * untuned, (gap, untuned)
+
+
+def test_with_another_noise_level_the_noising_process_is_no_bridge():
+    """State and end have another joint law then; particle matching learns from whole paths."""
+    model = small_inverse().reference.mixture
+    problem = sc.ControlProblem(
+        sc.generative_sde(model, schedule=sc.VP(), noise_level=6.0),
+        reward=lambda x: -0.1 * x.square().sum(1),
+        alpha=1.0,
+    )
+    assert problem.start == "memoryless"
+    with pytest.raises(ValueError, match="noise_level='reverse' only"):
+        NoisingBridge(problem.chain(5))
+    with pytest.raises(ValueError, match="noise_level='reverse' only"):
+        sc.solve(problem, "bridge-matching", time_steps=5, iterations=1)
+    method = sc.ParticleMatching(num_particles=256)
+    state = method.setup(Run(problem, problem.chain(5), batch_size=64, accumulate=1, seed=0))
+    assert state.bridge is None and not isinstance(state.control, CorrectedControl)
 
 
 class Difference(Control):
@@ -169,7 +204,10 @@ def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
         sc.generative_sde(Model(2, 2), schedule=sc.VP(), shape=(2,)), reward=lambda x: -x.square().sum(1), alpha=1.0
     )
     cost = sc.ControlProblem(
-        small_inverse().reference, reward=lambda x: -x.square().sum(1), running_cost=lambda x, t: x.square().sum(1), alpha=1.0
+        small_inverse().reference,
+        reward=lambda x: -x.square().sum(1),
+        running_cost=lambda x, t: x.square().sum(1),
+        alpha=1.0,
     )
     method, more = sc.ParticleMatching(num_particles=64), {"time_steps": 5, "iterations": 1, "seed": 0}
     assert isinstance(sc.solve(tuned, method, **more).control, TunedControl)
