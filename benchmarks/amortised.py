@@ -16,7 +16,7 @@ import sdecontrol as sc
 from sdecontrol.evaluation.tempered import TemperedSolution
 from sdecontrol.randomness import derive_seed
 
-from .mixture import _store
+from .cells import store, versions
 
 RESULT = Path(__file__).parent / "results" / "gibbs_amortised.json"
 TIME_STEPS, POSTERIORS, SAMPLES = 50, 16, 4096
@@ -108,7 +108,7 @@ def amortised(
             f"ESS {control['effective'] / SAMPLES:.2f}, {control['cpu_seconds']:.2f} CPU-s ({particles['cpu_seconds']:.2f})",
             flush=True,
         )
-    _store(
+    store(
         RESULT,
         {
             "training_cpu_seconds": training,
@@ -117,7 +117,7 @@ def amortised(
             "seed": seed,
             "samples": SAMPLES,
             "posteriors": rows,
-            "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__},
+            "versions": versions(),
             "command": f"python -m benchmarks amortised --cpu-seconds {cpu_seconds:g} --seed {seed}",
         },
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import platform
 import resource
 import sys
 import time
@@ -24,6 +23,7 @@ import typer
 import sdecontrol as sc
 from sdecontrol.library.problems import problem_card
 
+from .cells import store, versions
 from .control_page import write_figure, write_page
 
 RESULTS = Path(__file__).parent / "results" / "control"
@@ -131,7 +131,7 @@ def run_cell(name: str, label: str, seed: int, budget: float, iterations: int | 
         "elbo": asdict(evaluation.elbo),
         "ess": asdict(evaluation.ess),
         "curve": curve.points,
-        "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "command": f"python -m benchmarks control --problem {name} --method '{label}' --cpu-seconds {budget:g}",
     }
 
@@ -152,10 +152,7 @@ def _store(path: Path, arguments: tuple[Any, ...]) -> None:
         cell: dict[str, Any] = run_cell(*arguments)
     except (RuntimeError, ValueError) as error:  # a method that diverges or refuses is a result
         cell = {"problem": arguments[0], "method": arguments[1], "seed": arguments[2], "failed": str(error)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(cell, indent=1) + "\n")
-    part.replace(path)
+    store(path, cell)
 
 
 def control(

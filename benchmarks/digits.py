@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import platform
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.weighted import ParticleSolution
 
 from . import digits_problem as digit
+from .cells import store, versions
 from .digits_page import write_figures, write_page
 
 RESULTS = Path(__file__).parent / "results" / "digits"
@@ -128,7 +128,7 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
 
 def _stamp(arguments: str) -> dict[str, Any]:
     return {
-        "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "command": f"OMP_NUM_THREADS=1 python -m benchmarks digits {arguments}",
     }
 
@@ -209,10 +209,7 @@ def _store(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any
     except (RuntimeError, ValueError, TypeError) as error:  # a method that diverges or refuses is a result
         reward, label, alpha, seed = arguments[:4]
         cell = {"reward_name": reward, "method": label, "alpha": alpha, "seed": seed, "failed": str(error)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(cell) + "\n")
-    part.replace(path)
+    store(path, cell)
 
 
 def _run(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], again: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -28,8 +27,8 @@ from sdecontrol.library.target_base import Target
 from sdecontrol.methods.base import Run
 from sdecontrol.randomness import derive_seed
 
+from .cells import store, versions
 from .gibbs_page import write_figure, write_page
-from .mixture import _commit, _store
 
 RESULTS = Path(__file__).parent / "results" / "gibbs"
 
@@ -149,12 +148,7 @@ def run_cell(label: str, name: str, seed: int, budget: float) -> dict[str, Any]:
         "settings": {"name": row.method.name, **{k: repr(v) for k, v in asdict(row.method).items()}},
         "budget_cpu_seconds": budget,
         "exact_log_z": target.log_z,
-        "versions": {
-            "sdecontrol": sc.__version__,
-            "commit": _commit(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "command": f"python -m benchmarks gibbs --method '{label}' --target {name} --cpu-seconds {budget:g}",
     }
     with warnings.catch_warnings(record=True) as caught:
@@ -239,7 +233,7 @@ def gibbs(
                 if path.exists() and not again:
                     continue
                 cell = run_cell(label, name, seed, cpu_seconds)
-                _store(path, cell)
+                store(path, cell)
                 said = cell.get("failed", "")[:90] or f"log Z {cell['evaluation']['log_z']['value']:.4g}"
                 print(f"{label:<34} {name:<20} seed {seed}: {said}", flush=True)
     found = [json.loads(p.read_text()) for p in sorted(results.glob("*--*s--*.json"))]

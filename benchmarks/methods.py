@@ -29,6 +29,7 @@ METHODS: dict[str, sc.Method] = {
     "socm, full M": sc.SOCM(matrices="full"),
     "socm, closed loop": sc.SOCM(),
     "log-variance": sc.LogVariance(),
+    "log-variance, 5 of 50 steps": sc.LogVariance(steps=5),
     "cross-entropy": sc.CrossEntropy(trust_region=1.0),
     "reward-weighted-mle": sc.RewardWeightedMLE(),
     "reinforce": sc.Reinforce(),

@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import platform
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +30,7 @@ from sdecontrol.library.inverse import mixture_observation
 from sdecontrol.processes.generative import GenerativeSDE
 from sdecontrol.randomness import derive_seed
 
+from .cells import store, versions
 from .mixture_page import write_figure, write_page
 
 RESULTS = Path(__file__).parent / "results" / "mixture"
@@ -241,12 +239,7 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
         "budget_cpu_seconds": budget if row.takes_budget else None,
         "noise": mixture_observation(observations, seed).noise,
         "exact_log_z": float(exact.log_z),
-        "versions": {
-            "sdecontrol": sc.__version__,
-            "commit": _commit(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "command": f"python -m benchmarks mixture --method '{label}' --dy {observations}"
         + (f" --cpu-seconds {budget:g}" if row.takes_budget else ""),
     }
@@ -286,32 +279,10 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
     return out
 
 
-@lru_cache
-def _commit() -> str | None:
-    """The commit that is measured, with a plus where files of the package differ from it; None outside of a repository."""
-
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).parents[1]
-        return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "sdecontrol") else "")
-    return None
-
-
 def _cell_path(results: Path, label: str, observations: int, seed: int, budget: float) -> Path:
     name = "".join(c if c.isalnum() else "-" for c in label.lower()).replace("--", "-")
     seconds = f"--{budget:g}s" if ROWS[label].takes_budget else ""
     return results / f"{name}--dy{observations}{seconds}--{seed}.json"
-
-
-def _store(path: Path, cell: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(cell, indent=1) + "\n")
-    part.replace(path)
 
 
 def _warm_up() -> None:
@@ -352,7 +323,7 @@ def mixture(
                 if path.exists() and not again:
                     continue
                 cell = run_cell(label, observations, seed, cpu_seconds)
-                _store(path, cell)
+                store(path, cell)
                 said = cell.get("failed", "")[:90] or f"sliced W1 {cell['sliced_w1']:.3g}"
                 print(f"{label:<42} dy {observations} seed {seed}: {said}", flush=True)
     found = [json.loads(p.read_text()) for p in sorted(results.glob("*--dy*--*.json"))]

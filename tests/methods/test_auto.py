@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import Counted
 
 import sdecontrol as sc
 from sdecontrol.controls.given import ZeroControl
@@ -42,15 +43,6 @@ def quadrature(density, reach=12.0, points=3001):
     line = torch.linspace(-reach, reach, points, dtype=torch.float64)
     step = float(line[1] - line[0])
     return float(torch.stack([density(torch.stack((torch.full_like(line, float(a)), line), 1)).logsumexp(0) for a in line]).logsumexp(0)) + 2 * math.log(step)  # fmt: skip
-
-
-class Counted:
-    def __init__(self, density):
-        self.density, self.rows = density, 0
-
-    def __call__(self, x):
-        self.rows += len(x)
-        return self.density(x)
 
 
 def told(solution):

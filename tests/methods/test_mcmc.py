@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from problems import F64, randn, spd
+from problems import F64, Counted, randn, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.diagnostics import bulk_ess, chain_ess, split_rhat
@@ -31,17 +31,6 @@ def gaussian(dim=5, log_z=1.7):
 def curved(x):
     """A banana: x0 ~ N(0, 1), x1 - x0^2/2 ~ N(0, 0.5); log Z = 0."""
     return -0.5 * x[:, 0] ** 2 - (x[:, 1] - x[:, 0] ** 2 / 2) ** 2 - 0.5 * math.log(2 * math.pi**2)
-
-
-class Counted:
-    """A density that counts the rows it is called on."""
-
-    def __init__(self, density):
-        self.density, self.rows = density, 0
-
-    def __call__(self, x):
-        self.rows += len(x)
-        return self.density(x)
 
 
 # ---------------------------------------------------------------- diagnostics

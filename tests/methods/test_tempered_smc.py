@@ -11,7 +11,10 @@ from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.evaluation.tempering import (
     Kernel,
     NoiseTarget,
+    Points,
     StateTarget,
+    _Component,
+    _Fitted,
     adapt,
     fit_gaussian,
     points_at,
@@ -312,6 +315,31 @@ def test_moves_from_a_law_keep_theirs(smooth, beta, kind, move):
             close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
 
 
+@pytest.mark.parametrize("frame", ["full", "diagonal", "component", "coordinates"])
+def test_kicks_are_the_gradient_of_the_energy(frame):
+    """In the coordinates w of a fitted Gaussian, or of each particle's own component: ``push`` is autograd's gradient of the energy beyond ``|w|^2/2``. A kick
+    of another size would still leave the law invariant, and only be rejected more."""
+    beta, x = 0.3, 1.5 * randn(40, 2, seed=1)
+    law = {"component": wrong_law("joint"), "coordinates": wrong_law("product")}.get(frame)
+    target = StateTarget(two_wells, randn(2, seed=2), torch.tensor([0.8, 1.7], dtype=F64), law=law)
+    if law is None:
+        factor = torch.linalg.cholesky(spd(2, 3)) if frame == "full" else torch.tensor([0.6, 1.4], dtype=F64)
+        coordinates = _Fitted(randn(2, seed=4), factor)
+    else:
+        coordinates = _Component(*law.component(x, torch.Generator().manual_seed(0)))
+    w, v, origin = coordinates.whiten(x).requires_grad_(True), randn(40, 2, seed=5), x.new_zeros(40, 0)
+    z = coordinates.colour(w)
+    assert torch.allclose(z, x, atol=1e-12)
+    phi = target.log_ratio(z, origin)
+    if law is not None:
+        phi = phi - law.log_prob(z) - 0.5 * z.square().sum(1) - math.log(2 * math.pi)
+    points = points_at(target, x, origin)
+    assert torch.allclose(points.phi, phi.detach(), atol=1e-10)
+    beyond = coordinates.energy(Points(z, phi, points.slope, origin), w, v, beta) - 0.5 * w.square().sum(1)
+    slope = torch.autograd.grad(beyond.sum(), w)[0]
+    assert torch.allclose(coordinates.push(points, w.detach(), beta), slope, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["joint", "product"])
 def test_moves_from_the_targets_own_law_are_never_rejected(kind):
     """Within a component the flow is an exact rotation, and phi is constant: nothing is left that kicks, however far one turns."""
@@ -338,3 +366,19 @@ def test_a_law_on_a_hard_constraint():
     weights = found.log_weights.exp().unsqueeze(2)
     assert bool(((x.abs() < 1) | (weights == 0)).all())
     close(mean_estimate((weights * x.square()).sum(1)[:, 0]), 1 / 3, 0.02)
+
+
+@pytest.mark.parametrize("law", [None, "joint"])
+def test_leaps_that_diverge_are_rejected_and_never_seen_by_the_density(law):
+    """A density so steep that one kick throws particles a million standard deviations away: they stay, no move counts as accepted, and no call is beyond."""
+    furthest = [0.0]
+
+    def steep(x):
+        furthest[0] = max(furthest[0], float(x.detach().abs().max()))
+        return -1e9 * x.pow(4).sum(1)
+
+    target = StateTarget(steep, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), law=law and wrong_law(law))
+    p = points_at(target, 1 + randn(50, 2, seed=1).abs(), torch.zeros(50, 0, dtype=F64))
+    kernel = Kernel(1.0, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), 4, jitter=0.0)
+    moved, accept = kernel.move(target, p, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(moved.z, p.z) and not bool(accept.any()) and furthest[0] < 2e6
