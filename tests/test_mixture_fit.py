@@ -7,8 +7,10 @@ import torch
 from problems import F64, randn, spd
 
 import sdecontrol as sc
+from sdecontrol.evaluation import mixture_fit
 from sdecontrol.evaluation.mixture_fit import fit_mixture
 from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
+from sdecontrol.randomness import generator_for
 
 
 def lacks(truth, law, n=20_000):
@@ -130,6 +132,41 @@ def test_constant_coordinates_and_equal_samples_stay_finite():
     law = fit_mixture(x, seed=0)
     assert torch.allclose(draw(law, 100, 1)[:, 1], torch.full((100,), 2.0), atol=1e-5)
     fit_mixture(torch.ones(64, 2, dtype=F64), seed=0)
+
+
+def test_one_sample_does_not_choose():
+    """Four narrow clusters, and one sample far from all of them among those held out: it costs any mixture that does not expect it a bounded number of nats, so
+    that four components still say most. Unguarded likelihoods choose one wide Gaussian."""
+    corners = 3 * torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 1.0])).double()
+    x = corners[torch.arange(2000) % 4] + 0.02 * randn(2000, 2, seed=1)
+    order = torch.randperm(2000, generator=generator_for(x.device, 0, 6))
+    x[order[0]] = torch.tensor([0.0, 30.0], dtype=F64)
+    law = fit_mixture(x, seed=0)
+    y = corners[torch.arange(400) % 4] + 0.02 * randn(400, 2, seed=2)
+    assert float(law.log_prob(y).mean()) > 0.0  # 1.4; unguarded -5
+
+
+def test_of_the_fit_that_chose_and_the_one_begun_anew_the_better_is_kept(monkeypatch):
+    """Whichever of the two is spoilt after it was made, the law that comes out is the other one's."""
+    x, fit = draw(ring(), 3000, 1), mixture_fit._fit
+    whole = lacks(ring(), fit_mixture(x, seed=0), 4000)
+    for spoilt in ("found", "anew"):
+
+        def spoiling(kind, size, z, w, seed):
+            made = fit(kind, size, z, w, seed)
+            if (len(z) == 3000) == (spoilt == "anew"):
+                improve = made.improve
+
+                def worse(z, w, passes=60):
+                    improve(z, w, passes)
+                    if len(z) == 3000:
+                        made.means = made.means + 0.3
+
+                made.improve = worse
+            return made
+
+        monkeypatch.setattr(mixture_fit, "_fit", spoiling)
+        assert abs(lacks(ring(), fit_mixture(x, seed=0), 4000) - whole) < 0.05, spoilt
 
 
 @pytest.mark.parametrize(

@@ -242,11 +242,13 @@ def test_the_search_finds_wells_from_near_and_from_far():
 def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
     """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond half a nat and ten errors of both; every round has a seed of its own,
     and particles begin with the mixture a fifth wider than the control's."""
-    problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=128), []
+    problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=512), []
+    sizes = []
     adapt = auto.adapt
 
     def recorded(target, size, seed, **settings):
         seeds.append(seed)
+        sizes.append(size)
         return adapt(target, size, seed, **settings)
 
     monkeypatch.setattr(auto, "adapt", recorded)
@@ -254,7 +256,7 @@ def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
     state = method.setup(run)
     for run.iteration in range(3):
         method.step(state, run)
-    assert len(set(seeds)) == 3
+    assert len(set(seeds)) == 3 and sizes == [128, 512, 512]
     state.cost[:] = torch.tensor([100.0, 1.0, 2.0])
     state.seen[2:] = 0.1
     for loss, kept in ((-1.0, True), (1.4, True), (1.45, False), (5.0, False)):  # 10 sqrt(0.02) = 1.41
