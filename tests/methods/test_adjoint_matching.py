@@ -1,5 +1,6 @@
 """Adjoint matching and SOCM: targets, their means and their variance, against closed forms and automatic differentiation."""
 
+import math
 from functools import partial
 
 import pytest
@@ -342,6 +343,34 @@ def test_a_resumed_run_goes_on_to_the_same_numbers(tmp_path, method):
     again = sc.solve(problem, method, checkpoint_dir=tmp_path, checkpoint_every=5, resume=True, **options)
     for a, b in zip(whole.control.state_dict().values(), again.control.state_dict().values()):
         assert torch.equal(a, b)
+
+
+def test_steep_slopes_are_shortened_and_others_left_alone():
+    """The reciprocal form on a density: no slope beyond ``clip`` usual ones, directions kept, what is not finite counts for nothing; elsewhere none is touched."""
+    scale = torch.tensor([0.5, 2.0])
+    problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, "brownian", scale=scale)
+    bound = 3.0 * problem.roughness * 2**0.5
+    slope = torch.tensor([[0.1, -0.2], [1e5, 1e5], [math.inf, 0.0], [math.nan, 1.0]])
+    method = sc.AdjointMatching(reciprocal=True, clip=3.0)
+    found = method._clipped(problem, slope)
+    assert torch.equal(found[0], slope[0]) and not bool(found[2:].any())
+    assert abs(float((scale * found[1]).norm()) - bound) < 1e-4 * bound
+    assert torch.allclose(found[1] / found[1].norm(), slope[1] / slope[1].norm())
+    plain = random_lq(2, seed=1, running=False)
+    assert method._clipped(plain, slope) is slope
+    assert sc.AdjointMatching(reciprocal=True, clip=None)._clipped(problem, slope) is slope
+    for clip in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="clip"):
+            sc.AdjointMatching(clip=clip)
+
+
+def test_adjoint_sampling_of_a_steep_density_stays_finite():
+    """``exp(-10 x^8)``: its score at the ends of the first paths is a thousand times its usual size; with slopes as they are the gradient overflows."""
+    problem = sc.gibbs_problem(lambda x: -10 * (x**8).sum(1), 3, "brownian", seed=0)
+    method = sc.AdjointMatching(reciprocal=True, buffer_size=512)
+    found = sc.solve(problem, method, time_steps=20, iterations=60, batch_size=128, seed=0).evaluate(2048, seed=1)
+    exact = 3 * math.log(2 * math.gamma(9 / 8) / 10 ** (1 / 8))
+    assert exact - 0.6 < found.elbo.value < exact + 3 * found.elbo.stderr
 
 
 def test_refusals_name_the_reason():

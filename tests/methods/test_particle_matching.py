@@ -1,5 +1,6 @@
 """Bridges to given ends against closed forms, and particle matching against exact controls and exact laws."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import sdecontrol as sc
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
 from sdecontrol.controls.tuned import TunedControl
+from sdecontrol.methods import mixture_start
 from sdecontrol.methods.base import Run
 from sdecontrol.simulation.bridges import ChainBridge, NoisingBridge
 
@@ -130,6 +132,48 @@ def test_a_generative_reference_begins_with_the_mixture():
     assert gaps[0] < gaps[1] + 0.05, gaps
     base = getattr(solution.control, "base", solution.control)
     assert isinstance(base, MixtureControl)
+
+
+def test_each_mixture_is_fitted_to_more_and_weighted_ends(monkeypatch):
+    """A quarter of the particles, all of them, then eight times as many independent draws with weights whose mean is Z; where those are few for their weights, or
+    the first mixture saves nothing, they change nothing."""
+    problem, seen, fit = small_inverse(), [], mixture_start.fit_mixture
+
+    def recorded(x, log_w, *, seed):
+        seen.append((x, log_w, seed))
+        return fit(x, log_w, seed=seed)
+
+    monkeypatch.setattr(mixture_start, "fit_mixture", recorded)
+    chain, size = problem.chain(50), 512
+    control = mixture_start.first_mixture(problem, chain, size, 3)
+    assert [len(x) for x, *_ in seen] == [128, 512, 4096] and len({seed for *_, seed in seen}) == 3
+    x, log_w, _ = seen[2]
+    assert len(torch.unique(x, dim=0)) == 4096
+    exact = sc.exact_solution(problem)
+    assert abs(float(log_w.logsumexp(0)) - math.log(4096) - float(exact.log_z)) < 0.1
+    mean = (log_w.softmax(0).unsqueeze(1) * x).sum(0)
+    assert torch.allclose(mean.float(), exact.marginal(problem.horizon).mean, atol=0.15)
+    assert torch.allclose(control.law.mean, mean.float(), atol=0.02)
+    # draws of which only a few count: the mixture before is kept
+    weighted = mixture_start._weighted
+
+    def uneven(*args):
+        ends, log_w = weighted(*args)
+        return ends, torch.where(torch.arange(len(log_w)) < 100, log_w, log_w - 50)
+
+    monkeypatch.setattr(mixture_start, "_weighted", uneven)
+    seen.clear()
+    mixture_start.first_mixture(problem, chain, size, 3)
+    assert len(seen) == 2
+    # particles that begin with the mixture and need as much work as before: none is learned, whatever their number
+    adapt = mixture_start.adapt
+
+    def idle(target, n, seed):
+        ladder, found = adapt(target, n, seed)
+        return ladder, dataclasses.replace(found, evaluations=9 * n)
+
+    monkeypatch.setattr(mixture_start, "adapt", idle)
+    assert mixture_start.first_mixture(problem, chain, size, 3) is None
 
 
 def test_bridge_matching_takes_a_memoryless_generative_reference():
