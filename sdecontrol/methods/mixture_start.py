@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..controls.base import Control
-from ..controls.ends import ends_of
+from ..controls.ends import Ends, ends_of
 from ..controls.mixture import MixtureControl
+from ..controls.tuned import has_trainable_model
 from ..evaluation.mixture_fit import fit_mixture
 from ..evaluation.tempered import TemperedSettings, tempered_target
 from ..evaluation.tempering import NoiseTarget, StateTarget, adapt, start_points
@@ -18,11 +19,24 @@ from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
 from ..simulation.chains import Chain
 
-__all__ = ["first_mixture", "tempered_ends"]
+__all__ = ["ends_for_a_mixture", "first_mixture", "tempered_ends"]
 
 _FIRST = 4  # the first particles' part: they only have to find the modes
 _DRAWS = 8  # times ``size``: independent draws for the last mixture
 _LARGEST = 1024  # numbers in a state to which a mixture is fitted
+
+
+def ends_for_a_mixture(problem: ControlProblem) -> Ends | None:
+    """The reference's end, where a mixture can stand in its place; None: a running cost counts beside the end, the state is too large, a trainable model is to
+    be tuned itself, or no such control is known."""
+    if problem.running_cost_function is not None or problem.event_shape.numel() > _LARGEST:
+        return None
+    if has_trainable_model(problem.reference):
+        return None
+    try:
+        return ends_of(problem)
+    except TypeError:
+        return None
 
 
 @torch.no_grad()
@@ -33,13 +47,10 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
     independent draws that begin with the second one, weighted, say more of all that than any of them could by moving, if their weights are even enough.
 
     Returns:
-        None where no such control is known (``controls/ends.py``), a running cost weighs more than the ends, or the first mixture saves no evaluations.
+        None where there is no such control (:func:`ends_for_a_mixture`), or the first mixture saves no evaluations.
     """
-    try:
-        ends = ends_of(problem)
-    except TypeError:
-        return None
-    if problem.running_cost_function is not None or problem.event_shape.numel() > _LARGEST:
+    ends = ends_for_a_mixture(problem)
+    if ends is None:
         return None
     control, work = None, math.inf
     for part, n in enumerate((max(64, size // _FIRST), size)):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
 from ..controls.mixture import CorrectedControl
-from ..controls.tuned import has_trainable_model
 from ..evaluation.particles import resample
 from ..evaluation.tempering import NoiseTarget, adapt
 from ..problems.problem import ControlProblem
@@ -52,11 +51,9 @@ class _State(RegressionState):
 def _control(run: Run, size: int) -> Control:
     """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to particles where that pays."""
     problem, chain = run.problem, run.chain
-    base = (
-        first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START))
-        if run.control is None and not has_trainable_model(problem.reference)
-        else None
-    )
+    base = None
+    if run.control is None:
+        base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START))
     if base is None:
         return build_control(problem, chain, run.control, seed=run.seed)
     return corrected(problem, chain, base, seed=run.seed)
