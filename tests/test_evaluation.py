@@ -167,3 +167,14 @@ def test_an_evaluation_prints_as_a_table_with_errors():
     for word in ("reward", "KL", "objective", "ELBO", "log Z", "ESS", "gap", "reliable", "±"):
         assert word in text
     assert ev.as_dict()["gap"]["value"] == ev.gap.value
+
+
+def test_what_is_printed():
+    """Two digits of the error, powers of ten where zeros would say nothing, and no line for what particles do not have."""
+    from sdecontrol.evaluation.estimates import Estimate
+
+    assert str(Estimate(1.23456, 0.0123)) == "1.235 ± 0.012" and str(Estimate(2.0, 0.0)) == "2 (exact)"
+    assert str(Estimate(1.2e-56, 3e-57)) == "1.2e-56 ± 3e-57"
+    problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 1, scale=1.0)
+    particles = str(sc.solve(problem, sc.TemperedSMC(64), seed=0).evaluate(128, seed=1))
+    assert "nan" not in particles and "KL(" not in particles and "ELBO" in particles

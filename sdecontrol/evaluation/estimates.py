@@ -34,7 +34,9 @@ class Estimate:
             return f"{self.value:.4g}"
         if self.stderr == 0:
             return f"{self.value:.6g} (exact)"
-        digits = max(0, min(12, 1 - math.floor(math.log10(self.stderr))))
+        digits = max(0, 1 - math.floor(math.log10(self.stderr)))
+        if digits > 9:
+            return f"{self.value:.3g} ± {self.stderr:.2g}"
         return f"{self.value:.{digits}f} ± {self.stderr:.{digits}f}"
 
     def __float__(self) -> float:

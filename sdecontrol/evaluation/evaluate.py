@@ -103,6 +103,7 @@ class Evaluation:
         ]
         if self.start_gap.value or self.start_gap.stderr > 0:
             rows.append(("start gap", self.start_gap, "left by the fixed random start"))
+        rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
         return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
