@@ -114,16 +114,15 @@ class TimeChangedEnds:
 
 
 class NoisingEnds:
-    """Of a memoryless generative reference: the noising process from x_T. Where that is not quite free of noise itself (``std_0`` of :class:`VE`),
-    ``a = mu_t/mu_0`` and ``l = std_t^2 - a^2 std_0^2``.
+    """Of a memoryless generative reference: the noising process from x_T, ``a = mu_t``. Where x_T is not quite free of noise itself (``std_0`` of
+    :class:`VE`), ``l = std_t^2 - a^2 std_0^2``.
 
     A law of continuous time, O(h) from a chain's, as the shift is (:class:`sdecontrol.simulation.bridges.NoisingBridge`).
     """
 
     def __init__(self, reference: GenerativeSDE) -> None:
         self.reference = reference
-        zero = torch.zeros((), dtype=torch.float64)
-        self._first = float(reference.schedule.mu(zero)), float(reference.schedule.std(zero))
+        self._first = float(reference.schedule.std(torch.zeros((), dtype=torch.float64)))
         self._seen: dict[float, tuple[float, float, float]] = {}
 
     def white(self, x: Tensor) -> Tensor:
@@ -143,8 +142,7 @@ class NoisingEnds:
 
     def between(self, t: float) -> tuple[float, float]:
         mu, std, _ = self._at(t)
-        a = mu / self._first[0]
-        return a, max(std**2 - (a * self._first[1]) ** 2, 0.0)
+        return mu, max(std**2 - (mu * self._first) ** 2, 0.0)
 
     def rate(self, t: float) -> float:
         return self._at(t)[2]
