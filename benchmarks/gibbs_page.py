@@ -156,6 +156,46 @@ def _bars(cells: Sequence[Cell]) -> list[str]:
     return lines
 
 
+def _against_smc(cells: Sequence[Cell], targets: Sequence[str], budget: float = 60.0) -> list[str]:
+    """Target by target: whether ``auto`` is worse than plain SMC by more than the errors say, on the seeds that both have."""
+    lines = []
+    for target in targets:
+        log_z = _reference(cells, target)[0]
+        groups = [
+            {c["seed"]: c for c in _of(cells, row, target, budget) if "failed" not in c} for row in ("auto", "smc")
+        ]
+        seeds = sorted(groups[0].keys() & groups[1].keys())
+        if log_z is None or not seeds:
+            continue
+        errors, bars, spent, seconds = [], [], [], []
+        for group in groups:
+            found = [group[seed]["evaluation"]["log_z"] for seed in seeds]
+            errors.append(math.sqrt(statistics.fmean((f["value"] - log_z) ** 2 for f in found)))
+            bars.append(math.sqrt(statistics.fmean(f["stderr"] ** 2 for f in found)))
+            spent.append(statistics.median(group[seed]["spent"]["values"] for seed in seeds))
+            seconds.append(statistics.median(group[seed]["spent"]["cpu_seconds"] for seed in seeds))
+        margin = 2 * math.hypot(*bars)
+        verdict = (
+            "**worse**" if errors[0] > errors[1] + margin else "better" if errors[1] > errors[0] + margin else "equal"
+        )
+        lines.append(
+            f"| {target} ({len(seeds)}) | {errors[0]:.2g} ± {bars[0]:.1g} | {errors[1]:.2g} ± {bars[1]:.1g} | {verdict} | {spent[0]:.1e} / {spent[1]:.1e} | {seconds[0]:.0f} / {seconds[1]:.0f} |"
+        )
+    if not lines:
+        return []
+    return [
+        f"## `auto` against plain SMC, {budget:g} CPU-s",
+        "",
+        "Root mean square error of log Z over the seeds that both have, ± the standard errors that they report; *equal*: within two of both together. Where log Z is not known exactly, "
+        "the most precise of these estimates stands for it.",
+        "",
+        "| target (seeds) | auto | smc | auto is | evaluations, auto / smc | CPU-s |",
+        "|---|---:|---:|---|---:|---:|",
+        *lines,
+        "",
+    ]
+
+
 def write_page(cells: Sequence[Cell], rows: Sequence[str], targets: Sequence[str]) -> Path:
     """Write the page from the cells there are."""
     budgets = sorted({c["budget_cpu_seconds"] for c in cells})
@@ -178,6 +218,7 @@ def write_page(cells: Sequence[Cell], rows: Sequence[str], targets: Sequence[str
         "",
         *_bars(cells),
         "",
+        *_against_smc(cells, targets),
     ]
     if NOTES.exists():
         lines += [NOTES.read_text().strip(), ""]
