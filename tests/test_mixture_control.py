@@ -438,7 +438,8 @@ def test_other_problems_are_refused():
     law = joint()
     annealed = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, "annealed", 1.0)
     plain = sc.ControlProblem(sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), lambda x: -x.square().sum(1))
-    level = sc.ControlProblem(sc.generative_sde(joint(), schedule=sc.VP(), noise_level=3.0), alpha=1.0)
+    level = sc.ControlProblem(sc.generative_sde(joint(), schedule=sc.VP(), noise_level=6.0), alpha=1.0)
+    assert level.start == "memoryless"
     controlled = sc.ControlProblem(sc.generative_sde(joint(), schedule=sc.VP()), alpha=1.0, start="controlled")
     for problem in (annealed, plain, level, controlled):
         with pytest.raises(TypeError, match=r"gibbs_problem .* or a memoryless generative_sde"):
