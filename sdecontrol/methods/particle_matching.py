@@ -27,7 +27,7 @@ from .regression import RegressionState, regress
 __all__ = ["ParticleMatching"]
 
 _PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK, _PLACE_START = 61, 62, 63, 64
-_JUDGING = 8  # batches of new bridges on which a correction is judged
+_JUDGING, _NEW = 8, 1_000_000  # batches of new bridges on which a correction is judged, and the place of their seeds
 
 
 class _State(RegressionState):
@@ -140,7 +140,7 @@ class ParticleMatching(Method):
             return control.base
         gains = []
         for part in range(_JUDGING):
-            states, targets = self._draw(state, run, _JUDGING + part)
+            states, targets = self._draw(state, run, _NEW + part)
             with_it, alone = (shifts_along(run.chain, c, states) - targets for c in (control, control.base))
             gains.append((alone.square() - with_it.square()).flatten(2).sum((0, 2)))
         return control if float(torch.cat(gains).mean()) > 0 else control.base

@@ -204,6 +204,11 @@ def test_with_another_noise_level_the_noising_process_is_no_bridge():
         NoisingBridge(problem.chain(5))
     with pytest.raises(ValueError, match="noise_level='reverse' only"):
         sc.solve(problem, "bridge-matching", time_steps=5, iterations=1)
+    fixed = sc.ControlProblem(
+        sc.generative_sde(model, schedule=sc.VP()), reward=lambda x: -x.square().sum(1), alpha=1.0, start="fixed"
+    )
+    with pytest.raises(ValueError, match="linear reference"):
+        sc.solve(fixed, "bridge-matching", time_steps=5, iterations=1)
     method = sc.ParticleMatching(num_particles=256)
     state = method.setup(Run(problem, problem.chain(5), batch_size=64, accumulate=1, seed=0))
     assert state.bridge is None and not isinstance(state.control, CorrectedControl)
@@ -234,9 +239,17 @@ def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not():
     method._run_particles(state, run)
     right = MixtureControl(problem, law)
     off = MixtureControl(problem, sc.GaussianMixture(law.weights, law.means + 0.2, law.covariances))
+    parts, draw = [], method._draw
+
+    def drawn(state, run, part):
+        parts.append(part)
+        return draw(state, run, part)
+
+    object.__setattr__(method, "_draw", drawn)
     for base, correction, kept in ((right, Difference(off, right), False), (off, Difference(right, off), True)):
         state.control = CorrectedControl(base, correction)
         assert method.finish(state, run) is (state.control if kept else base)
+    assert len(set(parts)) == len(parts) // 2 == 8 and min(parts) > 1000  # none that training has seen
 
 
 def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
