@@ -247,10 +247,13 @@ def write_figure(cells: Sequence[Cell], rows: Sequence[str], targets: Sequence[s
     shown = [r for r in rows if any(c["row"] == r for c in cells)]
     if not known or not shown:
         return
-    figure, axes = plt.subplots(
-        1, len(known), figsize=(2.1 * len(known) + 2.2, 0.32 * len(shown) + 1.4), sharey=True, squeeze=False
-    )
-    for axis, target in zip(axes[0], known):
+    columns = min(5, len(known))
+    lines = -(-len(known) // columns)
+    size = (2.1 * columns + 2.2, lines * (0.28 * len(shown) + 0.8) + 0.5)
+    figure, axes = plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(known) :]:
+        axis.set_axis_off()
+    for axis, target in zip(axes.flat, known):
         log_z = _reference(cells, target)[0]
         for c in cells:
             if c["target"] != target or "failed" in c or log_z is None:
@@ -272,7 +275,7 @@ def write_figure(cells: Sequence[Cell], rows: Sequence[str], targets: Sequence[s
         axis.set_title(target, fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(labelsize=8)
-    axes[0][0].set_yticks(range(len(shown)), shown, fontsize=8)
+    axes[0][0].set_yticks(range(len(shown)), shown)
     axes[0][0].invert_yaxis()
     figure.supxlabel("error of log Z in nats (round: 60 CPU-s, diamond: 600)", fontsize=9)
     figure.tight_layout()
