@@ -133,7 +133,7 @@ class ParticleMatching(Method):
     def finish(self, state: nn.Module, run: Run) -> Control:
         """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is the forward KL up to a constant."""
         control = super().finish(state, run)
-        if not isinstance(control, CorrectedControl):
+        if not isinstance(control, CorrectedControl) or run.control is not None:
             return control
         assert isinstance(state, _State)
         if not bool(state.states.any()):  # before the first step

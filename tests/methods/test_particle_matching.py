@@ -269,6 +269,10 @@ def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
     method, more = sc.ParticleMatching(num_particles=64), {"time_steps": 5, "iterations": 1, "seed": 0}
     assert isinstance(sc.solve(tuned, method, **more).control, TunedControl)
     assert not isinstance(sc.solve(cost, method, **more).control, (MixtureControl, CorrectedControl))
+    both = method.setup(Run(small_inverse(), small_inverse().chain(5), batch_size=64, accumulate=1, seed=0)).control
+    assert isinstance(
+        sc.solve(small_inverse(), method, control=both, **more).control, CorrectedControl
+    )  # the user's own is kept
     given = sc.solve(small_inverse(), "reward-backprop", **more).control
     assert type(sc.solve(small_inverse(), method, control=given, **more).control) is type(given)
 
