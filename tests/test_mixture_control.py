@@ -261,6 +261,15 @@ def test_where_the_target_is_the_mixture_the_gap_falls_with_the_steps(law, refer
     assert bool(((ends.mean(0) - law.mean).abs() < 5 * (law.variance / 8192).sqrt()).all())
 
 
+def with_a_network(problem, control):
+    """The control corrected by a network that has left its zero."""
+    both = corrected(problem, problem.chain(6), control, seed=0)
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return both
+
+
 def same_everywhere(a, b, problem):
     x, t = problem.centre + randn(6, 2, seed=1, dtype=problem.dtype), torch.tensor(0.4, dtype=problem.dtype)
     assert torch.equal(a.at(x, t), b.at(x, t))
@@ -274,10 +283,7 @@ def same_everywhere(a, b, problem):
 def test_saved_and_copied_controls_are_the_same(law, kind, tmp_path):
     problem, control = towards(law)
     if kind == "corrected":
-        control = corrected(problem, problem.chain(6), control, seed=0)
-        with torch.no_grad():
-            for parameter in control.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        control = with_a_network(problem, control)
     solution = solved(problem, control, 6)
     x = solution.sample(100, seed=1)
     twin = copy.deepcopy(control)
@@ -422,10 +428,7 @@ def test_saved_controls_of_generative_references_are_the_same(kind, tmp_path):
     problem, exact = fine_tuned()
     control = MixtureControl(problem, exact.marginal(problem.horizon))
     if kind == "corrected":
-        control = corrected(problem, problem.chain(6), control, seed=0)
-        with torch.no_grad():
-            for parameter in control.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        control = with_a_network(problem, control)
     solution = solved(problem, control, 6)
     x = solution.sample(100, seed=1)
     solution.save(tmp_path / "run")
