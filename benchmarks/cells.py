@@ -17,11 +17,11 @@ import sdecontrol as sc
 __all__ = ["store", "versions"]
 
 
-def store(path: Path, cell: dict[str, Any]) -> None:
-    """Write a cell; a run that is killed leaves none, or the old one."""
+def store(path: Path, cell: dict[str, Any], indent: int | None = 1) -> None:
+    """Write a cell; a run that is killed leaves none, or the old one. ``indent=None``: on one line, where it holds images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(cell, indent=1) + "\n")
+    part.write_text(json.dumps(cell, indent=indent) + "\n")
     part.replace(path)
 
 

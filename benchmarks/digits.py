@@ -209,7 +209,7 @@ def _store(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any
     except (RuntimeError, ValueError, TypeError) as error:  # a method that diverges or refuses is a result
         reward, label, alpha, seed = arguments[:4]
         cell = {"reward_name": reward, "method": label, "alpha": alpha, "seed": seed, "failed": str(error)}
-    store(path, cell)
+    store(path, cell, indent=None)
 
 
 def _run(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], again: bool) -> None:
