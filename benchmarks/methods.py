@@ -71,8 +71,9 @@ def _iteration(problem: sc.ControlProblem, method: sc.Method, steps: int, batch:
     state = method.setup(run)
     optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4)
 
-    def descend(*_: Any) -> None:
+    def descend(*_: Any) -> bool:
         optimizer.step()
+        return True
 
     run.descend = descend
 

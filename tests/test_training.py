@@ -8,10 +8,12 @@ import time
 
 import pytest
 import torch
-from problems import SmallControl, random_lq
+from problems import SmallControl, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.evaluation.files import read_bundle
+from sdecontrol.methods.base import Regression
+from sdecontrol.training.optimiser import Descent
 
 F32 = torch.float32
 QUICK = {"time_steps": 8, "batch_size": 64, "seed": 3}
@@ -230,3 +232,59 @@ def test_the_users_own_control_is_copied_and_its_training_is_saved(tmp_path):
         sc.load(tmp_path, problem)
     again = sc.load(tmp_path, problem, control=SmallControl(2, 2, seed=9, dtype=F32))
     assert same(again, solution)
+
+
+# ---------------------------------------------------------------- steps that are taken back
+
+
+def descended(objectives):
+    """A descent after one regression's step per batch of objectives, with the parameter before each."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    descent, places, taken = Descent([parameter], None, 0.1, 0.1), [], []
+    for objective in objectives:
+        places.append(parameter.detach().clone())
+        descent.begin(1.0)
+        parameter.grad = torch.ones(3)
+        taken.append(descent.step(Regression(None, parameter, None, 1.0, objective=objective)))
+    return descent, [*places, parameter.detach().clone()], taken
+
+
+def test_a_regressions_step_that_has_lowered_the_objective_is_taken_back_and_the_next_ones_are_smaller():
+    good, fallen = randn(512, seed=1), randn(512, seed=2) - 0.5  # 0.5 is eight standard errors
+    descent, places, taken = descended([good, fallen, good, good])
+    assert taken == [True, False, True, True]
+    assert torch.equal(places[2], places[0])  # not only the step, but no half of it
+    first, after = (float((places[i + 1] - places[i]).abs().max()) for i in (0, 2))
+    assert after == pytest.approx(0.5 * first, rel=1e-3)  # a quarter in KL
+    assert descent.taken_back == 1 and 0.25 < descent.radius < 0.35  # and may grow again
+
+
+def test_noise_in_the_objective_takes_nothing_back():
+    """At three standard errors of the difference, less than one step in 500 is taken back where nothing has changed."""
+    descent, _, _ = descended([randn(256, seed=s) for s in range(1000)])
+    assert descent.taken_back <= 6  # 1.4 expected; 7 or more has a probability below 1e-3
+
+
+def test_one_wild_path_neither_takes_a_step_back_nor_hides_a_fall():
+    wild = randn(512, seed=1)
+    wild[0] = -1e30
+    _, _, taken = descended([randn(512, seed=2), wild, randn(512, seed=3) - 0.5])
+    assert taken == [True, True, False]
+    many = randn(512, seed=4)
+    many[:26] = -1e30  # five per cent are a fall
+    assert descended([randn(512, seed=2), many])[2] == [True, False]
+
+
+def test_what_decides_on_taking_back_is_part_of_a_checkpoint():
+    def other():
+        return Descent([torch.nn.Parameter(torch.ones(3))], None, 0.1, 0.1)
+
+    good, fallen = randn(512, seed=1), randn(512, seed=2) - 0.5
+    descent, places, _ = descended([good, fallen, good])
+    again = other()
+    again.restore(*descent.tensors())
+    again.begin(1.0)
+    again.parameters[0].grad = torch.ones(3)
+    assert again.radius == descent.radius and again.taken_back == 1
+    assert not again.step(Regression(None, again.parameters[0], None, 1.0, objective=fallen))
+    assert torch.equal(again.parameters[0], places[2])

@@ -15,13 +15,13 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..simulation.bridges import ChainBridge
-from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, with_a_first_slope
+from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients, with_a_first_slope
 from ..simulation.paths import Paths
 from ..simulation.shifts import shifts_along
 from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, steps_of
-from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
+from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, reward_slope
 
 __all__ = ["AdjointMatching"]
 
@@ -97,6 +97,8 @@ class AdjointMatching(Method):
         buffer_size, refresh: of the reciprocal form: paths kept, and iterations between new ones.
         clip: of the reciprocal form on a Gibbs problem: slopes of the reward longer than so many times their usual size on the target (that a pilot run has seen)
             are shortened to it, as in 2504.11713; None: as they are. The first paths end where a density may be steep beyond any use.
+        huber: not of the reciprocal form: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count
+            linearly, which they do on a ridge between modes, where an adjoint grows without bound; light tails have none. None: squares.
 
     Raises:
         NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form bridges.
@@ -109,6 +111,7 @@ class AdjointMatching(Method):
     buffer_size: int = 4096
     refresh: int = 10
     clip: float | None = 5.0
+    huber: float | None = 10.0
 
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
@@ -120,8 +123,9 @@ class AdjointMatching(Method):
         check_count("steps", self.steps, 1, optional=True)
         check_count("buffer_size", self.buffer_size, 1)
         check_count("refresh", self.refresh, 1)
-        if self.clip is not None:
-            as_float("clip", self.clip, positive=True)
+        for name in ("clip", "huber"):
+            if getattr(self, name) is not None:
+                as_float(name, getattr(self, name), positive=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -155,26 +159,31 @@ class AdjointMatching(Method):
                 noise, guess = own_noise(jacobians, states, sloped, tolerance=state.tolerance(), most=most)
                 if most:
                     state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
+            costs = running_cost_gradients(paths, problem.running_cost_or_none)
             targets = lean_targets(
                 jacobians,
                 slope,
-                running_cost=problem.running_cost_or_none,
+                costs=costs,
                 alpha=problem.alpha,
                 noise_part=noise,
                 own_step=self.pairing == "chain",
             )
-            square, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part))
+            longest = longest_residuals(shifts - targets, jacobians, slope, costs, problem.alpha, self.huber)
+            square, mean = regress(
+                state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest
+            )
             if noise is not None:
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
             for found, value in zip((parts, rewards, squares, means), (paths, reward, square, mean)):
                 found.append(value)
             chain.forget()
         loss = float(torch.stack(means).mean(0).sum())
-        descend(state, run, parts, means)
+        reward, cost = concatenate(rewards), concatenate(p.running_cost for p in parts)
+        kl = concatenate(p.kl() for p in parts)
+        descend(state, run, parts, means, objective=reward - cost - problem.alpha * kl)
+        metrics = path_metrics(reward, cost, kl, problem.alpha)
         if noises:
             state.sizes[0], state.sizes[1] = loss, concatenate(noises).mean()
-        kls = concatenate(p.kl() for p in parts)
-        metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
         return {**metrics, "loss": loss}
 
     def _clipped(self, problem: ControlProblem, slope: Tensor) -> Tensor:

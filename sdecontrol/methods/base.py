@@ -43,6 +43,8 @@ class Regression:
         states: ``(K, batch, *event)`` of all steps of the chain.
         loss: its value, by which the next steps are damped more or less.
         weights: of the paths, ``(batch,)`` with mean 1; None: all 1.
+        objective: of the paths of the current control, ``(batch,)``, where the batch has them: a step after which it has clearly fallen is
+            taken back.
     """
 
     chain: Chain
@@ -51,6 +53,7 @@ class Regression:
     loss: float
     weights: Tensor | None = None
     step_weights: Tensor | None = None
+    objective: Tensor | None = None
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Run:
         control: the user's own control, or None.
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
-            :class:`Regression`, with least squares for the control's linear parameters.
+            :class:`Regression`, with least squares for the control's linear parameters. False where the last step was taken back instead.
     """
 
     problem: ControlProblem
@@ -72,7 +75,7 @@ class Run:
     seed: int
     control: Any = None
     iteration: int = 0
-    descend: Callable[..., None] = field(default=lambda *regression: None)
+    descend: Callable[..., bool] = field(default=lambda *regression: True)
 
     def batch(self, part: int = 0) -> Batch:
         """The ``part``-th batch of this iteration."""

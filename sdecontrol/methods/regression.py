@@ -11,12 +11,13 @@ from ..controls.base import Control
 from ..problems.problem import ControlProblem
 from ..simulation.chains import Chain
 from ..simulation.integrator import check_likelihood, integrate
+from ..simulation.lean_adjoint import StepJacobians
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
 from ..tensors import event_sum
 from .base import Batch, ControlState, Regression, Run
 
-__all__ = ["RegressionState", "controlled_paths", "regress", "reward_slope"]
+__all__ = ["RegressionState", "controlled_paths", "longest_residuals", "regress", "reward_slope"]
 
 _AVERAGE = 0.1  # of the last batch in the running residuals
 
@@ -80,17 +81,20 @@ def regress(
     *,
     weights: Tensor | None = None,
     steps: Sequence[int] | None = None,
+    most: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of ``E sum_k weight |c_k - y_k|^2/2`` for one batch, the steps weighted by :meth:`RegressionState.step_weights`.
 
     Args:
         shifts: ``(K, batch, *noise)`` with their graph; targets: the same shape (with a graph, if they have parameters too).
         weights: of the paths, ``(batch,)`` with mean 1. steps: take these steps only, as an unbiased estimate of all.
+        most: :func:`longest_residuals` of every step, ``(K,)``: longer ones count linearly (Huber 1964), and those that are not
+            finite not at all.
 
     Returns:
         The unweighted squares ``|c_k - y_k|^2/2`` ``(K, batch)``, and the mean of each step with path weights ``(K,)``; detached.
     """
-    squares = 0.5 * event_sum((shifts - targets) ** 2, len(chain.noise_shape))
+    squares = _squares(shifts - targets, len(chain.noise_shape), most)
     means = (squares if weights is None else squares * weights).mean(1)
     if not state.least_squares and not bool(state.residuals.any()):
         # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative to it
@@ -101,13 +105,61 @@ def regress(
     return squares.detach(), means.detach()
 
 
+def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
+    """``|r|^2/2`` ``(K, batch)``; with bounds, Huber's function of ``|r|``."""
+    squares = 0.5 * event_sum(residual**2, ndim)
+    if most is None:
+        return squares
+    finite = squares.isfinite()
+    if not bool(finite.all()):
+        squares = 0.5 * event_sum(residual.where(finite.reshape(*finite.shape, *(1,) * ndim), 0.0) ** 2, ndim)
+    bound = most.unsqueeze(1)
+    far = squares.detach() > 0.5 * bound**2
+    if not bool(far.any()):
+        return squares
+    return torch.where(far, bound * (2 * squares.where(far, 1.0)).sqrt() - 0.5 * bound**2, squares)
+
+
+@torch.no_grad()
+def longest_residuals(
+    residuals: Tensor, jacobians: StepJacobians, slope: Tensor, costs: list | None, alpha: float, times: float | None
+) -> Tensor | None:
+    """How long residuals ``(K, batch, *noise)`` may be before they count as outliers, ``(K,)``: so many times their step's median, or the largest that slope
+    and running costs make of an adjoint that does not grow, whichever is more. None: no bound.
+
+    The adjoint of a path that lingers on a ridge between modes grows from step to step, to 1e8 times the usual and beyond any number: squares leave the
+    regression to one path. Rewards and costs that few paths meet have a small median, too, but their adjoint is of their own size.
+    """
+    if times is None:
+        return None
+    chain, ndim = jacobians.chain, len(jacobians.chain.noise_shape)
+    source = slope.abs()
+    for j, cost in enumerate(costs or []):
+        if cost is not None:
+            source = source + cost.abs() * (chain.step_sizes[jacobians.first + j] / alpha)
+    plain = jacobians.scales_transposed(source.expand(jacobians.count, *source.shape))
+    longest = event_sum(residuals**2, ndim).nan_to_num(torch.inf).median(1).values.sqrt()
+    own = event_sum(plain**2, ndim).amax(1).sqrt()
+    return torch.maximum(times * longest, own).clamp(max=torch.finfo(own.dtype).max ** 0.25)
+
+
 def descend(
-    state: RegressionState, run: Run, parts: Sequence[Paths], means: Sequence[Tensor], weights: Tensor | None = None
+    state: RegressionState,
+    run: Run,
+    parts: Sequence[Paths],
+    means: Sequence[Tensor],
+    weights: Tensor | None = None,
+    objective: Tensor | None = None,
 ) -> None:
-    """One step from the gradients of all parts, least squares where the control is linear."""
+    """One step from the gradients of all parts, least squares where the control is linear.
+
+    Args:
+        means: as :func:`regress` gives them. weights, objective: of the paths of all parts.
+    """
     mean = torch.stack(list(means)).mean(0)
     step_weights = state.step_weights()
-    state.observe(mean)
     states = torch.cat([paths.states[:-1] for paths in parts], 1)
     y = None if parts[0].condition is None else torch.cat([paths.condition for paths in parts])
-    run.descend(Regression(parts[0].chain, states, y, float((step_weights * mean).sum()), weights, step_weights))
+    loss = float((step_weights * mean).sum())
+    if run.descend(Regression(parts[0].chain, states, y, loss, weights, step_weights, objective)):
+        state.observe(mean)

@@ -18,7 +18,7 @@ from ..simulation.shifts import shifts_along
 from ..tensors import is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, check_positive, steps_of
-from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
+from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, reward_slope
 
 __all__ = ["SOCM"]
 
@@ -67,6 +67,7 @@ class SOCM(Method):
         trust_region: largest ``KL(weighted || unweighted)`` in nats, to which the weights are tempered: between the two regressions, whose
             fixed point they share. None: whole weights.
         steps: regress on so many randomly drawn steps (unbiased); None: all.
+        huber: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count linearly; None: squares.
 
     Raises:
         NotDifferentiable: a black-box reward. ValueError: a diffusion that depends on x or has no inverse, or states that are no vectors.
@@ -76,6 +77,7 @@ class SOCM(Method):
     weighted: bool = True
     trust_region: float | None = 1.0
     steps: int | None = None
+    huber: float | None = 10.0
 
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
@@ -86,6 +88,7 @@ class SOCM(Method):
             raise unknown_name("matrices", self.matrices, MATRICES)
         check_positive("trust_region", self.trust_region, optional=True)
         check_count("steps", self.steps, 1, optional=True)
+        check_positive("huber", self.huber, optional=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -118,14 +121,24 @@ class SOCM(Method):
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
             path_weights = None if weighing is None else weighing.weights
+            longest = longest_residuals(shifts - targets, jacobians, slope, costs, problem.alpha, self.huber)
             _, mean = regress(
-                state, run, chain, shifts, targets, weights=path_weights, steps=steps_of(run, self.steps, part)
+                state,
+                run,
+                chain,
+                shifts,
+                targets,
+                weights=path_weights,
+                steps=steps_of(run, self.steps, part),
+                most=longest,
             )
             for into, value in zip((parts, rewards, means), (paths, reward, mean)):
                 into.append(value)
-        descend(state, run, parts, means, concatenate(weights) if weights else None)
-        kls = concatenate(p.kl() for p in parts)
-        metrics = path_metrics(concatenate(rewards), concatenate(p.running_cost for p in parts), kls, problem.alpha)
+        reward, cost = concatenate(rewards), concatenate(p.running_cost for p in parts)
+        kl = concatenate(p.kl() for p in parts)
+        objective = reward - cost - problem.alpha * kl
+        descend(state, run, parts, means, concatenate(weights) if weights else None, objective)
+        metrics = path_metrics(reward, cost, kl, problem.alpha)
         metrics["loss"] = float(torch.stack(means).mean(0).sum())
         if found:
             metrics["ess"] = sum(f.ess for f in found) / len(found)

@@ -252,7 +252,7 @@ def lean_targets(
     jacobians: StepJacobians,
     slope: Tensor,
     *,
-    running_cost: RunningCost | None = None,
+    costs: list[Any] | None = None,
     alpha: float = 1.0,
     noise_part: Tensor | None = None,
     own_step: bool = True,
@@ -261,21 +261,20 @@ def lean_targets(
 
     Args:
         slope: ``grad r(x_K)/alpha``, ``(batch, *event)``.
+        costs: :func:`running_cost_gradients`, or None.
         noise_part: :func:`own_noise`'s z, subtracted in both places; None for the plain lean adjoint.
         own_step: pair c_k with a_{k+1} (the chain's optimum is the fixed point); False: with a_k (O(h) nearer to the
             control in continuous time).
     """
-    paths, chain = jacobians.paths, jacobians.chain
-    gradients = running_cost_gradients(paths, running_cost)
-    a = slope
+    chain, a = jacobians.chain, slope
     targets: list[Tensor] = []
     for j in reversed(range(jacobians.count)):
         z = None if noise_part is None else noise_part[j]
         if own_step:
             targets.append(jacobians.scale_transposed(j, a if z is None else a - z))
         a = jacobians.step(j, a, z)
-        if gradients is not None and gradients[j] is not None:
-            a = a - gradients[j] * (chain.step_sizes[jacobians.first + j] / alpha)
+        if costs is not None and costs[j] is not None:
+            a = a - costs[j] * (chain.step_sizes[jacobians.first + j] / alpha)
         if not own_step:
             targets.append(jacobians.scale_transposed(j, a))
     return torch.stack(targets[::-1])

@@ -72,8 +72,12 @@ class LinearSteps:
         self.count += 1
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One step from the parameters' gradients, which are then set to None, so that no other optimiser takes them."""
+    def step(self, factor: float, radius: float = 1.0) -> None:
+        """One step from the parameters' gradients, which are then set to None, so that no other optimiser takes them.
+
+        Args:
+            factor: of the step. radius: of the largest change of the path law, in KL.
+        """
         directions = []
         for part, gram in zip(self.parts, self.grams):
             gradient = part.gather(
@@ -88,7 +92,7 @@ class LinearSteps:
             step = 0.5 * self.pace * factor * direction
             now = part.gather(part.parameters).double()
             kl, own = (0.5 * float((v * (gram @ v)).sum()) for v in (step, now))
-            most = self.part_kl * max(1.0, own)
+            most = radius * self.part_kl * max(1.0, own)
             if kl > most:
                 step *= math.sqrt(most / kl)
             for p, move in zip(part.parameters, part.scatter(step.to(part.parameters[0].dtype))):

@@ -93,19 +93,28 @@ class Descent:
         self.average = [torch.zeros_like(p) for p in parameters]
         self.weight = 0.0
         self.norm = float("nan")
+        self.radius = 1.0  # of regressions' steps, in KL: smaller after one that was taken back
+        self.taken_back = 0
+        self.kept: list[Tensor] = []
+        #: of the objective with the kept parameters: mean and its error, cut off, median and spread
+        self.score = torch.full((4,), math.nan, dtype=torch.float64)
 
     def begin(self, factor: float) -> None:
         self.factor = factor
         for group, rate in zip(self.optimizer.param_groups, self.base_rates):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * math.sqrt(self.radius)
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, regression: Regression | None = None) -> None:
-        """One step, unless a gradient is not finite: then nothing reaches the parameters.
+    def step(self, regression: Regression | None = None) -> bool:
+        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's last step has lowered
+        the objective: then that one is taken back instead.
 
         Args:
             regression: what the gradients are those of, where that is a regression of the shifts.
+
+        Returns:
+            Whether a step was taken.
 
         Raises:
             NonFiniteError: with the number of entries concerned.
@@ -129,15 +138,50 @@ class Descent:
                 rows=bad,
             )
         self.norm = float(norm)
+        if regression is not None and regression.objective is not None:
+            if self._fallen(regression.objective):
+                self._take_back()
+                return False
+            self._keep(regression.objective)
         self._clip(gradients)
         if self.linear is not None and regression is not None:
             self.linear.observe(regression)
-            self.linear.step(self.factor)  # leaves its parameters without gradient
+            self.linear.step(self.factor, self.radius)  # leaves its parameters without gradient
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.linear.slowing
         self.optimizer.step()
         torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
         self.weight += (1 - self.decay) * (1 - self.weight)
+        return True
+
+    def _keep(self, objective: Tensor) -> None:
+        """Remember the parameters and what they have reached; the next steps may be larger again."""
+        self.kept = [p.detach().clone() for p in self.parameters]
+        self.radius = min(1.0, 1.1 * self.radius)
+        scores = objective.double()
+        low, middle, high = scores.quantile(scores.new_tensor([0.1, 0.5, 0.9])).tolist()
+        self.score.copy_(scores.new_tensor([*_cut_off(scores, middle, high - low), middle, high - low]))
+
+    def _fallen(self, objective: Tensor) -> bool:
+        """Whether the last step has clearly lowered the objective.
+
+        Least-squares steps go far where targets are noisy; what one has done is seen in the next batch's objective, which costs nothing. A single path
+        may fall without bound, so objectives are cut off five spreads (between the outer deciles) from the last median.
+        """
+        if not self.kept or not bool(self.score.isfinite().all()):
+            return False
+        mean, error, middle, spread = self.score.tolist()
+        now, its_error = _cut_off(objective.double(), middle, spread)
+        return now < mean - 3 * math.hypot(error, its_error)
+
+    def _take_back(self) -> None:
+        """Undo the last step, and make the next ones smaller. The next batch tells anew what these parameters reach."""
+        for p, value in zip(self.parameters, self.kept):
+            p.copy_(value)
+            p.grad = None
+        self.kept = []
+        self.radius *= 0.25
+        self.taken_back += 1
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else
@@ -170,6 +214,8 @@ class Descent:
         """Everything as named tensors and plain values."""
         state = self.optimizer.state_dict()
         tensors: dict[str, Tensor] = {f"average.{i}": a for i, a in enumerate(self.average)}
+        tensors.update({f"kept.{i}": value for i, value in enumerate(self.kept)})
+        tensors["score"] = self.score
         if self.linear is not None:
             tensors.update(self.linear.tensors())
         plain: dict[str, Any] = {}
@@ -180,7 +226,14 @@ class Descent:
                 else:
                     plain[f"{index}.{name}"] = value
         groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-        return tensors, {"state": plain, "groups": groups, "weight": self.weight, "level": self.level}
+        return tensors, {
+            "state": plain,
+            "groups": groups,
+            "weight": self.weight,
+            "level": self.level,
+            "radius": self.radius,
+            "taken_back": self.taken_back,
+        }
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
         state = self.optimizer.state_dict()
@@ -197,8 +250,18 @@ class Descent:
         for i, mean in enumerate(self.average):
             mean.copy_(tensors[f"average.{i}"])
         self.weight, self.level = plain["weight"], plain["level"]
+        self.radius, self.taken_back = plain["radius"], plain["taken_back"]
+        self.score.copy_(tensors["score"])
+        if "kept.0" in tensors:
+            self.kept = [tensors[f"kept.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
         if self.linear is not None:
             self.linear.restore(tensors)
+
+
+def _cut_off(scores: Tensor, middle: float, spread: float) -> tuple[float, float]:
+    """Mean of the scores, none further than five spreads from the middle, and its standard error."""
+    cut = scores.clamp(middle - 5 * spread, middle + 5 * spread)
+    return float(cut.mean()), float(cut.std()) / math.sqrt(len(cut))
 
 
 def _make(parameters: list[Tensor], optimizer: Any, rate: float) -> torch.optim.Optimizer:

@@ -313,6 +313,8 @@ class _Trainer:
         self.descent.begin(self.pace.factor(self.done, elapsed))
         metrics = self.method.step(self.state, self.run)
         metrics["gradient_norm"] = self.descent.norm
+        if self.method.residual:
+            metrics["taken_back"] = float(self.descent.taken_back)
         self.history.append(metrics)
         self.pace.observe(self.done, [self._score(m) for m in self.history[-2 * self.pace.window :]])
         self.done += 1

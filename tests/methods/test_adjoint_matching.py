@@ -9,7 +9,7 @@ from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.methods.base import Run
-from sdecontrol.methods.regression import reward_slope
+from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
 from sdecontrol.methods.socm import SOCM, _State
 from sdecontrol.randomness import SeededNoise
 from sdecontrol.simulation.integrator import integrate, one_step
@@ -36,7 +36,7 @@ def targets_of(problem, paths, control=None, *, zero_variance=False, **options):
     return lean_targets(
         jacobians,
         slope,
-        running_cost=problem.running_cost_or_none,
+        costs=running_cost_gradients(paths, problem.running_cost_or_none),
         alpha=problem.alpha,
         noise_part=part,
         **options,
@@ -343,6 +343,88 @@ def test_a_resumed_run_goes_on_to_the_same_numbers(tmp_path, method):
     again = sc.solve(problem, method, checkpoint_dir=tmp_path, checkpoint_every=5, resume=True, **options)
     for a, b in zip(whole.control.state_dict().values(), again.control.state_dict().values()):
         assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- outliers
+
+
+def test_residuals_beyond_the_longest_count_linearly_and_those_that_are_no_numbers_not_at_all():
+    """The gradient in a shift is the residual, cut to the step's length; with a path's weight, times that."""
+    problem = random_lq(2, seed=1)
+    chain = problem.chain(3)
+    run = Run(problem, chain, 5, 1, 0)
+    state = RegressionState(sc.controls.build.build_control(problem, chain), chain)
+    state.least_squares = True  # steps have weight 1 until residuals have been observed
+    shifts = torch.zeros(3, 5, 2, dtype=F64, requires_grad=True)
+    targets = randn(3, 5, 2, seed=2)
+    targets[0, 1], targets[1, 3], targets[2, 0], targets[2, 4] = 1e9, -50.0, math.inf, math.nan
+    most = torch.tensor([3.0, 7.0, 100.0], dtype=F64)
+    weights = torch.linspace(0.5, 1.5, 5, dtype=F64)
+    squares, means = regress(state, run, chain, shifts, targets, weights=weights, most=most)
+    want = -targets.where(targets.isfinite(), 0.0)
+    size = want.norm(dim=2, keepdim=True)
+    want = want * (most.reshape(3, 1, 1) / size.clamp(min=1e-9)).clamp(max=1.0)
+    torch.testing.assert_close(shifts.grad, want * weights[:, None] / 5, rtol=1e-12, atol=1e-12)
+    assert bool(squares.isfinite().all()) and bool(means.isfinite().all())
+    assert float(squares[0, 1]) == pytest.approx(3.0 * 1e9 * 2**0.5 - 4.5)  # Huber's function, continuous at the bound
+
+
+def longest_on(problem, steps, paths, control=None, times=10.0):
+    chain = problem.chain(steps)
+    paths = paths_of(problem, chain, control, paths)
+    _, slope = reward_slope(problem, paths)
+    jacobians, costs = StepJacobians(paths), running_cost_gradients(paths, problem.running_cost_or_none)
+    targets = lean_targets(jacobians, slope, costs=costs, alpha=problem.alpha)
+    residuals = paths.shifts - targets
+    return residuals.norm(dim=2), longest_residuals(residuals, jacobians, slope, costs, problem.alpha, times), targets
+
+
+@pytest.mark.parametrize("start", ["fixed", "controlled"])
+def test_light_tails_have_no_outliers(start):
+    """On linear-quadratic chains nothing is cut: their fixed point stays the optimum."""
+    for seed in range(5):
+        sizes, longest, _ = longest_on(random_lq(2, m=3, seed=seed, start=start), 6, 2048)
+        assert bool((sizes < longest.unsqueeze(1)).all())
+
+
+@pytest.mark.parametrize("where", ["reward", "running cost"])
+def test_what_few_paths_meet_is_no_outlier(where):
+    """The gradient of one path in a hundred is not zero: the median of all residuals is, and would throw the signal away."""
+    bump = lambda x: 50 * torch.relu(x[:, 0] - 2.3)  # noqa: E731
+    parts = {"reward": bump} if where == "reward" else {"running_cost": lambda x, t: -bump(x)}
+    problem = sc.ControlProblem(
+        sc.SDE(lambda x, t: -0.1 * torch.sin(x), torch.tensor(1.0, dtype=F64), dim=2),
+        initial=sc.Dirac(torch.zeros(2, dtype=F64)),
+        **parts,
+    )
+    sizes, longest, targets = longest_on(problem, 10, 4096)
+    met = (targets[-2] != 0).any(1)
+    assert 0 < float(met.double().mean()) < 0.02
+    assert float(sizes.median(1).values.max()) == 0.0
+    assert float((sizes / longest.unsqueeze(1)).max()) < 1.15  # the drift alone makes it grow by a tenth
+
+
+def test_an_adjoint_that_has_grown_on_a_ridge_is_an_outlier():
+    """Paths that begin within 1e-3 of 0 are a hundred times as far apart at the end, the others hardly further than they began."""
+    problem = sc.ControlProblem(
+        sc.SDE(lambda x, t: 2 * torch.tanh(10 * x), torch.tensor(0.005, dtype=F64), dim=1),
+        initial=sc.Gaussian(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)),
+        reward=lambda x: x.sum(1),
+    )
+    sizes, longest, _ = longest_on(problem, 100, 4096)
+    far = (sizes > longest.unsqueeze(1)).double().mean(1)
+    assert 0 < float(far.max()) < 0.02
+    assert float((sizes.amax(1) / longest).max()) > 3
+    assert longest_on(problem, 100, 64, times=None)[1] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [sc.AdjointMatching(), sc.SOCM()], ids=lambda m: m.name)
+def test_a_model_of_many_modes_is_tuned_with_defaults(method):
+    """Adjoints on the ridges between 25 modes reach 1e8 times the usual: without bounds, or without taking steps back, this does not come near."""
+    problem = sc.mixture_inverse_problem(4, 1)
+    solution = sc.solve(problem, method, iterations=60, time_steps=50, batch_size=256, seed=0, progress=False)
+    assert solution.evaluate(2048, seed=1).elbo.value > float(sc.exact_solution(problem).log_z) - 5
 
 
 def test_steep_slopes_are_shortened_and_others_left_alone():
