@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..controls.base import Control
+from ..errors import NonFiniteError
 from ..problems.problem import ControlProblem
 from ..simulation.chains import Chain
 from ..simulation.integrator import check_likelihood, integrate
 from ..simulation.lean_adjoint import StepJacobians
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
-from ..tensors import event_sum
+from ..tensors import event_sum, nonfinite_rows
 from .base import Batch, ControlState, Regression, Run
 
 __all__ = ["RegressionState", "controlled_paths", "longest_residuals", "regress", "reward_slope"]
@@ -129,7 +130,24 @@ def longest_residuals(
 
     The adjoint of a path that lingers on a ridge between modes grows from step to step, to 1e8 times the usual and beyond any number: squares leave the
     regression to one path. Rewards and costs that few paths meet have a small median, too, but their adjoint is of their own size.
+
+    Raises:
+        NonFiniteError: a derivative that is not finite: that is no growth.
     """
+    derivatives = {"reward": slope, "drift": jacobians.random}
+    derivatives.update((f"running cost at step {j}", cost) for j, cost in enumerate(costs or []))
+    for name, value in derivatives.items():
+        if value is not None and not bool(value.isfinite().all()):
+            rows = nonfinite_rows(value, 1 if value.ndim > slope.ndim else 0)
+            raise NonFiniteError(
+                f"gradient of the {name} is not finite in {rows} rows; look for a sqrt or norm at 0.",
+                what="gradient",
+                rows=rows,
+            )
+    if jacobians.random is None and not bool(residuals.isfinite().all()):
+        raise NonFiniteError(
+            "gradient of what follows a step is not finite: look at the drift's derivative.", what="gradient"
+        )
     if times is None:
         return None
     chain, ndim = jacobians.chain, len(jacobians.chain.noise_shape)

@@ -8,6 +8,8 @@ import sdecontrol as sc
 
 STEPS, BATCH = 12, 64
 MODES = ["full", "checkpoint", "adjoint", 4]
+METHODS: dict[object, sc.Method] = {mode: sc.RewardBackprop(mode) for mode in MODES}
+METHODS.update({method.name: method for method in (sc.AdjointMatching(), sc.SOCM())})
 
 
 class Injected:
@@ -72,9 +74,9 @@ def test_a_simulation_names_what_was_not_finite_at_which_step_in_how_many_rows(w
 
 
 @pytest.mark.parametrize("where", ["drift", "diffusion", "control", "running cost", "reward", "gradient"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rows", [1, BATCH])
-def test_training_stops_by_name_and_no_parameter_is_touched(where, mode, rows):
+def test_training_stops_by_name_and_no_parameter_is_touched(where, method, rows):
     made = Injected(where, step=STEPS - 2, rows=rows)
     control = made.control(SmallControl(2, 2, dtype=torch.float32))
     saved = {}
@@ -87,7 +89,7 @@ def test_training_stops_by_name_and_no_parameter_is_touched(where, mode, rows):
 
     with pytest.raises(sc.NonFiniteError) as caught:
         sc.solve(
-            made.problem, sc.RewardBackprop(mode), control=control, time_steps=STEPS, iterations=5, batch_size=BATCH,
+            made.problem, METHODS[method], control=control, time_steps=STEPS, iterations=5, batch_size=BATCH,
             seed=0, callbacks=[Arm()],
         )  # fmt: skip
     error = caught.value
