@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +42,16 @@ def _guided(**settings: Any) -> sc.SMC:
     return sc.SMC(32, independent=True, twist="tweedie", **settings)
 
 
-#: in the order in which cells are filled; functions are for methods that need what only the problem has
-METHODS: dict[str, sc.Method] = {
+def _classifier_free(reward: str, alpha: float) -> sc.Method:
+    """A conditional model, trained on the data's labels; its weight is that of ``p(x) p(y | x)^(1/alpha)``."""
+    return sc.ClassifierFreeGuidance(digit.conditional_model(reward), weight=1 / alpha - 1, label=digit.LABEL)
+
+
+#: in the order in which cells are filled; functions (of the reward's name and alpha) are for methods that train something of their own first
+METHODS: dict[str, sc.Method | Callable[[str, float], sc.Method]] = {
     "value-guidance, tweedie": sc.ValueGuidance("tweedie"),
     "classifier-guidance": sc.ClassifierGuidance(),
+    "classifier-free-guidance": _classifier_free,
     "path-integral-guidance": sc.PathIntegralGuidance(num_paths=64),
     "smc, tweedie twist": _guided(),
     "smc, tweedie guided": _guided(proposal=sc.ValueGuidance("tweedie")),
@@ -85,13 +91,14 @@ def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) ->
 def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, iterations: int | None) -> dict[str, Any]:
     """Train for the budget (where the method trains), and measure samples against the tilted law."""
     torch.set_num_threads(1)
-    method, problem = METHODS[label], digit.digits_problem(reward, alpha)
+    found, problem = METHODS[label], digit.digits_problem(reward, alpha)
     tilt = digit.Tilt.of(digit.pool_rewards(reward), alpha)
     more = dict(_SETTINGS)
-    if method.default_iterations > 0:
-        more["iterations"] = _iterations(problem, method, budget) if iterations is None else iterations
+    if isinstance(found, sc.Method) and found.default_iterations > 0:
+        more["iterations"] = _iterations(problem, found, budget) if iterations is None else iterations
     meter = Meter(problem)
     with meter.measuring() as training:
+        method = found if isinstance(found, sc.Method) else found(reward, alpha)
         solution = sc.solve(meter.problem, method, seed=seed, **more)
     n = _FEWER.get(label, digit.MEASURED)
     with meter.measuring() as sampling:
@@ -105,7 +112,7 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
         "method": label,
         "alpha": alpha,
         "seed": seed,
-        "settings": {"name": method.name, **{k: repr(v) for k, v in asdict(method).items()}},
+        "settings": {"name": method.name, **{f.name: _plain(getattr(method, f.name)) for f in fields(method)}},
         "iterations": more.get("iterations", 0),
         "batch_size": BATCH,
         "budget_cpu_seconds": budget if method.default_iterations > 0 else 0.0,
@@ -124,6 +131,10 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
             + (f" --cpu-seconds {budget:g}" if method.default_iterations > 0 else "")
         ),
     }
+
+
+def _plain(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
 
 
 def _stamp(arguments: str) -> dict[str, Any]:
