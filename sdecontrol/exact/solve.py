@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
@@ -34,8 +36,8 @@ def exact_solution(
     Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
     ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; Gaussian-mixture models with
     a linear or quadratic reward, in continuous time; and, on grids, any problem that falls apart into coordinates (in
-    continuous time also into pairs of them) that do not act on each other. For that nothing is declared: drift, diffusion,
-    reward and running cost are probed. Grid solutions say how exact they are (``error``).
+    continuous time also into pairs of them) that do not act on each other, those of pre-trained models that compute in float64
+    among them. For that nothing is declared: drift, diffusion, reward and running cost are probed. Grid solutions say how exact they are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
@@ -61,17 +63,8 @@ def exact_solution(
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     linear = linear_reference(problem.reference)
     quadratic = linear is not None and _is_quadratic(problem)
-    if getattr(problem.reference, "mixture", None) is not None and linear is None:
-        if discrete:
-            raise NoExactSolution(
-                "time_steps: the exact solution of a Gaussian mixture is known in continuous time only; leave "
-                "time_steps and like out."
-            )
+    if getattr(problem.reference, "mixture", None) is not None and linear is None and not discrete:
         return MixtureSolution(problem)
-    if not quadratic and isinstance(problem.reference, GenerativeSDE):
-        raise NoExactSolution(
-            "reference: no exact solution is known for a pre-trained model; sc.GaussianMixture in the model's place has one."
-        )
     if not quadratic and not grids:
         raise NoExactSolution("grids: no closed form is known for this problem.")
     if not quadratic and len(problem.event_shape) != 1:
@@ -79,6 +72,8 @@ def exact_solution(
             f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "
             f"{tuple(problem.event_shape)}; grids need vector states."
         )
+    if not quadratic and isinstance(problem.reference, GenerativeSDE):
+        _check_model(problem)
     if not discrete:
         return RiccatiSolution(problem, linear) if quadratic and linear is not None else GridSolution(problem)
     chain = problem.chain(time_steps, scheme)
@@ -92,6 +87,23 @@ def exact_solution(
     if quadratic and linear is not None:
         return ChainSolution(problem, linear, chain, settings)
     return GridChainSolution(problem, chain, settings)
+
+
+def _check_model(problem: ControlProblem) -> None:
+    """Raise unless the pre-trained model computes in float64, as grids do."""
+    x = problem.draw_start(2, 0).double()
+    try:
+        with torch.no_grad():
+            made = problem.reference.drift(x, torch.tensor(0.5 * problem.horizon, dtype=x.dtype))  # type: ignore[union-attr]
+    except RuntimeError as error:
+        raise NoExactSolution(
+            "reference: grids need a pre-trained model that computes in float64, and this one does not; pass model.double(), or a sc.GaussianMixture in "
+            f"the model's place. ({error})"
+        ) from error
+    if made.dtype != torch.float64:
+        raise NoExactSolution(
+            f"reference: grids need a pre-trained model that computes in float64, and this one gives {made.dtype}; do not convert in it."
+        )
 
 
 def _is_quadratic(problem: ControlProblem) -> bool:

@@ -98,7 +98,8 @@ class AdjointMatching(Method):
         clip: of the reciprocal form on a Gibbs problem: slopes of the reward longer than so many times their usual size on the target (that a pilot run has seen)
             are shortened to it, as in 2504.11713; None: as they are. The first paths end where a density may be steep beyond any use.
         huber: not of the reciprocal form: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count
-            linearly, which they do on a ridge between modes, where an adjoint grows without bound; light tails have none. None: squares.
+            linearly, as on a ridge between modes, where an adjoint grows without bound; light tails have none. The bound grows like the root of the
+            iterations since a step was taken back, so the fixed point stays. None: squares.
 
     Raises:
         NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form bridges.
@@ -168,7 +169,9 @@ class AdjointMatching(Method):
                 noise_part=noise,
                 own_step=self.pairing == "chain",
             )
-            longest = longest_residuals(shifts - targets, jacobians, slope, costs, problem.alpha, self.huber)
+            longest = longest_residuals(
+                shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
+            )
             square, mean = regress(
                 state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest
             )

@@ -29,7 +29,9 @@ class RegressionState(ControlState):
     def __init__(self, control: Control, chain: Chain) -> None:
         super().__init__(control)
         self.residuals: Tensor
+        self.calm: Tensor
         self.register_buffer("residuals", chain.times.new_zeros(chain.steps))
+        self.register_buffer("calm", torch.zeros((), dtype=torch.long))  # iterations since a step was taken back
         self.least_squares = bool(control.linear_parts())
 
     def step_weights(self) -> Tensor:
@@ -42,6 +44,11 @@ class RegressionState(ControlState):
             return torch.ones_like(self.residuals)
         weights = 1 / (self.residuals + 1e-3 * self.residuals.mean())
         return weights / weights.mean()
+
+    def outlying(self, huber: float | None) -> float | None:
+        """How many times their median residuals may be long: bounds grow while nothing goes wrong, so that in the end the fixed point is that of squares
+        (truncation at expanding bounds: Chen 2002, Stochastic Approximation and Its Applications)."""
+        return None if huber is None else huber * (int(self.calm) + 1) ** 0.5
 
     def observe(self, residuals: Tensor) -> None:
         first = not bool(self.residuals.any())
@@ -181,3 +188,6 @@ def descend(
     loss = float((step_weights * mean).sum())
     if run.descend(Regression(parts[0].chain, states, y, loss, weights, step_weights, objective)):
         state.observe(mean)
+        state.calm += 1
+    else:
+        state.calm.zero_()

@@ -67,7 +67,8 @@ class SOCM(Method):
         trust_region: largest ``KL(weighted || unweighted)`` in nats, to which the weights are tempered: between the two regressions, whose
             fixed point they share. None: whole weights.
         steps: regress on so many randomly drawn steps (unbiased); None: all.
-        huber: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count linearly; None: squares.
+        huber: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count linearly, as in
+            adjoint matching; None: squares.
 
     Raises:
         NotDifferentiable: a black-box reward. ValueError: a diffusion that depends on x or has no inverse, or states that are no vectors.
@@ -121,7 +122,9 @@ class SOCM(Method):
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
             path_weights = None if weighing is None else weighing.weights
-            longest = longest_residuals(shifts - targets, jacobians, slope, costs, problem.alpha, self.huber)
+            longest = longest_residuals(
+                shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
+            )
             _, mean = regress(
                 state,
                 run,
