@@ -10,6 +10,7 @@ from .digits import digits
 from .gibbs import gibbs
 from .methods import methods
 from .mixture import mixture
+from .optimum import optimum
 from .orders import orders
 from .speed.command import speed
 
@@ -20,6 +21,7 @@ app.command()(digits)
 app.command()(gibbs)
 app.command()(methods)
 app.command()(mixture)
+app.command()(optimum)
 app.command()(orders)
 app.command()(speed)
 
