@@ -48,7 +48,7 @@ class RegressionState(ControlState):
     def outlying(self, huber: float | None) -> float | None:
         """How many times their median residuals may be long: bounds grow while nothing goes wrong, so that in the end the fixed point is that of squares
         (truncation at expanding bounds: Chen 2002, Stochastic Approximation and Its Applications)."""
-        return None if huber is None else huber * (int(self.calm) + 1) ** 0.5
+        return None if huber is None else huber * (int(self.calm) + 1) ** 0.25
 
     def observe(self, residuals: Tensor) -> None:
         first = not bool(self.residuals.any())

@@ -95,6 +95,7 @@ class Descent:
         self.norm = float("nan")
         self.radius = 1.0  # of regressions' steps, in KL: smaller after one that was taken back
         self.taken_back = 0
+        self.returned = False  # whether the parameters are the kept ones again
         self.kept: list[Tensor] = []
         #: of the objective with the kept parameters: mean and its error, cut off, median and spread
         self.score = torch.full((4,), math.nan, dtype=torch.float64)
@@ -155,31 +156,41 @@ class Descent:
         return True
 
     def _keep(self, objective: Tensor) -> None:
-        """Remember the parameters and what they have reached; the next steps may be larger again."""
-        self.kept = [p.detach().clone() for p in self.parameters]
+        """Remember the best parameters so far and what they have reached; the next steps may be larger again."""
         self.radius = min(1.0, 1.1 * self.radius)
         scores = objective.double()
         low, middle, high = scores.quantile(scores.new_tensor([0.1, 0.5, 0.9])).tolist()
-        self.score.copy_(scores.new_tensor([*_cut_off(scores, middle, high - low), middle, high - low]))
+        mean, error = _cut_off(scores, middle, high - low)
+        if self.kept:
+            best, _, centre, spread = self.score.tolist()
+            again, _ = _cut_off(scores, centre, spread)
+            if self.returned or again < best:
+                # the best of many is lucky: that is forgotten slowly, or by half where this batch is of the same parameters
+                self.score[0] += (0.5 if self.returned else 0.1) * (again - best)
+                self.returned = False
+                return
+        self.kept = [p.detach().clone() for p in self.parameters]
+        self.score.copy_(scores.new_tensor([mean, error, middle, high - low]))
 
     def _fallen(self, objective: Tensor) -> bool:
-        """Whether the last step has clearly lowered the objective.
+        """Whether the objective is clearly below the best so far, by four standard errors.
 
-        Least-squares steps go far where targets are noisy; what one has done is seen in the next batch's objective, which costs nothing. A single path
-        may fall without bound, so objectives are cut off five spreads (between the outer deciles) from the last median.
+        Least-squares steps go far where targets are noisy; what one has done is seen in the next batch's objective, which costs nothing. Not the last
+        one but the best is what it is compared with: many small falls make a large one. A single path may fall without bound, so objectives are cut off
+        five spreads (between the outer deciles) from the median.
         """
-        if not self.kept or not bool(self.score.isfinite().all()):
+        if not self.kept or self.returned or not bool(self.score.isfinite().all()):
             return False
         mean, error, middle, spread = self.score.tolist()
         now, its_error = _cut_off(objective.double(), middle, spread)
-        return now < mean - 3 * math.hypot(error, its_error)
+        return now < mean - 4 * math.hypot(error, its_error)
 
     def _take_back(self) -> None:
-        """Undo the last step, and make the next ones smaller. The next batch tells anew what these parameters reach."""
+        """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach."""
         for p, value in zip(self.parameters, self.kept):
             p.copy_(value)
             p.grad = None
-        self.kept = []
+        self.returned = True
         self.radius *= 0.25
         self.taken_back += 1
 
@@ -233,6 +244,7 @@ class Descent:
             "level": self.level,
             "radius": self.radius,
             "taken_back": self.taken_back,
+            "returned": self.returned,
         }
 
     def restore(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
@@ -250,7 +262,7 @@ class Descent:
         for i, mean in enumerate(self.average):
             mean.copy_(tensors[f"average.{i}"])
         self.weight, self.level = plain["weight"], plain["level"]
-        self.radius, self.taken_back = plain["radius"], plain["taken_back"]
+        self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
         self.score.copy_(tensors["score"])
         if "kept.0" in tensors:
             self.kept = [tensors[f"kept.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
