@@ -184,4 +184,4 @@ def _page(cells: list[dict[str, Any]]) -> str:
         if rows:
             out += ["", f"## {title}", "", f"| method | {heads} | iterations | below, nats | bar: reached |"]
             out += ["|---|" + "---:|" * (len(BUDGETS) + 3), *(_row(c) for c in rows)]
-    return "\n".join(out) + "\n"
+    return "\n".join(out) + "\n" + _PAGE.with_stem("optimum_notes").read_text()
