@@ -108,8 +108,8 @@ class Descent:
 
     @torch.no_grad()
     def step(self, regression: Regression | None = None) -> bool:
-        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's last step has lowered
-        the objective: then that one is taken back instead.
+        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's objective has clearly
+        fallen: then the parameters go back to the best so far instead.
 
         Args:
             regression: what the gradients are those of, where that is a regression of the shifts.
