@@ -262,8 +262,9 @@ class Descent:
         for i, mean in enumerate(self.average):
             mean.copy_(tensors[f"average.{i}"])
         self.weight, self.level = plain["weight"], plain["level"]
-        self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
-        self.score.copy_(tensors["score"])
+        if "score" in tensors:  # checkpoints of earlier versions have none of it
+            self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
+            self.score.copy_(tensors["score"])
         if "kept.0" in tensors:
             self.kept = [tensors[f"kept.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
         if self.linear is not None:
