@@ -141,20 +141,18 @@ def longest_residuals(
     Raises:
         NonFiniteError: a derivative that is not finite: that is no growth.
     """
-    derivatives = {"reward": slope, "drift": jacobians.random}
-    derivatives.update((f"running cost at step {j}", cost) for j, cost in enumerate(costs or []))
-    for name, value in derivatives.items():
-        if value is not None and not bool(value.isfinite().all()):
-            rows = nonfinite_rows(value, 1 if value.ndim > slope.ndim else 0)
+    derivatives = {"reward": slope}
+    derivatives.update((f"running cost at step {j}", cost) for j, cost in enumerate(costs or []) if cost is not None)
+    wrong = {name: nonfinite_rows(value) for name, value in derivatives.items()}
+    if not bool(residuals.isfinite().all()):  # by its size alone, perhaps
+        wrong["drift"] = jacobians.nonfinite_rows()
+    for name, rows in wrong.items():
+        if rows:
             raise NonFiniteError(
                 f"gradient of the {name} is not finite in {rows} rows; look for a sqrt or norm at 0.",
                 what="gradient",
                 rows=rows,
             )
-    if jacobians.random is None and not bool(residuals.isfinite().all()):
-        raise NonFiniteError(
-            "gradient of what follows a step is not finite: look at the drift's derivative.", what="gradient"
-        )
     if times is None:
         return None
     chain, ndim = jacobians.chain, len(jacobians.chain.noise_shape)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import apply_scale, apply_scale_transposed
+from ..tensors import apply_scale, apply_scale_transposed, nonfinite_rows
 from .chains import Chain
 from .integrator import RunningCost
 from .paths import Paths
@@ -30,48 +30,33 @@ from .shifts import shifts_along
 __all__ = ["StepJacobians", "lean_targets", "own_noise", "running_cost_gradients", "with_a_first_slope"]
 
 
-_MOST_DENSE = 32  # largest state whose Jacobians are kept as matrices
 _MOST_FITTED = 256  # largest state whose closed loop is fitted
 
 
 class StepJacobians:
     """Transposed Jacobians of the chain's steps at the states of stored paths, at fixed shifts.
 
-    Known matrices where the chain is linear; else matrices ``(K, batch, d, d)`` by d backward passes through the drift at all
-    stored states at once, for states up to 32; else the graphs of all kernels are kept, and products taken step by step.
+    Known matrices where the chain is linear. Else the graph of every step's kernel is kept, of its own leaf, and products are taken: one pass backwards
+    for an adjoint through all steps, whatever the dimension, where matrices would take one for each coordinate.
     """
 
     def __init__(self, paths: Paths) -> None:
         chain = paths.chain
         self.paths, self.chain, self.ndim = paths, chain, chain.event_ndim
         self.first, self.count = paths.first, paths.last - paths.first
-        self.random: Tensor | None = None  # of x_{k+1}, the noise included
-        self.mean: Tensor | None = None  # of mean_k + scale_k c_k
+        self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
         self.moving = False  # whether the scale depends on x
         states = paths.states[:-1]
         known = [chain.mean_matrix(self.first + j) for j in range(self.count)]
         if all(m is not None for m in known):
-            self.mean = self.random = torch.stack([m for m in known if m is not None]).unsqueeze(1)
+            self.matrices = torch.stack([m for m in known if m is not None])
             with torch.no_grad():
                 self.scales = [chain.kernel(self.first + j, x, paths.condition)[1] for j, x in enumerate(states)]
             return
-        dense = len(chain.event_shape) == 1 and chain.event_shape[0] <= _MOST_DENSE
         with torch.enable_grad():
-            if dense:
-                self._take_matrices(states.detach().requires_grad_(True))
-            else:
-                self._keep_graphs(states)
+            self._keep_graphs(states)
         self.scales = [scale.detach() for scale in self.scales]
         chain.forget()
-
-    def _take_matrices(self, leaves: Tensor) -> None:
-        means, self.scales = self.chain.kernels(leaves, self.paths.condition, self.first)
-        self.moving = any(scale.requires_grad for scale in self.scales)
-        shifted = [self._shifted(j, mean) for j, mean in enumerate(means)] if self.moving else []
-        mean = torch.stack([m for m, _ in shifted]) if self.moving else means
-        self.mean = self.random = self._matrices(mean, leaves)
-        if self.moving:
-            self.random = self._matrices(torch.stack([r for _, r in shifted]), leaves)
 
     def _keep_graphs(self, states: Tensor) -> None:
         """One graph a step, each of its own leaf: a product with one of them must not run through the others."""
@@ -90,14 +75,6 @@ class StepJacobians:
         mean = mean + apply_scale(self.scales[j], self.paths.shifts[j].detach(), self.ndim)
         return mean, mean + apply_scale(self.scales[j], self.paths.noises[j], self.ndim)
 
-    @staticmethod
-    def _matrices(outputs: Tensor, leaves: Tensor) -> Tensor:
-        rows = [
-            torch.autograd.grad(outputs[..., i].sum(), leaves, retain_graph=True)[0]
-            for i in range(outputs.shape[-1])
-        ]
-        return torch.stack(rows, 2)  # (K, batch, d, d): d out_i / d x_j
-
     def scale_transposed(self, j: int, v: Tensor) -> Tensor:
         """``scale_j^T v``."""
         return apply_scale_transposed(self.scales[j].detach(), v, self.ndim)
@@ -111,10 +88,8 @@ class StepJacobians:
 
         Where the scale depends on x the two Jacobians differ: z is linear in the noise, and times the noise it would have a mean.
         """
-        if self.mean is not None and self.random is not None:
-            if z is None or self.random is self.mean:
-                return _rows_times(a if z is None else a - z, self.random[j])
-            return _rows_times(a, self.random[j]) - _rows_times(z, self.mean[j])
+        if self.matrices is not None:
+            return (a if z is None else a - z) @ self.matrices[j]
         mean, random = self.outputs
         if z is None or not self.moving:
             pairs = [(random, a if z is None else a - z)]
@@ -125,9 +100,19 @@ class StepJacobians:
 
     def mean_products(self, v: Tensor) -> Tensor:
         """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once, v ``(K, batch, *event)``."""
-        if self.mean is not None:
-            return v @ self.mean.squeeze(1) if self.mean.shape[1] == 1 else (v.unsqueeze(2) @ self.mean).squeeze(2)
-        return torch.stack(torch.autograd.grad(self.outputs[0], self.leaves, list(v.unbind(0)), retain_graph=True))
+        if self.matrices is not None:
+            return v @ self.matrices
+        return self._products(self.outputs[0], v)
+
+    def _products(self, outputs: tuple[Tensor, ...], v: Tensor) -> Tensor:
+        return torch.stack(torch.autograd.grad(outputs, self.leaves, list(v.unbind(0)), retain_graph=True))
+
+    def nonfinite_rows(self) -> int:
+        """In how many paths a derivative of some step is not finite: the products with ones say it of all its entries at once."""
+        if self.matrices is not None:
+            return 0
+        ones = torch.ones_like(self.paths.states[1:])
+        return nonfinite_rows(self._products(self.outputs[1], ones), 1)
 
     def fitted_moves(self) -> Tensor | None:
         """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
@@ -150,11 +135,6 @@ class StepJacobians:
                 ratio = self.chain.step_sizes[self.first + j] / self.chain.step_sizes[self.first + j + 1]
                 slopes[j] = slopes[j + 1] * ratio
         return slopes.to(self.paths.states.dtype)
-
-
-def _rows_times(v: Tensor, matrix: Tensor) -> Tensor:
-    """Rows ``(batch, d)`` times one matrix ``(1, d, d)`` or one each."""
-    return v @ matrix[0] if matrix.shape[0] == 1 else (v.unsqueeze(1) @ matrix).squeeze(1)
 
 
 def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tensor, condition: Any) -> Tensor:
