@@ -113,6 +113,8 @@ class Method:
     estimates: ClassVar[str | None] = None
     #: decay of the average of the parameters over iterations
     averaging: ClassVar[float] = 0.99
+    #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
+    cools: ClassVar[bool] = False
     #: whether a target made of backward kernels (annealed Langevin) will do: "yes"; "no"; "fixed": if the control has no part in them
     backward: ClassVar[str] = "no"
 

@@ -54,6 +54,7 @@ class LogVariance(Method):
             the whole batch. ``batch_size`` must be a multiple of it.
     """
 
+    cools: ClassVar[bool] = True
     backward: ClassVar[str] = "yes"
     loss: str = "variance"
     paths: Any = "current"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class PathConsistency(Method):
         replay: keep the last so many batches and learn from a random part of all of them, of a batch's size (off-policy);
             0: from each batch once.
     """
+
+    cools: ClassVar[bool] = True
 
     n: int | str = "all"
     paths: Any = "current"

@@ -31,6 +31,7 @@ class Reinforce(Method):
         steps: use so many randomly drawn steps of every path's sum (unbiased); None: all.
     """
 
+    cools: ClassVar[bool] = True
     backward: ClassVar[str] = "yes"
     baseline: str = "batch"
     steps: int | None = None

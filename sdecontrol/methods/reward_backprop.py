@@ -39,6 +39,7 @@ class RewardBackprop(Method):
             Both replace sums over steps by integrals, need scheme="euler", and are slower than "adjoint".
     """
 
+    cools: ClassVar[bool] = True
     backward: ClassVar[str] = "yes"
     gradient: str | int = "full"
 

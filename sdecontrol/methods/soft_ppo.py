@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class SoftPPO(Method):
         steps: use so many randomly drawn steps of each path in every optimiser step (unbiased); None: all.
     """
 
+    cools: ClassVar[bool] = True
     clip: float = 0.2
     epochs: int = 4
     minibatches: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any
@@ -209,6 +210,14 @@ class ControlProblem:
         return gradient is not None
 
     # ---------------------------------------------------------------- what the rest of the package asks
+
+    def at_temperature(self, alpha: float) -> ControlProblem:
+        """The same problem with another alpha, on the same chains."""
+        if alpha == self.alpha:
+            return self
+        other = copy.copy(self)
+        other.alpha = as_float("alpha", alpha, positive=True)
+        return other
 
     @property
     def event_shape(self) -> torch.Size:

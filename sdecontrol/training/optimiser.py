@@ -45,7 +45,7 @@ class Pace:
         if self.decay_from is not None:
             return
         done = i + 1
-        if done % 50 == 0 and done >= 2 * self.window:
+        if done % 50 == 0 and len(scores) >= 2 * self.window:
             new = torch.tensor(scores[-self.window :], dtype=torch.float64)
             old = torch.tensor(scores[-2 * self.window : -self.window], dtype=torch.float64)
             noise = math.sqrt(float(new.var() + old.var()) / self.window)

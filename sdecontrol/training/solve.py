@@ -23,6 +23,7 @@ from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
+from .cooling import Cooling
 from .least_squares import LinearSteps
 from .optimiser import Descent, Pace
 from .progress import ProgressBar
@@ -43,6 +44,7 @@ def solve(
     learning_rate: float | None = None,
     optimizer: Any = None,
     accumulate: int = 1,
+    cooling: bool = True,
     tolerance: float | None = None,
     budget: str | float | None = None,
     checkpoint_dir: Any = None,
@@ -65,6 +67,8 @@ def solve(
         control: your own nn.Module ``(x, t) -> (batch, m)`` (a copy of it is trained); None: a copy of the pre-trained
             model if it is trainable, else the default network.
         learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
+        cooling: train at higher temperatures first, where the method gains from it (``Method.cools``), the reward spreads over many nats, and no control
+            of your own is given; a quarter of the run at most. False: at the problem's own from the first iteration.
         tolerance: stop once the gap is reliable and below this.
         budget: seconds, or "300s", "5m": stop there; the result is then marked as not reproducible.
         checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with ``resume=True`` go
@@ -98,6 +102,7 @@ def solve(
         control,
         learning_rate,
         optimizer,
+        cooling,
         tolerance,
         _seconds(budget),
         checkpoint_dir,
@@ -168,6 +173,7 @@ class _Trainer:
         control: nn.Module | None,
         learning_rate: float | None,
         optimizer: Any,
+        cooling: bool,
         tolerance: float | None,
         budget: float | None,
         checkpoint_dir: Any,
@@ -207,6 +213,8 @@ class _Trainer:
         self.pace = Pace(most, adaptive=iterations is None and budget is None and not method.steady)
         if self.by_time:
             self.pace.decay_from = None
+        # a control that is given may be near its optimum already; backward kernels say what a whole reward is
+        self.cooling = Cooling(cooling and method.cools and control is None and not problem.backward)
         self.history: list[dict[str, float]] = []
         self.done = 0
         self.out_of_time = False
@@ -253,6 +261,7 @@ class _Trainer:
                 "identity": self.identity,
                 "done": self.done,
                 "pace": self.pace.state(),
+                "cooling": self.cooling.state(),
                 "optimizer": plain,
                 "history": self.history,
                 "problem": self.fingerprint,
@@ -276,6 +285,7 @@ class _Trainer:
         )
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
+        self.cooling.restore(saved.get("cooling", Cooling(False).state()))  # earlier versions did not cool
         self.history, self.done = saved["history"], saved["done"]
         self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 
@@ -311,17 +321,33 @@ class _Trainer:
         self.run.iteration = self.done
         self.whole = False
         self.descent.begin(self.pace.factor(self.done, elapsed))
+        cooling = self.cooling.active
+        self.run.problem = self.problem.at_temperature(self.problem.alpha / self.cooling.strength)
         metrics = self.method.step(self.state, self.run)
+        if cooling:
+            self._cool(metrics, elapsed)
         metrics["gradient_norm"] = self.descent.norm
         if self.method.residual:
             metrics["taken_back"] = float(self.descent.taken_back)
         self.history.append(metrics)
-        self.pace.observe(self.done, [self._score(m) for m in self.history[-2 * self.pace.window :]])
+        if not cooling:
+            first = max(self.cooling.ended, len(self.history) - 2 * self.pace.window)
+            self.pace.observe(self.done, [self._score(m) for m in self.history[first:]])
         self.done += 1
         self.whole = True
         self._notify("on_step_end")
         if self.checkpoints is not None and self.done % self.checkpoint_every == 0:
             self._save()
+
+    def _cool(self, metrics: dict[str, float], elapsed: float) -> None:
+        """Lower the temperature, and let the metrics of the iteration be those of the problem's own."""
+        alpha, paths = self.problem.alpha, self.run.batch_size * self.run.accumulate
+        spread = metrics["objective_stderr"] * math.sqrt(paths) / alpha
+        metrics["temperature"] = alpha / self.cooling.strength
+        metrics["objective"] = metrics["reward"] - metrics["running_cost"] - alpha * metrics["kl"]
+        self.cooling.observe(spread, max(elapsed, (self.done + 1) / self.pace.last))
+        if self.cooling.ended == 1:  # gradients are as much larger as the reward is
+            self.descent.level = None
 
     def _score(self, metrics: dict[str, float]) -> float:
         return -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else metrics["objective"]
