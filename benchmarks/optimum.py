@@ -1,6 +1,6 @@
-"""What every training method needs to come to the optimum, on a linear-quadratic chain and on one of a tuned mixture.
+"""What every training method needs to come to the optimum, on a linear-quadratic chain and on two of tuned mixtures.
 
-The error is ``E int |u - u*|^2 / E int |u*|^2`` on paths of u*, the best mean-shift control of the *chain*, which is known for both: in closed form,
+The error is ``E int |u - u*|^2 / E int |u*|^2`` on paths of u*, the best mean-shift control of the *chain*, which is known for all: in closed form,
 and by dynamic programming on a grid. Each finished cell is a JSON file under ``benchmarks/results/optimum/``; a cell that exists is not run again.
 """
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "optimum"
 _PAGE = Path(__file__).parents[1] / "docs" / "optimum.md"
 BUDGETS = (10.0, 60.0)
 _GRADIENT, _OTHER = 5e-3, 2e-2  # the bars
-_STEPS = {"linear-quadratic": 20, "mixture": 50}
+_STEPS = {"linear-quadratic": 20, "overlapping-mixture": 50, "mixture": 50}
 
 METHODS: dict[str, sc.Method] = {
     "adjoint-matching": sc.AdjointMatching(),
@@ -49,7 +49,7 @@ METHODS: dict[str, sc.Method] = {
 
 
 def problem_of(name: str) -> sc.ControlProblem:
-    """Four coupled coordinates with a running cost; or two modes in one dimension, of which the reward prefers one."""
+    """Four coupled coordinates with a running cost; or two modes in one dimension, which overlap or not, of which the reward prefers one."""
     generator = torch.Generator().manual_seed(5)
     if name == "linear-quadratic":
         A = torch.randn(4, 4, generator=generator) / 2 - torch.eye(4)
@@ -60,7 +60,8 @@ def problem_of(name: str) -> sc.ControlProblem:
             running_cost=sc.QuadraticCost(0.5 * torch.eye(4)),
             alpha=0.8,
         )
-    law = sc.GaussianMixture(torch.tensor([0.6, 0.4]), torch.tensor([[-1.5], [1.5]]), 0.1)
+    place, variance = (1.0, 0.5) if name == "overlapping-mixture" else (1.5, 0.1)
+    law = sc.GaussianMixture(torch.tensor([0.6, 0.4]), torch.tensor([[-place], [place]]), variance)
     start = sc.Gaussian(torch.zeros(1), torch.ones(1))
     reward = sc.Quadratic(0.3 * torch.eye(1), torch.ones(1))
     return sc.ControlProblem(sc.generative_sde(law, sc.VP(), shape=(1,)), start, reward=reward, alpha=0.7)
@@ -105,13 +106,13 @@ def run_cell(name: str, label: str) -> dict[str, Any]:
 
 
 def optimum(
-    problem: Annotated[list[str] | None, typer.Option(help="linear-quadratic or mixture; both if not given.")] = None,
+    problem: Annotated[list[str] | None, typer.Option(help="linear-quadratic, overlapping-mixture or mixture; all if not given.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     page: Annotated[bool, typer.Option("--page", help="Only write docs/optimum.md from what is there.")] = False,
 ) -> None:
-    """The optimum: what every training method needs to reach it, on two chains whose optimum is exact.
+    """The optimum: what every training method needs to reach it, on three chains whose optimum is exact.
 
     Example:  OMP_NUM_THREADS=1 python -m benchmarks optimum --problem mixture --method socm
     """
@@ -164,14 +165,15 @@ def _row(cell: dict[str, Any]) -> str:
 def _page(cells: list[dict[str, Any]]) -> str:
     titles = {
         "linear-quadratic": "A linear-quadratic chain: 4 coupled coordinates, running cost, 20 steps",
-        "mixture": "A tuned mixture: two modes in one dimension, quadratic reward, 50 Euler steps",
+        "overlapping-mixture": "A tuned mixture: two overlapping modes in one dimension (at -1 and 1, variance 0.5), quadratic reward, 50 Euler steps",
+        "mixture": "Modes far apart: at -1.5 and 1.5, variance 0.1, the rest the same",
     }
     out = [
         "# To the optimum",
         "",
         "Written by `OMP_NUM_THREADS=1 python -m benchmarks optimum` from the cells in `benchmarks/results/optimum/` (`--page`: only the page).",
         "",
-        "Every training method on two chains whose best mean-shift control u* is exact: in closed form, and by dynamic programming on a grid. The error is "
+        "Every training method on three chains whose best mean-shift control u* is exact: in closed form, and by dynamic programming on a grid. The error is "
         "`E int |u - u*|^2 / E int |u*|^2` on paths of u*, default settings and network, one seed, one thread; a budget is tried when the one before has not "
         "reached the bar: 0.005 for methods with gradients, 0.02 for others. *below*: nats that the ELBO is below that of u*. Methods whose fixed point is not "
         "u* are O(h) from it: forward-KL ones (cross-entropy, weighted maximum likelihood, bridge and particle matching, SOCM's weights) stop at the mean shift of "

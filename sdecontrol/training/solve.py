@@ -214,7 +214,8 @@ class _Trainer:
         if self.by_time:
             self.pace.decay_from = None
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
-        self.cooling = Cooling(cooling and method.cools and control is None and not problem.backward)
+        self.wants_cooling = bool(cooling)
+        self.cooling = Cooling(self.wants_cooling and method.cools and control is None and not problem.backward)
         self.history: list[dict[str, float]] = []
         self.done = 0
         self.out_of_time = False
@@ -234,6 +235,7 @@ class _Trainer:
             "seed": self.seed,
             "batch_size": self.run.batch_size,
             "accumulate": self.run.accumulate,
+            "cooling": self.wants_cooling,
         }
 
     def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -271,9 +273,10 @@ class _Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
-            if saved["identity"].get(name) != value:
+            found = saved["identity"].get(name, value)  # earlier versions had no cooling
+            if found != value:
                 raise ValueError(
-                    f"this run has {name}={value!r}, the checkpoint {saved['identity'].get(name)!r}; resume with "
+                    f"this run has {name}={value!r}, the checkpoint {found!r}; resume with "
                     "the same arguments, or use another checkpoint_dir."
                 )
         prefix = "state."
