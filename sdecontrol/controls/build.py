@@ -19,6 +19,7 @@ from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
 from ..simulation.chains import Chain, JoinedChain
 from ..simulation.diffusion import DiffusionChain
+from ..simulation.paths import Paths
 from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
 from .given import GivenControl, ZeroControl, given_control
@@ -31,6 +32,8 @@ from .tuned import TunedControl, has_trainable_model
 __all__ = ["build_control", "control_from_configuration", "control_kind", "corrected"]
 
 _PILOT_PATHS = 256
+_LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
+_STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
 
 
 def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0) -> Control:
@@ -113,6 +116,20 @@ def _reward_gradient(problem: ControlProblem) -> Any:
     return finite_gradient
 
 
+def _gate_scale(problem: ControlProblem, pilot: Paths) -> float:
+    """1 over how many times the reward's usual slope, ``|grad r| / alpha`` on the reference's paths, exceeds ``_STEEP``; 1 where it does not.
+
+    A step of Adam changes the gate by the learning rate, and the control by that times the slope: where that is hundreds, paths are thrown to where it
+    is thousands, and training diverges within a few steps. What the gate can represent stays the same.
+    """
+    steps = sorted({round(i * (len(pilot.states) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)})
+    rows = slice(0, _LOOKED_AT)
+    x = pilot.states[steps, rows].flatten(0, 1)
+    y = None if pilot.condition is None else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
+    slope = float(_reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
+    return min(1.0, _STEEP / max(slope, 1e-300))
+
+
 def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float], float]]:
     """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades before the end.
 
@@ -191,11 +208,14 @@ def _network(
         options = _condition_parts(problem)
     if normalise:
         with torch.no_grad():
-            states = simulate_chain(problem, problem.chain(*_key(problem, chain)), _PILOT_PATHS, seed=seed).states
+            pilot = simulate_chain(problem, problem.chain(*_key(problem, chain)), _PILOT_PATHS, seed=seed)
+            states = pilot.states
             flat = states.flatten(0, 1)
             centre, spread = flat.mean(0), flat.std(0)
             spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
             options.update(centre=centre, spread=spread)
+            if gated and not isinstance(problem, GibbsProblem):
+                options.update(gate_scale=_gate_scale(problem, pilot))
             if isinstance(denoiser, MixtureControl):
                 ends = denoiser.ends(_PILOT_PATHS, seed)
                 options.update(data_centre=ends.mean(0).flatten(), data_spread=ends.std(0).flatten().clamp(min=1e-12))
@@ -301,6 +321,7 @@ def control_from_configuration(
             hidden=kind["hidden"],
             condition_size=kind["condition_size"],
             classes=kind["classes"],
+            gate_scale=kind.get("gate_scale", 1.0),
             **({"denoised": kind.get("denoised", False)} if isinstance(problem.reference, GenerativeSDE) else {}),
         )
     if given is None:

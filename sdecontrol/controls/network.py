@@ -82,6 +82,7 @@ class DefaultControl(Control):
         centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
         condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
         hidden: widths of the hidden layers.
+        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a step on what else it has.
         affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
             since it is folded into the affine path.
         nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
@@ -107,6 +108,7 @@ class DefaultControl(Control):
         classes: int = 0,
         generator: torch.Generator | None = None,
         affine_pull: tuple[Tensor, Tensor] | None = None,
+        gate_scale: float = 1.0,
         nonlinear: bool = False,
         denoiser: Denoiser | None = None,
         data_centre: Tensor | None = None,
@@ -137,6 +139,7 @@ class DefaultControl(Control):
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
         self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
         self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
+        self.gate_scale = gate_scale
         self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward_gradient is not None else None
         self.nonlinear = nonlinear and n == m and n <= _MOST_BUMPED
         self.bent = nn.Parameter(torch.zeros(_FEATURES, m, _BUMPS)) if self.nonlinear else None
@@ -154,6 +157,7 @@ class DefaultControl(Control):
             "condition_size": self.condition_size,
             "classes": self.classes,
             "gate": self.gate is not None,
+            "gate_scale": self.gate_scale,
             "nonlinear": self.nonlinear,
             "denoised": self.denoiser is not None,
         }
@@ -180,7 +184,7 @@ class DefaultControl(Control):
         )
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
-        gate = phi @ self.gate if self.gate is not None else t.new_zeros(len(t), 1)
+        gate = phi @ self.gate * self.gate_scale if self.gate is not None else t.new_zeros(len(t), 1)
         if self.pull is not None and self.push is not None and self.gate is not None:
             affine = affine + gate.unsqueeze(2) * self.pull
             offset = offset + gate * self.push
@@ -354,7 +358,7 @@ class NetworkLinearPart(LinearPart):
         if control.nonlinear:
             parts.append(bumps(normal))
         if self.gated:
-            parts.append(control._pull_along(chain, states, y, 0).unsqueeze(3))
+            parts.append(control.gate_scale * control._pull_along(chain, states, y, 0).unsqueeze(3))
         own = torch.cat(parts, 3) if parts else None
         modulated = torch.cat((torch.ones_like(normal[..., :1]), normal), 2)
         return control._features(chain.times[:-1]), modulated, hidden, own

@@ -79,6 +79,10 @@ class SMC(Method):
     def averaging(self) -> float:  # type: ignore[override]
         return (self.proposal if isinstance(self.proposal, Method) else Method).averaging
 
+    @property
+    def cools(self) -> bool:  # type: ignore[override]
+        return isinstance(self.proposal, Method) and self.proposal.cools
+
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
         if isinstance(self.proposal, Method):
