@@ -106,7 +106,9 @@ def run_cell(name: str, label: str) -> dict[str, Any]:
 
 
 def optimum(
-    problem: Annotated[list[str] | None, typer.Option(help="linear-quadratic, overlapping-mixture or mixture; all if not given.")] = None,
+    problem: Annotated[
+        list[str] | None, typer.Option(help="linear-quadratic, overlapping-mixture or mixture; all if not given.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,

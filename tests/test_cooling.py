@@ -103,7 +103,9 @@ def test_nothing_cools_unasked():
     """Regressions do not need it, a control that is given may be near its optimum, and ``cooling=False`` says no."""
     problem = steep()
     assert not temperatures(sc.solve(problem, sc.AdjointMatching(), iterations=3, **QUICK))
-    assert not temperatures(sc.solve(problem, sc.LogVariance(), iterations=3, control=SmallControl(2, 2, dtype=torch.float32), **QUICK))
+    assert not temperatures(
+        sc.solve(problem, sc.LogVariance(), iterations=3, control=SmallControl(2, 2, dtype=torch.float32), **QUICK)
+    )
     assert not temperatures(sc.solve(problem, sc.LogVariance(), iterations=3, cooling=False, **QUICK))
     annealed = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, reference="annealed", scale=1.0)
     assert not temperatures(sc.solve(annealed, sc.LogVariance(), iterations=3, **QUICK))

@@ -125,7 +125,11 @@ def _gate_scale(problem: ControlProblem, pilot: Paths) -> float:
     steps = sorted({round(i * (len(pilot.states) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)})
     rows = slice(0, _LOOKED_AT)
     x = pilot.states[steps, rows].flatten(0, 1)
-    y = None if pilot.condition is None else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
+    y = (
+        None
+        if pilot.condition is None
+        else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
+    )
     slope = float(_reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
     return min(1.0, _STEEP / max(slope, 1e-300))
 
