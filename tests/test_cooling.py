@@ -152,6 +152,23 @@ def test_a_plateau_is_looked_for_after_cooling_only(monkeypatch):
     assert seen[0] == (cooled, 1) and max(n for _, n in seen) == 2 * _Halves.window
 
 
+def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):
+    """The first iteration's reward is a thousandth: its gradient is no measure of what is usual."""
+    from sdecontrol.training.optimiser import Descent
+
+    sizes, clip = [], Descent._clip
+
+    def seen(self, gradients):
+        before = torch.nn.utils.get_total_norm(gradients)
+        clip(self, gradients)
+        sizes.append((float(before), float(torch.nn.utils.get_total_norm(gradients))))
+
+    monkeypatch.setattr(Descent, "_clip", seen)
+    mild = random_lq(2, seed=1, dtype=torch.float32)
+    sc.solve(mild, sc.Reinforce(), iterations=20, **QUICK)
+    assert sizes[1][0] > 10 * sizes[0][0] and sizes[1][1] == sizes[1][0]
+
+
 @pytest.mark.slow
 def test_cooling_pays_where_the_reward_is_steep():
     """ou-quadratic-hard, 150 iterations of log-variance: control error with and without (measured 0.007 and 0.038)."""
