@@ -75,3 +75,9 @@ def test_training_on_a_steep_reward_goes_up_and_not_away(method):
     objectives = [h["objective"] for h in solution.history]
     assert max(h["kl"] for h in solution.history) < 1e5
     assert sum(objectives[-5:]) / 5 > objectives[0] + 100
+
+
+def test_least_squares_has_the_gate_as_it_is():
+    """Its damping is relative to each feature; a scale let single paths of tuned mixtures go astray."""
+    solution = sc.solve(problem_of(200.0), sc.AdjointMatching(), iterations=2, **QUICK)
+    assert solution.control.gate_scale == 1.0
