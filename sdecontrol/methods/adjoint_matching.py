@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.build import build_control
+from ..controls.network import DefaultControl
 from ..errors import unknown_name
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
@@ -37,6 +38,9 @@ class _State(RegressionState):
 
     def __init__(self, run: Run) -> None:
         super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed), run.chain)
+        for part in self.control.modules() if self.least_squares else ():
+            if isinstance(part, DefaultControl):  # least squares is damped relative to each feature; with a scale single paths went astray
+                part.gate_scale = 1.0
         self.sizes: Tensor
         self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0, _UNKNOWN]))
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..controls.base import Control
-from ..controls.network import DefaultControl
 from ..errors import NonFiniteError
 from ..problems.problem import ControlProblem
 from ..simulation.chains import Chain
@@ -34,9 +33,6 @@ class RegressionState(ControlState):
         self.register_buffer("residuals", chain.times.new_zeros(chain.steps))
         self.register_buffer("calm", torch.zeros((), dtype=torch.long))  # iterations since a step was taken back
         self.least_squares = bool(control.linear_parts())
-        for part in control.modules() if self.least_squares else ():
-            if isinstance(part, DefaultControl):  # least squares is damped relative to each feature: it needs no scale, and with one lets paths go astray
-                part.gate_scale = 1.0
 
     def step_weights(self) -> Tensor:
         """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares has them.
