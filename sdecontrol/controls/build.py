@@ -36,8 +36,13 @@ _LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is l
 _STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
 
 
-def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0) -> Control:
+def build_control(
+    problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_gate: bool = True
+) -> Control:
     """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default network.
+
+    Args:
+        scale_gate: whether the default network's gate is scaled down where the reward is steep (at the price of 256 looks at its gradient).
 
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
@@ -48,7 +53,7 @@ def build_control(problem: ControlProblem, chain: Chain, control: Any = None, *,
     elif has_trainable_model(problem.reference):
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     else:
-        main = _network(problem, main_chain, derive_seed(seed, 11), normalise=True)
+        main = _network(problem, main_chain, derive_seed(seed, 11), normalise=True, scale_gate=scale_gate)
     if not isinstance(chain, JoinedChain) or isinstance(main, StartedControl):
         return main
     return StartedControl(_start_network(problem, derive_seed(seed, 12)), main)
@@ -199,6 +204,7 @@ def _network(
     seed: int,
     normalise: bool,
     denoiser: GenerativeSDE | MixtureControl | None = None,
+    scale_gate: bool = True,
     **options: Any,
 ) -> DefaultControl:
     sde = problem.reference
@@ -218,7 +224,7 @@ def _network(
             centre, spread = flat.mean(0), flat.std(0)
             spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
             options.update(centre=centre, spread=spread)
-            if gated and not isinstance(problem, GibbsProblem):
+            if gated and scale_gate and not isinstance(problem, GibbsProblem):
                 options.update(gate_scale=_gate_scale(problem, pilot))
             if isinstance(denoiser, MixtureControl):
                 ends = denoiser.ends(_PILOT_PATHS, seed)

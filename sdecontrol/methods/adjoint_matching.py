@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.build import build_control
-from ..controls.network import DefaultControl
 from ..errors import unknown_name
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
@@ -37,10 +36,9 @@ class _State(RegressionState):
     guess at it, looked at now and then, whether that guess will do."""
 
     def __init__(self, run: Run) -> None:
-        super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed), run.chain)
-        for part in self.control.modules() if self.least_squares else ():
-            if isinstance(part, DefaultControl):  # least squares is damped relative to each feature; with a scale single paths went astray
-                part.gate_scale = 1.0
+        # least squares is damped relative to each feature; with a scaled gate single paths went astray
+        control = build_control(run.problem, run.chain, run.control, seed=run.seed, scale_gate=False)
+        super().__init__(control, run.chain)
         self.sizes: Tensor
         self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0, _UNKNOWN]))
 
