@@ -16,24 +16,35 @@ import typer
 from torch import Tensor, nn
 
 import sdecontrol as sc
+from sdecontrol.controls.guidance import ValueControl, value_network
+from sdecontrol.controls.values import learned_value
 from sdecontrol.library.problems import problem_card
 from sdecontrol.methods.base import Run, parameters_of
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 PAGE = Path(__file__).parents[1] / "docs" / "iteration_cost.md"
 
-METHODS: dict[str, sc.Method] = {
-    "reward-backprop": sc.RewardBackprop(),
-    "adjoint-matching": sc.AdjointMatching(),
-    "adjoint-matching, plain": sc.AdjointMatching(zero_variance=False),
-    "socm, full M": sc.SOCM(matrices="full"),
-    "socm, closed loop": sc.SOCM(),
-    "log-variance": sc.LogVariance(),
-    "log-variance, 5 of 50 steps": sc.LogVariance(steps=5),
-    "cross-entropy": sc.CrossEntropy(trust_region=1.0),
-    "reward-weighted-mle": sc.RewardWeightedMLE(),
-    "reinforce": sc.Reinforce(),
-    "path-consistency, n=all": sc.PathConsistency(n="all"),
+
+# What an iteration must call, in units of `_calls`: "roll" K calls of the control on the batch, without a graph; "learn" one on all K B states and its backward
+# pass; "product" a vector-Jacobian product by the states, on the graph of "learn"; "through" K calls with their graph, and backward through all of them;
+# "value look", "value learn": the same of the method's value network; "value roll" K gradients of it.
+METHODS: dict[str, tuple[sc.Method, dict[str, float]]] = {
+    "reward-backprop": (sc.RewardBackprop(), {"through": 1}),
+    "adjoint-matching": (sc.AdjointMatching(), {"roll": 1, "learn": 1, "product": 1}),
+    "adjoint-matching, plain": (sc.AdjointMatching(zero_variance=False), {"roll": 1, "learn": 1}),
+    "socm, full M": (sc.SOCM(matrices="full"), {"roll": 1, "learn": 1}),
+    "socm, closed loop": (sc.SOCM(), {"roll": 1, "learn": 1}),
+    "log-variance": (sc.LogVariance(), {"roll": 1, "learn": 1}),
+    "log-variance, 5 of 50 steps": (sc.LogVariance(steps=5), {"roll": 1, "learn": 0.1}),
+    "cross-entropy": (sc.CrossEntropy(trust_region=1.0), {"roll": 1, "learn": 1}),
+    "reward-weighted-mle": (sc.RewardWeightedMLE(roll_in="none"), {"learn": 1}),
+    "reinforce": (sc.Reinforce(), {"roll": 1, "learn": 1}),
+    "path-consistency, n=all": (sc.PathConsistency(n="all"), {"roll": 1, "learn": 1}),
+    "path-consistency, n=1": (sc.PathConsistency(n=1), {"roll": 1, "learn": 1, "value learn": 1}),
+    "soft-ppo, 4 epochs": (sc.SoftPPO(), {"roll": 1, "learn": 4, "value look": 1, "value learn": 1}),
+    "soft-ppo, per-time baseline": (sc.SoftPPO(baseline="per-time"), {"roll": 1, "learn": 4}),
+    "value guidance, monte-carlo": (sc.ValueGuidance("monte-carlo"), {"value roll": 1, "value learn": 1}),
+    "value guidance, soft-q": (sc.ValueGuidance("soft-q"), {"value roll": 1, "value look": 1, "value learn": 1}),
 }
 
 
@@ -50,18 +61,71 @@ class Network(nn.Module):
         return self.layers(torch.cat((x, t.unsqueeze(1)), 1))
 
 
-def _floor(network: nn.Module, batch: int, steps: int, dim: int) -> Callable[[], None]:
-    """What every regression on stored paths must do: K calls without graph, then one call on all states and its backward pass."""
+def _calls(problem: sc.ControlProblem, network: nn.Module, batch: int, steps: int) -> dict[str, Callable[[], None]]:
+    """The network calls that iterations are made of."""
+    dim = problem.event_shape[0]
     x, t = torch.randn(batch, dim), torch.zeros(batch)
-    whole, times = x.repeat(steps, 1), t.repeat(steps)
+    states, times = torch.randn(steps, batch, dim), problem.chain(steps).times[:-1]
+    whole, clock = states.flatten(0, 1), t.repeat(steps)
+    chain = problem.chain(steps)
+    value = learned_value(problem, chain, 0)
+    guided = value_network(problem, chain, 0)
+    guide = ValueControl(guided, problem, chain).on_chain(chain)
 
-    def act() -> None:
+    def roll() -> None:
         with torch.no_grad():
             for _ in range(steps):
                 network(x, t)
-        network(whole, times).square().sum().backward()
 
-    return act
+    def value_roll() -> None:
+        with torch.no_grad():
+            for k in range(steps):
+                guide(k, x, None)
+
+    def learn(share: float = 1.0) -> None:
+        rows = round(share * len(whole))
+        network(whole[:rows], clock[:rows]).square().sum().backward()
+
+    def product() -> None:  # less what "learn" has already
+        leaf = whole.clone().requires_grad_(True)
+        torch.autograd.grad(network(leaf, clock), leaf, ones)
+
+    def forward() -> None:
+        network(whole.clone().requires_grad_(True), clock)
+
+    def through() -> None:
+        here, total = x, x.new_zeros(())
+        for _ in range(steps):
+            here = network(here, t)
+            total = total + here.sum()
+        total.backward()
+
+    def value_look() -> None:
+        with torch.no_grad():
+            value.along(states, times, None)
+
+    def value_learn() -> None:
+        value.along(states, times, None).square().sum().backward()
+
+    ones = torch.ones(len(whole), problem.control_shape[0])
+    return {
+        "roll": roll,
+        "learn": learn,
+        "learn, a tenth": lambda: learn(0.1),
+        "product and forward": product,
+        "forward": forward,
+        "through": through,
+        "value roll": value_roll,
+        "value look": value_look,
+        "value learn": value_learn,
+    }
+
+
+def _must(seconds: dict[str, list[float]], counts: dict[str, float], round_: int) -> float:
+    """CPU-seconds of the calls that an iteration must make, in one round."""
+    at = {name: values[round_] for name, values in seconds.items()}
+    at["product"] = max(0.0, at["product and forward"] - at["forward"])
+    return sum(at["learn, a tenth"] if (name, n) == ("learn", 0.1) else n * at[name] for name, n in counts.items())
 
 
 def _iteration(problem: sc.ControlProblem, method: sc.Method, steps: int, batch: int) -> Callable[[], None]:
@@ -69,7 +133,7 @@ def _iteration(problem: sc.ControlProblem, method: sc.Method, steps: int, batch:
     control = Network(problem.event_shape[0], problem.control_shape[0])
     run = Run(problem, problem.chain(steps), batch, 1, 0, control)
     state = method.setup(run)
-    optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4)
+    optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4, fused=True)
 
     def descend(*_: Any) -> bool:
         optimizer.step()
@@ -95,6 +159,18 @@ def _quadratic(dim: int) -> sc.ControlProblem:
     )
 
 
+def _timed(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """CPU-seconds of every case, in interleaved rounds after two that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(rounds + 2):
+        for name, act in cases.items():
+            began = time.process_time()
+            act()
+            if round_ > 1:
+                seconds[name].append(time.process_time() - began)
+    return seconds
+
+
 def _scaling(rounds: int) -> dict[str, dict[str, float]]:
     """CPU-seconds of an iteration of adjoint matching and of the network calls alone, as steps, batch and dimension double."""
     out: dict[str, dict[str, float]] = {}
@@ -103,18 +179,20 @@ def _scaling(rounds: int) -> dict[str, dict[str, float]]:
         + [(50, b, 20) for b in (256, 512)]
         + [(50, 128, d) for d in (10, 40, 80)]
     )
+    name = "adjoint-matching"
+    method, counts = METHODS[name]
     for steps, batch, dim in sizes:
-        act = _iteration(_quadratic(dim), sc.AdjointMatching(), steps, batch)
-        alone = _floor(Network(dim, dim), batch, steps, dim)
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for round_ in range(rounds + 2):
-            for found, case in zip(seconds, (act, alone)):
-                began = time.process_time()
-                case()
-                if round_ > 1:
-                    found.append(time.process_time() - began)
-        ours, floor = (statistics.median(found) for found in seconds)
-        out[f"{steps} steps, batch {batch}, d = {dim}"] = {"adjoint-matching": ours, "network calls": floor}
+        problem = _quadratic(dim)
+        calls = _calls(problem, Network(dim, dim), batch, steps)
+        cases = {c: calls[c] for c in ("roll", "learn", "learn, a tenth", "product and forward", "forward")}
+        seconds = _timed({**cases, name: _iteration(problem, method, steps, batch)}, rounds)
+        must = [_must(seconds, counts, i) for i in range(rounds)]
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], must))
+        out[f"{steps} steps, batch {batch}, d = {dim}"] = {
+            name: statistics.median(seconds[name]),
+            "network calls": statistics.median(must),
+            "ratio": ratio,
+        }
     return out
 
 
@@ -129,27 +207,18 @@ def methods(
     torch.set_num_threads(1)
     card = problem_card(problem)
     made = card.make()
-    cases = {
-        "network calls": _floor(
-            Network(made.event_shape[0], made.control_shape[0]), card.batch_size, card.time_steps, made.event_shape[0]
-        )
-    }
-    cases.update({n: _iteration(made, m, card.time_steps, card.batch_size) for n, m in METHODS.items()})
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + 2):
-        for name, act in cases.items():
-            began = time.process_time()
-            act()
-            if round_ > 1:
-                seconds[name].append(time.process_time() - began)
-    rows = {
-        name: {
-            "cpu_seconds": statistics.median(values),
-            "against_network_calls": statistics.median(a / b for a, b in zip(values, seconds["network calls"])),
-            "against_reward_backprop": statistics.median(a / b for a, b in zip(values, seconds["reward-backprop"])),
+    calls = _calls(made, Network(made.event_shape[0], made.control_shape[0]), card.batch_size, card.time_steps)
+    acts = {n: _iteration(made, m, card.time_steps, card.batch_size) for n, (m, _) in METHODS.items()}
+    seconds = _timed({**calls, **acts}, rounds)
+    rows = {}
+    for name, (_, counts) in METHODS.items():
+        must = [_must(seconds, counts, i) for i in range(rounds)]
+        rows[name] = {
+            "cpu_seconds": statistics.median(seconds[name]),
+            "calls": counts,
+            "network_calls": statistics.median(must),
+            "against_network_calls": statistics.median(a / b for a, b in zip(seconds[name], must)),
         }
-        for name, values in seconds.items()
-    }
     scaling = _scaling(max(3, rounds // 3))
     RESULTS.write_text(
         json.dumps(
@@ -174,27 +243,33 @@ def methods(
     lines = [
         "# The cost of an iteration",
         "",
-        f"`python -m benchmarks methods`: {problem}, {card.time_steps} steps, batch {card.batch_size}, a user's own network 256-128-64 (so no tables of "
-        f'times, no linear parts), one thread, median of {rounds} interleaved rounds. "Network calls" are K calls without graph, one call on all K·B states and its '
-        "backward pass; adjoint matching without variance has two to four vector-Jacobian products of the network more, which are part of the method.",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks methods`: {problem}, {card.time_steps} steps, batch {card.batch_size}, a user's own network 256-128-64 (so no tables of "
+        f"times, no linear parts), one thread, medians of {rounds} interleaved rounds. Every iteration stands beside the network calls that it must make: *roll*, K calls on the "
+        "batch without a graph; *learn*, one call on all K·B states and its backward pass; *product*, a vector-Jacobian product of that call; *through*, K calls with their graph and "
+        "backward through all; *value* look, learn and roll (gradients), the same of the method's own value network. All else (noise, kernels, rewards, running costs, "
+        "adjoints, weights, metrics, Adam) is what the ratio has above 1.",
         "",
-        "| | CPU-s | / network calls | / reward backpropagation |",
-        "|---|---|---|---|",
+        "| | CPU-s | must call | CPU-s of these calls | ratio |",
+        "|---|---:|---|---:|---:|",
         *(
-            f"| {name} | {r['cpu_seconds']:.4f} | {r['against_network_calls']:.2f} | {r['against_reward_backprop']:.2f} |"
+            f"| {name} | {r['cpu_seconds']:.4f} | {_said(r['calls'])} | {r['network_calls']:.4f} | {r['against_network_calls']:.2f} |"
             for name, r in rows.items()
         ),
     ]
     lines += [
         "",
-        "How an iteration of adjoint matching grows with steps, batch and dimension, beside the network calls:",
+        "How an iteration of adjoint matching grows with steps, batch and dimension, beside its network calls:",
         "",
         "| | adjoint matching, CPU-s | network calls, CPU-s | ratio |",
-        "|---|---|---|---|",
+        "|---|---:|---:|---:|",
         *(
-            f"| {name} | {r['adjoint-matching']:.4f} | {r['network calls']:.4f} | {r['adjoint-matching'] / r['network calls']:.2f} |"
+            f"| {name} | {r['adjoint-matching']:.4f} | {r['network calls']:.4f} | {r['ratio']:.2f} |"
             for name, r in scaling.items()
         ),
     ]
     PAGE.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _said(counts: dict[str, float]) -> str:
+    return " + ".join(name if n == 1 else f"{n:g} {name}" for name, n in counts.items())

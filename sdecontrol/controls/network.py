@@ -312,8 +312,7 @@ class DefaultControl(Control):
             u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
         if self._looks_at_reward:
             u = u + gate.unsqueeze(1) * self._pull_along(chain, states, y, first)
-        u = u.unflatten(2, self.control_shape)
-        return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])
+        return chain.shifts(u.unflatten(2, self.control_shape), first)
 
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""

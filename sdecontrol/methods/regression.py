@@ -130,7 +130,7 @@ def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def longest_residuals(
-    residuals: Tensor, jacobians: StepJacobians, slope: Tensor, costs: list | None, alpha: float, times: float | None
+    residuals: Tensor, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float, times: float | None
 ) -> Tensor | None:
     """How long residuals ``(K, batch, *noise)`` may be before they count as outliers, ``(K,)``: so many times their step's median, or the largest that slope
     and running costs make of an adjoint that does not grow, whichever is more. None: no bound.
@@ -141,9 +141,9 @@ def longest_residuals(
     Raises:
         NonFiniteError: a derivative that is not finite: that is no growth.
     """
-    derivatives = {"reward": slope}
-    derivatives.update((f"running cost at step {j}", cost) for j, cost in enumerate(costs or []) if cost is not None)
-    wrong = {name: nonfinite_rows(value) for name, value in derivatives.items()}
+    wrong = {"reward": nonfinite_rows(slope)}
+    if costs is not None and not bool(costs.isfinite().all()):
+        wrong.update((f"running cost at step {j}", nonfinite_rows(cost)) for j, cost in enumerate(costs))
     if not bool(residuals.isfinite().all()):  # by its size alone, perhaps
         wrong["drift"] = jacobians.nonfinite_rows()
     for name, rows in wrong.items():
@@ -155,11 +155,10 @@ def longest_residuals(
             )
     if times is None:
         return None
-    chain, ndim = jacobians.chain, len(jacobians.chain.noise_shape)
+    ndim = len(jacobians.chain.noise_shape)
     source = slope.abs()
-    for j, cost in enumerate(costs or []):
-        if cost is not None:
-            source = source + cost.abs() * (chain.step_sizes[jacobians.first + j] / alpha)
+    if (each := jacobians.per_step(costs, alpha)) is not None:
+        source = source + each.abs().sum(0)
     plain = jacobians.scales_transposed(source.expand(jacobians.count, *source.shape))
     longest = event_sum(residuals**2, ndim).nan_to_num(torch.inf).median(1).values.sqrt()
     own = event_sum(plain**2, ndim).amax(1).sqrt()

@@ -151,17 +151,19 @@ class SOCM(Method):
         return metrics
 
     def _targets(
-        self, state: _State, jacobians: StepJacobians, slope: Tensor, costs: list | None, alpha: float
+        self, state: _State, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float
     ) -> Tensor:
-        chain, paths = jacobians.chain, jacobians.paths
+        chain, paths, costs = jacobians.chain, jacobians.paths, jacobians.per_step(costs, alpha)
         # what a step's noise says of the state before it: scale^{-T} (c + xi)
-        drawn = [_inverse_transposed(s, z) for s, z in zip(jacobians.scales, paths.shifts + paths.noises)]
-        pushed = jacobians.mean_products(torch.stack(drawn))
+        noises = _inverse_transposed(jacobians.scales, paths.noises)
+        drawn = noises + _inverse_transposed(jacobians.scales, paths.shifts)
+        pushed = jacobians.mean_products(drawn)
+        moves: Tensor | None = None
         if self.matrices in ("full", "diagonal", "scalar"):
-            moves: Tensor | None = state.step_matrices(chain.step_sizes)
-        else:
-            moves = jacobians.fitted_moves() if self.matrices == "closed-loop" else None
-        own = self._own_noise(jacobians, moves) if self.matrices == "closed-loop" else None
+            moves = state.step_matrices(chain.step_sizes)
+        elif self.matrices == "closed-loop":
+            moves = jacobians.fitted_moves()
+        own = self._own_noise(jacobians, noises, moves) if self.matrices == "closed-loop" else None
         a, targets = slope, []
         for j in reversed(range(jacobians.count)):
             targets.append(jacobians.scale_transposed(j, a if own is None else a - own[j]))
@@ -171,35 +173,34 @@ class SOCM(Method):
                 left = a - drawn[j]
                 move = torch.zeros(()) if moves is None else moves[j]
                 a = left + pushed[j] + (left @ move if move.ndim == 2 else left * move)
-            if costs is not None and costs[j] is not None:
-                a = a - costs[j] * (chain.step_sizes[j] / alpha)
+            if costs is not None:
+                a = a - costs[j]
         return torch.stack(targets[::-1])
 
-    def _own_noise(self, jacobians: StepJacobians, moves: Tensor | None) -> Tensor | None:
+    def _own_noise(self, jacobians: StepJacobians, noises: Tensor, moves: Tensor | None) -> Tensor | None:
         """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
         weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
         if moves is None:
             return None
-        xi = jacobians.paths.noises
-        drawn = torch.stack([_inverse_transposed(s, z) for s, z in zip(jacobians.scales, xi)])
-        change = drawn + drawn @ moves - jacobians.mean_products(drawn)
+        change = noises + noises @ moves - jacobians.mean_products(noises)
         closed = torch.eye(moves.shape[1], dtype=moves.dtype, device=moves.device) + moves
         return torch.linalg.solve(closed, change, left=False)
 
 
-def _inverse_transposed(scale: Tensor, v: Tensor) -> Tensor:
-    """``scale^{-T} v``, for a scale that is the same for all rows.
+def _inverse_transposed(scales: list[Tensor], v: Tensor) -> Tensor:
+    """``scale_k^{-T} v_k`` of all steps, v ``(K, batch, d)``, for scales that are the same for all rows.
 
     Raises:
         ValueError: a scale without inverse.
     """
-    if not is_matrix_scale(scale, 1):
+    if not is_matrix_scale(scales[0], 1):
+        scale = torch.stack([s.expand(v.shape[1:]) for s in scales])
         if bool((scale == 0).any()):
             raise ValueError(
                 "diffusion: socm needs an invertible one; this one is 0 in a coordinate. Use adjoint-matching."
             )
         return v / scale
-    matrix = scale[0]
-    if matrix.shape[0] != matrix.shape[1] or float(torch.linalg.cond(matrix.double())) > 1e6:
+    matrix = torch.stack([s[0] for s in scales])
+    if matrix.shape[1] != matrix.shape[2] or float(torch.linalg.cond(matrix.double()).max()) > 1e6:
         raise ValueError("diffusion: socm needs an invertible one; use adjoint-matching.")
-    return torch.linalg.solve(matrix.mT, v.mT).mT
+    return torch.linalg.solve(matrix, v, left=False)

@@ -131,7 +131,9 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
     """Mean of ``e^d - 1 - d`` over the entries in use, of ``d = log Y - g``, ``(K, batch)``: minimal where ``e^g = E[Y | x]``. Each
     step's part is divided by its mean of ``e^d`` where that is above 1 (far from the minimum), so that no gradient is large."""
     count = use.sum(1, keepdim=True)
-    d = d.masked_fill(~use, 0.0)  # before the exponential: the gradient of what overflows is nan even where it is masked after
+    d = d.masked_fill(
+        ~use, 0.0
+    )  # before the exponential: the gradient of what overflows is nan even where it is masked after
     level = d.detach().masked_fill(~use, -torch.inf).logsumexp(1, keepdim=True) - count.to(d).log()
     level = level.clamp(min=0.0)
     return torch.where(use, (d - level).exp() - (1 + d) * (-level).exp(), 0.0).sum() / use.sum()

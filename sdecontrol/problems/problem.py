@@ -21,7 +21,7 @@ from ..randomness import derive_seed, generator_for
 from ..simulation.chains import Chain, JoinedChain, StretchChain, chain_of, make_grid
 from ..simulation.diffusion import DiffusionChain
 from ..tensors import as_float, check_output, nonfinite_rows, probing
-from .rewards import Linear, Quadratic
+from .rewards import Linear, Quadratic, QuadraticCost
 
 __all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
 
@@ -316,7 +316,8 @@ class ControlProblem:
 
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:
-        return None if self.running_cost_function is None else self.running_cost
+        f = self.running_cost_function
+        return None if f is None else f if isinstance(f, QuadraticCost) else self.running_cost
 
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""

@@ -96,5 +96,15 @@ class QuadraticCost:
         value = self._F(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64))
         return 0.5 * (value + value.mT)
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return 0.5 * ((x @ self.F_at(t).to(x.dtype)) * x).sum(-1)
+
+    def gradients(self, states: Tensor, times: Tensor) -> Tensor:
+        """``F(t_k) x_k`` at states ``(K, batch, d)``."""
+        if isinstance(self._F, Tensor):
+            return states @ self._F.to(states.dtype)
+        return states @ torch.stack([self.F_at(t).to(states.dtype) for t in times])
+
+    def along(self, states: Tensor, times: Tensor) -> Tensor:
+        """``f(x_k, t_k)`` at states ``(K, batch, d)``: ``(K, batch)``."""
+        return 0.5 * (self.gradients(states, times) * states).sum(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..simulation.backward import backward_shifts_along, log_reversal
 from ..simulation.chains import Chain
-from ..simulation.integrator import NoiseSource, RunningCost, check_likelihood, integrate
+from ..simulation.integrator import NoiseSource, RunningCost, check_likelihood, explain_nonfinite, integrate
 from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
 from ..tensors import event_sum
 from .problem import ControlProblem
@@ -129,14 +129,18 @@ def roll_out(
         found.append(cost(x, t, y))
         return found[-1]
 
-    recorder: RunningCost | None = None if cost is None else recorded
+    along = getattr(cost, "along", None)  # all steps in one call
+    recorder: RunningCost | None = None if cost is None or along is not None else recorded
     follow = shift if shift is None or until is None else _followed(chain, shift, until)
     paths = integrate(chain, x0, noise, follow, condition=condition, running_cost=recorder)
     check_likelihood(paths.kl(), chain)
     costs = x0.new_zeros(chain.steps, x0.shape[0])
-    if found:
-        steps = x0.new_tensor(chain.step_sizes[chain.start :]).unsqueeze(1)
-        costs[chain.start :] = torch.stack(found) * steps
+    if cost is not None:
+        start = chain.start
+        values = torch.stack(found) if along is None else along(paths.states[start:-1], chain.times[start:-1])
+        costs[start:] = values * x0.new_tensor(chain.step_sizes[start:]).unsqueeze(1)
+        if not bool(torch.isfinite(costs).all()):
+            raise explain_nonfinite(paths, follow, cost)
     reward = problem.reward(paths.samples, condition).detach()
     draws, back, b = paths.shifts + paths.noises, None, None
     if chain.backward:

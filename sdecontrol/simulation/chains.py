@@ -105,6 +105,13 @@ class Chain:
         gain = self.gain(k)
         return u @ gain.mT if isinstance(gain, Tensor) else u * gain
 
+    def shifts(self, u: Tensor, first: int = 0) -> Tensor:
+        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at steps ``first, first+1, ...``."""
+        gains = [self.gain(first + j) for j in range(len(u))]
+        if isinstance(gains[0], Tensor):
+            return u @ torch.stack(gains).mT  # type: ignore[arg-type]
+        return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
+
     def control(self, k: int, c: Tensor) -> Tensor:
         """The control (of minimum norm) whose shift is c."""
         gain = self.gain(k)
@@ -404,6 +411,9 @@ class JoinedChain(Chain):
         c = chain.shift(j, u)
         missing = self.noise_shape[0] - chain.noise_shape[0]
         return torch.nn.functional.pad(c, (0, missing)) if missing else c
+
+    def shifts(self, u: Tensor, first: int = 0) -> Tensor:
+        return torch.stack([self.shift(first + j, here) for j, here in enumerate(u.unbind(0))])
 
     def control(self, k: int, c: Tensor) -> Tensor:
         chain, j = self.part(k)

@@ -83,6 +83,13 @@ class StepJacobians:
         """The same for all steps at once, v ``(K, batch, *event)``."""
         return torch.stack([self.scale_transposed(j, v[j]) for j in range(self.count)])
 
+    def per_step(self, costs: Tensor | None, alpha: float) -> Tensor | None:
+        """``h_k grad f / alpha`` of :func:`running_cost_gradients`."""
+        if costs is None:
+            return None
+        steps = self.chain.step_sizes[self.first : self.first + self.count]
+        return costs * (costs.new_tensor(steps) / alpha).reshape(-1, *(1,) * (costs.ndim - 1))
+
     def step(self, j: int, a: Tensor, z: Tensor | None) -> Tensor:
         """``(d x_{j+1}/d x_j)^T a - (d (mean_j + scale_j c_j)/d x_j)^T z``.
 
@@ -117,17 +124,17 @@ class StepJacobians:
     def fitted_moves(self) -> Tensor | None:
         """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
         exact where everything is linear; None where there are too few paths for a fit."""
-        states = self.paths.states[:-1].flatten(2).double()
+        states = self.paths.states[:-1].flatten(2)
         _, batch, n = states.shape
         if batch < 2 * (n + 1) or n > _MOST_FITTED:
             return None
         kicks = [apply_scale(s.detach(), self.paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
-        moves = self.paths.states[1:].flatten(2).double() - torch.stack(kicks).flatten(2).double() - states
+        moves = self.paths.states[1:].flatten(2) - states - torch.stack(kicks).flatten(2)
         x = states - states.mean(1, keepdim=True)
-        cov = x.mT @ x / batch
+        cov, cross = (x.mT @ x / batch).double(), (x.mT @ moves / batch).double()
         level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
         ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
-        slopes = torch.linalg.solve(cov + ridge, x.mT @ moves / batch).mT
+        slopes = torch.linalg.solve(cov + ridge, cross).mT
         # where the states do not vary (a Dirac start; rounding is no variation) the next step's fit is the best guess
         known = [j for j, size in enumerate(level.flatten().tolist()) if size > 1e-8 * float(level.max())]
         for j in reversed(range(len(slopes))):
@@ -232,7 +239,7 @@ def lean_targets(
     jacobians: StepJacobians,
     slope: Tensor,
     *,
-    costs: list[Any] | None = None,
+    costs: Tensor | None = None,
     alpha: float = 1.0,
     noise_part: Tensor | None = None,
     own_step: bool = True,
@@ -246,38 +253,47 @@ def lean_targets(
         own_step: pair c_k with a_{k+1} (the chain's optimum is the fixed point); False: with a_k (O(h) nearer to the
             control in continuous time).
     """
-    chain, a = jacobians.chain, slope
+    a, costs = slope, jacobians.per_step(costs, alpha)
     targets: list[Tensor] = []
     for j in reversed(range(jacobians.count)):
         z = None if noise_part is None else noise_part[j]
         if own_step:
             targets.append(jacobians.scale_transposed(j, a if z is None else a - z))
         a = jacobians.step(j, a, z)
-        if costs is not None and costs[j] is not None:
-            a = a - costs[j] * (chain.step_sizes[jacobians.first + j] / alpha)
+        if costs is not None:
+            a = a - costs[j]
         if not own_step:
             targets.append(jacobians.scale_transposed(j, a))
     return torch.stack(targets[::-1])
 
 
-def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> list[Any] | None:
-    """``grad f(x_k, t_k)`` at every stored state (None before time 0), or None where there is no running cost."""
+def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> Tensor | None:
+    """``grad f(x_k, t_k)`` at every stored state, ``(K, batch, *event)`` (0 before time 0), or None where there is no running cost.
+
+    A cost that has its gradients in closed form, as ``cost.gradients(states, times)``, is asked for them.
+    """
     if running_cost is None:
         return None
-    chain = paths.chain
+    chain, states = paths.chain, paths.states[:-1]
+    steps = [j for j in range(len(states)) if chain.clock[paths.first + j] >= 0]
+    out = torch.zeros_like(states)
+    if not steps:
+        return out
+    begin = steps[0]
+    if (known := getattr(running_cost, "gradients", None)) is not None:
+        first = paths.first + begin
+        found = known(states[begin:], chain.times[first : first + len(steps)])
+        return found if begin == 0 else torch.cat((out[:begin], found))
     leaves, values = [], []
     with torch.enable_grad():
-        for j, x in enumerate(paths.states[:-1]):
-            k = paths.first + j
-            if chain.clock[k] < 0:
-                continue
-            leaf = x.detach().requires_grad_(True)
-            leaves.append(leaf)
-            values.append(running_cost(leaf, chain.times[k], paths.condition))
-        used = [i for i, v in enumerate(values) if v.requires_grad]
-        total = torch.stack([values[i].sum() for i in used]).sum() if used else None
-    grads: list[Any] = [None] * len(leaves)
+        for j in steps:
+            leaf = states[j].detach().requires_grad_(True)
+            value = running_cost(leaf, chain.times[paths.first + j], paths.condition)
+            if value.requires_grad:
+                leaves.append((j, leaf))
+                values.append(value.sum())
+        total = torch.stack(values).sum() if values else None
     if total is not None:
-        for i, g in zip(used, torch.autograd.grad(total, [leaves[i] for i in used])):
-            grads[i] = g
-    return [None] * (paths.last - paths.first - len(leaves)) + grads
+        for (j, _), gradient in zip(leaves, torch.autograd.grad(total, [leaf for _, leaf in leaves])):
+            out[j] = gradient
+    return out

@@ -64,5 +64,4 @@ def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = No
     y = None if condition is None else condition.repeat(count, *(1 for _ in condition.shape[1:]))
     u = _call(control, states.flatten(0, 1), t, y)
     check_output("control", u, (count * batch, *chain.control_shape), states, "A control is called as control(x, t).")
-    u = u.unflatten(0, (count, batch))
-    return torch.stack([chain.shift(first + k, u[k]) for k in range(count)])
+    return chain.shifts(u.unflatten(0, (count, batch)), first)

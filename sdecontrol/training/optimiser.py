@@ -279,7 +279,8 @@ def _cut_off(scores: Tensor, middle: float, spread: float) -> tuple[float, float
 
 def _make(parameters: list[Tensor], optimizer: Any, rate: float) -> torch.optim.Optimizer:
     if optimizer is None:
-        return torch.optim.Adam(parameters, lr=rate)
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.Adam(parameters, lr=rate, fused=fused)
     if isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             "optimizer must be a function that makes one, parameters -> torch.optim.Optimizer (the parameters "

@@ -10,7 +10,7 @@ from problems import F64, SmallControl, nonlinear, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
-from sdecontrol.methods.socm import SOCM, _State
+from sdecontrol.methods.socm import SOCM, _inverse_transposed, _State
 from sdecontrol.randomness import SeededNoise
 from sdecontrol.simulation.integrator import integrate, one_step
 from sdecontrol.simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
@@ -225,7 +225,8 @@ def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind)
         kind == "closed-loop"
     ):  # what is subtracted has a mean under the weights, which vanishes at the fixed point: not for this test
         jacobians = StepJacobians(paths)
-        y = y + jacobians.scale_transposed(0, SOCM()._own_noise(jacobians, jacobians.fitted_moves())[0])
+        noises = _inverse_transposed(jacobians.scales, paths.noises)
+        y = y + jacobians.scale_transposed(0, SOCM()._own_noise(jacobians, noises, jacobians.fitted_moves())[0])
     w = (log_w - log_w.max()).exp()[:, None]
     mean = (w * y).sum(0) / w.sum()
     error = ((w * (y - mean)).square().sum(0).sqrt()) / w.sum()
