@@ -23,7 +23,7 @@ __all__ = ["optimum"]
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
 _PAGE = Path(__file__).parents[1] / "docs" / "optimum.md"
-BUDGETS = (10.0, 60.0)
+BUDGETS = (10.0, 60.0, 300.0)
 _GRADIENT, _OTHER = 5e-3, 2e-2  # the bars
 _STEPS = {"linear-quadratic": 20, "overlapping-mixture": 50, "mixture": 50}
 
@@ -152,7 +152,7 @@ def _last(cell: dict[str, Any]) -> str:
 def _row(cell: dict[str, Any]) -> str:
     method = METHODS[cell["method"]]
     if "failed" in cell:
-        return f"| {cell['method']} | | | | {cell['failed'].split('. ')[0].rstrip('.')}. |"
+        return f"| {cell['method']} |{' |' * (len(BUDGETS) + 2)} {cell['failed'].split('. ')[0].rstrip('.')}. |"
     errors = [f"{run['error']['value']:.2g} ± {run['error']['stderr']:.1g}" for run in cell["runs"]]
     errors += ["–"] * (len(BUDGETS) - len(errors))
     last = cell["runs"][-1]
