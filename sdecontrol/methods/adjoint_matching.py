@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from ..controls.build import build_control
 from ..errors import unknown_name
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import ChainBridge
 from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients, with_a_first_slope
-from ..simulation.paths import Paths
 from ..simulation.shifts import shifts_along
 from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, steps_of
+from .reciprocal import EndBuffer, reciprocal_step
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, reward_slope
 
 __all__ = ["AdjointMatching"]
@@ -51,30 +48,6 @@ class _State(RegressionState):
         """How many products with the Jacobian the solve may take."""
         enough = float(self.sizes[2]) < 0.5 * self.tolerance() and iteration % _LOOK_EVERY
         return 0 if enough else 8
-
-
-class _Buffer(_State):
-    """Ends of paths for the reciprocal form: starts, ends and reward slopes of the last ``size`` paths."""
-
-    def __init__(self, run: Run, size: int) -> None:
-        super().__init__(run)
-        self.bridge, chain = ChainBridge(run.chain), run.chain
-        self.starts: Tensor
-        self.ends: Tensor
-        self.slopes: Tensor
-        self.count: Tensor
-        self.metrics: Tensor
-        for name in ("starts", "ends", "slopes"):
-            self.register_buffer(name, chain.times.new_zeros(size, *chain.event_shape))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("metrics", torch.full((5,), math.nan, dtype=torch.float64))
-
-    def add(self, paths: Paths, slope: Tensor) -> None:
-        size = len(self.starts)
-        where = (torch.arange(len(slope), device=slope.device) + int(self.count)) % size
-        for buffer, rows in ((self.starts, paths.states[0]), (self.ends, paths.end), (self.slopes, slope)):
-            buffer.index_copy_(0, where, rows)
-        self.count += len(slope)
 
 
 @register
@@ -141,11 +114,12 @@ class AdjointMatching(Method):
             raise ValueError("adjoint-matching with reciprocal=True does not take conditions; use AdjointMatching().")
 
     def setup(self, run: Run) -> nn.Module:
-        return _Buffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
+        return EndBuffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
 
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        if isinstance(state, _Buffer):
-            return self._reciprocal_step(state, run)
+        if isinstance(state, EndBuffer):
+            own_step = self.pairing == "chain"
+            return reciprocal_step(state, run, self.refresh, self.clip, own_step, steps_of(run, self.steps))
         assert isinstance(state, _State)
         problem, chain = run.problem, run.chain
         parts, rewards, squares, means, noises = [], [], [], [], []
@@ -190,35 +164,3 @@ class AdjointMatching(Method):
         if noises:
             state.sizes[0], state.sizes[1] = loss, concatenate(noises).mean()
         return {**metrics, "loss": loss}
-
-    def _clipped(self, problem: ControlProblem, slope: Tensor) -> Tensor:
-        if self.clip is None or not isinstance(problem, GibbsProblem):
-            return slope
-        size = (problem.scale * slope).norm(dim=1, keepdim=True)
-        bound = self.clip * problem.roughness * problem.dim**0.5
-        # a slope that is not finite says nothing but that the path has gone too far
-        return (slope * (bound / size).clamp(max=1.0)).nan_to_num(0.0, 0.0, 0.0)
-
-    def _reciprocal_step(self, state: _Buffer, run: Run) -> dict[str, float]:
-        problem, chain = run.problem, run.chain
-        if run.iteration % self.refresh == 0:
-            paths = controlled_paths(problem, chain, state.control, run.batch())
-            reward, slope = reward_slope(problem, paths)
-            state.add(paths, self._clipped(problem, slope))
-            found = path_metrics(reward, paths.running_cost, paths.kl(), problem.alpha)
-            state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))
-        generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))
-        stored = min(int(state.count), len(state.starts))
-        device, dtype = chain.times.device, chain.times.dtype
-        rows = torch.randint(stored, (run.batch_size,), generator=generator, device=device)
-        shape = (chain.steps, run.batch_size, *chain.event_shape)
-        noise = torch.randn(shape, dtype=dtype, generator=generator, device=device)
-        end = state.ends[rows]
-        states = torch.cat((state.bridge.between(state.starts[rows], end, noise), end.unsqueeze(0)))
-        drawn = Paths.of_states(chain, states)
-        targets = lean_targets(StepJacobians(drawn), state.slopes[rows], own_step=self.pairing == "chain")
-        shifts = shifts_along(chain, state.control, states[:-1])
-        _, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps))
-        descend(state, run, [drawn], [mean])
-        names = ("objective", "objective_stderr", "reward", "running_cost", "kl")
-        return {**dict(zip(names, state.metrics.tolist())), "loss": float(mean.sum())}

@@ -9,6 +9,7 @@ from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.methods.base import Run
+from sdecontrol.methods.reciprocal import clipped
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
 from sdecontrol.methods.socm import SOCM, _inverse_transposed, _State
 from sdecontrol.randomness import SeededNoise
@@ -435,13 +436,13 @@ def test_steep_slopes_are_shortened_and_others_left_alone():
     bound = 3.0 * problem.roughness * 2**0.5
     slope = torch.tensor([[0.1, -0.2], [1e5, 1e5], [math.inf, 0.0], [math.nan, 1.0]])
     method = sc.AdjointMatching(reciprocal=True, clip=3.0)
-    found = method._clipped(problem, slope)
+    found = clipped(problem, slope, method.clip)
     assert torch.equal(found[0], slope[0]) and not bool(found[2:].any())
     assert abs(float((scale * found[1]).norm()) - bound) < 1e-4 * bound
     assert torch.allclose(found[1] / found[1].norm(), slope[1] / slope[1].norm())
     plain = random_lq(2, seed=1, running=False)
-    assert method._clipped(plain, slope) is slope
-    assert sc.AdjointMatching(reciprocal=True, clip=None)._clipped(problem, slope) is slope
+    assert clipped(plain, slope, method.clip) is slope
+    assert clipped(problem, slope, None) is slope
     for clip in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="clip"):
             sc.AdjointMatching(clip=clip)
