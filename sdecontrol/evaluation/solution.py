@@ -96,7 +96,9 @@ class Solution:
     def _condition(self, n: int, condition: Any) -> Any:
         if condition is None:
             return None
-        y = torch.as_tensor(condition, device=self.problem.device)
+        drawn = self.problem.draw_condition(1, 0)
+        like = None if isinstance(condition, Tensor) or drawn is None else drawn.dtype  # of numbers: the problem's own
+        y = torch.as_tensor(condition, dtype=like, device=self.problem.device)
         return y.expand(n, *y.shape[1:]) if y.ndim and y.shape[0] == 1 else y.expand(n) if y.ndim == 0 else y
 
     def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:

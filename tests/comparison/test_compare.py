@@ -241,6 +241,7 @@ def test_frontier_of_a_mixture_and_none_where_it_is_unknown() -> None:
     assert exact_frontier(nonlinear()) == []
 
 
+@pytest.mark.filterwarnings("ignore:smc. only")
 def test_figure() -> None:
     result = sc.compare(
         random_lq(), ["adjoint-matching", "smc"], iterations=2, batch_size=B, time_steps=K, n=256, seed=0
