@@ -38,6 +38,7 @@ METHODS: dict[str, sc.Method] = {
     "cross-entropy": sc.CrossEntropy(),
     "cross-entropy, trust region 1": sc.CrossEntropy(trust_region=1.0),
     "path-consistency, all": sc.PathConsistency(),
+    "path-consistency, n=10": sc.PathConsistency(n=10),
     "path-consistency, n=1": sc.PathConsistency(n=1),
     "reward-weighted-mle": sc.RewardWeightedMLE(),
     "reinforce": sc.Reinforce(),
