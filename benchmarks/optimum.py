@@ -73,10 +73,19 @@ def _bar(method: sc.Method) -> float:
 
 
 def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float, settings: dict[str, Any]) -> int:
-    sc.solve(problem, method, iterations=2, **{**settings, "seed": 9})
-    began = time.process_time()
-    sc.solve(problem, method, iterations=10, **{**settings, "seed": 9})
-    return max(20, int(budget / ((time.process_time() - began) / 10)))
+    """How many iterations the budget pays for: with their number given, a schedule ends with the budget."""
+
+    def spent(iterations: int) -> float:
+        began = time.process_time()
+        sc.solve(problem, method, iterations=iterations, **{**settings, "seed": 9})
+        return time.process_time() - began
+
+    spent(2)
+    first = spent(10)
+    if isinstance(method, sc.ParticleMatching):  # particles are run at the first iteration, and once in so many
+        each = max(1e-3, (spent(10 + method.refresh) - first) / method.refresh)
+        return max(20, int((budget - first) / each))
+    return max(20, int(budget / (first / 10)))
 
 
 def run_cell(name: str, label: str) -> dict[str, Any]:
