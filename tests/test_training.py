@@ -1,5 +1,6 @@
 """solve: reproducible, resumable, stopped early where something is not finite, and undisturbed by callbacks."""
 
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from problems import SmallControl, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.evaluation.files import read_bundle
-from sdecontrol.methods.base import Regression
+from sdecontrol.methods.base import Regression, Run, parameters_of
 from sdecontrol.training.optimiser import Descent
 
 F32 = torch.float32
@@ -273,6 +274,55 @@ def test_one_wild_path_neither_takes_a_step_back_nor_hides_a_fall():
     many = randn(512, seed=4)
     many[:26] = -1e30  # five per cent are a fall
     assert descended([randn(512, seed=2), many])[2] == [True, False]
+
+
+def test_a_regression_s_gradient_that_overflows_takes_the_last_step_back():
+    descent, places, _ = descended([randn(512, seed=1)])
+    parameter = descent.parameters[0]
+
+    def again(size):
+        descent.begin(1.0)
+        parameter.grad = torch.full_like(parameter, size)
+        return descent.step(Regression(None, parameter, None, 1.0, objective=randn(512, seed=2)))
+
+    assert not again(1e200 if parameter.dtype == torch.float64 else 1e30)
+    assert torch.equal(parameter, places[0]) and descent.radius == 0.25
+    with pytest.raises(sc.NonFiniteError, match="overflows"):  # nor with the parameters that were good: no step's fault
+        again(1e200 if parameter.dtype == torch.float64 else 1e30)
+    descent, _, _ = descended([randn(512, seed=1)])
+    descent.parameters[0].grad = torch.full((3,), math.nan)
+    with pytest.raises(
+        sc.NonFiniteError, match="3 of 3 entries"
+    ):  # a derivative that is not finite is an error of the problem's
+        descent.step(Regression(None, descent.parameters[0], None, 1.0, objective=randn(512, seed=2)))
+
+
+@pytest.mark.parametrize("method", [sc.AdjointMatching(), sc.SOCM()])
+def test_paths_that_leave_the_numbers_take_a_regression_s_step_back(method):
+    problem = random_lq(2, seed=1)
+    run = Run(problem, problem.chain(6), 64, 1, 0, SmallControl(2, 2))
+    state = method.setup(run)
+    parameters = parameters_of(state)
+    descent = Descent(parameters, None, 0.01, 0.01)
+    run.descend, run.take_back = descent.step, descent.take_back
+
+    def step():
+        descent.begin(1.0)
+        metrics = method.step(state, run)
+        run.iteration += 1
+        return metrics
+
+    for _ in range(5):
+        step()
+    best = [p.clone() for p in descent.kept]
+    with torch.no_grad():
+        parameters[-1].fill_(1e200)  # what one step too far does
+    assert step()["kl"] < 100
+    assert descent.taken_back == 1 and int(state.calm) == 1
+    assert all((p - q).abs().max() < 0.0075 for p, q in zip(parameters, best))  # one step from there
+    infinite = sc.ControlProblem(problem.reference, problem.initial, reward=lambda x: x.sum(1) * math.inf)
+    with pytest.raises(sc.NonFiniteError, match="reward"):  # the first batch has nothing to go back to
+        sc.solve(infinite, method, iterations=2, batch_size=64, time_steps=6, progress=False)
 
 
 def test_what_decides_on_taking_back_is_part_of_a_checkpoint():

@@ -18,7 +18,7 @@ from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, steps_of
 from .reciprocal import EndBuffer, reciprocal_step
-from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, reward_slope
+from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
 
 __all__ = ["AdjointMatching"]
 
@@ -124,8 +124,7 @@ class AdjointMatching(Method):
         problem, chain = run.problem, run.chain
         parts, rewards, squares, means, noises = [], [], [], [], []
         for part in range(run.accumulate):
-            paths = controlled_paths(problem, chain, state.control, run.batch(part))
-            reward, slope = reward_slope(problem, paths)
+            paths, reward, slope = controlled_paths(state, run, part)
             states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
             shifts = shifts_along(chain, state.control, states, paths.condition)
             jacobians = StepJacobians(paths)

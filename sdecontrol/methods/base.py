@@ -66,6 +66,7 @@ class Run:
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
             :class:`Regression`, with least squares for the control's linear parameters. False where the last step was taken back instead.
+        take_back: put a regression's best parameters so far in place, and take smaller steps from there; False where there are none.
     """
 
     problem: ControlProblem
@@ -76,6 +77,7 @@ class Run:
     control: Any = None
     iteration: int = 0
     descend: Callable[..., bool] = field(default=lambda *regression: True)
+    take_back: Callable[[], bool] = field(default=lambda: False)
 
     def batch(self, part: int = 0) -> Batch:
         """The ``part``-th batch of this iteration."""

@@ -17,7 +17,7 @@ from ..simulation.lean_adjoint import StepJacobians, lean_targets
 from ..simulation.paths import Paths
 from ..simulation.shifts import shifts_along
 from .base import Run, path_metrics
-from .regression import RegressionState, controlled_paths, descend, regress, reward_slope
+from .regression import RegressionState, controlled_paths, descend, regress
 
 __all__ = ["EndBuffer", "clipped", "reciprocal_step"]
 
@@ -56,8 +56,7 @@ def reciprocal_step(
     """
     problem, chain = run.problem, run.chain
     if run.iteration % refresh == 0:
-        paths = controlled_paths(problem, chain, state.control, run.batch())
-        reward, slope = reward_slope(problem, paths)
+        paths, reward, slope = controlled_paths(state, run)
         state.add(paths, clipped(problem, slope, clip))
         found = path_metrics(reward, paths.running_cost, paths.kl(), problem.alpha)
         state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))

@@ -16,7 +16,7 @@ from ..simulation.lean_adjoint import StepJacobians
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
 from ..tensors import event_sum, nonfinite_rows
-from .base import Batch, ControlState, Regression, Run
+from .base import ControlState, Regression, Run
 
 __all__ = ["RegressionState", "controlled_paths", "longest_residuals", "regress", "reward_slope"]
 
@@ -55,20 +55,34 @@ class RegressionState(ControlState):
         self.residuals.lerp_(residuals, 1.0 if first else _AVERAGE)
 
 
-@torch.no_grad()
-def controlled_paths(problem: ControlProblem, chain: Chain, control: Control, batch: Batch) -> Paths:
-    """Paths of the current control, without a graph."""
-    paths = integrate(
-        chain,
-        batch.x0,
-        batch.noise,
-        shift_function(chain, control),
-        condition=batch.condition,
-        running_cost=problem.running_cost_or_none,
-    )
-    check_likelihood(paths.kl(), chain)
+def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[Paths, Tensor, Tensor]:
+    """Paths of the current control, without a graph, their rewards, and the rewards' slopes as of :func:`reward_slope`.
+
+    Where something of them is not finite the last steps have gone too far: the parameters go back to the best so far, if there are any.
+    """
+    try:
+        return _controlled(state, run, part)
+    except NonFiniteError:
+        if not run.take_back():
+            raise
+        state.calm.zero_()
+        return _controlled(state, run, part)
+
+
+def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor, Tensor]:
+    batch, chain = run.batch(part), run.chain
+    with torch.no_grad():
+        paths = integrate(
+            chain,
+            batch.x0,
+            batch.noise,
+            shift_function(chain, state.control),
+            condition=batch.condition,
+            running_cost=run.problem.running_cost_or_none,
+        )
+        check_likelihood(paths.kl(), chain)
     chain.forget()
-    return paths
+    return paths, *reward_slope(run.problem, paths)
 
 
 def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ..simulation.shifts import shifts_along
 from ..tensors import is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, check_positive, steps_of
-from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, reward_slope
+from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
 
 __all__ = ["SOCM"]
 
@@ -107,8 +107,7 @@ class SOCM(Method):
         problem, chain = run.problem, run.chain
         parts, rewards, means, weights, found = [], [], [], [], []
         for part in range(run.accumulate):
-            paths = controlled_paths(problem, chain, state.control, run.batch(part))
-            reward, slope = reward_slope(problem, paths)
+            paths, reward, slope = controlled_paths(state, run, part)
             weighing = None
             if self.weighted:
                 log_w = (reward - paths.running_cost) / problem.alpha - paths.log_ratio()

@@ -16,6 +16,8 @@ from .least_squares import LinearSteps
 
 __all__ = ["Descent", "Pace"]
 
+_SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
+
 
 class Pace:
     """The factor on the learning rate, and when to stop.
@@ -109,7 +111,7 @@ class Descent:
     @torch.no_grad()
     def step(self, regression: Regression | None = None) -> bool:
         """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's objective has clearly
-        fallen: then the parameters go back to the best so far instead.
+        fallen, or its gradient has overflowed: then the parameters go back to the best so far instead.
 
         Args:
             regression: what the gradients are those of, where that is a regression of the shifts.
@@ -126,6 +128,8 @@ class Descent:
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             bad = sum(int((~torch.isfinite(g)).sum()) for g in gradients)
+            if not bad and regression is not None and self.take_back():
+                return False
             total = sum(g.numel() for g in gradients)
             where = f"is not finite in {bad} of {total} entries" if bad else "overflows: its norm is not finite"
             cause = (
@@ -140,8 +144,7 @@ class Descent:
             )
         self.norm = float(norm)
         if regression is not None and regression.objective is not None:
-            if self._fallen(regression.objective):
-                self._take_back()
+            if self._fallen(regression.objective) and self.take_back():
                 return False
             self._keep(regression.objective)
         self._clip(gradients)
@@ -185,14 +188,21 @@ class Descent:
         now, its_error = _cut_off(objective.double(), middle, spread)
         return now < mean - 4 * math.hypot(error, its_error)
 
-    def _take_back(self) -> None:
-        """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach."""
+    @torch.no_grad()
+    def take_back(self) -> bool:
+        """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach. False, and nothing, where there
+        are none, where they are in place, or where steps are tiny already."""
+        if not self.kept or self.returned or self.radius < _SMALLEST:
+            return False
         for p, value in zip(self.parameters, self.kept):
             p.copy_(value)
             p.grad = None
         self.returned = True
         self.radius *= 0.25
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5
         self.taken_back += 1
+        return True
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else

@@ -207,7 +207,7 @@ class _Trainer:
             linear=LinearSteps(control_parts) if control_parts and optimizer is None else None,
             decay=method.averaging,
         )
-        self.run.descend = self.descent.step
+        self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
         most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
         self.by_time = iterations is None and budget is not None
         self.pace = Pace(most, adaptive=iterations is None and budget is None and not method.steady)
