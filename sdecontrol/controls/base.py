@@ -65,6 +65,11 @@ class Control(nn.Module):
 
     # ------------------------------------------------------------ for the package
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What a saved file says of it, so that ``control_from_configuration`` can make it again; a user's module is given again."""
+        return {"kind": "user"}
+
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``u(x, t)`` without checks; t of shape () or (batch,)."""
         raise NotImplementedError
@@ -116,6 +121,10 @@ class StartedControl(Control):
         super().__init__(main.event_shape, main.control_shape, -1.0, main.last_time)
         self.start, self.main = start, main
         self.learning_rate = main.learning_rate
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "started", "start": self.start.configuration, "main": self.main.configuration}
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:

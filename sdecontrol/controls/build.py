@@ -22,14 +22,14 @@ from ..simulation.diffusion import DiffusionChain
 from ..simulation.paths import Paths
 from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
-from .given import GivenControl, ZeroControl, given_control
+from .given import given_control
 from .guidance import ValueControl, value_from_configuration
 from .mixture import CorrectedControl, MixtureControl
-from .network import DefaultControl
+from .network import DefaultControl, condition_parts
 from .path_integral import PathIntegralControl
 from .tuned import TunedControl, has_trainable_model
 
-__all__ = ["build_control", "control_from_configuration", "control_kind", "corrected"]
+__all__ = ["build_control", "control_from_configuration", "corrected"]
 
 _PILOT_PATHS = 256
 _LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
@@ -184,20 +184,6 @@ def _linear_quadratic(problem: ControlProblem) -> bool:
     )
 
 
-def _condition_parts(problem: ControlProblem) -> dict[str, Any]:
-    if problem.condition is None:
-        return {}
-    y = problem.draw_condition(1024, 0)
-    if y.is_floating_point():
-        return {"condition_size": y[0].numel()}
-    if y[0].numel() != 1:
-        raise ValueError(
-            "integer conditions must be labels, one per row; pass other conditions as floating-point tensors."
-        )
-    classes = int(y.max()) + 1
-    return {"condition_size": classes, "classes": classes}
-
-
 def _network(
     problem: ControlProblem,
     chain: Chain,
@@ -215,7 +201,7 @@ def _network(
         elif options.pop("denoised", True):
             denoiser = sde
     if not options:
-        options = _condition_parts(problem)
+        options = condition_parts(problem)
     if normalise:
         with torch.no_grad():
             pilot = simulate_chain(problem, problem.chain(*_key(problem, chain)), _PILOT_PATHS, seed=seed)
@@ -272,24 +258,9 @@ def _start_network(problem: ControlProblem, seed: int) -> DefaultControl:
         centre=law.mean,
         spread=law.variance.sqrt().clamp(min=1e-12),
         generator=generator_for("cpu", seed),
-        **_condition_parts(problem),
+        **condition_parts(problem),
     )
     return network.to(device=problem.device, dtype=problem.dtype)
-
-
-def control_kind(control: Control) -> dict[str, Any]:
-    """What a saved file says of a control, so that :func:`control_from_configuration` can make it again."""
-    if isinstance(control, StartedControl):
-        return {"kind": "started", "start": control_kind(control.start), "main": control_kind(control.main)}
-    if isinstance(control, TunedControl):
-        return {"kind": "tuned"}
-    if isinstance(control, DefaultControl):
-        return {"kind": "network", **control.configuration}
-    if isinstance(control, CorrectedControl):
-        return {"kind": "corrected", "base": control_kind(control.base), "network": control.correction.configuration}
-    if isinstance(control, (ZeroControl, GivenControl, PathIntegralControl, ValueControl, MixtureControl)):
-        return control.configuration
-    return {"kind": "user"}
 
 
 def control_from_configuration(

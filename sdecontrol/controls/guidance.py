@@ -26,7 +26,7 @@ from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control
 from .given import rows_of
-from .network import time_features
+from .network import condition_parts, time_features
 
 __all__ = [
     "AnnealedValue",
@@ -332,10 +332,8 @@ def value_network(
     problem: ControlProblem, chain: Chain, seed: int, saved: dict[str, Any] | None = None
 ) -> NetworkValue:
     """A value network for a problem, normalised by a few paths of the reference (or as a saved file says)."""
-    from .build import _condition_parts
-
     n = problem.event_shape.numel()
-    options: dict[str, Any] = {"hidden": (64, 64) if n <= 32 else (128, 128), **_condition_parts(problem)}
+    options: dict[str, Any] = {"hidden": (64, 64) if n <= 32 else (128, 128), **condition_parts(problem)}
     if saved is not None:
         options = {name: saved[name] for name in ("hidden", "condition_size", "classes")}
     else:

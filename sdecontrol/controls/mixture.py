@@ -167,6 +167,10 @@ class CorrectedControl(Control):
         self.base, self.correction = base, correction
         self.learning_rate = correction.learning_rate
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "corrected", "base": self.base.configuration, "network": self.correction.configuration}
+
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self.base.at(x, t, y) + self.correction.at(x, t, y)
 

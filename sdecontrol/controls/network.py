@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..problems.problem import ControlProblem
 from ..processes.sde import SDE
 from ..simulation.chains import Chain
 from ..simulation.shifts import ShiftFunction
@@ -23,7 +24,7 @@ from ..tensors import apply_scale_transposed
 from .base import Control
 from .linear_part import LinearPart, gram_of_features
 
-__all__ = ["DefaultControl", "time_features"]
+__all__ = ["DefaultControl", "condition_parts", "time_features"]
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
 _MOST_BUMPED = 32  # largest state that gets a function per coordinate
@@ -70,6 +71,25 @@ def bumps(z: Tensor) -> Tensor:
     for j in range(1, _BUMPS):
         out.append(out[-1] * ratio * math.exp(0.5 * ((j - 1 - _REACH / width) ** 2 - (j - _REACH / width) ** 2)))
     return torch.stack(out, dim=-1)
+
+
+def condition_parts(problem: ControlProblem) -> dict[str, Any]:
+    """``condition_size`` (and ``classes``, for integer labels) of networks that see the problem's conditions.
+
+    Raises:
+        ValueError: integer conditions that are no labels.
+    """
+    if problem.condition is None:
+        return {}
+    y = problem.draw_condition(1024, 0)
+    if y.is_floating_point():
+        return {"condition_size": y[0].numel()}
+    if y[0].numel() != 1:
+        raise ValueError(
+            "integer conditions must be labels, one per row; pass other conditions as floating-point tensors."
+        )
+    classes = int(y.max()) + 1
+    return {"condition_size": classes, "classes": classes}
 
 
 class DefaultControl(Control):
@@ -153,6 +173,7 @@ class DefaultControl(Control):
     def configuration(self) -> dict[str, Any]:
         """What makes the same architecture again, for a saved file."""
         return {
+            "kind": "network",
             "hidden": list(self.hidden),
             "condition_size": self.condition_size,
             "classes": self.classes,

@@ -78,15 +78,13 @@ class PathIntegralControl(Control):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        from .build import control_kind
-
         return {
             "kind": "path-integral",
             "num_paths": self.num_paths,
             "antithetic": self.antithetic,
             "control_variate": self.control_variate,
             "seed": self.seed,
-            "proposal": None if self.proposal is None else control_kind(self.proposal),
+            "proposal": None if self.proposal is None else self.proposal.configuration,
         }
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:

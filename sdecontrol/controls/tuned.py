@@ -47,6 +47,10 @@ class TunedControl(Control):
     def reference(self) -> Reference:
         return self._reference[0]
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"kind": "tuned"}
+
     def train(self, mode: bool = True) -> TunedControl:
         self.training = mode
         self.model.eval()  # dropout or batch statistics would make the control random: likelihoods need one function

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.base import Control, StartedControl
-from ..controls.build import control_from_configuration, control_kind
+from ..controls.build import control_from_configuration
 from ..controls.guidance import value_from_configuration
 from ..controls.tuned import as_model
 from ..errors import BadFileError
@@ -158,7 +158,7 @@ class Solution:
                 "settings": plain_settings(self.settings),
                 "seed": self.seed,
                 "reproducible": self.reproducible,
-                "control": control_kind(self.control),
+                "control": self.control.configuration,
                 "history": self.history,
                 "details": self.details,
                 "problem": self.problem.fingerprint(),
