@@ -77,7 +77,8 @@ def test_training_on_a_steep_reward_goes_up_and_not_away(method):
     assert sum(objectives[-5:]) / 5 > objectives[0] + 100
 
 
-def test_least_squares_has_the_gate_as_it_is():
+@pytest.mark.parametrize("method", ["adjoint-matching", "socm"])
+def test_least_squares_has_the_gate_as_it_is(method):
     """Its damping is relative to each feature; a scale let single paths of tuned mixtures go astray."""
-    solution = sc.solve(problem_of(200.0), sc.AdjointMatching(), iterations=2, **QUICK)
+    solution = sc.solve(problem_of(200.0), method, iterations=2, **QUICK)
     assert solution.control.gate_scale == 1.0
