@@ -9,6 +9,7 @@ transitions of a linear SDE, ``ExponentialChain`` those of the linear part of a 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -95,6 +96,16 @@ class Chain:
     def mean_matrix(self, k: int) -> Tensor | None:
         """The matrix ``(d, d)`` of the mean of step k where it is affine in x and known, else None."""
         return None
+
+    @cached_property
+    def linear_steps(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Where all means are affine with known matrices: these ``(K, d, d)``, and the scales, which then do not depend on x; else None."""
+        known = [self.mean_matrix(k) for k in range(self.steps)]
+        if any(m is None for m in known):
+            return None
+        with torch.no_grad():
+            x = self.times.new_zeros(1, *self.event_shape)
+            return torch.stack([m for m in known if m is not None]), [self.kernel(k, x)[1] for k in range(self.steps)]
 
     def gain(self, k: int) -> float | Tensor:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""

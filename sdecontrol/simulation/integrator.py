@@ -122,9 +122,11 @@ def integrate(
     if backward and shift is not None:
         shift = Remembered(shift)
     sums = None if everything or shift is None else _Sums()
+    # a cost that takes all states in one call waits for them
+    along = getattr(running_cost, "along", None) if everything and not torch.is_grad_enabled() else None
     for k in range(first, last):
         xi = noise[k]
-        if running_cost is not None and chain.clock[k] >= 0:
+        if running_cost is not None and along is None and chain.clock[k] >= 0:
             here = running_cost(x, chain.times[k], condition)
             cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
         before = x
@@ -145,6 +147,10 @@ def integrate(
         elif sums is not None and c is not None:
             sums.add(c, xi)
     chain.forget()
+    if along is not None and states is not None and last > (begun := max(first, chain.start)):
+        values = along(torch.stack(states[begun - first : -1]), chain.times[begun:last])
+        spent = (values * values.new_tensor(chain.step_sizes[begun:last]).unsqueeze(1)).sum(0)
+        cost = spent if cost is None else cost + spent
     if everything and shift is None:
         zero = x.new_zeros(()).expand(x.shape[0], *chain.noise_shape)
         shifts = [zero] * (last - first)

@@ -47,11 +47,9 @@ class StepJacobians:
         self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
         self.moving = False  # whether the scale depends on x
         states = paths.states[:-1]
-        known = [chain.mean_matrix(self.first + j) for j in range(self.count)]
-        if all(m is not None for m in known):
-            self.matrices = torch.stack([m for m in known if m is not None])
-            with torch.no_grad():
-                self.scales = [chain.kernel(self.first + j, x, paths.condition)[1] for j, x in enumerate(states)]
+        if chain.linear_steps is not None:
+            matrices, scales = chain.linear_steps
+            self.matrices, self.scales = matrices[self.first : paths.last], scales[self.first : paths.last]
             return
         with torch.enable_grad():
             self._keep_graphs(states)
