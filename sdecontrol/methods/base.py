@@ -66,7 +66,7 @@ class Run:
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
             :class:`Regression`, with least squares for the control's linear parameters. False where the last step was taken back instead.
-        take_back: put a regression's best parameters so far in place, and take smaller steps from there; False where there are none.
+        take_back: put a regression's best parameters so far in place, and take smaller steps from there. What undoes it, or None where there are none.
     """
 
     problem: ControlProblem
@@ -77,7 +77,7 @@ class Run:
     control: Any = None
     iteration: int = 0
     descend: Callable[..., bool] = field(default=lambda *regression: True)
-    take_back: Callable[[], bool] = field(default=lambda: False)
+    take_back: Callable[[], Callable[[], None] | None] = field(default=lambda: None)
 
     def batch(self, part: int = 0) -> Batch:
         """The ``part``-th batch of this iteration."""

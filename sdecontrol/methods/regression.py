@@ -58,15 +58,21 @@ class RegressionState(ControlState):
 def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[Paths, Tensor, Tensor]:
     """Paths of the current control, without a graph, their rewards, and the rewards' slopes as of :func:`reward_slope`.
 
-    Where something of them is not finite the last steps have gone too far: the parameters go back to the best so far, if there are any.
+    Where something of them is not finite the last steps may have gone too far: the parameters go back to the best so far, if there are any. If that
+    does not help it was no step, and nothing is changed.
     """
     try:
         return _controlled(state, run, part)
     except NonFiniteError:
-        if not run.take_back():
+        if (undo := run.take_back()) is None:
+            raise
+        try:
+            found = _controlled(state, run, part)
+        except NonFiniteError:
+            undo()
             raise
         state.calm.zero_()
-        return _controlled(state, run, part)
+        return found
 
 
 def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class Descent:
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             bad = sum(int((~torch.isfinite(g)).sum()) for g in gradients)
-            if not bad and regression is not None and self.take_back():
+            if not bad and regression is not None and self.take_back() is not None:
                 return False
             total = sum(g.numel() for g in gradients)
             where = f"is not finite in {bad} of {total} entries" if bad else "overflows: its norm is not finite"
@@ -144,7 +144,7 @@ class Descent:
             )
         self.norm = float(norm)
         if regression is not None and regression.objective is not None:
-            if self._fallen(regression.objective) and self.take_back():
+            if self._fallen(regression.objective) and self.take_back() is not None:
                 return False
             self._keep(regression.objective)
         self._clip(gradients)
@@ -189,11 +189,26 @@ class Descent:
         return now < mean - 4 * math.hypot(error, its_error)
 
     @torch.no_grad()
-    def take_back(self) -> bool:
-        """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach. False, and nothing, where there
-        are none, where they are in place, or where steps are tiny already."""
+    def take_back(self) -> Callable[[], None] | None:
+        """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach.
+
+        Returns:
+            What undoes it; None, and nothing is done, where there are none, where they are in place, or where steps are tiny already.
+        """
         if not self.kept or self.returned or self.radius < _SMALLEST:
-            return False
+            return None
+        before = [p.detach().clone() for p in self.parameters]
+        radius, rates = self.radius, [group["lr"] for group in self.optimizer.param_groups]
+
+        @torch.no_grad()
+        def undo() -> None:
+            for p, value in zip(self.parameters, before):
+                p.copy_(value)
+            for group, rate in zip(self.optimizer.param_groups, rates):
+                group["lr"] = rate
+            self.radius, self.returned = radius, False
+            self.taken_back -= 1
+
         for p, value in zip(self.parameters, self.kept):
             p.copy_(value)
             p.grad = None
@@ -202,7 +217,7 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] *= 0.5
         self.taken_back += 1
-        return True
+        return undo
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else
