@@ -122,14 +122,14 @@ class StepJacobians:
     def fitted_moves(self) -> Tensor | None:
         """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
         exact where everything is linear; None where there are too few paths for a fit."""
-        states = self.paths.states[:-1].flatten(2)
+        states = self.paths.states[:-1].flatten(2).double()  # a path gone far must not hide how the others vary
         _, batch, n = states.shape
         if batch < 2 * (n + 1) or n > _MOST_FITTED:
             return None
         kicks = [apply_scale(s.detach(), self.paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
-        moves = self.paths.states[1:].flatten(2) - states - torch.stack(kicks).flatten(2)
+        moves = self.paths.states[1:].flatten(2).double() - torch.stack(kicks).flatten(2).double() - states
         x = states - states.mean(1, keepdim=True)
-        cov, cross = (x.mT @ x / batch).double(), (x.mT @ moves / batch).double()
+        cov, cross = x.mT @ x / batch, x.mT @ moves / batch
         level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
         ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
         slopes = torch.linalg.solve(cov + ridge, cross).mT
