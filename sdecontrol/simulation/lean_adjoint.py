@@ -31,6 +31,7 @@ __all__ = ["StepJacobians", "lean_targets", "own_noise", "running_cost_gradients
 
 
 _MOST_FITTED = 256  # largest state whose closed loop is fitted
+_FAR = 5.0
 
 
 class StepJacobians:
@@ -128,8 +129,10 @@ class StepJacobians:
             return None
         kicks = [apply_scale(s.detach(), self.paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
         moves = self.paths.states[1:].flatten(2).double() - torch.stack(kicks).flatten(2).double() - states
-        x = states - states.mean(1, keepdim=True)
-        cov, cross = x.mT @ x / batch, x.mT @ moves / batch
+        weights = _nearness(states)
+        mean = (weights * states).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        x = states - mean
+        cov, cross = (weights * x).mT @ x / batch, (weights * x).mT @ moves / batch
         level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
         ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
         slopes = torch.linalg.solve(cov + ridge, cross).mT
@@ -140,6 +143,15 @@ class StepJacobians:
                 ratio = self.chain.step_sizes[self.first + j] / self.chain.step_sizes[self.first + j + 1]
                 slopes[j] = slopes[j + 1] * ratio
         return slopes.to(self.paths.states.dtype)
+
+
+def _nearness(states: Tensor) -> Tensor:
+    """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
+    the others move. (No weights change the fit of what is affine.)"""
+    away = states - states.median(1, keepdim=True).values
+    spread = 1.5 * away.abs().median(1, keepdim=True).values
+    distance = (away / spread.clamp(min=1e-12 * (1 + float(spread.max())))).square().mean(2, keepdim=True)
+    return 1 / (1 + distance / _FAR**2)
 
 
 def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tensor, condition: Any) -> Tensor:

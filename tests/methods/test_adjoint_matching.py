@@ -429,6 +429,27 @@ def test_a_model_of_many_modes_is_tuned_with_defaults(method):
     assert solution.evaluate(2048, seed=1).elbo.value > float(sc.exact_solution(problem).log_z) - 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_path_gone_far_does_not_spoil_the_fit_of_the_closed_loop(dtype):
+    """Without weights its slopes would be that path's own alone; on an affine chain weights change nothing."""
+    problem = sc.ControlProblem(
+        sc.SDE(lambda x, t: -torch.tanh(x), 1.0, dim=2),
+        initial=sc.Gaussian(torch.zeros(2, dtype=dtype), torch.eye(2, dtype=dtype)),
+        reward=lambda x: -(x * x).sum(1),
+    )
+    paths = sc.simulate(problem, 4096, time_steps=5, seed=1)
+    before = StepJacobians(paths).fitted_moves()
+    for state in paths._states:
+        state[0] = 1e7
+    paths._stacks.clear()
+    after = StepJacobians(paths).fitted_moves()
+    assert float((after - before).abs().max()) < 0.02 * float(before.abs().max())
+    linear = random_lq(2, seed=1, running=False)
+    paths = paths_of(linear, linear.chain(5), None, 256)
+    want = linear.chain(5).linear_steps[0] - torch.eye(2, dtype=F64)
+    torch.testing.assert_close(StepJacobians(paths).fitted_moves()[1:], want[1:], rtol=1e-5, atol=1e-5)
+
+
 def test_steep_slopes_are_shortened_and_others_left_alone():
     """The reciprocal form on a density: no slope beyond ``clip`` usual ones, directions kept, what is not finite counts for nothing; elsewhere none is touched."""
     scale = torch.tensor([0.5, 2.0])
