@@ -31,7 +31,7 @@ __all__ = ["StepJacobians", "lean_targets", "own_noise", "running_cost_gradients
 
 
 _MOST_FITTED = 256  # largest state whose closed loop is fitted
-_FAR = 5.0
+_FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these are
 
 
 class StepJacobians:
@@ -148,8 +148,10 @@ class StepJacobians:
 def _nearness(states: Tensor) -> Tensor:
     """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
     the others move. (No weights change the fit of what is affine.)"""
-    away = states - states.median(1, keepdim=True).values
-    spread = 1.5 * away.abs().median(1, keepdim=True).values
+    some = states[:, :_LOOKED_AT]  # medians are dear
+    centre = some.median(1, keepdim=True).values
+    spread = 1.5 * (some - centre).abs().median(1, keepdim=True).values
+    away = states - centre
     distance = (away / spread.clamp(min=1e-12 * (1 + float(spread.max())))).square().mean(2, keepdim=True)
     return 1 / (1 + distance / _FAR**2)
 
