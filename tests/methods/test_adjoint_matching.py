@@ -450,6 +450,22 @@ def test_a_path_gone_far_does_not_spoil_the_fit_of_the_closed_loop(dtype):
     torch.testing.assert_close(StepJacobians(paths).fitted_moves()[1:], want[1:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_quadratic_cost_along_paths_and_its_gradients_are_those_step_by_step(moving):
+    """In closed form in one call, and by autograd through a plain function that hides it."""
+    root = randn(2, 2, seed=4)
+    matrix = root @ root.mT
+    cost = sc.QuadraticCost((lambda t: (1 + t) * matrix.to(t)) if moving else matrix)
+    problem = random_lq(2, seed=1)
+    paths = paths_of(problem, problem.chain(5), None, 16)
+    states, times = paths.states[:-1], paths.times[:-1]
+    want = torch.stack([cost(x, t) for x, t in zip(states, times)])
+    torch.testing.assert_close(cost.along(states, times), want, rtol=1e-12, atol=1e-12)
+    plain = running_cost_gradients(paths, lambda x, t, y: cost(x, t))
+    torch.testing.assert_close(running_cost_gradients(paths, cost), plain, rtol=1e-12, atol=1e-12)
+    assert float(plain.abs().min()) > 0
+
+
 def test_steep_slopes_are_shortened_and_others_left_alone():
     """The reciprocal form on a density: no slope beyond ``clip`` usual ones, directions kept, what is not finite counts for nothing; elsewhere none is touched."""
     scale = torch.tensor([0.5, 2.0])
