@@ -45,7 +45,7 @@ def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: 
     if trust_region is not None:
         low, high = torch.zeros_like(beta), beta
         inside = _kl(v) <= trust_region
-        for _ in range(_BISECTIONS):
+        for _ in range(0 if bool(inside.all()) else _BISECTIONS):
             middle = 0.5 * (low + high)
             fits = _kl(middle * v) <= trust_region
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)

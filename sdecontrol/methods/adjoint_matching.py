@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..controls.build import build_control
 from ..errors import unknown_name
 from ..problems.problem import ControlProblem
-from ..simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients, with_a_first_slope
+from ..simulation.closed_loop import ClosedLoop
+from ..simulation.lean_adjoint import (
+    ENOUGH,
+    StepJacobians,
+    lean_targets,
+    own_noise,
+    running_cost_gradients,
+    with_a_first_slope,
+)
 from ..simulation.shifts import shifts_along
 from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
@@ -23,7 +31,7 @@ from .regression import RegressionState, controlled_paths, descend, longest_resi
 __all__ = ["AdjointMatching"]
 
 PAIRINGS = ("chain", "continuous")
-_LOOK_EVERY = 5  # iterations
+_LOOK_EVERY = 10  # iterations
 _UNKNOWN = 1e30
 _LOOSEST = 0.1  # relative error of the own-noise solve while the loss is still large
 
@@ -36,6 +44,7 @@ class _State(RegressionState):
         # least squares is damped relative to each feature; with a scaled gate single paths went astray
         control = build_control(run.problem, run.chain, run.control, seed=run.seed, scale_gate=False)
         super().__init__(control, run.chain)
+        self.loop = ClosedLoop(run.chain)
         self.sizes: Tensor
         self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0, _UNKNOWN]))
 
@@ -46,7 +55,7 @@ class _State(RegressionState):
 
     def products(self, iteration: int) -> int:
         """How many products with the Jacobian the solve may take."""
-        enough = float(self.sizes[2]) < 0.5 * self.tolerance() and iteration % _LOOK_EVERY
+        enough = float(self.sizes[2]) < ENOUGH * self.tolerance() and iteration % _LOOK_EVERY
         return 0 if enough else 8
 
 
@@ -132,7 +141,7 @@ class AdjointMatching(Method):
             if self.zero_variance:
                 sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
                 most = state.products(run.iteration)
-                noise, guess = own_noise(jacobians, states, sloped, tolerance=state.tolerance(), most=most)
+                noise, guess = own_noise(jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most)
                 if most:
                     state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
             costs = running_cost_gradients(paths, problem.running_cost_or_none)

@@ -16,7 +16,7 @@ from ..simulation.lean_adjoint import StepJacobians
 from ..simulation.paths import Paths
 from ..simulation.shifts import shift_function
 from ..tensors import event_sum, nonfinite_rows
-from .base import ControlState, Regression, Run
+from .base import ControlState, Regression, Run, parameters_of
 
 __all__ = ["RegressionState", "controlled_paths", "longest_residuals", "regress", "reward_slope"]
 
@@ -129,7 +129,9 @@ def regress(
         state.observe(means.detach())
     by_step = state.step_weights() * means
     total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (chain.steps / len(steps))
-    (total / run.accumulate).backward()
+    (total / run.accumulate).backward(
+        inputs=parameters_of(state)
+    )  # and not to the states, whose gradient serves nobody
     return squares.detach(), means.detach()
 
 
@@ -162,9 +164,9 @@ def longest_residuals(
         NonFiniteError: a derivative that is not finite: that is no growth.
     """
     wrong = {"reward": nonfinite_rows(slope)}
-    if costs is not None and not bool(costs.isfinite().all()):
+    if costs is not None and not bool(costs.sum().isfinite()):
         wrong.update((f"running cost at step {j}", nonfinite_rows(cost)) for j, cost in enumerate(costs))
-    if not bool(residuals.isfinite().all()):  # by its size alone, perhaps
+    if not bool(residuals.sum().isfinite()):  # by its size alone, perhaps
         wrong["drift"] = jacobians.nonfinite_rows()
     for name, rows in wrong.items():
         if rows:

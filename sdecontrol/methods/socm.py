@@ -13,7 +13,8 @@ from ..controls.network import time_features
 from ..errors import unknown_name
 from ..evaluation.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
-from ..simulation.lean_adjoint import StepJacobians, running_cost_gradients
+from ..simulation.closed_loop import ClosedLoop
+from ..simulation.lean_adjoint import StepJacobians, lean_targets, linear_adjoints, running_cost_gradients
 from ..simulation.shifts import shifts_along
 from ..tensors import is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
@@ -22,6 +23,7 @@ from .regression import RegressionState, controlled_paths, descend, longest_resi
 
 __all__ = ["SOCM"]
 
+_REFIT = 5  # iterations after which the closed loop is fitted anew
 MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
 
 
@@ -37,6 +39,7 @@ class _State(RegressionState):
         self.register_buffer("phi", time_features((clock - clock[0]) / (chain.times[-1] - clock[0])), persistent=False)
         shape = {"full": (d, d), "diagonal": (d,), "scalar": (1,)}.get(kind)
         features = self.phi.shape[1]
+        self.loop = ClosedLoop(chain) if kind == "closed-loop" else None
         self.slopes = None if shape is None else nn.Parameter(chain.times.new_zeros(features, *shape))
 
     def step_matrices(self, chain_steps: list[float]) -> Tensor:
@@ -119,6 +122,8 @@ class SOCM(Method):
             if jacobians.moving:
                 raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
+            if state.loop is not None and part == 0 and run.iteration % _REFIT == 0:
+                state.loop.fit(paths, jacobians.scales)
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
             path_weights = None if weighing is None else weighing.weights
@@ -153,53 +158,56 @@ class SOCM(Method):
     def _targets(
         self, state: _State, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float
     ) -> Tensor:
-        chain, paths, costs = jacobians.chain, jacobians.paths, jacobians.per_step(costs, alpha)
+        if self.matrices == "adjoint":
+            return lean_targets(jacobians, slope, costs=costs, alpha=alpha)
+        paths, costs = jacobians.paths, jacobians.per_step(costs, alpha)
         # what a step's noise says of the state before it: scale^{-T} (c + xi)
-        noises = _inverse_transposed(jacobians.scales, paths.noises)
-        drawn = noises + _inverse_transposed(jacobians.scales, paths.shifts)
-        pushed = jacobians.mean_products(drawn)
-        moves: Tensor | None = None
-        if self.matrices in ("full", "diagonal", "scalar"):
+        noises = _inverse_transposed(jacobians, paths.noises)
+        drawn = noises + _inverse_transposed(jacobians, paths.shifts)
+        factors = self._factors(state, jacobians)
+        drive = jacobians.mean_products(drawn) - (
+            drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
+        )
+        adjoints = linear_adjoints(slope, factors, drive if costs is None else drive - costs)[1:]
+        if state.loop is not None:
+            adjoints = adjoints - _own_noise(jacobians, noises, state.loop)
+        return jacobians.scales_transposed(adjoints)
+
+    def _factors(self, state: _State, jacobians: StepJacobians) -> Tensor:
+        """The step matrices N, as of :func:`linear_adjoints`."""
+        chain = jacobians.chain
+        if state.slopes is not None:
             moves = state.step_matrices(chain.step_sizes)
-        elif self.matrices == "closed-loop":
-            moves = jacobians.fitted_moves()
-        own = self._own_noise(jacobians, noises, moves) if self.matrices == "closed-loop" else None
-        a, targets = slope, []
-        for j in reversed(range(jacobians.count)):
-            targets.append(jacobians.scale_transposed(j, a if own is None else a - own[j]))
-            if self.matrices == "adjoint":
-                a = jacobians.step(j, a, None)
-            else:
-                left = a - drawn[j]
-                move = torch.zeros(()) if moves is None else moves[j]
-                a = left + pushed[j] + (left @ move if move.ndim == 2 else left * move)
-            if costs is not None:
-                a = a - costs[j]
-        return torch.stack(targets[::-1])
-
-    def _own_noise(self, jacobians: StepJacobians, noises: Tensor, moves: Tensor | None) -> Tensor | None:
-        """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
-        weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
-        if moves is None:
-            return None
-        change = noises + noises @ moves - jacobians.mean_products(noises)
-        closed = torch.eye(moves.shape[1], dtype=moves.dtype, device=moves.device) + moves
-        return torch.linalg.solve(closed, change, left=False)
+        elif state.loop is not None and state.loop.moves is not None:
+            moves = state.loop.moves
+        else:
+            return chain.times.new_ones(chain.steps, 1)
+        return (
+            moves + torch.eye(moves.shape[1], dtype=moves.dtype, device=moves.device) if moves.ndim == 3 else 1 + moves
+        )
 
 
-def _inverse_transposed(scales: list[Tensor], v: Tensor) -> Tensor:
+def _own_noise(jacobians: StepJacobians, noises: Tensor, loop: ClosedLoop) -> Tensor:
+    """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
+    weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
+    return noises - loop.inverse_transposed()(jacobians.mean_products(noises))
+
+
+def _inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:
     """``scale_k^{-T} v_k`` of all steps, v ``(K, batch, d)``, for scales that are the same for all rows.
 
     Raises:
         ValueError: a scale without inverse.
     """
+    scales = jacobians.scales
     if not is_matrix_scale(scales[0], 1):
-        scale = torch.stack([s.expand(v.shape[1:]) for s in scales])
-        if bool((scale == 0).any()):
+        # as (K, 1 | batch, 1 | d)
+        stacked = torch.stack([s.reshape(*(1,) * (2 - s.ndim), *s.shape) for s in scales])
+        if bool((stacked == 0).any()):
             raise ValueError(
                 "diffusion: socm needs an invertible one; this one is 0 in a coordinate. Use adjoint-matching."
             )
-        return v / scale
+        return v / stacked
     matrix = torch.stack([s[0] for s in scales])
     if matrix.shape[1] != matrix.shape[2] or float(torch.linalg.cond(matrix.double()).max()) > 1e6:
         raise ValueError("diffusion: socm needs an invertible one; use adjoint-matching.")

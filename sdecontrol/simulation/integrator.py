@@ -123,7 +123,7 @@ def integrate(
         shift = Remembered(shift)
     sums = None if everything or shift is None else _Sums()
     # a cost that takes all states in one call waits for them
-    along = getattr(running_cost, "along", None) if everything and not torch.is_grad_enabled() else None
+    along = getattr(running_cost, "along", None) if everything else None
     for k in range(first, last):
         xi = noise[k]
         if running_cost is not None and along is None and chain.clock[k] >= 0:

@@ -21,17 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors import apply_scale, apply_scale_transposed, nonfinite_rows
+from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale, nonfinite_rows
 from .chains import Chain
+from .closed_loop import ClosedLoop
 from .integrator import RunningCost
 from .paths import Paths
 from .shifts import shifts_along
 
-__all__ = ["StepJacobians", "lean_targets", "own_noise", "running_cost_gradients", "with_a_first_slope"]
+__all__ = [
+    "ENOUGH",
+    "StepJacobians",
+    "lean_targets",
+    "linear_adjoints",
+    "own_noise",
+    "running_cost_gradients",
+    "with_a_first_slope",
+]
 
 
-_MOST_FITTED = 256  # largest state whose closed loop is fitted
-_FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these are
+ENOUGH = 0.5  # of the tolerance: a first guess whose residual is below it will do
 
 
 class StepJacobians:
@@ -47,10 +55,13 @@ class StepJacobians:
         self.first, self.count = paths.first, paths.last - paths.first
         self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
         self.moving = False  # whether the scale depends on x
+        self.stacked: Tensor | None = None  # all scales, where they are the same for all rows
         states = paths.states[:-1]
         if chain.linear_steps is not None:
             matrices, scales = chain.linear_steps
             self.matrices, self.scales = matrices[self.first : paths.last], scales[self.first : paths.last]
+            if all(scale.shape == self.scales[0].shape for scale in self.scales):
+                self.stacked = torch.stack(self.scales)
             return
         with torch.enable_grad():
             self._keep_graphs(states)
@@ -80,7 +91,12 @@ class StepJacobians:
 
     def scales_transposed(self, v: Tensor) -> Tensor:
         """The same for all steps at once, v ``(K, batch, *event)``."""
-        return torch.stack([self.scale_transposed(j, v[j]) for j in range(self.count)])
+        scales = self.stacked
+        if scales is None:
+            return torch.stack([self.scale_transposed(j, v[j]) for j in range(self.count)])
+        if is_matrix_scale(self.scales[0], self.ndim):
+            return v @ scales.squeeze(1)
+        return v * scales.reshape(len(scales), *(1,) * (v.ndim - scales.ndim), *scales.shape[1:])
 
     def per_step(self, costs: Tensor | None, alpha: float) -> Tensor | None:
         """``h_k grad f / alpha`` of :func:`running_cost_gradients`."""
@@ -120,41 +136,6 @@ class StepJacobians:
         ones = torch.ones_like(self.paths.states[1:])
         return nonfinite_rows(self._products(self.outputs[1], ones), 1)
 
-    def fitted_moves(self) -> Tensor | None:
-        """``A_k - I`` ``(K, d, d)``, A_k the Jacobian of the affine fit of the noiseless next state over the batch: that of the closed loop,
-        exact where everything is linear; None where there are too few paths for a fit."""
-        states = self.paths.states[:-1].flatten(2).double()  # a path gone far must not hide how the others vary
-        _, batch, n = states.shape
-        if batch < 2 * (n + 1) or n > _MOST_FITTED:
-            return None
-        kicks = [apply_scale(s.detach(), self.paths.noises[j], self.ndim) for j, s in enumerate(self.scales)]
-        moves = self.paths.states[1:].flatten(2).double() - torch.stack(kicks).flatten(2).double() - states
-        weights = _nearness(states)
-        mean = (weights * states).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        x = states - mean
-        cov, cross = (weights * x).mT @ x / batch, (weights * x).mT @ moves / batch
-        level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
-        ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
-        slopes = torch.linalg.solve(cov + ridge, cross).mT
-        # where the states do not vary (a Dirac start; rounding is no variation) the next step's fit is the best guess
-        known = [j for j, size in enumerate(level.flatten().tolist()) if size > 1e-8 * float(level.max())]
-        for j in reversed(range(len(slopes))):
-            if j not in known and j + 1 < len(slopes):
-                ratio = self.chain.step_sizes[self.first + j] / self.chain.step_sizes[self.first + j + 1]
-                slopes[j] = slopes[j + 1] * ratio
-        return slopes.to(self.paths.states.dtype)
-
-
-def _nearness(states: Tensor) -> Tensor:
-    """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
-    the others move. (No weights change the fit of what is affine.)"""
-    some = states[:, :_LOOKED_AT]  # medians are dear
-    centre = some.median(1, keepdim=True).values
-    spread = 1.5 * (some - centre).abs().median(1, keepdim=True).values
-    away = states - centre
-    distance = (away / spread.clamp(min=1e-12 * (1 + float(spread.max())))).square().mean(2, keepdim=True)
-    return 1 / (1 + distance / _FAR**2)
-
 
 def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tensor, condition: Any) -> Tensor:
     """The shifts, the first replaced by the next step's control at the same states where all paths start at one point.
@@ -173,6 +154,7 @@ def own_noise(
     jacobians: StepJacobians,
     states: Tensor,
     shifts: Tensor,
+    loop: ClosedLoop,
     *,
     tolerance: float | None = None,
     most: int = 8,
@@ -181,12 +163,13 @@ def own_noise(
     of the first guess (nan where it was not looked at).
 
     The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one call.
-    The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the noiseless next state over the batch
+    The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the closed loop
     (the exact Jacobian where everything is linear); iterates that do not lower a step's residual are not taken. z stays linear in
     the noise given the states, whatever the number of iterations, so no stop biases anything.
 
     Args:
         states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
+        loop: the fit, perhaps of former paths; made anew of these where its guess will not do.
         tolerance: of the relative residual; default 1e-3 (float32), 1e-7 (float64).
         most: products with J^T at most; with 0 the first guess is not looked at.
     """
@@ -194,7 +177,7 @@ def own_noise(
     tolerance = (1e-7 if states.dtype == torch.float64 else 1e-3) if tolerance is None else tolerance
     products = _control_products(states, shifts)
     w = products(paths.noises)
-    solve = _fitted_inverse(jacobians, paths)
+    solve = loop.inverse_transposed()
     z, best = solve(w), torch.zeros_like(w)
     if not most:
         return z.detach(), math.nan
@@ -204,7 +187,11 @@ def own_noise(
     for _ in range(most):
         rest = w - jacobians.mean_products(z) - products(jacobians.scales_transposed(z))
         sizes = _sizes(rest)
-        guess = float(sizes.norm()) / max(whole, 1e-300) if math.isnan(guess) else guess
+        if math.isnan(guess):
+            guess = float(sizes.norm()) / max(whole, 1e-300)
+            if not guess < ENOUGH * tolerance:
+                loop.fit(paths, jacobians.scales)
+                solve = loop.inverse_transposed()
         better = sizes < lowest
         chosen = better.reshape(-1, *(1,) * (w.ndim - 1))
         moved = z + solve(rest)
@@ -234,19 +221,6 @@ def _control_products(states: Tensor, shifts: Tensor) -> Callable[[Tensor], Tens
     return product
 
 
-def _fitted_inverse(jacobians: StepJacobians, paths: Paths) -> Callable[[Tensor], Tensor]:
-    """``v -> A_k^{-T} v`` with the fitted Jacobians, where there are any; else the identity."""
-    moves = jacobians.fitted_moves()
-    if moves is None:
-        return lambda v: v
-    n = moves.shape[1]
-    inverse = torch.linalg.inv(torch.eye(n, dtype=torch.float64, device=moves.device) + moves.double())
-    if not bool(torch.isfinite(inverse).all()):
-        return lambda v: v
-    inverse = inverse.to(moves.dtype)
-    return lambda v: (v.flatten(2) @ inverse).reshape(v.shape)
-
-
 def lean_targets(
     jacobians: StepJacobians,
     slope: Tensor,
@@ -265,18 +239,43 @@ def lean_targets(
         own_step: pair c_k with a_{k+1} (the chain's optimum is the fixed point); False: with a_k (O(h) nearer to the
             control in continuous time).
     """
-    a, costs = slope, jacobians.per_step(costs, alpha)
-    targets: list[Tensor] = []
-    for j in reversed(range(jacobians.count)):
-        z = None if noise_part is None else noise_part[j]
-        if own_step:
-            targets.append(jacobians.scale_transposed(j, a if z is None else a - z))
-        a = jacobians.step(j, a, z)
-        if costs is not None:
-            a = a - costs[j]
-        if not own_step:
-            targets.append(jacobians.scale_transposed(j, a))
-    return torch.stack(targets[::-1])
+    costs = jacobians.per_step(costs, alpha)
+    if jacobians.matrices is not None:
+        drive = None if costs is None else -costs
+        if noise_part is not None:
+            drive = (
+                -jacobians.mean_products(noise_part) if drive is None else drive - jacobians.mean_products(noise_part)
+            )
+        whole = linear_adjoints(slope, jacobians.matrices, drive)
+    else:
+        a = slope
+        adjoints = [a]
+        for j in reversed(range(jacobians.count)):
+            a = jacobians.step(j, a, None if noise_part is None else noise_part[j])
+            if costs is not None:
+                a = a - costs[j]
+            adjoints.append(a)
+        whole = torch.stack(adjoints[::-1])
+    if not own_step:
+        return jacobians.scales_transposed(whole[:-1])
+    return jacobians.scales_transposed(whole[1:] if noise_part is None else whole[1:] - noise_part)
+
+
+def linear_adjoints(end: Tensor, factors: Tensor, drive: Tensor | None) -> Tensor:
+    """``a_j = a_{j+1} N_j + drive_j`` back from ``a_K = end``, ``(K+1, batch, d)``.
+
+    Args:
+        factors: N, ``(K, d, d)``, or what multiplies elementwise, ``(K, d)`` or ``(K, 1)``. drive: ``(K, batch, d)``; None: 0.
+    """
+    a, found = end, [end]
+    matrix, each = factors.ndim == 3, factors.unbind(0)
+    for j in reversed(range(len(each))):
+        if drive is None:
+            a = a @ each[j] if matrix else a * each[j]
+        else:
+            a = torch.addmm(drive[j], a, each[j]) if matrix else torch.addcmul(drive[j], a, each[j])
+        found.append(a)
+    return torch.stack(found[::-1])
 
 
 def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> Tensor | None:

@@ -11,8 +11,9 @@ import sdecontrol as sc
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reciprocal import clipped
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
-from sdecontrol.methods.socm import SOCM, _inverse_transposed, _State
+from sdecontrol.methods.socm import SOCM, _inverse_transposed, _own_noise, _State
 from sdecontrol.randomness import SeededNoise
+from sdecontrol.simulation.closed_loop import ClosedLoop
 from sdecontrol.simulation.integrator import integrate, one_step
 from sdecontrol.simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
 from sdecontrol.simulation.shifts import shift_function, shifts_along
@@ -26,6 +27,12 @@ def paths_of(problem, chain, control, n, seed=0):
         return integrate(chain, x0, noise, shift, running_cost=problem.running_cost_or_none)
 
 
+def fitted(paths):
+    loop = ClosedLoop(paths.chain)
+    loop.fit(paths, StepJacobians(paths).scales)
+    return loop
+
+
 def targets_of(problem, paths, control=None, *, zero_variance=False, **options):
     """The lean targets and the shifts they are for; ``control`` on the right side only where noise is subtracted."""
     _, slope = reward_slope(problem, paths)
@@ -33,7 +40,8 @@ def targets_of(problem, paths, control=None, *, zero_variance=False, **options):
     part = None
     if zero_variance:
         states = paths.states[:-1].detach().requires_grad_(True)
-        part, _ = own_noise(jacobians, states, shifts_along(paths.chain, control, states), tolerance=1e-12, most=60)
+        shifts = shifts_along(paths.chain, control, states)
+        part, _ = own_noise(jacobians, states, shifts, ClosedLoop(paths.chain), tolerance=1e-12, most=60)
     return lean_targets(
         jacobians,
         slope,
@@ -166,7 +174,7 @@ def test_own_noise_solves_its_linear_systems():
     jacobians = StepJacobians(paths)
     states = paths.states[:-1].detach().requires_grad_(True)
     shifts = shifts_along(chain, control, states)
-    z, _ = own_noise(jacobians, states, shifts, tolerance=1e-13, most=200)
+    z, _ = own_noise(jacobians, states, shifts, ClosedLoop(chain), tolerance=1e-13, most=200)
     scales = [chain.kernel(k, x)[1] for k, x in enumerate(paths.states[:-1])]
 
     def shift_at(k, x):
@@ -191,10 +199,28 @@ def test_the_first_guess_at_the_own_noise_is_exact_where_everything_is_affine():
     paths = paths_of(problem, exact.chain, exact.control, 256)
     states = paths.states[:-1].detach().requires_grad_(True)
     shifts = shifts_along(exact.chain, Affine(exact, paths), states)
-    guess, _ = own_noise(StepJacobians(paths), states, shifts, most=0)
-    whole, first = own_noise(StepJacobians(paths), states, shifts, tolerance=1e-12, most=60)
+    jacobians, loop = StepJacobians(paths), fitted(paths)
+    guess, _ = own_noise(jacobians, states, shifts, loop, most=0)
+    whole, first = own_noise(jacobians, states, shifts, loop, tolerance=1e-12, most=60)
     torch.testing.assert_close(guess, whole, rtol=1e-4, atol=1e-5)
     assert first < 1e-4
+
+
+def test_the_closed_loop_is_fitted_anew_only_where_its_guess_will_not_do():
+    problem = random_lq(3, seed=5, start="fixed")
+    exact = sc.exact_solution(problem, time_steps=12)
+    paths = paths_of(problem, exact.chain, exact.control, 256)
+    states = paths.states[:-1].detach().requires_grad_(True)
+    shifts = shifts_along(exact.chain, Affine(exact, paths), states)
+    jacobians, loop, want = StepJacobians(paths), ClosedLoop(exact.chain), fitted(paths).moves
+    _, first = own_noise(jacobians, states, shifts, loop, tolerance=1e-3)
+    assert first > 0.1 and torch.equal(loop.moves, want)  # the identity was no guess
+    loop.moves *= 1.0001
+    kept = loop.moves.clone()
+    _, second = own_noise(jacobians, states, shifts, loop, tolerance=1e-2)
+    assert 0 < second < 1e-3 and torch.equal(loop.moves, kept)
+    own_noise(jacobians, states, shifts, loop, tolerance=1e-9)
+    assert torch.equal(loop.moves, want)
 
 
 # ---------------------------------------------------------------- SOCM
@@ -208,6 +234,8 @@ def socm_targets(problem, chain, paths, kind, seed=0):
             state.slopes += 0.4 * randn(*state.slopes.shape, seed=seed)
     _, slope = reward_slope(problem, paths)
     costs = running_cost_gradients(paths, problem.running_cost_or_none)
+    if state.loop is not None:
+        state.loop.fit(paths, StepJacobians(paths).scales)
     with torch.no_grad():
         return method._targets(state, StepJacobians(paths), slope, costs, problem.alpha)
 
@@ -226,8 +254,8 @@ def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind)
         kind == "closed-loop"
     ):  # what is subtracted has a mean under the weights, which vanishes at the fixed point: not for this test
         jacobians = StepJacobians(paths)
-        noises = _inverse_transposed(jacobians.scales, paths.noises)
-        y = y + jacobians.scale_transposed(0, SOCM()._own_noise(jacobians, noises, jacobians.fitted_moves())[0])
+        noises = _inverse_transposed(jacobians, paths.noises)
+        y = y + jacobians.scale_transposed(0, _own_noise(jacobians, noises, fitted(paths))[0])
     w = (log_w - log_w.max()).exp()[:, None]
     mean = (w * y).sum(0) / w.sum()
     error = ((w * (y - mean)).square().sum(0).sqrt()) / w.sum()
@@ -357,7 +385,7 @@ def test_residuals_beyond_the_longest_count_linearly_and_those_that_are_no_numbe
     run = Run(problem, chain, 5, 1, 0)
     state = RegressionState(sc.controls.build.build_control(problem, chain), chain)
     state.least_squares = True  # steps have weight 1 until residuals have been observed
-    shifts = torch.zeros(3, 5, 2, dtype=F64, requires_grad=True)
+    state.shifts = shifts = torch.nn.Parameter(torch.zeros(3, 5, 2, dtype=F64))
     targets = randn(3, 5, 2, seed=2)
     targets[0, 1], targets[1, 3], targets[2, 0], targets[2, 4] = 1e9, -50.0, math.inf, math.nan
     most = torch.tensor([3.0, 7.0, 100.0], dtype=F64)
@@ -438,16 +466,16 @@ def test_a_path_gone_far_does_not_spoil_the_fit_of_the_closed_loop(dtype):
         reward=lambda x: -(x * x).sum(1),
     )
     paths = sc.simulate(problem, 4096, time_steps=5, seed=1)
-    before = StepJacobians(paths).fitted_moves()
+    before = fitted(paths).moves
     for state in paths._states:
         state[0] = 1e7
     paths._stacks.clear()
-    after = StepJacobians(paths).fitted_moves()
+    after = fitted(paths).moves
     assert float((after - before).abs().max()) < 0.02 * float(before.abs().max())
     linear = random_lq(2, seed=1, running=False)
     paths = paths_of(linear, linear.chain(5), None, 256)
     want = linear.chain(5).linear_steps[0] - torch.eye(2, dtype=F64)
-    torch.testing.assert_close(StepJacobians(paths).fitted_moves()[1:], want[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fitted(paths).moves[1:], want[1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("moving", [False, True])

@@ -1,0 +1,86 @@
+"""The closed loop's linear part, fitted over a batch of paths: what the variance reduction of adjoint methods needs to know of a control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors import apply_scale
+from .chains import Chain
+from .paths import Paths
+
+__all__ = ["ClosedLoop"]
+
+_MOST = 256  # numbers in the largest state that is fitted
+_FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these are
+
+
+class ClosedLoop(nn.Module):
+    """``I + moves_k``, the Jacobian of the affine fit of the noiseless next state: exact where everything is linear, and the identity before the first fit.
+
+    No expectation depends on it, so that it may be of former paths; a fit costs as much as many a network's call.
+
+    Attributes:
+        moves: ``(K, d, d)``, saved with what it is part of; None where the state is too large for a fit.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        n = chain.event_shape.numel()
+        self.moves: Tensor | None
+        self.register_buffer("moves", chain.times.new_zeros(chain.steps, n, n) if n <= _MOST else None)
+
+    @torch.no_grad()
+    def fit(self, paths: Paths, scales: Sequence[Tensor]) -> None:
+        """Fit whole paths; nothing changes where they are too few, or say nothing finite.
+
+        Args:
+            scales: of all steps, as kernels give them.
+        """
+        if self.moves is None:
+            return
+        states = paths.states[:-1].flatten(2).double()  # a path gone far must not hide how the others vary
+        _, batch, n = states.shape
+        if batch < 2 * (n + 1):
+            return
+        ndim = paths.chain.event_ndim
+        kicks = torch.stack([apply_scale(scale, xi, ndim) for scale, xi in zip(scales, paths.noises)])
+        moves = paths.states[1:].flatten(2).double() - kicks.flatten(2).double() - states
+        weights = _nearness(states)
+        mean = (weights * states).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        x = states - mean
+        cov, cross = (weights * x).mT @ x / batch, (weights * x).mT @ moves / batch
+        level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
+        ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
+        slopes = torch.linalg.solve(cov + ridge, cross).mT
+        # where the states do not vary (a Dirac start; rounding is no variation) the next step's fit is the best guess
+        known = [j for j, size in enumerate(level.flatten().tolist()) if size > 1e-8 * float(level.max())]
+        for j in reversed(range(len(slopes))):
+            if j not in known and j + 1 < len(slopes):
+                slopes[j] = slopes[j + 1] * (paths.chain.step_sizes[j] / paths.chain.step_sizes[j + 1])
+        if bool(slopes.isfinite().all()):
+            self.moves.copy_(slopes)
+
+    def inverse_transposed(self) -> Callable[[Tensor], Tensor]:
+        """``v -> (I + moves_k)^{-T} v_k``, v ``(K, batch, *event)``; the identity where there is no inverse."""
+        if self.moves is None:
+            return lambda v: v
+        n = self.moves.shape[1]
+        closed = torch.eye(n, dtype=torch.float64, device=self.moves.device) + self.moves.double()
+        inverse = torch.linalg.inv_ex(closed)[0].to(self.moves.dtype)
+        if not bool(inverse.isfinite().all()):
+            return lambda v: v
+        return lambda v: (v.flatten(2) @ inverse).reshape(v.shape)
+
+
+def _nearness(states: Tensor) -> Tensor:
+    """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
+    the others move. (No weights change the fit of what is affine.)"""
+    some = states[:, :_LOOKED_AT]  # medians are dear
+    centre = some.median(1, keepdim=True).values
+    spread = 1.5 * (some - centre).abs().median(1, keepdim=True).values
+    away = states - centre
+    distance = (away / spread.clamp(min=1e-12 * (1 + float(spread.max())))).square().mean(2, keepdim=True)
+    return 1 / (1 + distance / _FAR**2)
