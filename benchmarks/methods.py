@@ -48,14 +48,19 @@ METHODS: dict[str, tuple[sc.Method, dict[str, float]]] = {
 }
 
 
-class Network(nn.Module):
-    """The network of the card's source: 256-128-64, time as one more input."""
+#: the network of the card's source, and one of sixteen times the work
+SIZES = {"256-128-64": (256, 128, 64), "1024-512-256": (1024, 512, 256)}
+_SMALL, _LARGE = SIZES
 
-    def __init__(self, dim: int, noises: int) -> None:
+
+class Network(nn.Module):
+    """A user's own network, time as one more input."""
+
+    def __init__(self, dim: int, noises: int, name: str = _SMALL) -> None:
         super().__init__()
-        sizes = (dim + 1, 256, 128, 64)
+        sizes = (dim + 1, *SIZES[name])
         layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(64, noises))
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], noises))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.layers(torch.cat((x, t.unsqueeze(1)), 1))
@@ -128,9 +133,11 @@ def _must(seconds: dict[str, list[float]], counts: dict[str, float], round_: int
     return sum(at["learn, a tenth"] if (name, n) == ("learn", 0.1) else n * at[name] for name, n in counts.items())
 
 
-def _iteration(problem: sc.ControlProblem, method: sc.Method, steps: int, batch: int) -> Callable[[], None]:
+def _iteration(
+    problem: sc.ControlProblem, method: sc.Method, steps: int, batch: int, network: str = _SMALL
+) -> Callable[[], None]:
     torch.manual_seed(0)
-    control = Network(problem.event_shape[0], problem.control_shape[0])
+    control = Network(problem.event_shape[0], problem.control_shape[0], network)
     run = Run(problem, problem.chain(steps), batch, 1, 0, control)
     state = method.setup(run)
     optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4, fused=True)
@@ -196,19 +203,10 @@ def _scaling(rounds: int) -> dict[str, dict[str, float]]:
     return out
 
 
-def methods(
-    problem: Annotated[str, typer.Option(help="A named problem.")] = "ou-quadratic-easy",
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 15,
-) -> None:
-    """One iteration of each method with a user's own network, against the network calls it must make.
-
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks methods
-    """
-    torch.set_num_threads(1)
-    card = problem_card(problem)
-    made = card.make()
-    calls = _calls(made, Network(made.event_shape[0], made.control_shape[0]), card.batch_size, card.time_steps)
-    acts = {n: _iteration(made, m, card.time_steps, card.batch_size) for n, (m, _) in METHODS.items()}
+def _rows(problem: sc.ControlProblem, steps: int, batch: int, network: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """CPU-seconds of an iteration of every method, and of the calls that it must make."""
+    calls = _calls(problem, Network(problem.event_shape[0], problem.control_shape[0], network), batch, steps)
+    acts = {n: _iteration(problem, m, steps, batch, network) for n, (m, _) in METHODS.items()}
     seconds = _timed({**calls, **acts}, rounds)
     rows = {}
     for name, (_, counts) in METHODS.items():
@@ -219,44 +217,53 @@ def methods(
             "network_calls": statistics.median(must),
             "against_network_calls": statistics.median(a / b for a, b in zip(seconds[name], must)),
         }
-    scaling = _scaling(max(3, rounds // 3))
-    RESULTS.write_text(
-        json.dumps(
-            {
-                "problem": problem,
-                "time_steps": card.time_steps,
-                "batch_size": card.batch_size,
-                "rounds": rounds,
-                "rows": rows,
-                "scaling": scaling,
-                "versions": {
-                    "sdecontrol": sc.__version__,
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                },
-                "command": "python -m benchmarks methods",
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    return rows
+
+
+def methods(
+    problem: Annotated[str, typer.Option(help="A named problem.")] = "ou-quadratic-easy",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 15,
+) -> None:
+    """One iteration of each method with a user's own network, against the network calls it must make.
+
+    Example:  OMP_NUM_THREADS=1 python -m benchmarks methods
+    """
+    torch.set_num_threads(1)
+    card = problem_card(problem)
+    made, few = card.make(), max(3, rounds // 3)
+    found: dict[str, Any] = {
+        "problem": problem,
+        "time_steps": card.time_steps,
+        "batch_size": card.batch_size,
+        "rounds": rounds,
+        "rows": {n: _rows(made, card.time_steps, card.batch_size, n, rounds if n == _SMALL else few) for n in SIZES},
+        "scaling": _scaling(few),
+        "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "command": "python -m benchmarks methods",
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(text := _page(found))
+    print(text, end="")
+
+
+def _page(found: dict[str, Any]) -> str:
+    small, large = found["rows"][_SMALL], found["rows"][_LARGE]
     lines = [
         "# The cost of an iteration",
         "",
-        f"`OMP_NUM_THREADS=1 python -m benchmarks methods`: {problem}, {card.time_steps} steps, batch {card.batch_size}, a user's own network 256-128-64 (so no tables of "
-        f"times, no linear parts), one thread, medians of {rounds} interleaved rounds. Every iteration stands beside the network calls that it must make: *roll*, K calls on the "
-        "batch without a graph; *learn*, one call on all K·B states and its backward pass; *product*, a vector-Jacobian product of that call; *through*, K calls with their graph and "
-        "backward through all; *value* look, learn and roll (gradients), the same of the method's own value network. All else (noise, kernels, rewards, running costs, "
-        "adjoints, weights, metrics, Adam) is what the ratio has above 1.",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks methods`: {found['problem']}, {found['time_steps']} steps, batch {found['batch_size']}, a user's own network (so no tables of "
+        f"times, no linear parts), {_SMALL} and {_LARGE}, one thread, medians of {found['rounds']} interleaved rounds (a third of them for the larger). Every iteration stands beside the "
+        "network calls that it must make: *roll*, K calls on the batch without a graph; *learn*, one call on all K·B states and its backward pass; *product*, a vector-Jacobian product of that "
+        "call; *through*, K calls with their graph and backward through all; *value* look, learn and roll (gradients), the same of the method's own value network. All else (noise, "
+        "kernels, rewards, running costs, adjoints, weights, metrics, Adam) is what the ratio has above 1.",
         "",
-        "| | CPU-s | must call | CPU-s of these calls | ratio |",
-        "|---|---:|---|---:|---:|",
+        f"| | must call | CPU-s, {_SMALL} | of these calls | ratio | CPU-s, {_LARGE} | ratio |",
+        "|---|---|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {r['cpu_seconds']:.4f} | {_said(r['calls'])} | {r['network_calls']:.4f} | {r['against_network_calls']:.2f} |"
-            for name, r in rows.items()
+            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.4f} | {r['network_calls']:.4f} | {r['against_network_calls']:.2f} | "
+            f"{large[name]['cpu_seconds']:.3f} | {large[name]['against_network_calls']:.2f} |"
+            for name, r in small.items()
         ),
-    ]
-    lines += [
         "",
         "How an iteration of adjoint matching grows with steps, batch and dimension, beside its network calls:",
         "",
@@ -264,11 +271,10 @@ def methods(
         "|---|---:|---:|---:|",
         *(
             f"| {name} | {r['adjoint-matching']:.4f} | {r['network calls']:.4f} | {r['ratio']:.2f} |"
-            for name, r in scaling.items()
+            for name, r in found["scaling"].items()
         ),
     ]
-    PAGE.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 def _said(counts: dict[str, float]) -> str:
