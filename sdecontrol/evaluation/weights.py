@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,23 +42,32 @@ def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: 
     v = v.reshape(-1, len(v) if group_size is None else group_size)
     v = v - v.amax(1, keepdim=True)
     beta = torch.ones_like(v[:, :1])
-    if trust_region is not None:
-        low, high = torch.zeros_like(beta), beta
-        inside = _kl(v) <= trust_region
-        for _ in range(0 if bool(inside.all()) else _BISECTIONS):
-            middle = 0.5 * (low + high)
-            fits = _kl(middle * v) <= trust_region
-            low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-        beta = torch.where(inside, beta, low)
+    if trust_region is not None:  # hundreds of tiny operations: numpy's are cheaper
+        beta = torch.from_numpy(_exponents(v.cpu().numpy(), trust_region)).to(v.device)
     shares = (beta * v).softmax(1)
     ess = float((1 / (shares.square().sum(1) * v.shape[1])).mean())
     return Weights((shares * v.shape[1]).flatten().to(log_w.dtype), float(beta.mean()), ess)
 
 
-def _kl(log_w: Tensor) -> Tensor:
-    """``KL(weighted || uniform)`` of each row, ``(groups, 1)``."""
-    log_shares = log_w.log_softmax(1)
-    return (log_shares.exp() * (log_shares + math.log(log_w.shape[1]))).sum(1, keepdim=True)
+def _exponents(v: np.ndarray, most: float) -> np.ndarray:
+    """The largest ``beta <= 1`` of each row with ``KL(softmax(beta v) || uniform) <= most``, ``(groups, 1)``, by bisection; rows of v have maximum 0."""
+    low, high = np.zeros((len(v), 1)), np.ones((len(v), 1))
+    inside = _kl(v, high) <= most
+    for _ in range(0 if inside.all() else _BISECTIONS):
+        middle = 0.5 * (low + high)
+        fits = _kl(v, middle) <= most
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return np.where(inside, 1.0, low)
+
+
+def _kl(v: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """``KL(softmax(beta v) || uniform)`` of each row, ``(groups, 1)``."""
+    powers = beta * v
+    weights = np.exp(powers)
+    total = weights.sum(1, keepdims=True)
+    # where v is -inf the weight is 0, and 0 log 0 too
+    mean = (weights * np.where(weights > 0, powers, 0.0)).sum(1, keepdims=True) / total
+    return mean - np.log(total / v.shape[1])
 
 
 def warn_where_few(name: str, ess: float, count: int, remedy: str) -> None:

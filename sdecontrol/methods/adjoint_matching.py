@@ -131,16 +131,15 @@ class AdjointMatching(Method):
             return reciprocal_step(state, run, self.refresh, self.clip, own_step, steps_of(run, self.steps))
         assert isinstance(state, _State)
         problem, chain = run.problem, run.chain
-        parts, rewards, squares, means, noises = [], [], [], [], []
+        parts, rewards, means, noises = [], [], [], []
         for part in range(run.accumulate):
             paths, reward, slope = controlled_paths(state, run, part)
             states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
             shifts = shifts_along(chain, state.control, states, paths.condition)
             jacobians = StepJacobians(paths)
-            noise = None
+            noise, most = None, state.products(run.iteration)
             if self.zero_variance:
                 sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
-                most = state.products(run.iteration)
                 noise, guess = own_noise(jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most)
                 if most:
                     state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
@@ -156,12 +155,12 @@ class AdjointMatching(Method):
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )
-            square, mean = regress(
+            _, mean = regress(
                 state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest
             )
-            if noise is not None:
+            if noise is not None and most:
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
-            for found, value in zip((parts, rewards, squares, means), (paths, reward, square, mean)):
+            for found, value in zip((parts, rewards, means), (paths, reward, mean)):
                 found.append(value)
             chain.forget()
         loss = float(torch.stack(means).mean(0).sum())
@@ -169,6 +168,7 @@ class AdjointMatching(Method):
         kl = concatenate(p.kl() for p in parts)
         descend(state, run, parts, means, objective=reward - cost - problem.alpha * kl)
         metrics = path_metrics(reward, cost, kl, problem.alpha)
+        state.sizes[0] = loss
         if noises:
-            state.sizes[0], state.sizes[1] = loss, concatenate(noises).mean()
+            state.sizes[1] = concatenate(noises).mean()
         return {**metrics, "loss": loss}

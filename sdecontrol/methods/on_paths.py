@@ -116,8 +116,9 @@ def current_metrics(state: PathState, run: Run, rollouts: Sequence[Rollout], own
         return dict.fromkeys(("objective", "objective_stderr", "reward", "running_cost", "kl"), math.nan)
     rewards = concatenate(r.reward for r in rollouts)
     kls = concatenate(r.kls(forward=True).sum(0) for r in rollouts)
-    backward = concatenate(r.kls().sum(0) for r in rollouts) - kls  # of the control, in the target's backward kernels
-    costs = concatenate(r.costs.sum(0) for r in rollouts) + run.problem.alpha * backward
+    costs = concatenate(r.costs.sum(0) for r in rollouts)
+    if run.chain.backward:  # the control is in the target's backward kernels, too
+        costs = costs + run.problem.alpha * (concatenate(r.kls().sum(0) for r in rollouts) - kls)
     return path_metrics(rewards, costs, kls, run.problem.alpha)
 
 

@@ -23,7 +23,7 @@ from .regression import RegressionState, controlled_paths, descend, longest_resi
 
 __all__ = ["SOCM"]
 
-_REFIT = 5  # iterations after which the closed loop is fitted anew
+_REFIT = 10  # iterations after which the closed loop is fitted anew
 MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
 
 
@@ -190,7 +190,7 @@ class SOCM(Method):
 def _own_noise(jacobians: StepJacobians, noises: Tensor, loop: ClosedLoop) -> Tensor:
     """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
     weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
-    return noises - loop.inverse_transposed()(jacobians.mean_products(noises))
+    return noises - loop.inverse_transposed(jacobians.mean_products(noises))
 
 
 def _inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .paths import Paths
 
 __all__ = ["ClosedLoop"]
 
-_MOST = 256  # numbers in the largest state that is fitted
+_MOST = 128  # numbers in the largest state that is fitted
 _FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these are
 
 
@@ -24,22 +24,26 @@ class ClosedLoop(nn.Module):
 
     Attributes:
         moves: ``(K, d, d)``, saved with what it is part of; None where the state is too large for a fit.
+        inverse: of ``I + moves``, the same.
     """
 
     def __init__(self, chain: Chain) -> None:
         super().__init__()
         n = chain.event_shape.numel()
         self.moves: Tensor | None
-        self.register_buffer("moves", chain.times.new_zeros(chain.steps, n, n) if n <= _MOST else None)
+        self.inverse: Tensor | None
+        zero = None if n > _MOST else chain.times.new_zeros(chain.steps, n, n)
+        self.register_buffer("moves", zero)
+        self.register_buffer("inverse", None if zero is None else zero + torch.eye(n).to(zero))
 
     @torch.no_grad()
     def fit(self, paths: Paths, scales: Sequence[Tensor]) -> None:
-        """Fit whole paths; nothing changes where they are too few, or say nothing finite.
+        """Fit whole paths; nothing changes where they are too few, or a fit has no inverse.
 
         Args:
             scales: of all steps, as kernels give them.
         """
-        if self.moves is None:
+        if self.moves is None or self.inverse is None:
             return
         states = paths.states[:-1].flatten(2).double()  # a path gone far must not hide how the others vary
         _, batch, n = states.shape
@@ -60,19 +64,14 @@ class ClosedLoop(nn.Module):
         for j in reversed(range(len(slopes))):
             if j not in known and j + 1 < len(slopes):
                 slopes[j] = slopes[j + 1] * (paths.chain.step_sizes[j] / paths.chain.step_sizes[j + 1])
-        if bool(slopes.isfinite().all()):
+        inverse = torch.linalg.inv_ex(slopes + torch.eye(n).to(slopes))[0]
+        if bool(inverse.isfinite().all()):
             self.moves.copy_(slopes)
+            self.inverse.copy_(inverse)
 
-    def inverse_transposed(self) -> Callable[[Tensor], Tensor]:
-        """``v -> (I + moves_k)^{-T} v_k``, v ``(K, batch, *event)``; the identity where there is no inverse."""
-        if self.moves is None:
-            return lambda v: v
-        n = self.moves.shape[1]
-        closed = torch.eye(n, dtype=torch.float64, device=self.moves.device) + self.moves.double()
-        inverse = torch.linalg.inv_ex(closed)[0].to(self.moves.dtype)
-        if not bool(inverse.isfinite().all()):
-            return lambda v: v
-        return lambda v: (v.flatten(2) @ inverse).reshape(v.shape)
+    def inverse_transposed(self, v: Tensor) -> Tensor:
+        """``(I + moves_k)^{-T} v_k``, v ``(K, batch, *event)``."""
+        return v if self.inverse is None else (v.flatten(2) @ self.inverse).reshape(v.shape)
 
 
 def _nearness(states: Tensor) -> Tensor:

@@ -177,8 +177,7 @@ def own_noise(
     tolerance = (1e-7 if states.dtype == torch.float64 else 1e-3) if tolerance is None else tolerance
     products = _control_products(states, shifts)
     w = products(paths.noises)
-    solve = loop.inverse_transposed()
-    z, best = solve(w), torch.zeros_like(w)
+    z, best = loop.inverse_transposed(w), torch.zeros_like(w)
     if not most:
         return z.detach(), math.nan
     lowest = _sizes(w)
@@ -191,10 +190,9 @@ def own_noise(
             guess = float(sizes.norm()) / max(whole, 1e-300)
             if not guess < ENOUGH * tolerance:
                 loop.fit(paths, jacobians.scales)
-                solve = loop.inverse_transposed()
         better = sizes < lowest
         chosen = better.reshape(-1, *(1,) * (w.ndim - 1))
-        moved = z + solve(rest)
+        moved = z + loop.inverse_transposed(rest)
         # the last correction comes for nothing: its residual is smaller again by the factor of this one
         best = torch.where(chosen, moved, best)
         shrink = sizes.square() / lowest.clamp(min=torch.finfo(w.dtype).tiny)

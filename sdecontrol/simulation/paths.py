@@ -155,5 +155,12 @@ class Paths:
         variance than the mean of :meth:`log_ratio`."""
         if self._shifts is None and self._sums is not None and not per_step:
             return self._sums[1]
+        if (known := self._stacks.get("kl")) is not None and not per_step:
+            return known
         steps = event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
-        return steps if per_step else steps.sum(0)
+        if per_step:
+            return steps
+        whole = steps.sum(0)
+        if not whole.requires_grad:
+            self._stacks["kl"] = whole
+        return whole
