@@ -30,6 +30,8 @@ _STEPS = {"linear-quadratic": 20, "overlapping-mixture": 50, "mixture": 50}
 METHODS: dict[str, sc.Method] = {
     "adjoint-matching": sc.AdjointMatching(),
     "adjoint-matching, plain": sc.AdjointMatching(zero_variance=False),
+    "adjoint-matching, no bound": sc.AdjointMatching(huber=None),
+    "adjoint-matching, plain, no bound": sc.AdjointMatching(zero_variance=False, huber=None),
     "socm": sc.SOCM(),
     "reward-backprop": sc.RewardBackprop(),
     "soft-ppo": sc.SoftPPO(),

@@ -155,9 +155,7 @@ class AdjointMatching(Method):
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )
-            _, mean = regress(
-                state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest
-            )
+            _, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest)
             if noise is not None and most:
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
             for found, value in zip((parts, rewards, means), (paths, reward, mean)):

@@ -23,7 +23,6 @@ from .regression import RegressionState, controlled_paths, descend, longest_resi
 
 __all__ = ["SOCM"]
 
-_REFIT = 10  # iterations after which the closed loop is fitted anew
 MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
 
 
@@ -122,7 +121,7 @@ class SOCM(Method):
             if jacobians.moving:
                 raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
-            if state.loop is not None and part == 0 and run.iteration % _REFIT == 0:
+            if state.loop is not None:  # of these paths: with a fit of ten iterations ago steep problems went astray
                 state.loop.fit(paths, jacobians.scales)
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,9 +78,16 @@ class ClosedLoop(nn.Module):
 def _nearness(states: Tensor) -> Tensor:
     """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
     the others move. (No weights change the fit of what is affine.)"""
-    some = states[:, :_LOOKED_AT]  # medians are dear
-    centre = some.median(1, keepdim=True).values
-    spread = 1.5 * (some - centre).abs().median(1, keepdim=True).values
+    some = states[:, :_LOOKED_AT]
+    centre = _median(some)
+    spread = 1.5 * _median((some - centre).abs())
     away = states - centre
     distance = (away / spread.clamp(min=1e-12 * (1 + float(spread.max())))).square().mean(2, keepdim=True)
     return 1 / (1 + distance / _FAR**2)
+
+
+def _median(v: Tensor) -> Tensor:
+    """The lower median over the second dimension, kept; numpy's selection takes a quarter of the time of torch's."""
+    middle = (v.shape[1] - 1) // 2
+    found = np.partition(v.cpu().numpy(), middle, axis=1)[:, middle : middle + 1]
+    return torch.from_numpy(found).to(v.device)
