@@ -178,3 +178,27 @@ def test_what_is_printed():
     problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 1, scale=1.0)
     particles = str(sc.solve(problem, sc.TemperedSMC(64), seed=0).evaluate(128, seed=1))
     assert "nan" not in particles and "KL(" not in particles and "ELBO" in particles
+
+
+@pytest.mark.parametrize("start, spread", [("fixed", 1.0), ("controlled", 2.0)])
+def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
+    """Not of the mixture over conditions, whose log Z no control reaches: the optimum has gap 0, another control what it lacks on average. The path ends
+    in N(0, spread), and is drawn towards a y of its own."""
+    point = sc.Dirac(torch.zeros(1, dtype=F64))
+    problem = sc.ControlProblem(
+        sc.LinearSDE(torch.zeros(1, 1, dtype=F64), torch.eye(1, dtype=F64)),
+        point if start == "fixed" else sc.Gaussian(torch.zeros(1, dtype=F64), torch.eye(1, dtype=F64)),
+        reward=lambda x, y: -(x - y).square().sum(1),
+        condition=sc.Gaussian(torch.zeros(1, dtype=F64), 4 * torch.eye(1, dtype=F64)),
+        start=start,
+    )
+    chain = problem.chain(20)
+    best = lambda x, t, y: -2 * (x - y) / (1 + 2 * (1 - t.unsqueeze(1)))  # noqa: E731
+    found = evaluate(problem, best, chain, n=2048, seed=3)
+    if start == "fixed":  # else a control of the process says nothing of the stretch before it
+        assert abs(found.gap.value) < 1e-9
+    size = 1 + 2 * spread
+    assert off_by(found.start_gap, 4 / size - 0.5 * math.log(1 + 8 / size)) < 4  # log E Z(y) - E log Z(y)
+    nothing = evaluate(problem, lambda x, t, y: torch.zeros_like(x), chain, n=8192, seed=4)
+    want = spread + 4 - 0.5 * math.log(size) - 4 / size  # -E R - (-E log Z(y))
+    assert off_by(nothing.gap, want) < 4, (nothing.gap, want)

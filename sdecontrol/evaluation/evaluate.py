@@ -50,8 +50,8 @@ class Evaluation:
         log_z: log Z by importance weights (its exponential is unbiased), or the exact one in ``gap``'s stead.
         ess: effective sample size of the weights, a fraction.
         gap: what the objective lacks to its maximum over controls, in units of alpha: ``KL(P^u || Q_fine)`` for a point
-            or controlled start; against ``E log Z(X_0)`` where a random start is fixed.
-        start_gap: ``log Z - E log Z(X_0)``, what no control removes where a random start is fixed; else 0.
+            or controlled start; against ``E log Z(X_0)`` where a random start is fixed, and against ``E log Z(y)`` (of both: ``E log Z(X_0, y)``) with conditions.
+        start_gap: ``log Z - E log Z(X_0)`` (with conditions, of them too), what no control removes; 0 for a point or controlled start without conditions.
         reliable: whether ``gap`` and ``log_z`` can be trusted (see ``reliability``).
         reliability: why, in words.
         pareto_k: tail index of the weights.
@@ -102,7 +102,7 @@ class Evaluation:
             ("gap", self.gap, f"KL to the optimum, {how}"),
         ]
         if self.start_gap.value or self.start_gap.stderr > 0:
-            rows.append(("start gap", self.start_gap, "left by the fixed random start"))
+            rows.append(("start gap", self.start_gap, "left by a fixed random start, or by conditions"))
         rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
@@ -149,7 +149,7 @@ def evaluate(
     reliable, why = _reliability(log_w, tail, estimated, second)
     random_start = problem.start == "fixed" and not isinstance(problem.initial, Dirac)
     start_gap = Estimate(0.0, 0.0)
-    if not random_start:
+    if not random_start and problem.condition is None:
         gap = Estimate(log_z, 0.0) - elbo if log_z is not None else _gap(log_w)
     else:
         if start_log_z is not None and start_value is not None:
