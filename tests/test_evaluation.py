@@ -182,7 +182,7 @@ def test_what_is_printed():
 
 @pytest.mark.parametrize("start, spread", [("fixed", 1.0), ("controlled", 2.0)])
 def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
-    """Not of the mixture over conditions, whose log Z no control reaches: the optimum has gap 0, another control what it lacks on average. The path ends
+    """Not of the mixture over conditions, whose log Z no control reaches: the optimum has next to none, another control what it lacks on average. The path ends
     in N(0, spread), and is drawn towards a y of its own."""
     point = sc.Dirac(torch.zeros(1, dtype=F64))
     problem = sc.ControlProblem(
@@ -196,7 +196,10 @@ def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
     best = lambda x, t, y: -2 * (x - y) / (1 + 2 * (1 - t.unsqueeze(1)))  # noqa: E731
     found = evaluate(problem, best, chain, n=2048, seed=3)
     if start == "fixed":  # else a control of the process says nothing of the stretch before it
-        assert abs(found.gap.value) < 1e-9
+        bent = [
+            2 / (1 + 2 * (1 - t)) / 20 for t in chain.clock[1:]
+        ]  # what no shift of the mean can do: the optimum's steps are narrower
+        assert off_by(found.gap, sum(0.5 * (b - math.log1p(b)) for b in bent)) < 4
     size = 1 + 2 * spread
     assert off_by(found.start_gap, 4 / size - 0.5 * math.log(1 + 8 / size)) < 4  # log E Z(y) - E log Z(y)
     nothing = evaluate(problem, lambda x, t, y: torch.zeros_like(x), chain, n=8192, seed=4)
