@@ -109,7 +109,8 @@ def test_the_last_k_steps_give_the_full_gradient_when_k_is_all_of_them_and_anoth
     assert not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(have, want))
 
 
-def test_nothing_but_the_control_receives_gradients():
+@pytest.mark.parametrize("method", [sc.RewardBackprop(), sc.LogVariance(), sc.AdjointMatching(), sc.SoftPPO()])
+def test_nothing_but_the_control_receives_gradients(method):
     model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Linear(8, 2)).double()
 
     class Predict(torch.nn.Module):
@@ -126,13 +127,23 @@ def test_nothing_but_the_control_receives_gradients():
     classifier.weight.grad = marker
     problem = sc.ControlProblem(sc.generative_sde(reference, sc.VP(), shape=(2,)), reward=sc.LogProb(classifier, 1))
     before = {n: p.detach().clone() for n, p in reference.named_parameters()}
-    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=5, iterations=3, batch_size=64, seed=0)
+    during = []
+
+    class Look(sc.Callback):
+        def on_step_end(self, state):
+            during.extend(p.grad is None and not p.requires_grad for p in reference.parameters())
+
+    solution = sc.solve(
+        problem, method, time_steps=5, iterations=3, batch_size=64, seed=0, callbacks=[Look()], progress=False
+    )
+    assert len(during) == 12 and all(during)  # no backward pass through the pre-trained model's parameters, either
     assert all(
         torch.equal(before[n], p) and p.grad is None and p.requires_grad for n, p in reference.named_parameters()
     )
     assert classifier.weight.grad is marker and torch.equal(marker, torch.ones_like(marker))
     assert reference.training and all(m.training for m in reference.modules())
     assert any(not torch.equal(a, b) for a, b in zip(solution.model.parameters(), reference.parameters()))
+    assert all(p.requires_grad for p in solution.model.parameters())
 
 
 def test_default_network_evaluated_along_stored_states_equals_its_step_by_step_shifts():

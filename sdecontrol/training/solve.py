@@ -302,7 +302,7 @@ class _Trainer:
             known = None if self.by_time else self.pace.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.show, measure, latest=fresh)
-            with made as bar, _kept_gradients(self.problem):
+            with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.pace.last and not finished:
                     elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
@@ -413,14 +413,18 @@ class _Trainer:
 
 
 @contextlib.contextmanager
-def _kept_gradients(problem: ControlProblem) -> Iterator[None]:
-    """The user's modules leave with the gradients they came with."""
-    parameters = [p for module in problem.modules() for p in module.parameters()]
-    before = [p.grad for p in parameters]
+def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[None]:
+    """No gradients for the parameters of the user's modules (but those that are ``trained``): a pre-trained model that is called beside its tuned copy would
+    cost a backward pass of its own. They leave with the flags and gradients they came with."""
+    own = {id(p) for p in trained}
+    before = [(p, p.grad, p.requires_grad) for module in problem.modules() for p in module.parameters()]
     try:
+        for p, _, _ in before:
+            p.requires_grad_(p.requires_grad and id(p) in own)
         yield
     finally:
-        for p, grad in zip(parameters, before):
+        for p, grad, flag in before:
+            p.requires_grad_(flag)
             p.grad = grad
 
 
