@@ -21,6 +21,8 @@ from sdecontrol.controls.values import learned_value
 from sdecontrol.library.problems import problem_card
 from sdecontrol.methods.base import Run, parameters_of
 
+from .tuning_cost import NUMBERS, STEPS, tuning_rows
+
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 PAGE = Path(__file__).parents[1] / "docs" / "iteration_cost.md"
 
@@ -237,6 +239,7 @@ def methods(
         "batch_size": card.batch_size,
         "rounds": rounds,
         "rows": {n: _rows(made, card.time_steps, card.batch_size, n, rounds if n == _SMALL else few) for n in SIZES},
+        "tuning": tuning_rows(few),
         "scaling": _scaling(few),
         "versions": {"sdecontrol": sc.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "command": "python -m benchmarks methods",
@@ -263,6 +266,17 @@ def _page(found: dict[str, Any]) -> str:
             f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.4f} | {r['network_calls']:.4f} | {r['against_network_calls']:.2f} | "
             f"{large[name]['cpu_seconds']:.3f} | {large[name]['against_network_calls']:.2f} |"
             for name, r in small.items()
+        ),
+        "",
+        f"A pre-trained model of {NUMBERS} numbers that is tuned (the size of the digits', 319 360 parameters; {STEPS} steps, batch 128): *roll*, K calls of the model and of its tuned copy without a graph; "
+        "*learn*, the same with the copy's graph and a backward pass; *adjoint*, K calls of the model and a product with its Jacobian each; *product*, such products of model and copy; "
+        "*through*, K calls of both and backward through all.",
+        "",
+        "| | must call | CPU-s | of these calls | ratio |",
+        "|---|---|---:|---:|---:|",
+        *(
+            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.3f} | {r['network_calls']:.3f} | {r['against_network_calls']:.2f} |"
+            for name, r in found["tuning"].items()
         ),
         "",
         "How an iteration of adjoint matching grows with steps, batch and dimension, beside its network calls:",
