@@ -170,12 +170,13 @@ def _frontiers(cells: list[dict[str, Any]], order: list[str], fronts: dict[str, 
                 )
         outside = []
         for method in methods:
+            beyond: list[tuple[float, float]] = []
             found = [c for c in cells if c["reward_name"] == reward and c.get("method") == method and "failed" not in c]
             colour, marker = style[method]
             for c in found:
                 x, y = c["kl"]["value"], c["reward"]["value"]
                 if x > most:
-                    outside.append(f"{method} (α = {c['alpha']:g}): {x:.0f}")
+                    beyond.append((c["alpha"], x))
                     continue
                 shown.add(method)
                 first = c["alpha"] == ALPHAS[reward][0]
@@ -192,6 +193,9 @@ def _frontiers(cells: list[dict[str, Any]], order: list[str], fronts: dict[str, 
                     elinewidth=0.8,
                     zorder=3,
                 )
+            if beyond:
+                alphas, kls = (", ".join(v) for v in zip(*((f"{a:g}", f"{k:.0f}") for a, k in sorted(beyond))))
+                outside.append(f"{method}: {kls} (α = {alphas})")
         if outside:
             axis.text(
                 0.98,
