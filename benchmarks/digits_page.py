@@ -155,19 +155,7 @@ def _frontiers(cells: list[dict[str, Any]], order: list[str], fronts: dict[str, 
             kl, [m - e for m, e in zip(mean, error)], [m + e for m, e in zip(mean, error)], color="0.2", alpha=0.2
         )
         most = 1.5 * max(kl)
-        for alpha in ALPHAS[reward]:
-            for tilt in (
-                c for c in cells if (c["reward_name"], c.get("method"), c.get("alpha")) == (reward, _TILT, alpha)
-            ):
-                axis.plot(tilt["kl"]["value"], tilt["reward"]["value"], "+", color="k", ms=13, mew=1.6, zorder=2)
-                axis.annotate(
-                    f"α = {alpha:g}",
-                    (tilt["kl"]["value"], tilt["reward"]["value"]),
-                    (-6, 8),
-                    textcoords="offset points",
-                    fontsize=8,
-                    ha="right",
-                )
+        _tilts(axis, cells, reward)
         outside = []
         for method in methods:
             beyond: list[tuple[float, float]] = []
@@ -197,15 +185,8 @@ def _frontiers(cells: list[dict[str, Any]], order: list[str], fronts: dict[str, 
                 alphas, kls = (", ".join(v) for v in zip(*((f"{a:g}", f"{k:.0f}") for a, k in sorted(beyond))))
                 outside.append(f"{method}: {kls} (α = {alphas})")
         if outside:
-            axis.text(
-                0.98,
-                0.02,
-                "KL beyond the panel:\n" + "\n".join(outside),
-                transform=axis.transAxes,
-                ha="right",
-                fontsize=7,
-                color="0.35",
-            )
+            text = "KL beyond the panel:\n" + "\n".join(outside)
+            axis.text(0.98, 0.02, text, transform=axis.transAxes, ha="right", fontsize=7, color="0.35")
         title = {"class": f"class {LABEL}: log p({LABEL} | x)", "ink": "ink", "zip": "compressibility (black box)"}[
             reward
         ]
@@ -222,6 +203,15 @@ def _frontiers(cells: list[dict[str, Any]], order: list[str], fronts: dict[str, 
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
     plt.close(figure)
+
+
+def _tilts(axis: Any, cells: list[dict[str, Any]], reward: str) -> None:
+    """A cross for the exact tilt at each alpha."""
+    for alpha in ALPHAS[reward]:
+        for tilt in (c for c in cells if (c["reward_name"], c.get("method"), c.get("alpha")) == (reward, _TILT, alpha)):
+            place = (tilt["kl"]["value"], tilt["reward"]["value"])
+            axis.plot(*place, "+", color="k", ms=13, mew=1.6, zorder=2)
+            axis.annotate(f"α = {alpha:g}", place, (-6, 8), textcoords="offset points", fontsize=8, ha="right")
 
 
 def _strips(groups: dict[tuple[str, float], dict[str, dict[str, Any]]]) -> None:

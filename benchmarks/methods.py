@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +18,8 @@ import sdecontrol as sc
 from sdecontrol.controls.guidance import ValueControl, value_network
 from sdecontrol.controls.values import learned_value
 from sdecontrol.library.problems import problem_card
-from sdecontrol.methods.base import Run, parameters_of
 
+from .timing import cost_row, interleaved, iteration
 from .tuning_cost import NUMBERS, STEPS, tuning_rows
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
@@ -139,23 +138,7 @@ def _iteration(
     problem: sc.ControlProblem, method: sc.Method, steps: int, batch: int, network: str = _SMALL
 ) -> Callable[[], None]:
     torch.manual_seed(0)
-    control = Network(problem.event_shape[0], problem.control_shape[0], network)
-    run = Run(problem, problem.chain(steps), batch, 1, 0, control)
-    state = method.setup(run)
-    optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4, fused=True)
-
-    def descend(*_: Any) -> bool:
-        optimizer.step()
-        return True
-
-    run.descend = descend
-
-    def act() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        method.step(state, run)
-        run.iteration += 1
-
-    return act
+    return iteration(problem, method, steps, batch, Network(problem.event_shape[0], problem.control_shape[0], network))
 
 
 def _quadratic(dim: int) -> sc.ControlProblem:
@@ -166,18 +149,6 @@ def _quadratic(dim: int) -> sc.ControlProblem:
         sc.Quadratic(0.2 * eye),
         sc.QuadraticCost(0.4 * eye),
     )
-
-
-def _timed(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """CPU-seconds of every case, in interleaved rounds after two that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + 2):
-        for name, act in cases.items():
-            began = time.process_time()
-            act()
-            if round_ > 1:
-                seconds[name].append(time.process_time() - began)
-    return seconds
 
 
 def _scaling(rounds: int) -> dict[str, dict[str, float]]:
@@ -194,7 +165,7 @@ def _scaling(rounds: int) -> dict[str, dict[str, float]]:
         problem = _quadratic(dim)
         calls = _calls(problem, Network(dim, dim), batch, steps)
         cases = {c: calls[c] for c in ("roll", "learn", "learn, a tenth", "product and forward", "forward")}
-        seconds = _timed({**cases, name: _iteration(problem, method, steps, batch)}, rounds)
+        seconds = interleaved({**cases, name: _iteration(problem, method, steps, batch)}, rounds, warm=2)
         must = [_must(seconds, counts, i) for i in range(rounds)]
         ratio = statistics.median(a / b for a, b in zip(seconds[name], must))
         out[f"{steps} steps, batch {batch}, d = {dim}"] = {
@@ -209,17 +180,11 @@ def _rows(problem: sc.ControlProblem, steps: int, batch: int, network: str, roun
     """CPU-seconds of an iteration of every method, and of the calls that it must make."""
     calls = _calls(problem, Network(problem.event_shape[0], problem.control_shape[0], network), batch, steps)
     acts = {n: _iteration(problem, m, steps, batch, network) for n, (m, _) in METHODS.items()}
-    seconds = _timed({**calls, **acts}, rounds)
-    rows = {}
-    for name, (_, counts) in METHODS.items():
-        must = [_must(seconds, counts, i) for i in range(rounds)]
-        rows[name] = {
-            "cpu_seconds": statistics.median(seconds[name]),
-            "calls": counts,
-            "network_calls": statistics.median(must),
-            "against_network_calls": statistics.median(a / b for a, b in zip(seconds[name], must)),
-        }
-    return rows
+    seconds = interleaved({**calls, **acts}, rounds, warm=2)
+    return {
+        name: cost_row(seconds[name], [_must(seconds, counts, i) for i in range(rounds)], counts)
+        for name, (_, counts) in METHODS.items()
+    }
 
 
 def methods(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import sdecontrol as sc
-from sdecontrol.methods.base import Run, parameters_of
 from sdecontrol.training.score_network import ScoreNetwork
+
+from .timing import cost_row, interleaved, iteration
 
 __all__ = ["NUMBERS", "STEPS", "TUNING", "tuning_rows"]
 
@@ -92,47 +91,17 @@ def _calls(problem: sc.ControlProblem) -> dict[str, Callable[[], None]]:
     }
 
 
-def _iteration(problem: sc.ControlProblem, method: sc.Method) -> Callable[[], None]:
-    run = Run(problem, problem.chain(STEPS), _BATCH, 1, 0, None)
-    state = method.setup(run)
-    optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4, fused=True)
-
-    def descend(*_: Any) -> bool:
-        optimizer.step()
-        return True
-
-    run.descend = descend
-
-    def act() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        method.step(state, run)
-        run.iteration += 1
-
-    return act
-
-
 def tuning_rows(rounds: int) -> dict[str, dict[str, Any]]:
     """CPU-seconds of an iteration of every method of :data:`TUNING`, and of the calls that it must make, medians of interleaved rounds."""
     torch.manual_seed(0)
     problem = _problem()
-    cases = {**_calls(problem), **{f"* {name}": _iteration(problem, method) for name, (method, _) in TUNING.items()}}
+    acts = {f"* {name}": iteration(problem, method, STEPS, _BATCH) for name, (method, _) in TUNING.items()}
+    calls = _calls(problem)
     problem.reference.model.requires_grad_(False)  # type: ignore[union-attr]  # as `solve` has it while it trains
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + 1):
-        for name, act in cases.items():
-            began = time.process_time()
-            act()
-            if round_:
-                seconds[name].append(time.process_time() - began)
+    seconds = interleaved({**calls, **acts}, rounds)
     seconds["product"] = [max(0.0, a - b) for a, b in zip(seconds["product"], seconds["forward"])]
     rows = {}
     for name, (_, counts) in TUNING.items():
-        own = seconds[f"* {name}"]
         must = [sum(n * seconds[call][i] for call, n in counts.items()) for i in range(rounds)]
-        rows[name] = {
-            "cpu_seconds": statistics.median(own),
-            "calls": counts,
-            "network_calls": statistics.median(must),
-            "against_network_calls": statistics.median(a / b for a, b in zip(own, must)),
-        }
+        rows[name] = cost_row(seconds[f"* {name}"], must, counts)
     return rows

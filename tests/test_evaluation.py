@@ -196,9 +196,8 @@ def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
     best = lambda x, t, y: -2 * (x - y) / (1 + 2 * (1 - t.unsqueeze(1)))  # noqa: E731
     found = evaluate(problem, best, chain, n=2048, seed=3)
     if start == "fixed":  # else a control of the process says nothing of the stretch before it
-        bent = [
-            2 / (1 + 2 * (1 - t)) / 20 for t in chain.clock[1:]
-        ]  # what no shift of the mean can do: the optimum's steps are narrower
+        # what no shift of the mean can do: the optimum's steps are narrower
+        bent = [2 / (1 + 2 * (1 - t)) / 20 for t in chain.clock[1:]]
         assert off_by(found.gap, sum(0.5 * (b - math.log1p(b)) for b in bent)) < 4
     size = 1 + 2 * spread
     assert off_by(found.start_gap, 4 / size - 0.5 * math.log(1 + 8 / size)) < 4  # log E Z(y) - E log Z(y)

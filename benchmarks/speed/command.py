@@ -8,7 +8,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,26 +17,15 @@ import typer
 
 import sdecontrol as sc
 
+from ..timing import interleaved
 from .loops import SETTINGS, Case, Setting
 from .memory import CHUNK, LONG_DIM, LONG_PATHS, LONG_STEPS, MODES, measure_memory
 from .page import MEMORY_STEPS, bars_table, write_figure, write_page
 
-__all__ = ["interleaved", "speed"]
+__all__ = ["speed"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "speed"
-
-
-def interleaved(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU-seconds of each case, round by round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + 1):
-        for name, act in cases.items():
-            began = time.process_time()
-            act()
-            if round_:
-                seconds[name].append(time.process_time() - began)
-    return seconds
 
 
 def _against(seconds: dict[str, list[float]], floor: str, scale: float) -> dict[str, dict[str, float]]:

@@ -129,9 +129,8 @@ def regress(
         state.observe(means.detach())
     by_step = state.step_weights() * means
     total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (chain.steps / len(steps))
-    (total / run.accumulate).backward(
-        inputs=parameters_of(state)
-    )  # and not to the states, whose gradient serves nobody
+    # not to the states, too: their gradient serves nobody
+    (total / run.accumulate).backward(inputs=parameters_of(state))
     return squares.detach(), means.detach()
 
 

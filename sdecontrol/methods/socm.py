@@ -164,9 +164,8 @@ class SOCM(Method):
         noises = _inverse_transposed(jacobians, paths.noises)
         drawn = noises + _inverse_transposed(jacobians, paths.shifts)
         factors = self._factors(state, jacobians)
-        drive = jacobians.mean_products(drawn) - (
-            drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
-        )
+        moved = drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
+        drive = jacobians.mean_products(drawn) - moved
         adjoints = linear_adjoints(slope, factors, drive if costs is None else drive - costs)[1:]
         if state.loop is not None:
             adjoints = adjoints - _own_noise(jacobians, noises, state.loop)
@@ -181,9 +180,7 @@ class SOCM(Method):
             moves = state.loop.moves
         else:
             return chain.times.new_ones(chain.steps, 1)
-        return (
-            moves + torch.eye(moves.shape[1], dtype=moves.dtype, device=moves.device) if moves.ndim == 3 else 1 + moves
-        )
+        return 1 + moves if moves.ndim < 3 else moves + torch.eye(moves.shape[1]).to(moves)
 
 
 def _own_noise(jacobians: StepJacobians, noises: Tensor, loop: ClosedLoop) -> Tensor:

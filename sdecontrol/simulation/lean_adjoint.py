@@ -241,9 +241,8 @@ def lean_targets(
     if jacobians.matrices is not None:
         drive = None if costs is None else -costs
         if noise_part is not None:
-            drive = (
-                -jacobians.mean_products(noise_part) if drive is None else drive - jacobians.mean_products(noise_part)
-            )
+            own = jacobians.mean_products(noise_part)
+            drive = -own if drive is None else drive - own
         whole = linear_adjoints(slope, jacobians.matrices, drive)
     else:
         a = slope

@@ -193,12 +193,18 @@ def test_own_noise_solves_its_linear_systems():
             torch.testing.assert_close(J.mT @ z[k, b], C.mT @ paths.noises[k, b], rtol=1e-9, atol=1e-10)
 
 
-def test_the_first_guess_at_the_own_noise_is_exact_where_everything_is_affine():
+def affine_optimum():
+    """Paths of a linear-quadratic optimum, their states as a leaf, and the shifts there with their graph."""
     problem = random_lq(3, seed=5, start="fixed")
     exact = sc.exact_solution(problem, time_steps=12)
     paths = paths_of(problem, exact.chain, exact.control, 256)
     states = paths.states[:-1].detach().requires_grad_(True)
     shifts = shifts_along(exact.chain, Affine(exact, paths), states)
+    return paths, states, shifts
+
+
+def test_the_first_guess_at_the_own_noise_is_exact_where_everything_is_affine():
+    paths, states, shifts = affine_optimum()
     jacobians, loop = StepJacobians(paths), fitted(paths)
     guess, _ = own_noise(jacobians, states, shifts, loop, most=0)
     whole, first = own_noise(jacobians, states, shifts, loop, tolerance=1e-12, most=60)
@@ -207,12 +213,8 @@ def test_the_first_guess_at_the_own_noise_is_exact_where_everything_is_affine():
 
 
 def test_the_closed_loop_is_fitted_anew_only_where_its_guess_will_not_do():
-    problem = random_lq(3, seed=5, start="fixed")
-    exact = sc.exact_solution(problem, time_steps=12)
-    paths = paths_of(problem, exact.chain, exact.control, 256)
-    states = paths.states[:-1].detach().requires_grad_(True)
-    shifts = shifts_along(exact.chain, Affine(exact, paths), states)
-    jacobians, loop, want = StepJacobians(paths), ClosedLoop(exact.chain), fitted(paths).moves
+    paths, states, shifts = affine_optimum()
+    jacobians, loop, want = StepJacobians(paths), ClosedLoop(paths.chain), fitted(paths).moves
     _, first = own_noise(jacobians, states, shifts, loop, tolerance=1e-3)
     assert first > 0.1 and torch.equal(loop.moves, want)  # the identity was no guess
     loop.moves *= 1.0001
