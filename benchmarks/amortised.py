@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 import sdecontrol as sc
-from sdecontrol.evaluation.tempered import TemperedSolution
+from sdecontrol.evaluation.tempered_solution import TemperedSolution
 from sdecontrol.randomness import derive_seed
 
 from .cells import store, versions

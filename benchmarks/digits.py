@@ -24,7 +24,7 @@ import sdecontrol as sc
 from sdecontrol.comparison.costs import Meter
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
-from sdecontrol.evaluation.weighted import ParticleSolution
+from sdecontrol.evaluation.particle_solution import ParticleSolution
 
 from . import digits_problem as digit
 from .cells import store, versions

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import sdecontrol as sc
 from sdecontrol.controls.mixture import MixtureControl
-from sdecontrol.evaluation.mcmc import ChainSolution
-from sdecontrol.evaluation.tempered import TemperedSolution
+from sdecontrol.evaluation.chain_solution import ChainSolution
+from sdecontrol.evaluation.tempered_solution import TemperedSolution
 from sdecontrol.library.target_base import Target
 from sdecontrol.methods.base import Run
 from sdecontrol.randomness import derive_seed

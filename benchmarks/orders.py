@@ -23,8 +23,8 @@ import typer
 from torch import Tensor
 
 import sdecontrol as sc
+from sdecontrol.paths.brownian import coarsen
 from sdecontrol.randomness import SeededNoise, derive_seed
-from sdecontrol.simulation.brownian import coarsen
 
 RESULTS = Path(__file__).parent / "results" / "orders"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "orders.png"

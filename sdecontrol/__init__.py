@@ -4,17 +4,12 @@ Fine-tuning a diffusion model, driving a stochastic system and sampling an unnor
 ``min_u KL(P^u || Q_fine)``: state it as a :class:`ControlProblem`, then :func:`solve` it.
 """
 
+from .chains.pretrained import diffusion_chain
+from .comparison.auto import Auto
 from .comparison.compare import Comparison, compare
 from .comparison.recommend import Advice, recommend
 from .controls.base import Control
-from .errors import (
-    BadFileError,
-    ImproperTarget,
-    NoExactSolution,
-    NoLikelihood,
-    NonFiniteError,
-    NotDifferentiable,
-)
+from .errors import BadFileError, ImproperTarget, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
 from .evaluation.certificates import Certificate, certify
 from .evaluation.estimates import Estimate
 from .evaluation.evaluate import Evaluation, log_weights
@@ -40,7 +35,6 @@ from .methods import (
     SMC,
     SOCM,
     AdjointMatching,
-    Auto,
     BestOfN,
     BridgeMatching,
     ClassifierFreeGuidance,
@@ -58,6 +52,8 @@ from .methods import (
     TemperedSMC,
     ValueGuidance,
 )
+from .paths.paths import Paths
+from .paths.solvers import SolvedPaths
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import GibbsProblem, gibbs_problem
 from .problems.problem import ControlProblem
@@ -70,9 +66,6 @@ from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
-from .simulation.diffusion import diffusion_chain
-from .simulation.paths import Paths
-from .simulation.solvers import SolvedPaths
 from .training.callbacks import Callback
 from .training.fit_bridge import fit_bridge
 from .training.fit_score import fit_score

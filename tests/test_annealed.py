@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
+from sdecontrol.chains.reverse import BackwardRun
 from sdecontrol.controls.base import UserControl
 from sdecontrol.controls.given import given_control
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.methods.base import Run, find_method, method_names
 from sdecontrol.methods.on_paths import collect
+from sdecontrol.paths.gradients import backpropagate
+from sdecontrol.paths.integrator import integrate
 from sdecontrol.problems.rollouts import roll_out
 from sdecontrol.randomness import SuppliedNoise, derive_seed
-from sdecontrol.simulation.backward import BackwardRun
-from sdecontrol.simulation.gradients import backpropagate
-from sdecontrol.simulation.integrator import integrate
 
 F64 = torch.float64
 MEANS = torch.tensor([[-1.5, 0.5], [1.0, -0.5], [0.5, 2.0]], dtype=F64)

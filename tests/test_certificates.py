@@ -7,9 +7,9 @@ import torch
 from problems import F64, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.bridges import ChainBridge
 from sdecontrol.evaluation.estimates import bridge_log_z
 from sdecontrol.evaluation.solution import Solution
-from sdecontrol.simulation.bridges import ChainBridge
 
 MODES = torch.cartesian_prod(torch.tensor([-5.0, 0.0, 5.0]), torch.tensor([-5.0, 0.0, 5.0])).double()
 VARIANCE = 0.3

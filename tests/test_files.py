@@ -87,7 +87,7 @@ def test_a_solution_of_another_problem_is_refused_and_says_what_differs(tmp_path
 def test_a_failed_write_leaves_the_previous_solution_intact(tmp_path, problem, monkeypatch):
     first = quick(problem, iterations=1)
     first.save(tmp_path)
-    from sdecontrol.evaluation import files
+    from sdecontrol.files import bundles as files
 
     real = files.os.replace
 

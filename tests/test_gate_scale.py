@@ -5,8 +5,8 @@ import torch
 from problems import random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
-from sdecontrol.simulation.shifts import shifts_along
 
 QUICK = {"time_steps": 8, "batch_size": 64, "seed": 3, "progress": False}
 

@@ -7,7 +7,7 @@ from problems import F64, SmallControl, nonlinear, random_lq
 import sdecontrol as sc
 from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
-from sdecontrol.simulation.gradients import backpropagate
+from sdecontrol.paths.gradients import backpropagate
 
 MODES = ["full", "checkpoint", "adjoint"]
 

@@ -9,13 +9,13 @@ import torch
 from problems import F64, randn, spd
 
 import sdecontrol as sc
+from sdecontrol.chains.bridges import ChainBridge
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.build import build_control, corrected
 from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
-from sdecontrol.evaluation.mixture_fit import fit_mixture
 from sdecontrol.evaluation.solution import Solution
+from sdecontrol.particles.mixture_fit import fit_mixture
 from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
-from sdecontrol.simulation.bridges import ChainBridge
 
 F32 = torch.float32
 

@@ -7,8 +7,8 @@ import torch
 from problems import F64, randn, spd
 
 import sdecontrol as sc
-from sdecontrol.evaluation import mixture_fit
-from sdecontrol.evaluation.mixture_fit import fit_mixture
+from sdecontrol.particles import mixture_fit
+from sdecontrol.particles.mixture_fit import fit_mixture
 from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
 from sdecontrol.randomness import generator_for
 

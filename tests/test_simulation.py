@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.build import make_grid
 from sdecontrol.randomness import SeededNoise
-from sdecontrol.simulation.chains import make_grid
 
 Z_FOUR = 4.0  # four standard errors: two-sided false alarm 6e-5 a comparison
 

@@ -12,7 +12,7 @@ import torch
 from problems import SmallControl, randn, random_lq
 
 import sdecontrol as sc
-from sdecontrol.evaluation.files import read_bundle
+from sdecontrol.files.bundles import read_bundle
 from sdecontrol.methods.base import Regression, Run, parameters_of
 from sdecontrol.training.optimiser import Descent
 

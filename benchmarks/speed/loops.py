@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sdecontrol as sc
 from sdecontrol.controls.network import DefaultControl
 from sdecontrol.methods.base import Run
-from sdecontrol.simulation.gradients import backpropagate
+from sdecontrol.paths.gradients import backpropagate
 
 __all__ = ["SETTINGS", "Case", "Setting", "TimeNet", "make_problem"]
 

@@ -58,9 +58,9 @@ def compare(
     """
     from ..comparison.compare import compare as put_side_by_side
     from ..comparison.recommend import recommend
-    from .solve import _problem
+    from .solve import problem_of
 
-    made, defaults, name = _problem(problem)
+    made, defaults, name = problem_of(problem)
     settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in _SETTINGS}
     given = {"iterations": iterations, "budget": budget, "time_steps": time_steps, "batch_size": batch_size}
     settings.update({key: value for key, value in given.items() if value is not None})

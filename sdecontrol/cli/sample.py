@@ -241,7 +241,7 @@ def _particles(solution: Solution) -> bool:
 
 def _drawn(solution: Solution, x: Tensor, log_w: Tensor, seed: int) -> Tensor:
     """The sampler's samples, all of the same weight: particles are drawn by theirs, the ends of paths are what they are."""
-    from ..evaluation.particles import resample
+    from ..particles.smc import resample
     from ..randomness import generator_for
 
     if not _particles(solution):

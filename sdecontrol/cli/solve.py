@@ -57,7 +57,7 @@ def solve(
     """
     from ..training import solve as training
 
-    made, defaults, name = _problem(problem)
+    made, defaults, name = problem_of(problem)
     given = {
         "method": method,
         "iterations": iterations,
@@ -96,7 +96,7 @@ def solve(
         note(f"saved in {save}")
 
 
-def _problem(text: str) -> tuple[ControlProblem, dict[str, Any], str]:
+def problem_of(text: str) -> tuple[ControlProblem, dict[str, Any], str]:
     """The problem, its default settings, and its name."""
     from ..library.problems import problem_card
     from .problem_file import read_problem_file

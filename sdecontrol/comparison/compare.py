@@ -17,8 +17,8 @@ import torch
 from ..errors import NoExactSolution, NonFiniteError
 from ..evaluation.estimates import Estimate
 from ..evaluation.metrics import control_error, sliced_wasserstein
+from ..evaluation.particle_solution import ParticleSolution
 from ..evaluation.solution import Solution
-from ..evaluation.weighted import ParticleSolution
 from ..exact import exact_solution
 from ..exact.base import ExactSolution
 from ..methods.base import Method, find_method
@@ -411,7 +411,7 @@ def _labelled(methods: Any) -> dict[str, Method]:
     else:
         out = {}
         for method in map(find_method, methods):
-            if (label := _label(method)) in out:
+            if (label := method_label(method)) in out:
                 raise ValueError(f"methods has {label} twice; give a mapping label -> method to tell them apart.")
             out[label] = method
     if not out:
@@ -419,7 +419,7 @@ def _labelled(methods: Any) -> dict[str, Method]:
     return out
 
 
-def _label(method: Method) -> str:
+def method_label(method: Method) -> str:
     """The name, with the settings that are not the default."""
     changed = []
     for f in dataclasses.fields(method):
@@ -428,7 +428,7 @@ def _label(method: Method) -> str:
             continue
         plain = isinstance(value, (str, int, float, bool, tuple, type(None)))
         changed.append(
-            f"{f.name}={_label(value) if isinstance(value, Method) else value if plain else type(value).__name__}"
+            f"{f.name}={method_label(value) if isinstance(value, Method) else value if plain else type(value).__name__}"
         )
     return f"{method.name}({', '.join(changed)})" if changed else method.name
 

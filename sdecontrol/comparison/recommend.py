@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
 from ..controls.build import build_control
 from ..controls.tuned import has_trainable_model
 from ..errors import NoExactSolution
@@ -17,7 +19,6 @@ from ..methods import (
     SMC,
     SOCM,
     AdjointMatching,
-    Auto,
     BestOfN,
     ClassifierGuidance,
     CrossEntropy,
@@ -38,10 +39,9 @@ from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, draw
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
-from ..simulation.chains import Chain
-from ..simulation.diffusion import DiffusionChain
 from ..tensors import as_float
-from .compare import _label
+from .auto import Auto
+from .compare import method_label
 
 __all__ = ["Advice", "Suggestion", "recommend"]
 
@@ -87,7 +87,7 @@ class Advice:
 
     def __str__(self) -> str:
         lines = ["The problem: " + "; ".join(self.facts) + "."]
-        lines += [f"{i}. {_label(s.method)}: {s.reason}" for i, s in enumerate(self.suggestions, 1)]
+        lines += [f"{i}. {method_label(s.method)}: {s.reason}" for i, s in enumerate(self.suggestions, 1)]
         lines += [f"Note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 

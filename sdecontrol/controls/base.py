@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from .linear_part import LinearPart, PartOnStretch
 
 __all__ = ["Control", "StartedControl", "UserControl"]

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
+from ..chains.segments import JoinedChain
+from ..paths.paths import Paths
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
@@ -17,9 +21,6 @@ from ..processes.generative import GenerativeSDE
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
-from ..simulation.chains import Chain, JoinedChain
-from ..simulation.diffusion import DiffusionChain
-from ..simulation.paths import Paths
 from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
 from .given import given_control

@@ -14,11 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.exponential import GenerativeExponentialChain
+from ..chains.gaussian import EulerChain, TransitionChain
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
 from ..processes.time_changed import TimeChanged
-from ..simulation.chains import Chain, EulerChain, GenerativeExponentialChain, TransitionChain
 
 __all__ = ["Ends", "NoisingEnds", "TimeChangedEnds", "ends_of"]
 
@@ -117,7 +119,7 @@ class NoisingEnds:
     """Of a memoryless generative reference: the noising process from x_T, ``a = mu_t``. Where x_T is not quite free of noise itself (``std_0`` of
     :class:`VE`), ``l = std_t^2 - a^2 std_0^2``.
 
-    A law of continuous time, O(h) from a chain's, as the shift is (:class:`sdecontrol.simulation.bridges.NoisingBridge`).
+    A law of continuous time, O(h) from a chain's, as the shift is (:class:`sdecontrol.chains.bridges.NoisingBridge`).
     """
 
     def __init__(self, reference: GenerativeSDE) -> None:

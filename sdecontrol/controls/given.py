@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 from .base import Control, UserControl
 
 __all__ = ["GivenControl", "ZeroControl", "given_control"]

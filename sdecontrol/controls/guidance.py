@@ -13,6 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
+from ..chains.segments import JoinedChain
+from ..chains.shifts import ShiftFunction
 from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
@@ -20,9 +24,6 @@ from ..problems.simulate import simulate_chain
 from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..randomness import generator_for
-from ..simulation.chains import Chain, JoinedChain
-from ..simulation.diffusion import DiffusionChain
-from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control
 from .given import rows_of

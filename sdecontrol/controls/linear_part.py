@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..simulation.chains import Chain
+from ..chains.base import Chain
 
 __all__ = ["LinearPart", "gram_of_features"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..randomness import derive_seed
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 from .base import Control
 from .ends import ends_of
 from .linear_part import LinearPart
@@ -28,7 +28,7 @@ class MixtureControl(Control):
 
     Given its end the reference is a bridge, ``z_t = a_t z_T + sqrt(l_t) eps`` (``controls/ends.py``), so that the mixture stays one at all times,
     and ``E[z_T | z_t]`` follows from its score (Tweedie). For the references of Gibbs problems, on a chain of their exact transitions, ``c_k = E[xi_k |
-    x_k]`` is that of the chain at every step size: Doob's transform, as :class:`sdecontrol.simulation.bridges.ChainBridge` has it for one end. For a
+    x_k]`` is that of the chain at every step size: Doob's transform, as :class:`sdecontrol.chains.bridges.ChainBridge` has it for one end. For a
     generative reference, whose bridge is the noising process, ``u = g (score of the noised mixture - score of the model)``: Doob's transform of
     continuous time. It calls the model once at a state, as the reference's own step does.
 

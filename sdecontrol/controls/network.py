@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from ..processes.sde import SDE
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale_transposed
 from .base import Control
 from .linear_part import LinearPart, gram_of_features

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction, shift_function
+from ..paths.integrator import integrate
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.chains import Chain
-from ..simulation.integrator import integrate
-from ..simulation.shifts import ShiftFunction, shift_function
 from .base import Control
 from .given import ZeroControl, repeat_rows, rows_of
 

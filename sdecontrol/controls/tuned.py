@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
+from ..chains.shifts import ShiftFunction
 from ..processes.generative import GenerativeSDE, call_model
-from ..simulation.chains import Chain
-from ..simulation.diffusion import DiffusionChain
-from ..simulation.shifts import ShiftFunction
 from ..tensors import batch_like
 from .base import Control
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
 from ..problems.problem import ControlProblem
-from ..simulation.chains import Chain
 from .guidance import NetworkValue, value_network
 
 __all__ = ["LearnedLogZ", "learned_value"]

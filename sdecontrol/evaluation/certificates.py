@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.bridges import ChainBridge
+from ..chains.reverse import BackwardRun, reversal_along
+from ..chains.shifts import shifts_along
 from ..errors import NonFiniteError
+from ..particles.smc import resample
+from ..particles.tempering import NoiseTarget, StateTarget, adapt, run_tempered
+from ..paths.integrator import integrate
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
 from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
-from ..simulation.backward import BackwardRun, reversal_along
-from ..simulation.bridges import ChainBridge
-from ..simulation.chains import Chain
-from ..simulation.integrator import integrate
-from ..simulation.shifts import shifts_along
 from ..tensors import event_sum, is_matrix_scale
 from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
-from .particles import resample
 from .solution import Solution
-from .tempered import TemperedSettings, tempered_target
-from .tempering import NoiseTarget, StateTarget, adapt, run_tempered
+from .tempered_solution import TemperedSettings, tempered_target
 
 __all__ = ["Certificate", "certify"]
 

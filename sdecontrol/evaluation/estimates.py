@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .diagnostics import chain_ess
+from ..particles.diagnostics import chain_ess
 
 __all__ = [
     "Estimate",

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.laws import Dirac
 from ..randomness import derive_seed, fresh_seed
-from ..simulation.chains import Chain
-from ..simulation.paths import Paths
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
 __all__ = ["Evaluation", "evaluate", "log_weights"]
@@ -23,7 +23,7 @@ __all__ = ["Evaluation", "evaluate", "log_weights"]
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
 _START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased
-_AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
+AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
 
 
 def log_weights(problem: ControlProblem, paths: Paths) -> Tensor:
@@ -211,7 +211,7 @@ def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor 
     if not other_tail < 0.7 or effective_sample_size(second) * len(second) < _ESS_FLOOR:
         return True, f"Pareto k = {tail:.2f}; unconfirmed: the reference's paths give no second estimate of log Z"
     other = log_mean_weight(second)
-    if abs(other.value - estimate.value) > _AGREEMENT * math.hypot(other.stderr, estimate.stderr) + 1e-6:
+    if abs(other.value - estimate.value) > AGREEMENT * math.hypot(other.stderr, estimate.stderr) + 1e-6:
         return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
     return True, f"Pareto k = {tail:.2f}; confirmed by the reference's paths (log Z = {other})"
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.shifts import shift_function
 from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
-from ..simulation.shifts import shift_function
 from ..tensors import as_float, check_tensor, event_sum
 from .estimates import Estimate, mean_estimate
 

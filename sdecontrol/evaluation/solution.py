@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
 from ..controls.base import Control, StartedControl
 from ..controls.build import control_from_configuration
 from ..controls.guidance import value_from_configuration
 from ..controls.tuned import as_model
 from ..errors import BadFileError
+from ..files.bundles import check_fingerprint, read_bundle, require, write_bundle
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.generative import GenerativeSDE
-from ..simulation.chains import Chain
-from ..simulation.diffusion import DiffusionChain
-from ..simulation.paths import Paths
 from ..tensors import check_tensor
 from .evaluate import Evaluation, evaluate, log_weights
-from .files import check_fingerprint, read_bundle, require, write_bundle
 
 __all__ = ["Solution", "TiltedStart", "load"]
 
@@ -206,19 +206,19 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     kind: Any = Solution
     more: dict[str, Any] = {}
     if saved.get("particles") is not None:
-        from .weighted import ParticleSettings, ParticleSolution
+        from .particle_solution import ParticleSettings, ParticleSolution
 
         kind, more = ParticleSolution, {"particles": ParticleSettings(**saved["particles"])}
         if saved["twist"] is not None:
             more["twist"] = value_from_configuration(problem, chain, saved["twist"], value)
             load_tensors(more["twist"], twisting, folder)
     if ladder:
-        from .tempered import Ladder, TemperedSettings, TemperedSolution
+        from .tempered_solution import Ladder, TemperedSettings, TemperedSolution
 
         kind = TemperedSolution
         more |= {"tempering": TemperedSettings(**saved["tempering"]), "ladder": Ladder(**ladder)}
     if chains:
-        from .mcmc import ChainSettings, ChainSolution, WarmChains
+        from .chain_solution import ChainSettings, ChainSolution, WarmChains
 
         kind, more = ChainSolution, {"chains": ChainSettings(**saved["chains"]), "warm": WarmChains(**chains)}
     return kind(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, draw
 from ..randomness import fresh_seed
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 
 __all__ = ["ExactControl", "ExactSolution"]
 

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.gaussian import EulerChain, TransitionChain
+from ..chains.segments import JoinedChain, StretchChain
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian
 from ..processes.linear import LinearSDE, Transition
-from ..simulation.chains import Chain, EulerChain, JoinedChain, StretchChain, TransitionChain
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, compose, quadratic_terms, soft_average
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
 

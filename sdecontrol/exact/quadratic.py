@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian, factor
 from ..processes.linear import Transition
-from ..simulation.chains import Chain
-from ..simulation.shifts import ShiftFunction
 from ..tensors import symmetric
 from .base import ExactSolution
 

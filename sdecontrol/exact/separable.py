@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.build import chain_of
+from ..chains.gaussian import EulerChain, TransitionChain
+from ..chains.segments import JoinedChain, StretchChain
+from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.sde import SDE
-from ..simulation.chains import Chain, EulerChain, JoinedChain, StretchChain, TransitionChain, chain_of
-from ..simulation.shifts import ShiftFunction
 from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale
 from .base import ExactSolution
 from .grids import ChainGrid, ChainStep, Coefficients, ContinuousGrid, Grid, GridLaw, Table, chain_recursion
@@ -106,7 +109,7 @@ class _Functions:
         return torch.diag_embed(scale.expand(count, self.d)[:, index])
 
 
-class _Block(NamedTuple):
+class ResidualBlock(NamedTuple):
     """Equal blocks of coordinates, e.g. ``[(3,), (4,)]``."""
 
     members: list[tuple[int, ...]]
@@ -290,16 +293,16 @@ class _OnGrids(ExactSolution):
         """What tells a block from another: its functions at states that differ from the base in it only."""
         raise NotImplementedError
 
-    def _group(self, blocks: list[tuple[int, ...]]) -> list[_Block]:
+    def _group(self, blocks: list[tuple[int, ...]]) -> list[ResidualBlock]:
         self._parts = len(blocks)
         singles = [b for b in blocks if len(b) == 1]
-        groups = [_Block([b]) for b in blocks if len(b) > 1]
+        groups = [ResidualBlock([b]) for b in blocks if len(b) > 1]
         coordinates = [b[0] for b in singles]
         if not coordinates:
             return groups
         low, high = self._lows[coordinates].min(), self._highs[coordinates].max()
         z = torch.from_numpy(low + (high - low) * (0.5 + 0.5 * np.cos(np.linspace(0.1, 3.0, 23))))[:, None]
-        made: list[tuple[list[Tensor], _Block]] = []
+        made: list[tuple[list[Tensor], ResidualBlock]] = []
         for member in singles:
             own = self._signature(self._at(z, member), member)
             for theirs, block in made:
@@ -310,7 +313,7 @@ class _OnGrids(ExactSolution):
                     block.members.append(member)
                     break
             else:
-                made.append((own, _Block([member])))
+                made.append((own, ResidualBlock([member])))
         return groups + [block for _, block in made]
 
     def _at(self, points: Tensor, member: tuple[int, ...]) -> Tensor:
@@ -325,7 +328,7 @@ class _OnGrids(ExactSolution):
 
     # ---------------------------------------------------------------- grids
 
-    def _solve(self, block: _Block, grid: Grid, refinement: int) -> Any:
+    def _solve(self, block: ResidualBlock, grid: Grid, refinement: int) -> Any:
         raise NotImplementedError
 
     def _slope_tables(self, solved: Any, k: int) -> Table:
@@ -339,7 +342,7 @@ class _OnGrids(ExactSolution):
             out[:, index] = self._slope_tables(one, k)(x[:, index]).movedim(0, -1)
         return out
 
-    def _axes(self, block: _Block, widen: float) -> tuple[np.ndarray, np.ndarray]:
+    def _axes(self, block: ResidualBlock, widen: float) -> tuple[np.ndarray, np.ndarray]:
         index = np.array(block.members)
         low, high = self._lows[index].min(0), self._highs[index].max(0)
         return low - widen * (high - low), high + widen * (high - low)
@@ -535,7 +538,7 @@ class GridSolution(_OnGrids):
             ]
         return out if not self._stretch else [*out, self._start_root()[i].norm().expand(len(x))]
 
-    def _solve(self, block: _Block, grid: Grid, refinement: int) -> list[tuple[float, ContinuousGrid]]:
+    def _solve(self, block: ResidualBlock, grid: Grid, refinement: int) -> list[tuple[float, ContinuousGrid]]:
         member, f = block.members[0], self._functions
         index = list(member)
         x = self._at(torch.from_numpy(grid.points), member)
@@ -646,7 +649,7 @@ class GridChainSolution(_OnGrids):
             if clock[k] >= 0:
                 separation.add_sum("running_cost", lambda x, k=k: f.cost(x, clock[k]))
 
-    def _group(self, blocks: list[tuple[int, ...]]) -> list[_Block]:
+    def _group(self, blocks: list[tuple[int, ...]]) -> list[ResidualBlock]:
         wide = next((b for b in blocks if len(b) > 1), None)
         if wide is not None:
             raise NoExactSolution(
@@ -669,7 +672,7 @@ class GridChainSolution(_OnGrids):
             out += [torch.from_numpy(part) for part in self._step(x, member, k)]
         return out
 
-    def _solve(self, block: _Block, grid: Grid, refinement: int) -> ChainGrid:
+    def _solve(self, block: ResidualBlock, grid: Grid, refinement: int) -> ChainGrid:
         member = block.members[0]
         x = self._at(torch.from_numpy(grid.points), member)
         end = _finite(self._share(self._functions.reward, x), grid, "reward")

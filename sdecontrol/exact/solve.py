@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ..chains.exponential import ExponentialChain, GenerativeExponentialChain
+from ..chains.gaussian import TransitionChain
+from ..chains.segments import JoinedChain
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
-from ..simulation.chains import ExponentialChain, GenerativeExponentialChain, JoinedChain, TransitionChain
 from .base import ExactSolution
 from .discrete import ChainSolution
 from .mixtures import MixtureSolution

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BadFileError
-from ..evaluation.files import read_bundle, write_bundle
+from ..files.bundles import read_bundle, write_bundle
 
 __all__ = ["cache_folder", "read_cached", "write_cached"]
 

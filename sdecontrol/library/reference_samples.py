@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import BadFileError
 from ..evaluation.estimates import Estimate, log_mean_weight, mean_estimate
-from ..evaluation.particles import resample
-from ..evaluation.tempered import TemperedSettings, tempered_target
-from ..evaluation.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
+from ..evaluation.tempered_solution import TemperedSettings, tempered_target
+from ..particles.smc import resample
+from ..particles.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
 from ..problems.gibbs import gibbs_problem
 from ..randomness import derive_seed, fresh_seed, generator_for
 from ..tensors import check_tensor

@@ -1,7 +1,6 @@
 """One file per algorithm: where its paths come from, and its loss."""
 
 from .adjoint_matching import AdjointMatching
-from .auto import Auto
 from .base import Method, find_method, method_names
 from .best_of_n import BestOfN
 from .bridge_matching import BridgeMatching
@@ -29,7 +28,6 @@ __all__ = [
     "SMC",
     "SOCM",
     "AdjointMatching",
-    "Auto",
     "BestOfN",
     "BridgeMatching",
     "ClassifierFreeGuidance",

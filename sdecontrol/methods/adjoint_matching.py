@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.shifts import shifts_along
 from ..controls.build import build_control
 from ..errors import unknown_name
-from ..problems.problem import ControlProblem
-from ..simulation.closed_loop import ClosedLoop
-from ..simulation.lean_adjoint import (
+from ..paths.closed_loop import ClosedLoop
+from ..paths.lean_adjoint import (
     ENOUGH,
     StepJacobians,
     lean_targets,
@@ -21,7 +21,7 @@ from ..simulation.lean_adjoint import (
     running_cost_gradients,
     with_a_first_slope,
 )
-from ..simulation.shifts import shifts_along
+from ..problems.problem import ControlProblem
 from ..tensors import as_float, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, steps_of
@@ -70,7 +70,7 @@ class AdjointMatching(Method):
     and above it for convex costs. The parameters in which the control is linear move by least squares.
 
     Args:
-        zero_variance: subtract the own step's noise from the adjoint (``simulation/lean_adjoint.py``); on a linear-quadratic chain no
+        zero_variance: subtract the own step's noise from the adjoint (``paths/lean_adjoint.py``); on a linear-quadratic chain no
             variance is left at the optimum.
         pairing: "chain": c_k with a_{k+1}. "continuous": with a_k, which moves the fixed point by O(h), nearer to the control in
             continuous time.

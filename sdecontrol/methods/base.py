@@ -14,12 +14,12 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..errors import NotDifferentiable, unknown_name
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
-from ..simulation.chains import Chain
 
 __all__ = ["Batch", "ControlState", "Method", "Regression", "Run", "find_method", "method_names", "register"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..errors import unknown_name
-from ..evaluation.weighted import ParticleSettings, ParticleSolution
+from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
 from ..problems.problem import ControlProblem
 from ..tensors import as_float
 from .base import ControlState, Method, Run, register

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..evaluation.weights import self_normalised, warn_where_few
+from ..chains.bridges import bridge_of
+from ..chains.shifts import shifts_along
+from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import bridge_of
-from ..simulation.shifts import shifts_along
 from ..tensors import event_sum
 from .base import Method, Run, register
 from .on_paths import check_paths, check_positive, collect, current_metrics, path_state

@@ -10,14 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.pretrained import DiffusionChain
+from ..chains.segments import JoinedChain
+from ..chains.shifts import ShiftFunction
 from ..controls.base import Control
 from ..controls.given import rows_of
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE, call_model
-from ..processes.sde import _positional
-from ..simulation.chains import Chain, JoinedChain
-from ..simulation.diffusion import DiffusionChain
-from ..simulation.shifts import ShiftFunction
+from ..processes.sde import positional_count
 from ..tensors import as_float, check_output, probing
 from .base import ControlState, Method, Run, register
 
@@ -61,7 +62,7 @@ class ClassifierFreeGuidance(Method):
                 "conditional must be a model (x, s, y) -> (batch, *shape), such as sc.fit_score(data, schedule, condition=labels); got "
                 f"{type(self.conditional).__name__}."
             )
-        if _positional(self.conditional) < 3:
+        if positional_count(self.conditional) < 3:
             raise TypeError("conditional must take the condition as its third argument: model(x, s, y).")
 
     def check(self, problem: ControlProblem) -> None:
@@ -82,7 +83,7 @@ class ClassifierFreeGuidance(Method):
                     "label is missing: classifier-free-guidance(label=None) takes the label from the problem's condition, and this "
                     "problem has none."
                 )
-        elif _positional(reference.model) >= 3:
+        elif positional_count(reference.model) >= 3:
             raise ValueError(
                 "the reference must be the unconditional model, but it takes the problem's condition: pass "
                 "generative_sde(lambda x, s: model(x, s), ...)."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..evaluation.weights import self_normalised, warn_where_few
+from ..paths.weights import self_normalised, warn_where_few
 from .base import Method, Run, register
 from .on_paths import (
     add_scores,

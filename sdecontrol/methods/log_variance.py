@@ -9,7 +9,7 @@ import torch
 
 from ..controls.values import LearnedLogZ
 from ..errors import unknown_name
-from ..evaluation.weights import self_normalised
+from ..paths.weights import self_normalised
 from ..problems.rollouts import leave_one_out
 from ..randomness import derive_seed
 from .base import Method, Run, register

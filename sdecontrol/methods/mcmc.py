@@ -10,8 +10,8 @@ from torch import nn
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..errors import NotDifferentiable
-from ..evaluation.mcmc import ChainSettings, ChainSolution, chain_target
-from ..evaluation.nuts import import_nuts
+from ..evaluation.chain_solution import ChainSettings, ChainSolution, chain_target
+from ..particles.nuts import import_nuts
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from .base import ControlState, Method, Run, register
@@ -66,7 +66,7 @@ class _Chains(Method):
 @register
 @dataclass(frozen=True)
 class MALA(_Chains):
-    """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996), many chains at once (``evaluation/markov.py``).
+    """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996), many chains at once (``particles/markov.py``).
 
     Chains start over-dispersed. A warm-up adapts step size and a Gaussian preconditioner to all of them together, and freezes both. ``solution.diagnostics()`` says
     whether they agree, ``solution.evaluate()`` has log Z by bridge sampling.

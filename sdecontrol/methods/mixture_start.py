@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.ends import Ends, ends_of
 from ..controls.mixture import MixtureControl
 from ..controls.tuned import has_trainable_model
-from ..evaluation.mixture_fit import fit_mixture
-from ..evaluation.tempered import TemperedSettings, tempered_target
-from ..evaluation.tempering import NoiseTarget, StateTarget, adapt, start_points
+from ..evaluation.tempered_solution import TemperedSettings, tempered_target
+from ..particles.mixture_fit import fit_mixture
+from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
-from ..simulation.chains import Chain
 
 __all__ = ["ends_for_a_mixture", "first_mixture", "tempered_ends"]
 

@@ -9,16 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..chains.bridges import ChainBridge, NoisingBridge, bridge_of
+from ..chains.shifts import shifts_along
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
 from ..controls.mixture import CorrectedControl
-from ..evaluation.particles import resample
-from ..evaluation.tempering import NoiseTarget, adapt
+from ..particles.smc import resample
+from ..particles.tempering import NoiseTarget, adapt
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import ChainBridge, NoisingBridge, bridge_of
-from ..simulation.chains import Chain
-from ..simulation.shifts import shifts_along
 from .base import Method, Run, path_metrics, register
 from .mixture_start import first_mixture, tempered_ends
 from .on_paths import check_count
@@ -77,7 +77,7 @@ class ParticleMatching(Method):
     0. Where the reference has a known bridge to its end (Gibbs problems, memoryless generative references) a mixture of Gaussians is fitted to first
        particles, and the control towards it, known in closed form (:class:`MixtureControl`), is the base that a network corrects
        (``methods/mixture_start.py``); not where the control is given, or a trainable model is to be tuned.
-    1. Particles are tempered from the paths of the current control to Q_fine (``evaluation/tempering.py``), in the space of their
+    1. Particles are tempered from the paths of the current control to Q_fine (``particles/tempering.py``), in the space of their
        noises, without a gradient of the reward; for a Gibbs problem in the states of the density, from the mixture. All modes that they find get
        their share, however far from the current control.
     2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends (:class:`BridgeMatching`, all weights 1; for a

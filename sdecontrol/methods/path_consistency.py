@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..controls.values import LearnedLogZ, learned_value
-from ..problems.replay import ReplayBuffer
+from ..paths.replay import ReplayBuffer
 from ..problems.rollouts import Rollout
 from ..randomness import derive_seed
 from .base import Method, Run, register

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..chains.bridges import ChainBridge
+from ..chains.shifts import shifts_along
 from ..controls.build import build_control
+from ..paths.lean_adjoint import StepJacobians, lean_targets
+from ..paths.paths import Paths
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.bridges import ChainBridge
-from ..simulation.lean_adjoint import StepJacobians, lean_targets
-from ..simulation.paths import Paths
-from ..simulation.shifts import shifts_along
 from .base import Run, path_metrics
 from .regression import RegressionState, controlled_paths, descend, regress
 

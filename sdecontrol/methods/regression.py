@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import shift_function
 from ..controls.base import Control
 from ..errors import NonFiniteError
+from ..paths.integrator import check_likelihood, integrate
+from ..paths.lean_adjoint import StepJacobians
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
-from ..simulation.chains import Chain
-from ..simulation.integrator import check_likelihood, integrate
-from ..simulation.lean_adjoint import StepJacobians
-from ..simulation.paths import Paths
-from ..simulation.shifts import shift_function
 from ..tensors import event_sum, nonfinite_rows
 from .base import ControlState, Regression, Run, parameters_of
 

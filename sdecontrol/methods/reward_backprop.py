@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown_name
+from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
+from ..paths.gradients import GRADIENT_MODES, backpropagate
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
-from ..simulation.gradients import GRADIENT_MODES, backpropagate
 from .base import Method, Run, concatenate, parameters_of, path_metrics, register
 
 __all__ = ["RewardBackprop"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import unknown_name
-from ..evaluation.weights import self_normalised, warn_where_few
+from ..paths.weights import self_normalised, warn_where_few
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, register
 from .on_paths import collect, current_metrics, path_state, regression_loss

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.guidance import AnnealedValue, GivenValue, LogValue, TweedieValue, ValueControl
 from ..errors import unknown_name
-from ..evaluation.particles import RESAMPLING
-from ..evaluation.weighted import ParticleSettings, ParticleSolution
+from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
+from ..particles.smc import RESAMPLING
 from ..problems.problem import ControlProblem
-from ..simulation.chains import Chain
 from .base import ControlState, Method, Run, register
 
 __all__ = ["SMC"]
@@ -29,7 +29,7 @@ class SMC(Method):
     """Particles that follow a proposal, are weighted towards the exact law and resampled where weights degenerate.
 
     Whatever the proposal and the twist, ``E Z^ = Z`` at every step size and number of particles, and samples approach the exact
-    law as the number grows. See ``evaluation/particles.py`` for the recursion and its sources.
+    law as the number grows. See ``particles/smc.py`` for the recursion and its sources.
 
     Args:
         num_particles: N of a system.

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.shifts import shifts_along
 from ..controls.build import build_control
 from ..controls.network import time_features
 from ..errors import unknown_name
-from ..evaluation.weights import self_normalised, warn_where_few
+from ..paths.closed_loop import ClosedLoop
+from ..paths.lean_adjoint import StepJacobians, lean_targets, linear_adjoints, running_cost_gradients
+from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
-from ..simulation.closed_loop import ClosedLoop
-from ..simulation.lean_adjoint import StepJacobians, lean_targets, linear_adjoints, running_cost_gradients
-from ..simulation.shifts import shifts_along
 from ..tensors import is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import check_count, check_positive, steps_of

@@ -10,8 +10,8 @@ from torch import nn
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..errors import unknown_name
-from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_target
-from ..evaluation.weighted import ParticleSettings
+from ..evaluation.particle_solution import ParticleSettings
+from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from .base import ControlState, Method, Run, register
@@ -29,7 +29,7 @@ class TemperedSMC(Method):
 
     A first run of ``num_particles`` chooses levels, Gaussian preconditioners, step sizes and numbers of moves; every sample and estimate
     then comes from systems run on that ladder, so that ``E Z^ = Z``. For a Gibbs problem particles live in the states of the density,
-    for all others in the noises of the paths (``evaluation/tempering.py``), where the target is exact on the chain at every step size and no
+    for all others in the noises of the paths (``particles/tempering.py``), where the target is exact on the chain at every step size and no
     gradient is needed. The baseline that learned samplers are held against.
 
     Args:

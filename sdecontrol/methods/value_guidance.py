@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
 from ..errors import NotDifferentiable, unknown_name
+from ..paths.integrator import integrate
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..simulation.integrator import integrate
-from ..simulation.paths import Paths
 from .base import Batch, ControlState, Method, Run, path_metrics, register
 
 __all__ = ["ValueGuidance", "itakura_saito"]

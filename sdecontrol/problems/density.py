@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processes.sde import _positional
+from ..processes.sde import positional_count
 from ..tensors import check_output, probing
 
 __all__ = ["LogDensity"]
@@ -49,7 +49,7 @@ class LogDensity:
 
     @staticmethod
     def _call(function: Callable[..., Tensor], x: Tensor, y: Any) -> Tensor:
-        return function(x) if y is None or _positional(function) < 2 else function(x, y)
+        return function(x) if y is None or positional_count(function) < 2 else function(x, y)
 
     def probe(self, x: Tensor, y: Any) -> None:
         """Call it once: check what it returns and find out whether it has a gradient.

@@ -28,7 +28,7 @@ annealed sequential Monte Carlo (Del Moral et al. 2006)        "annealed"  ``SMC
 
 The published references run at constant speed (PIS) or on a schedule chosen by hand (DDS, DIS); these run at a geometrically falling one.
 
-Annealed Langevin has no reference with a known end. Its target is made of backward kernels from pi, in which the control has a part too (``simulation/backward.py``): there is
+Annealed Langevin has no reference with a known end. Its target is made of backward kernels from pi, in which the control has a part too (``chains/reverse.py``): there is
 no value function of the state alone, so methods that use or learn one refuse it, as do those that use the reference's bridges or adjoint.
 """
 

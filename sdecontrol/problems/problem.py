@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..chains.base import Chain
+from ..chains.build import chain_of, make_grid
+from ..chains.pretrained import DiffusionChain
+from ..chains.segments import JoinedChain, StretchChain
 from ..errors import NonFiniteError, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
-from ..processes.sde import MEMORYLESS, SDE, _positional, check_memoryless
+from ..processes.sde import MEMORYLESS, SDE, check_memoryless, positional_count
 from ..randomness import derive_seed, generator_for
-from ..simulation.chains import Chain, JoinedChain, StretchChain, chain_of, make_grid
-from ..simulation.diffusion import DiffusionChain
 from ..tensors import as_float, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
@@ -278,7 +280,7 @@ class ControlProblem:
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
-        if condition is None or _positional(self.reward_function) < 2:
+        if condition is None or positional_count(self.reward_function) < 2:
             return self.reward_function(x)
         return self.reward_function(x, condition)
 
@@ -312,7 +314,7 @@ class ControlProblem:
         """``f(x, t)``, ``(batch,)``."""
         f = self.running_cost_function
         assert f is not None
-        return f(x, t) if condition is None or _positional(f) < 3 else f(x, t, condition)
+        return f(x, t) if condition is None or positional_count(f) < 3 else f(x, t, condition)
 
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:

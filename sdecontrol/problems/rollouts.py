@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..simulation.backward import backward_shifts_along, log_reversal
-from ..simulation.chains import Chain
-from ..simulation.integrator import NoiseSource, RunningCost, check_likelihood, explain_nonfinite, integrate
-from ..simulation.shifts import ShiftFunction, shift_function, shifts_along
+from ..chains.base import Chain
+from ..chains.reverse import backward_shifts_along, log_reversal
+from ..chains.shifts import ShiftFunction, shift_function, shifts_along
+from ..paths.integrator import NoiseSource, RunningCost, check_likelihood, explain_nonfinite, integrate
 from ..tensors import event_sum
 from .problem import ControlProblem
 
@@ -23,7 +23,7 @@ __all__ = ["Rollout", "leave_one_out", "roll_out"]
 class Rollout:
     """Paths without a graph, with the total reward's parts.
 
-    On a chain with backward kernels (``simulation/backward.py``) the target depends on the control. Its part, ``log dB^u/dB^0``, is taken off the log-ratio here, so
+    On a chain with backward kernels (``chains/reverse.py``) the target depends on the control. Its part, ``log dB^u/dB^0``, is taken off the log-ratio here, so
     that total and costs are functions of the path alone and ``log_ratios - total/alpha`` is the negative log weight, of any control.
 
     Attributes:

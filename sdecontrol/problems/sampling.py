@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.segments import JoinedChain
+from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
+from ..paths.brownian import GridBrownian
+from ..paths.equations import ControlledSDE, noise_kind
+from ..paths.flow import LogLikelihood, flow_log_likelihood, require_generative, solve_flow
+from ..paths.integrator import integrate
+from ..paths.solvers import SolvedPaths, Solver, check_solver, solve_adaptively, solve_on_grid
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
 from ..randomness import SeededNoise, SuppliedNoise, derive_seed
-from ..simulation.brownian import GridBrownian
-from ..simulation.chains import Chain, JoinedChain
-from ..simulation.equations import ControlledSDE, noise_kind
-from ..simulation.flow import LogLikelihood, flow_log_likelihood, require_generative, solve_flow
-from ..simulation.integrator import integrate
-from ..simulation.shifts import shift_function
-from ..simulation.solvers import SolvedPaths, Solver, check_solver, solve_adaptively, solve_on_grid
 from ..tensors import as_float, check_tensor
 from .problem import ControlProblem
 

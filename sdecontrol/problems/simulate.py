@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.build import SAMPLING_SCHEMES
+from ..chains.shifts import shift_function
 from ..errors import unknown_name
+from ..paths.chunks import check_chunk, integrate_in_chunks
+from ..paths.integrator import KEEP, integrate
+from ..paths.paths import Paths
 from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
-from ..simulation.chains import SAMPLING_SCHEMES, Chain
-from ..simulation.chunks import check_chunk, integrate_in_chunks
-from ..simulation.integrator import KEEP, integrate
-from ..simulation.paths import Paths
-from ..simulation.shifts import shift_function
 from ..tensors import check_tensor
 from .problem import ControlProblem
 from .sampling import simulate_solver

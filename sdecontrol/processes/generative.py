@@ -21,7 +21,7 @@ from ..tensors import as_float, check_output, probing
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
 from .schedules import Schedule
-from .sde import SDE, StepFunction, _positional, check_memoryless
+from .sde import SDE, StepFunction, check_memoryless, positional_count
 
 __all__ = ["PREDICTIONS", "GenerativeSDE", "MixtureNoise", "call_model", "generative_sde", "noise_coefficients"]
 
@@ -66,7 +66,7 @@ class MixtureNoise(nn.Module):
 def call_model(model: Callable[..., Tensor], x: Tensor, clock: Tensor, condition: Any) -> Tensor:
     """``model(x, clock)`` with the clock expanded to ``(batch,)``, and the condition where the model takes one."""
     clock = clock.expand(x.shape[0])
-    return model(x, clock) if condition is None or _positional(model) < 3 else model(x, clock, condition)
+    return model(x, clock) if condition is None or positional_count(model) < 3 else model(x, clock, condition)
 
 
 def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> float:

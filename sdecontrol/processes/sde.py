@@ -65,7 +65,7 @@ class SDE:
             raise TypeError(f"drift must be callable (x, t) -> (batch, *event), got {type(drift).__name__}.")
         self.horizon = as_float("horizon", horizon, positive=True)
         self._drift = drift
-        self.drift_takes_condition = _positional(drift) >= 3
+        self.drift_takes_condition = positional_count(drift) >= 3
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         self._diffusion_function: Callable[..., Any] | None = None
@@ -212,7 +212,7 @@ class SDE:
         return {"kind": type(self).__name__, "event_shape": list(self.event_shape), "horizon": self.horizon}
 
 
-def _positional(function: Callable[..., Any]) -> int:
+def positional_count(function: Callable[..., Any]) -> int:
     """How many positional arguments a function takes (its ``forward`` for a module)."""
     target = getattr(function, "forward", function)
     try:

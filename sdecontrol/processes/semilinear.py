@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tensors import check_output, probing
 from .linear import Coefficient, LinearSDE
-from .sde import SDE, _positional
+from .sde import SDE, positional_count
 
 __all__ = ["SemilinearSDE"]
 
@@ -53,7 +53,7 @@ class SemilinearSDE(SDE):
         self.dtype, self.device, self.horizon = linear.dtype, linear.device, linear.horizon
         self._constant, self._diffusion_function = linear._constant, linear._diffusion_function
         self._drift = nonlinearity  # where ControlProblem looks for the user's modules
-        self.drift_takes_condition = _positional(nonlinearity) >= 3
+        self.drift_takes_condition = positional_count(nonlinearity) >= 3
 
     def nonlinearity(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``n(x, t)``, ``(batch, d)``."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BadFileError
-from ..evaluation.files import check_fingerprint, read_bundle, require, write_bundle
+from ..files.bundles import check_fingerprint, read_bundle, require, write_bundle
 
 __all__ = ["Checkpoints"]
 

@@ -15,9 +15,9 @@ from ..processes.linear import LinearSDE
 from ..processes.schedules import FlowMatching
 from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
 from ..tensors import as_float, check_output, check_tensor, symmetric
-from .fit_score import _Descent
+from .fit_score import FitDescent
 from .progress import ProgressBar
-from .score_network import _Block
+from .score_network import ResidualBlock
 
 __all__ = ["BridgeNetwork", "fit_bridge"]
 
@@ -81,7 +81,7 @@ def fit_bridge(
         table = bridge.table((times * bridge.horizon * (1 - _LAST)).tolist(), data)
         if isinstance(network, BridgeNetwork):
             network.remember(table, table.time.tolist())
-        descent = _Descent(network, rate, iterations)
+        descent = FitDescent(network, rate, iterations)
         generator = generator_for(data.device, derive_seed(seed, 2))
         with ProgressBar(iterations, "fit-bridge", progress, measure="loss") as bar:
             for i in range(iterations):
@@ -220,7 +220,7 @@ class BridgeNetwork(nn.Module):
         self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
         self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
         self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(_Block(width, inner, time_width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.outlet = nn.Linear(width, size)
         nn.init.zeros_(self.outlet.weight)

@@ -73,7 +73,7 @@ def fit_score(
     with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
         network = _network(data, schedule, prediction, model, condition, drop)
         variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
-        descent = _Descent(network, rate, iterations)
+        descent = FitDescent(network, rate, iterations)
         generator = generator_for(data.device, derive_seed(seed, 2))
         strata = torch.arange(batch_size, device=data.device, dtype=torch.float64) / batch_size
         with ProgressBar(iterations, "fit-score", progress, measure="loss") as bar:
@@ -190,7 +190,7 @@ def _loss(
     return (weight * error**2).mean()
 
 
-class _Descent:
+class FitDescent:
     """Adam with a warm-up and a cosine decay, clipped gradients, and an average of the weights."""
 
     def __init__(self, network: nn.Module, rate: float, iterations: int) -> None:

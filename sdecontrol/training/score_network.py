@@ -16,7 +16,7 @@ __all__ = ["ConditionalScoreNetwork", "ScoreNetwork"]
 _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Residual block: norm, linear, scale and shift by the time features, SiLU, linear (zero at the start)."""
 
     def __init__(self, width: int, inner: int, time_width: int) -> None:
@@ -69,7 +69,7 @@ class ScoreNetwork(nn.Module):
         self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
         self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
         self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(_Block(width, inner, time_width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.outlet = nn.Linear(width, size)
         nn.init.zeros_(self.outlet.weight)

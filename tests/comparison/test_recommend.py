@@ -53,9 +53,9 @@ def test_little_memory_means_no_graph_of_all_steps() -> None:
 
 def test_the_graph_s_size_is_near_what_backpropagation_keeps() -> None:
     """The estimate against all that autograd saves on one differentiable batch, each tensor once: within a factor 1.5."""
+    from sdecontrol.chains.shifts import shift_function
     from sdecontrol.comparison.recommend import _graph
     from sdecontrol.controls.build import build_control
-    from sdecontrol.simulation.shifts import shift_function
 
     problem = random_lq(d=8)
     chain = problem.chain(20)

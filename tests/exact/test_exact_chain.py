@@ -9,7 +9,7 @@ from dense_gaussian import DensePath, feedback_of, gaussian_tilt, linear_quadrat
 from problems import F64, randn, spd
 
 import sdecontrol as sc
-from sdecontrol.simulation.shifts import shift_function, shifts_along
+from sdecontrol.chains.shifts import shift_function, shifts_along
 
 close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=tol)  # noqa: E731
 

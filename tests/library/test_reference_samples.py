@@ -127,7 +127,7 @@ def test_a_damaged_cache_is_reported_and_made_again(folder, pattern, damage):
 
 def test_a_whole_file_of_something_else_is_no_cache(folder):
     """Checksums fit, but samples are missing, not finite, or of another target: never silently partial."""
-    from sdecontrol.evaluation.files import read_bundle, write_bundle
+    from sdecontrol.files.bundles import read_bundle, write_bundle
 
     first = sc.reference_samples(Bell(), 100, **TINY)
     (path,) = folder.glob("*.json")

@@ -8,15 +8,15 @@ import torch
 from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.shifts import shift_function, shifts_along
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reciprocal import clipped
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
 from sdecontrol.methods.socm import SOCM, _inverse_transposed, _own_noise, _State
+from sdecontrol.paths.closed_loop import ClosedLoop
+from sdecontrol.paths.integrator import integrate, one_step
+from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
 from sdecontrol.randomness import SeededNoise
-from sdecontrol.simulation.closed_loop import ClosedLoop
-from sdecontrol.simulation.integrator import integrate, one_step
-from sdecontrol.simulation.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
-from sdecontrol.simulation.shifts import shift_function, shifts_along
 
 
 def paths_of(problem, chain, control, n, seed=0):

@@ -7,9 +7,9 @@ import torch
 from problems import Counted
 
 import sdecontrol as sc
+from sdecontrol.comparison import auto
 from sdecontrol.controls.given import ZeroControl
 from sdecontrol.controls.mixture import MixtureControl
-from sdecontrol.methods import auto
 from sdecontrol.methods.base import Run
 from sdecontrol.problems.density import LogDensity
 from sdecontrol.problems.pilot import search

@@ -7,8 +7,8 @@ import torch
 from problems import F64, randn
 
 import sdecontrol as sc
+from sdecontrol.chains.shifts import shift_function
 from sdecontrol.evaluation.estimates import mean_estimate
-from sdecontrol.simulation.shifts import shift_function
 
 K = 20
 H, NOISE = torch.tensor([1.0, 0.5], dtype=F64), 0.5

@@ -7,10 +7,10 @@ import torch
 from problems import F64, nonlinear, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
 from sdecontrol.controls.network import bumps
 from sdecontrol.methods.base import Regression
-from sdecontrol.simulation.shifts import shifts_along
 from sdecontrol.training.least_squares import LinearSteps
 
 

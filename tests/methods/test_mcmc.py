@@ -8,10 +8,10 @@ import torch
 from problems import F64, Counted, randn, spd
 
 import sdecontrol as sc
-from sdecontrol.evaluation.diagnostics import bulk_ess, chain_ess, split_rhat
 from sdecontrol.evaluation.estimates import bridge_log_z, chain_mean, mean_estimate
-from sdecontrol.evaluation.markov import WarmChains, run_chains
-from sdecontrol.evaluation.tempering import StateTarget
+from sdecontrol.particles.diagnostics import bulk_ess, chain_ess, split_rhat
+from sdecontrol.particles.markov import WarmChains, run_chains
+from sdecontrol.particles.tempering import StateTarget
 
 
 def close(estimate, truth, most):

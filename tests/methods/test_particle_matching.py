@@ -8,12 +8,12 @@ import torch
 from problems import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
+from sdecontrol.chains.bridges import ChainBridge, NoisingBridge
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
 from sdecontrol.controls.tuned import TunedControl
 from sdecontrol.methods import mixture_start
 from sdecontrol.methods.base import Run
-from sdecontrol.simulation.bridges import ChainBridge, NoisingBridge
 
 F32 = torch.float32
 

@@ -6,12 +6,12 @@ from gaussian_gradients import AffineControl, GaussianChain, agree, gradient_of,
 from problems import F64, SmallControl, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.chains.bridges import ChainBridge
 from sdecontrol.methods import on_paths
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reward_weighted_mle import RewardWeightedMLE
+from sdecontrol.paths.gradients import backpropagate
 from sdecontrol.problems.rollouts import leave_one_out, roll_out
-from sdecontrol.simulation.bridges import ChainBridge
-from sdecontrol.simulation.gradients import backpropagate
 
 K = 4
 

@@ -10,7 +10,7 @@ from test_guidance import linear, mixture
 import sdecontrol as sc
 from sdecontrol.controls.guidance import GivenValue
 from sdecontrol.evaluation.estimates import mean_estimate
-from sdecontrol.evaluation.particles import RESAMPLING, resample, run_particles
+from sdecontrol.particles.smc import RESAMPLING, resample, run_particles
 
 # few particles on purpose: the warning about it is tested where it is asked for
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
@@ -311,7 +311,7 @@ def test_rejection_takes_the_bound_in_units_of_the_reward():
 
 
 def test_rejection_says_when_its_bound_is_none_or_hopeless(monkeypatch):
-    from sdecontrol.evaluation import weighted
+    from sdecontrol.evaluation import particle_solution as weighted
 
     problem = lq()
     with pytest.raises(ValueError, match=r"bound=-5 is none: a path has the total reward"):

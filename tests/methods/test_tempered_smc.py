@@ -8,7 +8,7 @@ from problems import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
-from sdecontrol.evaluation.tempering import (
+from sdecontrol.particles.tempering import (
     Kernel,
     NoiseTarget,
     Points,

@@ -7,7 +7,7 @@ import torch
 from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
-from sdecontrol.evaluation.weights import self_normalised
+from sdecontrol.paths.weights import self_normalised
 
 F32 = torch.float32
 METHODS = {

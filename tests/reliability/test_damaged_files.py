@@ -18,8 +18,8 @@ from problems import random_lq
 from test_training import SCRIPT, quick, same
 
 import sdecontrol as sc
-from sdecontrol.evaluation import files
-from sdecontrol.evaluation.files import read_bundle, write_bundle
+from sdecontrol.files import bundles as files
+from sdecontrol.files.bundles import read_bundle, write_bundle
 
 TESTS = os.path.dirname(os.path.dirname(__file__))
 

@@ -14,7 +14,7 @@ from problems import F64, SmallControl, nonlinear, randn, random_lq
 from test_gradients import gradient, perturbed_default
 
 import sdecontrol as sc
-from sdecontrol.simulation.chains import make_grid
+from sdecontrol.chains.build import make_grid
 
 DTYPES = [torch.float32, torch.float64]
 

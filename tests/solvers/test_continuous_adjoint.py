@@ -10,10 +10,10 @@ from problems import F64, SmallControl, nonlinear, random_lq
 import sdecontrol as sc
 from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
+from sdecontrol.paths.brownian import coarsen
+from sdecontrol.paths.continuous_adjoint import CONTINUOUS_MODES, _Backwards, backpropagate_continuous
+from sdecontrol.paths.gradients import backpropagate
 from sdecontrol.randomness import SuppliedNoise
-from sdecontrol.simulation.adjoint import CONTINUOUS_MODES, _Backwards, backpropagate_continuous
-from sdecontrol.simulation.brownian import coarsen
-from sdecontrol.simulation.gradients import backpropagate
 
 
 def perturbed(problem, chain, control=None):

@@ -8,10 +8,10 @@ import torch
 from problems import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.paths.brownian import GridBrownian, coarsen
+from sdecontrol.paths.equations import ControlledSDE, noise_kind
+from sdecontrol.paths.solvers import SOLVERS
 from sdecontrol.randomness import SeededNoise
-from sdecontrol.simulation.brownian import GridBrownian, coarsen
-from sdecontrol.simulation.equations import ControlledSDE, noise_kind
-from sdecontrol.simulation.solvers import SOLVERS
 
 ALL = sorted(SOLVERS)
 CALLS = {"milstein": 1, "srk": 3, "heun": 2, "midpoint": 2, "euler-heun": 1, "reversible-heun": 1}

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
+from sdecontrol.chains.gaussian import EulerChain
+from sdecontrol.chains.segments import StretchChain
 from sdecontrol.evaluation import evaluate as evaluation
 from sdecontrol.exact import base, discrete, quadratic, riccati
 from sdecontrol.exact.quadratic import Form
+from sdecontrol.paths.paths import Paths
 from sdecontrol.processes.linear import Transition
 from sdecontrol.processes.schedules import VP
-from sdecontrol.simulation.chains import EulerChain, StretchChain
-from sdecontrol.simulation.paths import Paths
 from sdecontrol.tensors import event_sum, symmetric
 from theory_checks import Setting, all_checks
 

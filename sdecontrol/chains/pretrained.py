@@ -15,7 +15,7 @@ from ..processes.generative import call_model
 from ..processes.laws import Gaussian
 from ..randomness import generator_for
 from ..tensors import as_float, check_output, check_tensor, probing
-from .chains import Chain
+from .base import Chain
 
 __all__ = ["DiffusionChain", "diffusion_chain"]
 

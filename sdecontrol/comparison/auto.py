@@ -13,16 +13,16 @@ from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.mixture import MixtureControl
 from ..evaluation.estimates import Estimate
-from ..evaluation.mixture_fit import fit_mixture
-from ..evaluation.tempered import TemperedSettings, TemperedSolution, tempered_target
-from ..evaluation.tempering import Ladder, Population, adapt
-from ..evaluation.weighted import ParticleSettings
+from ..evaluation.particle_solution import ParticleSettings
+from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
+from ..methods.base import Method, Run, register
+from ..methods.on_paths import check_count
+from ..particles.mixture_fit import fit_mixture
+from ..particles.tempering import Ladder, Population, adapt
 from ..problems.gibbs import GibbsProblem
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
-from .base import Method, Run, register
-from .on_paths import check_count
 
 __all__ = ["Auto"]
 
@@ -118,7 +118,7 @@ class Auto(Method):
     """For a Gibbs problem: tuned SMC first, a mixture of Gaussians learned from its particles, SMC from that mixture, and again.
 
     1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`), and short chains search for modes from far out.
-    2. A mixture of Gaussians is fitted to both (``evaluation/mixture_fit.py``).
+    2. A mixture of Gaussians is fitted to both (``particles/mixture_fit.py``).
     3. New particles are tempered from the mixture, a little widened, with independent draws from it among their moves. A better beginning needs fewer
        levels, and reaches what the wide Gaussian could not: the neck of a funnel is entered a little further in every round.
 

@@ -22,15 +22,17 @@ from torch import Tensor
 from torchsde import ReverseBrownian
 from torchsde._core import adjoint_sde, base_sde, methods, misc
 
+from ..chains.base import Chain
+from ..chains.gaussian import EulerChain
+from ..chains.segments import JoinedChain
+from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..processes.sde import SDE
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
-from .chains import Chain, EulerChain, JoinedChain
 from .equations import ControlledSDE, noise_kind
 from .gradients import PathCost, backpropagate
 from .integrator import NoiseSource, RunningCost, integrate
-from .shifts import shift_function
 from .solvers import Solver, make_stepper
 
 __all__ = ["CONTINUOUS_MODES", "backpropagate_continuous", "check_continuous"]
@@ -122,7 +124,7 @@ def backpropagate_continuous(
     condition: Any = None,
     weight: float = 1.0,
 ) -> PathCost:
-    """:func:`sdecontrol.simulation.gradients.backpropagate` with mode "continuous-adjoint" or "reversible-heun".
+    """:func:`sdecontrol.paths.gradients.backpropagate` with mode "continuous-adjoint" or "reversible-heun".
 
     The stretch of a controlled start is run as the chain it is, with its exact discrete adjoint.
     """

@@ -29,11 +29,11 @@ import torchsde
 from torch import Tensor
 from torchsde._core import base_sde, methods
 
+from ..chains.base import Chain
 from ..errors import NoLikelihood, NonFiniteError
 from ..randomness import derive_seed, global_rng
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
-from .chains import Chain
 from .equations import ControlledSDE, NoiseKind
 from .integrator import RunningCost
 from .paths import Paths

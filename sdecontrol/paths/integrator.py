@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.reverse import Remembered, log_reversal, look_back
+from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
 from ..tensors import apply_scale, nonfinite_rows
-from .backward import Remembered, log_reversal, look_back
-from .chains import Chain
 from .paths import Paths
-from .shifts import ShiftFunction
 
 __all__ = ["KEEP", "NoiseSource", "RunningCost", "check_likelihood", "explain_nonfinite", "integrate", "one_step"]
 

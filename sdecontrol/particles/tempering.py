@@ -27,15 +27,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
+from ..paths.integrator import integrate
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import SuppliedNoise, derive_seed, generator_for
-from ..simulation.chains import Chain
-from ..simulation.integrator import integrate
-from ..simulation.paths import Paths
-from ..simulation.shifts import shift_function
-from .particles import resample
+from .smc import resample
 
 __all__ = [
     "Kernel",

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
 from ..tensors import apply_scale
-from .chains import Chain
 from .paths import Paths
 
 __all__ = ["ClosedLoop"]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import ShiftFunction
 from ..randomness import BLOCK, SeededNoise, SuppliedNoise
-from .chains import Chain
 from .integrator import RunningCost, integrate
 from .paths import Paths
-from .shifts import ShiftFunction
 
 __all__ = ["check_chunk", "integrate_in_chunks"]
 

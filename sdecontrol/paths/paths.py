@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import shifts_along
 from ..tensors import event_sum
-from .chains import Chain
-from .shifts import shifts_along
 
 __all__ = ["Paths"]
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, factor
 from ..tensors import is_matrix_scale, symmetric
-from .chains import Chain, EulerChain, GenerativeExponentialChain
+from .base import Chain
+from .exponential import GenerativeExponentialChain
+from .gaussian import EulerChain
 
 __all__ = ["ChainBridge", "NoisingBridge", "bridge_of"]
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..particles.diagnostics import Diagnostics, diagnose
+from ..particles.markov import Draws, WarmChains, log_density_of, run_chains, warm_up_chains
+from ..particles.mixture_fit import fit_mixture
+from ..particles.nuts import run_nuts, warm_up_nuts
+from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import derive_seed, fresh_seed, generator_for
-from .diagnostics import Diagnostics, diagnose
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
-from .evaluate import _AGREEMENT, Evaluation
-from .markov import Draws, WarmChains, log_density_of, run_chains, warm_up_chains
-from .mixture_fit import fit_mixture
-from .nuts import run_nuts, warm_up_nuts
+from .evaluate import AGREEMENT, Evaluation
 from .solution import Solution
-from .tempered import TemperedSettings, tempered_target
-from .tempering import StateTarget, points_at
+from .tempered_solution import TemperedSettings, tempered_target
 
 __all__ = ["ChainSettings", "ChainSolution", "WarmChains", "chain_target"]
 
@@ -230,6 +230,6 @@ def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[
     if not pareto_k(reverse) < 0.7:
         return True, f"{mixed}; unconfirmed: the fitted mixture alone gives no second estimate of log Z"
     other = log_mean_weight(reverse)
-    if abs(other.value - log_z.value) > _AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+    if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
         return False, f"importance weights of the fitted mixture disagree: log Z = {other} there"
     return True, f"{mixed}; confirmed by importance weights (log Z = {other})"

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import shifts_along
 from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale, nonfinite_rows
-from .chains import Chain
 from .closed_loop import ClosedLoop
 from .integrator import RunningCost
 from .paths import Paths
-from .shifts import shifts_along
 
 __all__ = [
     "ENOUGH",

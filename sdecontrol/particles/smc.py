@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
+from ..chains.shifts import shift_function
 from ..controls.given import ZeroControl, repeat_rows
+from ..paths.integrator import integrate
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed, generator_for
-from ..simulation.chains import Chain
-from ..simulation.integrator import integrate
-from ..simulation.shifts import shift_function
 
 __all__ = ["RESAMPLING", "Particles", "resample", "run_particles"]
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import Remembered, log_reversal, look_back
-from .chains import Chain
+from ..chains.base import Chain
+from ..chains.reverse import Remembered, log_reversal, look_back
+from ..chains.shifts import ShiftFunction, shift_function
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate, one_step
-from .shifts import ShiftFunction, shift_function
 
 __all__ = ["GRADIENT_MODES", "PathCost", "backpropagate"]
 

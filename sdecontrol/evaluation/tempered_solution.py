@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
 from ..controls.given import ZeroControl
 from ..controls.mixture import MixtureControl
+from ..particles.smc import Particles
+from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
-from ..simulation.chains import Chain
-from .particles import Particles
-from .tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
-from .weighted import ParticleSettings, ParticleSolution
+from .particle_solution import ParticleSettings, ParticleSolution
 
 __all__ = ["TemperedSettings", "TemperedSolution", "tempered_target"]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..controls.guidance import LogValue
 from ..errors import NonFiniteError
+from ..particles.smc import Particles, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed, generator_for
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .evaluate import _AGREEMENT, Evaluation, log_weights
-from .particles import Particles, resample, run_particles
+from .evaluate import AGREEMENT, Evaluation, log_weights
 from .solution import Solution
 
 __all__ = ["ParticleSettings", "ParticleSolution"]
@@ -273,7 +273,7 @@ class ParticleSolution(Solution):
         if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * n < 100:
             return True, f"{of}; unconfirmed: the reference's paths give no second estimate of log Z"
         other = log_mean_weight(log_w)
-        if abs(other.value - log_z.value) > _AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+        if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
             return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
         return True, f"{of}; confirmed by the reference's paths (log Z = {other})"
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
+from ..problems.rollouts import Rollout
 from ..randomness import generator_for
-from ..simulation.chains import Chain
-from .rollouts import Rollout
 
 __all__ = ["ReplayBuffer"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import check_output
-from .chains import Chain
+from .base import Chain
 
 __all__ = ["ShiftFunction", "shift_function", "shifts_along"]
 

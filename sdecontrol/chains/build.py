@@ -1,0 +1,106 @@
+"""The chain of an SDE: grids of times, and schemes by name."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NoLikelihood, unknown_name
+from ..processes.annealed import AnnealedLangevin
+from ..processes.generative import GenerativeSDE
+from ..processes.linear import LinearSDE
+from ..processes.sde import SDE
+from ..processes.semilinear import SemilinearSDE
+from ..tensors import check_tensor
+from .annealed import AnnealedChain
+from .base import Chain
+from .exponential import ExponentialChain, GenerativeExponentialChain
+from .gaussian import EulerChain, TransitionChain
+
+__all__ = ["SAMPLING_SCHEMES", "SCHEMES", "chain_of", "make_grid"]
+
+
+def make_grid(time_steps: Any, horizon: float) -> list[float]:
+    """A grid of times from a number of steps, or from an increasing sequence ``0 = t_0 < ... < t_K = horizon``.
+
+    Uniform grids are computed point by point, never accumulated, so that K steps are exactly K.
+    """
+    if isinstance(time_steps, bool) or time_steps is None:
+        raise TypeError(f"time_steps must be a number of steps or a grid of times, got {time_steps!r}.")
+    if isinstance(time_steps, Integral):
+        time_steps = int(time_steps)
+        if time_steps < 1:
+            raise ValueError(f"time_steps must be >= 1, got {time_steps}.")
+        return [horizon * k / time_steps for k in range(time_steps)] + [horizon]
+    if isinstance(time_steps, (float, str)):
+        raise TypeError(f"time_steps must be an int (or a grid of times), got {time_steps!r}.")
+    grid = time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(list(time_steps), dtype=torch.float64)
+    check_tensor("time_steps", grid.double(), shape=("K+1",), hint="a grid of times from 0 to the horizon.")
+    values = [float(t) for t in grid]
+    if len(values) < 2:
+        raise ValueError("time_steps as a grid needs at least two times.")
+    if any(b <= a for a, b in pairwise(values)):
+        k = next(i for i, (a, b) in enumerate(pairwise(values)) if b <= a)
+        raise ValueError(
+            f"time_steps must be strictly increasing; entry {k + 1} ({values[k + 1]:g}) is not above "
+            f"entry {k} ({values[k]:g})."
+        )
+    if abs(values[0]) > 1e-6 * horizon or abs(values[-1] - horizon) > 1e-6 * horizon:
+        raise ValueError(f"time_steps must go from 0 to the horizon {horizon:g}, got {values[0]:g} to {values[-1]:g}.")
+    values[0], values[-1] = 0.0, horizon
+    return values
+
+
+SCHEMES = ("euler", "exact", "exponential")
+
+
+#: schemes of ``simulate`` that have no Gaussian kernels, and so are no chains (``solvers.py``, ``flow.py``)
+SAMPLING_SCHEMES = ("milstein", "srk", "heun", "midpoint", "euler-heun", "reversible-heun", "probability-flow")
+
+
+def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
+    """The chain of an SDE on a grid, by the scheme "euler", "exact" (linear references) or "exponential" (semi-linear and
+    generative ones).
+
+    Raises:
+        NoLikelihood: a scheme that samples but has no Gaussian kernels. ValueError: an unknown scheme, or one that the
+        reference does not have.
+    """
+    if scheme in SAMPLING_SCHEMES:
+        raise NoLikelihood(
+            f"scheme={scheme!r} has no Gaussian kernels, so no likelihood ratios, which solving, weights and exact "
+            f"solutions need. Use scheme='euler' there; simulate(..., scheme={scheme!r}) samples with it."
+        )
+    clock = make_grid(time_steps, sde.horizon)
+    if isinstance(sde, AnnealedLangevin) and scheme in ("euler", "exponential"):
+        return AnnealedChain(sde, clock, scheme, dtype, device)
+    if scheme == "euler":
+        return EulerChain(sde, clock, dtype, device)
+    if scheme == "exact":
+        linear = sde if isinstance(sde, LinearSDE) else getattr(sde, "as_linear", lambda: None)()
+        if linear is None:
+            raise ValueError(
+                "scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
+                f"{type(sde).__name__} has no exact transitions. Use scheme='euler'."
+            )
+        return TransitionChain(linear, clock, dtype, device)
+    if scheme == "exponential":
+        return _exponential(sde, clock, dtype, device)
+    raise unknown_name("scheme", scheme, SCHEMES)
+
+
+def _exponential(sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> Chain:
+    if isinstance(sde, SemilinearSDE):
+        return ExponentialChain(sde, clock, dtype, device)
+    if isinstance(sde, GenerativeSDE):
+        return GenerativeExponentialChain(sde, clock, dtype, device)
+    if isinstance(sde, LinearSDE):  # nothing is left to approximate
+        return TransitionChain(sde, clock, dtype, device)
+    raise ValueError(
+        f"scheme='exponential' needs to know the linear part of the drift, which a {type(sde).__name__} does not say. "
+        "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."
+    )

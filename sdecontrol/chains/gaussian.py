@@ -1,0 +1,110 @@
+"""Euler-Maruyama, and the exact transitions of linear SDEs, as chains."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.linear import LinearSDE
+from ..processes.sde import SDE
+from .base import Chain
+
+__all__ = ["EulerChain", "TransitionChain"]
+
+
+class EulerChain(Chain):
+    """Euler-Maruyama: ``mean = x + h b(x, t_k)``, ``scale = sqrt(h) sigma(x, t_k)``, ``c = sqrt(h) u``. Weak order 1,
+    strong order 1/2 (1 for additive noise)."""
+
+    def __init__(self, sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
+        self.noise_shape = sde.control_shape
+        self._terms = sde.on_grid(self.times[:-1])
+        self._roots = [math.sqrt(h) for h in self.step_sizes]
+        self._vectorised = True  # until a drift turns out not to be
+        constant = sde.constant_diffusion
+        self._scales = None
+        if constant is not None:
+            made: dict[float, Tensor] = {}
+            constant = constant.to(dtype=dtype, device=device) if constant.ndim == 0 else constant
+            self._scales = [made.setdefault(root, constant * root) for root in self._roots]
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        drift, sigma = self._terms(k, x, condition)
+        scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]
+        return torch.add(x, drift, alpha=self.step_sizes[k]), scale
+
+    def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+        if type(self.reference) is not SDE or self._scales is None or not self._vectorised:
+            return super().kernels(states, condition, first)
+        count, sde = states.shape[0], self.reference
+        try:  # one call of the drift for all times
+            drifts = torch.vmap(lambda x, t: sde.drift(x, t, condition))(states, self.times[first : first + count])
+            with torch.no_grad():
+                here = sde.drift(states[-1], self.times[first + count - 1], condition)
+            self._vectorised = torch.allclose(drifts[-1], here, rtol=1e-4, atol=1e-6)
+        except (RuntimeError, ValueError, TypeError):  # a drift that branches on its arguments, or leaves torch
+            self._vectorised = False
+        if not self._vectorised:
+            return super().kernels(states, condition, first)
+        steps = self.times.new_tensor(self.step_sizes[first : first + count]).reshape(-1, *(1,) * (states.ndim - 1))
+        return torch.addcmul(states, drifts, steps), self._scales[first : first + count]
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        if not isinstance(self.reference, LinearSDE):
+            return None
+        A = self.reference.A_at(self.times[k]).to(self.times)
+        return torch.eye(len(A), dtype=A.dtype, device=A.device) + self.step_sizes[k] * A
+
+    def gain(self, k: int) -> float:
+        return self._roots[k]
+
+    def forget(self) -> None:
+        forget = getattr(self.reference, "forget", None)
+        if forget is not None:
+            forget()
+
+
+class TransitionChain(Chain):
+    """The exact transitions of a linear SDE, the control held constant over each step.
+
+    The noise is d-dimensional, ``scale`` the symmetric root of the transition covariance, and ``c = C u`` with
+    ``scale C = int Phi sigma dr``; where m != d the inverse gives the control of minimum norm.
+    """
+
+    def __init__(self, sde: LinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        from ..processes.laws import factor
+
+        self.reference = sde
+        self._set_times(clock, dtype, device)
+        self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
+        self.noise_shape = sde.event_shape
+        made: dict[tuple[float, float], tuple[Tensor, ...]] = {}
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for s, t in pairwise(clock):
+            key = (0.0, round(t - s, 14)) if sde.autonomous else (s, t)
+            if key not in made:
+                matrix, shift, cov, effect = sde._transition_and_gain(key[0], key[1] if sde.autonomous else t)
+                root = factor(cov)
+                made[key] = (matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
+            self._steps.append(made[key])  # type: ignore[arg-type]
+        self.matrices64 = self._steps
+        seen: dict[int, tuple[Tensor, ...]] = {}
+        move = lambda step: seen.setdefault(id(step), tuple(p.to(device=device, dtype=dtype) for p in step))  # noqa: E731
+        self._cast = [move(step) for step in self._steps]
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        matrix, shift, root, _ = self._cast[k]
+        return x @ matrix.mT + shift, root.unsqueeze(0)
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        return self._cast[k][0]
+
+    def gain(self, k: int) -> Tensor:
+        return self._cast[k][3]

@@ -1,0 +1,125 @@
+"""A learned start: the segment before time 0 that makes a random start part of the chain, and one chain after another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.laws import Gaussian, GaussianMixture
+from .base import Chain
+
+__all__ = ["JoinedChain", "StretchChain"]
+
+
+class StretchChain(Chain):
+    """The stretch [-1, 0) that turns a random start into part of the chain.
+
+    From the mean of the start's law a Brownian motion of covariance S reaches N(mean, S) at time 0 (the idea of
+    ELEGANT, Uehara et al. 2402.15194). For a Gaussian mixture the same Brownian motion, conditioned to end in the
+    mixture, is the Foellmer process; its drift is the closed form ``(E[X_0 | X_s = x] - x) / -s``.
+    """
+
+    def __init__(self, law: Gaussian | GaussianMixture, steps: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.reference = law
+        self._set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
+        self.event_shape = law.event_shape
+        self.noise_shape = self.control_shape = law.event_shape
+        self.law = law
+        self.mixture = law if isinstance(law, GaussianMixture) else None
+        spread = Gaussian(law.mean, law.covariance_matrix) if isinstance(law, GaussianMixture) else law
+        self.point = law.mean.to(device=device, dtype=dtype)
+        self.covariance = spread.covariance_matrix if not spread.is_diagonal else spread.variance
+        root = spread.scale_root.to(device=device, dtype=dtype)
+        self._matrix = not spread.is_diagonal
+        self._scales = [(root.unsqueeze(0) if self._matrix else root) * math.sqrt(h) for h in self.step_sizes]
+        self._bridges = [self._between(t + 1.0) for t in self.clock[:-1]] if self.mixture is not None else None
+
+    def _between(self, past: float) -> GaussianMixture:
+        """The law of the Foellmer process a time ``past`` after its start (its marginal: a mixture again)."""
+        assert self.mixture is not None
+        mean, spread = self.mixture.mean, self.mixture.covariance_matrix
+        means = mean + past * (self.mixture.means - mean)
+        tiny = 1e-12 * spread.diagonal().max() * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        return GaussianMixture(
+            self.mixture.weights, means, past**2 * self.mixture.covariances + past * (1 - past) * spread + tiny
+        )
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        if self._bridges is None:
+            return x, self._scales[k]
+        past = self.clock[k] + 1.0
+        if past == 0.0:  # everything starts in the mean, and the end's mean is the mean
+            return x, self._scales[k]
+        drift = self._bridges[k].score(x) @ self.covariance + (x - self.point) / past
+        return torch.add(x, drift, alpha=self.step_sizes[k]), self._scales[k]
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        if self.mixture is not None or len(self.event_shape) != 1:
+            return None
+        return torch.eye(self.event_shape[0], dtype=self.times.dtype, device=self.times.device)
+
+
+class JoinedChain(Chain):
+    """One chain after another; shapes of noise and control are padded to the larger of the two.
+
+    Padding is exact: the padded entries of a shift are zero, those of the noise move nothing.
+    """
+
+    def __init__(self, first: Chain, second: Chain) -> None:
+        self.first, self.second, self.reference = first, second, second.reference
+        self.event_shape, self.control_shape = second.event_shape, second.control_shape
+        same = first.noise_shape == second.noise_shape
+        self.noise_shape = (
+            first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
+        )
+        self._padded = not same
+        self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
+
+    @property
+    def start(self) -> int:
+        return self.first.steps
+
+    def part(self, k: int) -> tuple[Chain, int]:
+        """The chain that step k belongs to, and the step's number there."""
+        return (self.first, k) if k < self.first.steps else (self.second, k - self.first.steps)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        chain, j = self.part(k)
+        mean, scale = chain.kernel(j, x, condition)
+        missing = self.noise_shape[0] - chain.noise_shape[0]
+        if missing:
+            if scale.ndim < 3:
+                scale = torch.diag_embed(scale.expand(chain.event_shape) if scale.ndim < 2 else scale)
+                scale = scale.unsqueeze(0) if scale.ndim == 2 else scale
+            scale = torch.nn.functional.pad(scale, (0, missing))
+        return mean, scale
+
+    def mean_matrix(self, k: int) -> Tensor | None:
+        chain, j = self.part(k)
+        return chain.mean_matrix(j)
+
+    def gain(self, k: int) -> float | Tensor:
+        chain, j = self.part(k)
+        return chain.gain(j)
+
+    def shift(self, k: int, u: Tensor) -> Tensor:
+        chain, j = self.part(k)
+        c = chain.shift(j, u)
+        missing = self.noise_shape[0] - chain.noise_shape[0]
+        return torch.nn.functional.pad(c, (0, missing)) if missing else c
+
+    def shifts(self, u: Tensor, first: int = 0) -> Tensor:
+        return torch.stack([self.shift(first + j, here) for j, here in enumerate(u.unbind(0))])
+
+    def control(self, k: int, c: Tensor) -> Tensor:
+        chain, j = self.part(k)
+        return chain.control(j, c[..., : chain.noise_shape[0]] if self._padded else c)
+
+    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+        return self.second.decode(x, condition)
+
+    def forget(self) -> None:
+        self.second.forget()
