@@ -371,7 +371,6 @@ def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_la
         for k, state in enumerate(states):
             wanted = chain.shift(k, control.at(state, chain.times[k]))
             assert torch.allclose(shift(k, state, None), wanted, atol=1e-8 * float(wanted.abs().max() + 1))
-            problem.reference.forget()
         own = MixtureControl(problem, problem.reference.marginal(1.0)).along(chain, states)
         assert float(own.abs().max()) < 1e-7
 

@@ -108,7 +108,6 @@ def test_log_ratios_of_a_tuned_chain_are_ratios_of_gaussian_kernels():
             for kernel, sign in ((tuned, 1), (chain, -1)):
                 mean, scale = kernel.kernel(k, x)
                 total = total + sign * torch.distributions.Normal(mean, scale).log_prob(nxt).sum(1)
-                kernel.forget()
     assert torch.allclose(paths.log_ratio(), total, atol=1e-10)
 
 

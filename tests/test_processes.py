@@ -199,7 +199,6 @@ def test_ddpm_steps_have_the_posterior_mean_and_variance():
         want = b.sqrt() * (1 - a / b) / (1 - a) * 0.5 * x + (a / b).sqrt() * (1 - b) / (1 - a) * x
         assert torch.allclose(mean, want, atol=1e-12)
         assert float(scale) ** 2 == pytest.approx(float((1 - b) / (1 - a) * (1 - a / b)), rel=1e-12)
-        chain.forget()
 
 
 def test_seeded_draws_do_not_depend_on_their_number():

@@ -57,6 +57,3 @@ class AnnealedChain(Chain):
 
     def gain(self, k: int) -> float:
         return self._gains[k]
-
-    def forget(self) -> None:
-        self.reference.forget()

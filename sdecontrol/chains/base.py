@@ -2,8 +2,8 @@
 
 Everything that is simulated with likelihoods is written as such a chain, the control entering as a shift ``c_k`` of
 the noise; log-ratios are then exact at every step size. ``EulerChain`` is Euler-Maruyama, ``TransitionChain`` the exact
-transitions of a linear SDE, ``ExponentialChain`` those of the linear part of a semi-linear one, ``StretchChain`` the stretch of time before 0 that makes a start controllable, and
-``JoinedChain`` one after another. Discrete diffusion models are chains of their own (``diffusion.py``).
+transitions of a linear SDE, ``ExponentialChain`` those of the linear part of a semi-linear one, ``LearnedStart`` the stretch of time before 0 that makes a start controllable, and
+``SegmentedChain`` one after another. Discrete diffusion models are chains of their own (``diffusion.py``).
 """
 
 from __future__ import annotations
@@ -113,16 +113,23 @@ class Chain:
         return min(max(inside, 0), self.steps - 1)
 
     @property
+    def segments(self) -> tuple[Chain, ...]:
+        """The chains of which this one is made, one after another: before the process there may be a learned start."""
+        return (self,)
+
+    @property
+    def main(self) -> Chain:
+        """The chain of the process itself, from time 0."""
+        return self.segments[-1]
+
+    @property
     def start(self) -> int:
-        """The step at which time 0 is reached: the length of the stretch of a controlled start, else 0."""
-        return 0
+        """The step at which time 0 is reached: the length of a learned start, else 0."""
+        return self.steps - self.main.steps
 
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         """From the last state to what rewards, samples and metrics see."""
         return x
-
-    def forget(self) -> None:
-        """Drop anything remembered from the last step."""
 
     def __deepcopy__(self, memo: Any) -> Chain:
         return self  # a chain is a definition: a copied control refers to the same one

@@ -155,7 +155,7 @@ class NoisingBridge:
         self._mu, self._std = shape(c.log_mu.exp()), shape(c.std)
         gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
         self._gain = shape(gains * c.level / c.std)
-        self._denoise, self._sde = sde.denoiser_on_grid(chain.times), sde
+        self._denoise = sde.denoiser_on_grid(chain.times)
 
     def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
         """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law; the start is forgotten."""
@@ -165,5 +165,4 @@ class NoisingBridge:
     def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
         """``E[xi_k | x_k, x_K]``, ``(K, batch, *event)``."""
         denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
-        self._sde.forget()
         return self._gain * self._mu / self._std * (end - denoised)

@@ -94,6 +94,3 @@ class GenerativeExponentialChain(Chain):
 
     def gain(self, k: int) -> float:
         return self._gains[k]
-
-    def forget(self) -> None:
-        self.reference.forget()

@@ -65,11 +65,6 @@ class EulerChain(Chain):
     def gain(self, k: int) -> float:
         return self._roots[k]
 
-    def forget(self) -> None:
-        forget = getattr(self.reference, "forget", None)
-        if forget is not None:
-            forget()
-
 
 class TransitionChain(Chain):
     """The exact transitions of a linear SDE, the control held constant over each step.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown_name
+from ..memory import recall
 from ..processes.generative import call_model
 from ..processes.laws import Gaussian
 from ..randomness import generator_for
@@ -61,7 +62,6 @@ class DiffusionChain(Chain):
         self.own_initial = Gaussian(torch.zeros(self.event_shape, dtype=dtype, device=device), 1.0)
         self.memory = self._memory(abar)
         self.drift_takes_condition = True
-        self._memo: tuple[int, Tensor, Tensor] | None = None
 
     def _step_coefficients(self, a: float, b: float) -> tuple[float, float, float]:
         """Mean of a step from abar = a to abar = b as ``x0_part x0^ + x_part x``, and its scale."""
@@ -99,12 +99,7 @@ class DiffusionChain(Chain):
         return call_model(model, x, torch.tensor(self.levels[k], device=x.device), condition)
 
     def _reference_prediction(self, k: int, x: Tensor, condition: Any) -> Tensor:
-        memo = self._memo
-        if memo is not None and memo[0] == k and memo[1] is x:
-            return memo[2]
-        prediction = self.predict(self.model, k, x, condition)
-        self._memo = (k, x, prediction)
-        return prediction
+        return recall(self, k, x, lambda: self.predict(self.model, k, x, condition))
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         x0_part, x_part, _ = self._coefficients[k]
@@ -125,9 +120,6 @@ class DiffusionChain(Chain):
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         last = self.steps
         return self.to_x0(last, x, self.predict(self.model, last, x, condition))
-
-    def forget(self) -> None:
-        self._memo = None
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``(mean_k(x) - x) / h`` of the step that contains t (for probes and figures)."""

@@ -18,24 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import recall, remembering
 from ..tensors import event_sum
 from .base import Chain
 from .shifts import ShiftFunction, shift_function, shifts_along
 
-__all__ = ["BackwardRun", "Remembered", "backward_shifts_along", "log_reversal", "look_back", "reversal_along"]
+__all__ = ["BackwardRun", "backward_shifts_along", "log_reversal", "look_back", "remembered", "reversal_along"]
 
 
-class Remembered:
+def remembered(shift: ShiftFunction) -> ShiftFunction:
     """A shift function that remembers its last value: the backward kernel of a step asks for what the next step needs."""
-
-    def __init__(self, shift: ShiftFunction) -> None:
-        self.shift = shift
-        self.last: tuple[int, Tensor, Tensor] | None = None
-
-    def __call__(self, k: int, x: Tensor, condition: Any) -> Tensor:
-        if self.last is None or self.last[0] != k or self.last[1] is not x:
-            self.last = (k, x, self.shift(k, x, condition))
-        return self.last[2]
+    return lambda k, x, y: recall(shift, k, x, lambda: shift(k, x, y))
 
 
 def look_back(
@@ -96,10 +89,10 @@ def reversal_along(chain: Chain, control: Any, states: Tensor, draws: Tensor, co
     """The whole functional of stored paths, ``(batch,)``, with this control in the backward kernels (None: without)."""
     shift = None if control is None else shift_function(chain, control)
     total = states.new_zeros(states.shape[1])
-    for k in range(chain.steps):
-        back, b = look_back(chain, k, states[k], states[k + 1], shift, condition)
-        total = total + log_reversal(chain, states[k], states[k + 1], draws[k], back, b)
-    chain.forget()
+    with remembering():
+        for k in range(chain.steps):
+            back, b = look_back(chain, k, states[k], states[k + 1], shift, condition)
+            total = total + log_reversal(chain, states[k], states[k + 1], draws[k], back, b)
     return total
 
 
@@ -122,6 +115,3 @@ class BackwardRun(Chain):
         if self._shift is not None:
             mean = mean - scale * _backward_shift(self.chain, j, x, self._shift, condition)
         return mean, scale
-
-    def forget(self) -> None:
-        self.chain.forget()

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..processes.laws import Gaussian, GaussianMixture
 from .base import Chain
 
-__all__ = ["JoinedChain", "StretchChain"]
+__all__ = ["LearnedStart", "SegmentedChain"]
 
 
-class StretchChain(Chain):
+class LearnedStart(Chain):
     """The stretch [-1, 0) that turns a random start into part of the chain.
 
     From the mean of the start's law a Brownian motion of covariance S reaches N(mean, S) at time 0 (the idea of
@@ -62,7 +62,7 @@ class StretchChain(Chain):
         return torch.eye(self.event_shape[0], dtype=self.times.dtype, device=self.times.device)
 
 
-class JoinedChain(Chain):
+class SegmentedChain(Chain):
     """One chain after another; shapes of noise and control are padded to the larger of the two.
 
     Padding is exact: the padded entries of a shift are zero, those of the noise move nothing.
@@ -79,8 +79,8 @@ class JoinedChain(Chain):
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
-    def start(self) -> int:
-        return self.first.steps
+    def segments(self) -> tuple[Chain, ...]:
+        return (self.first, self.second)
 
     def part(self, k: int) -> tuple[Chain, int]:
         """The chain that step k belongs to, and the step's number there."""
@@ -120,6 +120,3 @@ class JoinedChain(Chain):
 
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         return self.second.decode(x, condition)
-
-    def forget(self) -> None:
-        self.second.forget()

@@ -15,6 +15,7 @@ from ..controls.build import build_control
 from ..controls.tuned import has_trainable_model
 from ..errors import NoExactSolution
 from ..exact import exact_solution
+from ..memory import remembering
 from ..methods import (
     SMC,
     SOCM,
@@ -328,9 +329,8 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[floa
 
         x = draw(problem.initial, rows, 0).clone().requires_grad_(True)
         y = problem.draw_condition(rows, 0)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), remembering():
             held = (*chain.kernel(k, x, y), shift(k, x, y))
-        chain.forget()
         del held
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
-from .linear_part import LinearPart, PartOnStretch
+from .linear_part import LinearPart, PartOfSegment
 
 __all__ = ["Control", "StartedControl", "UserControl"]
 
@@ -143,12 +143,12 @@ class StartedControl(Control):
         return torch.where(before.reshape(-1, *(1,) * (x.ndim - 1)), a, b)
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
-        return (*self.start.tables(chain.first), *self.main.tables(chain.second))  # type: ignore[attr-defined]
+        return (*self.start.tables(chain.segments[0]), *self.main.tables(chain.main))
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        if not hasattr(chain, "first"):  # the problem's chain without its stretch
+        if not chain.start:  # the process alone
             return self.main.on_chain(chain, tables)
-        first, second = chain.first, chain.second  # type: ignore[attr-defined]
+        first, second = chain.segments
         tables = self.tables(chain) if tables is None else tables
         cut = len(tables) - len(self.main.tables(second)) if tables else 0
         before = self.start.on_chain(first, tables[:cut])
@@ -164,9 +164,9 @@ class StartedControl(Control):
         return shift
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        if not hasattr(chain, "first"):
+        if not chain.start:
             return self.main.along(chain, states, y, first)
-        before, after = chain.first, chain.second  # type: ignore[attr-defined]
+        before, after = chain.segments
         cut = max(0, before.steps - first)
         parts = []
         for part, half, control, at in (
@@ -181,6 +181,6 @@ class StartedControl(Control):
 
     def linear_parts(self) -> list[LinearPart]:
         return [
-            *(PartOnStretch(part, second=False) for part in self.start.linear_parts()),
-            *(PartOnStretch(part, second=True) for part in self.main.linear_parts()),
+            *(PartOfSegment(part, 0) for part in self.start.linear_parts()),
+            *(PartOfSegment(part, 1) for part in self.main.linear_parts()),
         ]

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.pretrained import DiffusionChain
-from ..chains.segments import JoinedChain
 from ..paths.paths import Paths
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
@@ -48,14 +47,13 @@ def build_control(
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
     """
-    main_chain = chain.second if isinstance(chain, JoinedChain) else chain
     if control is not None:
-        main = _users(problem, main_chain, control)
+        main = _users(problem, chain.main, control)
     elif has_trainable_model(problem.reference):
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     else:
-        main = _network(problem, main_chain, derive_seed(seed, 11), normalise=True, scale_gate=scale_gate)
-    if not isinstance(chain, JoinedChain) or isinstance(main, StartedControl):
+        main = _network(problem, chain, derive_seed(seed, 11), normalise=True, scale_gate=scale_gate)
+    if not chain.start or isinstance(main, StartedControl):
         return main
     return StartedControl(_start_network(problem, derive_seed(seed, 12)), main)
 
@@ -205,7 +203,7 @@ def _network(
         options = condition_parts(problem)
     if normalise:
         with torch.no_grad():
-            pilot = simulate_chain(problem, problem.chain(*_key(problem, chain)), _PILOT_PATHS, seed=seed)
+            pilot = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
             states = pilot.states
             flat = states.flatten(0, 1)
             centre, spread = flat.mean(0), flat.std(0)
@@ -240,13 +238,6 @@ def _network(
         **options,
     )
     return network.to(device=problem.device, dtype=problem.dtype)
-
-
-def _key(problem: ControlProblem, chain: Chain) -> tuple[Any, Any]:
-    for key, made in problem._chains.items():
-        if made is chain or getattr(made, "second", None) is chain:
-            return (None, None) if key == "own" else key
-    return (None, None)
 
 
 def _start_network(problem: ControlProblem, seed: int) -> DefaultControl:
@@ -290,7 +281,7 @@ def control_from_configuration(
         proposal = None if inner is None else control_from_configuration(problem, chain, inner, given, value)
         return PathIntegralControl(problem, chain, proposal, **options)
     if kind["kind"] == "started":
-        main = control_from_configuration(problem, chain.second, kind["main"], given)  # type: ignore[attr-defined]
+        main = control_from_configuration(problem, chain.main, kind["main"], given)
         return StartedControl(_start_network(problem, 0), main)
     if kind["kind"] == "tuned":
         return TunedControl(problem.reference)  # type: ignore[arg-type]

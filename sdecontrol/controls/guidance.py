@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.pretrained import DiffusionChain
-from ..chains.segments import JoinedChain
 from ..chains.shifts import ShiftFunction
 from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
@@ -118,7 +117,7 @@ class ValueControl(Control):
             return apply_scale_transposed(chain.kernel(k, x, y)[1], gradient, x.ndim - 1)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        main = chain.second if isinstance(chain, JoinedChain) else chain
+        main = chain.main
         reference, start = chain.reference, chain.start
         sigma = reference.diffusion_on_grid(main.times[:-1]) if isinstance(reference, SDE) else None
 
@@ -193,7 +192,7 @@ class TweedieValue(LogValue):
         """``x0^``, what the reference's model expects the data to be."""
         reference, time = self._problem[0].reference, float(t)
         if time < 0:
-            first: Chain = self._chain[0].first  # type: ignore[attr-defined]
+            first = self._chain[0].segments[0]
             k = first.step_at(time)
             mean = first.kernel(k, x, y)[0]
             x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0

@@ -53,11 +53,11 @@ class LinearPart:
         raise NotImplementedError
 
 
-class PartOnStretch(LinearPart):
-    """A linear part of one half of a joined chain: the stretch before 0 or the process after it."""
+class PartOfSegment(LinearPart):
+    """A linear part of one segment of a chain: the learned start or the process after it."""
 
-    def __init__(self, part: LinearPart, second: bool) -> None:
-        self.part, self.second = part, second
+    def __init__(self, part: LinearPart, segment: int) -> None:
+        self.part, self.segment = part, segment
         self.parameters, self.redundant = part.parameters, part.redundant
         self.gather, self.scatter = part.gather, part.scatter
 
@@ -69,15 +69,9 @@ class PartOnStretch(LinearPart):
         weights: Tensor | None = None,
         step_weights: Tensor | None = None,
     ) -> Tensor:
-        cut = chain.start
-        half = chain.second if self.second else chain.first  # type: ignore[attr-defined]
-        return self.part.gram(
-            half,
-            states[cut:] if self.second else states[:cut],
-            y,
-            weights,
-            None if step_weights is None else step_weights[cut:] if self.second else step_weights[:cut],
-        )
+        own = slice(chain.start, None) if self.segment else slice(chain.start)
+        step_weights = None if step_weights is None else step_weights[own]
+        return self.part.gram(chain.segments[self.segment], states[own], y, weights, step_weights)
 
 
 def gram_of_features(

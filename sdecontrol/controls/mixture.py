@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
+from ..memory import recall
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..randomness import derive_seed
@@ -48,7 +49,6 @@ class MixtureControl(Control):
         for name, value in _tensors_of(law).items():
             self.register_buffer(name, value.detach().clone())
         self._laws: dict[float, GaussianMixture | ProductMixture] = {}
-        self._last: tuple[Any, ...] | None = None
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -129,24 +129,12 @@ class MixtureControl(Control):
         clock = times.double().tolist()
 
         def denoise(k: int, x: Tensor, y: Any) -> Tensor:
-            key = (clock[k], x, torch.is_grad_enabled())
-            if (
-                self._last is None
-                or any(a is not b for a, b in zip(self._last[1:3], key[1:]))
-                or self._last[0] != key[0]
-            ):
-                ends = self._ends[0]
-                self._last = (*key, ends.coloured(self._expected(ends.white(x), clock[k])))
-            return self._last[3]
+            ends, key = self._ends[0], (clock[k], torch.is_grad_enabled())
+            return recall(self, key, x, lambda: ends.coloured(self._expected(ends.white(x), clock[k])))
 
         return denoise
 
-    def forget(self) -> None:
-        """Drop what was remembered."""
-        self._last = None
-
     def __deepcopy__(self, memo: Any) -> MixtureControl:
-        self.forget()
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         nn.Module.__init__(made)

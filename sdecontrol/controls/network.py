@@ -40,8 +40,6 @@ class Denoiser(Protocol):
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]: ...
 
-    def forget(self) -> None: ...
-
 
 def time_features(s: Tensor) -> Tensor:
     """Features ``(..., 16)`` of relative time s in [0, 1]: polynomials and waves for the middle, and rational functions
@@ -229,9 +227,7 @@ class DefaultControl(Control):
         if self.denoiser is None:
             return None
         denoise = self.denoiser.denoiser_on_grid(chain.times)
-        out = torch.stack([denoise(first + k, x, y) for k, x in enumerate(states.unbind(0))])
-        self.denoiser.forget()
-        return out
+        return torch.stack([denoise(first + k, x, y) for k, x in enumerate(states.unbind(0))])
 
     def _hidden(self, z: Tensor) -> Tensor:
         z = torch.nn.functional.silu(z)

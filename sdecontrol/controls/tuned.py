@@ -68,7 +68,6 @@ class TunedControl(Control):
         if isinstance(reference, DiffusionChain):
             k = reference.step_at(float(t))
             c = reference.shift_towards(k, x, reference.predict(self.model, k, x, y), y)
-            reference.forget()
             return reference.control(k, c)
         change = reference.predict(self.model, x, t, y) - reference.predict(reference.model, x, t, y)
         return change * float(reference.gains(t.reshape(1))[0])
@@ -83,8 +82,7 @@ class TunedControl(Control):
         clocks = torch.tensor(table["clock"], dtype=chain.times.dtype, device=chain.times.device)
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            before = reference.remembered(k, x)
-            before = call_model(reference.model, x, clocks[k], y) if before is None else before
+            before = reference.prediction_at(k, x, clocks[k], y)
             return (call_model(model, x, clocks[k], y) - before) * gains[k]
 
         return shift

@@ -240,7 +240,6 @@ def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, stat
             )
         else:
             found.append(rest / scale)
-    chain.forget()
     c = shifts_along(chain, control, states[:-1], None)
     draws = torch.stack(found)
     log_w = problem.reward(chain.decode(states[-1], None)) / problem.alpha

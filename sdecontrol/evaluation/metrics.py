@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..chains.shifts import shift_function
+from ..memory import remembering
 from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
 from ..tensors import as_float, check_tensor, event_sum
@@ -52,7 +53,7 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     ours, theirs = shift_function(chain, solution.control), shift_function(chain, exact.control)
     error = difference = None
     square: Tensor | None = None
-    with torch.no_grad(), problem.evaluating():
+    with torch.no_grad(), problem.evaluating(), remembering():
         for k in range(chain.start, chain.steps):
             x = paths.states[k]
             u, star = (chain.control(k, f(k, x, paths.condition)) for f in (ours, theirs))
@@ -62,7 +63,6 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
             error, square = (
                 (difference, size) if error is None or square is None else (error + difference, square + size)
             )
-    chain.forget()
     assert error is not None and square is not None
     horizon = chain.clock[-1]
     absolute, norm = mean_estimate(error / horizon), float(square.mean()) / horizon

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.gaussian import EulerChain, TransitionChain
-from ..chains.segments import JoinedChain, StretchChain
+from ..chains.segments import LearnedStart
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian
@@ -42,12 +42,12 @@ def steps_of(chain: Chain, linear: LinearSDE) -> list[Step]:
     Raises:
         NoExactSolution: a start or a chain that is not linear.
     """
-    if isinstance(chain, JoinedChain):
-        return steps_of(chain.first, linear) + steps_of(chain.second, linear)
+    if chain.start:
+        return [step for segment in chain.segments for step in steps_of(segment, linear)]
     d = linear.event_shape[0]
     eye, zero = torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     grid = list(zip(chain.clock, chain.step_sizes))
-    if isinstance(chain, StretchChain):
+    if isinstance(chain, LearnedStart):
         if not isinstance(chain.law, Gaussian):
             raise NoExactSolution(
                 f"a controlled {type(chain.law).__name__} start has no exact solution with a linear "

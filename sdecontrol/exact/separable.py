@@ -19,7 +19,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.build import chain_of
 from ..chains.gaussian import EulerChain, TransitionChain
-from ..chains.segments import JoinedChain, StretchChain
+from ..chains.segments import LearnedStart, SegmentedChain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
@@ -792,10 +792,10 @@ class GridChainSolution(_OnGrids):
 
 def _float64_chain(problem: ControlProblem, chain: Chain) -> Chain:
     """The same chain in float64."""
-    if isinstance(chain, JoinedChain):
-        return JoinedChain(_float64_chain(problem, chain.first), _float64_chain(problem, chain.second))
-    if isinstance(chain, StretchChain):
-        return StretchChain(chain.law, chain.steps, torch.float64, problem.device)
+    if chain.start:
+        return SegmentedChain(*(_float64_chain(problem, segment) for segment in chain.segments))
+    if isinstance(chain, LearnedStart):
+        return LearnedStart(chain.law, chain.steps, torch.float64, problem.device)
     scheme = (
         "euler" if isinstance(chain, EulerChain) else "exact" if isinstance(chain, TransitionChain) else "exponential"
     )

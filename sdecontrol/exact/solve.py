@@ -9,7 +9,6 @@ import torch
 
 from ..chains.exponential import ExponentialChain, GenerativeExponentialChain
 from ..chains.gaussian import TransitionChain
-from ..chains.segments import JoinedChain
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
@@ -79,7 +78,7 @@ def exact_solution(
     if not discrete:
         return RiccatiSolution(problem, linear) if quadratic and linear is not None else GridSolution(problem)
     chain = problem.chain(time_steps, scheme)
-    main = chain.second if isinstance(chain, JoinedChain) else chain
+    main = chain.main
     steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
     exponential = isinstance(main, (ExponentialChain, GenerativeExponentialChain))
     settings = {

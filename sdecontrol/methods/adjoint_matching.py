@@ -160,7 +160,6 @@ class AdjointMatching(Method):
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
             for found, value in zip((parts, rewards, means), (paths, reward, mean)):
                 found.append(value)
-            chain.forget()
         loss = float(torch.stack(means).mean(0).sum())
         reward, cost = concatenate(rewards), concatenate(p.running_cost for p in parts)
         kl = concatenate(p.kl() for p in parts)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.pretrained import DiffusionChain
-from ..chains.segments import JoinedChain
 from ..chains.shifts import ShiftFunction
 from ..controls.base import Control
 from ..controls.given import rows_of
@@ -138,14 +137,13 @@ class _Guided(Control):
         if isinstance(reference, DiffusionChain):
             k = reference.step_at(float(t))
             c = self.strength * reference.shift_towards(k, x, reference.predict(model, k, x, label), y)
-            reference.forget()
             return reference.control(k, c)
         change = reference.predict(model, x, t, label) - reference.predict(reference.model, x, t, y)
         return change * (self.strength * float(reference.gains(t.reshape(1))[0]))
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         reference, model = self._reference[0], self._model[0]
-        main = chain.second if isinstance(chain, JoinedChain) else chain
+        main = chain.main
         start, times = chain.start, main.times[:-1]
         # the reference's own prediction is remembered in both cases, for the step itself
         if isinstance(reference, DiffusionChain):

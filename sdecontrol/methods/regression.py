@@ -87,7 +87,6 @@ def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Ten
             running_cost=run.problem.running_cost_or_none,
         )
         check_likelihood(paths.kl(), chain)
-    chain.forget()
     return paths, *reward_slope(run.problem, paths)
 
 

@@ -102,7 +102,6 @@ def run_particles(
             count, where = min(size, systems - low), derive_seed(seed, _PLACE_NOISE, index)
             y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
             parts.append(_run(problem, chain, control, count, particles, where, y, twist, ess_threshold, resampling))
-    chain.forget()
     if len(parts) == 1:
         return parts[0]
     weights = torch.tensor([len(p.log_z) / systems for p in parts], dtype=torch.float64, device=parts[0].ess.device)

@@ -24,7 +24,6 @@ from torchsde._core import adjoint_sde, base_sde, methods, misc
 
 from ..chains.base import Chain
 from ..chains.gaussian import EulerChain
-from ..chains.segments import JoinedChain
 from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..processes.sde import SDE
@@ -101,7 +100,7 @@ def check_continuous(chain: Chain, mode: str) -> EulerChain:
     Raises:
         ValueError: another chain, which stands for no stochastic differential equation that could be solved backwards.
     """
-    main = chain.second if isinstance(chain, JoinedChain) else chain
+    main = chain.main
     if not isinstance(main, EulerChain) or not isinstance(main.reference, SDE):
         raise ValueError(
             f"gradient={mode!r} solves the adjoint of a stochastic differential equation and needs scheme='euler'; here the "
@@ -130,8 +129,8 @@ def backpropagate_continuous(
     """
     main = check_continuous(chain, mode)
     x, early = x0, None
-    if isinstance(chain, JoinedChain):
-        first = chain.first
+    if chain.start:
+        first = chain.segments[0]
         early = _Narrow(noise, first.noise_shape[0]) if len(first.noise_shape) == 1 else noise
         starter = getattr(control, "start", None)
         control = getattr(control, "main", control)
@@ -156,10 +155,10 @@ def backpropagate_continuous(
     at_start, gradients = solve.backward(torch.cat((slope, rest / alpha, rest), 1))
     for p, g in zip(parameters, gradients):
         p.grad = g if p.grad is None else p.grad + g
-    if isinstance(chain, JoinedChain):
+    if chain.start:
         a = at_start.unflatten(1, main.event_shape) / scale
         cost = backpropagate(
-            chain.first,
+            first,
             starter,
             x0,
             early,  # type: ignore[arg-type]

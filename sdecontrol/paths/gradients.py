@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.reverse import Remembered, log_reversal, look_back
+from ..chains.reverse import log_reversal, look_back, remembered
 from ..chains.shifts import ShiftFunction, shift_function
+from ..memory import remembering
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate, one_step
 
 __all__ = ["GRADIENT_MODES", "PathCost", "backpropagate"]
@@ -179,13 +180,13 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
             grown = (len(firsts) - done + 1) / (len(firsts) - done)
             adjoint, scale = adjoint * grown, scale * grown
         start = starts.pop().detach().requires_grad_(True)
-        x, costs, slopes = _recompute(setting, shift, start, range(first, min(first + size, chain.steps)), scale)
+        with remembering():
+            x, costs, slopes = _recompute(setting, shift, start, range(first, min(first + size, chain.steps)), scale)
         inputs = [start, *(leaf for table in leaves for leaf in table.fresh()), *setting.parameters]
         torch.autograd.backward([x, *costs], [adjoint, *slopes], inputs=inputs)
         adjoint = start.grad if start.grad is not None else torch.zeros_like(start)
         for table in leaves:
             table.collect()
-        chain.forget()
     pairs = [(table.table, grad) for table in leaves if (grad := table.gradient()) is not None]
     if pairs:
         torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs], inputs=list(setting.parameters))
@@ -215,7 +216,7 @@ def _recompute(
     chain = setting.chain
     costs: list[Tensor] = []
     slopes: list[Tensor] = []
-    shift = Remembered(shift) if chain.backward else shift
+    shift = remembered(shift) if chain.backward else shift
     for k in steps:
         if setting.running_cost is not None and chain.clock[k] >= 0:
             f = setting.running_cost(x, chain.times[k], setting.condition)

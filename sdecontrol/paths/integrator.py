@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.reverse import Remembered, log_reversal, look_back
+from ..chains.reverse import log_reversal, look_back, remembered
 from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
+from ..memory import remembering
 from ..tensors import apply_scale, nonfinite_rows
 from .paths import Paths
 
@@ -120,33 +121,33 @@ def integrate(
     cost: Tensor | None = None
     backward, back_draws, back_shifts = chain.backward, [], []
     if backward and shift is not None:
-        shift = Remembered(shift)
+        shift = remembered(shift)
     sums = None if everything or shift is None else _Sums()
     # a cost that takes all states in one call waits for them
     along = getattr(running_cost, "along", None) if everything else None
-    for k in range(first, last):
-        xi = noise[k]
-        if running_cost is not None and along is None and chain.clock[k] >= 0:
-            here = running_cost(x, chain.times[k], condition)
-            cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
-        before = x
-        x, c = one_step(chain, k, x, xi, shift, condition)
-        if backward:
-            back, b = look_back(chain, k, before, x, shift, condition)
-            gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
-            cost = -gained if cost is None else cost - gained
+    with remembering():
+        for k in range(first, last):
+            xi = noise[k]
+            if running_cost is not None and along is None and chain.clock[k] >= 0:
+                here = running_cost(x, chain.times[k], condition)
+                cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
+            before = x
+            x, c = one_step(chain, k, x, xi, shift, condition)
+            if backward:
+                back, b = look_back(chain, k, before, x, shift, condition)
+                gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
+                cost = -gained if cost is None else cost - gained
+                if everything:
+                    back_draws.append(back)
+                    back_shifts.append(torch.zeros_like(back) if b is None else b)
+            if states is not None:
+                states.append(x)
             if everything:
-                back_draws.append(back)
-                back_shifts.append(torch.zeros_like(back) if b is None else b)
-        if states is not None:
-            states.append(x)
-        if everything:
-            noises.append(xi)
-            if c is not None:
-                shifts.append(c)
-        elif sums is not None and c is not None:
-            sums.add(c, xi)
-    chain.forget()
+                noises.append(xi)
+                if c is not None:
+                    shifts.append(c)
+            elif sums is not None and c is not None:
+                sums.add(c, xi)
     if along is not None and states is not None and last > (begun := max(first, chain.start)):
         values = along(torch.stack(states[begun - first : -1]), chain.times[begun:last])
         spent = (values * values.new_tensor(chain.step_sizes[begun:last]).unsqueeze(1)).sum(0)
@@ -194,7 +195,7 @@ def check_likelihood(kl: Tensor, chain: Chain) -> None:
 
 def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: RunningCost | None) -> NonFiniteError:
     """Find where a path stopped being finite, and what did it."""
-    with torch.no_grad():
+    with torch.no_grad(), remembering():
         chain = paths.chain
         states = paths._states
         if states is None:

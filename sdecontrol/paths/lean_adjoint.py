@@ -66,7 +66,6 @@ class StepJacobians:
         with torch.enable_grad():
             self._keep_graphs(states)
         self.scales = [scale.detach() for scale in self.scales]
-        chain.forget()
 
     def _keep_graphs(self, states: Tensor) -> None:
         """One graph a step, each of its own leaf: a product with one of them must not run through the others."""

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.pretrained import DiffusionChain
-from ..chains.segments import JoinedChain, StretchChain
+from ..chains.segments import LearnedStart, SegmentedChain
 from ..errors import NonFiniteError, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
@@ -264,8 +264,8 @@ class ControlProblem:
                 else chain_of(self.reference, time_steps, scheme or "euler", self.dtype, self.device)
             )
             if self.start == "controlled":
-                stretch = StretchChain(self.initial, max(5, main.steps // 4), self.dtype, self.device)
-                main = JoinedChain(stretch, main)
+                stretch = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
+                main = SegmentedChain(stretch, main)
             self._chains[key] = main
         return self._chains[key]
 

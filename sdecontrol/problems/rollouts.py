@@ -85,7 +85,6 @@ class Rollout:
         b = None
         if chain.backward_control:
             b = backward_shifts_along(chain, control, self.states, self.condition, steps, c if steps is None else None)
-        chain.forget()
         ratios, kls = event_sum(c * (draws - 0.5 * c), n), event_sum(0.5 * c**2, n)
         return ratios if forward else self._less_backward(ratios, b, steps), self._less_backward(kls, b, steps)
 

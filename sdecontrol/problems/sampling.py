@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.segments import JoinedChain
 from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..paths.brownian import GridBrownian
@@ -149,7 +148,7 @@ def _flow(
     x, condition = start
     if problem.start == "controlled":  # the stretch is there for the control; the flow starts from the law itself
         x = draw(problem.initial, len(x), seed)
-    main = chain.second if isinstance(chain, JoinedChain) else chain
+    main = chain.main
     cost = x.new_zeros(x.shape[0])
     with torch.no_grad(), problem.evaluating():
         states = solve_flow(sde, main.clock, x, condition, tolerance)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import recall
 from ..tensors import as_float, check_tensor
 from .sde import SDE, StepFunction
 
@@ -59,7 +60,6 @@ class AnnealedLangevin(SDE):
         self.roughness = max(1.0, as_float("roughness", roughness, positive=True))
         self.relaxations = as_float("relaxations", relaxations, positive=True)
         self.unbounded_score, self._bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
-        self._memo: tuple[Tensor, bool, Tensor] | None = None
         super().__init__(self._drift_at, lambda x, t: self.diffusion(x, t), dim=centre.numel(), horizon=horizon)
         self.dtype, self.device = centre.dtype, centre.device
 
@@ -75,14 +75,13 @@ class AnnealedLangevin(SDE):
 
     def score(self, x: Tensor, condition: Any = None) -> Tensor:
         """Of rho, bounded, ``(batch, d)``; remembered for the last x, since backward and forward kernels (and a control's gate) ask at the same states."""
-        grad = torch.is_grad_enabled()
-        if self._memo is not None and self._memo[0] is x and self._memo[1] == grad:
-            return self._memo[2]
-        value = self.unbounded_score(x, condition)
-        square = (self.scale * value).square().sum(-1, keepdim=True) / self._bound**2
-        value = value / torch.hypot(square, torch.ones_like(square)).sqrt()
-        self._memo = (x, grad, value)
-        return value
+
+        def bounded() -> Tensor:
+            value = self.unbounded_score(x, condition)
+            square = (self.scale * value).square().sum(-1, keepdim=True) / self._bound**2
+            return value / torch.hypot(square, torch.ones_like(square)).sqrt()
+
+        return recall(self, torch.is_grad_enabled(), x, bounded)
 
     def annealed_score(self, x: Tensor, beta: float, condition: Any = None) -> Tensor:
         """``(1 - beta) grad log p0 + beta grad log rho``, the latter bounded."""
@@ -101,9 +100,6 @@ class AnnealedLangevin(SDE):
     def on_grid(self, times: Tensor) -> StepFunction:
         clock = times.tolist()
         return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))  # type: ignore[arg-type]
-
-    def forget(self) -> None:
-        self._memo = None
 
     def describe(self) -> dict[str, Any]:
         more = {"process": "annealed", "relaxations": self.relaxations, "backward_control": self.backward_control}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown_name
+from ..memory import recall
 from ..randomness import generator_for
 from ..tensors import as_float, check_output, probing
 from .laws import Gaussian, GaussianMixture
@@ -249,24 +250,9 @@ class GenerativeSDE(SDE):
         clocks = self.coefficients(times).clock.to(device=times.device, dtype=times.dtype)
         return lambda k, x, y: torch.add(a[k] * x, self.prediction_at(k, x, clocks[k], y), alpha=b[k])
 
-    _memo: tuple[int, Tensor, Tensor] | None = None
-
     def prediction_at(self, k: int, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
-        """The pre-trained prediction at step k (the model's own time ``clock``), remembered until the next one."""
-        prediction = self.remembered(k, x)
-        if prediction is None:
-            prediction = call_model(self.model, x, clock, condition)
-            self._memo = (k, x, prediction)
-        return prediction
-
-    def remembered(self, k: int, x: Tensor) -> Tensor | None:
-        """The pre-trained prediction at step k, if it was just computed at this very x (a tuned control needs it too)."""
-        memo = self._memo
-        return memo[2] if memo is not None and memo[0] == k and memo[1] is x else None
-
-    def forget(self) -> None:
-        """Drop what is remembered (it would keep a graph alive)."""
-        self._memo = None
+        """The pre-trained prediction at step k (the model's own time ``clock``): once a step, though controls ask for it too."""
+        return recall(self, k, x, lambda: call_model(self.model, x, clock, condition))
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)

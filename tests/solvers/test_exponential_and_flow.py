@@ -85,7 +85,6 @@ def test_the_exponential_scheme_of_a_model_has_weak_order_one():
         mean, variance = problem.initial.mean[0], problem.initial.variance[0]
         for k in range(steps):
             at, scale = chain.kernel(k, x)
-            chain.forget()
             slope = at[1, 0] - at[0, 0]
             mean, variance = at[0, 0] + slope * mean, slope**2 * variance + scale**2
         assert abs(float(mean) - 0.7) < 1e-6  # what is left is that models are not called at noising time 0

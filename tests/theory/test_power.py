@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdecontrol.chains.gaussian import EulerChain
-from sdecontrol.chains.segments import StretchChain
+from sdecontrol.chains.segments import LearnedStart
 from sdecontrol.evaluation import evaluate as evaluation
 from sdecontrol.exact import base, discrete, quadratic, riccati
 from sdecontrol.exact.quadratic import Form
@@ -54,13 +54,13 @@ def _covariance_of_the_kernel_kept(patch):
 
 
 def _stretch_two_per_cent_wide(patch):
-    true = StretchChain.__init__
+    true = LearnedStart.__init__
 
     def init(self, *args):
         true(self, *args)
         self._scales = [1.01 * s for s in self._scales]
 
-    patch.setattr(StretchChain, "__init__", init)
+    patch.setattr(LearnedStart, "__init__", init)
 
 
 def _variance_as_printed(patch):
