@@ -8,6 +8,7 @@ from .amortised import amortised
 from .control import control
 from .digits import digits
 from .gibbs import gibbs
+from .identity import identity
 from .methods import methods
 from .mixture import mixture
 from .optimum import optimum
@@ -19,6 +20,7 @@ app.command()(amortised)
 app.command()(control)
 app.command()(digits)
 app.command()(gibbs)
+app.command()(identity)
 app.command()(methods)
 app.command()(mixture)
 app.command()(optimum)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
-from sdecontrol.chains.reverse import BackwardRun
+from sdecontrol.chains.annealed import ReversedChain
 from sdecontrol.controls.base import UserControl
 from sdecontrol.controls.given import given_control
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.methods.base import Run, find_method, method_names
 from sdecontrol.methods.on_paths import collect
-from sdecontrol.paths.gradients import backpropagate
+from sdecontrol.paths.gradients import Objective, backpropagate
 from sdecontrol.paths.integrator import integrate
-from sdecontrol.problems.rollouts import roll_out
+from sdecontrol.problems.simulate import roll_out
 from sdecontrol.randomness import SuppliedNoise, derive_seed
 
 F64 = torch.float64
@@ -210,18 +210,13 @@ def test_backprop_has_the_gradient_of_the_elbo_by_hand(both: bool) -> None:
     by_hand = _gradients(control)
     trained = UserControl(control, problem.event_shape, problem.control_shape, 1.0)
     for mode in ("full", "checkpoint", "adjoint"):
+        objective = Objective(lambda x: -problem.reward(x))
         cost = backpropagate(
-            chain,
-            trained,
-            x0,
-            SuppliedNoise(noise),
-            lambda x: -problem.reward(x),
-            parameters=list(control.parameters()),
-            mode=mode,
+            chain, trained, x0, SuppliedNoise(noise), objective, parameters=list(control.parameters()), mode=mode
         )
         torch.testing.assert_close(_gradients(control), by_hand, rtol=0, atol=1e-10)
         torch.testing.assert_close(
-            cost.terminal + cost.running_cost + cost.kl, _cost(problem, chain, trained, x0, noise), rtol=0, atol=1e-9
+            cost.terminal + cost.cost + cost.kl, _cost(problem, chain, trained, x0, noise), rtol=0, atol=1e-9
         )
     assert len(by_hand) == 2 and all(float(g.norm()) > 0.01 for g in by_hand)
 
@@ -229,7 +224,7 @@ def test_backprop_has_the_gradient_of_the_elbo_by_hand(both: bool) -> None:
 def _cost(problem: sc.GibbsProblem, chain: Any, control: Any, x0: Tensor, noise: Tensor) -> Tensor:
     with torch.no_grad():
         paths = integrate(chain, x0, SuppliedNoise(noise), control.on_chain(chain))
-        return paths.running_cost - problem.reward(paths.end) + paths.kl()
+        return paths.towards(problem).cost - problem.reward(paths.end) + paths.kl()
 
 
 @pytest.mark.parametrize("paths", ["current", "other"])
@@ -240,11 +235,11 @@ def test_log_variance_has_the_gradient_of_the_variance_of_hand_made_weights(meth
     problem, control = annealed(), Affine()
     run = _run(problem, method, control, paths)
     state: Any = method.setup(run)
-    rollout = collect(state, run, 0)
+    stored = collect(state, run, 0)
     method.step(state, run)
     module = state.control.module
     found = _gradients(module)
-    log_w = by_hand_weights(problem, run.chain.clock, rollout.states, module, module)
+    log_w = by_hand_weights(problem, run.chain.clock, stored.states, module, module)
     if isinstance(method, sc.LogVariance):
         loss = 0.5 * log_w.var()
     else:
@@ -283,31 +278,27 @@ def test_score_function_gradients_are_those_of_the_kl_in_expectation(method: Any
 
 
 def test_stored_paths_give_the_weights_of_any_control() -> None:
-    """``log_ratios - total`` is the negative log weight of the law that drew the paths, and of any other control; through rows and steps too."""
+    """Of the law that drew the paths, and of any other control; through rows and steps too."""
     problem = annealed()
     chain, control = problem.chain(7), Affine()
     x0, noise = problem.draw_start(16, 4), torch.randn(7, 16, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
-    rollout = roll_out(problem, chain, given_control(problem, push), x0, SuppliedNoise(noise)).rows(
+    paths = roll_out(problem, chain, given_control(problem, push), x0, SuppliedNoise(noise)).rows(
         torch.arange(12, 2, -1)
     )
     trained = UserControl(control, problem.event_shape, problem.control_shape, 1.0)
     with torch.no_grad():
-        own = rollout.total - rollout.log_ratios().sum(0)
+        own = by_hand_weights(problem, chain.clock, paths.states, push, push)
+        torch.testing.assert_close(paths.log_weights(), own, rtol=0, atol=1e-10)
+        torch.testing.assert_close(paths.log_weights(given_control(problem, push)), own, rtol=0, atol=1e-10)
+        laws = paths.under(trained)
+        mixed = paths.log_weights(trained) + laws.log_ratio.sum(0)
+        mixed = mixed - paths.under(given_control(problem, push)).log_ratio.sum(0)
         torch.testing.assert_close(
-            own, by_hand_weights(problem, chain.clock, rollout.states, push, push), rtol=0, atol=1e-10
+            mixed, by_hand_weights(problem, chain.clock, paths.states, push, control), rtol=0, atol=1e-10
         )
-        mixed = (
-            rollout.total
-            - rollout.log_ratios_of(trained)[0].sum(0)
-            + rollout.log_ratios_of(trained, forward=True)[0].sum(0)
-        )
-        mixed = mixed - rollout.log_ratios_of(given_control(problem, push), forward=True)[0].sum(0)
-        torch.testing.assert_close(
-            mixed, by_hand_weights(problem, chain.clock, rollout.states, push, control), rtol=0, atol=1e-10
-        )
-        for j in (0, 1):
-            whole = rollout.log_ratios_of(trained)[j]
-            torch.testing.assert_close(rollout.log_ratios_of(trained, [1, 6])[j], whole[[1, 6]], rtol=0, atol=1e-12)
+        some = paths.under(trained, [1, 6])
+        for of in (lambda found: found.less_reverse(found.log_ratio), lambda found: found.less_reverse(found.kl)):
+            torch.testing.assert_close(of(some), of(laws)[[1, 6]], rtol=0, atol=1e-12)
 
 
 # ------------------------------------------------------------------ the user's face
@@ -346,7 +337,7 @@ def test_target_paths_run_backwards_and_certify_from_both_sides(both: bool) -> N
     samples = MEANS[torch.randint(3, (n,), generator=generator)] + VARIANCE**0.5 * torch.randn(
         n, 2, generator=generator, dtype=F64
     )
-    ends = integrate(BackwardRun(solution.chain, solution.control), samples, _Noise(generator, n)).states.flip(0)
+    ends = integrate(ReversedChain(solution.chain, solution.control), samples, _Noise(generator, n)).states.flip(0)
     log_w = by_hand_weights(problem, solution.chain.clock, ends, push, push if both else None)
     inverse = (LOG_Z - log_w).exp()
     assert abs(float(inverse.mean()) - 1) < 4 * float(inverse.std()) / n**0.5

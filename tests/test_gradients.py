@@ -7,7 +7,7 @@ from problems import F64, SmallControl, nonlinear, random_lq
 import sdecontrol as sc
 from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
-from sdecontrol.paths.gradients import backpropagate
+from sdecontrol.paths.gradients import Objective, backpropagate
 
 MODES = ["full", "checkpoint", "adjoint"]
 
@@ -33,11 +33,11 @@ def gradient(problem, chain, control, mode, batch=8):
         control,
         start.x0,
         start.noise,
-        lambda x: -problem.reward(chain.decode(x)) / problem.alpha,
+        Objective(
+            lambda x: -problem.reward(chain.decode(x)) / problem.alpha, problem.running_cost_or_none, problem.alpha
+        ),
         parameters=parameters,
         mode=mode,
-        running_cost=problem.running_cost_or_none,
-        alpha=problem.alpha,
     )
     return cost, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
 
@@ -69,7 +69,7 @@ def test_full_checkpointed_and_adjoint_gradients_agree_to_rounding(name, whose):
     for mode in ("checkpoint", "adjoint"):
         other, have = gradient(problem, chain, control, mode)
         assert torch.allclose(other.kl, cost.kl, atol=1e-13)
-        assert torch.allclose(other.running_cost, cost.running_cost, atol=1e-13)
+        assert torch.allclose(other.cost, cost.cost, atol=1e-13)
         for a, b in zip(have, want):
             assert (a - b).abs().max() <= 1e-12 * max(1.0, float(b.abs().max()))
 
@@ -88,7 +88,7 @@ def test_the_gradient_is_the_derivative_of_the_cost(mode):
             for p, d in zip(control.parameters(), direction):
                 p.add_(sign * 1e-5 * d)
         cost, _ = gradient(problem, chain, control, mode)
-        values.append(float((cost.terminal + cost.running_cost / problem.alpha + cost.kl).mean()))
+        values.append(float((cost.terminal + cost.cost / problem.alpha + cost.kl).mean()))
         with torch.no_grad():
             for p, d in zip(control.parameters(), direction):
                 p.sub_(sign * 1e-5 * d)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import sdecontrol as sc
 from sdecontrol.controls.network import DefaultControl
 from sdecontrol.methods.base import Run
-from sdecontrol.paths.gradients import backpropagate
+from sdecontrol.paths.gradients import Objective, backpropagate
 
 __all__ = ["SETTINGS", "Case", "Setting", "TimeNet", "make_problem"]
 
@@ -209,12 +209,11 @@ class Case:
         chain = self.problem.chain(s.steps)
         run = Run(self.problem, chain, s.batch, 1, seed=0)
         parameters = list(control.parameters())
+        objective = Objective(lambda x: 0.5 * (x * x).sum(1))
 
         def act() -> None:
             batch = run.batch()
             control.zero_grad()
-            backpropagate(
-                chain, control, batch.x0, batch.noise, lambda x: 0.5 * (x * x).sum(1), parameters=parameters, mode=mode
-            )
+            backpropagate(chain, control, batch.x0, batch.noise, objective, parameters=parameters, mode=mode)
 
         return act

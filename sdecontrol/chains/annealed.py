@@ -1,4 +1,4 @@
-"""Annealed Langevin as a chain, with its kernels backwards."""
+"""Annealed Langevin as a chain, with its kernels backwards; and the chain that these are."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 from ..processes.annealed import AnnealedLangevin
 from ..tensors import event_sum
 from .base import Chain
+from .reverse import ReverseLaw
+from .shifts import shift_function
 
-__all__ = ["AnnealedChain"]
+__all__ = ["AnnealedChain", "ReversedChain"]
 
 
 class AnnealedChain(Chain):
@@ -25,35 +27,68 @@ class AnnealedChain(Chain):
     stable however long the step. Weak order 1.
     """
 
-    backward = True
-
     def __init__(
         self, sde: AnnealedLangevin, clock: list[float], scheme: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.reference = sde
         self._set_times(clock, dtype, device)
         self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
-        self.backward_control = sde.backward_control
         self._betas = [sde.beta(t) for t in clock[:-1]] + [1.0]
         self._steps, self._gains = [], []
         for t, h in zip(clock, self.step_sizes):
             v, e = sde.variance(t + 0.5 * h), sde.relaxations * h / sde.horizon
             pull, spread = (0.5 * e, e) if scheme == "euler" else (-math.expm1(-0.5 * e), -math.expm1(-e))
             self._steps.append(((pull * v).to(device, dtype), (spread * v).sqrt().to(device, dtype)))
-            self._gains.append(
-                math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e)
-            )  # a held control's effect over the scale
+            # a held control's effect over the scale
+            self._gains.append(math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e))
+        self.reverse = _Backwards(self)
+
+    def langevin(self, k: int, at: int, x: Tensor, condition: Any) -> tuple[Tensor, Tensor]:
+        """Mean and scale of a Langevin step from x as long as step k, towards the density of the ``at``-th time."""
+        pull, scale = self._steps[k]
+        return x + pull * self.reference.annealed_score(x, self._betas[at], condition), scale
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        pull, scale = self._steps[k]
-        return x + pull * self.reference.annealed_score(x, self._betas[k], condition), scale
-
-    def backward_kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        pull, scale = self._steps[k]
-        return end + pull * self.reference.annealed_score(end, self._betas[k + 1], condition), scale
-
-    def log_origin(self, x: Tensor) -> Tensor:
-        return event_sum(-0.5 * ((x - self.reference.centre) / self.reference.scale).square(), 1)
+        return self.langevin(k, k, x, condition)
 
     def gain(self, k: int) -> float:
         return self._gains[k]
+
+
+class _Backwards(ReverseLaw):
+    """``B_k`` of :class:`AnnealedChain`."""
+
+    def __init__(self, chain: AnnealedChain) -> None:
+        super().__init__([chain.gain(k) for k in range(chain.steps)], 1, chain.reference.controlled_target)
+        self.chain = chain
+
+    def kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        return self.chain.langevin(k, k + 1, end, condition)
+
+    def log_origin(self, x: Tensor) -> Tensor:
+        sde = self.chain.reference
+        return event_sum(-0.5 * ((x - sde.centre) / sde.scale).square(), 1)
+
+
+class ReversedChain(Chain):
+    """The reverse law of a chain as a chain of its own, from ``x_K`` to ``x_0``: its step j undoes step ``K-1-j``.
+
+    Raises:
+        ValueError: a chain without one.
+    """
+
+    def __init__(self, chain: Chain, control: Any = None) -> None:
+        if chain.reverse is None:
+            raise ValueError(f"a {type(chain).__name__} has no reverse law.")
+        self.reference, self._law = chain.reference, chain.reverse
+        self.event_shape, self.noise_shape = chain.event_shape, chain.noise_shape
+        self.control_shape = chain.control_shape
+        self._set_times([chain.clock[-1] - t for t in reversed(chain.clock)], chain.times.dtype, chain.times.device)
+        self._shift = None if control is None or not self._law.controlled else shift_function(chain, control)
+
+    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+        j = self.steps - 1 - k
+        mean, scale = self._law.kernel(j, x, condition)
+        if self._shift is not None:
+            mean = mean - scale * self._law.shift(j, x, self._shift, condition)
+        return mean, scale

@@ -1,20 +1,25 @@
-"""Chains of Gaussian kernels, ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``, ``xi_k ~ N(0, I)``.
+"""A chain: a process in steps, each a law that a control may change.
 
-Everything that is simulated with likelihoods is written as such a chain, the control entering as a shift ``c_k`` of
-the noise; log-ratios are then exact at every step size. ``EulerChain`` is Euler-Maruyama, ``TransitionChain`` the exact
-transitions of a linear SDE, ``ExponentialChain`` those of the linear part of a semi-linear one, ``LearnedStart`` the stretch of time before 0 that makes a start controllable, and
-``SegmentedChain`` one after another. Discrete diffusion models are chains of their own (``diffusion.py``).
+Everything the package knows of a step is a handful of functions of the chain (``step``, ``draws``, ``log_ratio``, ``kl``, ``shift_at``); here with
+Gaussian kernels as defaults, ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``, ``xi_k ~ N(0, I)``: the control shifts the noise by ``c_k``, and
+log-ratios are exact at every step size. Such a chain writes ``kernel`` and ``gain`` alone. Others write the functions themselves: any map of the noise in the
+mean's place (:mod:`.noise_driven`), or kernels on finite sets (:mod:`.categorical`). A chain may have a reverse law (:mod:`.reverse`), and be made of
+segments, one after another (:mod:`.segments`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..tensors import apply_scale, event_sum
+from .reverse import ReverseLaw
 
 __all__ = ["Chain"]
 
@@ -23,12 +28,16 @@ class Chain:
     """Base of the chains.
 
     Attributes:
-        times: ``(K+1,)`` of the states, in the chain's dtype and on its device.
+        times: ``(K+1,)`` of the states, in the chain's (floating-point) dtype and on its device.
         clock: the same as Python floats (float64).
         event_shape: shape of one state.
-        noise_shape: shape of one ``xi_k`` (and of a shift ``c_k``), the same for all steps.
+        noise_shape: shape of one ``xi_k``, always standard normal, and of a shift ``c_k``; the same for all steps.
         control_shape: shape of one control ``u``.
         reference: what the chain was made from.
+        state_dtype: of the states, where it is not that of the times (tokens).
+        reverse: the kernels backwards of which the target is made, where it is not made of the reference's own.
+        gaussian: whether the steps are Gaussian kernels, with a mean and a scale.
+        of_noise: whether a step's log-ratio and KL are functions of its noise and shift alone: states may then be None.
     """
 
     times: Tensor
@@ -37,9 +46,10 @@ class Chain:
     noise_shape: torch.Size
     control_shape: torch.Size
     reference: Any
-    #: whether the target is made of backward kernels (``backward.py``), in which the control enters too where ``backward_control`` says so
-    backward = False
-    backward_control = False
+    state_dtype: torch.dtype | None = None
+    reverse: ReverseLaw | None = None
+    gaussian: bool = True
+    of_noise: bool = True
 
     def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.clock = clock
@@ -54,22 +64,63 @@ class Chain:
     def event_ndim(self) -> int:
         return len(self.event_shape)
 
+    # ---------------------------------------------------------------- the step as a law
+
+    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+        """``x_{k+1}`` from states ``(batch, *event)``, noise ``(batch, *noise)`` and the control's part c; None: the reference's own step."""
+        mean, scale = self.kernel(k, x, condition)
+        z = xi if c is None else xi + c
+        return torch.addcmul(mean, scale, z) if scale.ndim < 3 else mean + apply_scale(scale, z, self.event_ndim)
+
+    def draws(self, noises: Tensor, shifts: Tensor, states: Tensor | None) -> Tensor:
+        """What log-ratios are functions of, beside the shifts of the control in question, with the steps' leading dimension: ``xi + c``, the noise that
+        would have made the step under the reference.
+
+        Args:
+            noises, shifts: ``(K, batch, *noise)`` of the steps. states: ``(K, batch, *event)``, those that the steps led to.
+        """
+        return noises + shifts
+
+    def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
+        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c, ``(..., batch)``."""
+        return event_sum(c * (draws - 0.5 * c), len(self.noise_shape))
+
+    def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
+        """``KL(p^u(. | x_k) || p0(. | x_k))``, ``(K, batch)``: at states ``(K, batch, *event)`` of the given steps, c their shifts."""
+        return event_sum(0.5 * c**2, len(self.noise_shape))
+
+    def surprisal(self, draws: Tensor) -> Tensor:
+        """``-log p0(x_{k+1} | x_k)`` up to what does not depend on the control or the draw, ``(..., batch)``."""
+        return event_sum(0.5 * draws**2, len(self.noise_shape))
+
+    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+        """The shift ``c_k`` that a control u makes at step k and states x."""
+        gain = self.gain(k)
+        return u @ gain.mT if isinstance(gain, Tensor) else u * gain
+
+    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at stored states of the given steps."""
+        gains = [self.gain(k) for k in steps]
+        if isinstance(gains[0], Tensor):
+            return u @ torch.stack(gains).mT  # type: ignore[arg-type]
+        return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
+
+    def shift(self, k, u):  # temporary
+        return self.shift_at(k, u, u)
+
+    def shifts(self, u, first=0):  # temporary
+        return self.shifts_at(range(first, first + len(u)), u, u)
+
+    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+        """What made step k from states x, by name: the first that is not finite is at fault."""
+        mean, scale = self.kernel(k, x, condition)
+        return [("drift", mean), ("diffusion", scale)]
+
+    # ---------------------------------------------------------------- Gaussian kernels
+
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         """Mean and scale of step k at x; scales as in :func:`sdecontrol.tensors.apply_scale`."""
         raise NotImplementedError
-
-    def backward_kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """Mean and scale (elementwise, the forward one) of ``x_k`` given ``x_{k+1} = end``, where there are backward kernels."""
-        raise NotImplementedError
-
-    def log_origin(self, x: Tensor) -> Tensor:
-        """Log density of the law that the reference's chain starts from, up to a constant, ``(..., batch)``; with backward kernels."""
-        raise NotImplementedError
-
-    def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Means ``(K, batch, *event)`` and scales of steps ``first, first+1, ...`` at stored states ``(K, batch, *event)``."""
-        pairs = [self.kernel(first + j, x, condition) for j, x in enumerate(states.unbind(0))]
-        return torch.stack([mean for mean, _ in pairs]), [scale for _, scale in pairs]
 
     def mean_matrix(self, k: int) -> Tensor | None:
         """The matrix ``(d, d)`` of the mean of step k where it is affine in x and known, else None."""
@@ -89,22 +140,12 @@ class Chain:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""
         return math.sqrt(self.step_sizes[k])
 
-    def shift(self, k: int, u: Tensor) -> Tensor:
-        """The shift ``c_k`` that a control u makes at step k."""
-        gain = self.gain(k)
-        return u @ gain.mT if isinstance(gain, Tensor) else u * gain
-
-    def shifts(self, u: Tensor, first: int = 0) -> Tensor:
-        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at steps ``first, first+1, ...``."""
-        gains = [self.gain(first + j) for j in range(len(u))]
-        if isinstance(gains[0], Tensor):
-            return u @ torch.stack(gains).mT  # type: ignore[arg-type]
-        return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
-
     def control(self, k: int, c: Tensor) -> Tensor:
         """The control (of minimum norm) whose shift is c."""
         gain = self.gain(k)
         return c @ torch.linalg.pinv(gain).mT if isinstance(gain, Tensor) else c / gain
+
+    # ---------------------------------------------------------------- times and parts
 
     def step_at(self, t: float) -> int:
         """The step that contains time t (matched to the grid within 1e-9 of the horizon)."""

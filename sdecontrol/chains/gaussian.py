@@ -27,7 +27,6 @@ class EulerChain(Chain):
         self.noise_shape = sde.control_shape
         self._terms = sde.on_grid(self.times[:-1])
         self._roots = [math.sqrt(h) for h in self.step_sizes]
-        self._vectorised = True  # until a drift turns out not to be
         constant = sde.constant_diffusion
         self._scales = None
         if constant is not None:
@@ -39,22 +38,6 @@ class EulerChain(Chain):
         drift, sigma = self._terms(k, x, condition)
         scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]
         return torch.add(x, drift, alpha=self.step_sizes[k]), scale
-
-    def kernels(self, states: Tensor, condition: Any = None, first: int = 0) -> tuple[Tensor, list[Tensor]]:
-        if type(self.reference) is not SDE or self._scales is None or not self._vectorised:
-            return super().kernels(states, condition, first)
-        count, sde = states.shape[0], self.reference
-        try:  # one call of the drift for all times
-            drifts = torch.vmap(lambda x, t: sde.drift(x, t, condition))(states, self.times[first : first + count])
-            with torch.no_grad():
-                here = sde.drift(states[-1], self.times[first + count - 1], condition)
-            self._vectorised = torch.allclose(drifts[-1], here, rtol=1e-4, atol=1e-6)
-        except (RuntimeError, ValueError, TypeError):  # a drift that branches on its arguments, or leaves torch
-            self._vectorised = False
-        if not self._vectorised:
-            return super().kernels(states, condition, first)
-        steps = self.times.new_tensor(self.step_sizes[first : first + count]).reshape(-1, *(1,) * (states.ndim - 1))
-        return torch.addcmul(states, drifts, steps), self._scales[first : first + count]
 
     def mean_matrix(self, k: int) -> Tensor | None:
         if not isinstance(self.reference, LinearSDE):

@@ -32,6 +32,7 @@ class DiffusionChain(Chain):
     """
 
     generative = True
+    reverse_target = controlled_target = False
     mixture = None
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,11 +72,8 @@ class SegmentedChain(Chain):
     def __init__(self, first: Chain, second: Chain) -> None:
         self.first, self.second, self.reference = first, second, second.reference
         self.event_shape, self.control_shape = second.event_shape, second.control_shape
-        same = first.noise_shape == second.noise_shape
-        self.noise_shape = (
-            first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
-        )
-        self._padded = not same
+        # images have as many noises as states in both; only vectors may have more or fewer
+        self.noise_shape = max(first.noise_shape, second.noise_shape, key=torch.Size.numel)
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
@@ -83,19 +81,21 @@ class SegmentedChain(Chain):
         return (self.first, self.second)
 
     def part(self, k: int) -> tuple[Chain, int]:
-        """The chain that step k belongs to, and the step's number there."""
+        """The segment that step k belongs to, and the step's number there."""
         return (self.first, k) if k < self.first.steps else (self.second, k - self.first.steps)
+
+    def padded(self, segment: Chain, c: Tensor) -> Tensor:
+        """Shifts of a segment as ones of the whole: what is added moves nothing."""
+        missing = self.noise_shape.numel() - segment.noise_shape.numel()
+        return torch.nn.functional.pad(c, (0, missing)) if missing else c
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         chain, j = self.part(k)
         mean, scale = chain.kernel(j, x, condition)
-        missing = self.noise_shape[0] - chain.noise_shape[0]
-        if missing:
-            if scale.ndim < 3:
-                scale = torch.diag_embed(scale.expand(chain.event_shape) if scale.ndim < 2 else scale)
-                scale = scale.unsqueeze(0) if scale.ndim == 2 else scale
-            scale = torch.nn.functional.pad(scale, (0, missing))
-        return mean, scale
+        if chain.noise_shape != self.noise_shape and scale.ndim < 3:
+            scale = torch.diag_embed(scale.expand(chain.event_shape) if scale.ndim < 2 else scale)
+            scale = scale.unsqueeze(0) if scale.ndim == 2 else scale
+        return mean, self.padded(chain, scale)
 
     def mean_matrix(self, k: int) -> Tensor | None:
         chain, j = self.part(k)
@@ -105,18 +105,16 @@ class SegmentedChain(Chain):
         chain, j = self.part(k)
         return chain.gain(j)
 
-    def shift(self, k: int, u: Tensor) -> Tensor:
+    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
         chain, j = self.part(k)
-        c = chain.shift(j, u)
-        missing = self.noise_shape[0] - chain.noise_shape[0]
-        return torch.nn.functional.pad(c, (0, missing)) if missing else c
+        return self.padded(chain, chain.shift_at(j, x, u, condition))
 
-    def shifts(self, u: Tensor, first: int = 0) -> Tensor:
-        return torch.stack([self.shift(first + j, here) for j, here in enumerate(u.unbind(0))])
+    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+        return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
     def control(self, k: int, c: Tensor) -> Tensor:
         chain, j = self.part(k)
-        return chain.control(j, c[..., : chain.noise_shape[0]] if self._padded else c)
+        return chain.control(j, c if chain.noise_shape == self.noise_shape else c[..., : chain.noise_shape[0]])
 
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         return self.second.decode(x, condition)

@@ -46,7 +46,7 @@ def shift_function(chain: Chain, control: Any) -> ShiftFunction:
         u = _call(control, x, rows[k], condition)
         if type(u) is not Tensor or u.shape != want or u.dtype is not x.dtype or u.device != x.device:
             check_output("control", u, want, x, "A control is called as control(x, t), t (batch,).")
-        return chain.shift(k, u)
+        return chain.shift_at(k, x, u, condition)
 
     return shift
 
@@ -64,4 +64,4 @@ def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = No
     y = None if condition is None else condition.repeat(count, *(1 for _ in condition.shape[1:]))
     u = _call(control, states.flatten(0, 1), t, y)
     check_output("control", u, (count * batch, *chain.control_shape), states, "A control is called as control(x, t).")
-    return chain.shifts(u.unflatten(0, (count, batch)), first)
+    return chain.shifts_at(range(first, first + count), states, u.unflatten(0, (count, batch)), condition)

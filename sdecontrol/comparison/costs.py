@@ -70,7 +70,7 @@ class Meter:
             return value
 
         self.problem._call_reward = counted
-        self.reference: Any = problem.reference if problem.backward else None
+        self.reference: Any = problem.reference if problem.reference.reverse_target else None
 
     @contextlib.contextmanager
     def _watched_score(self) -> Iterator[None]:

@@ -134,10 +134,9 @@ class PathIntegralControl(Control):
             condition=y_all,
             running_cost=problem.running_cost_or_none,
             keep="end",
-            first=k,
-        )
-        total = problem.reward(paths.samples, y_all) - paths.running_cost
-        weights = (total / problem.alpha - paths.log_ratio()).unflatten(0, (-1, n)).softmax(1)
+            steps=range(k, chain.steps),
+        ).towards(problem)
+        weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
         centred = weights - 1 / n if self.control_variate else weights
         c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
         if ahead is not None:

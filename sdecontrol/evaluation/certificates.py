@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.annealed import ReversedChain
 from ..chains.base import Chain
 from ..chains.bridges import ChainBridge
-from ..chains.reverse import BackwardRun, reversal_along
-from ..chains.shifts import shifts_along
 from ..errors import NonFiniteError
 from ..particles.smc import resample
 from ..particles.tempering import NoiseTarget, StateTarget, adapt, run_tempered
 from ..paths.integrator import integrate
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
 from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
-from ..tensors import event_sum, is_matrix_scale
+from ..tensors import is_matrix_scale
 from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .solution import Solution
@@ -207,7 +207,7 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
         raise ValueError(
             "samples: paths to given ends need a Gaussian or point start and no running cost; leave samples out."
         )
-    if chain.backward:
+    if chain.reverse is not None:
         return _run_backwards(solution, samples.to(chain.times), seed)
     bridge, end = ChainBridge(chain), samples.to(chain.times)
     generator = generator_for(end.device, seed)
@@ -224,7 +224,7 @@ def _run_backwards(solution: Solution, ends: Tensor, seed: int) -> Tensor:
         seed, len(ends), chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
     )
     with torch.no_grad():
-        paths = integrate(BackwardRun(chain, solution.control), ends, noise)
+        paths = integrate(ReversedChain(chain, solution.control), ends, noise)
         return _log_weights_along(problem, chain, solution.control, paths.states.flip(0))
 
 
@@ -240,18 +240,14 @@ def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, stat
             )
         else:
             found.append(rest / scale)
-    c = shifts_along(chain, control, states[:-1], None)
-    draws = torch.stack(found)
-    log_w = problem.reward(chain.decode(states[-1], None)) / problem.alpha
-    log_w = log_w - event_sum(c * (draws - 0.5 * c), len(chain.noise_shape)).sum(0)
-    return (log_w + reversal_along(chain, control, states, draws) if chain.backward else log_w).double()
+    return Paths.of_states(chain, states, torch.stack(found)).towards(problem).log_weights(control).double()
 
 
 def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded ends."""
     problem, chain = solution.problem, solution.chain
     target: StateTarget | NoiseTarget
-    if chain.backward:  # its paths depend on the control, its ends do not
+    if chain.reverse is not None:  # its paths depend on the control, its ends do not
         target = tempered_target(problem, chain, None, TemperedSettings("states", gradient=True))
     else:
         target = NoiseTarget(problem, chain, None)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..paths.paths import Paths
+from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.laws import Dirac
@@ -32,8 +33,7 @@ def log_weights(problem: ControlProblem, paths: Paths) -> Tensor:
     ``mean(exp(log_w))`` is Z without bias at every step size.
     """
     with torch.no_grad(), problem.evaluating():
-        total = problem.reward(paths.samples, paths.condition) - paths.running_cost
-        return total / problem.alpha - paths.log_ratio()
+        return paths.towards(problem).log_weights()
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def evaluate(
     paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
     with torch.no_grad(), problem.evaluating():
         reward = problem.reward(paths.samples, paths.condition).double()
-    cost, kl = paths.running_cost.double(), paths.kl().double()
+    cost, kl = paths.cost.double(), paths.kl().double()
     log_w = (reward - cost) / problem.alpha - paths.log_ratio().double()
     elbo = mean_estimate(log_w)  # its mean is J/alpha too, and its spread vanishes at the optimum
     estimated = log_mean_weight(log_w)
@@ -226,7 +226,14 @@ def _per_start(
     y = problem.draw_condition(starts, derive_seed(seed, 2))
     y = None if y is None else y.repeat_interleave(_REPLICAS, 0)
     paths = simulate_chain(
-        problem, chain, starts * _REPLICAS, control, seed=derive_seed(seed, 3), keep="end", state=x0, condition=y
+        problem,
+        chain,
+        starts * _REPLICAS,
+        control,
+        seed=derive_seed(seed, 3),
+        keep="end",
+        condition=y,
+        launch=Launch(state=x0),
     )
     log_w = log_weights(problem, paths).double().reshape(starts, _REPLICAS)
     whole = torch.logsumexp(log_w, 1) - math.log(_REPLICAS)

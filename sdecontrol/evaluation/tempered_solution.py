@@ -110,8 +110,7 @@ class TemperedSolution(ParticleSolution):
                 cost = ratio = torch.zeros_like(reward)
             else:
                 paths = self.target.paths(flat, found.origin.flatten(0, 1), keep="end")
-                end, cost, ratio = paths.end, paths.running_cost, paths.log_ratio()
-                reward = self.target.weigh(paths)[0]
+                end, cost, ratio, reward = paths.end, paths.cost, paths.log_ratio(), paths.reward
         return Particles(
             end=end.unflatten(0, shape),
             log_weights=found.log_weights,

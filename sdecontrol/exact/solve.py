@@ -56,7 +56,7 @@ def exact_solution(
         raise NoExactSolution(
             "condition: no exact solution is known for conditional problems; make one problem per condition."
         )
-    if problem.backward:
+    if problem.reference.reverse_target:
         raise NoExactSolution(
             "reference: an annealed Langevin target is made of backward kernels; it has no value function, and no exact solution is known. Use reference='ou' or 'brownian'."
         )

@@ -131,9 +131,9 @@ class AdjointMatching(Method):
             return reciprocal_step(state, run, self.refresh, self.clip, own_step, steps_of(run, self.steps))
         assert isinstance(state, _State)
         problem, chain = run.problem, run.chain
-        parts, rewards, means, noises = [], [], [], []
+        parts, means, noises = [], [], []
         for part in range(run.accumulate):
-            paths, reward, slope = controlled_paths(state, run, part)
+            paths, slope = controlled_paths(state, run, part)
             states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
             shifts = shifts_along(chain, state.control, states, paths.condition)
             jacobians = StepJacobians(paths)
@@ -158,13 +158,11 @@ class AdjointMatching(Method):
             _, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest)
             if noise is not None and most:
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
-            for found, value in zip((parts, rewards, means), (paths, reward, mean)):
-                found.append(value)
+            parts.append(paths)
+            means.append(mean)
         loss = float(torch.stack(means).mean(0).sum())
-        reward, cost = concatenate(rewards), concatenate(p.running_cost for p in parts)
-        kl = concatenate(p.kl() for p in parts)
-        descend(state, run, parts, means, objective=reward - cost - problem.alpha * kl)
-        metrics = path_metrics(reward, cost, kl, problem.alpha)
+        descend(state, run, parts, means)
+        metrics = path_metrics(parts)
         state.sizes[0] = loss
         if noises:
             state.sizes[1] = concatenate(noises).mean()

@@ -7,7 +7,7 @@ changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..errors import NotDifferentiable, unknown_name
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
 
@@ -117,8 +118,10 @@ class Method:
     averaging: ClassVar[float] = 0.99
     #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
     cools: ClassVar[bool] = False
-    #: whether a target made of backward kernels (annealed Langevin) will do: "yes"; "no"; "fixed": if the control has no part in them
-    backward: ClassVar[str] = "no"
+    #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse law
+    reference_steps: ClassVar[bool] = True
+    #: whether the target must not depend on the control
+    fixed_target: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -126,17 +129,16 @@ class Method:
 
     def check(self, problem: ControlProblem) -> None:
         """Raise early where the problem is none for this method."""
-        if problem.backward and self.backward != "yes":
-            if self.backward == "no":
-                raise ValueError(
-                    f"{self.name} does not take reference='annealed': it uses a value function, the adjoint or bridges of the reference, and a target made of backward kernels "
-                    "has none of these. Use log-variance, reward-backprop, path-consistency with n='all', reinforce or smc; or reference='ou' or 'brownian'."
-                )
-            if getattr(problem.reference, "backward_control", True):
-                raise ValueError(
-                    f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the control has a part in the backward kernels. "
-                    "Use log-variance or reward-backprop, or gibbs_problem(..., backward_control=False)."
-                )
+        if problem.reference.reverse_target and self.reference_steps:
+            raise ValueError(
+                f"{self.name} does not take reference='annealed': it uses a value function, the adjoint or bridges of the reference, and a target made of backward kernels "
+                "has none of these. Use log-variance, reward-backprop, path-consistency with n='all', reinforce or smc; or reference='ou' or 'brownian'."
+            )
+        if problem.reference.controlled_target and self.fixed_target:
+            raise ValueError(
+                f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the control has a part in the backward kernels. "
+                "Use log-variance or reward-backprop, or gibbs_problem(..., backward_control=False)."
+            )
         if self.needs_gradient and not problem.has_gradient:
             raise NotDifferentiable(
                 f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without a "
@@ -198,8 +200,14 @@ def find_method(method: Any) -> Method:
     raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
 
 
-def path_metrics(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -> dict[str, float]:
-    """Metrics that every method on paths of the current control reports."""
+def path_metrics(parts: Sequence[Paths]) -> dict[str, float]:
+    """Metrics that every method on paths of the current control reports, from all parts of a batch."""
+    rewards, costs, kls = (torch.cat(list(values)) for values in zip(*((p.reward, p.cost, p.kl()) for p in parts)))
+    return metrics_of(rewards, costs, kls, parts[0].alpha)
+
+
+def metrics_of(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -> dict[str, float]:
+    """The same from their parts, ``(batch,)``."""
     objective = reward - running_cost - alpha * kl
     return {
         "objective": float(objective.mean()),

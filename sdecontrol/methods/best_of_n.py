@@ -35,7 +35,8 @@ class BestOfN(Method):
         proposal: the candidates' control or solution; None: the reference (the only one for "rejection").
     """
 
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     n: int = 16
     selection: str = "best"
     bound: float | None = None

@@ -63,27 +63,27 @@ class BridgeMatching(Method):
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        chain, rollouts = run.chain, []
+        chain, parts = run.chain, []
         loss = ess = exponent = 0.0
         for part in range(run.accumulate):
-            rollout = collect(state, run, part)
-            log_w = rollout.reward / run.problem.alpha - rollout.log_ratios().sum(0)
+            paths = collect(state, run, part)
+            log_w = paths.log_weights()
             weights = self_normalised(log_w, None, self.trust_region)
-            start, end = rollout.states[0], rollout.states[-1]
+            start, end = paths.states[0], paths.end
             generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
-            noise = torch.randn(rollout.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
+            noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
             states = state.bridge.between(start, end, noise)
-            target = state.bridge.noise_given_end(states, end, rollout.condition)
-            c = shifts_along(chain, state.control, states, rollout.condition)
+            target = state.bridge.noise_given_end(states, end, paths.condition)
+            c = shifts_along(chain, state.control, states, paths.condition)
             value = (weights.weights * event_sum(0.5 * (c - target) ** 2, len(chain.noise_shape)).sum(0)).mean()
             (value / run.accumulate).backward()
             loss += float(value.detach()) / run.accumulate
             ess += weights.ess / run.accumulate
             exponent += weights.exponent / run.accumulate
-            rollouts.append(rollout)
+            parts.append(paths)
         if run.iteration % 100 == 0:
             warn_where_few(
                 self.name, ess, run.batch_size, "Use trust_region=1.0, a larger batch or alpha, or better paths."
             )
         run.descend()
-        return {**current_metrics(state, run, rollouts), "loss": loss, "ess": ess, "exponent": exponent}
+        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}

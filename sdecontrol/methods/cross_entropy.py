@@ -42,7 +42,7 @@ class CrossEntropy(Method):
         steps: take the gradient through so many randomly drawn steps of each path (unbiased); None: all.
     """
 
-    backward: ClassVar[str] = "fixed"
+    reference_steps: ClassVar[bool] = False
     paths: Any = "current"
     trust_region: float | None = None
     group_size: int | None = None
@@ -63,17 +63,16 @@ class CrossEntropy(Method):
         return path_state(run, self.paths, self.group_size)
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        rollouts, found = [], []
+        parts, found = [], []
         loss = 0.0
         for part in range(run.accumulate):
-            rollout = collect(state, run, part, self.group_size)
-            log_w = rollout.total / run.problem.alpha - rollout.log_ratios().sum(0)
-            weights = self_normalised(log_w, self.group_size, self.trust_region)
-            log_ratios, _ = rollout.log_ratios_of(state.control, steps := steps_of(run, self.steps, part))
+            paths = collect(state, run, part, self.group_size)
+            weights = self_normalised(paths.log_weights(), self.group_size, self.trust_region)
+            log_ratios = paths.under(state.control, steps := steps_of(run, self.steps, part)).log_ratio
             w = weights.weights
             add_scores(run, log_ratios, 1 - w if state.behaviour is None else -w)
-            loss += regression_loss(rollout, log_ratios, w, steps) / run.accumulate
-            rollouts.append(rollout)
+            loss += regression_loss(paths, log_ratios, w, steps) / run.accumulate
+            parts.append(paths)
             found.append(weights)
         ess = sum(f.ess for f in found) / len(found)
         if run.iteration % 100 == 0:
@@ -81,4 +80,4 @@ class CrossEntropy(Method):
             warn_where_few(self.name, ess, size, "Use trust_region=1.0, a larger batch or alpha, or better paths.")
         run.descend()
         exponent = sum(f.exponent for f in found) / len(found)
-        return {**current_metrics(state, run, rollouts), "loss": loss, "ess": ess, "exponent": exponent}
+        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}

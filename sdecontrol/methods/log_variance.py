@@ -9,8 +9,7 @@ import torch
 
 from ..controls.values import LearnedLogZ
 from ..errors import unknown_name
-from ..paths.weights import self_normalised
-from ..problems.rollouts import leave_one_out
+from ..paths.weights import leave_one_out, self_normalised
 from ..randomness import derive_seed
 from .base import Method, Run, register
 from .on_paths import (
@@ -55,7 +54,8 @@ class LogVariance(Method):
     """
 
     cools: ClassVar[bool] = True
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     loss: str = "variance"
     paths: Any = "current"
     steps: int | None = None
@@ -84,26 +84,20 @@ class LogVariance(Method):
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        rollouts, group, metrics = [], self._group(run), {"loss": 0.0}
+        parts, group, metrics = [], self._group(run), {"loss": 0.0}
         if state.behaviour is None:
             metrics["ess"] = 0.0
         for part in range(run.accumulate):
-            rollout = collect(state, run, part, group)
-            steps = steps_of(run, self.steps, part)
-            log_ratios, _ = rollout.log_ratios_of(state.control, steps)
-            if state.behaviour is None:
-                total = rollout.log_ratios().sum(0)
-            elif steps is None:
-                total = log_ratios.detach().sum(0)
-            else:
-                with torch.no_grad():
-                    total = rollout.log_ratios_of(state.control)[0].sum(0)
-            y = total - rollout.total / run.problem.alpha
+            paths = collect(state, run, part, group)
+            laws = paths.under(state.control, steps_of(run, self.steps, part))
+            log_ratios = laws.less_reverse(laws.log_ratio)
+            with torch.no_grad():
+                y = -paths.log_weights(None if state.behaviour is None else state.control)
             if self.loss == "variance":
                 coefficients = leave_one_out(y, group)
                 value = 0.5 * float((y * coefficients).mean())
             else:
-                log_z = state.log_z(rollout.states[0], rollout.condition)
+                log_z = state.log_z(paths.states[0], paths.condition)
                 coefficients = y + log_z.detach()
                 value = 0.5 * float(coefficients.square().mean())
                 metrics["learned_log_z"] = float(log_z.detach().mean())
@@ -114,6 +108,6 @@ class LogVariance(Method):
             metrics["loss"] += value / run.accumulate
             if state.behaviour is None:
                 metrics["ess"] += self_normalised(-y, group).ess / run.accumulate
-            rollouts.append(rollout)
+            parts.append(paths)
         run.descend()
-        return {**current_metrics(state, run, rollouts), **metrics}
+        return {**current_metrics(state, run, parts), **metrics}

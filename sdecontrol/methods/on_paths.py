@@ -15,11 +15,12 @@ from ..controls.base import Control
 from ..controls.build import build_control
 from ..controls.given import given_control
 from ..errors import unknown_name
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
-from ..problems.rollouts import Rollout, roll_out
+from ..problems.simulate import roll_out
 from ..processes.laws import Dirac
 from ..randomness import derive_seed, generator_for
-from .base import Batch, ControlState, Run, concatenate, path_metrics
+from .base import Batch, ControlState, Run, path_metrics
 
 __all__ = [
     "PathState",
@@ -63,18 +64,18 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
     return PathState(build_control(run.problem, run.chain, run.control, seed=run.seed), behaviour)
 
 
-def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Rollout:
+def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Paths:
     """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and condition."""
     batch = run.batch(part)
     if group_size is not None:
-        batch = _grouped(batch, group_size, not run.problem.backward)
+        batch = _grouped(batch, group_size, run.chain.reverse is None)
     control = state.control if state.behaviour is None else state.behaviour
     return roll_out(run.problem, run.chain, control, batch.x0, batch.noise, batch.condition, until)
 
 
 def _grouped(batch: Batch, size: int, starts: bool) -> Batch:
     first = lambda v: v[: len(v) // size].repeat_interleave(size, 0)  # noqa: E731
-    x0 = first(batch.x0) if starts else batch.x0  # backward kernels lead to the start: Y is constant over all of them
+    x0 = first(batch.x0) if starts else batch.x0  # a reverse law leads to the start: Y is constant over all of them
     return replace(batch, x0=x0, condition=None if batch.condition is None else first(batch.condition))
 
 
@@ -103,23 +104,17 @@ def add_scores(run: Run, log_ratios: Tensor, coefficients: Tensor) -> None:
     ((coefficients.detach() * log_ratios).sum(0).mean() * part).backward()
 
 
-def regression_loss(rollout: Rollout, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None = None) -> float:
-    """``E w sum_k |c_k - z_k|^2/2`` per step, z the path's draws, from the log-ratios of these steps."""
-    draws = rollout.draws if steps is None else rollout.draws[list(steps)]
-    square = 0.5 * draws.flatten(2).square().sum(2)
-    return float((weights * (square - log_ratios.detach())).mean())
+def regression_loss(paths: Paths, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None = None) -> float:
+    """``-E w log p^u`` per step, ``|c_k - z_k|^2/2`` of Gaussian kernels and their draws z, from the log-ratios of these steps."""
+    draws = paths.draws if steps is None else paths.draws[list(steps)]
+    return float((weights * (paths.chain.surprisal(draws) - log_ratios.detach())).mean())
 
 
-def current_metrics(state: PathState, run: Run, rollouts: Sequence[Rollout], own: bool = True) -> dict[str, float]:
+def current_metrics(state: PathState, run: Run, parts: Sequence[Paths], own: bool = True) -> dict[str, float]:
     """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL: nan."""
     if state.behaviour is not None or not own:
         return dict.fromkeys(("objective", "objective_stderr", "reward", "running_cost", "kl"), math.nan)
-    rewards = concatenate(r.reward for r in rollouts)
-    kls = concatenate(r.kls(forward=True).sum(0) for r in rollouts)
-    costs = concatenate(r.costs.sum(0) for r in rollouts)
-    if run.chain.backward:  # the control is in the target's backward kernels, too
-        costs = costs + run.problem.alpha * (concatenate(r.kls().sum(0) for r in rollouts) - kls)
-    return path_metrics(rewards, costs, kls, run.problem.alpha)
+    return path_metrics(parts)
 
 
 # ---------------------------------------------------------------- settings

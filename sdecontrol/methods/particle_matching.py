@@ -181,8 +181,7 @@ class ParticleMatching(Method):
             device=target.device,
         )
         paths = target.paths(z, target.draw_origin(run.batch_size, batch.seed))
-        reward, log_w = target.weigh(paths)
-        metrics = path_metrics(reward, paths.running_cost, paths.kl(), run.problem.alpha)
+        metrics, log_w = path_metrics([paths]), paths.log_weights()
         ess = float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(log_w)
         names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
         state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))

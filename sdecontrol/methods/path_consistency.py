@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..controls.values import LearnedLogZ, learned_value
+from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
-from ..problems.rollouts import Rollout
 from ..randomness import derive_seed
 from .base import Method, Run, register
 from .on_paths import add_scores, check_count, check_paths, collect, current_metrics, path_state, starts_differ
@@ -53,9 +53,13 @@ class PathConsistency(Method):
         check_count("replay", self.replay, 0)
 
     @property
-    def backward(self) -> str:  # type: ignore[override]
+    def reference_steps(self) -> bool:  # type: ignore[override]
         """Windows have values at their ends."""
-        return "yes" if self.n == "all" else "no"
+        return self.n != "all"
+
+    @property
+    def fixed_target(self) -> bool:  # type: ignore[override]
+        return self.n != "all"
 
     @property
     def residual(self) -> bool:  # type: ignore[override]
@@ -71,38 +75,38 @@ class PathConsistency(Method):
             state.value = learned_value(run.problem, run.chain, seed)
         if self.replay:
             y = run.problem.draw_condition(1, 0)
-            state.replay = ReplayBuffer(
-                run.chain, self.replay * run.batch_size, y, run.problem.dtype, run.problem.device
-            )
+            costs = run.problem.running_cost_function is not None
+            state.replay = ReplayBuffer(run.chain, self.replay * run.batch_size, y, costs)
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        rollouts, loss = [], 0.0
+        parts, loss = [], 0.0
         for part in range(run.accumulate):
-            rollout = collect(state, run, part)
-            rollouts.append(rollout)
+            paths = collect(state, run, part)
+            parts.append(paths)
             if self.replay:
-                state.replay.add(rollout)
-                rollout = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part))
-            loss += self._learn(state, run, rollout) / run.accumulate
+                state.replay.add(paths)
+                paths = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part), run.problem)
+            loss += self._learn(state, run, paths) / run.accumulate
         run.descend()
-        metrics = {**current_metrics(state, run, rollouts), "loss": loss}
+        metrics = {**current_metrics(state, run, parts), "loss": loss}
         if self.n == "all":
-            metrics["learned_log_z"] = float(state.log_z(rollout.states[0], rollout.condition).detach().mean())
+            metrics["learned_log_z"] = float(state.log_z(paths.states[0], paths.condition).detach().mean())
         return metrics
 
-    def _learn(self, state: Any, run: Run, rollout: Rollout) -> float:
+    def _learn(self, state: Any, run: Run, paths: Paths) -> float:
         """Add the gradients; the loss."""
-        log_ratios, _ = rollout.log_ratios_of(state.control)
-        deltas = log_ratios.detach() + rollout.costs / run.problem.alpha
-        end = rollout.reward / run.problem.alpha
+        laws = paths.under(state.control)
+        log_ratios = laws.less_reverse(laws.log_ratio)
+        deltas = log_ratios.detach() - paths.log_target()
+        end = paths.reward / run.problem.alpha
         if self.n == "all":
-            value = state.log_z(rollout.states[0], rollout.condition).unsqueeze(0)
+            value = state.log_z(paths.states[0], paths.condition).unsqueeze(0)
             residuals = value.detach() + deltas.sum(0) - end
             coefficients, count = residuals, 1
             state.log_z.follow(residuals)
         else:
-            value = state.value.along(rollout.states[:-1], run.chain.times[:-1], rollout.condition)
+            value = state.value.along(paths.states[:-1], run.chain.times[:-1], paths.condition)
             count = min(int(self.n), len(deltas))
             residuals = self._windows(value.detach(), deltas, end, count)
             # a step's score meets the residuals of all windows it is in

@@ -56,9 +56,9 @@ def reciprocal_step(
     """
     problem, chain = run.problem, run.chain
     if run.iteration % refresh == 0:
-        paths, reward, slope = controlled_paths(state, run)
+        paths, slope = controlled_paths(state, run)
         state.add(paths, clipped(problem, slope, clip))
-        found = path_metrics(reward, paths.running_cost, paths.kl(), problem.alpha)
+        found = path_metrics([paths])
         state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))
     generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))
     stored = min(int(state.count), len(state.starts))

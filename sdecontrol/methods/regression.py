@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.shifts import shift_function
 from ..controls.base import Control
 from ..errors import NonFiniteError
-from ..paths.integrator import check_likelihood, integrate
 from ..paths.lean_adjoint import StepJacobians
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
+from ..problems.simulate import roll_out
 from ..tensors import event_sum, nonfinite_rows
 from .base import ControlState, Regression, Run, parameters_of
 
@@ -55,8 +54,8 @@ class RegressionState(ControlState):
         self.residuals.lerp_(residuals, 1.0 if first else _AVERAGE)
 
 
-def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[Paths, Tensor, Tensor]:
-    """Paths of the current control, without a graph, their rewards, and the rewards' slopes as of :func:`reward_slope`.
+def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[Paths, Tensor]:
+    """Paths of the current control, without a graph, and their rewards' slopes as of :func:`reward_slope`.
 
     Where something of them is not finite the last steps may have gone too far: the parameters go back to the best so far, if there are any. If that
     does not help it was no step, and nothing is changed.
@@ -75,19 +74,11 @@ def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[P
         return found
 
 
-def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor, Tensor]:
-    batch, chain = run.batch(part), run.chain
-    with torch.no_grad():
-        paths = integrate(
-            chain,
-            batch.x0,
-            batch.noise,
-            shift_function(chain, state.control),
-            condition=batch.condition,
-            running_cost=run.problem.running_cost_or_none,
-        )
-        check_likelihood(paths.kl(), chain)
-    return paths, *reward_slope(run.problem, paths)
+def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor]:
+    batch = run.batch(part)
+    paths = roll_out(run.problem, run.chain, state.control, batch.x0, batch.noise, batch.condition)
+    reward, slope = reward_slope(run.problem, paths)
+    return paths.towards(run.problem, reward), slope
 
 
 def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
@@ -191,13 +182,16 @@ def descend(
     parts: Sequence[Paths],
     means: Sequence[Tensor],
     weights: Tensor | None = None,
-    objective: Tensor | None = None,
 ) -> None:
     """One step from the gradients of all parts, least squares where the control is linear.
 
     Args:
-        means: as :func:`regress` gives them. weights, objective: of the paths of all parts.
+        parts: of the current control, if they know their target (:meth:`Paths.towards`). means: as :func:`regress` gives them. weights: of the paths of
+            all parts.
     """
+    objective = None
+    if parts[0].target is not None:
+        objective = torch.cat([p.reward - p.cost - p.alpha * p.kl() for p in parts])
     mean = torch.stack(list(means)).mean(0)
     step_weights = state.step_weights()
     states = torch.cat([paths.states[:-1] for paths in parts], 1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import unknown_name
-from ..problems.rollouts import leave_one_out
+from ..paths.weights import leave_one_out
 from .base import Method, Run, register
 from .on_paths import add_scores, check_count, collect, current_metrics, path_state, steps_of
 
@@ -32,7 +32,8 @@ class Reinforce(Method):
     """
 
     cools: ClassVar[bool] = True
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     baseline: str = "batch"
     steps: int | None = None
 
@@ -45,14 +46,14 @@ class Reinforce(Method):
         return path_state(run)
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        rollouts, loss = [], 0.0
+        parts, loss = [], 0.0
         for part in range(run.accumulate):
-            rollout = collect(state, run, part)
-            cost = rollout.kls().sum(0) - rollout.total / run.problem.alpha
-            log_ratios, kls = rollout.log_ratios_of(state.control, steps_of(run, self.steps, part), forward=True)
+            paths = collect(state, run, part)
+            cost = paths.kl() - (paths.reward - paths.cost) / run.problem.alpha
+            laws = paths.under(state.control, steps_of(run, self.steps, part))
             advantage = leave_one_out(cost) if self.baseline == "batch" else cost
-            add_scores(run, advantage * log_ratios + kls, torch.ones_like(advantage))
+            add_scores(run, advantage * laws.log_ratio + laws.less_reverse(laws.kl), torch.ones_like(advantage))
             loss += float(cost.mean()) / run.accumulate
-            rollouts.append(rollout)
+            parts.append(paths)
         run.descend()
-        return {**current_metrics(state, run, rollouts), "loss": loss}
+        return {**current_metrics(state, run, parts), "loss": loss}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import unknown_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
-from ..paths.gradients import GRADIENT_MODES, backpropagate
+from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from .base import Method, Run, concatenate, parameters_of, path_metrics, register
+from .base import Method, Run, concatenate, metrics_of, parameters_of, register
 
 __all__ = ["RewardBackprop"]
 
@@ -40,7 +40,8 @@ class RewardBackprop(Method):
     """
 
     cools: ClassVar[bool] = True
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     gradient: str | int = "full"
 
     needs_gradient: ClassVar[bool] = True
@@ -71,25 +72,16 @@ class RewardBackprop(Method):
 
             descend: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
             more = {"reach": self._reach(run, part)} if self.gradient == "random" else {}
-            cost = descend(
-                chain,
-                state.control,
-                batch.x0,
-                batch.noise,
-                terminal,
-                parameters=parameters,
-                mode=self.gradient,
-                running_cost=problem.running_cost_or_none,
-                alpha=problem.alpha,
-                condition=batch.condition,
-                weight=1 / run.accumulate,
-                **more,
+            objective = Objective(
+                terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )
+            options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient, **more}
+            cost = descend(chain, state.control, batch.x0, batch.noise, objective, **options)
             rewards.append(-problem.alpha * cost.terminal)
-            costs.append(cost.running_cost)
+            costs.append(cost.cost)
             kls.append(cost.kl)
         run.descend()
-        return path_metrics(concatenate(rewards), concatenate(costs), concatenate(kls), problem.alpha)
+        return metrics_of(concatenate(rewards), concatenate(costs), concatenate(kls), problem.alpha)
 
     @staticmethod
     def _reach(run: Run, part: int) -> float:

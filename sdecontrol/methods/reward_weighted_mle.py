@@ -61,13 +61,13 @@ class RewardWeightedMLE(Method):
         loss = ess = 0.0
         for part in range(run.accumulate):
             first = self._first(run, part)
-            rollout = collect(state, run, part, until=first)
+            paths = collect(state, run, part, until=first)
             rest = list(range(first, chain.steps))
-            log_ratios, _ = rollout.log_ratios_of(state.control, rest if first else None)
-            weights = self_normalised((rollout.reward - rollout.costs[first:].sum(0)) / run.problem.alpha)
-            # |c - xi|^2/2 = |xi|^2/2 - log p^u/p0
+            log_ratios = paths.under(state.control, rest if first else None).log_ratio
+            weights = self_normalised(paths.reward / run.problem.alpha + paths.log_target()[first:].sum(0))
+            # -log p^u is -log p0, which is constant, less the log-ratio
             (-(weights.weights * log_ratios.sum(0)).mean() / run.accumulate).backward()
-            loss += regression_loss(rollout, log_ratios, weights.weights, rest) / run.accumulate
+            loss += regression_loss(paths, log_ratios, weights.weights, rest) / run.accumulate
             ess += weights.ess / run.accumulate
         if run.iteration % 100 == 0:
             remedy = "Use a larger batch or alpha, or a method on paths of the current control (cross-entropy)."

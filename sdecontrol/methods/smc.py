@@ -44,7 +44,8 @@ class SMC(Method):
             come from n/N systems together, and samples of one system share ancestors.
     """
 
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     num_particles: int = 256
     proposal: Any = None
     twist: str | Callable[..., Tensor] | None = None
@@ -112,7 +113,7 @@ class SMC(Method):
             return control.value
         if self.twist == "tweedie":
             return TweedieValue(problem, chain)
-        if self.twist is None and problem.backward:
+        if self.twist is None and problem.reference.reverse_target:
             return AnnealedValue(problem)
         return GivenValue(self.twist, problem.alpha) if callable(self.twist) else None
 

@@ -108,13 +108,12 @@ class SOCM(Method):
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
         assert isinstance(state, _State)
         problem, chain = run.problem, run.chain
-        parts, rewards, means, weights, found = [], [], [], [], []
+        parts, means, weights, found = [], [], [], []
         for part in range(run.accumulate):
-            paths, reward, slope = controlled_paths(state, run, part)
+            paths, slope = controlled_paths(state, run, part)
             weighing = None
             if self.weighted:
-                log_w = (reward - paths.running_cost) / problem.alpha - paths.log_ratio()
-                weighing = self_normalised(log_w, None, self.trust_region)
+                weighing = self_normalised(paths.log_weights(), None, self.trust_region)
                 weights.append(weighing.weights)
                 found.append(weighing)
             jacobians = StepJacobians(paths)
@@ -139,13 +138,10 @@ class SOCM(Method):
                 steps=steps_of(run, self.steps, part),
                 most=longest,
             )
-            for into, value in zip((parts, rewards, means), (paths, reward, mean)):
-                into.append(value)
-        reward, cost = concatenate(rewards), concatenate(p.running_cost for p in parts)
-        kl = concatenate(p.kl() for p in parts)
-        objective = reward - cost - problem.alpha * kl
-        descend(state, run, parts, means, concatenate(weights) if weights else None, objective)
-        metrics = path_metrics(reward, cost, kl, problem.alpha)
+            parts.append(paths)
+            means.append(mean)
+        descend(state, run, parts, means, concatenate(weights) if weights else None)
+        metrics = path_metrics(parts)
         metrics["loss"] = float(torch.stack(means).mean(0).sum())
         if found:
             metrics["ess"] = sum(f.ess for f in found) / len(found)

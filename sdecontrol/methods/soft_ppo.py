@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..controls.values import learned_value
 from ..errors import unknown_name
-from ..problems.rollouts import Rollout, leave_one_out
+from ..paths.paths import Paths
+from ..paths.weights import leave_one_out
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, parameters_of, register
 from .on_paths import check_count, check_positive, collect, current_metrics, path_state, steps_of
@@ -96,49 +97,49 @@ class SoftPPO(Method):
                     measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
                     measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
                 run.descend()
-        metrics = current_metrics(state, run, [b.rollout for b in batches])
+        metrics = current_metrics(state, run, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 
     def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
         generator = generator_for("cpu", derive_seed(run.seed, 45, run.iteration, epoch, part))
         return torch.randperm(run.batch_size, generator=generator).to(run.problem.device).tensor_split(self.minibatches)
 
-    def _advantages(self, state: Any, run: Run, rollout: Rollout) -> _Batch:
-        log_ratios = rollout.log_ratios()
-        steps = log_ratios + rollout.costs / run.problem.alpha
+    def _advantages(self, state: Any, run: Run, paths: Paths) -> _Batch:
+        log_ratios = paths.log_ratio(per_step=True)
+        steps = log_ratios - paths.log_target()
         # sums over the steps after each: what is still to come after its noise
-        to_come = steps.flip(0).cumsum(0).flip(0) - steps - rollout.reward / run.problem.alpha
-        scale = torch.ones_like(rollout.reward)
+        to_come = steps.flip(0).cumsum(0).flip(0) - steps - paths.reward / run.problem.alpha
+        scale = torch.ones_like(paths.reward)
         if self.baseline == "value":
             with torch.no_grad():
-                y = rollout.condition
-                advantages = to_come + state.value.along(rollout.states[:-1], run.chain.times[:-1], y)
+                y = paths.condition
+                advantages = to_come + state.value.along(paths.states[:-1], run.chain.times[:-1], y)
         elif self.baseline == "per-time":
             advantages = leave_one_out(to_come, self.group_size)
         else:  # the mean over steps is a number of each path, so that of the other paths depends on none of this one's
             own = to_come.mean(0)
             advantages = to_come - (own - leave_one_out(own, self.group_size))
         if self.group_size is not None:
-            costs = (log_ratios.sum(0) - rollout.total / run.problem.alpha).unflatten(0, (-1, self.group_size))
+            costs = -paths.log_weights().unflatten(0, (-1, self.group_size))
             scale = 1 / costs.std(1).clamp(min=1e-6).repeat_interleave(self.group_size)
-        return _Batch(rollout, log_ratios, to_come, advantages, scale)
+        return _Batch(paths, log_ratios, to_come, advantages, scale)
 
     def surrogate(self, state: Any, batch: _Batch, steps: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and the ratios ``(steps, batch)``."""
         every = slice(None) if steps is None else steps
-        log_ratios, kls = batch.rollout.log_ratios_of(state.control, steps)
-        ratios = (log_ratios - batch.log_ratios[every]).exp()
+        laws = batch.paths.under(state.control, steps)
+        ratios = (laws.log_ratio - batch.log_ratios[every]).exp()
         A = batch.advantages[every]
         policy = torch.maximum(A * ratios, A * ratios.clamp(1 - self.clip, 1 + self.clip))
         part = len(batch.log_ratios) / len(ratios)
-        loss = part * (batch.scale * (policy + kls).sum(0)).mean()
+        loss = part * (batch.scale * (policy + laws.kl).sum(0)).mean()
         return loss, ratios.detach()
 
     @staticmethod
     def _value_loss(state: Any, batch: _Batch) -> Tensor:
         """The network is fitted in the first epoch only: it costs as much as the control."""
-        chain, states = batch.rollout.chain, batch.rollout.states[:-1]
-        value = state.value.along(states, chain.times[:-1], batch.rollout.condition)
+        paths = batch.paths
+        value = state.value.along(paths.states[:-1], paths.times[:-1], paths.condition)
         return 0.5 * (value + batch.to_come).square().mean()
 
 
@@ -146,7 +147,7 @@ class SoftPPO(Method):
 class _Batch:
     """Paths of the old control: its log-ratios, costs to come and their advantages, ``(K, batch)``; scales ``(batch,)``."""
 
-    rollout: Rollout
+    paths: Paths
     log_ratios: Tensor
     to_come: Tensor
     advantages: Tensor
@@ -154,7 +155,7 @@ class _Batch:
 
     def rows(self, index: Tensor) -> _Batch:
         return _Batch(
-            self.rollout.rows(index),
+            self.paths.rows(index),
             self.log_ratios[:, index],
             self.to_come[:, index],
             self.advantages[:, index],

@@ -45,7 +45,8 @@ class TemperedSMC(Method):
         or -inf everywhere at the start.
     """
 
-    backward: ClassVar[str] = "yes"
+    reference_steps: ClassVar[bool] = False
+    fixed_target: ClassVar[bool] = False
     num_particles: int = 1024
     space: str = "auto"
     gradient: bool | None = None

@@ -97,14 +97,13 @@ class ValueGuidance(Method):
         assert isinstance(state, ValueState) and isinstance(state.control, ValueControl)
         value = state.control.value
         assert isinstance(value, NetworkValue)
-        losses, rewards, costs, kls = [], [], [], []
+        losses, parts = [], []
         for part in range(run.accumulate):
             batch = run.batch(part)
             paths, guided = _roll(run, state.control, batch)
             with torch.no_grad():
-                reward = run.problem.reward(paths.samples, paths.condition)
-                gains = _gains(run, paths)
-                terminal = reward / run.problem.alpha
+                gains = paths.log_target() - paths.log_ratio(per_step=True)
+                terminal = paths.reward / run.problem.alpha
                 if state.target is None:  # all that is to come
                     aim = terminal + gains.flip(0).cumsum(0).flip(0)
                 else:
@@ -114,17 +113,13 @@ class ValueGuidance(Method):
             loss = itakura_saito(aim - value.along(paths.states[:-1], paths.times[:-1], paths.condition), guided)
             (loss / run.accumulate).backward()
             losses.append(float(loss.detach()))
-            whole = slice(0, None, 2)
-            rewards.append(reward[whole])
-            costs.append(paths.running_cost[whole])
-            kls.append(paths.kl()[whole])
+            parts.append(paths.rows(slice(0, None, 2)))
         run.descend()
         if state.target is not None:
             with torch.no_grad():
                 for theirs, ours in zip(state.target.parameters(), value.parameters()):
                     theirs.lerp_(ours, self.follow)
-        metrics = path_metrics(torch.cat(rewards), torch.cat(costs), torch.cat(kls), run.problem.alpha)
-        return {**metrics, "loss": sum(losses) / len(losses)}
+        return {**path_metrics(parts), "loss": sum(losses) / len(losses)}
 
 
 def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
@@ -159,19 +154,5 @@ def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]
 
     f = run.problem.running_cost_or_none
     with torch.no_grad():
-        return integrate(chain, x0, batch.noise, shift, condition=batch.condition, running_cost=f), guided
-
-
-def _gains(run: Run, paths: Paths) -> Tensor:
-    """``-h f/alpha + log dQ0/dP^u`` of every step, ``(K, batch)``."""
-    chain, f = run.chain, run.problem.running_cost_or_none
-    gains = -paths.log_ratio(per_step=True)
-    if f is not None:
-        costs = [
-            f(x, chain.times[k], paths.condition) * chain.step_sizes[k]
-            if chain.clock[k] >= 0
-            else torch.zeros_like(gains[0])
-            for k, x in enumerate(paths.states[:-1])
-        ]
-        gains = gains - torch.stack(costs) / run.problem.alpha
-    return gains
+        paths = integrate(chain, x0, batch.noise, shift, condition=batch.condition, running_cost=f)
+    return paths.towards(run.problem), guided

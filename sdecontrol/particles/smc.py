@@ -141,7 +141,7 @@ def _run(
     first = torch.arange(M, device=x.device).unsqueeze(1) * N
     for k in range(K):
         step = integrate(
-            chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, first=k, last=k + 1
+            chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, steps=range(k, k + 1)
         )
         x, before = step.end, psi
         if k + 1 == K:
@@ -149,7 +149,7 @@ def _run(
             psi = reward / alpha
         elif twist is not None:
             psi = twist(x, chain.times[k + 1], y).double()
-        step_cost, step_ratio = step.running_cost.double(), step.log_ratio().double()
+        step_cost, step_ratio = step.towards(problem).cost.double(), step.log_ratio().double()
         cost, ratio = cost + step_cost, ratio + step_ratio
         log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
         level = log_w.logsumexp(1)

@@ -159,15 +159,12 @@ class NoiseTarget:
             origin = self.gaussian.mean + self.gaussian.shape_noise(start)
         noise = SuppliedNoise(z[:, self.before :].reshape(n, *self.shape).transpose(0, 1))
         shift = None if self.control is None else shift_function(chain, self.control)
-        return integrate(chain, origin, noise, shift, running_cost=self.problem.running_cost_or_none, keep=keep)
+        f = self.problem.running_cost_or_none
+        return integrate(chain, origin, noise, shift, running_cost=f, keep=keep).towards(self.problem)
 
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
-        return self.weigh(self.paths(z, origin, "all" if z.requires_grad else "end"))[1]
-
-    def weigh(self, paths: Paths) -> tuple[Tensor, Tensor]:
-        """Rewards and phi of paths, ``(n,)`` each."""
-        reward = self.problem.reward(paths.samples, None)
-        return reward, (reward - paths.running_cost) / self.problem.alpha - paths.log_ratio()
+        paths = self.paths(z, origin, "all" if z.requires_grad else "end")
+        return paths.towards(self.problem, self.problem.reward(paths.samples)).log_weights()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..randomness import BLOCK, SeededNoise, SuppliedNoise
 from .integrator import RunningCost, integrate
-from .paths import Paths
+from .paths import Paths, Totals
 
 __all__ = ["check_chunk", "integrate_in_chunks"]
 
@@ -39,8 +39,7 @@ def integrate_in_chunks(
     *,
     condition: Any = None,
     running_cost: RunningCost | None = None,
-    first: int = 0,
-    replay: Callable[[], Paths] | None = None,
+    steps: range | None = None,
 ) -> Paths:
     """As ``integrate(..., keep="end")``, ``chunk`` paths at a time; the last chunk is padded to a multiple of 64 with
     copies of its last row, so that matrix products see the row counts that give the same bits."""
@@ -50,33 +49,8 @@ def integrate_in_chunks(
         padded = isinstance(noise, SeededNoise)
         rows = torch.arange(low, low + -(-(high - low) // BLOCK) * BLOCK if padded else high, device=x.device)
         rows = rows.clamp(max=high - 1)
-        options: dict[str, Any] = {
-            "condition": None if condition is None else condition[rows],
-            "running_cost": running_cost,
-            "first": first,
-        }
-        source = noise.rows(low, low + len(rows))
-        part = integrate(chain, x[rows], source, shift, keep="end", **options)
-        parts.append(_cut(part, high - low))
-    sums = [part._sums for part in parts if part._sums is not None]
-    return Paths(
-        chain,
-        first=first,
-        last=chain.steps,
-        end=torch.cat([part.end for part in parts]),
-        running_cost=torch.cat([part.running_cost for part in parts]),
-        condition=condition,
-        states=None,
-        noises=None,
-        shifts=None,
-        sums=(torch.cat([s[0] for s in sums]), torch.cat([s[1] for s in sums])),
-        replay=replay,
-    )
-
-
-def _cut(paths: Paths, rows: int) -> Paths:
-    """Without the padding."""
-    assert paths._sums is not None
-    paths.end, paths.running_cost = paths.end[:rows], paths.running_cost[:rows]
-    paths._sums = (paths._sums[0][:rows], paths._sums[1][:rows])
-    return paths
+        y, source = None if condition is None else condition[rows], noise.rows(low, low + len(rows))
+        part = integrate(chain, x[rows], source, shift, condition=y, running_cost=running_cost, keep="end", steps=steps)
+        parts.append(part.rows(slice(high - low)))
+    end = torch.cat([part.end for part in parts])
+    return replace(parts[0], end=end, condition=condition, totals=Totals.joined([part.totals for part in parts]))

@@ -14,7 +14,7 @@ integrals being two more states. Solvers and the adjoint equation are torchsde's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ..processes.sde import SDE
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
 from .equations import ControlledSDE, noise_kind
-from .gradients import PathCost, backpropagate
+from .gradients import Objective, PathCost, backpropagate
 from .integrator import NoiseSource, RunningCost, integrate
 from .solvers import Solver, make_stepper
 
@@ -40,7 +40,7 @@ CONTINUOUS_MODES = ("continuous-adjoint", "reversible-heun")
 
 _EULER = Solver("euler", True, (), ())
 _MIDPOINT = Solver("midpoint", False, (), ())
-_REVERSIBLE = Solver("reversible_heun", False, (), ())
+_REVERSIBLE = Solver("reversible-heun", False, (), ())
 
 
 class _CostedSDE:
@@ -114,14 +114,10 @@ def backpropagate_continuous(
     control: Any,
     x0: Tensor,
     noise: NoiseSource,
-    terminal: Callable[[Tensor], Tensor],
+    objective: Objective,
     *,
     parameters: Sequence[Tensor],
     mode: str,
-    running_cost: RunningCost | None = None,
-    alpha: float = 1.0,
-    condition: Any = None,
-    weight: float = 1.0,
 ) -> PathCost:
     """:func:`sdecontrol.paths.gradients.backpropagate` with mode "continuous-adjoint" or "reversible-heun".
 
@@ -138,7 +134,7 @@ def backpropagate_continuous(
             starter = _Nothing(first)
         with torch.no_grad():
             x = integrate(first, x0, early, shift_function(first, starter), keep="end").end
-    solve = _Backwards(main, control, noise, chain.start, x, condition, running_cost, list(parameters), mode)
+    solve = _Backwards(main, control, noise, chain.start, x, objective, list(parameters), mode)
     y = solve.forward()
     d = main.event_shape.numel()
     end = y[:, :d].unflatten(1, main.event_shape).detach().requires_grad_(True)
@@ -149,10 +145,10 @@ def backpropagate_continuous(
             what="state",
             rows=nonfinite_rows(y),
         )
-    value, scale = terminal(end), weight / x.shape[0]
+    value, scale = objective.terminal(end), objective.weight / x.shape[0]
     slope = torch.autograd.grad(value.sum() * scale, end)[0].flatten(1)
     rest = torch.full_like(slope[:, :1], scale)
-    at_start, gradients = solve.backward(torch.cat((slope, rest / alpha, rest), 1))
+    at_start, gradients = solve.backward(torch.cat((slope, rest / objective.alpha, rest), 1))
     for p, g in zip(parameters, gradients):
         p.grad = g if p.grad is None else p.grad + g
     if chain.start:
@@ -162,11 +158,9 @@ def backpropagate_continuous(
             starter,
             x0,
             early,  # type: ignore[arg-type]
-            lambda z: (z * a).flatten(1).sum(1),
+            Objective(lambda z: (z * a).flatten(1).sum(1), condition=objective.condition, weight=objective.weight),
             parameters=list(parameters),
             mode="adjoint",
-            condition=condition,
-            weight=weight,
         )
         kl = kl + cost.kl
     return PathCost(value.detach(), running, kl, end.detach())
@@ -192,8 +186,7 @@ class _Backwards:
         noise: NoiseSource,
         offset: int,
         x: Tensor,
-        condition: Any,
-        running_cost: RunningCost | None,
+        objective: Objective,
         parameters: list[Tensor],
         mode: str,
     ) -> None:
@@ -203,9 +196,9 @@ class _Backwards:
         additive = kind.name == "additive"
         self.solver = _REVERSIBLE if self.reversible else _EULER if additive else _MIDPOINT
         diagonal = self.reversible and not kind.matrix
-        equation = ControlledSDE(sde, kind, control, condition, stratonovich=not self.solver.ito)
+        equation = ControlledSDE(sde, kind, control, objective.condition, stratonovich=not self.solver.ito)
         name = "diagonal" if diagonal else "additive" if additive else "general"
-        self.equation = _CostedSDE(equation, running_cost, name)
+        self.equation = _CostedSDE(equation, objective.running_cost, name)
         width = sde.control_shape.numel()
         pad = 2 if diagonal else 0
         self.bm = GridBrownian(chain.clock, noise, x.shape[0], width, x, offset=offset, pad=pad)

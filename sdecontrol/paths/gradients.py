@@ -1,6 +1,7 @@
 """Gradients of a path cost through the simulation: full graph, checkpointed, discrete adjoint, truncated.
 
-The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + |c_k|^2/2 ) ]``. The first three modes give the
+The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + KL_k ) ]``, ``|c_k|^2/2`` the KL of a Gaussian step (less the
+logarithm of the target's part, where the chain has a reverse law). The first three modes give the
 same gradient to rounding:
 
 * ``full``: ordinary backpropagation; memory grows with the number of steps.
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.reverse import log_reversal, look_back, remembered
 from ..chains.shifts import ShiftFunction, shift_function
-from ..memory import remembering
-from .integrator import NoiseSource, RunningCost, check_likelihood, integrate, one_step
+from ..memory import once_a_step, remembering
+from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
+from .paths import Paths
 
-__all__ = ["GRADIENT_MODES", "PathCost", "backpropagate"]
+__all__ = ["GRADIENT_MODES", "Objective", "PathCost", "backpropagate"]
 
 GRADIENT_MODES = ("full", "checkpoint", "adjoint", "random")
 
@@ -39,11 +40,33 @@ _LEAST_SEGMENTS = 8  # in mode "random"
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a path costs beside the KL of its steps.
+
+    Attributes:
+        terminal: ``x_K -> (batch,)``, differentiable. running_cost: f, or None. alpha: by which it is divided.
+        condition: ``(batch, ...)`` or None. weight: of the mean over these paths in the whole gradient.
+    """
+
+    terminal: Callable[[Tensor], Tensor]
+    running_cost: RunningCost | None = None
+    alpha: float = 1.0
+    condition: Any = None
+    weight: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of :func:`integrate`."""
+        return {"condition": self.condition, "running_cost": self.running_cost}
+
+
+@dataclass(frozen=True)
 class PathCost:
-    """Detached parts of the cost of each path, all ``(batch,)``, and the last states."""
+    """Detached parts of the cost of each path, all ``(batch,)``: ``cost`` is the running cost, less alpha times the logarithm of a reverse law; and the
+    last states."""
 
     terminal: Tensor
-    running_cost: Tensor
+    cost: Tensor
     kl: Tensor
     end: Tensor
 
@@ -53,17 +76,17 @@ class _Setting:
     chain: Chain
     noise: NoiseSource
     control: Any
-    terminal: Callable[[Tensor], Tensor]
-    running_cost: RunningCost | None
-    alpha: float
-    condition: Any
+    objective: Objective
     parameters: Sequence[Tensor]
-    weight: float
 
     def shift(self, tables: Sequence[Any] | None = None) -> ShiftFunction:
         if hasattr(self.control, "tables"):
             return self.control.on_chain(self.chain, tables)
         return shift_function(self.chain, self.control)
+
+    def spent(self, paths: Paths) -> Tensor:
+        reverse = paths.totals.log_reverse
+        return paths.running_cost if reverse is None else paths.running_cost - self.objective.alpha * reverse
 
 
 class _Leaves:
@@ -108,24 +131,19 @@ def backpropagate(
     control: Any,
     x0: Tensor,
     noise: NoiseSource,
-    terminal: Callable[[Tensor], Tensor],
+    objective: Objective,
     *,
     parameters: Sequence[Tensor],
     mode: str | int = "full",
-    running_cost: RunningCost | None = None,
-    alpha: float = 1.0,
-    condition: Any = None,
-    weight: float = 1.0,
     reach: float = 1.0,
 ) -> PathCost:
     """Add ``weight`` times the gradient of the mean path cost to ``parameters``' ``.grad``, and to nothing else's.
 
     Args:
-        terminal: ``x_K -> (batch,)``, differentiable.
         mode: "full", "checkpoint", "adjoint", "random", or a number of last steps.
         reach: for "random": a uniform random number in [0, 1), the part of the segments that is visited.
     """
-    setting = _Setting(chain, noise, control, terminal, running_cost, alpha, condition, list(parameters), weight)
+    setting = _Setting(chain, noise, control, objective, list(parameters))
     if mode in ("checkpoint", "adjoint"):
         return _by_segments(setting, x0, math.isqrt(chain.steps) if mode == "checkpoint" else _ADJOINT_STEPS)
     if mode == "random":
@@ -133,26 +151,21 @@ def backpropagate(
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
-def _descend(setting: _Setting, terminal: Tensor, running: Tensor, kl: Tensor) -> None:
-    loss = setting.weight * (terminal + running / setting.alpha + kl).mean()
-    torch.autograd.backward(loss, inputs=list(setting.parameters))
-
-
 def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
-    chain, cut = setting.chain, setting.chain.steps - last_steps
-    x, early_cost, early_kl = x0, torch.zeros_like(x0.flatten(1)[:, 0]), torch.zeros_like(x0.flatten(1)[:, 0])
-    options: dict[str, Any] = {"condition": setting.condition, "running_cost": setting.running_cost}
+    chain, objective, cut = setting.chain, setting.objective, setting.chain.steps - last_steps
+    x, early_cost, early_kl = x0, chain.times.new_zeros(len(x0)), chain.times.new_zeros(len(x0))
     if cut:
         with torch.no_grad():
-            early = integrate(chain, x0, setting.noise, setting.shift(), keep="end", last=cut, **options)
-        x, early_cost, early_kl = early.end, early.running_cost, early.kl()
-    paths = integrate(chain, x, setting.noise, setting.shift(), keep="all", first=cut, **options)
-    terminal, kl = setting.terminal(paths.end), paths.kl()
+            early = integrate(
+                chain, x0, setting.noise, setting.shift(), keep="end", steps=range(cut), **objective.options
+            )
+        x, early_cost, early_kl = early.end, setting.spent(early), early.kl()
+    paths = integrate(chain, x, setting.noise, setting.shift(), steps=range(cut, chain.steps), **objective.options)
+    terminal, cost, kl = objective.terminal(paths.end), setting.spent(paths), paths.kl()
     check_likelihood(kl, chain)
-    _descend(setting, terminal, paths.running_cost, kl)
-    return PathCost(
-        terminal.detach(), (early_cost + paths.running_cost).detach(), (early_kl + kl).detach(), paths.end.detach()
-    )
+    loss = objective.weight * (terminal + cost / objective.alpha + kl).mean()
+    torch.autograd.backward(loss, inputs=list(setting.parameters))
+    return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), paths.end.detach())
 
 
 def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None = None) -> PathCost:
@@ -164,10 +177,10 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
     chain, control = setting.chain, setting.control
     # what depends on time alone is computed once: its gradient is collected in leaves and passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
-    starts, running, kl = _forward(setting, x0, size, [table.detach() for table in tables])
+    starts, cost, kl = _forward(setting, x0, size, [table.detach() for table in tables])
     end = starts.pop().requires_grad_(True)
-    terminal = setting.terminal(end)
-    scale = setting.weight / x0.shape[0]
+    terminal = setting.objective.terminal(end)
+    scale = setting.objective.weight / x0.shape[0]
     adjoint = torch.autograd.grad(terminal.sum() * scale, end)[0]
     leaves = [_Leaves(table) for table in tables]
     shift = setting.shift(leaves)
@@ -190,47 +203,53 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
     pairs = [(table.table, grad) for table in leaves if (grad := table.gradient()) is not None]
     if pairs:
         torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs], inputs=list(setting.parameters))
-    return PathCost(terminal.detach(), running, kl, end.detach())
+    return PathCost(terminal.detach(), cost, kl, end.detach())
 
 
 @torch.no_grad()
 def _forward(setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """States at the start of each segment, and the last; running cost and KL of the paths."""
+    """States at the start of each segment, and the last; cost and KL of the paths."""
     chain, shift = setting.chain, setting.shift(tables)
-    options: dict[str, Any] = {"condition": setting.condition, "running_cost": setting.running_cost}
     starts = [x0]
-    running = kl = x0.new_zeros(x0.shape[0])
+    cost = kl = chain.times.new_zeros(x0.shape[0])
     for first in range(0, chain.steps, size):
-        options.update(first=first, last=min(first + size, chain.steps))
-        part = integrate(chain, starts[-1], setting.noise, shift, keep="end", **options)
+        steps = range(first, min(first + size, chain.steps))
+        part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **setting.objective.options)
         starts.append(part.end)
-        running, kl = running + part.running_cost, kl + part.kl()
-    return starts, running, kl
+        cost, kl = cost + setting.spent(part), kl + part.kl()
+    return starts, cost, kl
 
 
 def _recompute(
     setting: _Setting, shift: ShiftFunction, x: Tensor, steps: range, scale: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The last state of a segment with its graph, and what else the cost depends on there (shifts and running costs) with
-    the cost's derivative by each: ``d/dc |c|^2/2 = c``."""
-    chain = setting.chain
+    """The last state of a segment with its graph, and what else the cost depends on there (KLs, running costs, a reverse law) with the cost's
+    derivative by each."""
+    chain, objective, law = setting.chain, setting.objective, setting.chain.reverse
     costs: list[Tensor] = []
     slopes: list[Tensor] = []
-    shift = remembered(shift) if chain.backward else shift
+    shifts, states = [], []
+
+    def add(value: Tensor, slope: float) -> None:
+        if value.requires_grad:
+            costs.append(value)
+            slopes.append(torch.full_like(value, slope))
+
+    shift = once_a_step(shift) if law is not None else shift
     for k in steps:
-        if setting.running_cost is not None and chain.clock[k] >= 0:
-            f = setting.running_cost(x, chain.times[k], setting.condition)
-            if f.requires_grad:
-                costs.append(f)
-                slopes.append(torch.full_like(f, scale * chain.step_sizes[k] / setting.alpha))
-        before, xi = x, setting.noise[k]
-        x, c = one_step(chain, k, x, xi, shift, setting.condition)
-        if chain.backward:
-            back, b = look_back(chain, k, before, x, shift, setting.condition)
-            gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
-            costs.append(gained)
-            slopes.append(torch.full_like(gained, -scale / setting.alpha))
-        if c is not None and c.requires_grad:
-            costs.append(c)
-            slopes.append(c.detach() * scale)
+        if objective.running_cost is not None and chain.clock[k] >= 0:
+            f = objective.running_cost(x, chain.times[k], objective.condition)
+            add(f, scale * chain.step_sizes[k] / objective.alpha)
+        before, xi, c = x, setting.noise[k], shift(k, x, objective.condition)
+        x = chain.step(k, x, xi, c, objective.condition)
+        if law is not None:
+            back = law.draw(k, before, x, objective.condition)
+            b = law.shift(k, x, shift, objective.condition) if law.controlled else None
+            add(law.log_step(before, x, xi + c, back, b), -scale)
+        shifts.append(c)
+        states.append(before)
+    add(
+        chain.kl(torch.stack(shifts), None if chain.of_noise else torch.stack(states), steps, objective.condition),
+        scale,
+    )
     return x, costs, slopes

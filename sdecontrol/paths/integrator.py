@@ -1,4 +1,4 @@
-"""The one integrator: runs a chain of Gaussian kernels. Nothing else steps a process that carries likelihoods."""
+"""The one integrator: runs a chain. Nothing else steps a process that carries likelihoods."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.reverse import log_reversal, look_back, remembered
 from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
-from ..memory import remembering
-from ..tensors import apply_scale, nonfinite_rows
-from .paths import Paths
+from ..memory import once_a_step, remembering
+from ..tensors import nonfinite_rows
+from .paths import Paths, Record, Totals, sum_steps
 
-__all__ = ["KEEP", "NoiseSource", "RunningCost", "check_likelihood", "explain_nonfinite", "integrate", "one_step"]
+__all__ = ["KEEP", "NoiseSource", "RunningCost", "check_likelihood", "explain_nonfinite", "integrate"]
 
 KEEP = ("all", "states", "end")
 
@@ -25,69 +24,41 @@ RunningCost = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class _Sums:
-    """``sum_k c_k.xi_k`` and ``sum_k |c_k|^2/2`` of paths that are not kept, reduced a few steps at a time (one reduction
-    a step would cost more than the step)."""
+    """Log-ratio and KL of paths that are not kept, reduced a few steps at a time (one reduction a step would cost more than the step)."""
 
     most = 1 << 18  # numbers held of 64 paths: as many steps whatever the batch, so that sums have the same bits
 
-    def __init__(self) -> None:
-        self.shifts: list[Tensor] = []
-        self.noises: list[Tensor] = []
-        self.room = 0
-        self.cross: Tensor | None = None
-        self.square: Tensor | None = None
+    def __init__(self, chain: Chain, condition: Any) -> None:
+        self.chain, self.condition = chain, condition
+        self.held: list[tuple[Any, ...]] = []  # k, xi_k, c_k, and where they count x_k, x_{k+1}
+        self.room = max(1, min(64, self.most // (64 * max(1, chain.noise_shape.numel()))))
+        self.found: tuple[Tensor, Tensor] | None = None
 
-    def add(self, c: Tensor, xi: Tensor) -> None:
-        if not self.shifts:
-            self.room = max(1, min(64, self.most // (64 * max(1, c[:1].numel()))))
-        self.shifts.append(c)
-        self.noises.append(xi)
-        if len(self.shifts) >= self.room:
+    def add(self, k: int, x: Tensor, xi: Tensor, c: Tensor, after: Tensor) -> None:
+        kept = (None, None) if self.chain.of_noise else (x, after)
+        self.held.append((k, xi, c, *kept))
+        if len(self.held) >= self.room:
             self._reduce()
 
     def _reduce(self) -> None:
-        c = torch.stack(self.shifts)
-        cross = _sum_rows(c * torch.stack(self.noises)).flatten(1).sum(1)
-        square = 0.5 * _sum_rows(c * c).flatten(1).sum(1)
-        self.cross = cross if self.cross is None else self.cross + cross
-        self.square = square if self.square is None else self.square + square
-        self.shifts, self.noises = [], []
+        steps, *parts = zip(*self.held)
+        xi, c, x, after = (None if part[0] is None else torch.stack(part) for part in parts)
+        assert xi is not None and c is not None
+        ratio = sum_steps(self.chain.log_ratio(c, self.chain.draws(xi, c, after)))
+        kl = sum_steps(self.chain.kl(c, x, steps, self.condition))
+        self.found = (ratio, kl) if self.found is None else (self.found[0] + ratio, self.found[1] + kl)
+        self.held = []
 
-    def result(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.shifts:
+    def result(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        if self.held:
             self._reduce()
-        if self.cross is None or self.square is None:
-            zero = x.new_zeros(x.shape[0])
-            return zero, zero
-        return self.cross, self.square
-
-
-def _sum_rows(x: Tensor) -> Tensor:
-    """Sum over the first dimension, in an order that does not depend on the size of the others: torch sums the last few
-    columns in another order than the rest, so their number is made a multiple of 64."""
-    flat = x.flatten(1)
-    count = flat.shape[1]
-    if count % 64:
-        flat = torch.nn.functional.pad(flat, (0, -count % 64))
-    return flat.sum(0)[:count].unflatten(0, x.shape[1:])
+        return (zero, zero) if self.found is None else self.found
 
 
 class NoiseSource(Protocol):
     """``source[k]`` is the noise of step k, ``(batch, *noise)``."""
 
     def __getitem__(self, k: int, /) -> Tensor: ...
-
-
-def one_step(
-    chain: Chain, k: int, x: Tensor, xi: Tensor, shift: ShiftFunction | None, condition: Any
-) -> tuple[Tensor, Tensor | None]:
-    """``x_{k+1}`` and the shift ``c_k`` that was used (None for the reference)."""
-    mean, scale = chain.kernel(k, x, condition)
-    c = None if shift is None else shift(k, x, condition)
-    z = xi if c is None else xi + c
-    if scale.ndim < 3:
-        return torch.addcmul(mean, scale, z), c
-    return mean + apply_scale(scale, z, chain.event_ndim), c
 
 
 def integrate(
@@ -99,13 +70,9 @@ def integrate(
     condition: Any = None,
     running_cost: RunningCost | None = None,
     keep: str = "all",
-    first: int = 0,
-    last: int | None = None,
-    replay: Callable[[], Paths] | None = None,
+    steps: range | None = None,
 ) -> Paths:
-    """Run steps ``first .. last-1`` of a chain from states x ``(batch, *event)``.
-
-    Where the chain has backward kernels, the running cost has -1 times the functional of the path that they make (``backward.py``, alpha = 1).
+    """Run a chain from states x ``(batch, *event)``, all its steps or the given ones (consecutive).
 
     The graph is kept if gradients are enabled and something requires them. Log-ratios are reduced after the loop from
     what it stored; finiteness is checked afterwards and located from the stored states.
@@ -113,70 +80,57 @@ def integrate(
     Raises:
         NonFiniteError: naming the quantity, the step and the number of rows.
     """
-    last = chain.steps if last is None else last
-    everything = keep == "all"
-    begin, states = x, [x] if keep != "end" else None
-    noises: list[Tensor] = []
-    shifts: list[Tensor] = []
-    cost: Tensor | None = None
-    backward, back_draws, back_shifts = chain.backward, [], []
-    if backward and shift is not None:
-        shift = remembered(shift)
-    sums = None if everything or shift is None else _Sums()
+    steps = range(chain.steps) if steps is None else steps
+    everything, law, begin = keep == "all", chain.reverse, x
+    record = Record(states=[x] if keep != "end" else None)
+    if everything:
+        record.noises, record.shifts, record.costs = [], [], [] if running_cost is not None else None
+        if law is not None:
+            record.back_draws, record.back_shifts = [], []
+    zero = chain.times.new_zeros(x.shape[0])
+    totals, reverse = Totals(zero), zero
+    sums = None if everything or shift is None else _Sums(chain, condition)
+    shift = once_a_step(shift) if law is not None and shift is not None else shift
     # a cost that takes all states in one call waits for them
     along = getattr(running_cost, "along", None) if everything else None
     with remembering():
-        for k in range(first, last):
-            xi = noise[k]
+        for k in steps:
+            xi, before = noise[k], x
             if running_cost is not None and along is None and chain.clock[k] >= 0:
                 here = running_cost(x, chain.times[k], condition)
-                cost = here * chain.step_sizes[k] if cost is None else torch.add(cost, here, alpha=chain.step_sizes[k])
-            before = x
-            x, c = one_step(chain, k, x, xi, shift, condition)
-            if backward:
-                back, b = look_back(chain, k, before, x, shift, condition)
-                gained = log_reversal(chain, before, x, xi if c is None else xi + c, back, b)
-                cost = -gained if cost is None else cost - gained
+                totals.running_cost = torch.add(totals.running_cost, here, alpha=chain.step_sizes[k])
+                if record.costs is not None:
+                    record.costs.append(here)
+            c = None if shift is None else shift(k, x, condition)
+            x = chain.step(k, x, xi, c, condition)
+            if law is not None:
+                back, b = law.draw(k, before, x, condition), None
+                if shift is not None and law.controlled:
+                    b = law.shift(k, x, shift, condition)
+                reverse = reverse + law.log_step(before, x, xi if c is None else xi + c, back, b)
                 if everything:
-                    back_draws.append(back)
-                    back_shifts.append(torch.zeros_like(back) if b is None else b)
-            if states is not None:
-                states.append(x)
+                    record.back_draws.append(back)
+                    record.back_shifts.append(torch.zeros_like(back) if b is None else b)
+            if record.states is not None:
+                record.states.append(x)
             if everything:
-                noises.append(xi)
-                if c is not None:
-                    shifts.append(c)
+                record.noises.append(xi)
+                record.shifts.append(xi.new_zeros(()).expand_as(xi) if c is None else c)
             elif sums is not None and c is not None:
-                sums.add(c, xi)
-    if along is not None and states is not None and last > (begun := max(first, chain.start)):
-        values = along(torch.stack(states[begun - first : -1]), chain.times[begun:last])
-        spent = (values * values.new_tensor(chain.step_sizes[begun:last]).unsqueeze(1)).sum(0)
-        cost = spent if cost is None else cost + spent
-    if everything and shift is None:
-        zero = x.new_zeros(()).expand(x.shape[0], *chain.noise_shape)
-        shifts = [zero] * (last - first)
-    if cost is None:
-        cost = x.new_zeros(x.shape[0])
-    paths = Paths(
-        chain,
-        first=first,
-        last=last,
-        end=x,
-        running_cost=cost,
-        condition=condition,
-        states=states,
-        noises=noises if everything else None,
-        shifts=shifts if everything else None,
-        sums=None if everything else (_Sums() if sums is None else sums).result(x),
-        replay=replay,
-        backward_draws=back_draws if backward and everything else None,
-        backward_shifts=back_shifts if backward and everything else None,
-    )
-    if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(cost).all()):
-        if states is None:  # the same steps again with the states kept: raises, with the step's name
+                sums.add(k, before, xi, c, x)
+    if along is not None and record.states is not None and (begun := max(steps.start, chain.start)) < steps.stop:
+        record.costs = along(torch.stack(record.states[begun - steps.start : -1]), chain.times[begun : steps.stop])
+        h = record.costs.new_tensor(chain.step_sizes[begun : steps.stop]).unsqueeze(1)
+        totals.running_cost = (record.costs * h).sum(0)
+    if not everything:
+        totals.log_ratio, totals.kl = (zero, zero) if sums is None else sums.result(zero)
+    paths = Paths(chain, steps.start, steps.stop, x, condition, totals, record)
+    totals.log_reverse = None if law is None else reverse
+    if not bool(torch.isfinite(x).all()) or not bool(torch.isfinite(totals.running_cost - reverse).all()):
+        if record.states is None:  # the same steps again with the states kept: raises, with the step's name
             with torch.no_grad():
                 options: dict[str, Any] = {"condition": condition, "running_cost": running_cost}
-                integrate(chain, begin, noise, shift, keep="states", first=first, last=last, **options)
+                integrate(chain, begin, noise, shift, keep="states", steps=steps, **options)
         raise explain_nonfinite(paths, shift, running_cost)
     if sums is not None:
         check_likelihood(paths.kl(), chain)
@@ -197,7 +151,7 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
     """Find where a path stopped being finite, and what did it."""
     with torch.no_grad(), remembering():
         chain = paths.chain
-        states = paths._states
+        states = paths.record.states
         if states is None:
             return _nonfinite("state", None, nonfinite_rows(paths.end), chain)
         if rows := nonfinite_rows(states[0]):
@@ -210,13 +164,10 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
                     return _nonfinite("running cost", k, rows, chain)
             if bool(torch.isfinite(states[j + 1]).all()):
                 continue
-            mean, scale = chain.kernel(k, x, paths.condition)
-            if rows := nonfinite_rows(mean):
-                large = float(x.abs().max())
-                return _nonfinite("drift", k, rows, chain, f" (largest |x| there: {large:.3g})")
-            if not bool(torch.isfinite(scale).all()):
-                rows = nonfinite_rows(scale) if scale.ndim and scale.shape[0] == x.shape[0] else x.shape[0]
-                return _nonfinite("diffusion", k, rows, chain)
+            for what, value in chain.blame(k, x, paths.condition):
+                if not bool(torch.isfinite(value).all()):
+                    rows = nonfinite_rows(value) if value.ndim and value.shape[0] == x.shape[0] else x.shape[0]
+                    return _nonfinite(what, k, rows, chain, f" (largest |x| there: {float(x.abs().max()):.3g})")
             if shift is not None and (rows := nonfinite_rows(shift(k, x, paths.condition))):
                 return _nonfinite("control", k, rows, chain)
             return _nonfinite("state", k, nonfinite_rows(states[j + 1]), chain)
@@ -234,7 +185,7 @@ def _nonfinite(what: str, step: int | None, rows: int, chain: Chain, more: str =
         "control": "Check the control there (a smaller learning rate, if it was being trained).",
         "running cost": "Check the running cost there.",
         "state": "Use more time steps, or check drift and diffusion.",
-    }[what]
+    }.get(what, f"Check the {what} there.")
     return NonFiniteError(
         f"{what} is not finite{where}, in {rows} row{'s' if rows != 1 else ''}{more}. {remedy}",
         what=what,

@@ -2,97 +2,199 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.shifts import shifts_along
-from ..tensors import event_sum
+from ..chains.shifts import shift_function, shifts_along
 
-__all__ = ["Paths"]
+__all__ = ["Paths", "Record", "StepLaws", "Target", "Totals", "sum_steps"]
 
 
+class Target(Protocol):
+    """What weights are towards: the part of a problem that paths know."""
+
+    alpha: float
+
+    def reward(self, x: Tensor, condition: Any = None) -> Tensor: ...
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]: ...
+
+
+def sum_steps(x: Tensor) -> Tensor:
+    """Sum over the first dimension, in an order that does not depend on the size of the others: torch sums the last few
+    columns in another order than the rest, so their number is made a multiple of 64."""
+    flat = x.flatten(1)
+    count = flat.shape[1]
+    if count % 64:
+        flat = torch.nn.functional.pad(flat, (0, -count % 64))
+    return flat.sum(0)[:count].unflatten(0, x.shape[1:])
+
+
+@dataclass
+class Record:
+    """What was kept of the steps: a list with an entry a step (of states one more), or the whole as one tensor; None where it was not kept.
+
+    Attributes:
+        states, noises, shifts: ``x_k``, ``xi_k``, ``c_k``.
+        costs: ``f(x_k, t_k)`` of the steps from time 0, where there is a running cost.
+        back_draws, back_shifts: of a reverse law, ``(x_k - mean'_k(x_{k+1}))/scale_k`` and ``b_k``.
+    """
+
+    states: Any = None
+    noises: Any = None
+    shifts: Any = None
+    costs: Any = None
+    back_draws: Any = None
+    back_shifts: Any = None
+
+
+@dataclass
+class Totals:
+    """Sums over the steps of each path, ``(batch,)``.
+
+    Attributes:
+        running_cost: ``sum_k h_k f(x_k, t_k)``.
+        log_reverse: of a reverse law, the logarithm of the target's part (``chains/reverse.py``), of the law that drew the paths; else None.
+        log_ratio, kl: of the law that drew the paths; None where noises and shifts were kept.
+    """
+
+    running_cost: Tensor
+    log_reverse: Tensor | None = None
+    log_ratio: Tensor | None = None
+    kl: Tensor | None = None
+
+    def rows(self, index: Any) -> Totals:
+        some: Any = {name: None if part is None else part[index] for name, part in vars(self).items()}
+        return Totals(**some)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Totals]) -> Totals:
+        """Those of several batches of paths."""
+        cat: Any = lambda values: None if values[0] is None else torch.cat(values)  # noqa: E731
+        return cls(**{name: cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass(frozen=True)
+class StepLaws:
+    """A control at the states of stored paths, at all steps or some: all that a path loss is made of, each ``(steps, batch)``, with its graph.
+
+    Attributes:
+        shifts: ``(steps, batch, *noise)``.
+    """
+
+    paths: Paths
+    steps: Sequence[int] | None
+    shifts: Tensor
+    back_shifts: Tensor | None = None
+
+    def _of(self, whole: Tensor) -> Tensor:
+        return whole if self.steps is None else whole[[k - self.paths.first for k in self.steps]]
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)``."""
+        return self.paths.chain.log_ratio(self.shifts, self._of(self.paths.draws))
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """``KL(p^u(. | x_k) || p0(. | x_k))``."""
+        paths = self.paths
+        steps = range(paths.first, paths.last) if self.steps is None else self.steps
+        return paths.chain.kl(self.shifts, self._of(paths.states[:-1]), steps, paths.condition)
+
+    @cached_property
+    def log_reverse(self) -> Tensor | None:
+        """``log B^u_k/B^0_k``, the control's part in the target; None where it has none."""
+        law = self.paths.chain.reverse
+        if law is None or self.back_shifts is None:
+            return None
+        return law.log_control(self._of(self.paths.back_draws), self.back_shifts)
+
+    def less_reverse(self, values: Tensor) -> Tensor:
+        """``values`` less the control's part in the target: of ``log_ratio``, all of ``-log w`` that the control enters."""
+        return values if self.log_reverse is None else values - self.log_reverse
+
+
+@dataclass(eq=False)
 class Paths:
     """Simulated paths of a chain, with exact likelihood ratios against the reference.
 
     Attributes:
+        chain: the chain that was simulated. first, last: its steps ``first .. last-1``.
+        end: ``(batch, *event)``, the last states (before ``decode``).
+        condition: what the paths were conditioned on, or None.
         times: ``(K+1,)``; with a controlled start they begin at -1.
         states: ``(K+1, batch, *event)``.
-        noises: ``(K, batch, *noise)``, the ``xi_k``.
-        shifts: ``(K, batch, *noise)``, the ``c_k`` of the control that drew the paths.
+        noises, shifts: ``(K, batch, *noise)``, the ``xi_k``, and the ``c_k`` of the control that drew the paths.
+        draws: ``(K, batch, *noise)``, that of which log-ratios are functions (``xi_k + c_k`` of Gaussian kernels).
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
-            On a chain with backward kernels: less the functional of the path that they make (``backward.py``).
-        backward_draws, backward_shifts: there, ``(K, batch, *noise)``: ``(x_k - mean'_k(x_{k+1}))/scale_k`` of the kernels without control, and ``b_k``.
-        condition: what the paths were conditioned on, or None.
-        end: ``(batch, *event)``, the last states (before ``decode``).
-        chain: the chain that was simulated.
 
-    What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for.
+    What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need to know the target's
+    problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        *,
-        first: int,
-        last: int,
-        end: Tensor,
-        running_cost: Tensor,
-        condition: Any,
-        states: list[Tensor] | None,
-        noises: list[Tensor] | None,
-        shifts: list[Tensor] | None,
-        sums: tuple[Tensor, Tensor] | None,
-        replay: Callable[[], Paths] | None,
-        backward_draws: list[Tensor] | None = None,
-        backward_shifts: list[Tensor] | None = None,
-    ) -> None:
-        self._backward_draws, self._backward_shifts = backward_draws, backward_shifts
-        self.chain, self.first, self.last, self.end = chain, first, last, end
-        self.running_cost, self.condition = running_cost, condition
-        self._states, self._noises, self._shifts = states, noises, shifts
-        self._sums, self._replay = sums, replay
-        self._whole: Paths | None = None
+    chain: Chain
+    first: int
+    last: int
+    end: Tensor
+    condition: Any
+    totals: Totals
+    record: Record = field(default_factory=Record)
+    replay: Callable[[], Paths] | None = None
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
         self._stacks: dict[str, Tensor] = {}
+        self._reward: Tensor | None = None
 
     @classmethod
-    def of_states(cls, chain: Chain, states: Tensor) -> Paths:
-        """Paths of which only the states ``(K+1, batch, *event)`` are known: drawn from bridges, say, step by step."""
-        cost = states.new_zeros(states.shape[1])
-        return cls(
-            chain,
-            first=0,
-            last=chain.steps,
-            end=states[-1],
-            running_cost=cost,
-            condition=None,
-            states=list(states),
-            noises=None,
-            shifts=None,
-            sums=None,
-            replay=None,
-        )
+    def of_states(cls, chain: Chain, states: Tensor, draws: Tensor | None = None) -> Paths:
+        """Paths of which only the states ``(K+1, batch, *event)`` are known (drawn from bridges, say, step by step), and the draws that make them
+        under the reference, if these are."""
+        record = Record(states)
+        if draws is not None:
+            record = Record(states, draws, torch.zeros_like(draws))
+            if chain.reverse is not None:
+                pairs = enumerate(pairwise(states))
+                record.back_draws = [chain.reverse.draw(k, x, after) for k, (x, after) in pairs]
+        cost = chain.times.new_zeros(states.shape[1])
+        return cls(chain, 0, chain.steps, states[-1], None, Totals(cost), record)
 
     def __repr__(self) -> str:
-        kept = "all" if self._noises is not None else "states" if self._states is not None else "end"
-        return (
-            f"Paths({self.last - self.first} steps, batch={self.end.shape[0]}, "
-            f"event={tuple(self.chain.event_shape)}, kept={kept!r})"
-        )
+        kept = "all" if self.record.noises is not None else "states" if self.record.states is not None else "end"
+        return f"Paths({self.steps} steps, batch={len(self)}, event={tuple(self.chain.event_shape)}, kept={kept!r})"
 
-    def _stacked(self, name: str) -> Tensor:
+    def __len__(self) -> int:
+        return self.end.shape[0]
+
+    @property
+    def steps(self) -> int:
+        return self.last - self.first
+
+    # ---------------------------------------------------------------- what was kept
+
+    @cached_property
+    def _whole(self) -> Paths:
+        assert self.replay is not None
+        return self.replay()
+
+    def recorded(self, name: str) -> Tensor:
+        """What :class:`Record` has under this name, as one tensor."""
         if name not in self._stacks:
-            parts = getattr(self, "_" + name)
+            parts = getattr(self.record, name)
             if parts is None:
-                if self._replay is None:
+                if self.replay is None:
                     raise RuntimeError(f"these paths did not keep their {name}; simulate with keep='all'.")
-                if self._whole is None:
-                    self._whole = self._replay()
-                return self._whole._stacked(name)
-            self._stacks[name] = torch.stack(parts)
+                return self._whole.recorded(name)
+            self._stacks[name] = parts if isinstance(parts, Tensor) else torch.stack(parts)
         return self._stacks[name]
 
     @property
@@ -101,23 +203,27 @@ class Paths:
 
     @property
     def states(self) -> Tensor:
-        return self._stacked("states")
+        return self.recorded("states")
 
     @property
     def noises(self) -> Tensor:
-        return self._stacked("noises")
+        return self.recorded("noises")
 
     @property
     def shifts(self) -> Tensor:
-        return self._stacked("shifts")
+        return self.recorded("shifts")
 
     @property
-    def backward_draws(self) -> Tensor:
-        return self._stacked("backward_draws")
+    def back_draws(self) -> Tensor:
+        return self.recorded("back_draws")
+
+    @cached_property
+    def draws(self) -> Tensor:
+        return self.chain.draws(self.noises, self.shifts, self.states[1:])
 
     @property
-    def backward_shifts(self) -> Tensor:
-        return self._stacked("backward_shifts")
+    def running_cost(self) -> Tensor:
+        return self.totals.running_cost
 
     @property
     def samples(self) -> Tensor:
@@ -130,37 +236,126 @@ class Paths:
         start = max(self.chain.start, self.first)
         return torch.stack([self.chain.control(k, self.shifts[k - self.first]) for k in range(start, self.last)])
 
+    def rows(self, index: Any) -> Paths:
+        """Some of the paths."""
+        kept = {name: self.recorded(name)[:, index] for name, parts in vars(self.record).items() if parts is not None}
+        y = None if self.condition is None else self.condition[index]
+        some = Paths(
+            self.chain,
+            self.first,
+            self.last,
+            self.end[index],
+            y,
+            self.totals.rows(index),
+            Record(**kept),
+            None,
+            self.target,
+        )
+        some._reward = None if self._reward is None else self._reward[index]
+        return some
+
+    # ---------------------------------------------------------------- the reference's law, and any control's
+
+    def under(self, control: Any = None, steps: Sequence[int] | None = None) -> StepLaws:
+        """A control at these states: its step laws, with their graph. All steps in one call of the control; or the given ones.
+
+        Args:
+            control: None for the control that drew the paths.
+        """
+        chain, law = self.chain, self.chain.reverse
+        if control is None:
+            back = self.recorded("back_shifts") if law is not None and law.controlled else None
+            every = StepLaws(self, None, self.shifts, back)
+            return (
+                every
+                if steps is None
+                else StepLaws(self, steps, every._of(self.shifts), back if back is None else every._of(back))
+            )
+        law = law if law is not None and law.controlled else None
+        x, y, b = self.states, self.condition, None
+        if steps is None:
+            c = shifts_along(chain, control, x[:-1], y, self.first)
+            if law is not None:
+                b = law.shifts(c, shift_function(chain, control)(chain.steps - 1, x[-1], y))
+        else:
+            shift = shift_function(chain, control)
+            c = torch.stack([shift(k, x[k - self.first], y) for k in steps])
+            if law is not None:
+                b = torch.stack([law.shift(k, x[k + 1 - self.first], shift, y) for k in steps])
+        return StepLaws(self, steps, c, b)
+
+    @cached_property
+    def _own(self) -> StepLaws:
+        return self.under()
+
     def log_ratio(self, control: Any = None, per_step: bool = False) -> Tensor:
         """``log dP^u/dQ0`` on these paths, ``(batch,)``, or step by step ``(K, batch)``.
 
-        Exact at every step size: ``sum_k c_k.xi_k + |c_k|^2/2`` for the control that drew them, and
-        ``sum_k c^u_k.(c_k + xi_k) - |c^u_k|^2/2`` for another control u at the same states.
+        Exact at every step size, for the control that drew them and for any other at the same states.
 
         Args:
             control: None for the control that drew the paths; else any control ``(x, t) -> u``.
         """
-        n = len(self.chain.noise_shape)
-        if control is None:
-            if self._shifts is None and self._noises is None and self._sums is not None and not per_step:
-                return self._sums[0] + self._sums[1]
-            c, xi = self.shifts, self.noises
-            steps = event_sum(c * (xi + 0.5 * c), n)
-        else:
-            c = shifts_along(self.chain, control, self.states[:-1], self.condition, self.first)
-            steps = event_sum(c * (self.noises + self.shifts - 0.5 * c), n)
-        return steps if per_step else steps.sum(0)
+        if control is None and not per_step and self.totals.log_ratio is not None:
+            return self.totals.log_ratio
+        steps = (self._own if control is None else self.under(control)).log_ratio
+        return steps if per_step else sum_steps(steps)
 
     def kl(self, per_step: bool = False) -> Tensor:
-        """``sum_k |c_k|^2/2`` of each path, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``, with less
+        """``sum_k KL(p^u || p0)`` of each path's steps, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``, with less
         variance than the mean of :meth:`log_ratio`."""
-        if self._shifts is None and self._sums is not None and not per_step:
-            return self._sums[1]
-        if (known := self._stacks.get("kl")) is not None and not per_step:
-            return known
-        steps = event_sum(0.5 * self.shifts**2, len(self.chain.noise_shape))
-        if per_step:
-            return steps
-        whole = steps.sum(0)
-        if not whole.requires_grad:
-            self._stacks["kl"] = whole
-        return whole
+        if not per_step and self.totals.kl is not None:
+            return self.totals.kl
+        return self._own.kl if per_step else sum_steps(self._own.kl)
+
+    # ---------------------------------------------------------------- the target's law
+
+    def towards(self, target: Target, reward: Tensor | None = None) -> Paths:
+        """Say which problem weights are towards, and the rewards ``(batch,)`` where they are known."""
+        self.target, self._reward = target, reward
+        return self
+
+    @property
+    def alpha(self) -> float:
+        """The target's temperature."""
+        if self.target is None:
+            raise RuntimeError("these paths do not know a problem: say paths.towards(problem) first.")
+        return self.target.alpha
+
+    @property
+    def reward(self) -> Tensor:
+        """``r`` at the decoded ends, ``(batch,)``, without a graph unless it was given with one."""
+        if self._reward is None:
+            assert self.alpha and self.target is not None
+            with torch.no_grad(), self.target.evaluating():
+                self._reward = self.target.reward(self.samples, self.condition)
+        return self._reward
+
+    @property
+    def cost(self) -> Tensor:
+        """What the target takes from a path's reward, ``(batch,)``: the running cost; with a reverse law less alpha times its logarithm."""
+        reverse = self.totals.log_reverse
+        return self.running_cost if reverse is None else self.running_cost - self.alpha * reverse
+
+    def log_target(self) -> Tensor:
+        """Of every step, the logarithm of the target's law over the reference's without a control, ``(K, batch)``: ``-h_k f_k/alpha``, or the reverse law's."""
+        law, gained = self.chain.reverse, self.chain.times.new_zeros(self.steps, len(self))
+        if self.record.costs is not None:
+            f = self.recorded("costs")
+            h = f.new_tensor(self.chain.step_sizes[self.last - len(f) : self.last]).unsqueeze(1)
+            gained = torch.cat((gained[: self.steps - len(f)], f * h * (-1 / self.alpha)))
+        if law is not None:
+            gained = gained + law.log_step(self.states[:-1], self.states[1:], self.draws, self.back_draws, None)
+        return gained
+
+    def log_weights(self, control: Any = None) -> Tensor:
+        """``R/alpha - log dP^u/dQ0``, ``(batch,)``: log importance weights towards the exact law; ``mean(exp(log_w))`` is Z without bias at every step size.
+
+        Args:
+            control: None for the control that drew the paths; else any, at the same states (with its graph).
+        """
+        if control is None:
+            return (self.reward - self.cost) / self.alpha - self.log_ratio()
+        laws = self.under(control)
+        total = self.reward / self.alpha + sum_steps(self.log_target())
+        return total - sum_steps(laws.less_reverse(laws.log_ratio))

@@ -19,7 +19,7 @@ clock on a grid that is not uniform.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -29,7 +29,6 @@ import torchsde
 from torch import Tensor
 from torchsde._core import base_sde, methods
 
-from ..chains.base import Chain
 from ..errors import NoLikelihood, NonFiniteError
 from ..randomness import derive_seed, global_rng
 from ..tensors import nonfinite_rows
@@ -58,7 +57,7 @@ class Solver:
     """What one of torchsde's solvers can do.
 
     Attributes:
-        method: torchsde's name.
+        scheme: its name here; method: torchsde's.
         ito: whether it solves Ito equations; else Stratonovich ones, with the correction of the drift.
         kinds: kinds of noise (``equations.noise_kind``) that it is given: "milstein" and "srk" would silently fall back to
             order 1/2 for others. Stratonovich solvers have order 1/2 for "general" noise, 1 for the others.
@@ -67,22 +66,27 @@ class Solver:
         area: whether it needs the space-time integrals of the noise.
     """
 
-    method: str
+    scheme: str
     ito: bool
     kinds: tuple[str, ...]
     adaptive: tuple[str, ...]
     area: bool = False
 
+    @property
+    def method(self) -> str:
+        return self.scheme.replace("-", "_")
+
 
 _COMMUTATIVE = ("additive", "diagonal", "scalar")
-SOLVERS = {
-    "milstein": Solver("milstein", True, _COMMUTATIVE, _COMMUTATIVE),
-    "srk": Solver("srk", True, _COMMUTATIVE, _COMMUTATIVE, area=True),
-    "heun": Solver("heun", False, _KINDS, _COMMUTATIVE),
-    "midpoint": Solver("midpoint", False, _KINDS, _COMMUTATIVE),
-    "euler-heun": Solver("euler_heun", False, _KINDS, _COMMUTATIVE),
-    "reversible-heun": Solver("reversible_heun", False, _KINDS, ("additive",)),
-}
+_ALL = (
+    Solver("milstein", True, _COMMUTATIVE, _COMMUTATIVE),
+    Solver("srk", True, _COMMUTATIVE, _COMMUTATIVE, area=True),
+    Solver("heun", False, _KINDS, _COMMUTATIVE),
+    Solver("midpoint", False, _KINDS, _COMMUTATIVE),
+    Solver("euler-heun", False, _KINDS, _COMMUTATIVE),
+    Solver("reversible-heun", False, _KINDS, ("additive",)),
+)
+SOLVERS = {solver.scheme: solver for solver in _ALL}
 
 
 def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequence[float]) -> tuple[Any, list[Tensor]]:
@@ -101,6 +105,7 @@ def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequen
     return made, [torch.tensor(t, dtype=torch.float64) for t in clock]
 
 
+@dataclass(eq=False, repr=False)
 class SolvedPaths(Paths):
     """Paths of a solver without Gaussian kernels: those of :class:`Paths`, less everything that needs likelihoods, which
     raises :class:`NoLikelihood`.
@@ -112,36 +117,11 @@ class SolvedPaths(Paths):
         scheme: the solver's name.
     """
 
-    def __init__(
-        self,
-        scheme: str,
-        chain: Chain,
-        *,
-        first: int,
-        end: Tensor,
-        running_cost: Tensor,
-        condition: Any,
-        states: list[Tensor] | None,
-        replay: Callable[[], Paths] | None = None,
-    ) -> None:
-        super().__init__(
-            chain,
-            first=first,
-            last=chain.steps,
-            end=end,
-            running_cost=running_cost,
-            condition=condition,
-            states=states,
-            noises=None,
-            shifts=None,
-            sums=None,
-            replay=replay,
-        )
-        self.scheme = scheme
+    scheme: str = ""
 
     def __repr__(self) -> str:
         return (
-            f"SolvedPaths({self.scheme!r}, {self.last - self.first} steps, batch={self.end.shape[0]}, "
+            f"SolvedPaths({self.scheme!r}, {self.steps} steps, batch={len(self)}, "
             f"event={tuple(self.chain.event_shape)})"
         )
 
@@ -192,7 +172,6 @@ def check_solver(scheme: str, kind: NoiseKind, adaptive: bool) -> Solver:
 
 
 def solve_on_grid(
-    scheme: str,
     solver: Solver,
     equation: ControlledSDE,
     clock: Sequence[float],
@@ -224,8 +203,10 @@ def solve_on_grid(
         cost.add(state, times[k + 1])
     if not bool(torch.isfinite(y).all()) or not bool(torch.isfinite(cost.total).all()):
         if keep_states:
-            raise explain(scheme, equation, clock, states, running_cost, first)
-        raise NonFiniteError(f"state is not finite with scheme={scheme!r}.", what="state", rows=nonfinite_rows(y))
+            raise explain(solver.scheme, equation, clock, states, running_cost, first)
+        raise NonFiniteError(
+            f"state is not finite with scheme={solver.scheme!r}.", what="state", rows=nonfinite_rows(y)
+        )
     return states, cost.total
 
 
@@ -280,13 +261,11 @@ def explain(
 
 
 def solve_adaptively(
-    scheme: str,
     solver: Solver,
     equation: ControlledSDE,
     clock: Sequence[float],
     x: Tensor,
     seed: int,
-    width: int,
     tolerance: float,
     running_cost: RunningCost | None,
 ) -> tuple[list[Tensor], Tensor]:
@@ -301,7 +280,7 @@ def solve_adaptively(
     bm = torchsde.BrownianInterval(
         t0=clock[0],
         t1=clock[-1],
-        size=(x.shape[0], width),
+        size=(x.shape[0], equation.sde.control_shape.numel()),
         dtype=x.dtype,
         device=x.device,
         entropy=derive_seed(seed, _PLACE_TREE) % 2**31,
@@ -337,14 +316,14 @@ def solve_adaptively(
                 )  # type: ignore[misc]
         except AssertionError as error:
             raise NonFiniteError(
-                f"state is not finite at step {k} of {len(clock) - 1} (t = {s:.4g}) of adaptive scheme={scheme!r}. Check the "
+                f"state is not finite at step {k} of {len(clock) - 1} (t = {s:.4g}) of adaptive scheme={solver.scheme!r}. Check the "
                 "drift and the diffusion there.",
                 what="state",
                 step=k,
             ) from error
         except UserWarning as error:
             raise RuntimeError(
-                f"tolerance={tolerance:g} asks for steps below 1e-6 of the horizon after t = {s:.4g} with scheme={scheme!r}; "
+                f"tolerance={tolerance:g} asks for steps below 1e-6 of the horizon after t = {s:.4g} with scheme={solver.scheme!r}; "
                 "use a larger tolerance, or a fixed grid."
             ) from error
         y = ys[-1]
@@ -352,7 +331,7 @@ def solve_adaptively(
         cost.add(states[-1], torch.tensor(t, dtype=torch.float64))
     _break_cycle(bm)
     if not bool(torch.isfinite(y).all()):
-        raise explain(scheme, equation, clock, states, running_cost)
+        raise explain(solver.scheme, equation, clock, states, running_cost)
     return states, cost.total
 
 

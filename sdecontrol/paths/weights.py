@@ -9,7 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Weights", "self_normalised", "warn_where_few"]
+__all__ = [
+    "Weights",
+    "leave_one_out",
+    "self_normalised",
+    "warn_where_few",
+]
 
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
 _BISECTIONS = 40
@@ -79,3 +84,11 @@ def warn_where_few(name: str, ess: float, count: int, remedy: str) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def leave_one_out(values: Tensor, group_size: int | None = None) -> Tensor:
+    """``values`` ``(..., batch)`` less the mean of the others of their group (consecutive; None: of all): a baseline that does
+    not depend on the path itself, so that score-function gradients stay unbiased."""
+    size = values.shape[-1] if group_size is None else group_size
+    v = values.unflatten(-1, (-1, size))
+    return ((v - v.mean(-1, keepdim=True)) * (size / (size - 1))).flatten(-2)

@@ -166,7 +166,7 @@ class GibbsProblem(ControlProblem):
 
     def _choose_start(self, start: str | None) -> str:
         # backward kernels lead back to the start, so that tilting the end is all there is to do
-        return "memoryless" if self.backward else super()._choose_start(start)
+        return "memoryless" if self.reference.reverse_target else super()._choose_start(start)
 
     def _probe_reward(self, x: Tensor, y: Any) -> bool:
         return self.density.differentiable  # probed when it was made, at states of its own scale

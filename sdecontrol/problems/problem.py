@@ -17,7 +17,6 @@ from ..chains.build import chain_of, make_grid
 from ..chains.pretrained import DiffusionChain
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..errors import NonFiniteError, unknown_name
-from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
 from ..processes.sde import MEMORYLESS, SDE, check_memoryless, positional_count
@@ -228,11 +227,6 @@ class ControlProblem:
     @property
     def control_shape(self) -> torch.Size:
         return self.reference.control_shape
-
-    @property
-    def backward(self) -> bool:
-        """Whether the target is made of backward kernels (annealed Langevin), not of the reference's own."""
-        return isinstance(self.reference, AnnealedLangevin)
 
     @property
     def horizon(self) -> float:

@@ -15,50 +15,39 @@ from ..paths.brownian import GridBrownian
 from ..paths.equations import ControlledSDE, noise_kind
 from ..paths.flow import LogLikelihood, flow_log_likelihood, require_generative, solve_flow
 from ..paths.integrator import integrate
-from ..paths.solvers import SolvedPaths, Solver, check_solver, solve_adaptively, solve_on_grid
+from ..paths.paths import Record, Totals
+from ..paths.solvers import SolvedPaths, check_solver, solve_adaptively, solve_on_grid
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
-from ..randomness import SeededNoise, SuppliedNoise, derive_seed
-from ..tensors import as_float, check_tensor
+from ..tensors import as_float
+from .launch import Launch
 from .problem import ControlProblem
 
 __all__ = ["log_likelihood", "simulate_solver"]
 
-_PLACE_AREA = 8
-
 
 def simulate_solver(
-    problem: ControlProblem,
-    chain: Chain,
-    scheme: str,
-    control: Any,
-    seed: int,
-    start: tuple[Tensor, Any],
-    *,
-    keep: str = "all",
-    noise: Any = None,
-    antithetic: bool = False,
-    step: int = 0,
-    resumed: bool = False,
-    tolerance: float | None = None,
+    problem: ControlProblem, chain: Chain, scheme: str, num_paths: int, control: Any, seed: int, launch: Launch
 ) -> SolvedPaths:
-    """:func:`simulate` with a scheme that is no chain; ``chain`` is the Euler chain of the same grid, ``start`` its states
-    and conditions at step ``step``."""
+    """:func:`simulate` with a scheme that is no chain; ``chain`` is the Euler chain of the same grid."""
+    step, resumed, tolerance = launch.step, launch.state is not None, launch.tolerance
     tolerance = None if tolerance is None else as_float("tolerance", tolerance, positive=True)
-    if (tolerance is not None or scheme == "probability-flow") and (noise is not None or antithetic or resumed):
+    if (tolerance is not None or scheme == "probability-flow") and (
+        launch.noise is not None or launch.antithetic or resumed
+    ):
         why = "adaptive steps" if scheme != "probability-flow" else "scheme='probability-flow'"
         raise ValueError(f"noise, antithetic, state and step do not go with {why}.")
     if resumed and step and scheme == "reversible-heun":
         raise ValueError("step: reversible-heun carries more than the state from step to step and cannot be resumed.")
+    x, condition = launch.begin(problem, chain, num_paths, control, seed)
     if scheme == "probability-flow":
-        return _flow(problem, chain, control, seed, start, keep, tolerance)
+        return _flow(problem, chain, control, seed, (x, condition), launch.keep, tolerance)
     sde = problem.reference
     assert isinstance(sde, SDE)
-    x, condition = start
     kind = noise_kind(sde, x, chain.times[-1] * 0.5)
     solver = check_solver(scheme, kind, tolerance is not None)
-    noises, areas = _sources(chain, solver, seed, x.shape[0], noise, antithetic)
+    noises, *areas = launch.sources(chain, num_paths, seed, 2 if solver.area else 1)
     equation = ControlledSDE(
         sde,
         kind,
@@ -70,64 +59,37 @@ def simulate_solver(
 
     def run(keep_states: bool) -> SolvedPaths:
         with torch.no_grad(), problem.evaluating():
-            states = _stretch(chain, x, noises, control, condition, step)
+            states = _learned_start(chain, x, noises, control, condition, step)
             first, clock = max(step - chain.start, 0), chain.clock[chain.start :]
-            width = sde.control_shape.numel()
             cost = problem.running_cost_or_none
             if tolerance is not None:
-                main, total = solve_adaptively(
-                    scheme, solver, equation, clock, states[-1], seed, width, tolerance, cost
-                )
+                main, total = solve_adaptively(solver, equation, clock, states[-1], seed, tolerance, cost)
             else:
-                bm = GridBrownian(clock, noises, x.shape[0], width, x, area=areas, offset=chain.start)
-                main, total = solve_on_grid(scheme, solver, equation, clock, states[-1], bm, cost, keep_states, first)
+                width, area = sde.control_shape.numel(), areas[0] if areas else None
+                bm = GridBrownian(clock, noises, x.shape[0], width, x, area=area, offset=chain.start)
+                main, total = solve_on_grid(solver, equation, clock, states[-1], bm, cost, keep_states, first)
+        record = Record([*states[:-1], *main] if keep_states else None)
+        replay = None if keep_states else lambda: run(True)
         return SolvedPaths(
-            scheme,
-            chain,
-            first=step,
-            end=main[-1],
-            running_cost=total,
-            condition=condition,
-            states=[*states[:-1], *main] if keep_states else None,
-            replay=None if keep_states else lambda: run(True),
+            chain, step, chain.steps, main[-1], condition, Totals(total), record, replay, problem, scheme=scheme
         )
 
     try:
-        return run(keep != "end")
+        return run(launch.keep != "end")
     except NonFiniteError as error:
         if error.step is None:
             run(True)  # the same paths with their states kept: names the step
         raise
 
 
-def _sources(chain: Chain, solver: Solver, seed: int, batch: int, noise: Any, antithetic: bool) -> tuple[Any, Any]:
-    """The noise of the Euler chain of this seed (or the user's), and that of the space-time integrals."""
-    shape = (chain.steps, batch, *chain.noise_shape)
-    given = noise if isinstance(noise, (tuple, list)) else (noise,)
-    if noise is not None:
-        wanted = 2 if solver.area else 1
-        if antithetic:
-            raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
-        if len(given) != wanted:
-            raise ValueError(
-                f"noise for this scheme must be {'a pair (increments, space-time integrals)' if wanted == 2 else 'one tensor'}."
-            )
-        parts = [SuppliedNoise(check_tensor("noise", part, shape=shape)) for part in given]
-        return parts[0], parts[1] if wanted == 2 else None
-    options: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device, "antithetic": antithetic}
-    make = lambda s: SeededNoise(s, batch, chain.steps, chain.noise_shape, **options)  # noqa: E731
-    return make(seed), make(derive_seed(seed, _PLACE_AREA)) if solver.area else None
-
-
-def _stretch(chain: Chain, x: Tensor, noise: Any, control: Any, condition: Any, step: int) -> list[Tensor]:
-    """States of the stretch before time 0, which is run as the chain it is; [x] where there is none."""
+def _learned_start(chain: Chain, x: Tensor, noise: Any, control: Any, condition: Any, step: int) -> list[Tensor]:
+    """States of the learned start, which is run as the chain it is; [x] where there is none."""
     if step >= chain.start:
         return [x]
     shift = None if control is None else shift_function(chain, control)
-    paths = integrate(
-        chain, x, noise, shift, condition=condition, keep="states", first=step, last=chain.start
-    )  # fmt: skip
-    return list(paths.states)
+    return list(
+        integrate(chain, x, noise, shift, condition=condition, keep="states", steps=range(step, chain.start)).states
+    )
 
 
 def _flow(
@@ -156,15 +118,10 @@ def _flow(
             here = [f(s, t, condition) for s, t in zip(states, main.times)]
             for (a, b), h in zip(pairwise(here), main.step_sizes):
                 cost = cost + 0.5 * h * (a + b)
+    record = Record(None if keep == "end" else states)
+    replay = lambda: _flow(problem, chain, control, seed, start, "all", tolerance)  # noqa: E731
     return SolvedPaths(
-        "probability-flow",
-        main,
-        first=0,
-        end=states[-1],
-        running_cost=cost,
-        condition=condition,
-        states=None if keep == "end" else states,
-        replay=lambda: _flow(problem, chain, control, seed, start, "all", tolerance),
+        main, 0, main.steps, states[-1], condition, Totals(cost), record, replay, problem, scheme="probability-flow"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +11,15 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.build import SAMPLING_SCHEMES
 from ..chains.shifts import shift_function
-from ..errors import unknown_name
 from ..paths.chunks import check_chunk, integrate_in_chunks
-from ..paths.integrator import KEEP, integrate
+from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
-from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
-from ..tensors import check_tensor
+from ..randomness import fresh_seed
+from .launch import Launch
 from .problem import ControlProblem
 from .sampling import simulate_solver
 
-__all__ = ["simulate", "simulate_chain"]
+__all__ = ["roll_out", "simulate", "simulate_chain"]
 
 
 def simulate(
@@ -68,46 +68,21 @@ def simulate(
         raise ValueError(f"num_paths must be an int >= 1, got {num_paths!r}.")
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
+    launch = Launch(keep, condition, noise, antithetic, state, step, tolerance, chunk)
     if scheme in SAMPLING_SCHEMES:
         if chunk is not None:
             raise ValueError(f"chunk: scheme={scheme!r} runs all its paths at once; call it once per chunk of paths.")
         if time_steps is None:
             time_steps = (getattr(control, "settings", None) or {}).get("time_steps")
-        chain, seed = problem.chain(time_steps, "euler"), fresh_seed(seed)
-        return simulate_solver(
-            problem,
-            chain,
-            scheme,
-            control,
-            seed,
-            start_of(problem, chain, num_paths, control, seed, keep, state, step, condition),
-            keep=keep,
-            noise=noise,
-            antithetic=antithetic,
-            step=step,
-            resumed=state is not None,
-            tolerance=tolerance,
-        )
+        chain = problem.chain(time_steps, "euler")
+        return simulate_solver(problem, chain, scheme, num_paths, control, fresh_seed(seed), launch)
     if tolerance is not None:
         raise ValueError(
             f"tolerance: scheme={scheme or 'euler'!r} has fixed steps; use more time_steps, or an adaptive scheme such as "
             "'srk' or 'heun'."
         )
     chain = problem.chain(time_steps, scheme)
-    return simulate_chain(
-        problem,
-        chain,
-        num_paths,
-        control,
-        seed=seed,
-        keep=keep,
-        noise=noise,
-        antithetic=antithetic,
-        state=state,
-        step=step,
-        condition=condition,
-        chunk=chunk,
-    )
+    return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, condition=condition, launch=launch)
 
 
 def simulate_chain(
@@ -118,95 +93,52 @@ def simulate_chain(
     *,
     seed: int | None = None,
     keep: str = "all",
-    noise: Tensor | None = None,
-    antithetic: bool = False,
-    state: Tensor | None = None,
-    step: int = 0,
     condition: Tensor | None = None,
-    grad: bool = False,
-    chunk: int | None = None,
+    launch: Launch | None = None,
 ) -> Paths:
-    """:func:`simulate` on a chain that is already made; with ``grad`` the graph is kept."""
-    if chunk is not None:
-        check_chunk(chunk, keep)
-    seed = fresh_seed(seed)
-    state, condition = start_of(problem, chain, num_paths, control, seed, keep, state, step, condition)
-    if noise is not None:
-        check_tensor("noise", noise, shape=(chain.steps, num_paths, *chain.noise_shape))
-        if antithetic:
-            raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
-        source: Any = SuppliedNoise(noise)
-    else:
-        source = SeededNoise(
-            seed,
-            num_paths,
-            chain.steps,
-            chain.noise_shape,
-            dtype=chain.times.dtype,
-            device=chain.times.device,
-            antithetic=antithetic,
-        )
+    """:func:`simulate` on a chain that is already made, without a graph; ``launch`` says the rest, where there is more to say."""
+    launch, seed = replace(launch or Launch(), keep=keep, condition=condition), fresh_seed(seed)
+    if launch.chunk is not None:
+        check_chunk(launch.chunk, keep)
+    state, condition = launch.begin(problem, chain, num_paths, control, seed)
+    (source,) = launch.sources(chain, num_paths, seed)
+    options: dict[str, Any] = {"condition": condition, "running_cost": problem.running_cost_or_none}
+    options["steps"] = range(launch.step, chain.steps)
 
     def run(keep: str) -> Paths:
         shift = None if control is None else shift_function(chain, control)
-        with torch.set_grad_enabled(grad), problem.evaluating():
-            if chunk is not None and keep == "end":
-                return integrate_in_chunks(
-                    chain,
-                    state,
-                    source,
-                    shift,
-                    chunk,
-                    condition=condition,
-                    running_cost=problem.running_cost_or_none,
-                    first=step,
-                    replay=lambda: run("all"),
-                )
-            return integrate(
-                chain,
-                state,
-                source,
-                shift,
-                condition=condition,
-                running_cost=problem.running_cost_or_none,
-                keep=keep,
-                first=step,
-                replay=(lambda: run("all")) if keep != "all" else None,
-            )
+        with torch.no_grad(), problem.evaluating():
+            if launch.chunk is not None and keep == "end":
+                paths = integrate_in_chunks(chain, state, source, shift, launch.chunk, **options)
+            else:
+                paths = integrate(chain, state, source, shift, keep=keep, **options)
+        paths.replay = (lambda: run("all")) if keep != "all" else None
+        return paths.towards(problem)
 
     return run(keep)
 
 
-def start_of(
+@torch.no_grad()
+def roll_out(
     problem: ControlProblem,
     chain: Chain,
-    num_paths: int,
     control: Any,
-    seed: int,
-    keep: str,
-    state: Tensor | None,
-    step: int,
-    condition: Tensor | None,
-) -> tuple[Tensor, Any]:
-    """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
-    if keep not in KEEP:
-        raise unknown_name("keep", keep, KEEP)
-    if control is not None and not callable(control):
-        raise TypeError(
-            f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
-        )
-    if not 0 <= step < chain.steps:
-        raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
-    if step and state is None:
-        raise ValueError("step without state: pass the states to resume from as state=paths.states[step].")
-    if state is None:
-        state = problem.draw_start(num_paths, seed)
-    else:
-        check_tensor("state", state, shape=(num_paths, *chain.event_shape))
-    if condition is None:
-        condition = problem.draw_condition(num_paths, seed)
-    elif problem.condition is None:
-        raise ValueError("condition given, but the problem has none; make it with ControlProblem(..., condition=...).")
-    elif condition.shape[0] != num_paths:
-        raise ValueError(f"condition must have {num_paths} rows, one per path; got {tuple(condition.shape)}.")
-    return state, condition
+    x0: Tensor,
+    noise: NoiseSource,
+    condition: Any = None,
+    until: int | None = None,
+) -> Paths:
+    """Paths to learn from: all of them kept, without a graph, towards the problem's target.
+
+    Args:
+        control: None for the reference.
+        until: follow the control for so many steps only, then the reference; None: to the end.
+    """
+    shift = None if control is None else shift_function(chain, control)
+    if shift is not None and until is not None:
+        own, nothing = shift, chain.times.new_zeros(len(x0), *chain.noise_shape)
+        shift = lambda k, x, y: own(k, x, y) if k < until else nothing  # noqa: E731
+    f = problem.running_cost_or_none
+    paths = integrate(chain, x0, noise, shift, condition=condition, running_cost=f)
+    check_likelihood(paths.kl(), chain)
+    return paths.towards(problem)

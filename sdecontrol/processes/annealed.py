@@ -43,6 +43,7 @@ class AnnealedLangevin(SDE):
 
     default_scheme = "exponential"
     kind = "annealed"
+    reverse_target = True
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class AnnealedLangevin(SDE):
         relaxations: float = 10.0,
         backward_control: bool = True,
     ) -> None:
-        self.backward_control = backward_control
+        self.controlled_target = backward_control
         self.centre = check_tensor("centre", centre, shape=("d",))
         self.scale = check_tensor("scale", scale)
         self.roughness = max(1.0, as_float("roughness", roughness, positive=True))
@@ -102,5 +103,5 @@ class AnnealedLangevin(SDE):
         return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
-        more = {"process": "annealed", "relaxations": self.relaxations, "backward_control": self.backward_control}
+        more = {"process": "annealed", "relaxations": self.relaxations, "backward_control": self.controlled_target}
         return {**super().describe(), **more}

@@ -42,6 +42,9 @@ class SDE:
     own_initial: Any = None
     #: correlation of X_0 and X_T, where it is known.
     memory: float | None = None
+    #: whether the target is made of kernels backwards (a chain's reverse law), and whether the control has a part in them
+    reverse_target: bool = False
+    controlled_target: bool = False
     #: True for the reversal of a noising process (a pre-trained generative model).
     generative: bool = False
 

@@ -215,7 +215,9 @@ class _Trainer:
             self.pace.decay_from = None
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
         self.wants_cooling = bool(cooling)
-        self.cooling = Cooling(self.wants_cooling and method.cools and control is None and not problem.backward)
+        self.cooling = Cooling(
+            self.wants_cooling and method.cools and control is None and not problem.reference.reverse_target
+        )
         self.history: list[dict[str, float]] = []
         self.done = 0
         self.out_of_time = False

@@ -14,7 +14,7 @@ from sdecontrol.methods.reciprocal import clipped
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
 from sdecontrol.methods.socm import SOCM, _inverse_transposed, _own_noise, _State
 from sdecontrol.paths.closed_loop import ClosedLoop
-from sdecontrol.paths.integrator import integrate, one_step
+from sdecontrol.paths.integrator import integrate
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
 from sdecontrol.randomness import SeededNoise
 
@@ -86,7 +86,7 @@ def test_the_lean_adjoint_is_the_gradient_of_the_total_reward_at_fixed_shifts_an
     for k in range(chain.steps):
         if problem.running_cost_or_none is not None and chain.clock[k] >= 0:
             total = total - chain.step_sizes[k] * problem.running_cost(states[-1], chain.times[k])
-        after, _ = one_step(chain, k, states[-1], paths.noises[k], lambda k, x, y: shifts[k], None)
+        after = chain.step(k, states[-1], paths.noises[k], shifts[k])
         after.retain_grad()
         states.append(after)
     ((total + problem.reward(chain.decode(states[-1]))) / problem.alpha).sum().backward()
@@ -469,7 +469,7 @@ def test_a_path_gone_far_does_not_spoil_the_fit_of_the_closed_loop(dtype):
     )
     paths = sc.simulate(problem, 4096, time_steps=5, seed=1)
     before = fitted(paths).moves
-    for state in paths._states:
+    for state in paths.record.states:
         state[0] = 1e7
     paths._stacks.clear()
     after = fitted(paths).moves

@@ -10,8 +10,9 @@ from sdecontrol.chains.bridges import ChainBridge
 from sdecontrol.methods import on_paths
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reward_weighted_mle import RewardWeightedMLE
-from sdecontrol.paths.gradients import backpropagate
-from sdecontrol.problems.rollouts import leave_one_out, roll_out
+from sdecontrol.paths.gradients import Objective, backpropagate
+from sdecontrol.paths.weights import leave_one_out
+from sdecontrol.problems.simulate import roll_out
 
 K = 4
 
@@ -291,11 +292,9 @@ def _pathwise(problem, chain, control, mode, **more):
         control,
         batch.x0,
         batch.noise,
-        lambda x: -problem.reward(x) / problem.alpha,
+        Objective(lambda x: -problem.reward(x) / problem.alpha, problem.running_cost_or_none, problem.alpha),
         parameters=list(control.parameters()),
         mode=mode,
-        running_cost=problem.running_cost_or_none,
-        alpha=problem.alpha,
         **more,
     )
     return torch.cat(
@@ -328,22 +327,35 @@ def test_truncated_backpropagation_is_the_whole_gradient_of_the_last_steps_and_n
 # ---------------------------------------------------------------- pieces
 
 
-def test_rollouts_hold_what_the_paths_say():
+def test_paths_to_learn_from_are_those_of_simulate():
     problem = random_lq(2, m=3, seed=1, start="controlled")
     chain = problem.chain(8)
     run = Run(problem, chain, 96, 1, 3)
     batch = run.batch()
     state = on_paths.path_state(run)
-    rollout = roll_out(problem, chain, state.control, batch.x0, batch.noise)
+    stored = roll_out(problem, chain, state.control, batch.x0, batch.noise)
     paths = sc.simulate(problem, 96, state.control, time_steps=8, seed=batch.seed)
-    assert torch.equal(rollout.states, paths.states)
-    assert torch.allclose(rollout.total, problem.reward(paths.samples) - paths.running_cost, atol=1e-12)
-    assert torch.allclose(rollout.log_ratios(), paths.log_ratio(per_step=True), atol=1e-13)
-    assert torch.allclose(rollout.kls(), paths.kl(per_step=True), atol=1e-13)
+    ends = sc.simulate(problem, 96, state.control, time_steps=8, seed=batch.seed, keep="end")
+    assert torch.equal(stored.states, paths.states)
+    for get in (lambda p: p.log_ratio(), lambda p: p.kl(), lambda p: p.running_cost, lambda p: p.log_weights()):
+        assert torch.equal(get(stored), get(paths))
+        assert torch.allclose(get(stored), get(ends), atol=1e-13)
+    reward = problem.reward(paths.samples)
+    want = (reward - paths.running_cost) / problem.alpha - paths.log_ratio(per_step=True).sum(0)
+    assert torch.allclose(stored.log_weights(), want, atol=1e-12)
+    gained = reward / problem.alpha + stored.log_target().sum(0)
+    assert torch.allclose(gained, (reward - paths.running_cost) / problem.alpha, atol=1e-12)
+    assert bool((stored.log_target()[: chain.start] == 0).all()) and bool(
+        (stored.log_target()[chain.start :] < 0).any()
+    )
     other = sc.solve(problem, time_steps=8, iterations=2, batch_size=64, seed=0).control
-    some = rollout.log_ratios_of(other, [0, 3, 9])[0]
-    assert torch.allclose(some, paths.log_ratio(other, per_step=True)[[0, 3, 9]], atol=1e-12)
-    assert torch.allclose(rollout.log_ratios_of(other)[0], paths.log_ratio(other, per_step=True), atol=1e-12)
+    some = stored.under(other, [0, 3, 9])
+    assert torch.allclose(some.log_ratio, paths.log_ratio(other, per_step=True)[[0, 3, 9]], atol=1e-12)
+    assert torch.allclose(some.kl, stored.under(other).kl[[0, 3, 9]], atol=1e-12)
+    assert torch.allclose(stored.under(other).log_ratio, paths.log_ratio(other, per_step=True), atol=1e-12)
+    few = stored.rows(torch.arange(5))
+    assert torch.equal(few.log_weights(), stored.log_weights()[:5])
+    assert torch.allclose(few.log_weights(other), stored.log_weights(other)[:5], atol=1e-12)
     half = roll_out(problem, chain, other, batch.x0, batch.noise, until=4)
     assert bool((half.shifts[4:] == 0).all()) and bool((half.shifts[:4] != 0).any())
 
@@ -356,12 +368,12 @@ def test_paths_of_a_group_share_start_and_condition_but_not_noise():
         condition=torch.arange(1.0, 65.0, dtype=F64),
     )
     run = Run(problem, problem.chain(3), 64, 1, 3)
-    rollout = on_paths.collect(on_paths.path_state(run, group_size=8), run, 0, 8)
-    starts, y = rollout.states[0].unflatten(0, (8, 8)), rollout.condition.unflatten(0, (8, 8))
+    stored = on_paths.collect(on_paths.path_state(run, group_size=8), run, 0, 8)
+    starts, y = stored.states[0].unflatten(0, (8, 8)), stored.condition.unflatten(0, (8, 8))
     assert bool((starts == starts[:, :1]).all()) and bool((y == y[:, :1]).all())
     assert len(set(y[:, 0].tolist())) > 1 and len(set(starts[:, 0, 0].tolist())) == 8
-    assert len(set(rollout.states[1, :, 0].tolist())) == 64
-    assert torch.allclose(rollout.reward, rollout.states[-1][:, 0] * rollout.condition)
+    assert len(set(stored.states[1, :, 0].tolist())) == 64
+    assert torch.allclose(stored.reward, stored.states[-1][:, 0] * stored.condition)
 
 
 def test_leave_one_out_is_the_difference_to_the_mean_of_the_others():

@@ -50,7 +50,7 @@ def test_ratios_are_those_of_the_densities_summed_over_dimensions():
             _, ratios = sc.SoftPPO().surrogate(state, batch)
         rows = []
         for k in range(K):
-            x, y = batch.rollout.states[k], batch.rollout.states[k + 1]
+            x, y = batch.paths.states[k], batch.paths.states[k + 1]
             mean, scale = chain.kernel(k, x)
             with torch.no_grad():
                 c = chain.shift(k, state.control(x, torch.full((len(x),), k / K, dtype=F64)))
@@ -78,7 +78,8 @@ def test_what_is_clipped_has_no_gradient_and_the_rest_the_plain_one():
     assert 0.1 < float(stopped.double().mean()) < 0.9
     for p in state.control.parameters():
         p.grad = None
-    log_ratios, kls = batch.rollout.log_ratios_of(state.control)
+    laws = batch.paths.under(state.control)
+    log_ratios, kls = laws.log_ratio, laws.kl
     ((torch.where(stopped, 0.0, A * ratios).detach() * log_ratios + kls).sum(0).mean()).backward()
     assert all(torch.allclose(a, p.grad, atol=1e-12) for a, p in zip(have, state.control.parameters()))
 
@@ -86,9 +87,9 @@ def test_what_is_clipped_has_no_gradient_and_the_rest_the_plain_one():
 class OwnKL(sc.SoftPPO):
     """The print's cost: the reward and the step's own KL."""
 
-    def _advantages(self, state, run, rollout):
-        batch = super()._advantages(state, run, rollout)
-        cost = rollout.log_ratios() * 0 + rollout.kls() - rollout.reward / run.problem.alpha
+    def _advantages(self, state, run, paths):
+        batch = super()._advantages(state, run, paths)
+        cost = paths.kl(per_step=True) - paths.reward / run.problem.alpha
         return replace(batch, advantages=cost - cost.mean(1, keepdim=True))
 
 
@@ -97,7 +98,7 @@ class NoDirectKL(sc.SoftPPO):
 
     def surrogate(self, state, batch, steps=None):
         loss, ratios = super().surrogate(state, batch, steps)
-        return loss - batch.rollout.log_ratios_of(state.control)[1].sum(0).mean(), ratios
+        return loss - batch.paths.under(state.control).kl.sum(0).mean(), ratios
 
 
 @pytest.mark.parametrize("wrong", [OwnKL, NoDirectKL])
@@ -118,7 +119,7 @@ def test_the_cost_still_to_come_is_that_of_the_definition():
     run = Run(problem, chain, 64, 1, 3)
     state = sc.SoftPPO().setup(run)
     batch = sc.SoftPPO()._advantages(state, run, collect(state, run, 0))
-    x = batch.rollout.states
+    x = batch.paths.states
     for k in range(chain.steps):
         want = -problem.reward(x[-1]) / problem.alpha + batch.log_ratios[k + 1 :].sum(0)
         for j in range(max(k + 1, chain.start), chain.steps):
@@ -146,9 +147,9 @@ def test_group_normalised_advantages_keep_the_optimum(baseline):
     chain = GaussianChain(problem, K)
     _, _, batch = first_batch(method, problem, chain.optimum(), batch=64)
     advantages = batch.advantages
-    x0 = batch.rollout.states[0].unflatten(0, (-1, 8))
+    x0 = batch.paths.states[0].unflatten(0, (-1, 8))
     assert bool((x0 == x0[:, :1]).all()) and not torch.equal(x0[0], x0[1])
-    costs = (batch.log_ratios.sum(0) - batch.rollout.total / problem.alpha).unflatten(0, (-1, 8))
+    costs = -batch.paths.log_weights().unflatten(0, (-1, 8))
     scale = batch.scale.unflatten(0, (-1, 8))[:, 0]
     assert torch.allclose(scale, 1 / costs.std(1))
     state, _, batch = first_batch(method, problem, perturbed(chain.optimum(), 0.2), batch=64)

@@ -1,0 +1,78 @@
+"""How paths are begun: states, conditions and noise, and the checks that every simulation shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..chains.base import Chain
+from ..errors import unknown_name
+from ..paths.integrator import KEEP
+from ..randomness import SeededNoise, SuppliedNoise, derive_seed
+from ..tensors import check_tensor
+from .problem import ControlProblem
+
+__all__ = ["Launch"]
+
+_PLACE_AREA = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How paths are begun and driven, as the arguments of :func:`simulate` say it."""
+
+    keep: str = "all"
+    condition: Tensor | None = None
+    noise: Any = None
+    antithetic: bool = False
+    state: Tensor | None = None
+    step: int = 0
+    tolerance: float | None = None
+    chunk: int | None = None
+
+    def begin(
+        self, problem: ControlProblem, chain: Chain, num_paths: int, control: Any, seed: int
+    ) -> tuple[Tensor, Any]:
+        """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
+        state, step, condition = self.state, self.step, self.condition
+        if self.keep not in KEEP:
+            raise unknown_name("keep", self.keep, KEEP)
+        if control is not None and not callable(control):
+            raise TypeError(
+                f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
+            )
+        if not 0 <= step < chain.steps:
+            raise ValueError(f"step must be from 0 to {chain.steps - 1}, got {step}.")
+        if step and state is None:
+            raise ValueError("step without state: pass the states to resume from as state=paths.states[step].")
+        if state is None:
+            state = problem.draw_start(num_paths, seed)
+        else:
+            check_tensor("state", state, shape=(num_paths, *chain.event_shape))
+        if condition is None:
+            condition = problem.draw_condition(num_paths, seed)
+        elif problem.condition is None:
+            raise ValueError(
+                "condition given, but the problem has none; make it with ControlProblem(..., condition=...)."
+            )
+        elif condition.shape[0] != num_paths:
+            raise ValueError(f"condition must have {num_paths} rows, one per path; got {tuple(condition.shape)}.")
+        return state, condition
+
+    def sources(self, chain: Chain, num_paths: int, seed: int, count: int = 1) -> list[Any]:
+        """The noise of this seed (or the user's); with ``count`` 2 that of the space-time integrals beside it."""
+        if self.noise is None:
+            like: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device}
+            seeds = (seed, derive_seed(seed, _PLACE_AREA))[:count]
+            shape, both = chain.noise_shape, self.antithetic
+            return [SeededNoise(s, num_paths, chain.steps, shape, antithetic=both, **like) for s in seeds]
+        if self.antithetic:
+            raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
+        given = self.noise if isinstance(self.noise, (tuple, list)) else (self.noise,)
+        if len(given) != count:
+            wanted = "a pair (increments, space-time integrals)" if count == 2 else "one tensor"
+            raise ValueError(f"noise for this scheme must be {wanted}.")
+        shape = (chain.steps, num_paths, *chain.noise_shape)
+        return [SuppliedNoise(check_tensor("noise", part, shape=shape)) for part in given]
