@@ -30,7 +30,7 @@ class AnnealedChain(Chain):
     def __init__(
         self, sde: AnnealedLangevin, clock: list[float], scheme: str, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.reference = sde
+        self.reference, self.scheme = sde, scheme
         self._set_times(clock, dtype, device)
         self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
         self.backward_control = sde.backward_control
@@ -54,6 +54,9 @@ class AnnealedChain(Chain):
 
     def log_origin(self, x: Tensor) -> Tensor:
         return event_sum(-0.5 * ((x - self.reference.centre) / self.reference.scale).square(), 1)
+
+    def double(self) -> Chain:
+        return AnnealedChain(self.reference, self.clock, self.scheme, torch.float64, self.times.device)
 
     def gain(self, k: int) -> float:
         return self._gains[k]

@@ -11,12 +11,21 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chain"]
+__all__ = ["AffineStep", "Chain"]
+
+
+class AffineStep(NamedTuple):
+    """``x' = matrix x + shift + scale (gain u + xi)``, in float64 on the CPU."""
+
+    matrix: Tensor
+    shift: Tensor
+    scale: Tensor
+    gain: Tensor
 
 
 class Chain:
@@ -29,6 +38,8 @@ class Chain:
         noise_shape: shape of one ``xi_k`` (and of a shift ``c_k``), the same for all steps.
         control_shape: shape of one control ``u``.
         reference: what the chain was made from.
+        scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes first; "" for
+            chains that are not made from an SDE and a grid.
     """
 
     times: Tensor
@@ -37,6 +48,7 @@ class Chain:
     noise_shape: torch.Size
     control_shape: torch.Size
     reference: Any
+    scheme: str = ""
     #: whether the target is made of backward kernels (``backward.py``), in which the control enters too where ``backward_control`` says so
     backward = False
     backward_control = False
@@ -84,6 +96,21 @@ class Chain:
         with torch.no_grad():
             x = self.times.new_zeros(1, *self.event_shape)
             return torch.stack([m for m in known if m is not None]), [self.kernel(k, x)[1] for k in range(self.steps)]
+
+    def affine_steps(self) -> list[AffineStep] | None:
+        """All steps with the precision of float64, where they are known to be affine in x; else None."""
+        return None
+
+    def double(self) -> Chain:
+        """The same chain in float64.
+
+        Raises:
+            TypeError: a chain that was not made from an SDE and a grid.
+        """
+        if not self.scheme:
+            raise TypeError(f"a {type(self).__name__} has the dtype of its own model; it has no copy in float64.")
+        make: Any = type(self)
+        return make(self.reference, self.clock, torch.float64, self.times.device)
 
     def gain(self, k: int) -> float | Tensor:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""

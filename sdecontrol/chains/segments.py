@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Gaussian, GaussianMixture
-from .base import Chain
+from .base import AffineStep, Chain
 
 __all__ = ["LearnedStart", "SegmentedChain"]
 
@@ -61,6 +61,18 @@ class LearnedStart(Chain):
             return None
         return torch.eye(self.event_shape[0], dtype=self.times.dtype, device=self.times.device)
 
+    def affine_steps(self) -> list[AffineStep] | None:
+        if self.mixture is not None or len(self.event_shape) != 1:
+            return None
+        root = self.law.scale_root.detach().to("cpu", torch.float64)
+        root = root if self._matrix else torch.diag(root)
+        eye = torch.eye(len(root), dtype=torch.float64)
+        zero = torch.zeros(len(root), dtype=torch.float64)
+        return [AffineStep(eye, zero, h**0.5 * root, h**0.5 * eye) for h in self.step_sizes]
+
+    def double(self) -> Chain:
+        return LearnedStart(self.law, self.steps, torch.float64, self.times.device)
+
 
 class SegmentedChain(Chain):
     """One chain after another; shapes of noise and control are padded to the larger of the two.
@@ -75,7 +87,7 @@ class SegmentedChain(Chain):
         self.noise_shape = (
             first.noise_shape if same else torch.Size((max(first.noise_shape[0], second.noise_shape[0]),))
         )
-        self._padded = not same
+        self._padded, self.scheme = not same, second.scheme
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
@@ -100,6 +112,13 @@ class SegmentedChain(Chain):
     def mean_matrix(self, k: int) -> Tensor | None:
         chain, j = self.part(k)
         return chain.mean_matrix(j)
+
+    def affine_steps(self) -> list[AffineStep] | None:
+        first, second = (chain.affine_steps() for chain in self.segments)
+        return None if first is None or second is None else first + second
+
+    def double(self) -> Chain:
+        return SegmentedChain(*(chain.double() for chain in self.segments))
 
     def gain(self, k: int) -> float | Tensor:
         chain, j = self.part(k)

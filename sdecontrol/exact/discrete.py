@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.gaussian import EulerChain, TransitionChain
-from ..chains.segments import LearnedStart
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian
-from ..processes.linear import LinearSDE, Transition
+from ..processes.linear import Transition
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, compose, quadratic_terms, soft_average
 
@@ -36,36 +33,16 @@ class Step(NamedTuple):
     C: Tensor
 
 
-def steps_of(chain: Chain, linear: LinearSDE) -> list[Step]:
+def steps_of(chain: Chain) -> list[Step]:
     """The steps of a chain of a linear reference, in float64.
 
     Raises:
-        NoExactSolution: a start or a chain that is not linear.
+        NoExactSolution: a chain that is not known to be affine.
     """
-    if chain.start:
-        return [step for segment in chain.segments for step in steps_of(segment, linear)]
-    d = linear.event_shape[0]
-    eye, zero = torch.eye(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
-    grid = list(zip(chain.clock, chain.step_sizes))
-    if isinstance(chain, LearnedStart):
-        if not isinstance(chain.law, Gaussian):
-            raise NoExactSolution(
-                f"a controlled {type(chain.law).__name__} start has no exact solution with a linear "
-                "reference; use a Gaussian start."
-            )
-        root = chain.law.scale_root.detach().to("cpu", torch.float64)
-        root = root if root.ndim == 2 else torch.diag(root)
-        return [Step(t, 0.0, eye, zero, h**0.5 * root, h**0.5 * eye) for t, h in grid]
-    if isinstance(chain, TransitionChain):
-        return [Step(t, h, M, m, L, C) for (t, h), (M, m, L, C) in zip(grid, chain.matrices64)]
-    if not isinstance(chain, EulerChain):
-        raise NoExactSolution(f"no exact solution is known for a {type(chain).__name__}.")
-    steps = []
-    for t, h in grid:
-        A, a, sigma = (torch.from_numpy(c) for c in linear.coefficients(t))
-        noise = torch.eye(sigma.shape[1], dtype=torch.float64)
-        steps.append(Step(t, h, eye + h * A, h * a, h**0.5 * sigma, h**0.5 * noise))
-    return steps
+    affine = chain.affine_steps()
+    if affine is None:
+        raise NoExactSolution(f"no exact solution is known for a {type(chain.main).__name__}.")
+    return [Step(t, h if t >= 0 else 0.0, *step) for t, h, step in zip(chain.clock, chain.step_sizes, affine)]
 
 
 def soft_step(form: Form, step: Step, where: str) -> tuple[Form, Transition]:
@@ -99,25 +76,17 @@ class ChainSolution(LinearQuadraticSolution):
     grid within 1e-9 of the horizon, else it means the step that contains it (its left end's state).
     """
 
-    kind = "linear-quadratic"
-
-    def __init__(self, problem: ControlProblem, linear: LinearSDE, chain: Chain, settings: dict[str, Any]) -> None:
+    def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any]) -> None:
         super().__init__(problem, settings, chain)
-        self.chain: Chain = chain
-        terms = quadratic_terms(problem)
-        steps = steps_of(chain, linear)
+        terms, steps = quadratic_terms(problem), steps_of(chain)
         self._forms, self._kernels = _backwards(steps, terms.reward, terms.F, soft_step)
         self._shift_forms, self._feedbacks = _backwards(steps, terms.reward, terms.F, shift_step)
-
-    def _state(self, time: float) -> int:
-        """Index of the state at a (snapped) time: on the grid, or the left end of the step that contains it."""
-        return max(bisect.bisect_right(self.chain.clock, time) - 1, 0)
 
     def _form(self, time: float) -> Form:
         return self._forms[self._state(time)]
 
     def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
-        return self._feedbacks[min(self._state(time), self.chain.steps - 1)]
+        return self._feedbacks[self._step_at(time)]
 
     @cached_property
     def _marginals(self) -> list[tuple[Tensor, Tensor]]:
@@ -142,8 +111,7 @@ class ChainSolution(LinearQuadraticSolution):
         return whole
 
     def kernel(self, x: Tensor, k: int) -> Gaussian:
-        if not 0 <= k < self.chain.steps:
-            raise ValueError(f"k must be a step from 0 to {self.chain.steps - 1}, got {k}.")
+        self._check_step(k)
         M, b, Q = self._kernels[k]
         return self._gaussian(self._in("x", x) @ M.mT + b, Q)
 

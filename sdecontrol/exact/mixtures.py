@@ -18,7 +18,6 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
-from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
@@ -106,8 +105,7 @@ class MixtureSolution(ExactSolution):
 
     def __init__(self, problem: ControlProblem) -> None:
         super().__init__(problem, {})
-        reference = problem.reference
-        assert isinstance(reference, GenerativeSDE) and reference.mixture is not None
+        reference: Any = problem.reference
         if not reference.reversal:
             raise NoExactSolution(
                 "noise_level: a mixture reference has an exact solution as the reversal of its noising "
@@ -199,10 +197,6 @@ class MixtureSolution(ExactSolution):
     def start_log_z(self) -> Tensor:
         self._need_tilted_start("start_log_z")
         return self.log_z
-
-    @property
-    def elbo(self) -> Tensor:
-        return self.start_log_z
 
     @property
     def initial(self) -> Any:

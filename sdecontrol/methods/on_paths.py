@@ -17,7 +17,6 @@ from ..controls.given import given_control
 from ..errors import unknown_name
 from ..problems.problem import ControlProblem
 from ..problems.rollouts import Rollout, roll_out
-from ..processes.laws import Dirac
 from ..randomness import derive_seed, generator_for
 from .base import Batch, ControlState, Run, concatenate, path_metrics
 
@@ -80,7 +79,7 @@ def _grouped(batch: Batch, size: int, starts: bool) -> Batch:
 
 def starts_differ(problem: ControlProblem) -> bool:
     """Whether log Z differs from path to path: a random start that keeps its law, or conditions."""
-    return problem.condition is not None or (problem.start == "fixed" and not isinstance(problem.initial, Dirac))
+    return problem.condition is not None or problem.random_start
 
 
 def steps_of(run: Run, count: int | None, part: int = 0) -> list[int] | None:
