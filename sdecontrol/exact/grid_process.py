@@ -1,24 +1,131 @@
-"""The exact solution on grids in continuous time."""
+"""The exact solution of a process in continuous time on grids: the Hamilton-Jacobi-Bellman equation of each block.
+
+It is written for ``w = v/alpha``, not for ``psi = exp(w)``: w stays of moderate size and smooth where psi runs over hundreds of
+orders of magnitude.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from .grids import Grid, Table
-from .hjb import Coefficients, ContinuousGrid
-from .interactions import PROBES
 from .on_grids import MOMENTS, OnGrids
+from .probing import PROBES
 
 __all__ = ["GridSolution"]
 
 _STEPS = 200  # of the paths that say where the process goes
+_TOLERANCE = 1e-8  # relative and absolute tolerance of the equation in time
+_LEVELS = 193  # times at which a plane's values are kept, denser towards the horizon
+_MOST_CALLS = 30_000  # of the equation's right-hand side: a minute for a plane of the finest grid
+
+
+class Coefficients(NamedTuple):
+    """At grid points ``(N, n)``: drift ``(N, n)``, root of the noise ``(N, n, m)``, running cost over alpha ``(N,)``."""
+
+    drift: np.ndarray
+    root: np.ndarray
+    cost: np.ndarray
+
+
+class ContinuousGrid:
+    """``w = v/alpha`` of a process on a grid, from the HJB equation backwards from the horizon::
+
+        -dw/dt = b.grad w + (tr(Sigma hess w) + grad w' Sigma grad w)/2 - f/alpha,   w(., T) = r/alpha,
+
+    central differences of order 6, and in time scipy's Radau with its dense output; in two dimensions its explicit RK45, with cubic Hermite interpolation between
+    193 stored times.
+
+    Args:
+        coefficients: ``t -> Coefficients`` at the grid's points.
+        span: first and last time; end: ``r/alpha`` at the grid's points.
+        autonomous: the coefficients are the same at all times.
+
+    Raises:
+        NoExactSolution: the equation cannot be integrated (E exp(R/alpha) is infinite, or the grid is too narrow).
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        coefficients: Callable[[float], Coefficients],
+        end: np.ndarray,
+        span: tuple[float, float],
+        autonomous: bool,
+        tolerance: float = _TOLERANCE,
+    ) -> None:
+        from scipy.integrate import solve_ivp
+        from scipy.interpolate import CubicHermiteSpline
+
+        self.grid, self._span = grid, span
+        pairs = list(grid.H)
+
+        def parts(t: float) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray], np.ndarray]:
+            at = coefficients(t)
+            square = np.einsum("nim,njm->ijn", at.root, at.root)
+            return at.drift.T, {(a, b): square[a, b] * (0.5 if a == b else 1.0) for a, b in pairs}, at.cost
+
+        fixed = parts(span[0]) if autonomous else None
+
+        def slope(s: float, w: np.ndarray) -> np.ndarray:
+            drift, half, cost = fixed or parts(span[1] - s)
+            g, second = grid.derivatives(w)
+            return (drift * g).sum(0) + sum(half[a, b] * (second[a, b] + g[a] * g[b]) for a, b in pairs) - cost
+
+        def jacobian(s: float, w: np.ndarray) -> Any:
+            drift, half, _ = fixed or parts(span[1] - s)
+            g, speed = grid.gradient(w), drift.copy()
+            for a, b in pairs:
+                speed[a] += half[a, b] * g[b]
+                speed[b] += half[a, b] * g[a]
+            total = sum(sparse.diags(half[pair]) @ grid.H[pair] for pair in pairs)
+            return sparse.csc_matrix(total + sum(sparse.diags(speed[a]) @ grid.D[a] for a in range(grid.dim)))
+
+        length = span[1] - span[0]
+        calls = 0
+
+        def counted(s: float, w: np.ndarray) -> np.ndarray:
+            nonlocal calls
+            calls += 1
+            if calls > _MOST_CALLS:
+                raise RuntimeError("too many steps")
+            return slope(s, w)
+
+        options: dict[str, Any] = {"method": "Radau", "jac": jacobian, "dense_output": True}
+        if grid.dim == 2:  # factorising the matrix of a plane costs more than the many steps of an explicit method
+            options = {"method": "RK45", "t_eval": length * np.linspace(0.0, 1.0, _LEVELS) ** 1.5}
+        with np.errstate(all="ignore"):
+            try:
+                found = solve_ivp(counted, (0.0, length), end, rtol=tolerance, atol=tolerance, **options)
+                good = found.status == 0 and bool(np.isfinite(found.y[:, -1]).all())
+            except (ValueError, RuntimeError):  # a non-finite state, a singular matrix inside scipy, or too many steps
+                good, found = False, None
+        if not good:
+            raise NoExactSolution(
+                "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite (reward or "
+                "-running cost too convex), or reward or drift are too steep or the noise too small for the grid "
+                f"({self._ends()}). Use a larger alpha, a less convex reward or a shorter horizon."
+            )
+        self._dense: Any = found.sol  # type: ignore[union-attr]
+        if grid.dim == 2:
+            values: Any = found.y.T  # type: ignore[union-attr]
+            self._dense = CubicHermiteSpline(found.t, values, [slope(s, w) for s, w in zip(found.t, values)])  # type: ignore[union-attr]
+
+    def _ends(self) -> str:
+        return ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(self.grid.lows, self.grid.highs))
+
+    def at(self, time: float) -> np.ndarray:
+        """w at the grid's points."""
+        return self._dense(min(max(self._span[1] - time, 0.0), self._span[1] - self._span[0]))
 
 
 class GridSolution(OnGrids):

@@ -165,11 +165,7 @@ class GridLaw(Distribution):
         return total.to(self._like)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        shape = self._extended_shape(torch.Size(sample_shape))
-        return self._from_uniform(torch.rand(shape, dtype=torch.float64)).to(self._like)
-
-    def _from_uniform(self, u: Tensor) -> Tensor:
-        out = []
+        u, out = torch.rand(self._extended_shape(torch.Size(sample_shape)), dtype=torch.float64), []
         for i, (low, dx, density) in enumerate(zip(self._lows, self._spacings, self._densities)):
             mass = 0.5 * (density[..., 1:] + density[..., :-1])
             edges = torch.nn.functional.pad(mass.cumsum(-1), (1, 0))
@@ -184,7 +180,7 @@ class GridLaw(Distribution):
             inner = 2 * rest / (a + (a * a + 2 * slope * rest).clamp(min=0).sqrt()).clamp(min=1e-300)
             x = low + dx * (cell + inner.clamp(0, 1))
             out.append(x.mT.reshape(u.shape[:-1]))
-        return torch.stack(out, -1)
+        return torch.stack(out, -1).to(self._like)
 
     def __repr__(self) -> str:
         return f"GridLaw(batch {tuple(self.batch_shape)}, d={self.event_shape[0]})"

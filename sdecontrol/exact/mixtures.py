@@ -83,12 +83,11 @@ def _same_law(law: Any, own: Any) -> bool:
     """Whether a start is the reference's own (an equal one counts)."""
     if law is own or type(law) is not type(own):
         return law is own
-    if isinstance(own, GaussianMixture):
-        same = law.means.shape == own.means.shape
-        return same and all(
-            torch.allclose(getattr(law, n), getattr(own, n)) for n in ("means", "log_weights", "covariances")
-        )
-    return torch.allclose(law.mean, own.mean) and torch.allclose(law.covariance_matrix, own.covariance_matrix)
+    names = (
+        ("means", "log_weights", "covariances") if isinstance(own, GaussianMixture) else ("mean", "covariance_matrix")
+    )
+    pairs = [(getattr(law, name), getattr(own, name)) for name in names]
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
 
 
 class MixtureSolution(ExactSolution):

@@ -22,9 +22,8 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, draw
 from ..tensors import apply_scale, apply_scale_transposed
 from .base import ExactSolution
-from .functions import Functions
 from .grids import Grid, Table
-from .interactions import PROBES, Block, Interactions
+from .probing import PROBES, Block, Functions, Interactions
 
 __all__ = ["MOMENTS", "OnGrids", "watched"]
 

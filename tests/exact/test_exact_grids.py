@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from problems import F64, randn
-from sdecontrol.exact.separable import GridChainSolution, GridSolution
 
 import sdecontrol as sc
+from sdecontrol.exact.grid_chain import GridChainSolution
+from sdecontrol.exact.grid_process import GridSolution
 from sdecontrol.exact.grids import GridLaw
 
 close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=tol)  # noqa: E731
