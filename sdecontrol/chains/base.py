@@ -109,8 +109,7 @@ class Chain:
         """
         if not self.scheme:
             raise TypeError(f"a {type(self).__name__} has the dtype of its own model; it has no copy in float64.")
-        make: Any = type(self)
-        return make(self.reference, self.clock, torch.float64, self.times.device)
+        return type(self)(self.reference, self.clock, torch.float64, self.times.device)  # type: ignore[call-arg]
 
     def gain(self, k: int) -> float | Tensor:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""

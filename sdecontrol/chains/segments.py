@@ -66,8 +66,7 @@ class LearnedStart(Chain):
             return None
         root = self.law.scale_root.detach().to("cpu", torch.float64)
         root = root if self._matrix else torch.diag(root)
-        eye = torch.eye(len(root), dtype=torch.float64)
-        zero = torch.zeros(len(root), dtype=torch.float64)
+        eye, zero = torch.eye(len(root), dtype=torch.float64), torch.zeros(len(root), dtype=torch.float64)
         return [AffineStep(eye, zero, h**0.5 * root, h**0.5 * eye) for h in self.step_sizes]
 
     def double(self) -> Chain:

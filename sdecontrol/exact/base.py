@@ -65,6 +65,10 @@ class ExactSolution:
         """The control's shifts on a chain, with all work on times done beforehand."""
         raise NotImplementedError
 
+    def _kernel_at(self, x: Tensor, k: int) -> Any:
+        """:meth:`kernel` of a chain, at x in float64."""
+        raise NotImplementedError
+
     def marginal(self, t: float) -> Any:
         """The law of X_t under the optimum."""
         raise NotImplementedError
@@ -73,16 +77,20 @@ class ExactSolution:
         """The law of X_s given ``X_t = x_t`` under the optimum, s < t; x_t ``(d,)`` or ``(batch, d)``."""
         raise NotImplementedError
 
-    def kernel(self, x: Tensor, k: int) -> Gaussian:
+    def kernel(self, x: Tensor, k: int) -> Any:
         """The law of ``x_{k+1}`` given ``x_k = x`` under the soft-optimal chain p*; x ``(d,)`` or ``(batch, d)``.
 
         Raises:
             NoExactSolution: in continuous time, which has no steps.
         """
-        raise NoExactSolution(
-            "kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
-            "time_steps=K). In continuous time use control, marginal or bridge."
-        )
+        if self.chain is None:
+            raise NoExactSolution(
+                "kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
+                "time_steps=K). In continuous time use control, marginal or bridge."
+            )
+        if not 0 <= k < self.chain.steps:
+            raise ValueError(f"k must be a step from 0 to {self.chain.steps - 1}, got {k}.")
+        return self._kernel_at(self._in("x", x), k)
 
     @property
     def initial(self) -> Any:
@@ -168,18 +176,11 @@ class ExactSolution:
 
     def _state(self, time: float) -> int:
         """Index of the chain's state at a (snapped) time: on the grid, or the left end of the step that contains it."""
-        assert self.chain is not None
-        return max(bisect.bisect_right(self.chain.clock, time) - 1, 0)
+        return max(bisect.bisect_right(self._marks, time) - 1, 0)
 
     def _step_at(self, time: float) -> int:
         """The step that begins there; at the horizon, the last one."""
-        assert self.chain is not None
-        return min(self._state(time), self.chain.steps - 1)
-
-    def _check_step(self, k: int) -> None:
-        assert self.chain is not None
-        if not 0 <= k < self.chain.steps:
-            raise ValueError(f"k must be a step from 0 to {self.chain.steps - 1}, got {k}.")
+        return min(self._state(time), len(self._marks) - 2)
 
     def _out(self, value: Tensor) -> Tensor:
         return value.to(device=self.problem.device, dtype=self.problem.dtype)

@@ -88,10 +88,9 @@ class ChainSolution(LinearQuadraticSolution):
             whole = compose(whole, kernel)
         return whole
 
-    def kernel(self, x: Tensor, k: int) -> Gaussian:
-        self._check_step(k)
+    def _kernel_at(self, x: Tensor, k: int) -> Gaussian:
         M, b, Q = self._kernels[k]
-        return self._gaussian(self._in("x", x) @ M.mT + b, Q)
+        return self._gaussian(x @ M.mT + b, Q)
 
     @property
     def elbo(self) -> Tensor:

@@ -19,8 +19,8 @@ from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from .grids import Grid, GridLaw, Table, differences, local_weights
-from .on_grids import MOMENTS, OnGrids, watched
-from .probing import Block
+from .on_grids import OnGrids
+from .probing import MOMENTS, Block, watched
 
 __all__ = ["GridChainSolution"]
 
@@ -271,14 +271,12 @@ class GridChainSolution(OnGrids):
 
     # ---------------------------------------------------------------- laws
 
-    def kernel(self, x: Tensor, k: int) -> Any:  # a GridLaw where the base has Gaussians
-        states = self._in("x", x)
-        self._check_step(k)
+    def _kernel_at(self, x: Tensor, k: int) -> GridLaw:
         densities: dict[int, Tensor] = {}
         for block, one in zip(self._blocks, self._solved):
             for (i,) in block.members:
-                made = torch.from_numpy(one.optimal_kernel(k, states[..., i].reshape(-1).numpy()))
-                densities[i] = made.reshape(*states.shape[:-1], -1)
+                made = torch.from_numpy(one.optimal_kernel(k, x[..., i].reshape(-1).numpy()))
+                densities[i] = made.reshape(*x.shape[:-1], -1)
         return self._law(densities)
 
     def _law(self, densities: dict[int, Tensor]) -> GridLaw:
@@ -291,7 +289,6 @@ class GridChainSolution(OnGrids):
     def _marginals(self) -> dict[int, list[Tensor]]:
         """Of each coordinate: the densities of ``x_1 .. x_K`` under p*."""
         mean, cov = self._first_moments()
-        self._check_start(cov)
         out: dict[int, list[Tensor]] = {}
         for block, one in zip(self._blocks, self._solved):
             x, dx = one.law_points

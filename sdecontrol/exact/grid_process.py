@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from .grids import Grid, Table
-from .on_grids import MOMENTS, OnGrids
-from .probing import PROBES
+from .on_grids import OnGrids
+from .probing import MOMENTS, PROBES
 
 __all__ = ["GridSolution"]
 
@@ -110,18 +110,16 @@ class ContinuousGrid:
             except (ValueError, RuntimeError):  # a non-finite state, a singular matrix inside scipy, or too many steps
                 good, found = False, None
         if not good:
+            ends = ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(grid.lows, grid.highs))
             raise NoExactSolution(
                 "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite (reward or "
                 "-running cost too convex), or reward or drift are too steep or the noise too small for the grid "
-                f"({self._ends()}). Use a larger alpha, a less convex reward or a shorter horizon."
+                f"({ends}). Use a larger alpha, a less convex reward or a shorter horizon."
             )
         self._dense: Any = found.sol  # type: ignore[union-attr]
         if grid.dim == 2:
             values: Any = found.y.T  # type: ignore[union-attr]
             self._dense = CubicHermiteSpline(found.t, values, [slope(s, w) for s, w in zip(found.t, values)])  # type: ignore[union-attr]
-
-    def _ends(self) -> str:
-        return ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(self.grid.lows, self.grid.highs))
 
     def at(self, time: float) -> np.ndarray:
         """w at the grid's points."""

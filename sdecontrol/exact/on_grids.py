@@ -23,21 +23,15 @@ from ..processes.laws import Gaussian, draw
 from ..tensors import apply_scale, apply_scale_transposed
 from .base import ExactSolution
 from .grids import Grid, Table
-from .probing import PROBES, Block, Functions, Interactions
+from .probing import PROBES, Block, Functions, Interactions, watched
 
-__all__ = ["MOMENTS", "OnGrids", "watched"]
+__all__ = ["OnGrids"]
 
-MOMENTS = 17  # times at which dependence is looked for, ends included
 _PATHS = 512  # that say where the process goes
 _WATCHED = 40  # times at which they are looked at
 _MARGIN_REFERENCE = 1.0  # of a grid beyond the reference's paths
 _COUNTS = {1: (257, 513, 1025, 2049), 2: (33, 65, 97)}  # points of an axis, by dimension and refinement
 _BAD = 1e-2  # relative error of u* above which there is no reference worth the name
-
-
-def watched(count: int, most: int) -> list[int]:
-    """At most ``most`` of the integers ``0 .. count - 1``, ends included."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 class OnGrids(ExactSolution):
@@ -99,13 +93,8 @@ class OnGrids(ExactSolution):
 
     # ---------------------------------------------------------------- where the process goes
 
-    def _start_states(self, seed: int) -> Tensor:
-        return draw(self.problem.origin, _PATHS, seed).to("cpu", torch.float64)
-
-    def _move(
-        self, k: int, x: Tensor, tables: list[Table] | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Step k of the sketch, of the reference (tables None) or controlled: the next states, the noise, and the shifts."""
+    def _move(self, k: int, x: Tensor, tables: list[Table] | None, generator: Any) -> tuple[Tensor, Tensor, Any]:
+        """Step k of the sketch, of the reference (tables None) or controlled: the next states, noise and shifts."""
         mean, scale = self._functions.step(x, k)
         xi = torch.randn(len(x), self._sketch.noise_shape[0], generator=generator, dtype=torch.float64)
         c = 0.0 if tables is None else apply_scale_transposed(scale, self._slopes(x, tables), 1)
@@ -115,7 +104,7 @@ class OnGrids(ExactSolution):
         """States of a few paths, of the reference or controlled by blocks' solutions, at the watched steps."""
         chain = self._sketch
         generator = torch.Generator().manual_seed(0)
-        x = self._start_states(0)
+        x = draw(self.problem.origin, _PATHS, 0).to("cpu", torch.float64)
         seen = set(watched(chain.steps + 1, _WATCHED))
         for k in range(chain.steps):
             if k in seen:
@@ -260,9 +249,7 @@ class OnGrids(ExactSolution):
                 "A reward with jumps, or a time scale far below the step of the grid, does that."
             )
 
-    def _change(
-        self, block: Block, old: Any, new: Any, visited: list[tuple[int, Tensor, Tensor]]
-    ) -> tuple[float, float]:
+    def _change(self, block: Block, old: Any, new: Any, visited: list[Any]) -> tuple[float, float]:
         """Between two solutions of a block: the root mean square change of u* at its worst time, and the largest |u*|."""
         squares, sizes = [], []
         for k, x, root in visited:
@@ -282,12 +269,11 @@ class OnGrids(ExactSolution):
         """
         f, chain = self._functions, self._sketch
         generator = torch.Generator().manual_seed(2)
-        x = self._start_states(1)
-        log_w = torch.zeros(len(x), dtype=torch.float64)
+        x = draw(self.problem.origin, _PATHS, 1).to("cpu", torch.float64)
+        log_w: Any = 0.0
         for k, t in enumerate(chain.clock[:-1]):
             moved, xi, c = self._move(k, x, self._slope_tables(t), generator)
-            log_w -= (c * xi).sum(1) + 0.5 * (c * c).sum(1)
-            log_w -= chain.step_sizes[k] * f.cost(x, t)
+            log_w = log_w - ((c * xi).sum(1) + 0.5 * (c * c).sum(1)) - chain.step_sizes[k] * f.cost(x, t)
             x = moved
         log_w += f.reward(x)
         apart = abs(float(log_w.mean()) - lowest)
@@ -326,7 +312,6 @@ class OnGrids(ExactSolution):
         mean, cov = self._first_moments()
         if self.problem.from_point:
             return self._out(self._sum_tables(mean[None], tables)[0])
-        self._check_start(cov)
         total = torch.zeros((), dtype=torch.float64)
         z = torch.arange(-12.0, 12.01, 0.125, dtype=torch.float64)
         for block, table in zip(self._blocks, tables):
@@ -340,7 +325,8 @@ class OnGrids(ExactSolution):
                 total = total + ((log_p + w).logsumexp(0) if soft else (log_p.exp() * w).sum())
         return self._out(total)
 
-    def _check_start(self, cov: Tensor) -> None:
+    def _first_moments(self) -> tuple[Tensor, Tensor]:
+        mean, cov = super()._first_moments()
         block_of = {i: member for block in self._blocks for member in block.members for i in member}
         for i, j in (cov != 0).nonzero().tolist():
             if block_of[i] != block_of[j]:
@@ -348,6 +334,7 @@ class OnGrids(ExactSolution):
                     f"initial: the covariance of the start couples coordinates {i} and {j}, which the process does not; this "
                     "quantity is known for independent blocks only. (value and control are exact.)"
                 )
+        return mean, cov
 
     @property
     def log_z(self) -> Tensor:

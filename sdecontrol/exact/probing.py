@@ -15,10 +15,16 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..tensors import is_matrix_scale
 
-__all__ = ["PROBES", "Block", "Functions", "Interactions"]
+__all__ = ["MOMENTS", "PROBES", "Block", "Functions", "Interactions", "watched"]
 
+MOMENTS = 17  # times at which dependence is looked for, ends included
 PROBES = 8  # pairs of states between which dependence is looked for
 _PAIRS = 64  # dimensions up to which it is found out which pairs of coordinates a reward couples
+
+
+def watched(count: int, most: int) -> list[int]:
+    """At most ``most`` of the integers ``0 .. count - 1``, ends included."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
 class Functions:
