@@ -15,7 +15,7 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian
 from ..processes.linear import Transition
 from ..tensors import symmetric
-from .quadratic import Form, LinearQuadraticSolution, Terms, compose, quadratic_terms, soft_average
+from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
 __all__ = ["ChainSolution"]
 
@@ -54,9 +54,8 @@ class ChainSolution(LinearQuadraticSolution):
     grid within 1e-9 of the horizon, else it means the step that contains it (its left end's state).
     """
 
-    def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any]) -> None:
+    def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any], terms: Terms) -> None:
         super().__init__(problem, settings, chain)
-        terms = quadratic_terms(problem)
         self._forms, self._kernels = _backwards(chain, terms, soft_step)
         self._shift_forms, self._feedbacks = _backwards(chain, terms, shift_step)
 

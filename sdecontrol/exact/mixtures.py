@@ -114,6 +114,12 @@ class MixtureSolution(ExactSolution):
             raise NoExactSolution(
                 "running_cost: no exact solution is known for a mixture reference with a running cost."
             )
+        terms = quadratic_terms(problem)
+        if terms is None:
+            raise NoExactSolution(
+                f"no exact solution is known for the reward {type(problem.reward_function).__name__}: it must be Quadratic, Linear "
+                "or None."
+            )
         self._own_start = _same_law(problem.initial, reference.own_initial)
         if not self._own_start and problem.start != "fixed":
             raise NoExactSolution(
@@ -124,7 +130,7 @@ class MixtureSolution(ExactSolution):
         data = _moved(reference.mixture, torch.zeros((), dtype=torch.float64))
         self._mu0, self._std0 = self._levels(problem.horizon)
         self._p0 = data.noised(self._mu0, self._std0)
-        self._tilted, self._log_z = tilted_mixture(self._p0, quadratic_terms(problem).reward)
+        self._tilted, self._log_z = tilted_mixture(self._p0, terms.reward)
         self._pair = lru_cache(maxsize=4096)(self._make_pair)
 
     # ---------------------------------------------------------------- laws of the noising process

@@ -98,32 +98,20 @@ class Terms(NamedTuple):
     F: Callable[[float], Tensor] | None
 
 
-def quadratic_terms(problem: ControlProblem) -> Terms:
-    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU.
-
-    Raises:
-        NoExactSolution: naming the one that is not quadratic.
-    """
+def quadratic_terms(problem: ControlProblem) -> Terms | None:
+    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU; None where one of them has none."""
     reward, cost, alpha = problem.reward_function, problem.running_cost_function, problem.alpha
+    if not isinstance(reward, (Quadratic, Linear, type(None))) or not isinstance(cost, (QuadraticCost, type(None))):
+        return None
     d = problem.event_shape[0]
     P, q = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     c = torch.zeros((), dtype=torch.float64)
+    if reward is not None:
+        q = reward.g.detach().to("cpu", torch.float64) / alpha
     if isinstance(reward, Quadratic):
         P, c = reward.G.detach().to("cpu", torch.float64) / alpha, c + reward.c / alpha
-    if isinstance(reward, (Quadratic, Linear)):
-        q = reward.g.detach().to("cpu", torch.float64) / alpha
-    elif reward is not None:
-        raise NoExactSolution(
-            f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, Linear or None."
-        )
-    form = Form(P, q, c)
-    if cost is None:
-        return Terms(form, None)
-    if not isinstance(cost, QuadraticCost):
-        raise NoExactSolution(
-            f"no exact solution is known for the running cost {type(cost).__name__}: it must be QuadraticCost or None."
-        )
-    return Terms(form, lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha)
+    F = None if cost is None else lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha
+    return Terms(Form(P, q, c), F)
 
 
 class LinearQuadraticSolution(ExactSolution):

@@ -14,7 +14,7 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import factor
 from ..processes.linear import LinearSDE, Transition, moments
 from ..tensors import symmetric
-from .quadratic import Form, LinearQuadraticSolution, Terms, compose, quadratic_terms, soft_average
+from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
 __all__ = ["RiccatiSolution"]
 
@@ -79,10 +79,10 @@ class RiccatiSolution(LinearQuadraticSolution):
     same soft average as over one step is exact: ``v(., t)/alpha`` averaged over ``sqrt(-t) S^(1/2) xi``.
     """
 
-    def __init__(self, problem: ControlProblem, linear: LinearSDE) -> None:
+    def __init__(self, problem: ControlProblem, linear: LinearSDE, terms: Terms) -> None:
         super().__init__(problem, {})
         self._linear = linear
-        self._dense = solve_riccati(linear, quadratic_terms(problem))
+        self._dense = solve_riccati(linear, terms)
         self._flow = lru_cache(maxsize=4096)(self._integrate)
         if problem.start == "controlled":
             self._form(-1.0)  # infinite expectations are found now, not later

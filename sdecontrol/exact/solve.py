@@ -9,13 +9,13 @@ import torch
 
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
-from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.sde import SDE
 from .base import ExactSolution
 from .discrete import ChainSolution
 from .grid_chain import GridChainSolution
 from .grid_process import GridSolution
 from .mixtures import MixtureSolution
+from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
 
 __all__ = ["exact_solution"]
@@ -63,16 +63,18 @@ def exact_solution(
     linear = reference.as_linear()
     if reference.mixture is not None and linear is None and not discrete:
         return MixtureSolution(problem)
-    quadratic = linear is not None and _is_quadratic(problem)
-    if not quadratic:
+    terms = None if linear is None else quadratic_terms(problem)
+    if terms is None:
         _check_grids(problem, grids)
     if not discrete:
-        return RiccatiSolution(problem, linear) if quadratic else GridSolution(problem)
+        return GridSolution(problem) if terms is None else RiccatiSolution(problem, linear, terms)
     chain = problem.chain(time_steps, scheme)
     steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
     steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
-    made = ChainSolution if quadratic else GridChainSolution
-    return made(problem, chain, {"time_steps": steps, "scheme": chain.scheme})
+    settings = {"time_steps": steps, "scheme": chain.scheme}
+    if terms is None:
+        return GridChainSolution(problem, chain, settings)
+    return ChainSolution(problem, chain, settings, terms)
 
 
 def _check_grids(problem: ControlProblem, grids: bool) -> None:
@@ -99,11 +101,6 @@ def _check_grids(problem: ControlProblem, grids: bool) -> None:
         raise NoExactSolution(
             f"reference: grids need a pre-trained model that computes in float64, and this one gives {made.dtype}; do not convert in it."
         )
-
-
-def _is_quadratic(problem: ControlProblem) -> bool:
-    reward, cost = problem.reward_function, problem.running_cost_function
-    return isinstance(reward, (Quadratic, Linear, type(None))) and isinstance(cost, (QuadraticCost, type(None)))
 
 
 def _discretisation(time_steps: Any, like: Any, scheme: str | None) -> tuple[bool, Any, str | None]:
