@@ -58,7 +58,7 @@ def chain_end(problem: sc.GibbsProblem, steps: int) -> tuple[Tensor, Tensor]:
     from sdecontrol.processes.linear import moments
 
     mean, cov = moments(problem.initial)
-    for matrix, shift, root, _ in problem.chain(steps).matrices64:  # type: ignore[attr-defined]
+    for matrix, shift, root, _ in problem.chain(steps).affine_steps() or []:
         mean, cov = matrix @ mean + shift, matrix @ cov @ matrix.mT + root @ root.mT
     return mean, cov
 

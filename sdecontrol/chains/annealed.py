@@ -30,7 +30,7 @@ class AnnealedChain(Chain):
     def __init__(
         self, sde: AnnealedLangevin, clock: list[float], scheme: str, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.reference = sde
+        self.reference, self.scheme = sde, scheme
         self._set_times(clock, dtype, device)
         self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
         self._betas = [sde.beta(t) for t in clock[:-1]] + [1.0]
@@ -50,6 +50,9 @@ class AnnealedChain(Chain):
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         return self.langevin(k, k, x, condition)
+
+    def double(self) -> Chain:
+        return AnnealedChain(self.reference, self.clock, self.scheme, torch.float64, self.times.device)
 
     def gain(self, k: int) -> float:
         return self._gains[k]

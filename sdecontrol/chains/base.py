@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from torch import Tensor
 from ..tensors import apply_scale, event_sum
 from .reverse import ReverseLaw
 
-__all__ = ["Chain"]
+__all__ = ["AffineStep", "Chain"]
+
+
+class AffineStep(NamedTuple):
+    """``x' = matrix x + shift + scale (gain u + xi)``, in float64 on the CPU."""
+
+    matrix: Tensor
+    shift: Tensor
+    scale: Tensor
+    gain: Tensor
 
 
 class Chain:
@@ -38,6 +47,8 @@ class Chain:
         reverse: the kernels backwards of which the target is made, where it is not made of the reference's own.
         gaussian: whether the steps are Gaussian kernels, with a mean and a scale.
         of_noise: whether a step's log-ratio and KL are functions of its noise and shift alone: states may then be None.
+        scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes first; "" for
+            chains that are not made from an SDE and a grid.
     """
 
     times: Tensor
@@ -50,6 +61,7 @@ class Chain:
     reverse: ReverseLaw | None = None
     gaussian: bool = True
     of_noise: bool = True
+    scheme: str = ""
 
     def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.clock = clock
@@ -135,6 +147,20 @@ class Chain:
         with torch.no_grad():
             x = self.times.new_zeros(1, *self.event_shape)
             return torch.stack([m for m in known if m is not None]), [self.kernel(k, x)[1] for k in range(self.steps)]
+
+    def affine_steps(self) -> list[AffineStep] | None:
+        """All steps with the precision of float64, where they are known to be affine in x; else None."""
+        return None
+
+    def double(self) -> Chain:
+        """The same chain in float64.
+
+        Raises:
+            TypeError: a chain that was not made from an SDE and a grid.
+        """
+        if not self.scheme:
+            raise TypeError(f"a {type(self).__name__} has the dtype of its own model; it has no copy in float64.")
+        return type(self)(self.reference, self.clock, torch.float64, self.times.device)  # type: ignore[call-arg]
 
     def gain(self, k: int) -> float | Tensor:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import NoLikelihood, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
-from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..processes.semilinear import SemilinearSDE
 from ..tensors import check_tensor
@@ -81,7 +80,7 @@ def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device:
     if scheme == "euler":
         return EulerChain(sde, clock, dtype, device)
     if scheme == "exact":
-        linear = sde if isinstance(sde, LinearSDE) else getattr(sde, "as_linear", lambda: None)()
+        linear = sde.as_linear()
         if linear is None:
             raise ValueError(
                 "scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
@@ -98,8 +97,9 @@ def _exponential(sde: SDE, clock: list[float], dtype: torch.dtype, device: torch
         return ExponentialChain(sde, clock, dtype, device)
     if isinstance(sde, GenerativeSDE):
         return GenerativeExponentialChain(sde, clock, dtype, device)
-    if isinstance(sde, LinearSDE):  # nothing is left to approximate
-        return TransitionChain(sde, clock, dtype, device)
+    linear = sde.as_linear()
+    if linear is not None:  # nothing is left to approximate
+        return TransitionChain(linear, clock, dtype, device)
     raise ValueError(
         f"scheme='exponential' needs to know the linear part of the drift, which a {type(sde).__name__} does not say. "
         "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."

@@ -26,6 +26,8 @@ class ExponentialChain(Chain):
     Weak order 1, strong order 1 (additive noise); no bound of the step by a stiff A; with n = 0 it is ``TransitionChain``.
     """
 
+    scheme = "exponential"
+
     def __init__(self, sde: SemilinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self._linear = TransitionChain(sde.linear_part, clock, dtype, device)
         self.reference = sde
@@ -65,6 +67,8 @@ class GenerativeExponentialChain(Chain):
     Weak order 1. For a Gaussian the mean has no error; that of the variance is two to four times Euler's on a uniform grid under
     the usual VP schedule, so it is for schedules whose coefficients vary fast within a step, not a better default.
     """
+
+    scheme = "exponential"
 
     def __init__(self, sde: GenerativeSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.reference = sde

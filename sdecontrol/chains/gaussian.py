@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
-from .base import Chain
+from .base import AffineStep, Chain
 
 __all__ = ["EulerChain", "TransitionChain"]
 
@@ -19,6 +19,8 @@ __all__ = ["EulerChain", "TransitionChain"]
 class EulerChain(Chain):
     """Euler-Maruyama: ``mean = x + h b(x, t_k)``, ``scale = sqrt(h) sigma(x, t_k)``, ``c = sqrt(h) u``. Weak order 1,
     strong order 1/2 (1 for additive noise)."""
+
+    scheme = "euler"
 
     def __init__(self, sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.reference = sde
@@ -45,6 +47,18 @@ class EulerChain(Chain):
         A = self.reference.A_at(self.times[k]).to(self.times)
         return torch.eye(len(A), dtype=A.dtype, device=A.device) + self.step_sizes[k] * A
 
+    def affine_steps(self) -> list[AffineStep] | None:
+        linear = self.reference.as_linear()
+        if linear is None:
+            return None
+        eye = torch.eye(linear.event_shape[0], dtype=torch.float64)
+        steps = []
+        for t, h in zip(self.clock, self.step_sizes):
+            A, a, sigma = (torch.from_numpy(c) for c in linear.coefficients(t))
+            noise = torch.eye(sigma.shape[1], dtype=torch.float64)
+            steps.append(AffineStep(eye + h * A, h * a, h**0.5 * sigma, h**0.5 * noise))
+        return steps
+
     def gain(self, k: int) -> float:
         return self._roots[k]
 
@@ -56,6 +70,8 @@ class TransitionChain(Chain):
     ``scale C = int Phi sigma dr``; where m != d the inverse gives the control of minimum norm.
     """
 
+    scheme = "exact"
+
     def __init__(self, sde: LinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         from ..processes.laws import factor
 
@@ -63,16 +79,15 @@ class TransitionChain(Chain):
         self._set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
-        made: dict[tuple[float, float], tuple[Tensor, ...]] = {}
-        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        made: dict[tuple[float, float], AffineStep] = {}
+        self._steps: list[AffineStep] = []
         for s, t in pairwise(clock):
             key = (0.0, round(t - s, 14)) if sde.autonomous else (s, t)
             if key not in made:
                 matrix, shift, cov, effect = sde._transition_and_gain(key[0], key[1] if sde.autonomous else t)
                 root = factor(cov)
-                made[key] = (matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
-            self._steps.append(made[key])  # type: ignore[arg-type]
-        self.matrices64 = self._steps
+                made[key] = AffineStep(matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
+            self._steps.append(made[key])
         seen: dict[int, tuple[Tensor, ...]] = {}
         move = lambda step: seen.setdefault(id(step), tuple(p.to(device=device, dtype=dtype) for p in step))  # noqa: E731
         self._cast = [move(step) for step in self._steps]
@@ -83,6 +98,9 @@ class TransitionChain(Chain):
 
     def mean_matrix(self, k: int) -> Tensor | None:
         return self._cast[k][0]
+
+    def affine_steps(self) -> list[AffineStep]:
+        return self._steps
 
     def gain(self, k: int) -> Tensor:
         return self._cast[k][3]

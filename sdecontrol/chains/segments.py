@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Gaussian, GaussianMixture
-from .base import Chain
+from .base import AffineStep, Chain
 
 __all__ = ["LearnedStart", "SegmentedChain"]
 
@@ -62,6 +62,17 @@ class LearnedStart(Chain):
             return None
         return torch.eye(self.event_shape[0], dtype=self.times.dtype, device=self.times.device)
 
+    def affine_steps(self) -> list[AffineStep] | None:
+        if self.mixture is not None or len(self.event_shape) != 1:
+            return None
+        root = self.law.scale_root.detach().to("cpu", torch.float64)
+        root = root if self._matrix else torch.diag(root)
+        eye, zero = torch.eye(len(root), dtype=torch.float64), torch.zeros(len(root), dtype=torch.float64)
+        return [AffineStep(eye, zero, h**0.5 * root, h**0.5 * eye) for h in self.step_sizes]
+
+    def double(self) -> Chain:
+        return LearnedStart(self.law, self.steps, torch.float64, self.times.device)
+
 
 class SegmentedChain(Chain):
     """One chain after another; shapes of noise and control are padded to the larger of the two.
@@ -74,6 +85,7 @@ class SegmentedChain(Chain):
         self.event_shape, self.control_shape = second.event_shape, second.control_shape
         # images have as many noises as states in both; only vectors may have more or fewer
         self.noise_shape = max(first.noise_shape, second.noise_shape, key=torch.Size.numel)
+        self.scheme = second.scheme
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
@@ -100,6 +112,13 @@ class SegmentedChain(Chain):
     def mean_matrix(self, k: int) -> Tensor | None:
         chain, j = self.part(k)
         return chain.mean_matrix(j)
+
+    def affine_steps(self) -> list[AffineStep] | None:
+        first, second = (chain.affine_steps() for chain in self.segments)
+        return None if first is None or second is None else first + second
+
+    def double(self) -> Chain:
+        return SegmentedChain(*(chain.double() for chain in self.segments))
 
     def gain(self, k: int) -> float | Tensor:
         chain, j = self.part(k)

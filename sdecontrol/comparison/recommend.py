@@ -37,7 +37,7 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from ..processes.generative import GenerativeSDE
-from ..processes.laws import Dirac, draw
+from ..processes.laws import draw
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from ..tensors import as_float
@@ -294,7 +294,7 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
         "whether the target has modes that the paths never reach cannot be told from the problem. A training method learns what "
         "its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, or start from several seeds."
     ]
-    if problem.start == "fixed" and not isinstance(problem.initial, Dirac):
+    if problem.random_start:
         out.append(
             "the random start keeps its law: the end has the tilted law only where it has forgotten the start (evaluate's start gap "
             "says what is left). start='controlled' removes that."

@@ -15,7 +15,6 @@ from ..paths.paths import Paths
 from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
-from ..processes.laws import Dirac
 from ..randomness import derive_seed, fresh_seed
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
@@ -147,9 +146,8 @@ def evaluate(
         reference = simulate_chain(problem, chain, n, None, seed=derive_seed(seed, 1), keep="end")
         second = log_weights(problem, reference).double()
     reliable, why = _reliability(log_w, tail, estimated, second)
-    random_start = problem.start == "fixed" and not isinstance(problem.initial, Dirac)
     start_gap = Estimate(0.0, 0.0)
-    if not random_start and problem.condition is None:
+    if not problem.random_start and problem.condition is None:
         gap = Estimate(log_z, 0.0) - elbo if log_z is not None else _gap(log_w)
     else:
         if start_log_z is not None and start_value is not None:
@@ -176,7 +174,7 @@ def evaluate(
         reliable=reliable,
         reliability=why,
         pareto_k=tail,
-        exact=log_z is not None and (not random_start or start_value is not None),
+        exact=log_z is not None and (not problem.random_start or start_value is not None),
         n=n,
     )
 

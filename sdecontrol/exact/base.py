@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
-from ..processes.laws import Gaussian, draw
+from ..processes.laws import Dirac, Gaussian, draw
+from ..processes.linear import moments
 from ..randomness import fresh_seed
 
 __all__ = ["ExactControl", "ExactSolution"]
@@ -42,8 +44,6 @@ class ExactSolution:
     kind: str = ""
     log_z: Tensor
     start_log_z: Tensor
-    elbo: Tensor
-    initial: Any
 
     def __init__(self, problem: ControlProblem, settings: dict[str, Any], chain: Chain | None = None) -> None:
         self.problem, self.settings, self.chain = problem, settings, chain
@@ -65,6 +65,10 @@ class ExactSolution:
         """The control's shifts on a chain, with all work on times done beforehand."""
         raise NotImplementedError
 
+    def _kernel_at(self, x: Tensor, k: int) -> Any:
+        """:meth:`kernel` of a chain, at x in float64."""
+        raise NotImplementedError
+
     def marginal(self, t: float) -> Any:
         """The law of X_t under the optimum."""
         raise NotImplementedError
@@ -73,16 +77,28 @@ class ExactSolution:
         """The law of X_s given ``X_t = x_t`` under the optimum, s < t; x_t ``(d,)`` or ``(batch, d)``."""
         raise NotImplementedError
 
-    def kernel(self, x: Tensor, k: int) -> Gaussian:
+    def kernel(self, x: Tensor, k: int) -> Any:
         """The law of ``x_{k+1}`` given ``x_k = x`` under the soft-optimal chain p*; x ``(d,)`` or ``(batch, d)``.
 
         Raises:
             NoExactSolution: in continuous time, which has no steps.
         """
-        raise NoExactSolution(
-            "kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
-            "time_steps=K). In continuous time use control, marginal or bridge."
-        )
+        if self.chain is None:
+            raise NoExactSolution(
+                "kernel(x, k) is the law of one step of a chain; ask for exact_solution(problem, "
+                "time_steps=K). In continuous time use control, marginal or bridge."
+            )
+        if not 0 <= k < self.chain.steps:
+            raise ValueError(f"k must be a step from 0 to {self.chain.steps - 1}, got {k}.")
+        return self._kernel_at(self._in("x", x), k)
+
+    @property
+    def initial(self) -> Any:
+        return self.marginal(0.0) if self.problem.start == "controlled" else self.problem.initial
+
+    @property
+    def elbo(self) -> Tensor:
+        return self.start_log_z  # in continuous time nothing is lost
 
     # ---------------------------------------------------------------- what all share
 
@@ -133,6 +149,38 @@ class ExactSolution:
             return getattr(self, name)
         except NoExactSolution:
             return None
+
+    def _first_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of the first state, in float64.
+
+        Raises:
+            NoExactSolution: a start that is neither a point nor Gaussian.
+        """
+        law = self.problem.origin
+        if not isinstance(law, (Dirac, Gaussian)):
+            raise NoExactSolution(
+                "what depends on the start (log_z, elbo, marginal(t), sample(n), ...) is not known for a "
+                f"{type(law).__name__} start; use Dirac or Gaussian. (value and control are exact.)"
+            )
+        return moments(law)
+
+    @staticmethod
+    def _controlled_law(problem: ControlProblem) -> Gaussian:
+        """The law that a controlled start reaches at time 0, where it must be Gaussian."""
+        if not isinstance(problem.initial, Gaussian):
+            raise NoExactSolution(
+                f"initial: a controlled {type(problem.initial).__name__} start has no exact solution with a linear reference, "
+                "nor on a grid in continuous time; use a Gaussian start."
+            )
+        return problem.initial
+
+    def _state(self, time: float) -> int:
+        """Index of the chain's state at a (snapped) time: on the grid, or the left end of the step that contains it."""
+        return max(bisect.bisect_right(self._marks, time) - 1, 0)
+
+    def _step_at(self, time: float) -> int:
+        """The step that begins there; at the horizon, the last one."""
+        return min(self._state(time), len(self._marks) - 2)
 
     def _out(self, value: Tensor) -> Tensor:
         return value.to(device=self.problem.device, dtype=self.problem.dtype)

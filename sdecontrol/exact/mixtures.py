@@ -18,7 +18,6 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
-from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
@@ -84,12 +83,11 @@ def _same_law(law: Any, own: Any) -> bool:
     """Whether a start is the reference's own (an equal one counts)."""
     if law is own or type(law) is not type(own):
         return law is own
-    if isinstance(own, GaussianMixture):
-        same = law.means.shape == own.means.shape
-        return same and all(
-            torch.allclose(getattr(law, n), getattr(own, n)) for n in ("means", "log_weights", "covariances")
-        )
-    return torch.allclose(law.mean, own.mean) and torch.allclose(law.covariance_matrix, own.covariance_matrix)
+    names = (
+        ("means", "log_weights", "covariances") if isinstance(own, GaussianMixture) else ("mean", "covariance_matrix")
+    )
+    pairs = [(getattr(law, name), getattr(own, name)) for name in names]
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in pairs)
 
 
 class MixtureSolution(ExactSolution):
@@ -106,8 +104,7 @@ class MixtureSolution(ExactSolution):
 
     def __init__(self, problem: ControlProblem) -> None:
         super().__init__(problem, {})
-        reference = problem.reference
-        assert isinstance(reference, GenerativeSDE) and reference.mixture is not None
+        reference: Any = problem.reference
         if not reference.reversal:
             raise NoExactSolution(
                 "noise_level: a mixture reference has an exact solution as the reversal of its noising "
@@ -116,6 +113,12 @@ class MixtureSolution(ExactSolution):
         if problem.running_cost_function is not None:
             raise NoExactSolution(
                 "running_cost: no exact solution is known for a mixture reference with a running cost."
+            )
+        terms = quadratic_terms(problem)
+        if terms is None:
+            raise NoExactSolution(
+                f"no exact solution is known for the reward {type(problem.reward_function).__name__}: it must be Quadratic, Linear "
+                "or None."
             )
         self._own_start = _same_law(problem.initial, reference.own_initial)
         if not self._own_start and problem.start != "fixed":
@@ -127,7 +130,7 @@ class MixtureSolution(ExactSolution):
         data = _moved(reference.mixture, torch.zeros((), dtype=torch.float64))
         self._mu0, self._std0 = self._levels(problem.horizon)
         self._p0 = data.noised(self._mu0, self._std0)
-        self._tilted, self._log_z = tilted_mixture(self._p0, quadratic_terms(problem).reward)
+        self._tilted, self._log_z = tilted_mixture(self._p0, terms.reward)
         self._pair = lru_cache(maxsize=4096)(self._make_pair)
 
     # ---------------------------------------------------------------- laws of the noising process
@@ -199,10 +202,6 @@ class MixtureSolution(ExactSolution):
     def start_log_z(self) -> Tensor:
         self._need_tilted_start("start_log_z")
         return self.log_z
-
-    @property
-    def elbo(self) -> Tensor:
-        return self.start_log_z
 
     @property
     def initial(self) -> Any:

@@ -17,7 +17,7 @@ from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
-from ..processes.laws import Dirac, Gaussian, factor
+from ..processes.laws import Gaussian, factor
 from ..processes.linear import Transition
 from ..tensors import symmetric
 from .base import ExactSolution
@@ -98,36 +98,31 @@ class Terms(NamedTuple):
     F: Callable[[float], Tensor] | None
 
 
-def quadratic_terms(problem: ControlProblem) -> Terms:
-    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU.
-
-    Raises:
-        NoExactSolution: naming the one that is not quadratic.
-    """
+def quadratic_terms(problem: ControlProblem) -> Terms | None:
+    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU; None where one of them has none."""
     reward, cost, alpha = problem.reward_function, problem.running_cost_function, problem.alpha
+    if not isinstance(reward, (Quadratic, Linear, type(None))) or not isinstance(cost, (QuadraticCost, type(None))):
+        return None
     d = problem.event_shape[0]
     P, q = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     c = torch.zeros((), dtype=torch.float64)
+    if reward is not None:
+        q = reward.g.detach().to("cpu", torch.float64) / alpha
     if isinstance(reward, Quadratic):
         P, c = reward.G.detach().to("cpu", torch.float64) / alpha, c + reward.c / alpha
-    if isinstance(reward, (Quadratic, Linear)):
-        q = reward.g.detach().to("cpu", torch.float64) / alpha
-    elif reward is not None:
-        raise NoExactSolution(
-            f"no exact solution is known for the reward {type(reward).__name__}: it must be Quadratic, Linear or None."
-        )
-    form = Form(P, q, c)
-    if cost is None:
-        return Terms(form, None)
-    if not isinstance(cost, QuadraticCost):
-        raise NoExactSolution(
-            f"no exact solution is known for the running cost {type(cost).__name__}: it must be QuadraticCost or None."
-        )
-    return Terms(form, lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha)
+    F = None if cost is None else lambda t: cost.F_at(t).detach().to("cpu", torch.float64) / alpha
+    return Terms(Form(P, q, c), F)
 
 
 class LinearQuadraticSolution(ExactSolution):
     """What the chain and the continuous-time solution share: quadratic values, affine feedback, Gaussian laws."""
+
+    kind = "linear-quadratic"
+
+    def __init__(self, problem: ControlProblem, settings: dict[str, Any], chain: Chain | None = None) -> None:
+        super().__init__(problem, settings, chain)
+        if problem.start == "controlled":
+            self._controlled_law(problem)
 
     def _form(self, time: float) -> Form:
         """``v(., time)/alpha``."""
@@ -165,12 +160,8 @@ class LinearQuadraticSolution(ExactSolution):
 
     def _first_state(self) -> tuple[Tensor, Tensor]:
         """Mean and root of the covariance of the first state: the point before a controlled start, or nu."""
-        mean, root = self._start()
-        return (mean, torch.zeros_like(root)) if self.problem.start == "controlled" else (mean, root)
-
-    @property
-    def initial(self) -> Any:
-        return self.marginal(0.0) if self.problem.start == "controlled" else self.problem.initial
+        mean, cov = self._first_moments()
+        return mean, factor(cov)
 
     def _value_at(self, x: Tensor, time: float) -> Tensor:
         return self.problem.alpha * self._form(time).at(x)
@@ -201,27 +192,3 @@ class LinearQuadraticSolution(ExactSolution):
         gain = torch.linalg.lstsq(symmetric(M @ cov @ M.mT + Q), M @ cov, driver="gelsd").solution.mT
         keep = torch.eye(len(mean), dtype=mean.dtype) - gain @ M
         return self._gaussian(mean + (x - mean @ M.mT - shift) @ gain.mT, keep @ cov @ keep.mT + gain @ Q @ gain.mT)
-
-    def _start(self) -> tuple[Tensor, Tensor]:
-        """Mean and root of the covariance of the problem's X_0."""
-        law = self.problem.initial
-        if not isinstance(law, (Dirac, Gaussian)):
-            raise NoExactSolution(
-                f"this quantity depends on the start, and no closed form is known for a "
-                f"{type(law).__name__} start; use Dirac or Gaussian. (value and control are exact.)"
-            )
-        root = (
-            torch.zeros_like(law.covariance_matrix)
-            if isinstance(law, Dirac)
-            else factor(law.covariance_matrix.double())
-        )
-        return law.mean.detach().to("cpu", torch.float64), root.detach().to("cpu", torch.float64)
-
-
-def linear_reference(reference: Any) -> Any:
-    """The reference as a LinearSDE, or None."""
-    from ..processes.linear import LinearSDE
-
-    if isinstance(reference, LinearSDE):
-        return reference
-    return getattr(reference, "as_linear", lambda: None)()

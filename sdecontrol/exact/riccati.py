@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
-from ..processes.laws import Gaussian
-from ..processes.linear import LinearSDE, Transition
+from ..processes.laws import factor
+from ..processes.linear import LinearSDE, Transition, moments
 from ..tensors import symmetric
-from .quadratic import Form, LinearQuadraticSolution, Terms, compose, quadratic_terms, soft_average
+from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
 __all__ = ["RiccatiSolution"]
 
@@ -79,38 +79,32 @@ class RiccatiSolution(LinearQuadraticSolution):
     same soft average as over one step is exact: ``v(., t)/alpha`` averaged over ``sqrt(-t) S^(1/2) xi``.
     """
 
-    kind = "linear-quadratic"
-
-    def __init__(self, problem: ControlProblem, linear: LinearSDE) -> None:
+    def __init__(self, problem: ControlProblem, linear: LinearSDE, terms: Terms) -> None:
         super().__init__(problem, {})
         self._linear = linear
-        if problem.start == "controlled" and not isinstance(problem.initial, Gaussian):
-            raise NoExactSolution(
-                f"a controlled {type(problem.initial).__name__} start has no exact solution with a linear "
-                "reference; use a Gaussian start."
-            )
-        self._dense = solve_riccati(linear, quadratic_terms(problem))
+        self._dense = solve_riccati(linear, terms)
         self._flow = lru_cache(maxsize=4096)(self._integrate)
         if problem.start == "controlled":
             self._form(-1.0)  # infinite expectations are found now, not later
 
+    @cached_property
+    def _start_root(self) -> Tensor:
+        """The noise before a controlled start."""
+        return factor(moments(self.problem.initial)[1])
+
     def _form(self, time: float) -> Form:
         if time < 0:
-            return soft_average(self._form(0.0), (-time) ** 0.5 * self._start()[1], "over the controlled start").form
+            return soft_average(self._form(0.0), (-time) ** 0.5 * self._start_root, "over the controlled start").form
         d = self._linear.event_shape[0]
         y = torch.from_numpy(self._dense(time))
         return Form(symmetric(y[: d * d].reshape(d, d)), y[d * d : -1], y[-1])
 
     def _sigma(self, time: float) -> Tensor:
-        return self._start()[1] if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
+        return self._start_root if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
 
     def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
         sigma, form = self._sigma(time), self._form(time)
         return -sigma.mT @ form.P, sigma.mT @ form.q
-
-    @property
-    def elbo(self) -> Tensor:
-        return self.start_log_z
 
     def _moments(self, time: float) -> tuple[Tensor, Tensor]:
         mean, root = self._first_state()
@@ -125,7 +119,7 @@ class RiccatiSolution(LinearQuadraticSolution):
 
     def _stretch(self, s: float, t: float) -> Transition:
         """The law of X_t given X_s under the optimum, s <= t <= 0."""
-        average = soft_average(self._form(t), (t - s) ** 0.5 * self._start()[1], "over the controlled start")
+        average = soft_average(self._form(t), (t - s) ** 0.5 * self._start_root, "over the controlled start")
         return Transition(average.keep, average.pull, average.root @ average.root.mT)
 
     def _integrate(self, s: float, t: float) -> Transition:

@@ -7,19 +7,16 @@ from typing import Any
 
 import torch
 
-from ..chains.exponential import ExponentialChain, GenerativeExponentialChain
-from ..chains.gaussian import TransitionChain
 from ..errors import NoExactSolution
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
-from ..problems.rewards import Linear, Quadratic, QuadraticCost
-from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from .base import ExactSolution
 from .discrete import ChainSolution
+from .grid_chain import GridChainSolution
+from .grid_process import GridSolution
 from .mixtures import MixtureSolution
-from .quadratic import linear_reference
+from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
-from .separable import GridChainSolution, GridSolution
 
 __all__ = ["exact_solution"]
 
@@ -60,38 +57,37 @@ def exact_solution(
         raise NoExactSolution(
             "reference: an annealed Langevin target is made of backward kernels; it has no value function, and no exact solution is known. Use reference='ou' or 'brownian'."
         )
-    if not isinstance(problem.reference, SDE):
-        raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
-    linear = linear_reference(problem.reference)
-    quadratic = linear is not None and _is_quadratic(problem)
-    if getattr(problem.reference, "mixture", None) is not None and linear is None and not discrete:
+    reference = problem.reference
+    if not isinstance(reference, SDE):
+        raise NoExactSolution(f"reference: no exact solution is known for a {type(reference).__name__}.")
+    linear = reference.as_linear()
+    if reference.mixture is not None and linear is None and not discrete:
         return MixtureSolution(problem)
-    if not quadratic and not grids:
+    terms = None if linear is None else quadratic_terms(problem)
+    if terms is None:
+        _check_grids(problem, grids)
+    if not discrete:
+        return GridSolution(problem) if terms is None else RiccatiSolution(problem, linear, terms)
+    chain = problem.chain(time_steps, scheme)
+    steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+    steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
+    settings = {"time_steps": steps, "scheme": chain.scheme}
+    if terms is None:
+        return GridChainSolution(problem, chain, settings)
+    return ChainSolution(problem, chain, settings, terms)
+
+
+def _check_grids(problem: ControlProblem, grids: bool) -> None:
+    """Raise unless grids may be used, states are vectors, and a pre-trained model computes in float64, as grids do."""
+    if not grids:
         raise NoExactSolution("grids: no closed form is known for this problem.")
-    if not quadratic and len(problem.event_shape) != 1:
+    if len(problem.event_shape) != 1:
         raise NoExactSolution(
             f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "
             f"{tuple(problem.event_shape)}; grids need vector states."
         )
-    if not quadratic and isinstance(problem.reference, GenerativeSDE):
-        _check_model(problem)
-    if not discrete:
-        return RiccatiSolution(problem, linear) if quadratic and linear is not None else GridSolution(problem)
-    chain = problem.chain(time_steps, scheme)
-    main = chain.main
-    steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
-    exponential = isinstance(main, (ExponentialChain, GenerativeExponentialChain))
-    settings = {
-        "time_steps": int(steps) if isinstance(steps, (int, Integral)) else [float(t) for t in steps],
-        "scheme": "exact" if isinstance(main, TransitionChain) else "exponential" if exponential else "euler",
-    }
-    if quadratic and linear is not None:
-        return ChainSolution(problem, linear, chain, settings)
-    return GridChainSolution(problem, chain, settings)
-
-
-def _check_model(problem: ControlProblem) -> None:
-    """Raise unless the pre-trained model computes in float64, as grids do."""
+    if not problem.reference.generative:
+        return
     x = problem.draw_start(2, 0).double()
     try:
         with torch.no_grad():
@@ -105,11 +101,6 @@ def _check_model(problem: ControlProblem) -> None:
         raise NoExactSolution(
             f"reference: grids need a pre-trained model that computes in float64, and this one gives {made.dtype}; do not convert in it."
         )
-
-
-def _is_quadratic(problem: ControlProblem) -> bool:
-    reward, cost = problem.reward_function, problem.running_cost_function
-    return isinstance(reward, (Quadratic, Linear, type(None))) and isinstance(cost, (QuadraticCost, type(None)))
 
 
 def _discretisation(time_steps: Any, like: Any, scheme: str | None) -> tuple[bool, Any, str | None]:

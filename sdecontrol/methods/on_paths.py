@@ -18,7 +18,6 @@ from ..errors import unknown_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
-from ..processes.laws import Dirac
 from ..randomness import derive_seed, generator_for
 from .base import Batch, ControlState, Run, path_metrics
 
@@ -81,7 +80,7 @@ def _grouped(batch: Batch, size: int, starts: bool) -> Batch:
 
 def starts_differ(problem: ControlProblem) -> bool:
     """Whether log Z differs from path to path: a random start that keeps its law, or conditions."""
-    return problem.condition is not None or (problem.start == "fixed" and not isinstance(problem.initial, Dirac))
+    return problem.condition is not None or problem.random_start
 
 
 def steps_of(run: Run, count: int | None, part: int = 0) -> list[int] | None:

@@ -229,6 +229,21 @@ class ControlProblem:
         return self.reference.control_shape
 
     @property
+    def origin(self) -> Any:
+        """The law of the chain's first state: the point before a controlled start, else ``initial``."""
+        return Dirac(self.initial.mean) if self.start == "controlled" else self.initial
+
+    @property
+    def from_point(self) -> bool:
+        """Whether all paths leave from one point."""
+        return isinstance(self.origin, Dirac)
+
+    @property
+    def random_start(self) -> bool:
+        """Whether the start is random and keeps its law, so that log Z differs from path to path."""
+        return self.start == "fixed" and not self.from_point
+
+    @property
     def horizon(self) -> float:
         return self.reference.horizon
 
@@ -265,8 +280,7 @@ class ControlProblem:
 
     def draw_start(self, n: int, seed: int, first_block: int = 0) -> Tensor:
         """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
-        law = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
-        return draw(law, n, seed, first_block=first_block)
+        return draw(self.origin, n, seed, first_block=first_block)
 
     def draw_condition(self, n: int, seed: int) -> Any:
         """``n`` conditions, or None."""

@@ -141,6 +141,9 @@ class LinearSDE(SDE):
         a = [self.offset_at(t, like).reshape(1, d).to(times.dtype) for t in times]
         return lambda k, x, y: (torch.addmm(a[k], x, A[k].mT) if x.ndim == 2 else x @ A[k].mT + a[k], sigma[k])
 
+    def as_linear(self) -> LinearSDE:
+        return self
+
     def coefficients(self, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``A``, ``offset``, ``sigma`` at t as float64 arrays."""
         time = torch.tensor(t, dtype=torch.float64)

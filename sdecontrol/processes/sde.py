@@ -47,6 +47,8 @@ class SDE:
     controlled_target: bool = False
     #: True for the reversal of a noising process (a pre-trained generative model).
     generative: bool = False
+    #: the Gaussian mixture whose exact score is the model of a generative process, or None.
+    mixture: Any = None
 
     def __init__(
         self,
@@ -206,6 +208,10 @@ class SDE:
         """``(k, x) -> sigma`` at each of ``times``."""
         clock = list(times)
         return lambda k, x: self.diffusion(x, clock[k])
+
+    def as_linear(self) -> Any:
+        """The same process as a :class:`LinearSDE`, where it is known to be one; else None."""
+        return None
 
     def __deepcopy__(self, memo: Any) -> SDE:
         return self  # a process is a definition: a copied control refers to the same one

@@ -8,8 +8,9 @@ import torch
 from problems import F64, randn
 
 import sdecontrol as sc
+from sdecontrol.exact.grid_chain import GridChainSolution
+from sdecontrol.exact.grid_process import GridSolution
 from sdecontrol.exact.grids import GridLaw
-from sdecontrol.exact.separable import GridChainSolution, GridSolution
 
 close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=tol)  # noqa: E731
 x5 = torch.linspace(-1.5, 1.5, 5, dtype=F64)[:, None]

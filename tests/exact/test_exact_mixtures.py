@@ -283,3 +283,21 @@ def test_a_model_that_does_not_compute_in_float64_is_named():
     )
     with pytest.raises(sc.NoExactSolution, match=r"computes in float64.*model\.double\(\)"):
         sc.exact_solution(problem)
+
+
+def test_laws_of_a_chain_whose_mixture_start_is_learned():
+    """The first state is a point, so the laws of the chain are known: the end's mean and variance by weighted paths."""
+    mixture = sc.GaussianMixture(
+        *(torch.tensor(v, dtype=torch.float64) for v in ([0.6, 0.4], [[-1.5], [1.0]], [0.2, 0.4]))
+    )
+    reward = lambda x: torch.sin(2 * x).sum(-1)  # noqa: E731
+    problem = sc.ControlProblem(
+        sc.generative_sde(mixture, schedule=sc.VP(0.5, 2.0)), reward=reward, alpha=0.7, start="controlled"
+    )
+    exact = sc.exact_solution(problem, 8)
+    paths = sc.simulate(problem, 20_000, control=exact.control, time_steps=8, seed=0)
+    weights = sc.log_weights(problem, paths).softmax(0)
+    law, x = exact.marginal(1.0), paths.end[:, 0]
+    for want, value in ((law.mean[0], x), (law.variance[0], (x - law.mean[0]) ** 2)):
+        error = float((weights**2 * (value - want) ** 2).sum()) ** 0.5
+        assert abs(float((weights * value).sum() - want)) < 4 * error

@@ -48,7 +48,7 @@ def _covariance_of_the_kernel_kept(patch):
 
     def soft_step(form, step, where):
         new, kernel = true(form, step, where)
-        return new, Transition(kernel.matrix, kernel.shift, step.L @ step.L.mT)
+        return new, Transition(kernel.matrix, kernel.shift, step.scale @ step.scale.mT)
 
     patch.setattr(discrete, "soft_step", soft_step)
 
