@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,18 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from .base import Control, UserControl
+from .saved import CONTROLS, Context, Saved
 
 __all__ = ["GivenControl", "ZeroControl", "given_control"]
 
 
+@CONTROLS.register("zero")
 class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
-    configuration: ClassVar[dict[str, Any]] = {"kind": "zero"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> Control:
+        return given_control(context.problem, None)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return x.new_zeros((x.shape[0], *self.control_shape))
@@ -29,11 +33,14 @@ class ZeroControl(Control):
         return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
 
 
+@CONTROLS.register("given")
 class GivenControl(UserControl):
     """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
     it: it is given again to ``load``."""
 
-    configuration: ClassVar[dict[str, Any]] = {"kind": "given"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> Control:
+        return given_control(context.problem, context.own_control(), "control")
 
 
 def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:

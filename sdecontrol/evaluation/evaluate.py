@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..paths.paths import Paths
+from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.laws import Dirac
@@ -234,5 +235,5 @@ def _per_start(
         [torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)]
     ).mean(0) - math.log(_REPLICAS - 1)
     level = _REPLICAS * whole - (_REPLICAS - 1) * without
-    effective = (2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp().mean()
+    effective = effective_number(log_w, 1).mean()
     return mean_estimate(level), mean_estimate(level - log_w.mean(1)), float(effective)
