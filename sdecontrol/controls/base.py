@@ -7,7 +7,7 @@ stored states at once (``along``). What depends on time and parameters alone is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,22 @@ from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["Control", "StartedControl", "UserControl", "as_control"]
+__all__ = ["Control", "StartedControl", "UserControl", "as_control", "at_each_time", "rows_of"]
+
+
+def rows_of(y: Any, rows: Any) -> Any:
+    """Rows of a condition, or None."""
+    return None if y is None else y[rows]
+
+
+def at_each_time(at: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Any) -> Tensor:
+    """A function of a 0-d time for times ``(batch,)``: one call for each time among them."""
+    times, where = torch.unique(t, return_inverse=True)
+    if len(times) < 2:
+        return at(x, times[0] if len(times) else t.new_zeros(()), y)
+    rows = [(where == j).nonzero().flatten() for j in range(len(times))]
+    parts = [at(x[r], time, rows_of(y, r)) for r, time in zip(rows, times)]
+    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
 
 class Control(nn.Module):

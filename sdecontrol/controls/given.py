@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from .base import Control, UserControl
+from .base import Control, UserControl, rows_of
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["GivenControl", "ZeroControl", "given_control"]
+__all__ = ["GivenControl", "ZeroControl", "given_control", "repeat_rows", "rows_of"]
 
 
 @CONTROLS.register("zero")
@@ -72,11 +72,6 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()
-
-
-def rows_of(y: Any, rows: Any) -> Any:
-    """Rows of a condition, or None."""
-    return None if y is None else y[rows]
 
 
 def repeat_rows(x: Any, times: int) -> Any:

@@ -25,8 +25,7 @@ from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed, check_output
-from .base import Control
-from .given import rows_of
+from .base import Control, at_each_time
 from .network import Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
 
@@ -109,12 +108,8 @@ class ValueControl(Control):
             return torch.autograd.grad(value.sum(), leaf)[0]
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 1:
-            out = x.new_empty((x.shape[0], *self.control_shape))
-            for time in t.unique():
-                rows = (t == time).nonzero().flatten()
-                out[rows] = self.at(x[rows], time, rows_of(y, rows)).to(out)
-            return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
         chain = self._chain[0]
         if isinstance(chain.reference, SDE) and float(t) >= 0:
             return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)

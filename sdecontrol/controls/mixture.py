@@ -15,7 +15,7 @@ from ..memory import recall
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..randomness import derive_seed
-from .base import Control
+from .base import Control, at_each_time
 from .ends import ends_of
 from .linear_part import LinearPart
 from .network import Architecture, DefaultControl
@@ -96,12 +96,8 @@ class MixtureControl(Control):
     # ------------------------------------------------------------ Control
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 1:
-            out = x.new_empty((x.shape[0], *self.control_shape))
-            for time in t.unique():
-                rows = (t == time).nonzero().flatten()
-                out[rows] = self.at(x[rows], time, y)
-            return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
         ends, time, z = self._ends[0], float(t), self._ends[0].white(x)
         if ends.between(time)[0] < _NOTHING:
             u = ends.pull(time) * (self._expected(z, time) - ends.expected(x, time))

@@ -22,7 +22,7 @@ from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed
-from .base import Control
+from .base import Control, at_each_time
 from .linear_part import LinearPart, gram_of_features
 from .reward_term import RewardTerm
 from .saved import CONTROLS, Context, Saved
@@ -337,18 +337,11 @@ class DefaultControl(Control):
     # ------------------------------------------------------------ Control
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 0:
-            sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
-            x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
-            return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
-        times, where = torch.unique(t, return_inverse=True)
-        if len(times) == 1:
-            return self.at(x, times[0], y)
-        out = x.new_empty((x.shape[0], *self.control_shape))
-        for j in range(len(times)):
-            rows = (where == j).nonzero().flatten()
-            out = out.index_copy(0, rows, self.at(x[rows], times[j], None if y is None else y[rows]))
-        return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
+        sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
+        x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
+        return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         tables = self.tables(chain) if tables is None or len(tables) == 0 else tables

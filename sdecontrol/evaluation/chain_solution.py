@@ -21,7 +21,7 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import derive_seed, fresh_seed, generator_for
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
-from .evaluate import AGREEMENT, Evaluation
+from .evaluate import Evaluation, agree
 from .solution import SOLUTIONS, Solution
 from .tempered_solution import TemperedSettings, tempered_target
 
@@ -239,6 +239,6 @@ def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[
     if not pareto_k(reverse) < 0.7:
         return True, f"{mixed}; unconfirmed: the fitted mixture alone gives no second estimate of log Z"
     other = log_mean_weight(reverse)
-    if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+    if not agree(other, log_z):
         return False, f"importance weights of the fitted mixture disagree: log Z = {other} there"
     return True, f"{mixed}; confirmed by importance weights (log Z = {other})"

@@ -18,7 +18,7 @@ from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed, generator_for
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .evaluate import AGREEMENT, Evaluation, log_weights
+from .evaluate import Evaluation, confirmed_by_reference, log_weights
 from .solution import SOLUTIONS, Solution
 
 __all__ = ["ParticleSettings", "ParticleSolution"]
@@ -246,15 +246,9 @@ class ParticleSolution(Solution):
                 False,
                 f"log Z^ varies by {spread:.2f} between systems (at most {_SPREAD:g} wanted): use more particles",
             )
-        of = f"log Z^ varies by {spread:.2g} between systems"
         reference = simulate_chain(self.problem, self.chain, n, None, seed=derive_seed(seed, 1), keep="end")
         log_w = log_weights(self.problem, reference).double()
-        if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * n < 100:
-            return True, f"{of}; unconfirmed: the reference's paths give no second estimate of log Z"
-        other = log_mean_weight(log_w)
-        if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
-            return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
-        return True, f"{of}; confirmed by the reference's paths (log Z = {other})"
+        return confirmed_by_reference(f"log Z^ varies by {spread:.2g} between systems", log_z, log_w)
 
     # ---------------------------------------------------------------- files
 
