@@ -143,7 +143,8 @@ def test_values_survive_their_files(tmp_path, kind):
     ParticleSolution(problem, plain, twist=value, **facts).save(tmp_path)
     again = sc.load(tmp_path, problem, **given)
     assert isinstance(again, ParticleSolution) and again.particles == facts["particles"]
-    assert type(again.twist) is type(value) and VALUES.describe(again.twist) == VALUES.describe(value)
+    assert again.twist is not None and type(again.twist) is type(value)
+    assert VALUES.describe(again.twist) == VALUES.describe(value)
     x, t = torch.randn(5, 2), torch.tensor(0.4)
     assert torch.equal(again.twist.at(x, t), value.at(x, t))
     if given:
@@ -208,7 +209,8 @@ def test_a_registered_class_of_a_user_needs_not_be_given_again(tmp_path, registr
     solution.save(tmp_path / "made")
     again = sc.load(tmp_path / "made", problem)
     assert isinstance(again.control, Pull) and again.control.strength == 0.5
-    assert again.control.point.any() and torch.equal(again.control.point, solution.control.point)
+    assert isinstance(solution.control, Pull) and again.control.point.any()
+    assert torch.equal(again.control.point, solution.control.point)
     for loaded in (again, given):
         assert torch.equal(loaded.sample(32, seed=2), solution.sample(32, seed=2))
 
@@ -313,7 +315,8 @@ def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeyp
         assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
     else:
         x, t = torch.randn(5, 2), torch.tensor(0.4)
-        assert again.particles.num_particles == 16 and torch.equal(again.twist.at(x, t), twist.at(x, t))
+        assert isinstance(again, ParticleSolution) and again.twist is not None and again.particles.num_particles == 16
+        assert torch.equal(again.twist.at(x, t), twist.at(x, t))
         assert torch.equal(again.control(x, t), solution.control(x, t))
     again.save(tmp_path / "anew")
     assert json.loads((tmp_path / "anew" / "solution.json").read_text())["schema"] == migrations.SCHEMA
@@ -333,7 +336,8 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path):
             body["settings_sha256"] = bundles._checksum(body)
             path.write_text(json.dumps(body))
 
-    run(tmp_path / "old", 4), run(tmp_path / "new", 4)
+    for name in ("old", "new"):
+        run(tmp_path / name, 4)
     age(tmp_path / "old")
     old, new = (run(tmp_path / name, 6, resume=True) for name in ("old", "new"))
     assert old.iterations == 6 and torch.equal(old.sample(32, seed=2), new.sample(32, seed=2))

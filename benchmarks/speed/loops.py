@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sdecontrol as sc
 from sdecontrol.controls.network import Architecture, DefaultControl
-from sdecontrol.controls.reward_term import RewardTerm, reward_gradient
+from sdecontrol.controls.reward_term import RewardTerm
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.gradients import backpropagate
 
@@ -119,7 +119,7 @@ class Case:
 
     def _default(self, gate: bool) -> DefaultControl:
         d, hidden = self.setting.d, self.setting.hidden
-        reward = RewardTerm(reward_gradient(self.problem), self.problem.reference) if gate else None
+        reward = RewardTerm.of(self.problem) if gate else None
         return DefaultControl((d,), (d,), (0.0, 1.0), Architecture((hidden, hidden)), reward=reward)
 
     # ------------------------------------------------------------ forward

@@ -16,7 +16,7 @@ from ..problems.rewards import Linear, Quadratic
 from ..processes.annealed import AnnealedLangevin
 from ..processes.sde import SDE
 
-__all__ = ["RewardTerm", "gate_scale", "reward_gradient"]
+__all__ = ["RewardTerm", "gate_scale"]
 
 _LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
 _STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
@@ -42,14 +42,14 @@ class RewardTerm:
     @classmethod
     def of(cls, problem: ControlProblem) -> RewardTerm:
         """Of a problem whose reward has a gradient."""
-        gradient, fade = reward_gradient(problem), None
+        gradient, fade = _reward_gradient(problem), None
         if isinstance(problem, GibbsProblem):
             gradient, fade = _damped(problem, gradient)
         sde = problem.reference
         return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_pull(problem))
 
 
-def reward_gradient(problem: ControlProblem) -> Any:
+def _reward_gradient(problem: ControlProblem) -> Any:
     """``grad r / alpha``; 0 where it is not finite."""
 
     def gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
@@ -89,7 +89,7 @@ def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
         if pilot.condition is None
         else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
     )
-    slope = float(reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
+    slope = float(_reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
     return min(1.0, _STEEP / max(slope, 1e-300))
 
 

@@ -120,7 +120,7 @@ class Kinds:
             )
         return self._classes[kind]
 
-    def describe(self, made: Any) -> dict[str, Any] | None:
+    def describe(self, made: Any) -> Any:
         """What a file says of an object: its kind and configuration; None of None.
 
         Raises:
