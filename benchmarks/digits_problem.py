@@ -15,6 +15,7 @@ import sdecontrol as sc
 from sdecontrol.cli.cache import read_cached, write_cached
 from sdecontrol.cli.demo_run import FULL, demo_models
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from sdecontrol.files.bundles import register_bundle
 from sdecontrol.library.digits import DIGIT_SHAPE, digits
 
 __all__ = [
@@ -46,6 +47,7 @@ REWARDS = {
 }
 MEASURED = 4096  # samples of a method that are measured, where they are cheap
 _POOL, _POOL_SEED = 2**17, 77
+_POOL_KIND = register_bundle("digits pool")
 _NEIGHBOURS = 128  # samples among which nearest neighbours are sought
 _TARGET = 8192  # samples of the tilted law that others are compared with
 TRUSTED = 200.0  # effective samples from which on the importance-sampled law is drawn as exact
@@ -113,12 +115,12 @@ def conditional_model(reward: str) -> nn.Module:
 def pool() -> Tensor:
     """``(131072, 64)`` samples of the untuned chain."""
     name = f"digits-pool-{VERSION}-{_POOL}-{STEPS}"
-    found = read_cached(name, "digits pool")
+    found = read_cached(name, _POOL_KIND)
     if found is not None:
         return found[0]["samples"]
     problem = digits_problem("ink", 1.0)
     paths = sc.simulate(problem, _POOL, time_steps=TIME_STEPS, seed=_POOL_SEED, keep="end")
-    write_cached(name, "digits pool", {"samples": paths.samples}, {})
+    write_cached(name, _POOL_KIND, {"samples": paths.samples}, {})
     return paths.samples
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import sdecontrol as sc
 from sdecontrol.comparison.costs import Meter
 from sdecontrol.controls.base import Control
+from sdecontrol.controls.saved import CONTROLS
 from sdecontrol.exact.mixtures import MixtureSolution
 from sdecontrol.library.inverse import mixture_observation
 from sdecontrol.processes.generative import GenerativeSDE
@@ -257,7 +258,7 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
                     solution = sc.solve(meter.problem, method, **more)
             out["training"] = asdict(training)
             if isinstance(control := getattr(solution, "control", None), Control):
-                out["control"] = control.configuration
+                out["control"] = CONTROLS.describe(control)
             with meter.measuring() as sampling:
                 samples = solution.sample(row.samples, seed=derive_seed(seed, _SAMPLES))
             out["sampling"] = asdict(sampling)

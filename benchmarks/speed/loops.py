@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
-from sdecontrol.controls.network import DefaultControl
+from sdecontrol.controls.network import Architecture, DefaultControl
+from sdecontrol.controls.reward_term import RewardTerm
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.gradients import Objective, backpropagate
 
@@ -117,13 +118,9 @@ class Case:
         return self._default(True)
 
     def _default(self, gate: bool) -> DefaultControl:
-        from sdecontrol.controls.build import _reward_gradient
-
         d, hidden = self.setting.d, self.setting.hidden
-        options: dict[str, Any] = (
-            {"reward_gradient": _reward_gradient(self.problem), "sde": self.problem.reference} if gate else {}
-        )
-        return DefaultControl((d,), (d,), 0.0, 1.0, hidden=(hidden, hidden), **options)
+        reward = RewardTerm.of(self.problem) if gate else None
+        return DefaultControl((d,), (d,), (0.0, 1.0), Architecture((hidden, hidden)), reward=reward)
 
     # ------------------------------------------------------------ forward
 

@@ -28,7 +28,8 @@ from .. import (
 from ..errors import BadFileError
 from ..evaluation.estimates import effective_sample_size, log_mean_weight, mean_estimate
 from ..evaluation.evaluate import evaluate
-from ..evaluation.solution import load_tensors
+from ..files.bundles import register_bundle
+from ..files.contents import load_tensors, with_part
 from ..library.digits import DIGIT_SHAPE, DigitClassifier, digits, fit_digit_classifier
 from ..randomness import derive_seed
 from ..training.score_network import ScoreNetwork
@@ -38,7 +39,7 @@ from .common import note
 __all__ = ["FULL", "QUICK", "DemoResult", "DemoSettings", "run_demo"]
 
 RECIPE = 1  # raised whenever the models' training changes: older caches are then passed over
-_KIND = "demo models"
+_KIND = register_bundle("demo models", "accuracy")
 _TRAINED_ON = 1400  # digits that the classifier is trained on; the others test it
 _CHUNK = 4096
 
@@ -251,8 +252,8 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
         tensors, saved = cached
         noise, classifier = ScoreNetwork(DIGIT_SHAPE, VP(), "noise").eval(), DigitClassifier().eval()
         try:
-            for prefix, module in (("noise.", noise), ("classifier.", classifier)):
-                load_tensors(module, {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}, name)
+            load_tensors(noise, tensors, "noise", name)
+            load_tensors(classifier, tensors, "classifier", name)
             return DemoModels(noise, classifier, float(saved["accuracy"]), time.monotonic() - began, True)
         except (BadFileError, KeyError, TypeError) as error:
             note(f"the cache is damaged and will be made again: {error}")
@@ -271,8 +272,7 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
     noise = fit_score(
         images, VP(), "noise", iterations=settings.model_iterations, seed=derive_seed(seed, 13), progress=True
     )
-    tensors = {f"noise.{k}": v for k, v in noise.state_dict().items()}
-    tensors.update({f"classifier.{k}": v for k, v in classifier.state_dict().items()})
+    tensors = with_part("noise", noise.state_dict()) | with_part("classifier", classifier.state_dict())
     write_cached(name, _KIND, tensors, {"accuracy": accuracy, "recipe": RECIPE, "seed": seed})
     return DemoModels(noise, classifier, accuracy, time.monotonic() - began, False)
 

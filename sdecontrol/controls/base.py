@@ -6,7 +6,8 @@ stored states at once (``along``). What depends on time and parameters alone is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,28 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
+from ..problems.problem import ControlProblem
+from ..randomness import generator_for
+from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
+from .saved import CONTROLS, Context, Saved
 
-__all__ = ["Control", "StartedControl", "UserControl"]
+__all__ = ["Control", "StartedControl", "UserControl", "as_control", "at_each_time", "rows_of"]
+
+
+def rows_of(y: Any, rows: Any) -> Any:
+    """Rows of a condition, or None."""
+    return None if y is None else y[rows]
+
+
+def at_each_time(at: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Any) -> Tensor:
+    """A function of a 0-d time for times ``(batch,)``: one call for each time among them."""
+    times, where = torch.unique(t, return_inverse=True)
+    if len(times) < 2:
+        return at(x, times[0] if len(times) else t.new_zeros(()), y)
+    rows = [(where == j).nonzero().flatten() for j in range(len(times))]
+    parts = [at(x[r], time, rows_of(y, r)) for r, time in zip(rows, times)]
+    return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
 
 class Control(nn.Module):
@@ -25,9 +45,21 @@ class Control(nn.Module):
     Attributes:
         settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
         learning_rate: a sensible step of Adam for its parameters.
+
+    A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says how it is made again; its parameters come
+    from the file::
+
+        @sc.Control.register("my-kind")
+        class Mine(sc.Control):
+            configuration = property(lambda self: {"width": self.width})   # plain numbers, strings and lists
+
+            @classmethod
+            def from_saved(cls, saved, context):
+                return cls(context.problem, width=saved["width"])
     """
 
     learning_rate = 5e-3
+    register = staticmethod(CONTROLS.register)
 
     def __init__(self, event_shape: torch.Size, control_shape: torch.Size, first_time: float, last_time: float) -> None:
         super().__init__()
@@ -67,8 +99,8 @@ class Control(nn.Module):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What a saved file says of it, so that ``control_from_configuration`` can make it again; a user's module is given again."""
-        return {"kind": "user"}
+        """What a saved file says of it beside its kind, for ``from_saved``."""
+        return {}
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``u(x, t)`` without checks; t of shape () or (batch,)."""
@@ -94,6 +126,7 @@ class Control(nn.Module):
         return []
 
 
+@CONTROLS.register("user")
 class UserControl(Control):
     """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
 
@@ -102,6 +135,10 @@ class UserControl(Control):
     def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
         super().__init__(event_shape, control_shape, 0.0, horizon)
         self.module = module
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> Control:
+        return as_control(context.problem, context.chain, context.own_control())
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         t = t.expand(x.shape[0])
@@ -114,6 +151,42 @@ class UserControl(Control):
         return shifts_along(chain, self.module, states, y, first)
 
 
+def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
+    """A user's module as a control to be trained.
+
+    Raises:
+        TypeError, ValueError: no module, nothing to train in it, or a wrong output size, shape or dtype.
+    """
+    if isinstance(control, Control):
+        if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
+            raise ValueError(
+                f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
+                f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}."
+            )
+        return control
+    if not isinstance(control, nn.Module):
+        raise TypeError(
+            "control must be an nn.Module (x, t) -> u to be trained (plain functions have no parameters; "
+            f"use them with simulate), got {type(control).__name__}."
+        )
+    x = problem.draw_start(3, 0) + torch.randn(
+        (3, *problem.event_shape),
+        dtype=problem.dtype,
+        device=problem.device,
+        generator=generator_for(problem.device, 3),
+    )
+    t = chain.times[0].expand(3)
+    y = problem.draw_condition(3, 0)
+    called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
+    with torch.no_grad(), probing("control", called):
+        u = control(x, t) if y is None else control(x, t, y)
+    check_output("control", u, (3, *problem.control_shape), x, "A control is called as control(x, t), t (batch,).")
+    if not any(p.requires_grad for p in control.parameters()):
+        raise ValueError("control has no trainable parameters.")
+    return UserControl(control, problem.event_shape, problem.control_shape, problem.horizon)
+
+
+@CONTROLS.register("started")
 class StartedControl(Control):
     """A control of the stretch [-1, 0) that makes the start, and one of the process after it."""
 
@@ -124,7 +197,12 @@ class StartedControl(Control):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"kind": "started", "start": self.start.configuration, "main": self.main.configuration}
+        return {"start": CONTROLS.describe(self.start), "main": CONTROLS.describe(self.main)}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> StartedControl:
+        main = dataclasses.replace(context, chain=context.chain.main)
+        return cls(CONTROLS.make(saved["start"], context), CONTROLS.make(saved["main"], main))
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from .base import Control, UserControl
+from .base import Control, UserControl, rows_of
+from .saved import CONTROLS, Context, Saved
 
-__all__ = ["GivenControl", "ZeroControl", "given_control"]
+__all__ = ["GivenControl", "ZeroControl", "given_control", "repeat_rows", "rows_of"]
 
 
+@CONTROLS.register("zero")
 class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
-    configuration: ClassVar[dict[str, Any]] = {"kind": "zero"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> Control:
+        return given_control(context.problem, None)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return x.new_zeros((x.shape[0], *self.control_shape))
@@ -29,11 +33,14 @@ class ZeroControl(Control):
         return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
 
 
+@CONTROLS.register("given")
 class GivenControl(UserControl):
     """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
     it: it is given again to ``load``."""
 
-    configuration: ClassVar[dict[str, Any]] = {"kind": "given"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> Control:
+        return given_control(context.problem, context.own_control(), "control")
 
 
 def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:
@@ -65,11 +72,6 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()
-
-
-def rows_of(y: Any, rows: Any) -> Any:
-    """Rows of a condition, or None."""
-    return None if y is None else y[rows]
 
 
 def repeat_rows(x: Any, times: int) -> Any:

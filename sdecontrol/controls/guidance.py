@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed, check_output
-from .base import Control
-from .given import rows_of
-from .network import condition_parts, time_features
+from .base import Control, at_each_time
+from .network import Layers, Scales, flat_or, floored, layers_for, time_features
+from .saved import CONTROLS, VALUES, Context, Saved
 
 __all__ = [
     "AnnealedValue",
@@ -36,7 +37,6 @@ __all__ = [
     "NetworkValue",
     "TweedieValue",
     "ValueControl",
-    "value_from_configuration",
     "value_network",
 ]
 
@@ -49,27 +49,31 @@ class LogValue(nn.Module):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What makes the same value again, for a saved file."""
-        raise NotImplementedError
+        """What a saved file says of it beside its kind, for ``from_saved``."""
+        return {}
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         raise NotImplementedError
 
 
+@VALUES.register("annealed")
 class AnnealedValue(LogValue):
     """``beta(t) r(x)``, ``log pi_t - log p0``: what particles of annealed Langevin are weighed by on their way."""
-
-    configuration: ClassVar[dict[str, Any]] = {"kind": "annealed"}
 
     def __init__(self, problem: ControlProblem) -> None:
         super().__init__()
         self.problem = problem
         self._reference: Any = problem.reference
 
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> AnnealedValue:
+        return cls(context.problem)
+
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self._reference.beta(float(t)) * self.problem.reward(x, y)
 
 
+@CONTROLS.register("value")
 class ValueControl(Control):
     """``u(x, t) = sigma(x, t)^T grad v(x, t) / alpha``, by automatic differentiation of a value.
 
@@ -84,7 +88,11 @@ class ValueControl(Control):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"kind": "value", "value": self.value.configuration}
+        return {"value": VALUES.describe(self.value)}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> ValueControl:
+        return cls(VALUES.make(saved["value"], context), context.problem, context.chain)
 
     def gradient(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``grad v / alpha`` at a 0-d t, of x's shape, without a graph."""
@@ -100,12 +108,8 @@ class ValueControl(Control):
             return torch.autograd.grad(value.sum(), leaf)[0]
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 1:
-            out = x.new_empty((x.shape[0], *self.control_shape))
-            for time in t.unique():
-                rows = (t == time).nonzero().flatten()
-                out[rows] = self.at(x[rows], time, rows_of(y, rows)).to(out)
-            return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
         chain = self._chain[0]
         if isinstance(chain.reference, SDE) and float(t) >= 0:
             return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)
@@ -130,6 +134,7 @@ class ValueControl(Control):
         return shift
 
 
+@VALUES.register("given")
 class GivenValue(LogValue):
     """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files do not
     hold it: it is given again to ``load``."""
@@ -138,9 +143,9 @@ class GivenValue(LogValue):
         super().__init__()
         self._function, self.alpha = [function], alpha  # in a list: it is the user's, not a part of this module
 
-    @property
-    def configuration(self) -> dict[str, Any]:
-        return {"kind": "given"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> GivenValue:
+        return cls(context.own_value("value function"), context.problem.alpha)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         times = t.expand(x.shape[0])
@@ -149,6 +154,7 @@ class GivenValue(LogValue):
         return v / self.alpha
 
 
+@VALUES.register("tweedie")
 class TweedieValue(LogValue):
     """``v(x, t) ~ r(x0^(x, t))``, ``x0^ = (x - std eps^)/mu`` the denoiser's mean of the data [31].
 
@@ -186,7 +192,12 @@ class TweedieValue(LogValue):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"kind": "tweedie", "classifier": self._log_prob[0] is not None, "label": self.label}
+        return {"classifier": self._log_prob[0] is not None, "label": self.label}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> TweedieValue:
+        classifier = context.own_value("classifier") if saved["classifier"] else None
+        return cls(context.problem, context.chain, classifier, saved["label"])
 
     def denoised(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``x0^``, what the reference's model expects the data to be."""
@@ -215,6 +226,7 @@ class TweedieValue(LogValue):
         return log_prob(x0, y) if log_prob is not None else self._problem[0].reward(x0, y) / self._problem[0].alpha
 
 
+@VALUES.register("classifier")
 class ClassifierValue(LogValue):
     """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's model:
     ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
@@ -225,7 +237,11 @@ class ClassifierValue(LogValue):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"kind": "classifier", "label": self.label}
+        return {"label": self.label}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> ClassifierValue:
+        return cls(context.problem, context.own_value("classifier"), saved["label"])
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         reference, time = self._problem[0].reference, max(float(t), 0.0)
@@ -240,14 +256,14 @@ class ClassifierValue(LogValue):
         return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
 
 
+@VALUES.register("network")
 class NetworkValue(LogValue):
     """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers, both
     with time features that resolve the ends of the horizon.
 
     Args:
-        centre, spread: of the states, ``(n,)``: the network sees ``(x - centre) / spread``.
+        n: size of a state. span: first and last time.
         level, size: typical value of ``v/alpha`` and of its variation: what the network starts from, and its unit.
-        condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
     """
 
     learning_rate = 5e-3
@@ -255,29 +271,24 @@ class NetworkValue(LogValue):
     def __init__(
         self,
         n: int,
-        first_time: float,
-        last_time: float,
-        *,
-        hidden: Sequence[int],
-        centre: Tensor | None = None,
-        spread: Tensor | None = None,
+        span: tuple[float, float],
+        architecture: Layers,
+        scales: Scales,
         level: float = 0.0,
         size: float = 1.0,
-        condition_size: int = 0,
-        classes: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.first_time, self.last_time = first_time, last_time
-        self.hidden, self.condition_size, self.classes = tuple(hidden), condition_size, classes
+        self.first_time, self.last_time = span
+        self.architecture = architecture
         self.centre: Tensor
         self.spread: Tensor
         self.scale: Tensor
-        self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float())
-        self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float())
+        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
+        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
         self.register_buffer("scale", torch.tensor([level, size]))
         features = time_features(torch.zeros(1)).shape[-1]
-        widths = (n + condition_size + features, *self.hidden)
+        widths = (n + architecture.condition_size + features, *architecture.hidden)
         layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
         with torch.no_grad():
             for layer in layers:
@@ -288,16 +299,24 @@ class NetworkValue(LogValue):
         self.constant = nn.Parameter(torch.zeros(features))
         self.slope = nn.Parameter(torch.zeros(features, n))
         self.square = nn.Parameter(torch.zeros(features, n, n) if n <= _FULL else torch.zeros(features, n))
-        self.last = nn.Parameter(torch.zeros(self.hidden[-1]))
+        self.last = nn.Parameter(torch.zeros(widths[-1]))
+
+    @classmethod
+    def of(
+        cls, problem: ControlProblem, chain: Chain, architecture: Layers, scales: Scales, seed: int = 0, **unit: float
+    ) -> NetworkValue:
+        """The network for a problem, in its dtype and on its device; ``unit``: ``level`` and ``size``."""
+        n, span = problem.event_shape.numel(), (chain.clock[0], chain.clock[-1])
+        network = cls(n, span, architecture, scales, **unit, generator=generator_for("cpu", seed))
+        return network.to(device=problem.device, dtype=problem.dtype)
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {
-            "kind": "network",
-            "hidden": list(self.hidden),
-            "condition_size": self.condition_size,
-            "classes": self.classes,
-        }
+        return asdict(self.architecture)
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> NetworkValue:
+        return cls.of(context.problem, context.chain, saved.settings(Layers), Scales())
 
     def along(self, states: Tensor, times: Tensor, y: Any = None) -> Tensor:
         """``v/alpha`` at states ``(K, batch, *event)`` of times ``(K,)``: ``(K, batch)``."""
@@ -305,16 +324,8 @@ class NetworkValue(LogValue):
         phi = time_features(s.clamp(0.0, 1.0))
         z = (states.flatten(2) - self.centre) / self.spread
         parts = [z, phi.unsqueeze(1).expand(-1, z.shape[1], -1)]
-        if self.condition_size:
-            labels = y.long().reshape(-1) if self.classes else y
-            c = (
-                nn.functional.one_hot(labels, self.classes)
-                if self.classes
-                else y.flatten(1)
-                if y.ndim > 1
-                else y[:, None]
-            )
-            parts.append(c.to(z).expand(len(z), -1, -1))
+        if self.architecture.condition_size:
+            parts.append(self.architecture.condition(y, z.dtype).expand(len(z), -1, -1))
         hidden = torch.cat(parts, 2)
         for layer in self.layers:
             hidden = nn.functional.silu(layer(hidden))
@@ -328,48 +339,18 @@ class NetworkValue(LogValue):
         return self.along(x.unsqueeze(0), t.reshape(1), y)[0]
 
 
-def value_network(
-    problem: ControlProblem, chain: Chain, seed: int, saved: dict[str, Any] | None = None
-) -> NetworkValue:
-    """A value network for a problem, normalised by a few paths of the reference (or as a saved file says)."""
-    n = problem.event_shape.numel()
-    options: dict[str, Any] = {"hidden": (64, 64) if n <= 32 else (128, 128), **condition_parts(problem)}
-    if saved is not None:
-        options = {name: saved[name] for name in ("hidden", "condition_size", "classes")}
-    else:
-        paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
-        with torch.no_grad():
-            flat = paths.states.flatten(0, 1).flatten(1)
-            spread = flat.std(0)
-            total = (problem.reward(paths.samples, paths.condition) - paths.running_cost).double() / problem.alpha
-            options.update(
-                centre=flat.mean(0),
-                spread=spread.clamp(min=1e-3 * float(spread.max()) + 1e-12),
-                level=float(total.logsumexp(0)) - math.log(len(total)),
-                size=min(max(float(total.std()), 1.0), 100.0),
-            )
-    network = NetworkValue(n, chain.clock[0], chain.clock[-1], generator=generator_for("cpu", seed), **options)
-    return network.to(device=problem.device, dtype=problem.dtype)
-
-
-def value_from_configuration(problem: ControlProblem, chain: Chain, kind: dict[str, Any], given: Any) -> LogValue:
-    """The value of a saved file, with fresh parameters.
-
-    Raises:
-        TypeError: it was the user's own function or classifier and is not given again.
-    """
-    if kind["kind"] == "network":
-        return value_network(problem, chain, 0, kind)
-    if kind["kind"] == "annealed":
-        return AnnealedValue(problem)
-    if kind["kind"] == "tweedie" and not kind["classifier"]:
-        return TweedieValue(problem, chain)
-    usable, function = callable(given), given
-    if not usable:
-        what = "value function" if kind["kind"] == "given" else "classifier"
-        raise TypeError(f"this solution has a {what} of your own: give it again as load(..., value=function).")
-    if kind["kind"] == "given":
-        return GivenValue(function, problem.alpha)
-    if kind["kind"] == "tweedie":
-        return TweedieValue(problem, chain, function, kind["label"])
-    return ClassifierValue(problem, function, kind["label"])
+def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue:
+    """A value network for a problem, normalised by a few paths of the reference."""
+    paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
+    with torch.no_grad():
+        flat = paths.states.flatten(0, 1).flatten(1)
+        total = (problem.reward(paths.samples, paths.condition) - paths.running_cost).double() / problem.alpha
+        return NetworkValue.of(
+            problem,
+            chain,
+            layers_for(problem),
+            Scales(flat.mean(0), floored(flat.std(0))),
+            seed,
+            level=float(total.logsumexp(0)) - math.log(len(total)),
+            size=min(max(float(total.std()), 1.0), 100.0),
+        )

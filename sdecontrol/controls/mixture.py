@@ -15,15 +15,18 @@ from ..memory import recall
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..randomness import derive_seed
-from .base import Control
+from .base import Control, at_each_time
 from .ends import ends_of
 from .linear_part import LinearPart
+from .network import Architecture, DefaultControl
+from .saved import CONTROLS, Context, Saved
 
 __all__ = ["CorrectedControl", "MixtureControl"]
 
 _NOTHING = 1e-6  # of the end's size in a state, below which the state says nothing of it
 
 
+@CONTROLS.register("mixture")
 class MixtureControl(Control):
     """The control that carries a reference to a mixture of Gaussians instead of its own end, in closed form. It trains nothing.
 
@@ -45,22 +48,21 @@ class MixtureControl(Control):
     def __init__(self, problem: ControlProblem, law: GaussianMixture | ProductMixture) -> None:
         ends = ends_of(problem)
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
-        self._ends, self.product = [ends], isinstance(law, ProductMixture)
+        self._ends = [ends]
         for name, value in _tensors_of(law).items():
             self.register_buffer(name, value.detach().clone())
         self._laws: dict[float, GaussianMixture | ProductMixture] = {}
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What makes the same control again, for a saved file: the kind and the shapes of its law."""
-        shapes = {name: list(value.shape) for name, value in self.named_buffers()}
-        return {"kind": "mixture", "product": self.product, "shapes": shapes}
+        """The shapes of its law."""
+        return {"shapes": {name: list(value.shape) for name, value in self.named_buffers()}}
 
     @classmethod
-    def from_configuration(cls, problem: ControlProblem, kind: dict[str, Any]) -> MixtureControl:
-        """A control of the same shapes, to be filled by ``load_state_dict``."""
+    def from_saved(cls, saved: Saved, context: Context) -> MixtureControl:
+        problem = context.problem
         like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
-        return cls(problem, _law_of({name: torch.ones(shape, **like) for name, shape in kind["shapes"].items()}))
+        return cls(problem, _law_of({name: torch.ones(shape, **like) for name, shape in saved["shapes"].items()}))
 
     @property
     def law(self) -> GaussianMixture | ProductMixture:
@@ -94,12 +96,8 @@ class MixtureControl(Control):
     # ------------------------------------------------------------ Control
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 1:
-            out = x.new_empty((x.shape[0], *self.control_shape))
-            for time in t.unique():
-                rows = (t == time).nonzero().flatten()
-                out[rows] = self.at(x[rows], time, y)
-            return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
         ends, time, z = self._ends[0], float(t), self._ends[0].white(x)
         if ends.between(time)[0] < _NOTHING:
             u = ends.pull(time) * (self._expected(z, time) - ends.expected(x, time))
@@ -147,6 +145,7 @@ class MixtureControl(Control):
         return made
 
 
+@CONTROLS.register("corrected")
 class CorrectedControl(Control):
     """A control that is not trained, and a network beside it that is: ``c = c_base + c_network``."""
 
@@ -157,7 +156,12 @@ class CorrectedControl(Control):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {"kind": "corrected", "base": self.base.configuration, "network": self.correction.configuration}
+        return {"base": CONTROLS.describe(self.base), "network": CONTROLS.describe(self.correction)}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> CorrectedControl:
+        base, network = CONTROLS.make(saved["base"], context), Saved(saved["network"], saved.where)
+        return cls(base, DefaultControl.of(context.problem, network.settings(Architecture), denoiser=base))
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self.base.at(x, t, y) + self.correction.at(x, t, y)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from ..processes.sde import SDE
+from ..randomness import generator_for
 from ..tensors import apply_scale_transposed
-from .base import Control
+from .base import Control, at_each_time
 from .linear_part import LinearPart, gram_of_features
+from .reward_term import RewardTerm
+from .saved import CONTROLS, Context, Saved
 
-__all__ = ["DefaultControl", "condition_parts", "time_features"]
+__all__ = ["Architecture", "DefaultControl", "Layers", "Scales", "flat_or", "floored", "layers_for", "time_features"]
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
 _MOST_BUMPED = 32  # largest state that gets a function per coordinate
@@ -71,115 +74,169 @@ def bumps(z: Tensor) -> Tensor:
     return torch.stack(out, dim=-1)
 
 
-def condition_parts(problem: ControlProblem) -> dict[str, Any]:
-    """``condition_size`` (and ``classes``, for integer labels) of networks that see the problem's conditions.
+@dataclass(frozen=True)
+class Layers:
+    """The hidden layers of a network.
+
+    Attributes:
+        hidden: their widths.
+        condition_size: size of a flattened condition that they see (0: none); ``classes`` > 0 where conditions are integer labels.
+    """
+
+    hidden: tuple[int, ...]
+    condition_size: int = 0
+    classes: int = 0
+
+    def condition(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """A condition as the layers see it, ``(batch, condition_size)``."""
+        if self.classes:
+            return nn.functional.one_hot(y.long().reshape(-1), self.classes).to(dtype)
+        return (y.flatten(1) if y.ndim > 1 else y.unsqueeze(1)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Architecture(Layers):
+    """What a file says of a :class:`DefaultControl`.
+
+    Attributes:
+        gate: whether it has a learned multiple of the reward's gradient.
+        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a step on what else it has.
+        nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
+        denoised: whether the hidden layers see the denoised state beside x.
+        start: whether it is the control of a learned start, on [-1, 0).
+    """
+
+    gate: bool = False
+    gate_scale: float = 1.0
+    nonlinear: bool = False
+    denoised: bool = False
+    start: bool = False
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a network is normalised by: it sees ``(x - centre) / spread``, ``(*event)`` each, and a denoised state in its own; None: 0 and 1."""
+
+    centre: Tensor | None = None
+    spread: Tensor | None = None
+    data_centre: Tensor | None = None
+    data_spread: Tensor | None = None
+
+
+def layers_for(problem: ControlProblem) -> Layers:
+    """Hidden layers for states of the problem's size, that see its conditions.
 
     Raises:
         ValueError: integer conditions that are no labels.
     """
+    hidden = (64, 64) if problem.event_shape.numel() <= 32 else (128, 128)
     if problem.condition is None:
-        return {}
+        return Layers(hidden)
     y = problem.draw_condition(1024, 0)
     if y.is_floating_point():
-        return {"condition_size": y[0].numel()}
+        return Layers(hidden, y[0].numel())
     if y[0].numel() != 1:
         raise ValueError(
             "integer conditions must be labels, one per row; pass other conditions as floating-point tensors."
         )
     classes = int(y.max()) + 1
-    return {"condition_size": classes, "classes": classes}
+    return Layers(hidden, classes, classes)
 
 
+@CONTROLS.register("network")
 class DefaultControl(Control):
     """See the module's docstring.
 
     Args:
-        reward_gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape, or None for no gate.
-        sde: whose diffusion the gate uses. fade: a function of time by which the gate is multiplied, 1 at the end: of a reward much rougher than its
-            value is before it.
-        centre, spread: of the states, ``(*event)``: the network sees ``(x - centre) / spread``.
-        condition_size: size of a flattened condition (0: none); ``classes`` > 0 where conditions are integer labels.
-        hidden: widths of the hidden layers.
-        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a step on what else it has.
-        affine_pull: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
-            since it is folded into the affine path.
-        nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
+        span: its first and last time.
+        architecture: its ``gate`` and ``denoised`` follow what is given below.
+        reward: what its gate multiplies; None: no gate.
         denoiser: a generative reference (or a mixture's control) whose mean of the data given x, ``x0^(x, t)``, the hidden layers see beside x: what a control towards
             a reward depends on most (its value is nearly a function of x0^). Inside a chain it costs nothing, since the
-            step has called the model at x. ``data_centre``, ``data_spread``: of x0^, ``(*event)``.
+            step has called the model at x.
     """
 
     def __init__(
         self,
         event_shape: Sequence[int],
         control_shape: Sequence[int],
-        first_time: float,
-        last_time: float,
+        span: tuple[float, float],
+        architecture: Architecture,
+        scales: Scales = Scales(),
         *,
-        hidden: Sequence[int] | None = None,
-        reward_gradient: Callable[[Tensor, Any, bool], Tensor] | None = None,
-        sde: SDE | None = None,
-        fade: Callable[[float], float] | None = None,
-        centre: Tensor | None = None,
-        spread: Tensor | None = None,
-        condition_size: int = 0,
-        classes: int = 0,
-        generator: torch.Generator | None = None,
-        affine_pull: tuple[Tensor, Tensor] | None = None,
-        gate_scale: float = 1.0,
-        nonlinear: bool = False,
+        reward: RewardTerm | None = None,
         denoiser: Denoiser | None = None,
-        data_centre: Tensor | None = None,
-        data_spread: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(torch.Size(event_shape), torch.Size(control_shape), first_time, last_time)
+        super().__init__(torch.Size(event_shape), torch.Size(control_shape), *span)
         n, m = self.event_shape.numel(), self.control_shape.numel()
-        self.hidden = tuple(hidden) if hidden is not None else ((64, 64) if n <= 32 else (128, 128))
-        self.reward_gradient, self.sde, self.fade = reward_gradient, sde, fade
-        self.condition_size, self.classes = condition_size, classes
+        self.nonlinear = architecture.nonlinear and n == m and n <= _MOST_BUMPED
+        self.architecture = replace(
+            architecture, gate=reward is not None, nonlinear=self.nonlinear, denoised=denoiser is not None
+        )
+        self.condition_size = architecture.condition_size
+        self.reward, self.denoiser, self.gate_scale = reward, denoiser, architecture.gate_scale
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
         self.centre: Tensor
         self.spread: Tensor
-        self.register_buffer("centre", torch.zeros(n) if centre is None else centre.detach().float().flatten())
-        self.register_buffer("spread", torch.ones(n) if spread is None else spread.detach().float().flatten())
-        self.denoiser = denoiser
-        seen = n if denoiser is None else 2 * n
         self.seen_centre: Tensor
         self.seen_spread: Tensor
+        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
+        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
         if denoiser is not None:
-            self.register_buffer("seen_centre", _joined(self.centre, data_centre, 0.0))
-            self.register_buffer("seen_spread", _joined(self.spread, data_spread, 1.0))
-        widths = (seen + condition_size, *self.hidden)
+            self.register_buffer("seen_centre", torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
+            self.register_buffer("seen_spread", torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
+        widths = ((n if denoiser is None else 2 * n) + self.condition_size, *architecture.hidden)
         self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-        self.time_weight = _uniform(self.hidden[0], _FEATURES, generator)
-        self.last = nn.Parameter(torch.zeros(m, self.hidden[-1]))
+        self.time_weight = _uniform(widths[1], _FEATURES, generator)
+        self.last = nn.Parameter(torch.zeros(m, widths[-1]))
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
         self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
         self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
-        self.gate_scale = gate_scale
-        self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward_gradient is not None else None
-        self.nonlinear = nonlinear and n == m and n <= _MOST_BUMPED
+        self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward is not None else None
         self.bent = nn.Parameter(torch.zeros(_FEATURES, m, _BUMPS)) if self.nonlinear else None
-        pull, push = affine_pull if affine_pull is not None and self.full else (None, None)
+        affine = reward.affine if reward is not None and self.full else None
+        pull, push = affine if affine is not None else (None, None)
         self.pull: Tensor | None
         self.push: Tensor | None
         self.register_buffer("pull", pull, persistent=False)
         self.register_buffer("push", push, persistent=False)
 
+    @classmethod
+    def of(
+        cls,
+        problem: ControlProblem,
+        architecture: Architecture,
+        scales: Scales = Scales(),
+        denoiser: Denoiser | None = None,
+        seed: int = 0,
+    ) -> DefaultControl:
+        """The network of an architecture for a problem, in its dtype and on its device.
+
+        Args:
+            denoiser: default: the reference, where the architecture has one.
+        """
+        start = architecture.start
+        network = cls(
+            problem.event_shape,
+            problem.event_shape if start else problem.control_shape,
+            (-1.0, 0.0) if start else (0.0, problem.horizon),
+            architecture,
+            scales,
+            reward=RewardTerm.of(problem) if architecture.gate else None,
+            denoiser=problem.reference if denoiser is None and architecture.denoised else denoiser,  # type: ignore[arg-type]
+            generator=generator_for("cpu", seed),
+        )
+        return network.to(device=problem.device, dtype=problem.dtype)
+
     @property
     def configuration(self) -> dict[str, Any]:
-        """What makes the same architecture again, for a saved file."""
-        return {
-            "kind": "network",
-            "hidden": list(self.hidden),
-            "condition_size": self.condition_size,
-            "classes": self.classes,
-            "gate": self.gate is not None,
-            "gate_scale": self.gate_scale,
-            "nonlinear": self.nonlinear,
-            "denoised": self.denoiser is not None,
-        }
+        return asdict(self.architecture)
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> DefaultControl:
+        return cls.of(context.problem, saved.settings(Architecture))
 
     # ------------------------------------------------------------ pieces
 
@@ -213,11 +270,6 @@ class DefaultControl(Control):
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return self.tables_at(chain.times[:-1])
 
-    def _condition(self, y: Any) -> Tensor:
-        if self.classes:
-            return torch.nn.functional.one_hot(y.long().reshape(-1), self.classes).to(self.last.dtype)
-        return y.to(self.last.dtype).flatten(1) if y.ndim > 1 else y.to(self.last.dtype).unsqueeze(1)
-
     def _seen(self, x: Tensor, x0: Tensor | None) -> Tensor:
         """What the hidden layers see, flattened: x, and where there is a denoiser x0^."""
         dim = x.ndim - len(self.event_shape)
@@ -237,23 +289,23 @@ class DefaultControl(Control):
 
     def _pull(self, x: Tensor, sigma: Tensor, y: Any) -> Tensor:
         """``sigma^T grad r / alpha``, flattened."""
-        assert self.reward_gradient is not None
-        gradient = self.reward_gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
+        assert self.reward is not None
+        gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
         return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
 
     def _gate_scales(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
         """``sigma(x, t_k)`` of the gate at given times, faded."""
-        assert self.sde is not None
-        diffusion = self.sde.diffusion_on_grid(times)
-        if self.fade is None:
+        assert self.reward is not None and self.reward.sde is not None
+        diffusion = self.reward.sde.diffusion_on_grid(times)
+        if self.reward.fade is None:
             return diffusion
-        factors = [self.fade(t) for t in times.tolist()]
+        factors = [self.reward.fade(t) for t in times.tolist()]
         return lambda k, x: diffusion(k, x) * factors[k]
 
     @property
     def _looks_at_reward(self) -> bool:
         """Whether the gate asks for the reward's gradient at every step."""
-        return self.gate is not None and self.sde is not None and self.pull is None
+        return self.reward is not None and self.reward.sde is not None and self.pull is None
 
     def _value(
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
@@ -262,7 +314,7 @@ class DefaultControl(Control):
         flat = x.flatten(1)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
         if self.condition_size:
-            z = z + self._condition(y) @ self.weights[0][:, -self.condition_size :].mT
+            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         u = (
             torch.addmm(offset, flat, affine.mT)
             if self.full
@@ -285,18 +337,11 @@ class DefaultControl(Control):
     # ------------------------------------------------------------ Control
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 0:
-            sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
-            x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
-            return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
-        times, where = torch.unique(t, return_inverse=True)
-        if len(times) == 1:
-            return self.at(x, times[0], y)
-        out = x.new_empty((x.shape[0], *self.control_shape))
-        for j in range(len(times)):
-            rows = (where == j).nonzero().flatten()
-            out = out.index_copy(0, rows, self.at(x[rows], times[j], None if y is None else y[rows]))
-        return out
+        if t.ndim:
+            return at_each_time(self.at, x, t, y)
+        sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
+        x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
+        return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         tables = self.tables(chain) if tables is None or len(tables) == 0 else tables
@@ -319,7 +364,7 @@ class DefaultControl(Control):
         flat = states.flatten(2)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
         if self.condition_size:
-            z = z + self._condition(y) @ self.weights[0][:, -self.condition_size :].mT
+            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         if self.full:
             u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
         else:
@@ -333,10 +378,10 @@ class DefaultControl(Control):
 
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
-        assert self.reward_gradient is not None
+        assert self.reward is not None
         count = states.shape[0]
         many = None if y is None else y.repeat(count, *(1 for _ in y.shape[1:]))
-        gradient = self.reward_gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
+        gradient = self.reward.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
         gradient = gradient.unflatten(0, states.shape[:2])
         diffusion = self._gate_scales(chain.times)
         ndim = len(self.event_shape)
@@ -415,9 +460,14 @@ class NetworkLinearPart(LinearPart):
         return out
 
 
-def _joined(first: Tensor, second: Tensor | None, value: float) -> Tensor:
-    second = torch.full_like(first, value) if second is None else second.detach().float().flatten()
-    return torch.cat((first, second))
+def flat_or(given: Tensor | None, default: Tensor) -> Tensor:
+    """A scale as networks keep it."""
+    return default if given is None else given.detach().float().flatten()
+
+
+def floored(spread: Tensor) -> Tensor:
+    """Spreads of coordinates, those far below the largest lifted: what hardly moves is not blown up."""
+    return spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
 
 
 def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function
 from ..paths.integrator import integrate
+from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import Control
 from .given import ZeroControl, repeat_rows, rows_of
+from .saved import CONTROLS, Context, Saved
 
 __all__ = ["PathIntegralControl"]
 
@@ -39,6 +41,7 @@ class _Draws:
         return (torch.stack((z, -z), 1).flatten(0, 1) if self.antithetic else z)[: self.used]
 
 
+@CONTROLS.register("path-integral")
 class PathIntegralControl(Control):
     """``c_k(x) = E[xi_k | x_k = x]`` under the target path law, estimated from ``num_paths`` paths of a proposal v.
 
@@ -56,6 +59,8 @@ class PathIntegralControl(Control):
     Attributes:
         ess: ``(K,)`` the effective fraction of the paths at each step, mean over the rows of the last use; nan where unused.
     """
+
+    _options = ("num_paths", "antithetic", "control_variate", "seed")
 
     def __init__(
         self,
@@ -78,14 +83,13 @@ class PathIntegralControl(Control):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {
-            "kind": "path-integral",
-            "num_paths": self.num_paths,
-            "antithetic": self.antithetic,
-            "control_variate": self.control_variate,
-            "seed": self.seed,
-            "proposal": None if self.proposal is None else self.proposal.configuration,
-        }
+        options = {name: getattr(self, name) for name in self._options}
+        return {**options, "proposal": CONTROLS.describe(self.proposal)}
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> PathIntegralControl:
+        proposal = CONTROLS.make(saved["proposal"], context)
+        return cls(context.problem, context.chain, proposal, **{name: saved[name] for name in cls._options})
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``u(x, t)``: t means the step of the chain that contains it."""
@@ -141,7 +145,7 @@ class PathIntegralControl(Control):
         c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
         if ahead is not None:
             c = c + ahead(k, x, y)
-        return c, 1 / (n * (weights**2).sum(1))
+        return c, effective_fraction(weights, 1)
 
     def _note(self, k: int, ess: float, chain: Chain) -> None:
         self.ess[k] = ess

@@ -15,6 +15,7 @@ from ..chains.shifts import ShiftFunction
 from ..processes.generative import GenerativeSDE, call_model
 from ..tensors import batch_like
 from .base import Control
+from .saved import CONTROLS, Context, Saved
 
 __all__ = ["ControlledModel", "TunedControl", "has_trainable_model"]
 
@@ -27,6 +28,7 @@ def has_trainable_model(reference: Any) -> bool:
     return isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters())
 
 
+@CONTROLS.register("tuned")
 class TunedControl(Control):
     """The control that a tuned copy of the pre-trained model makes: ``c = (mean of the tuned - mean of the reference)/scale``.
 
@@ -47,9 +49,9 @@ class TunedControl(Control):
     def reference(self) -> Reference:
         return self._reference[0]
 
-    @property
-    def configuration(self) -> dict[str, Any]:
-        return {"kind": "tuned"}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context) -> TunedControl:
+        return cls(context.problem.reference)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> TunedControl:
         self.training = mode

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..controls.saved import Context, Saved
 from ..errors import NonFiniteError
+from ..files.contents import part_of, with_part
 from ..particles.diagnostics import Diagnostics, diagnose
 from ..particles.markov import Draws, WarmChains, log_density_of, run_chains, warm_up_chains
 from ..particles.mixture_fit import fit_mixture
@@ -19,8 +21,8 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import derive_seed, fresh_seed, generator_for
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
-from .evaluate import AGREEMENT, Evaluation
-from .solution import Solution
+from .evaluate import Evaluation, agree
+from .solution import SOLUTIONS, Solution
 from .tempered_solution import TemperedSettings, tempered_target
 
 __all__ = ["ChainSettings", "ChainSolution", "WarmChains", "chain_target"]
@@ -70,6 +72,7 @@ def chain_target(problem: ControlProblem, settings: ChainSettings) -> StateTarge
     return target
 
 
+@SOLUTIONS.register("chains")
 class ChainSolution(Solution):
     """A :class:`Solution` whose samples are draws of Markov chains; ``control``, ``simulate`` and ``initial`` are the reference's.
 
@@ -191,7 +194,7 @@ class ChainSolution(Solution):
         density = found.log_density - float(self.target.scale.double().log().sum())
         reward = density - law.log_prob(self.target.states(found.z)).double()
         reliable, why = _reliability(facts, log_z, reverse)
-        exact_z = (self._exact_values() or {}).get("log_z") if self._exact_values is not None else None
+        exact_z = (self._exact_values() or {}).get("log_z")
         nan, size = Estimate(float("nan")), found.phi.numel()
         return ChainEvaluation(
             reward=chain_mean(reward),
@@ -212,11 +215,17 @@ class ChainSolution(Solution):
 
     # ---------------------------------------------------------------- files
 
-    def _saved(self) -> dict[str, Any]:
+    @property
+    def configuration(self) -> dict[str, Any]:
         return {"chains": asdict(self.chains)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), **{f"chains.{f.name}": getattr(self.warm, f.name) for f in fields(WarmChains)}}
+        return with_part("chains", vars(self.warm))
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        warm = Saved(part_of(tensors, "chains"), f"{saved.where}'s chains").settings(WarmChains)
+        return {"chains": Saved(saved["chains"], saved.where).settings(ChainSettings), "warm": warm}
 
 
 def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[bool, str]:
@@ -230,6 +239,6 @@ def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[
     if not pareto_k(reverse) < 0.7:
         return True, f"{mixed}; unconfirmed: the fitted mixture alone gives no second estimate of log Z"
     other = log_mean_weight(reverse)
-    if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
+    if not agree(other, log_z):
         return False, f"importance weights of the fitted mixture disagree: log Z = {other} there"
     return True, f"{mixed}; confirmed by importance weights (log Z = {other})"

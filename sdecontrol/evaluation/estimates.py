@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..particles.diagnostics import chain_ess
+from ..paths.weights import effective_number
 
 __all__ = [
     "Estimate",
@@ -79,8 +80,7 @@ def log_mean_weight(log_w: Tensor) -> Estimate:
 
 def effective_sample_size(log_w: Tensor) -> float:
     """``(sum w)^2 / (n sum w^2)``, a fraction of the number of samples."""
-    v = log_w.detach().double()
-    return float(torch.exp(2 * torch.logsumexp(v, 0) - torch.logsumexp(2 * v, 0))) / len(v)
+    return float(effective_number(log_w.detach().double())) / len(log_w)
 
 
 def pareto_k(log_w: Tensor) -> float:

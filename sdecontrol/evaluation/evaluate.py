@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..paths.paths import Paths
+from ..paths.weights import effective_number
 from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
-__all__ = ["Evaluation", "evaluate", "log_weights"]
+__all__ = ["Evaluation", "agree", "confirmed_by_reference", "evaluate", "log_weights"]
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
 _START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased
-AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
+_AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
 
 
 def log_weights(problem: ControlProblem, paths: Paths) -> Tensor:
@@ -205,13 +206,22 @@ def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor 
         return False, f"only {effective:.0f} effective samples (at least {_ESS_FLOOR} wanted)"
     if second is None:
         return True, f"Pareto k = {tail:.2f}; these are the reference's own paths"
-    other_tail = pareto_k(second)
-    if not other_tail < 0.7 or effective_sample_size(second) * len(second) < _ESS_FLOOR:
-        return True, f"Pareto k = {tail:.2f}; unconfirmed: the reference's paths give no second estimate of log Z"
-    other = log_mean_weight(second)
-    if abs(other.value - estimate.value) > AGREEMENT * math.hypot(other.stderr, estimate.stderr) + 1e-6:
+    return confirmed_by_reference(f"Pareto k = {tail:.2f}", estimate, second)
+
+
+def confirmed_by_reference(facts: str, log_z: Estimate, log_w: Tensor) -> tuple[bool, str]:
+    """Whether log weights of the reference's paths leave an estimate of log Z standing, and why, after the facts that speak for it."""
+    if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * len(log_w) < _ESS_FLOOR:
+        return True, f"{facts}; unconfirmed: the reference's paths give no second estimate of log Z"
+    other = log_mean_weight(log_w)
+    if not agree(other, log_z):
         return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
-    return True, f"Pareto k = {tail:.2f}; confirmed by the reference's paths (log Z = {other})"
+    return True, f"{facts}; confirmed by the reference's paths (log Z = {other})"
+
+
+def agree(a: Estimate, b: Estimate) -> bool:
+    """Whether two estimates are within four standard errors of one another."""
+    return not abs(a.value - b.value) > _AGREEMENT * math.hypot(a.stderr, b.stderr) + 1e-6
 
 
 def _per_start(
@@ -239,5 +249,5 @@ def _per_start(
         [torch.logsumexp(torch.cat((log_w[:, :j], log_w[:, j + 1 :]), 1), 1) for j in range(_REPLICAS)]
     ).mean(0) - math.log(_REPLICAS - 1)
     level = _REPLICAS * whole - (_REPLICAS - 1) * without
-    effective = (2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)).exp().mean()
+    effective = effective_number(log_w, 1).mean()
     return mean_estimate(level), mean_estimate(level - log_w.mean(1)), float(effective)

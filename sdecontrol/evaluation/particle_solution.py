@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..controls.guidance import LogValue
+from ..controls.saved import VALUES, Context, Saved
 from ..errors import NonFiniteError
-from ..particles.smc import Particles, resample, run_particles
+from ..files.contents import load_tensors, with_part
+from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed, generator_for
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .evaluate import AGREEMENT, Evaluation, log_weights
-from .solution import Solution
+from .evaluate import Evaluation, confirmed_by_reference, log_weights
+from .solution import SOLUTIONS, Solution
 
 __all__ = ["ParticleSettings", "ParticleSolution"]
 
@@ -28,27 +30,7 @@ _PLACE_PICK, _PLACE_ROUND = 41, 42
 _ROUNDS = 1000  # of rejection sampling
 
 
-@dataclass(frozen=True)
-class ParticleSettings:
-    """How samples are made from systems of particles.
-
-    Attributes:
-        num_particles: N of each system.
-        ess_threshold, resampling: as in :func:`run_particles`.
-        selection: "weights": in proportion to the weights. "best": the particle of the largest total reward.
-            "rejection": each with probability ``exp(R/alpha - bound/alpha)``.
-        independent: one sample per system; else all particles of as many systems as are needed.
-        bound: of the total reward, for rejection.
-    """
-
-    num_particles: int
-    ess_threshold: float = 0.5
-    resampling: str = "systematic"
-    selection: str = "weights"
-    independent: bool = False
-    bound: float | None = None
-
-
+@SOLUTIONS.register("particles")
 class ParticleSolution(Solution):
     """A :class:`Solution` whose samples are chosen among weighted particles; ``control``, ``simulate``, ``initial`` and ``model`` are
     the proposal's.
@@ -67,18 +49,15 @@ class ParticleSolution(Solution):
 
     def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
         """``systems`` independent systems of particles, with everything known of them."""
-        settings = self.particles
         return run_particles(
             self.problem,
             self.chain,
             self.control,
             systems,
-            settings.num_particles,
+            self.particles,
             fresh_seed(seed),
             condition=self._condition(systems, condition),
             twist=None if self.twist is None else self.twist.at,
-            ess_threshold=settings.ess_threshold,
-            resampling=settings.resampling,
         )
 
     # ---------------------------------------------------------------- samples
@@ -210,7 +189,7 @@ class ParticleSolution(Solution):
         if not bool(torch.isfinite(found.log_z).all()):
             raise NonFiniteError("the weights of all particles of a system are 0 or not finite.", what="weights")
         log_z = log_mean_weight(found.log_z)
-        exact_z = (self._exact_values() or {}).get("log_z") if self._exact_values is not None else None
+        exact_z = (self._exact_values() or {}).get("log_z")
         top = log_z if exact_z is None else Estimate(exact_z, 0.0)
         nan = Estimate(float("nan"))
         if settings.selection == "best":
@@ -267,24 +246,22 @@ class ParticleSolution(Solution):
                 False,
                 f"log Z^ varies by {spread:.2f} between systems (at most {_SPREAD:g} wanted): use more particles",
             )
-        of = f"log Z^ varies by {spread:.2g} between systems"
         reference = simulate_chain(self.problem, self.chain, n, None, seed=derive_seed(seed, 1), keep="end")
         log_w = log_weights(self.problem, reference).double()
-        if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * n < 100:
-            return True, f"{of}; unconfirmed: the reference's paths give no second estimate of log Z"
-        other = log_mean_weight(log_w)
-        if abs(other.value - log_z.value) > AGREEMENT * math.hypot(other.stderr, log_z.stderr) + 1e-6:
-            return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
-        return True, f"{of}; confirmed by the reference's paths (log Z = {other})"
+        return confirmed_by_reference(f"log Z^ varies by {spread:.2g} between systems", log_z, log_w)
 
     # ---------------------------------------------------------------- files
 
-    def _saved(self) -> dict[str, Any]:
-        twist = None if self.twist is None else self.twist.configuration
-        return {"particles": asdict(self.particles), "twist": twist}
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {"particles": asdict(self.particles), "twist": VALUES.describe(self.twist)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = super()._tensors()
-        if self.twist is not None:
-            tensors.update({f"twist.{name}": value for name, value in self.twist.state_dict().items()})
-        return tensors
+        return {} if self.twist is None else with_part("twist", self.twist.state_dict())
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        twist = VALUES.make(saved["twist"], context)
+        if twist is not None:
+            load_tensors(twist, tensors, "twist", context.path)
+        return {"particles": Saved(saved["particles"], saved.where).settings(ParticleSettings), "twist": twist}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,19 +12,21 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.pretrained import DiffusionChain
 from ..controls.base import Control, StartedControl
-from ..controls.build import control_from_configuration
-from ..controls.guidance import value_from_configuration
+from ..controls.saved import CONTROLS, Context, Kinds, Saved
 from ..controls.tuned import as_model
-from ..errors import BadFileError
-from ..files.bundles import check_fingerprint, read_bundle, require, write_bundle
+from ..files.bundles import read_bundle, register_bundle, write_bundle
+from ..files.contents import check_fingerprint, load_tensors, plain_settings, with_part
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.generative import GenerativeSDE
-from ..tensors import check_tensor
 from .evaluate import Evaluation, evaluate, log_weights
 
-__all__ = ["Solution", "TiltedStart", "load"]
+__all__ = ["SOLUTIONS", "Solution", "TiltedStart", "load"]
+
+SOLUTIONS = Kinds("solution")
+_FACTS = ("method", "settings", "seed", "reproducible", "history", "details")
+_KIND = register_bundle("solution", *_FACTS, "control", "solution", "problem")
 
 
 class TiltedStart:
@@ -48,6 +49,7 @@ class TiltedStart:
         return f"TiltedStart(of {self._solution.problem.initial})"
 
 
+@SOLUTIONS.register("control")
 class Solution:
     """A control that solves a problem, and what can be done with it.
 
@@ -70,13 +72,12 @@ class Solution:
         seed: int | None = None,
         reproducible: bool = True,
         details: dict[str, Any] | None = None,
-        exact_values: Callable[[], dict[str, Any] | None] | None = None,
     ) -> None:
         self.problem, self.control, self.method, self.settings = problem, control, method, settings
         self.history = history or []
         self.seed, self.reproducible, self.details = seed, reproducible, details or {}
         control.settings = settings
-        self._exact_values = exact_values
+        self._exact_values: Callable[[], dict[str, Any] | None] = lambda: None
 
     @property
     def chain(self) -> Chain:
@@ -121,8 +122,7 @@ class Solution:
 
         Where the chain has an exact solution in closed form, the gap is against it; else it is an estimate.
         """
-        known = self._exact_values() if self._exact_values is not None else None
-        return evaluate(self.problem, self.control, self.chain, n, seed, **(known or {}))
+        return evaluate(self.problem, self.control, self.chain, n, seed, **(self._exact_values() or {}))
 
     @property
     def initial(self) -> Any:
@@ -147,39 +147,29 @@ class Solution:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the solution to a folder: tensors as safetensors, settings as JSON."""
-        write_bundle(
-            folder,
-            "solution",
-            self._tensors(),
-            {
-                "kind": "solution",
-                **self._saved(),
-                "method": self.method,
-                "settings": plain_settings(self.settings),
-                "seed": self.seed,
-                "reproducible": self.reproducible,
-                "control": self.control.configuration,
-                "history": self.history,
-                "details": self.details,
-                "problem": self.problem.fingerprint(),
-            },
-        )
+        settings = {
+            "kind": _KIND,
+            **{name: getattr(self, name) for name in _FACTS},
+            "settings": plain_settings(self.settings),
+            "control": CONTROLS.describe(self.control),
+            "solution": SOLUTIONS.describe(self),
+            "problem": self.problem.fingerprint(),
+        }
+        write_bundle(folder, _KIND, with_part("control", self.control.state_dict()) | self._tensors(), settings)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """What a saved file holds of tensors."""
-        return self.control.state_dict()
-
-    def _saved(self) -> dict[str, Any]:
+    @property
+    def configuration(self) -> dict[str, Any]:
         """What a saved file says beyond what all solutions have."""
         return {}
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a saved file holds of tensors beside the control's, by parts."""
+        return {}
 
-def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON can hold them (a grid as a list)."""
-    steps = settings.get("time_steps")
-    if steps is not None:
-        steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
-    return {"time_steps": steps, "scheme": settings.get("scheme")}
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What a solution of this class is made of beyond what all have: keyword arguments."""
+        return {}
 
 
 def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any = None, value: Any = None) -> Solution:
@@ -193,68 +183,12 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     Raises:
         BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
     """
-    tensors, saved = read_bundle(folder, "solution", "solution")
-    require(saved, folder, "problem", "settings", "control", "method", "history", "seed", "reproducible")
-    check_fingerprint(saved.get("problem"), problem.fingerprint(), folder)
-    settings = saved["settings"]
-    chain = problem.chain(settings.get("time_steps"), settings.get("scheme"))
-    module = control_from_configuration(problem, chain, saved["control"], control, value)
-    twisting = {name.removeprefix("twist."): tensors.pop(name) for name in list(tensors) if name.startswith("twist.")}
-    ladder = {name.removeprefix("ladder."): tensors.pop(name) for name in list(tensors) if name.startswith("ladder.")}
-    chains = {name.removeprefix("chains."): tensors.pop(name) for name in list(tensors) if name.startswith("chains.")}
-    load_tensors(module, tensors, folder)
-    kind: Any = Solution
-    more: dict[str, Any] = {}
-    if saved.get("particles") is not None:
-        from .particle_solution import ParticleSettings, ParticleSolution
-
-        kind, more = ParticleSolution, {"particles": ParticleSettings(**saved["particles"])}
-        if saved["twist"] is not None:
-            more["twist"] = value_from_configuration(problem, chain, saved["twist"], value)
-            load_tensors(more["twist"], twisting, folder)
-    if ladder:
-        from .tempered_solution import Ladder, TemperedSettings, TemperedSolution
-
-        kind = TemperedSolution
-        more |= {"tempering": TemperedSettings(**saved["tempering"]), "ladder": Ladder(**ladder)}
-    if chains:
-        from .chain_solution import ChainSettings, ChainSolution, WarmChains
-
-        kind, more = ChainSolution, {"chains": ChainSettings(**saved["chains"]), "warm": WarmChains(**chains)}
-    return kind(
-        problem,
-        module,
-        **more,
-        method=saved["method"],
-        settings=settings,
-        history=saved["history"],
-        seed=saved["seed"],
-        reproducible=saved["reproducible"],
-        details=saved.get("details"),
-    )
-
-
-def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, finite_buffers: bool = True) -> None:
-    """Fill a module from saved tensors, all names and shapes matching.
-
-    Args:
-        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not be.
-
-    Raises:
-        BadFileError: naming what does not fit.
-    """
-    wanted = module.state_dict()
-    free = set() if finite_buffers else {name for name, _ in module.named_buffers()}
-    for name in wanted.keys() | tensors.keys():
-        if name not in tensors or name not in wanted:
-            raise BadFileError(
-                f"{path} does not fit this control: {name!r} is {'missing' if name not in tensors else 'extra'}."
-            )
-        if tensors[name].shape != wanted[name].shape or tensors[name].dtype != wanted[name].dtype:
-            raise BadFileError(
-                f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
-                f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
-            )
-        if tensors[name].is_floating_point() and name not in free:
-            check_tensor(name, tensors[name])
-    module.load_state_dict(tensors)
+    tensors, saved = read_bundle(folder, _KIND, _KIND)
+    check_fingerprint(saved["problem"], problem.fingerprint(), folder)
+    chain = problem.chain(**saved["settings"])
+    context = Context(problem, chain, control, value, folder)
+    module = CONTROLS.make(saved["control"], context)
+    load_tensors(module, tensors, "control", folder)
+    own = Saved(saved["solution"], f"{folder}: the solution")
+    kind = SOLUTIONS.find(own["kind"], folder)
+    return kind(problem, module, **{name: saved[name] for name in _FACTS}, **kind.from_saved(own, context, tensors))

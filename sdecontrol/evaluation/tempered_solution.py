@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..controls.given import ZeroControl
 from ..controls.mixture import MixtureControl
-from ..particles.smc import Particles
+from ..controls.saved import Context, Saved
+from ..files.contents import part_of, with_part
+from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
-from .particle_solution import ParticleSettings, ParticleSolution
+from .particle_solution import ParticleSolution
+from .solution import SOLUTIONS
 
 __all__ = ["TemperedSettings", "TemperedSolution", "tempered_target"]
 
@@ -64,6 +67,7 @@ def tempered_target(
     return target
 
 
+@SOLUTIONS.register("tempered")
 class TemperedSolution(ParticleSolution):
     """A :class:`ParticleSolution` whose systems are tempered from a Gaussian, or a mixture of them, to the target on a fixed ladder.
 
@@ -125,8 +129,15 @@ class TemperedSolution(ParticleSolution):
 
     # ---------------------------------------------------------------- files
 
-    def _saved(self) -> dict[str, Any]:
-        return {**super()._saved(), "tempering": asdict(self.tempering)}
+    @property
+    def configuration(self) -> dict[str, Any]:
+        return {**super().configuration, "tempering": asdict(self.tempering)}
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), **{f"ladder.{f.name}": getattr(self.ladder, f.name) for f in fields(Ladder)}}
+        return super()._tensors() | with_part("ladder", vars(self.ladder))
+
+    @classmethod
+    def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        tempering = Saved(saved["tempering"], saved.where).settings(TemperedSettings)
+        ladder = Saved(part_of(tensors, "ladder"), f"{saved.where}'s ladder").settings(Ladder)
+        return {**super().from_saved(saved, context, tensors), "tempering": tempering, "ladder": ladder}

@@ -1,7 +1,8 @@
 """Files: tensors as safetensors, settings as JSON, nothing unpickled, written so that a torn write is never read.
 
 A bundle is ``NAME.safetensors`` and ``NAME.json``. The JSON is written last, by an atomic rename, and holds the checksum
-of the tensors and its own: a bundle counts only if all agree.
+of the tensors and its own: a bundle counts only if all agree. It also names its kind, whose fields are registered here by who writes it, and the
+schema number of its layout (:mod:`.migrations`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import BadFileError, MissingFileError
+from .migrations import SCHEMA, migrated
 
-__all__ = ["FORMAT", "check_fingerprint", "read_bundle", "require", "write_bundle"]
+__all__ = ["FORMAT", "read_bundle", "register_bundle", "write_bundle"]
 
-FORMAT = "sdecontrol-1"
+FORMAT, _FIRST_FORMAT = "sdecontrol", "sdecontrol-1"  # the first one had no schema number
+
+_FIELDS: dict[str, tuple[str, ...]] = {}
+
+
+def register_bundle(kind: str, *fields: str) -> str:
+    """Register a kind of bundle by the fields that its settings must have; returns the kind."""
+    _FIELDS[kind] = fields
+    return kind
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -46,7 +55,7 @@ def _checksum(body: dict[str, Any]) -> str:
 def write_bundle(
     folder: str | os.PathLike[str], name: str, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> Path:
-    """Write a bundle; what was there before is intact until the new one is complete."""
+    """Write a bundle of the kind in its settings; what was there before is intact until the new one is complete."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -55,7 +64,7 @@ def write_bundle(
     digest = hashlib.sha256(content).hexdigest()
     # the tensors of an older bundle of this name stay until the new JSON points to the new ones
     tensor_file = folder / f"{name}-{digest[:12]}.safetensors"
-    body = {"format": FORMAT, "tensors": tensor_file.name, "sha256": digest, **settings}
+    body = {"format": FORMAT, "schema": SCHEMA, "tensors": tensor_file.name, "sha256": digest, **settings}
     body["settings_sha256"] = _checksum(body)
     text = json.dumps(body, indent=1, allow_nan=True)
     _write_atomically(tensor_file, content)
@@ -67,11 +76,11 @@ def write_bundle(
 
 
 def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a bundle back.
+    """Read a bundle of a registered kind back, in the present layout.
 
     Raises:
         MissingFileError: there is none.
-        BadFileError: it is corrupt, truncated, or not of this package; the message says which.
+        BadFileError: it is corrupt, truncated, or not of this package, this kind or a known schema; the message says which.
     """
     from safetensors.torch import load
 
@@ -84,8 +93,14 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not text, not JSON, absurd numbers or nesting
         raise BadFileError(f"{path} is not readable JSON ({error}); the file is corrupt or truncated.") from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+    if not isinstance(settings, dict) or settings.get("format") not in (FORMAT, _FIRST_FORMAT):
         raise BadFileError(f"{path} was not written by this package (no format {FORMAT!r} in it).")
+    schema = settings.get("schema") if settings["format"] == FORMAT else 1
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
+        raise BadFileError(
+            f"{path} has the schema number {schema!r}, and this version of the package reads 1 to {SCHEMA}: read it with the "
+            "version that wrote it, or a later one."
+        )
     if settings.get("kind") != kind:
         raise BadFileError(f"{path} holds a {settings.get('kind')!r}, not a {kind!r}.")
     file_name = settings.get("tensors")
@@ -102,44 +117,11 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
             f"{tensor_file} does not have the checksum in {path.name}: it is corrupt, truncated or foreign."
         )
     try:
-        return load(content), settings
+        tensors = load(content)
     except Exception as error:  # safetensors raises its own kinds
         raise BadFileError(f"{tensor_file} is not a safetensors file ({error}).") from error
-
-
-def require(settings: dict[str, Any], path: Any, *names: str) -> None:
-    """Raise unless a file has these fields.
-
-    Raises:
-        BadFileError: naming the first that is missing.
-    """
-    for name in names:
-        if name not in settings:
-            raise BadFileError(f"{path} has no field {name!r}: it was not written by this version of the package.")
-
-
-def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
-    """Raise if a file belongs to another problem.
-
-    Raises:
-        BadFileError: naming what differs.
-    """
-    if not isinstance(saved, dict):
-        raise BadFileError(f"{path} has no fingerprint of its problem.")
-    for key in ("reference", "alpha", "start", "initial", "conditional"):
-        if saved.get(key) != json.loads(json.dumps(current[key])):
-            raise BadFileError(
-                f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
-            )
-    for name, now in current["numbers"].items():
-        then = saved.get("numbers", {}).get(name)
-        if then is None:
-            raise BadFileError(f"{path} belongs to another problem: it had no {name}.")
-        a, b = torch.tensor(then, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
-        if a.shape != b.shape or not torch.allclose(
-            a, b, rtol=1e-3, atol=1e-5 * max(1.0, float(b.abs().max())), equal_nan=True
-        ):
-            raise BadFileError(f"{path} belongs to another problem: its {name} differs from this one's.")
-    for name in saved.get("numbers", {}):
-        if name not in current["numbers"]:
-            raise BadFileError(f"{path} belongs to another problem: it had a {name}, this one has none.")
+    tensors, settings = migrated(schema, tensors, settings)
+    for field in _FIELDS[kind]:
+        if field not in settings:
+            raise BadFileError(f"{path} has no field {field!r}: it was not written by this version of the package.")
+    return tensors, settings

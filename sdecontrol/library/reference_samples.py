@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import BadFileError
 from ..evaluation.estimates import Estimate, log_mean_weight, mean_estimate
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
+from ..files.bundles import register_bundle
 from ..particles.smc import resample
 from ..particles.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
 from ..problems.gibbs import gibbs_problem
@@ -25,7 +26,7 @@ from .targets import named_target
 __all__ = ["ReferenceSamples", "reference_samples"]
 
 RECIPE = 1  # raised whenever the way samples are made changes: older caches are then passed over
-_KIND = "reference samples"
+_KIND = register_bundle("reference samples")
 _FEW = 0.5  # of the systems: fewer effective ones, and they do not agree
 
 

@@ -15,6 +15,7 @@ from ..controls.tuned import has_trainable_model
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
+from ..paths.weights import effective_number
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
@@ -66,7 +67,7 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
     place = derive_seed(seed, 2)
     with problem.evaluating():
         end, log_w = _weighted(tempered_ends(problem, chain, control), size, place)
-    if float(2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)) > math.log(size):
+    if float(effective_number(log_w)) > size:
         control = MixtureControl(problem, fit_mixture(ends.white(end), log_w, seed=derive_seed(place, 1)))
     return control
 

@@ -17,6 +17,7 @@ from ..controls.build import build_control, corrected
 from ..controls.mixture import CorrectedControl
 from ..particles.smc import resample
 from ..particles.tempering import NoiseTarget, adapt
+from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, path_metrics, register
@@ -182,7 +183,7 @@ class ParticleMatching(Method):
         )
         paths = target.paths(z, target.draw_origin(run.batch_size, batch.seed))
         metrics, log_w = path_metrics([paths]), paths.log_weights()
-        ess = float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()) / len(log_w)
+        ess = float(effective_number(log_w)) / len(log_w)
         names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
         state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
 

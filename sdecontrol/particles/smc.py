@@ -20,10 +20,11 @@ from ..chains.base import Chain
 from ..chains.shifts import shift_function
 from ..controls.given import ZeroControl, repeat_rows
 from ..paths.integrator import integrate
+from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed, generator_for
 
-__all__ = ["RESAMPLING", "Particles", "resample", "run_particles"]
+__all__ = ["RESAMPLING", "ParticleSettings", "Particles", "resample", "run_particles"]
 
 RESAMPLING = ("systematic", "stratified", "multinomial")
 _ROWS = 8192  # particles moved at once
@@ -58,6 +59,28 @@ class Particles:
     resampled: Tensor
 
 
+@dataclass(frozen=True)
+class ParticleSettings:
+    """How samples are made from systems of particles.
+
+    Attributes:
+        num_particles: N of each system.
+        ess_threshold: a system whose effective fraction falls below it is resampled (before the last step only); 0: never.
+        resampling: "systematic", "stratified" or "multinomial" (:func:`resample`).
+        selection: "weights": in proportion to the weights. "best": the particle of the largest total reward.
+            "rejection": each with probability ``exp(R/alpha - bound/alpha)``.
+        independent: one sample per system; else all particles of as many systems as are needed.
+        bound: of the total reward, for rejection.
+    """
+
+    num_particles: int
+    ess_threshold: float = 0.5
+    resampling: str = "systematic"
+    selection: str = "weights"
+    independent: bool = False
+    bound: float | None = None
+
+
 def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Generator) -> Tensor:
     """Indices ``(M, count)`` of particles drawn with probabilities ``softmax(log_weights)`` in each of M systems.
 
@@ -80,28 +103,25 @@ def run_particles(
     chain: Chain,
     control: Any,
     systems: int,
-    particles: int,
+    settings: ParticleSettings,
     seed: int,
     *,
     condition: Any = None,
     twist: Twist | None = None,
-    ess_threshold: float = 0.5,
-    resampling: str = "systematic",
 ) -> Particles:
-    """Run ``systems`` independent systems of ``particles`` particles of a proposal to the end of the chain.
+    """Run ``systems`` independent systems of particles of a proposal to the end of the chain.
 
     Args:
         condition: ``(systems, ...)``; default: drawn from the problem's.
         twist: log psi at the states before the last; None: 1.
-        ess_threshold: a system whose effective fraction falls below it is resampled (before the last step only); 0: never.
     """
-    size = max(1, _ROWS // particles)
+    size = max(1, _ROWS // settings.num_particles)
     parts = []
     with problem.evaluating():
         for index, low in enumerate(range(0, systems, size)):
             count, where = min(size, systems - low), derive_seed(seed, _PLACE_NOISE, index)
             y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
-            parts.append(_run(problem, chain, control, count, particles, where, y, twist, ess_threshold, resampling))
+            parts.append(_run(problem, chain, control, count, settings, where, y, twist))
     if len(parts) == 1:
         return parts[0]
     weights = torch.tensor([len(p.log_z) / systems for p in parts], dtype=torch.float64, device=parts[0].ess.device)
@@ -122,14 +142,12 @@ def _run(
     chain: Chain,
     control: Any,
     M: int,
-    N: int,
+    settings: ParticleSettings,
     seed: int,
     condition: Any,
     twist: Twist | None,
-    threshold: float,
-    scheme: str,
 ) -> Particles:
-    alpha, K = problem.alpha, chain.steps
+    alpha, K, N = problem.alpha, chain.steps, settings.num_particles
     shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
     noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
     generator = generator_for(chain.times.device, seed, _PLACE_RESAMPLE)
@@ -153,13 +171,13 @@ def _run(
         cost, ratio = cost + step_cost, ratio + step_ratio
         log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
         level = log_w.logsumexp(1)
-        fraction = (2 * level - (2 * log_w).logsumexp(1)).exp() / N
+        fraction = effective_number(log_w, 1) / N
         ess[k] = fraction.mean()
-        poor = fraction < threshold
+        poor = fraction < settings.ess_threshold
         if k + 1 < K and bool(poor.any()):
             resampled[k] = poor.double().mean()
             own = torch.arange(N, device=x.device).expand(M, N)
-            index = torch.where(poor.unsqueeze(1), resample(log_w, N, scheme, generator), own)
+            index = torch.where(poor.unsqueeze(1), resample(log_w, N, settings.resampling, generator), own)
             rows = (first + index).flatten()
             x, psi, cost, ratio = x[rows], psi[rows], cost[rows], ratio[rows]
             # the mean weight goes into Z^, and all particles begin again with weight 1

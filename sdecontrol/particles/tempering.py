@@ -32,6 +32,7 @@ from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
+from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import SuppliedNoise, derive_seed, generator_for
@@ -462,7 +463,7 @@ def adapt(
         level = torch.logsumexp(log_w, 0)
         log_z, log_w, beta = log_z + float(level), log_w - level, new
         centre, factor = fit_gaussian(p.z, log_w.exp())
-        ess = float(1 / log_w.exp().square().sum()) / particles
+        ess = float(effective_fraction(log_w.exp()))
         if resampled := ess < _RESAMPLE:
             p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
             log_w = torch.full_like(log_w, -math.log(particles))
@@ -535,7 +536,7 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         log_w = log_w + _increment(new - beta, p.phi).reshape(M, N)
         level = log_w.logsumexp(1)
         log_z, log_w, beta = log_z + level, log_w - level.unsqueeze(1), new
-        ess = 1 / (log_w.exp().square().sum(1) * N)
+        ess = effective_fraction(log_w.exp(), 1)
         poor = (ess < _RESAMPLE).unsqueeze(1)
         if bool(poor.any()):
             index = torch.where(poor, resample(log_w, N, "systematic", generator), own)

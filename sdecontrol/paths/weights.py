@@ -9,15 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Weights",
-    "leave_one_out",
-    "self_normalised",
-    "warn_where_few",
-]
+__all__ = ["Weights", "effective_fraction", "effective_number", "leave_one_out", "self_normalised", "warn_where_few"]
 
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
 _BISECTIONS = 40
+
+
+def effective_number(log_w: Tensor, dim: int = 0) -> Tensor:
+    """``(sum w)^2 / sum w^2`` along a dimension, from log weights: their effective sample size."""
+    return (2 * log_w.logsumexp(dim) - (2 * log_w).logsumexp(dim)).exp()
+
+
+def effective_fraction(shares: Tensor, dim: int = 0) -> Tensor:
+    """The same from weights that sum to 1, as a fraction of how many they are."""
+    return 1 / (shares.square().sum(dim) * shares.shape[dim])
 
 
 class Weights(NamedTuple):
@@ -50,7 +55,7 @@ def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: 
     if trust_region is not None:  # hundreds of tiny operations: numpy's are cheaper
         beta = torch.from_numpy(_exponents(v.cpu().numpy(), trust_region)).to(v.device)
     shares = (beta * v).softmax(1)
-    ess = float((1 / (shares.square().sum(1) * v.shape[1])).mean())
+    ess = float(effective_fraction(shares, 1).mean())
     return Weights((shares * v.shape[1]).flatten().to(log_w.dtype), float(beta.mean()), ess)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import BadFileError
-from ..files.bundles import check_fingerprint, read_bundle, require, write_bundle
+from ..files.bundles import read_bundle, register_bundle, write_bundle
+from ..files.contents import check_fingerprint
 
 __all__ = ["Checkpoints"]
 
+_KIND = register_bundle("checkpoint", "identity", "done", "pace", "cooling", "optimizer", "history", "problem")
 _KEPT = 2
 
 
@@ -29,7 +31,7 @@ class Checkpoints:
         return sorted(p.stem for p in self.folder.glob("checkpoint-*.json")) if self.folder.is_dir() else []
 
     def write(self, iteration: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
-        path = write_bundle(self.folder, f"checkpoint-{iteration:08d}", tensors, {"kind": "checkpoint", **settings})
+        path = write_bundle(self.folder, f"checkpoint-{iteration:08d}", tensors, {"kind": _KIND, **settings})
         for old in self.names()[:-_KEPT]:
             self._remove(old)
         return path
@@ -50,13 +52,12 @@ class Checkpoints:
         damaged: BadFileError | None = None
         for name in reversed(self.names()):
             try:
-                tensors, settings = read_bundle(self.folder, name, "checkpoint")
+                tensors, settings = read_bundle(self.folder, name, _KIND)
             except BadFileError as error:
                 damaged = error
                 warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
                 continue
-            require(settings, self.folder / name, "identity", "done", "pace", "optimizer", "history", "problem")
-            check_fingerprint(settings.get("problem"), fingerprint, self.folder / name)
+            check_fingerprint(settings["problem"], fingerprint, self.folder / name)
             return tensors, settings
         if damaged is not None:
             raise damaged

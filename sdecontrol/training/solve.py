@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..controls.base import Control
 from ..errors import NoExactSolution, NonFiniteError
 from ..evaluation import solution as solutions
-from ..evaluation.solution import Solution, load_tensors, plain_settings
+from ..evaluation.solution import Solution
+from ..files.contents import load_tensors, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
@@ -257,7 +258,7 @@ class _Trainer:
     def _save(self) -> None:
         assert self.checkpoints is not None
         tensors, plain = self.descent.tensors()
-        tensors.update({f"state.{name}": value for name, value in self.state.state_dict().items()})
+        tensors.update(with_part("state", self.state.state_dict()))
         path = self.checkpoints.write(
             self.done,
             tensors,
@@ -275,22 +276,17 @@ class _Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
-            found = saved["identity"].get(name, value)  # earlier versions had no cooling
+            found = saved["identity"].get(name)
             if found != value:
                 raise ValueError(
                     f"this run has {name}={value!r}, the checkpoint {found!r}; resume with "
                     "the same arguments, or use another checkpoint_dir."
                 )
-        prefix = "state."
-        load_tensors(
-            self.state,
-            {n[len(prefix) :]: v for n, v in tensors.items() if n.startswith(prefix)},
-            self.checkpoints.folder if self.checkpoints else "",
-            finite_buffers=False,
-        )
+        folder = self.checkpoints.folder if self.checkpoints else ""
+        load_tensors(self.state, tensors, "state", folder, finite_buffers=False)
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
-        self.cooling.restore(saved.get("cooling", Cooling(False).state()))  # earlier versions did not cool
+        self.cooling.restore(saved["cooling"])
         self.history, self.done = saved["history"], saved["done"]
         self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 

@@ -136,9 +136,10 @@ def test_absurd_settings_are_refused(tmp_path, problem, text):
         sc.load(tmp_path, problem)
 
 
-@pytest.mark.parametrize(
-    "key", ["method", "settings", "seed", "reproducible", "control", "history", "problem", "format", "kind", "tensors"]
-)
+FIELDS = "method settings seed reproducible control solution history details problem format schema kind tensors"
+
+
+@pytest.mark.parametrize("key", FIELDS.split())
 def test_settings_without_a_field_are_refused(tmp_path, problem, saved, key):
     shutil.copytree(saved[0], tmp_path / "copy")
     path = tmp_path / "copy" / "solution.json"

@@ -1,0 +1,129 @@
+"""The Langevin term of the default network: ``sigma^T grad r / alpha``, as the network asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..paths.paths import Paths
+from ..problems.gibbs import GibbsProblem
+from ..problems.problem import ControlProblem
+from ..problems.rewards import Linear, Quadratic
+from ..processes.annealed import AnnealedLangevin
+from ..processes.sde import SDE
+
+__all__ = ["RewardTerm", "gate_scale"]
+
+_LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
+_STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """What the gate multiplies.
+
+    Attributes:
+        gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape.
+        sde: whose diffusion it uses; None: it is not looked at along paths.
+        fade: a function of time by which it is multiplied, 1 at the end: of a reward much rougher than its value is before it.
+        affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
+            since it is folded into the affine path.
+    """
+
+    gradient: Callable[[Tensor, Any, bool], Tensor]
+    sde: SDE | None = None
+    fade: Callable[[float], float] | None = None
+    affine: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, problem: ControlProblem) -> RewardTerm:
+        """Of a problem whose reward has a gradient."""
+        gradient, fade = _reward_gradient(problem), None
+        if isinstance(problem, GibbsProblem):
+            gradient, fade = _damped(problem, gradient)
+        sde = problem.reference
+        return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_pull(problem))
+
+
+def _reward_gradient(problem: ControlProblem) -> Any:
+    """``grad r / alpha``; 0 where it is not finite."""
+
+    def gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        with torch.enable_grad():
+            leaf = x if create_graph else x.detach().requires_grad_(True)
+            value = problem._call_reward(leaf, y).sum()
+            return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
+
+    def finite_gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        # before its end a path may be where the reward is not finite (a logarithm): there the gate is closed
+        value = gradient(x, y, create_graph)
+        if bool(torch.isfinite(value.detach().sum())):
+            return value
+        good = torch.isfinite(value.detach()).flatten(1).all(1)
+        rows = good.nonzero().flatten()
+        out = torch.zeros_like(x)
+        return (
+            out
+            if len(rows) == 0
+            else out.index_copy(0, rows, gradient(x[rows], None if y is None else y[rows], create_graph))
+        )
+
+    return finite_gradient
+
+
+def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
+    """1 over how many times the reward's usual slope, ``|grad r| / alpha`` on the reference's paths, exceeds ``_STEEP``; 1 where it does not.
+
+    A step of Adam changes the gate by the learning rate, and the control by that times the slope: where that is hundreds, paths are thrown to where it
+    is thousands, and training diverges within a few steps. What the gate can represent stays the same.
+    """
+    steps = sorted({round(i * (len(pilot.states) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)})
+    rows = slice(0, _LOOKED_AT)
+    x = pilot.states[steps, rows].flatten(0, 1)
+    y = (
+        None
+        if pilot.condition is None
+        else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
+    )
+    slope = float(_reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
+    return min(1.0, _STEEP / max(slope, 1e-300))
+
+
+def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float], float]]:
+    """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades before the end.
+
+    Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's curvature becomes
+    ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the region where the density is a number.
+    """
+    scale, rough, reference = problem.scale, problem.roughness, problem.reference
+    if isinstance(reference, AnnealedLangevin):  # bounds the score itself, and has it at hand
+
+        def remembered(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+            return reference.score(x, y) + (x - reference.centre) / reference.scale.square()
+
+        return remembered, reference.beta
+    bound = 5 * rough * problem.dim**0.5
+
+    def bounded(x: Tensor, y: Any, create_graph: bool) -> Tensor:
+        z = scale * gradient(x, y, create_graph)
+        return z / (1 + z.norm(dim=1, keepdim=True) / bound) / scale
+
+    return bounded, lambda t: 1 / (1 + max(0.0, float(reference.left(t))) * rough**2)
+
+
+def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
+    """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma constant."""
+    reward, sde = problem.reward_function, problem.reference
+    sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
+    if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
+        return None
+    assert isinstance(reward, (Quadratic, Linear))
+    n = problem.event_shape[0]
+    sigma = sigma.to(reward.g)
+    root = sigma[0] if sigma.ndim == 3 else torch.diag_embed(sigma.expand(n))
+    slope = -reward.G if isinstance(reward, Quadratic) else torch.zeros_like(root[:, :1]).expand(n, n)
+    return root.mT @ slope / problem.alpha, root.mT @ reward.g / problem.alpha

@@ -1,0 +1,86 @@
+"""What bundles hold: tensors by parts, settings as JSON can hold them, and the facts by which they know their problem."""
+
+from __future__ import annotations
+
+import json
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadFileError
+from ..tensors import check_tensor
+
+__all__ = ["check_fingerprint", "load_tensors", "part_of", "plain_settings", "with_part"]
+
+
+def with_part(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the name of the part of a bundle that they make up."""
+    return {f"{part}.{name}": value for name, value in tensors.items()}
+
+
+def part_of(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors of one part."""
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+
+
+def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them (a grid as a list)."""
+    steps = settings.get("time_steps")
+    if steps is not None:
+        steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
+    return {"time_steps": steps, "scheme": settings.get("scheme")}
+
+
+def load_tensors(
+    module: nn.Module, tensors: dict[str, Tensor], part: str, path: Any, *, finite_buffers: bool = True
+) -> None:
+    """Fill a module from a part of saved tensors, all names and shapes matching.
+
+    Args:
+        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not be.
+
+    Raises:
+        BadFileError: naming what does not fit.
+    """
+    wanted, found = with_part(part, module.state_dict()), with_part(part, part_of(tensors, part))
+    free = set() if finite_buffers else {f"{part}.{name}" for name, _ in module.named_buffers()}
+    for name in wanted.keys() | found.keys():
+        if name not in found or name not in wanted:
+            raise BadFileError(f"{path} does not fit: {name!r} is {'missing' if name not in found else 'extra'}.")
+        if found[name].shape != wanted[name].shape or found[name].dtype != wanted[name].dtype:
+            raise BadFileError(
+                f"{path} does not fit: {name!r} is {found[name].dtype} "
+                f"{tuple(found[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
+            )
+        if found[name].is_floating_point() and name not in free:
+            check_tensor(name, found[name])
+    module.load_state_dict(part_of(found, part))
+
+
+def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
+    """Raise if a file belongs to another problem.
+
+    Raises:
+        BadFileError: naming what differs.
+    """
+    if not isinstance(saved, dict):
+        raise BadFileError(f"{path} has no fingerprint of its problem.")
+    for key in ("reference", "alpha", "start", "initial", "conditional"):
+        if saved.get(key) != json.loads(json.dumps(current[key])):
+            raise BadFileError(
+                f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
+            )
+    for name, now in current["numbers"].items():
+        then = saved.get("numbers", {}).get(name)
+        if then is None:
+            raise BadFileError(f"{path} belongs to another problem: it had no {name}.")
+        a, b = torch.tensor(then, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+        if a.shape != b.shape or not torch.allclose(
+            a, b, rtol=1e-3, atol=1e-5 * max(1.0, float(b.abs().max())), equal_nan=True
+        ):
+            raise BadFileError(f"{path} belongs to another problem: its {name} differs from this one's.")
+    for name in saved.get("numbers", {}):
+        if name not in current["numbers"]:
+            raise BadFileError(f"{path} belongs to another problem: it had a {name}, this one has none.")

@@ -1,0 +1,47 @@
+"""Older layouts of files, brought to the present one; each step raises the schema number by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["SCHEMA", "migrated"]
+
+SCHEMA = 2  # of files as they are written now; without a number: 1
+
+Bundle = tuple[dict[str, Tensor], dict[str, Any]]
+
+_PARTS = ("twist", "ladder", "chains")  # of tensors, that had a prefix in schema 1
+_SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
+
+
+def migrated(schema: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Bundle:
+    """Tensors and settings of the present schema, from those of an older one."""
+    return _from_1(tensors, settings) if schema == 1 else (tensors, settings)
+
+
+def _from_1(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Bundle:
+    """What a solution says beyond all others goes into a field of its own, and a control's tensors get their prefix."""
+    if settings["kind"] == "solution":
+        own = {name: settings.pop(name) for name in (*_SORTS, "twist") if name in settings}
+        sort = next((sort for name, sort in _SORTS.items() if name in own), "control")
+        settings["solution"] = {"kind": sort, **own}
+        for saved in (settings.get("control"), own.get("twist")):
+            _complete_networks(saved)
+        tensors = {n if n.split(".")[0] in _PARTS else f"control.{n}": tensor for n, tensor in tensors.items()}
+    elif settings["kind"] == "checkpoint":  # the first ones knew no annealing of the temperature
+        if isinstance(settings.get("identity"), dict):
+            settings["identity"].setdefault("cooling", True)
+        settings.setdefault("cooling", {"strength": 1.0, "first": None, "ended": 0})
+    return tensors, settings
+
+
+def _complete_networks(saved: Any, start: bool = False) -> None:
+    """Fields that networks of controls came to have, at any depth."""
+    if isinstance(saved, dict):
+        if saved.get("kind") == "network" and "gate" in saved:
+            for name, value in {"gate_scale": 1.0, "nonlinear": False, "denoised": False, "start": start}.items():
+                saved.setdefault(name, value)
+        for name, part in saved.items():
+            _complete_networks(part, name == "start")
