@@ -16,13 +16,13 @@ from ..evaluation.estimates import Estimate
 from ..evaluation.particle_solution import ParticleSettings
 from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
 from ..methods.base import Method, Run, register
-from ..methods.on_paths import check_count
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import Ladder, Population, adapt
 from ..problems.gibbs import GibbsProblem
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
+from ..tensors import check_count
 
 __all__ = ["Auto"]
 
@@ -147,8 +147,8 @@ class Auto(Method):
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
-        check_count("evaluations", self.evaluations, 1)
-        check_count("components", self.components, 1)
+        check_count("evaluations", self.evaluations)
+        check_count("components", self.components)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

@@ -27,6 +27,7 @@ from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
 from ..processes.linear import LinearSDE
 from ..randomness import derive_seed, fresh_seed
+from ..tensors import check_count
 from ..training.solve import solve
 from .costs import Costs, Meter
 
@@ -226,10 +227,9 @@ def compare(
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
     named = _labelled(methods)
     trainings = _seeds(seeds, seed)
-    _check_count("n", n, 64)
-    _check_count("batch_size", batch_size, 1)
-    if iterations is not None:
-        _check_count("iterations", iterations, 1)
+    check_count("n", n, 64)
+    check_count("batch_size", batch_size)
+    check_count("iterations", iterations, optional=True)
     settings = {"time_steps": time_steps, "scheme": scheme}
     problem.chain(**settings)  # a bad grid is the caller's error, not every method's
     exact, kind = _exact(problem, settings)
@@ -435,7 +435,7 @@ def method_label(method: Method) -> str:
 
 def _seeds(seeds: Any, seed: int | None) -> list[int]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
-        _check_count("seeds", seeds, 1)
+        check_count("seeds", seeds)
         first = fresh_seed(seed)
         return [first + i for i in range(seeds)]
     if isinstance(seeds, (str, bool)) or not isinstance(seeds, Iterable):
@@ -446,11 +446,6 @@ def _seeds(seeds: Any, seed: int | None) -> list[int]:
     if not out or len(set(out)) < len(out) or None in out:
         raise ValueError(f"seeds must be different numbers, and at least one; got {out}.")
     return [fresh_seed(s) for s in out]
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
 
 
 def _text(estimate: Estimate | None, count: bool) -> str:

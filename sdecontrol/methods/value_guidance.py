@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
-from ..errors import NotDifferentiable, unknown_name
+from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
@@ -59,8 +59,7 @@ class ValueGuidance(Method):
 
     def __post_init__(self) -> None:
         if isinstance(self.value, str):
-            if self.value not in _VALUES:
-                raise unknown_name("value", self.value, _VALUES)
+            check_name("value", self.value, _VALUES)
         elif not callable(self.value):
             raise TypeError(
                 f"value must be one of {', '.join(_VALUES)} or a function (x, t) -> (batch,), got "

@@ -22,7 +22,7 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
 from ..processes.sde import MEMORYLESS, SDE, check_memoryless, positional_count
 from ..randomness import derive_seed, generator_for
-from ..tensors import as_float, check_output, nonfinite_rows, probing
+from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
 __all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
@@ -73,8 +73,7 @@ class ControlProblem:
         sample = draw(self.initial, 1, 0)
         self.dtype, self.device = sample.dtype, sample.device
         self._check_agreement("reference", reference.dtype, reference.device)
-        if reward_batch_size is not None and (not isinstance(reward_batch_size, int) or reward_batch_size < 1):
-            raise ValueError(f"reward_batch_size must be an int >= 1 or None, got {reward_batch_size!r}.")
+        check_count("reward_batch_size", reward_batch_size, optional=True)
         self.reward_function, self.running_cost_function = reward, running_cost
         self.reward_batch_size = reward_batch_size
         self.condition = condition

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.build import SAMPLING_SCHEMES
 from ..chains.shifts import shift_function
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import KEEP, integrate
 from ..paths.paths import Paths
 from ..randomness import SeededNoise, SuppliedNoise, fresh_seed
-from ..tensors import check_tensor
+from ..tensors import check_count, check_tensor
 from .problem import ControlProblem
 from .sampling import simulate_solver
 
@@ -64,8 +64,7 @@ def simulate(
         :class:`Paths`; for a solver :class:`SolvedPaths`, whose running cost is by the trapezoidal rule, and whose
         ``log_ratio``, ``kl``, ``noises`` and ``shifts`` raise :class:`NoLikelihood`.
     """
-    if isinstance(num_paths, bool) or not isinstance(num_paths, int) or num_paths < 1:
-        raise ValueError(f"num_paths must be an int >= 1, got {num_paths!r}.")
+    check_count("num_paths", num_paths)
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
     if scheme in SAMPLING_SCHEMES:
@@ -189,8 +188,7 @@ def start_of(
     condition: Tensor | None,
 ) -> tuple[Tensor, Any]:
     """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
-    if keep not in KEEP:
-        raise unknown_name("keep", keep, KEEP)
+    check_name("keep", keep, KEEP)
     if control is not None and not callable(control):
         raise TypeError(
             f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."
