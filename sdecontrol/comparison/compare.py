@@ -29,7 +29,7 @@ from ..processes.linear import LinearSDE
 from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
 from ..training.solve import solve
-from .costs import Costs, Meter
+from .costs import Costs, measuring
 
 __all__ = ["Comparison", "ComparisonRow", "FrontierPoint", "compare", "exact_frontier"]
 
@@ -272,12 +272,10 @@ def _row(
     row = ComparisonRow(label, method)
     found: list[dict[str, Estimate]] = []
     for seed in seeds:
-        meter = Meter(problem)
         try:
-            with meter.measuring() as training:
-                solution = solve(meter.problem, method, seed=seed, **settings)
-            found.append(_measure(meter, solution, training, n, seed, exact, reference))
-            solution.problem = problem
+            with measuring(problem.device) as training:
+                solution = solve(problem, method, seed=seed, **settings)
+            found.append(_measure(solution, training, n, seed, exact, reference))
             row.solutions.append(solution)
         except (ValueError, TypeError, RuntimeError) as error:
             row.failed.append(seed)
@@ -293,7 +291,6 @@ def _reason(error: Exception) -> str:
 
 
 def _measure(
-    meter: Meter,
     solution: Solution,
     training: Costs,
     n: int,
@@ -302,11 +299,11 @@ def _measure(
     reference: torch.Tensor | None,
 ) -> dict[str, Estimate]:
     """All columns of one solution."""
-    with meter.measuring() as sampling:
+    with measuring(solution.problem.device) as sampling:
         samples = solution.sample(n, seed=derive_seed(seed, _PLACE_SAMPLE))
     evaluation = solution.evaluate(n, seed=derive_seed(seed, _PLACE_EVALUATE))
     out = {name: getattr(evaluation, name) for name in ("reward", "kl", "gap", "ess")}
-    if meter.problem.running_cost_function is not None:
+    if solution.problem.running_cost_function is not None:
         out["running_cost"] = evaluation.running_cost
     if reference is not None:
         out["distance"] = Estimate(sliced_wasserstein(samples, reference))

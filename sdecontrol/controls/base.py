@@ -7,13 +7,14 @@ stored states at once (``along``). What depends on time and parameters alone is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
+from ..counting import counted_control
 from .linear_part import LinearPart, PartOfSegment
 
 __all__ = ["Control", "StartedControl", "UserControl"]
@@ -25,9 +26,11 @@ class Control(nn.Module):
     Attributes:
         settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
         learning_rate: a sensible step of Adam for its parameters.
+        counted: whether its evaluations are a cost (``counting.py``).
     """
 
     learning_rate = 5e-3
+    counted: ClassVar[bool] = True
 
     def __init__(self, event_shape: torch.Size, control_shape: torch.Size, first_time: float, last_time: float) -> None:
         super().__init__()
@@ -36,6 +39,9 @@ class Control(nn.Module):
         self.settings: dict[str, Any] = {}
 
     # ------------------------------------------------------------ for users
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        return counted_control(self, super().__call__, _rows)(*arguments, **named)
 
     def forward(self, x: Tensor, t: Any, y: Any = None) -> Tensor:
         """``u(x, t)``, ``(batch, *control_shape)``.
@@ -92,6 +98,10 @@ class Control(nn.Module):
     def linear_parts(self) -> list[LinearPart]:
         """The parameters in which the control is linear, for steps of least squares; none if it is linear in none."""
         return []
+
+
+def _rows(x: Any, *_: Any, **__: Any) -> int:
+    return len(x) if isinstance(x, Tensor) and x.ndim else 0
 
 
 class UserControl(Control):

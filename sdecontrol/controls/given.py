@@ -21,6 +21,7 @@ class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
     configuration: ClassVar[dict[str, Any]] = {"kind": "zero"}
+    counted: ClassVar[bool] = False
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return x.new_zeros((x.shape[0], *self.control_shape))

@@ -61,9 +61,7 @@ class _Setting:
     weight: float
 
     def shift(self, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        if hasattr(self.control, "tables"):
-            return self.control.on_chain(self.chain, tables)
-        return shift_function(self.chain, self.control)
+        return shift_function(self.chain, self.control, tables or None)
 
 
 class _Leaves:

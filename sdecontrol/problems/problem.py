@@ -16,6 +16,7 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.pretrained import DiffusionChain
 from ..chains.segments import LearnedStart, SegmentedChain
+from ..counting import count_reward
 from ..errors import NonFiniteError, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
@@ -279,9 +280,10 @@ class ControlProblem:
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
-        if condition is None or positional_count(self.reward_function) < 2:
-            return self.reward_function(x)
-        return self.reward_function(x, condition)
+        alone = condition is None or positional_count(self.reward_function) < 2
+        value = self.reward_function(x) if alone else self.reward_function(x, condition)
+        count_reward(value, len(x))
+        return value
 
     def reward(self, x: Tensor, condition: Any = None) -> Tensor:
         """``r`` at decoded states, ``(batch,)``, checked; in pieces of ``reward_batch_size``.
