@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,8 +29,9 @@ from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
 from ..training.solve import solve
 from .costs import Costs, measuring
+from .frontier import FrontierPoint, exact_frontier
 
-__all__ = ["Comparison", "ComparisonRow", "FrontierPoint", "compare", "exact_frontier"]
+__all__ = ["Comparison", "ComparisonRow", "compare", "method_label"]
 
 #: name of every column and its heading
 COLUMNS = {
@@ -82,14 +82,6 @@ class ComparisonRow:
             for name, e in self.estimates.items()
         }
         return {"method": self.label, "reason": self.reason, "failed_seeds": self.failed, **numbers}
-
-
-class FrontierPoint(NamedTuple):
-    """The exact tilted law at one temperature: its KL to the reference, and its total reward ``E[r - running cost]``."""
-
-    alpha: float
-    kl: float
-    reward: float
 
 
 @dataclass
@@ -185,7 +177,8 @@ class Comparison:
         """
         from .figure import reward_against_kl
 
-        return reward_against_kl(self)
+        cost = self.problem.running_cost_function is not None
+        return reward_against_kl({r.label: r.estimates for r in self.rows}, self.frontier, self.problem.alpha, cost)
 
 
 def compare(
@@ -351,50 +344,6 @@ def _exact_samples(exact: ExactSolution | None, n: int, seed: int) -> Any:
         return exact.sample(n, seed)
     except NoExactSolution:
         return None
-
-
-def exact_frontier(
-    problem: ControlProblem,
-    time_steps: Any = None,
-    scheme: str | None = None,
-    *,
-    factor: float = 10.0,
-    points: int = 25,
-) -> list[FrontierPoint]:
-    """KL and reward of the exact tilted laws at temperatures from ``alpha / factor`` to ``alpha factor``, for problems with a closed form.
-
-    With ``beta = 1/alpha``: ``E[R] = d log Z / d beta`` and ``KL = beta E[R] - log Z``; no law of the same KL has a larger reward. For a
-    fixed random start ``E log Z(X_0)`` takes log Z's place. The derivative is a central difference in float64, of relative error ~1e-8.
-
-    Returns:
-        By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist are left out.
-    """
-    out = []
-    middle = (points - 1) / 2
-    for i in range(points):
-        alpha = problem.alpha * factor ** ((middle - i) / middle)
-        step = 1e-4
-        try:
-            low, here, high = (_start_log_z(problem, alpha / s, time_steps, scheme) for s in (1 - step, 1.0, 1 + step))
-        except NoExactSolution:
-            continue
-        reward = (high - low) * alpha / (2 * step)
-        out.append(FrontierPoint(alpha, reward / alpha - here, reward))
-    return out
-
-
-def _start_log_z(problem: ControlProblem, alpha: float, time_steps: Any, scheme: str | None) -> float:
-    tempered = copy.copy(problem)
-    tempered.alpha = alpha
-    tempered.dtype = torch.float64  # closed forms are computed in float64 anyway, and rounded last
-    steps = 100 if time_steps is None else time_steps
-    for settings in ({"time_steps": steps, "scheme": scheme}, {}):
-        try:
-            return float(exact_solution(tempered, grids=False, **settings).start_log_z)
-        except NoExactSolution:
-            if not settings:
-                raise
-    raise AssertionError
 
 
 # ---------------------------------------------------------------- arguments and text

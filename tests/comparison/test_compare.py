@@ -17,8 +17,8 @@ from problems import F64, SmallControl, nonlinear, random_lq
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along
-from sdecontrol.comparison.compare import exact_frontier
 from sdecontrol.comparison.costs import measuring
+from sdecontrol.comparison.frontier import exact_frontier
 from sdecontrol.controls.base import Control
 from sdecontrol.methods.base import Method
 from sdecontrol.paths.equations import control_at
@@ -201,6 +201,7 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 _SMALL_PIECES = """
 import torch
 from sdecontrol.comparison.costs import measuring
+from sdecontrol.comparison.frontier import exact_frontier
 
 held = [torch.ones(8_000) for _ in range(6000)]  # 183 MiB in small pieces: freed, they stay with the process for their next use
 last = held[-1]
