@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 __all__ = [
@@ -67,7 +67,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
-def check_name(kind: str, name: object, known: Iterable[str]) -> None:
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
     """Raise :func:`unknown_name` unless the name is known."""
     if name not in known:
         raise unknown_name(kind, name, known)

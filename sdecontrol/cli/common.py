@@ -42,7 +42,7 @@ OwnSeedOption = Annotated[
 ]
 ProblemArgument = Annotated[
     str,
-    typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file (see solve --help)."),
+    typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file."),
 ]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")]

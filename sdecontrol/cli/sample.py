@@ -16,7 +16,7 @@ from .common import DebugOption, JsonOption, SaveOption, SeedOption, given, hand
 
 if TYPE_CHECKING:
     from ..evaluation.certificates import Certificate
-    from ..evaluation.estimates import Evaluation
+    from ..evaluation.evaluate import Evaluation
     from ..evaluation.solution import Solution
     from ..library.target_base import Target
 
@@ -201,7 +201,8 @@ class _Judged:
         if report is not None:
             print(f"{report}\n")
         print(self.evaluation)
-        off, exact, distances = self.deviation, self.exact, self.distances
+        off, distances = self.deviation, self.distances
+        exact: Any = self.exact  # not None where there are distances to it
         known = "not known"
         if off is not None:
             known = f"{self.log_z:.6g}; found {off['nats']:+.3g} from it, {off['standard_errors']:+.1f} standard errors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,8 +125,8 @@ def _exact(solution: Solution, paths: int) -> dict[str, Any] | None:
         out[name] = {
             "log_z": float(exact.log_z),
             "elbo": float(exact.start_log_z),
-            "control_error": {"value": error.absolute.value, "stderr": error.absolute.stderr},
-            "relative_control_error": {"value": error.relative.value, "stderr": error.relative.stderr},
+            "control_error": asdict(error.absolute),
+            "relative_control_error": asdict(error.relative),
         }
     return out or None
 
