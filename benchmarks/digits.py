@@ -21,7 +21,7 @@ import torch
 import typer
 
 import sdecontrol as sc
-from sdecontrol.comparison.costs import Meter
+from sdecontrol.comparison.costs import measuring
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.particle_solution import ParticleSolution
@@ -96,12 +96,11 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
     more = dict(_SETTINGS)
     if isinstance(found, sc.Method) and found.default_iterations > 0:
         more["iterations"] = _iterations(problem, found, budget) if iterations is None else iterations
-    meter = Meter(problem)
-    with meter.measuring() as training:
+    with measuring(problem.device) as training:
         method = found if isinstance(found, sc.Method) else found(reward, alpha)
-        solution = sc.solve(meter.problem, method, seed=seed, **more)
+        solution = sc.solve(problem, method, seed=seed, **more)
     n = _FEWER.get(label, digit.MEASURED)
-    with meter.measuring() as sampling:
+    with measuring(problem.device) as sampling:
         x, measured = _measure(solution, n, seed + 1)
     elbo: Estimate = measured.pop("elbo")
     found = {name: {"value": e.value, "stderr": e.stderr} for name, e in measured.items() if isinstance(e, Estimate)}

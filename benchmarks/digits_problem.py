@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
-from sdecontrol.cli.cache import read_cached, write_cached
 from sdecontrol.cli.demo_run import FULL, demo_models
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from sdecontrol.files.bundles import register_bundle
+from sdecontrol.library.cache import read_cached, write_cached
 from sdecontrol.library.digits import DIGIT_SHAPE, digits
 
 __all__ = [

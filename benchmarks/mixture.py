@@ -22,7 +22,7 @@ import typer
 from torch import Tensor, nn
 
 import sdecontrol as sc
-from sdecontrol.comparison.costs import Meter
+from sdecontrol.comparison.costs import measuring
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.saved import CONTROLS
 from sdecontrol.exact.mixtures import MixtureSolution
@@ -243,23 +243,22 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
         "command": f"python -m benchmarks mixture --method '{label}' --dy {observations}"
         + (f" --cpu-seconds {budget:g}" if row.takes_budget else ""),
     }
-    meter = Meter(problem)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             if method is None:
-                with meter.measuring() as training:
-                    solution = row.run(meter.problem, budget, seed)  # type: ignore[operator]
+                with measuring(problem.device) as training:
+                    solution = row.run(problem, budget, seed)  # type: ignore[operator]
             else:
                 more: dict[str, Any] = {"time_steps": TIME_STEPS, "seed": seed, "progress": False}
                 if row.takes_budget:
                     more["iterations"] = out["iterations"] = _iterations(problem, method, budget)
-                with meter.measuring() as training:
-                    solution = sc.solve(meter.problem, method, **more)
+                with measuring(problem.device) as training:
+                    solution = sc.solve(problem, method, **more)
             out["training"] = asdict(training)
             if isinstance(control := getattr(solution, "control", None), Control):
                 out["control"] = CONTROLS.describe(control)
-            with meter.measuring() as sampling:
+            with measuring(problem.device) as sampling:
                 samples = solution.sample(row.samples, seed=derive_seed(seed, _SAMPLES))
             out["sampling"] = asdict(sampling)
             if not bool(torch.isfinite(samples).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "NoLikelihood",
     "NonFiniteError",
     "NotDifferentiable",
+    "check_name",
     "unknown_name",
 ]
 
@@ -64,3 +65,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(names)}."
     return ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_name(kind: str, name: object, known: Collection[str]) -> None:
+    """Raise :func:`unknown_name` unless the name is known."""
+    if name not in known:
+        raise unknown_name(kind, name, known)

@@ -15,7 +15,9 @@ __all__ = [
     "apply_scale_transposed",
     "as_float",
     "batch_like",
+    "check_count",
     "check_output",
+    "check_positive",
     "check_tensor",
     "event_sum",
     "is_matrix_scale",
@@ -76,6 +78,24 @@ def as_float(name: str, value: Any, *, positive: bool = False, finite: bool = Tr
     if positive and not number > 0:
         raise ValueError(f"{name} must be > 0, got {number}.")
     return number
+
+
+def check_count(name: str, value: Any, least: int = 1, optional: bool = False, why: str = "") -> None:
+    """Raise unless ``value`` is an int of at least ``least`` (or None, where that is allowed); ``why`` so many, in a few words."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        more = f"{' or None' if optional else ''}{f' ({why})' if why else ''}"
+        raise ValueError(f"{name} must be an int >= {least}{more}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any, below: float = math.inf, optional: bool = False) -> None:
+    """Raise unless ``value`` is a number in (0, below) (or None, where that is allowed)."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < below:
+        top = "" if below == math.inf else f" and < {below:g}"
+        raise ValueError(f"{name} must be a finite number > 0{top}{' or None' if optional else ''}, got {value!r}.")
 
 
 def check_tensor(name: str, value: Any, *, shape: tuple[int | str, ...] | None = None, hint: str = "") -> Tensor:

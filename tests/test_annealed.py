@@ -489,15 +489,11 @@ def test_conditions_have_targets_of_their_own() -> None:
 
 def test_a_step_costs_one_score_and_one_control() -> None:
     """Backward and forward kernels ask at the same states: K scores (p0's own is known) and K + 1 evaluations of the control for K steps."""
-    from sdecontrol.comparison.costs import Meter
+    from sdecontrol.comparison.costs import measuring
 
-    meter = Meter(annealed())
-    solution = Solution(
-        meter.problem,
-        sc.solve(annealed(), sc.LogVariance(), time_steps=5, iterations=1, batch_size=64, seed=0).control,
-        method="",
-        settings={"time_steps": 5},
-    )
-    with meter.measuring() as costs:
-        solution.simulate(64, seed=1)
-    assert costs.gradient_calls == 5 * 64 and costs.network_calls == 6 * 64
+    problem, settings = annealed(), {"time_steps": 5, "batch_size": 64, "seed": 0, "iterations": 1}
+    for own, scores in ((Affine(), 5), (None, 6)):  # the default control's gate looks at the score at the start, too
+        solution = sc.solve(problem, sc.LogVariance(), control=own, **settings)
+        with measuring(problem.device) as costs:
+            solution.simulate(64, seed=1)
+        assert costs.gradient_calls == scores * 64 and costs.network_calls == 6 * 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -215,6 +216,22 @@ def test_times_one_for_all_or_one_per_row_and_shapes() -> None:
     assert torch.allclose(one, model(x, torch.full((5,), 0.3, dtype=F64)), atol=1e-12)
     mixed = model(x, torch.tensor([0.3, 0.6, 0.3, 0.9, 0.6], dtype=F64))
     assert torch.allclose(mixed[[0, 2]], one[[0, 2]], atol=1e-12)
+
+
+def test_closed_forms_at_hand_are_bounded_and_change_nothing() -> None:
+    """More different times than are kept, in two dtypes, in one call and one by one: the same drift, and no more than that many are held."""
+    data = torch.randn(64, 1, dtype=F64)
+    model = sc.fit_bridge(data, sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), iterations=1, batch_size=16, seed=0)
+    assert isinstance(model, BridgeNetwork) and not model.bridge._known
+    t = torch.linspace(0, 0.9, 1100, dtype=F64)
+    x = torch.randn(1100, 1, dtype=F64)
+    with torch.no_grad():
+        together = model(x, t)
+        assert len(model.bridge._known) == 1024
+        assert torch.equal(together, model(x, t))
+        assert torch.allclose(together[:3], torch.cat([model(x[i : i + 1], float(t[i])) for i in range(3)]), atol=1e-12)
+        single = copy.deepcopy(model).float()(x[:5].float(), t[:5].float())
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), together[:5], atol=1e-4)
 
 
 def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None:

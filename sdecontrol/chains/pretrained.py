@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..memory import recall
 from ..processes.generative import call_model
 from ..processes.laws import Gaussian
@@ -175,10 +175,8 @@ def diffusion_chain(
     abar = check_tensor("alphas_cumprod", alphas_cumprod, shape=("N",)).detach().double().cpu()
     if bool((abar <= 0).any()) or bool((abar >= 1).any()) or bool((abar[1:] >= abar[:-1]).any()):
         raise ValueError("alphas_cumprod must decrease strictly within (0, 1): step 0 the least noisy.")
-    if prediction not in PREDICTIONS:
-        raise unknown_name("prediction", prediction, PREDICTIONS)
-    if sampler not in SAMPLERS:
-        raise unknown_name("sampler", sampler, SAMPLERS)
+    check_name("prediction", prediction, PREDICTIONS)
+    check_name("sampler", sampler, SAMPLERS)
     eta = as_float("eta", eta)
     if sampler == "ddpm" and eta != 1.0:
         raise ValueError(f"sampler='ddpm' is DDIM with eta=1; got eta={eta}. Use sampler='ddim' for another eta.")

@@ -8,12 +8,13 @@ all stored states in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..counting import counted_control
 from ..tensors import check_output
 from .base import Chain
 
@@ -27,10 +28,11 @@ def _call(control: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Any) 
     return control(x, t) if condition is None else control(x, t, condition)
 
 
-def shift_function(chain: Chain, control: Any) -> ShiftFunction:
-    """The shift of a control at step k and state x."""
+def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = None) -> ShiftFunction:
+    """The shift of a control at step k and state x; ``tables`` where the library's own controls have made theirs already."""
     if hasattr(control, "on_chain"):
-        return control.on_chain(chain)
+        shift = control.on_chain(chain) if tables is None else control.on_chain(chain, tables)
+        return counted_control(control, shift, lambda k, x, condition: len(x))
     times, start = chain.times, chain.start
     nothing = chain.times.new_zeros(()).expand(1, *chain.noise_shape)
     rows: tuple[Tensor, ...] = ()
@@ -55,7 +57,8 @@ def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = No
     """Shifts of a control at the stored states of steps ``first, first+1, ...``: ``(K, batch, *noise)``."""
     count = states.shape[0]
     if hasattr(control, "along"):
-        return control.along(chain, states, condition, first)
+        along = counted_control(control, control.along, lambda *_: states.shape[0] * states.shape[1])
+        return along(chain, states, condition, first)
     if hasattr(control, "on_chain") or chain.start:
         function = shift_function(chain, control)
         return torch.stack([function(first + k, states[k], condition) for k in range(count)])

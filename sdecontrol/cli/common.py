@@ -8,6 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -15,9 +16,15 @@ import typer
 __all__ = [
     "BAD_INPUT",
     "INTERRUPTED",
+    "BatchOption",
     "DebugOption",
     "JsonOption",
+    "OwnSeedOption",
+    "ProblemArgument",
+    "SaveOption",
     "SeedOption",
+    "StepsOption",
+    "given",
     "handles_errors",
     "note",
     "plain",
@@ -30,6 +37,16 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same numbers.")]
+OwnSeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="The same seed gives the same numbers.", show_default="0")
+]
+ProblemArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file."),
+]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")]
+SaveOption = Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -68,6 +85,11 @@ def report(message: str) -> None:
 
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are given, not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def note(message: str) -> None:

@@ -7,19 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import DebugOption, JsonOption, handles_errors, note, print_json
+from .common import (
+    BatchOption,
+    DebugOption,
+    JsonOption,
+    OwnSeedOption,
+    ProblemArgument,
+    StepsOption,
+    given,
+    handles_errors,
+    note,
+    print_json,
+)
 
 __all__ = ["compare"]
 
 
 @handles_errors
 def compare(
-    problem: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file (see solve --help)."
-        ),
-    ],
+    problem: ProblemArgument,
     methods: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Methods by name.", show_default="those that recommend names")
     ] = None,
@@ -31,23 +37,17 @@ def compare(
         ),
     ] = None,
     budget: Annotated[str | None, typer.Option(metavar="TIME", help="Stop each training there: 60s, 5m.")] = None,
-    time_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")
-    ] = None,
+    time_steps: StepsOption = None,
+    batch_size: BatchOption = None,
     paths: Annotated[int, typer.Option(min=64, help="Paths and samples of each evaluation.")] = 4096,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write reward against KL, with the exact frontier if known.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")
-    ] = None,
+    seed: OwnSeedOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Solve one problem by several methods; one table of errors, reward, KL, gap and costs.
+    """Solve one problem by several methods; one table of errors, reward, KL, gap and costs. Names and files: see solve --help.
 
     A method that refuses the problem, or diverges, is a row with its reason. Calls are rows; memory is the peak above what
     was in use before.
@@ -62,8 +62,7 @@ def compare(
 
     made, defaults, name = problem_of(problem)
     settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in _SETTINGS}
-    given = {"iterations": iterations, "budget": budget, "time_steps": time_steps, "batch_size": batch_size}
-    settings.update({key: value for key, value in given.items() if value is not None})
+    settings.update(given(iterations=iterations, budget=budget, time_steps=time_steps, batch_size=batch_size))
     first = seed if seed is not None else int(defaults.get("seed", 0))
     chosen: list[Any] = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else []
     if methods is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +29,10 @@ from ..evaluation.estimates import effective_sample_size, log_mean_weight, mean_
 from ..evaluation.evaluate import evaluate
 from ..files.bundles import register_bundle
 from ..files.contents import load_tensors, with_part
+from ..library.cache import read_cached, write_cached
 from ..library.digits import DIGIT_SHAPE, DigitClassifier, digits, fit_digit_classifier
 from ..randomness import derive_seed
 from ..training.score_network import ScoreNetwork
-from .cache import read_cached, write_cached
 from .common import note
 
 __all__ = ["FULL", "QUICK", "DemoResult", "DemoSettings", "run_demo"]
@@ -63,7 +62,7 @@ class DemoSettings:
         return [1 - (1 - k / self.time_steps) ** 1.5 for k in range(self.time_steps + 1)]
 
     def with_iterations(self, iterations: int | None) -> DemoSettings:
-        return self if iterations is None else dataclasses.replace(self, iterations=iterations)
+        return self if iterations is None else replace(self, iterations=iterations)
 
 
 FULL = DemoSettings(6000, 1500, 220, 256, 40, 1e-3, 4096, 16384)
@@ -155,24 +154,20 @@ class DemoResult:
         """Plain numbers, for JSON."""
         tilt = self.tilt
         near, far, floor = self.distances[1], self.distances[0], self.distances[2]
-
-        def number(e: Estimate) -> dict[str, float]:
-            return {"value": e.value, "stderr": e.stderr}
-
         return {
             "label": self.label,
             "seed": self.seed,
-            "settings": dataclasses.asdict(self.settings),
+            "settings": asdict(self.settings),
             "classifier_accuracy": self.models.accuracy,
             "models_cached": self.models.cached,
-            "before": {**self.before.as_dict(), "share": number(self.shares[0]), "sliced_wasserstein": far},
-            "after": {**self.after.as_dict(), "share": number(self.shares[1]), "sliced_wasserstein": near},
+            "before": {**self.before.as_dict(), "share": asdict(self.shares[0]), "sliced_wasserstein": far},
+            "after": {**self.after.as_dict(), "share": asdict(self.shares[1]), "sliced_wasserstein": near},
             "exact_tilt": {
-                "reward": number(tilt.reward),
-                "kl": number(tilt.kl),
-                "log_z": number(tilt.log_z),
+                "reward": asdict(tilt.reward),
+                "kl": asdict(tilt.kl),
+                "log_z": asdict(tilt.log_z),
                 "ess": tilt.ess,
-                "share": number(tilt.share),
+                "share": asdict(tilt.share),
                 "sliced_wasserstein": floor,
                 "n": len(tilt.samples),
             },
@@ -247,7 +242,7 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
     """The pre-trained model and the classifier, from the cache or trained (and then cached)."""
     began = time.monotonic()
     name = f"digits-{RECIPE}-{settings.model_iterations}-{settings.classifier_iterations}-{seed}"
-    cached = read_cached(name, _KIND)
+    cached = read_cached(name, _KIND, note)
     if cached is not None:
         tensors, saved = cached
         noise, classifier = ScoreNetwork(DIGIT_SHAPE, VP(), "noise").eval(), DigitClassifier().eval()
@@ -273,7 +268,7 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
         images, VP(), "noise", iterations=settings.model_iterations, seed=derive_seed(seed, 13), progress=True
     )
     tensors = with_part("noise", noise.state_dict()) | with_part("classifier", classifier.state_dict())
-    write_cached(name, _KIND, tensors, {"accuracy": accuracy, "recipe": RECIPE, "seed": seed})
+    write_cached(name, _KIND, tensors, {"accuracy": accuracy, "recipe": RECIPE, "seed": seed}, note)
     return DemoModels(noise, classifier, accuracy, time.monotonic() - began, False)
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian
@@ -102,15 +102,13 @@ def _located(place: str) -> Iterator[None]:
 
 def _check_keys(content: dict[str, Any]) -> None:
     for key, value in content.items():
-        if key not in _TABLES[""]:
-            raise unknown_name("key", key, _TABLES[""])
+        check_name("key", key, _TABLES[""])
         if key in _TABLES:
             if not isinstance(value, dict):
                 raise TypeError(f"{key} must be a table [{key}], got {value!r}.")
-            for inner in value:
-                if inner not in _TABLES[key]:
-                    with _located(f"[{key}]"):
-                        raise unknown_name("key", inner, _TABLES[key])
+            with _located(f"[{key}]"):
+                for inner in value:
+                    check_name("key", inner, _TABLES[key])
 
 
 def _solve_settings(table: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +156,7 @@ def _from_tables(content: dict[str, Any]) -> ControlProblem:
         raise ValueError("[sde] is missing: give A and sigma, or a [problem] function.")
     dtype = torch.get_default_dtype()
     if "dtype" in content:
-        if content["dtype"] not in _DTYPES:
-            raise unknown_name("dtype", content["dtype"], _DTYPES)
+        check_name("dtype", content["dtype"], _DTYPES)
         dtype = _DTYPES[content["dtype"]]
     sde_table = _Reader(content, "sde", dtype)
     A = sde_table.tensor("A", (2,), "a d x d matrix")

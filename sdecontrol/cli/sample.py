@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from torch import Tensor
 
-from .common import DebugOption, JsonOption, SeedOption, handles_errors, note, print_json
+from .common import DebugOption, JsonOption, SaveOption, SeedOption, given, handles_errors, note, print_json
 
 if TYPE_CHECKING:
     from ..evaluation.certificates import Certificate
-    from ..evaluation.estimates import Estimate
+    from ..evaluation.evaluate import Evaluation
     from ..evaluation.solution import Solution
     from ..library.target_base import Target
 
@@ -61,7 +62,7 @@ def sample(
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a figure: samples, marginals, bounds of log Z.")
     ] = None,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")] = None,
+    save: SaveOption = None,
     certificate: Annotated[
         bool | None,
         typer.Option(
@@ -108,42 +109,17 @@ def sample(
     began = time.monotonic()
     problem = gibbs_problem(counted, dim, reference=reference, scale=scale, seed=seed)
     settings: dict[str, Any] = {"method": method, "seed": seed, "time_steps": time_steps}
-    if iterations is not None:
-        settings["iterations"] = iterations
-    if budget is not None:
-        settings["budget"] = budget
+    settings.update(given(iterations=iterations, budget=budget))
     solution = training.solve(problem, progress=True, **settings)
     seconds, evaluations = time.monotonic() - began, counted.rows
-    note("evaluating ...")
-    evaluation = solution.evaluate(n, seed=seed + 1)
-    x, log_w = solution.weighted_sample(n, seed=seed + 2)
-    exact = _reference(known, n, seed, reference_samples)
-    certified, why_not = _certificate(solution, known, n, seed, certificate)
+    found = _judge(solution, known, n, seed, certificate, reference_samples)
     total = {"seconds": time.monotonic() - began, "evaluations": counted.rows}
-    own = _drawn(solution, x, log_w, seed)
-    distances = _distances(known, exact, own, n, seed)
-    log_z = None if known is None else known.log_z
-    against = None if log_z is None else _deviation(evaluation.log_z, log_z)
     if samples is not None:
-        _write(samples, x, log_w)
+        _write(samples, *found.weighted)
     if figure is not None:
-        from ..evaluation.sample_figure import sample_figure
-
-        dense = known.sample(_DENSE, seed + 7) if known is not None and known.has_samples else None
-        drawn, _ = sample_figure(
-            solution,
-            own,
-            exact=dense if dense is not None or exact is None else exact.x,
-            exact_name="long tempered runs" if dense is None else "exact samples",
-            log_z=log_z,
-            evaluation=evaluation,
-            certificate=certified,
-            title=f"{name}: {solution.method}",
-        )
-        drawn.savefig(figure, facecolor="white")
+        found.figure(f"{name}: {solution.method}", seed).savefig(figure, facecolor="white")
     if save is not None:
         solution.save(save)
-    report = solution.details.get("report")
     files = {"samples": samples, "figure": figure, "saved": save}
     if as_json:
         print_json(
@@ -157,30 +133,111 @@ def sample(
                 "seconds": seconds,
                 "evaluations": evaluations,
                 "with_evaluation": total,
-                "report": report,
-                "evaluation": evaluation.as_dict(),
-                "exact_log_z": log_z,
-                "deviation": against,
-                "distances": distances,
-                "certificate": None if certified is None else certified.as_dict(),
+                **found.as_dict(),
                 **{key: None if path is None else str(path) for key, path in files.items()},
             }
         )
         return
     print(f"{name}, d = {dim}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s")
     print(f"{evaluations} evaluations of the log density, {total['evaluations']} with those of what follows\n")
-    if report is not None:
-        print(f"{report}\n")
-    print(evaluation)
-    _print_known(log_z, against, exact, distances, known)
-    if certified is not None:
-        of = "the control's paths" if _particles(solution) else "the sampler's paths"
-        print(f"\ncertificate of {of}\n{certified}")
-    elif why_not:
-        print(f"\nno certificate: {why_not}")
+    found.show()
     for what, path in files.items():
         if path is not None:
             note(f"{what} in {path}" if what != "saved" else f"saved in {path}")
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A solution, what is known of the target, and what holds the one against the other.
+
+    Attributes:
+        weighted: samples and their log weights. own: the sampler's samples, all of the same weight.
+        exact: samples to compare with, or None. why_not: there is no certificate.
+    """
+
+    solution: Solution
+    known: Target | None
+    evaluation: Evaluation
+    weighted: tuple[Tensor, Tensor]
+    own: Tensor
+    exact: Any
+    certificate: Certificate | None
+    why_not: str
+    distances: dict[str, Any]
+
+    @property
+    def log_z(self) -> float | None:
+        return None if self.known is None else self.known.log_z
+
+    @property
+    def deviation(self) -> dict[str, float] | None:
+        found, log_z = self.evaluation.log_z, self.log_z
+        if log_z is None:
+            return None
+        return {"nats": found.value - log_z, "standard_errors": (found.value - log_z) / found.stderr}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "report": self.solution.details.get("report"),
+            "evaluation": self.evaluation.as_dict(),
+            "exact_log_z": self.log_z,
+            "deviation": self.deviation,
+            "distances": self.distances or None,
+            "certificate": None if self.certificate is None else self.certificate.as_dict(),
+        }
+
+    def figure(self, title: str, seed: int) -> Any:
+        from ..evaluation.sample_figure import sample_figure
+
+        exact, name = None if self.exact is None else self.exact.x, "long tempered runs"
+        if self.known is not None and self.known.has_samples:
+            exact, name = self.known.sample(_DENSE, seed + 7), "exact samples"
+        more: dict[str, Any] = {"evaluation": self.evaluation, "certificate": self.certificate, "title": title}
+        return sample_figure(self.solution, self.own, exact=exact, exact_name=name, log_z=self.log_z, **more)[0]
+
+    def show(self) -> None:
+        """Print it."""
+        report = self.solution.details.get("report")
+        if report is not None:
+            print(f"{report}\n")
+        print(self.evaluation)
+        off, distances = self.deviation, self.distances
+        exact: Any = self.exact  # not None where there are distances to it
+        known = "not known"
+        if off is not None:
+            known = f"{self.log_z:.6g}; found {off['nats']:+.3g} from it, {off['standard_errors']:+.1f} standard errors"
+        print(f"\nexact log Z   {known}")
+        if exact is not None and not exact.exact:
+            print(f"long runs     {exact.log_z}  log Z by {exact.source}")
+        for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
+            if (d := distances.get(key)) is not None:
+                floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"
+                print(f"{title:<13} {d['value']:.4g}  to the {distances['reference']}; {floor}: {d['floor']:.4g}")
+        if (modes := distances.get("modes")) is not None:
+            print(f"modes         {modes['hit']} of {modes['of']} hit (a tenth of their share or more)")
+        if (left := distances.get("left_share")) is not None:
+            shares = f"{left['smallest']:.3f} to {left['largest']:.3f} of the samples; exact {left['true']:.3f}"
+            print(f"left of wells {shares}")
+        if self.known is not None and exact is None and self.known.name:
+            print("reference     no exact sampler; --reference-samples compares with long tempered runs")
+        if self.certificate is not None:
+            of = "the control's paths" if _particles(self.solution) else "the sampler's paths"
+            print(f"\ncertificate of {of}\n{self.certificate}")
+        elif self.why_not:
+            print(f"\nno certificate: {self.why_not}")
+
+
+def _judge(
+    solution: Solution, known: Target | None, n: int, seed: int, certificate: bool | None, long_runs: bool
+) -> _Judged:
+    note("evaluating ...")
+    evaluation = solution.evaluate(n, seed=seed + 1)
+    x, log_w = solution.weighted_sample(n, seed=seed + 2)
+    exact = _reference(known, n, seed, long_runs)
+    certified, why_not = _certificate(solution, known, n, seed, certificate)
+    own = _drawn(solution, x, log_w, seed)
+    distances = {} if known is None else _distances(known, exact, own, n, seed)
+    return _Judged(solution, known, evaluation, (x, log_w), own, exact, certified, why_not, distances)
 
 
 class _Counted:
@@ -284,12 +341,10 @@ def _certificate(
     return certify(solution, samples, modes=modes, n=n, seed=seed + 3), ""
 
 
-def _distances(known: Target | None, exact: Any, x: Tensor, n: int, seed: int) -> dict[str, Any] | None:
+def _distances(known: Target, exact: Any, x: Tensor, n: int, seed: int) -> dict[str, Any]:
     """From the samples to those of the reference, and what two sets of exact samples score; the modes that are covered."""
     from ..evaluation.metrics import energy_wasserstein, mode_coverage, sliced_wasserstein
 
-    if known is None:
-        return None
     out: dict[str, Any] = {}
     if exact is not None:
         other = known.sample(n, seed + 6) if known.has_samples else exact.x[len(exact.x) // 2 :]
@@ -310,11 +365,7 @@ def _distances(known: Target | None, exact: Any, x: Tensor, n: int, seed: int) -
             "smallest": float(shares.min()),
             "largest": float(shares.max()),
         }
-    return out or None
-
-
-def _deviation(found: Estimate, exact: float) -> dict[str, float]:
-    return {"nats": found.value - exact, "standard_errors": (found.value - exact) / found.stderr}
+    return out
 
 
 def _write(path: Path, x: Tensor, log_w: Tensor) -> None:
@@ -332,35 +383,3 @@ def _write(path: Path, x: Tensor, log_w: Tensor) -> None:
         from safetensors.torch import save_file
 
         save_file(tensors, path)
-
-
-def _print_known(
-    log_z: float | None,
-    against: dict[str, float] | None,
-    exact: Any,
-    distances: dict[str, Any] | None,
-    known: Target | None,
-) -> None:
-    if log_z is not None and against is not None:
-        print(
-            f"\nexact log Z   {log_z:.6g}; found {against['nats']:+.3g} from it, {against['standard_errors']:+.1f} standard errors"
-        )
-    else:
-        print("\nexact log Z   not known")
-    if exact is not None and not exact.exact:
-        print(f"long runs     {exact.log_z}  log Z by {exact.source}")
-    for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
-        if exact is not None and distances is not None and key in distances:
-            floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"
-            d = distances[key]
-            print(f"{title:<13} {d['value']:.4g}  to the {distances['reference']}; {floor}: {d['floor']:.4g}")
-    if distances is not None and "modes" in distances:
-        modes = distances["modes"]
-        print(f"modes         {modes['hit']} of {modes['of']} hit (a tenth of their share or more)")
-    if distances is not None and "left_share" in distances:
-        share = distances["left_share"]
-        print(
-            f"left of wells {share['smallest']:.3f} to {share['largest']:.3f} of the samples; exact {share['true']:.3f}"
-        )
-    if known is not None and exact is None and known.name:
-        print("reference     no exact sampler; --reference-samples compares with long tempered runs")

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DebugOption, JsonOption, handles_errors, note, print_json
+from .common import (
+    BatchOption,
+    DebugOption,
+    JsonOption,
+    OwnSeedOption,
+    ProblemArgument,
+    SaveOption,
+    StepsOption,
+    given,
+    handles_errors,
+    note,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.solution import Solution
@@ -19,25 +32,17 @@ __all__ = ["solve"]
 
 @handles_errors
 def solve(
-    problem: Annotated[
-        str, typer.Argument(metavar="NAME|FILE.toml", help="A named problem, or a problem in a TOML file.")
-    ],
+    problem: ProblemArgument,
     method: Annotated[str | None, typer.Option(help="The method.", show_default="reward-backprop")] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many; else until it stops improving.")
     ] = None,
-    time_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the chain.", show_default="the problem's")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Paths per gradient.", show_default="the problem's")
-    ] = None,
+    time_steps: StepsOption = None,
+    batch_size: BatchOption = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the control's")] = None,
     paths: Annotated[int, typer.Option(min=64, help="Paths of the evaluation.")] = 4096,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the solution in this folder.")] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="The same seed gives the same numbers.", show_default="0")
-    ] = None,
+    save: SaveOption = None,
+    seed: OwnSeedOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -58,17 +63,13 @@ def solve(
     from ..training import solve as training
 
     made, defaults, name = problem_of(problem)
-    given = {
-        "method": method,
-        "iterations": iterations,
-        "time_steps": time_steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
+    settings: dict[str, Any] = {
+        "method": "reward-backprop",
+        "seed": 0,
+        **defaults,
+        **given(method=method, iterations=iterations, time_steps=time_steps, batch_size=batch_size),
+        **given(learning_rate=learning_rate, seed=seed),
     }
-    settings: dict[str, Any] = {"method": "reward-backprop", "seed": 0}
-    settings.update(defaults)
-    settings.update({key: value for key, value in given.items() if value is not None})
     began = time.monotonic()
     solution = training.solve(made, progress=True, **settings)
     seconds = time.monotonic() - began
@@ -124,8 +125,8 @@ def _exact(solution: Solution, paths: int) -> dict[str, Any] | None:
         out[name] = {
             "log_z": float(exact.log_z),
             "elbo": float(exact.start_log_z),
-            "control_error": {"value": error.absolute.value, "stderr": error.absolute.stderr},
-            "relative_control_error": {"value": error.relative.value, "stderr": error.relative.stderr},
+            "control_error": asdict(error.absolute),
+            "relative_control_error": asdict(error.relative),
         }
     return out or None
 

@@ -16,13 +16,13 @@ from ..evaluation.estimates import Estimate
 from ..evaluation.particle_solution import ParticleSettings
 from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
 from ..methods.base import Method, Run, register
-from ..methods.on_paths import check_count
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import Ladder, Population, adapt
 from ..problems.gibbs import GibbsProblem
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
+from ..tensors import check_count
 
 __all__ = ["Auto"]
 
@@ -41,26 +41,32 @@ _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not
 class _State(nn.Module):
     """Two populations of particles (of the last round, and of the one before it that found most; at first, of the search), and what rounds cost."""
 
+    z: Tensor
+    log_weights: Tensor
+    log_z: Tensor
+    cost: Tensor
+    seen: Tensor
+    spent: Tensor
+    quiet: Tensor
+
     def __init__(self, run: Run, size: int) -> None:
         super().__init__()
         problem = run.problem
         like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
         numbers: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        self.z: Tensor
-        self.log_weights: Tensor
-        self.log_z: Tensor
-        self.cost: Tensor
-        self.spent: Tensor
-        self.register_buffer("z", torch.zeros(2, size, problem.event_shape[0], **like))
-        self.register_buffer("log_weights", torch.zeros(2, size, **numbers))
-        self.register_buffer("log_z", torch.full((2,), -math.inf, **numbers))
-        # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
-        self.register_buffer("cost", torch.full((3,), math.inf, **numbers))
-        # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
-        self.register_buffer("seen", torch.full((4,), math.nan, **numbers))
-        self.register_buffer("spent", torch.zeros((), dtype=torch.long, device=problem.device))
-        # rounds without a change
-        self.register_buffer("quiet", torch.zeros((), dtype=torch.long, device=problem.device))
+        buffers = {
+            "z": torch.zeros(2, size, problem.event_shape[0], **like),
+            "log_weights": torch.zeros(2, size, **numbers),
+            "log_z": torch.full((2,), -math.inf, **numbers),
+            # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
+            "cost": torch.full((3,), math.inf, **numbers),
+            # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
+            "seen": torch.full((4,), math.nan, **numbers),
+            "spent": torch.zeros((), dtype=torch.long, device=problem.device),
+            "quiet": torch.zeros((), dtype=torch.long, device=problem.device),  # rounds without a change
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
         self._law: Any = None
         assert isinstance(problem, GibbsProblem)
         before = problem.density.values
@@ -69,9 +75,6 @@ class _State(nn.Module):
         self.z[1, : len(ends)] = (ends - problem.centre) / problem.scale
         self.log_weights[1] = -math.inf
         self.log_weights[1, : len(ends)] = -math.log(max(1, len(ends)))
-
-    seen: Tensor
-    quiet: Tensor
 
     def law(self, run: Run, most: int) -> Any:
         """The mixture fitted to both populations; None before the first round."""
@@ -147,8 +150,8 @@ class Auto(Method):
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
-        check_count("evaluations", self.evaluations, 1)
-        check_count("components", self.components, 1)
+        check_count("evaluations", self.evaluations)
+        check_count("components", self.components)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

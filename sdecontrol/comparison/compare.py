@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -27,10 +26,12 @@ from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
 from ..processes.linear import LinearSDE
 from ..randomness import derive_seed, fresh_seed
+from ..tensors import check_count
 from ..training.solve import solve
-from .costs import Costs, Meter
+from .costs import Costs, measuring
+from .frontier import FrontierPoint, exact_frontier
 
-__all__ = ["Comparison", "ComparisonRow", "FrontierPoint", "compare", "exact_frontier"]
+__all__ = ["Comparison", "ComparisonRow", "compare", "method_label"]
 
 #: name of every column and its heading
 COLUMNS = {
@@ -81,14 +82,6 @@ class ComparisonRow:
             for name, e in self.estimates.items()
         }
         return {"method": self.label, "reason": self.reason, "failed_seeds": self.failed, **numbers}
-
-
-class FrontierPoint(NamedTuple):
-    """The exact tilted law at one temperature: its KL to the reference, and its total reward ``E[r - running cost]``."""
-
-    alpha: float
-    kl: float
-    reward: float
 
 
 @dataclass
@@ -184,7 +177,8 @@ class Comparison:
         """
         from .figure import reward_against_kl
 
-        return reward_against_kl(self)
+        cost = self.problem.running_cost_function is not None
+        return reward_against_kl({r.label: r.estimates for r in self.rows}, self.frontier, self.problem.alpha, cost)
 
 
 def compare(
@@ -226,10 +220,9 @@ def compare(
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
     named = _labelled(methods)
     trainings = _seeds(seeds, seed)
-    _check_count("n", n, 64)
-    _check_count("batch_size", batch_size, 1)
-    if iterations is not None:
-        _check_count("iterations", iterations, 1)
+    check_count("n", n, 64)
+    check_count("batch_size", batch_size)
+    check_count("iterations", iterations, optional=True)
     settings = {"time_steps": time_steps, "scheme": scheme}
     problem.chain(**settings)  # a bad grid is the caller's error, not every method's
     exact, kind = _exact(problem, settings)
@@ -272,12 +265,10 @@ def _row(
     row = ComparisonRow(label, method)
     found: list[dict[str, Estimate]] = []
     for seed in seeds:
-        meter = Meter(problem)
         try:
-            with meter.measuring() as training:
-                solution = solve(meter.problem, method, seed=seed, **settings)
-            found.append(_measure(meter, solution, training, n, seed, exact, reference))
-            solution.problem = problem
+            with measuring(problem.device) as training:
+                solution = solve(problem, method, seed=seed, **settings)
+            found.append(_measure(solution, training, n, seed, exact, reference))
             row.solutions.append(solution)
         except (ValueError, TypeError, RuntimeError) as error:
             row.failed.append(seed)
@@ -293,7 +284,6 @@ def _reason(error: Exception) -> str:
 
 
 def _measure(
-    meter: Meter,
     solution: Solution,
     training: Costs,
     n: int,
@@ -302,11 +292,11 @@ def _measure(
     reference: torch.Tensor | None,
 ) -> dict[str, Estimate]:
     """All columns of one solution."""
-    with meter.measuring() as sampling:
+    with measuring(solution.problem.device) as sampling:
         samples = solution.sample(n, seed=derive_seed(seed, _PLACE_SAMPLE))
     evaluation = solution.evaluate(n, seed=derive_seed(seed, _PLACE_EVALUATE))
     out = {name: getattr(evaluation, name) for name in ("reward", "kl", "gap", "ess")}
-    if meter.problem.running_cost_function is not None:
+    if solution.problem.running_cost_function is not None:
         out["running_cost"] = evaluation.running_cost
     if reference is not None:
         out["distance"] = Estimate(sliced_wasserstein(samples, reference))
@@ -356,50 +346,6 @@ def _exact_samples(exact: ExactSolution | None, n: int, seed: int) -> Any:
         return None
 
 
-def exact_frontier(
-    problem: ControlProblem,
-    time_steps: Any = None,
-    scheme: str | None = None,
-    *,
-    factor: float = 10.0,
-    points: int = 25,
-) -> list[FrontierPoint]:
-    """KL and reward of the exact tilted laws at temperatures from ``alpha / factor`` to ``alpha factor``, for problems with a closed form.
-
-    With ``beta = 1/alpha``: ``E[R] = d log Z / d beta`` and ``KL = beta E[R] - log Z``; no law of the same KL has a larger reward. For a
-    fixed random start ``E log Z(X_0)`` takes log Z's place. The derivative is a central difference in float64, of relative error ~1e-8.
-
-    Returns:
-        By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist are left out.
-    """
-    out = []
-    middle = (points - 1) / 2
-    for i in range(points):
-        alpha = problem.alpha * factor ** ((middle - i) / middle)
-        step = 1e-4
-        try:
-            low, here, high = (_start_log_z(problem, alpha / s, time_steps, scheme) for s in (1 - step, 1.0, 1 + step))
-        except NoExactSolution:
-            continue
-        reward = (high - low) * alpha / (2 * step)
-        out.append(FrontierPoint(alpha, reward / alpha - here, reward))
-    return out
-
-
-def _start_log_z(problem: ControlProblem, alpha: float, time_steps: Any, scheme: str | None) -> float:
-    tempered = copy.copy(problem)
-    tempered.alpha = alpha
-    tempered.dtype = torch.float64  # closed forms are computed in float64 anyway, and rounded last
-    steps = 100 if time_steps is None else time_steps
-    for settings in ({"time_steps": steps, "scheme": scheme}, {}):
-        try:
-            return float(exact_solution(tempered, grids=False, **settings).start_log_z)
-        except NoExactSolution:
-            if not settings:
-                raise
-    raise AssertionError
-
-
 # ---------------------------------------------------------------- arguments and text
 
 
@@ -435,7 +381,7 @@ def method_label(method: Method) -> str:
 
 def _seeds(seeds: Any, seed: int | None) -> list[int]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
-        _check_count("seeds", seeds, 1)
+        check_count("seeds", seeds)
         first = fresh_seed(seed)
         return [first + i for i in range(seeds)]
     if isinstance(seeds, (str, bool)) or not isinstance(seeds, Iterable):
@@ -446,11 +392,6 @@ def _seeds(seeds: Any, seed: int | None) -> list[int]:
     if not out or len(set(out)) < len(out) or None in out:
         raise ValueError(f"seeds must be different numbers, and at least one; got {out}.")
     return [fresh_seed(s) for s in out]
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
 
 
 def _text(estimate: Estimate | None, count: bool) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.pretrained import DiffusionChain
+from ..chains.shifts import shift_function
 from ..controls.build import build_control
 from ..controls.tuned import has_trainable_model
 from ..errors import NoExactSolution
@@ -317,7 +318,7 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[floa
     if isinstance(model, nn.Module):
         own |= {p.data_ptr() for p in model.parameters()}
     k = chain.start  # of the process itself, after the stretch of a controlled start
-    shift = control.on_chain(chain)
+    shift = shift_function(chain, control)
 
     def bytes_of(rows: int) -> int:
         kept: dict[int, Tensor] = {}  # alive until counted: else addresses are used again

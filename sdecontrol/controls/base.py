@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
+from ..counting import counted_control
 from ..problems.problem import ControlProblem
 from ..randomness import generator_for
 from ..tensors import check_output, probing
@@ -45,6 +46,7 @@ class Control(nn.Module):
     Attributes:
         settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
         learning_rate: a sensible step of Adam for its parameters.
+        counted: whether its evaluations are a cost (``counting.py``).
 
     A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says how it is made again; its parameters come
     from the file::
@@ -59,6 +61,7 @@ class Control(nn.Module):
     """
 
     learning_rate = 5e-3
+    counted: ClassVar[bool] = True
     register = staticmethod(CONTROLS.register)
 
     def __init__(self, event_shape: torch.Size, control_shape: torch.Size, first_time: float, last_time: float) -> None:
@@ -68,6 +71,9 @@ class Control(nn.Module):
         self.settings: dict[str, Any] = {}
 
     # ------------------------------------------------------------ for users
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        return counted_control(self, super().__call__, _rows)(*arguments, **named)
 
     def forward(self, x: Tensor, t: Any, y: Any = None) -> Tensor:
         """``u(x, t)``, ``(batch, *control_shape)``.
@@ -124,6 +130,10 @@ class Control(nn.Module):
     def linear_parts(self) -> list[LinearPart]:
         """The parameters in which the control is linear, for steps of least squares; none if it is linear in none."""
         return []
+
+
+def _rows(x: Any, *_: Any, **__: Any) -> int:
+    return len(x) if isinstance(x, Tensor) and x.ndim else 0
 
 
 @CONTROLS.register("user")

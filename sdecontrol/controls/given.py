@@ -22,6 +22,8 @@ __all__ = ["GivenControl", "ZeroControl", "given_control", "repeat_rows", "rows_
 class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
+    counted = False
+
     @classmethod
     def from_saved(cls, saved: Saved, context: Context) -> Control:
         return given_control(context.problem, None)

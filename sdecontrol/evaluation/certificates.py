@@ -29,7 +29,7 @@ from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
 from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
-from ..tensors import is_matrix_scale
+from ..tensors import check_count, is_matrix_scale
 from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .solution import Solution
@@ -125,8 +125,7 @@ def certify(
         ValueError: samples of another shape, or a problem for which neither samples nor particles can be used.
     """
     problem, seed = solution.problem, fresh_seed(seed)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 64:
-        raise ValueError(f"n must be an int >= 64, got {n!r}.")
+    check_count("n", n, 64)
     if problem.condition is not None:
         raise ValueError("condition: certify one target at a time; make a problem with the condition fixed.")
     paths = solution.simulate(n, seed, keep="end")

@@ -20,6 +20,7 @@ from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import derive_seed, fresh_seed, generator_for
+from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
 from .evaluate import Evaluation, agree
 from .solution import SOLUTIONS, Solution
@@ -154,8 +155,7 @@ class ChainSolution(Solution):
         return self._diagnose(self.run(self._draws(n), seed))
 
     def _draws(self, n: int) -> int:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 64:
-            raise ValueError(f"n must be an int >= 64 (draws to estimate from), got {n!r}.")
+        check_count("n", n, 64, why="draws to estimate from")
         return max(_LEAST_DRAWS, -(-n // self.chains.num_chains))
 
     def _bridge(self, found: Draws, seed: int) -> tuple[Estimate, Tensor]:

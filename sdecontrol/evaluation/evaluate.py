@@ -17,6 +17,7 @@ from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed
+from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
 __all__ = ["Evaluation", "agree", "confirmed_by_reference", "evaluate", "log_weights"]
@@ -131,8 +132,7 @@ def evaluate(
         log_z, start_log_z: the chain's exact log Z and ``E_nu log Z(X_0)``, where they are known.
         start_value: exact ``x_0 -> log Z(x_0)``, ``(batch,)``: a random fixed start then adds no noise to the gap.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 64:
-        raise ValueError(f"n must be an int >= 64 (paths to estimate from), got {n!r}.")
+    check_count("n", n, 64, why="paths to estimate from")
     seed = fresh_seed(seed)
     paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
     with torch.no_grad(), problem.evaluating():

@@ -17,6 +17,7 @@ from ..files.contents import load_tensors, with_part
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed, generator_for
+from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, confirmed_by_reference, log_weights
 from .solution import SOLUTIONS, Solution
@@ -182,8 +183,7 @@ class ParticleSolution(Solution):
         nan. For the best of n candidates ``kl`` is known: ``log n - (n-1)/n`` above the proposal's paths (Beirami et al.
         2401.01879; exact where no two rewards are equal), and ``elbo`` is J/alpha as ever. For rejection the law is exact.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 64:
-            raise ValueError(f"n must be an int >= 64 (particles to estimate from), got {n!r}.")
+        check_count("n", n, 64, why="particles to estimate from")
         seed, settings, alpha = fresh_seed(seed), self.particles, self.problem.alpha
         found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed)
         if not bool(torch.isfinite(found.log_z).all()):

@@ -17,6 +17,7 @@ from ..problems.rewards import Quadratic
 from ..processes.generative import generative_sde
 from ..processes.laws import GaussianMixture
 from ..processes.schedules import VP
+from ..tensors import check_count
 
 __all__ = ["MixtureObservation", "mixture_inverse_problem", "mixture_observation"]
 
@@ -44,8 +45,7 @@ class MixtureObservation(NamedTuple):
 def mixture_observation(observations: int, seed: int, dim: int = 8) -> MixtureObservation:
     """The prior and the observation of :func:`mixture_inverse_problem`, same arguments; the global generator is left alone."""
     for name, value, least in (("observations", observations, 1), ("seed", seed, 0), ("dim", dim, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        check_count(name, value, least)
     if dim % 2 or observations > dim:
         raise ValueError(
             "dim must be even (means repeat in pairs of coordinates) and at least the number of observations; got "

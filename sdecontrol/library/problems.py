@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian
@@ -77,8 +77,7 @@ def problem_card(name: str) -> ProblemCard:
     Raises:
         ValueError: unknown name, with the nearest ones.
     """
-    if name not in _CARDS:
-        raise unknown_name("problem", name, _CARDS)
+    check_name("problem", name, _CARDS)
     return _CARDS[name]
 
 

@@ -18,7 +18,7 @@ from ..particles.smc import resample
 from ..particles.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
 from ..problems.gibbs import gibbs_problem
 from ..randomness import derive_seed, fresh_seed, generator_for
-from ..tensors import check_tensor
+from ..tensors import check_count, check_tensor
 from .cache import read_cached, write_cached
 from .target_base import Target
 from .targets import named_target
@@ -119,8 +119,7 @@ def reference_samples(
     if not isinstance(target, Target):
         raise TypeError(f"target must be a name or a Target, got {type(target).__name__}.")
     for name, value, least in (("n", n, 2), ("systems", systems, 4), ("particles", particles, 16), ("moves", moves, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        check_count(name, value, least)
     seed = fresh_seed(seed)
     if target.has_samples:
         return _exact(target, n, seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoExactSolution
-from ..tensors import check_tensor
+from ..tensors import check_count, check_tensor
 
 __all__ = ["CARDS", "Target", "TargetCard", "register_target"]
 
@@ -45,8 +45,7 @@ class Target:
         Raises:
             NoExactSolution: there is no exact sampler.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be an int >= 1, got {n!r}.")
+        check_count("n", n)
         return self._draw(n, torch.Generator().manual_seed(seed)).to(torch.get_default_dtype())
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import check_name
 from . import particle_systems  # noqa: F401  (adds its targets to the library)
 from .target_base import CARDS, Target, TargetCard, register_target
 
@@ -40,8 +40,7 @@ def target_card(name: str) -> TargetCard:
         ValueError: unknown name, with the nearest ones.
     """
     name = _ALIASES.get(name, name)
-    if name not in CARDS:
-        raise unknown_name("target", name, CARDS)
+    check_name("target", name, CARDS)
     return CARDS[name]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..chains.shifts import shifts_along
 from ..controls.build import build_control
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.closed_loop import ClosedLoop
 from ..paths.lean_adjoint import (
     ENOUGH,
@@ -22,9 +22,9 @@ from ..paths.lean_adjoint import (
     with_a_first_slope,
 )
 from ..problems.problem import ControlProblem
-from ..tensors import as_float, event_sum
+from ..tensors import as_float, check_count, event_sum
 from .base import Method, Run, concatenate, path_metrics, register
-from .on_paths import check_count, steps_of
+from .on_paths import steps_of
 from .reciprocal import EndBuffer, reciprocal_step
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
 
@@ -103,8 +103,7 @@ class AdjointMatching(Method):
     averaging: ClassVar[float] = 0.9
 
     def __post_init__(self) -> None:
-        if self.pairing not in PAIRINGS:
-            raise unknown_name("pairing", self.pairing, PAIRINGS)
+        check_name("pairing", self.pairing, PAIRINGS)
         check_count("steps", self.steps, 1, optional=True)
         check_count("buffer_size", self.buffer_size, 1)
         check_count("refresh", self.refresh, 1)

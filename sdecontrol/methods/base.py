@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import build_control
-from ..errors import NotDifferentiable, unknown_name
+from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
@@ -194,8 +194,7 @@ def find_method(method: Any) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         return method()
     if isinstance(method, str):
-        if method not in _REGISTRY:
-            raise unknown_name("method", method, _REGISTRY)
+        check_name("method", method, _REGISTRY)
         return _REGISTRY[method]()
     raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
 

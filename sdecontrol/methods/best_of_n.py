@@ -9,10 +9,10 @@ from torch import nn
 
 from ..controls.base import Control
 from ..controls.given import given_control
-from ..errors import unknown_name
+from ..errors import check_name
 from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
 from ..problems.problem import ControlProblem
-from ..tensors import as_float
+from ..tensors import as_float, check_count
 from .base import ControlState, Method, Run, register
 
 __all__ = ["BestOfN"]
@@ -45,10 +45,8 @@ class BestOfN(Method):
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"n must be an int >= 1, got {self.n!r}.")
-        if self.selection not in _SELECTIONS:
-            raise unknown_name("selection", self.selection, _SELECTIONS)
+        check_count("n", self.n)
+        check_name("selection", self.selection, _SELECTIONS)
         if (self.bound is not None) != (self.selection == "rejection"):
             raise ValueError(
                 "bound, an upper bound of reward - running cost, goes with selection='rejection' and only with it; got "

@@ -12,9 +12,9 @@ from ..chains.shifts import shifts_along
 from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from ..tensors import event_sum
+from ..tensors import check_positive, event_sum
 from .base import Method, Run, register
-from .on_paths import check_paths, check_positive, collect, current_metrics, path_state
+from .on_paths import check_paths, collect, current_metrics, path_state
 
 __all__ = ["BridgeMatching"]
 

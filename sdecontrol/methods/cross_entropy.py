@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..paths.weights import self_normalised, warn_where_few
+from ..tensors import check_count, check_positive
 from .base import Method, Run, register
-from .on_paths import (
-    add_scores,
-    check_count,
-    check_paths,
-    check_positive,
-    collect,
-    current_metrics,
-    path_state,
-    regression_loss,
-    steps_of,
-)
+from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, regression_loss, steps_of
 
 __all__ = ["CrossEntropy"]
 

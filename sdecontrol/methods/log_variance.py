@@ -8,20 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..controls.values import LearnedLogZ
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.weights import leave_one_out, self_normalised
 from ..randomness import derive_seed
+from ..tensors import check_count
 from .base import Method, Run, register
-from .on_paths import (
-    add_scores,
-    check_count,
-    check_paths,
-    collect,
-    current_metrics,
-    path_state,
-    starts_differ,
-    steps_of,
-)
+from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ, steps_of
 
 __all__ = ["LogVariance"]
 
@@ -62,8 +54,7 @@ class LogVariance(Method):
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise unknown_name("loss", self.loss, LOSSES)
+        check_name("loss", self.loss, LOSSES)
         check_paths(self.paths)
         check_count("steps", self.steps, 1, optional=True)
         check_count("group_size", self.group_size, 2, optional=True)

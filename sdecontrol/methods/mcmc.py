@@ -14,8 +14,8 @@ from ..evaluation.chain_solution import ChainSettings, ChainSolution, chain_targ
 from ..particles.nuts import import_nuts
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
+from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
-from .on_paths import check_count, check_positive
 
 __all__ = ["HMC", "MALA", "NUTS"]
 

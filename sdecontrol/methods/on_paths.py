@@ -14,7 +14,7 @@ from torch import Tensor
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..controls.given import given_control
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
@@ -24,9 +24,7 @@ from .base import Batch, ControlState, Run, path_metrics
 __all__ = [
     "PathState",
     "add_scores",
-    "check_count",
     "check_paths",
-    "check_positive",
     "collect",
     "current_metrics",
     "path_state",
@@ -126,27 +124,9 @@ def check_paths(paths: Any) -> None:
         ValueError: an unknown name. TypeError: no control.
     """
     if isinstance(paths, str):
-        if paths not in PATHS:
-            raise unknown_name("paths", paths, PATHS)
+        check_name("paths", paths, PATHS)
     elif not callable(paths) and not callable(getattr(paths, "control", None)):
         raise TypeError(
             f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
             f"{type(paths).__name__}."
         )
-
-
-def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
-    """Raise unless ``value`` is an int of at least ``least`` (or None, where that is allowed)."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}{' or None' if optional else ''}, got {value!r}.")
-
-
-def check_positive(name: str, value: Any, below: float = math.inf, optional: bool = False) -> None:
-    """Raise unless ``value`` is a number in (0, below) (or None, where that is allowed)."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < below:
-        top = "" if below == math.inf else f" and < {below:g}"
-        raise ValueError(f"{name} must be a finite number > 0{top}{' or None' if optional else ''}, got {value!r}.")

@@ -20,9 +20,9 @@ from ..particles.tempering import NoiseTarget, adapt
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
+from ..tensors import check_count
 from .base import Method, Run, path_metrics, register
 from .mixture_start import first_mixture, tempered_ends
-from .on_paths import check_count
 from .regression import RegressionState, regress
 
 __all__ = ["ParticleMatching"]

@@ -12,8 +12,9 @@ from ..controls.values import LearnedLogZ, learned_value
 from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
 from ..randomness import derive_seed
+from ..tensors import check_count
 from .base import Method, Run, register
-from .on_paths import add_scores, check_count, check_paths, collect, current_metrics, path_state, starts_differ
+from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ
 
 __all__ = ["PathConsistency"]
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..controls.given import given_control
 from ..controls.path_integral import PathIntegralControl
 from ..randomness import derive_seed
+from ..tensors import check_count
 from .base import ControlState, Method, Run, register
 
 __all__ = ["PathIntegralGuidance"]
@@ -42,8 +43,7 @@ class PathIntegralGuidance(Method):
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_paths, bool) or not isinstance(self.num_paths, int) or self.num_paths < 2:
-            raise ValueError(f"num_paths must be an int >= 2 (one path has no average), got {self.num_paths!r}.")
+        check_count("num_paths", self.num_paths, 2, why="one path has no average")
         if self.antithetic and self.num_paths % 2:
             raise ValueError(f"num_paths must be even for antithetic pairs, got {self.num_paths}.")
 

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.weights import leave_one_out
+from ..tensors import check_count
 from .base import Method, Run, register
-from .on_paths import add_scores, check_count, collect, current_metrics, path_state, steps_of
+from .on_paths import add_scores, collect, current_metrics, path_state, steps_of
 
 __all__ = ["Reinforce"]
 
@@ -38,8 +39,7 @@ class Reinforce(Method):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.baseline not in BASELINES:
-            raise unknown_name("baseline", self.baseline, BASELINES)
+        check_name("baseline", self.baseline, BASELINES)
         check_count("steps", self.steps, 1, optional=True)
 
     def setup(self, run: Run) -> Any:

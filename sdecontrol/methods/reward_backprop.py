@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
 from ..problems.problem import ControlProblem
@@ -48,8 +48,7 @@ class RewardBackprop(Method):
 
     def __post_init__(self) -> None:
         if isinstance(self.gradient, str):
-            if self.gradient not in _MODES:
-                raise unknown_name("gradient", self.gradient, _MODES)
+            check_name("gradient", self.gradient, _MODES)
         elif isinstance(self.gradient, bool) or not isinstance(self.gradient, int) or self.gradient < 1:
             raise ValueError(
                 f"gradient must be one of {', '.join(_MODES)} or a number of last steps >= 1, got {self.gradient!r}."

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.weights import self_normalised, warn_where_few
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, register
@@ -43,8 +43,7 @@ class RewardWeightedMLE(Method):
     residual: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.roll_in not in ROLL_INS:
-            raise unknown_name("roll_in", self.roll_in, ROLL_INS)
+        check_name("roll_in", self.roll_in, ROLL_INS)
 
     def setup(self, run: Run) -> Any:
         return path_state(run)

@@ -12,10 +12,11 @@ from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.guidance import AnnealedValue, GivenValue, LogValue, TweedieValue, ValueControl
-from ..errors import unknown_name
+from ..errors import check_name, unknown_name
 from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
 from ..particles.smc import RESAMPLING
 from ..problems.problem import ControlProblem
+from ..tensors import check_count
 from .base import ControlState, Method, Run, register
 
 __all__ = ["SMC"]
@@ -54,12 +55,10 @@ class SMC(Method):
     independent: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_particles, bool) or not isinstance(self.num_particles, int) or self.num_particles < 1:
-            raise ValueError(f"num_particles must be an int >= 1, got {self.num_particles!r}.")
+        check_count("num_particles", self.num_particles)
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must be a fraction from 0 to 1, got {self.ess_threshold!r}.")
-        if self.resampling not in RESAMPLING:
-            raise unknown_name("resampling", self.resampling, RESAMPLING)
+        check_name("resampling", self.resampling, RESAMPLING)
         if isinstance(self.twist, str) and self.twist not in _TWISTS:
             raise unknown_name("twist", self.twist, _TWISTS)
         if self.twist is not None and not isinstance(self.twist, str) and not callable(self.twist):

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ..chains.shifts import shifts_along
 from ..controls.build import build_control
 from ..controls.network import time_features
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.closed_loop import ClosedLoop
 from ..paths.lean_adjoint import StepJacobians, lean_targets, linear_adjoints, running_cost_gradients
 from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
-from ..tensors import is_matrix_scale
+from ..tensors import check_count, check_positive, is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
-from .on_paths import check_count, check_positive, steps_of
+from .on_paths import steps_of
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
 
 __all__ = ["SOCM"]
@@ -88,8 +88,7 @@ class SOCM(Method):
     averaging: ClassVar[float] = 0.9
 
     def __post_init__(self) -> None:
-        if self.matrices not in MATRICES:
-            raise unknown_name("matrices", self.matrices, MATRICES)
+        check_name("matrices", self.matrices, MATRICES)
         check_positive("trust_region", self.trust_region, optional=True)
         check_count("steps", self.steps, 1, optional=True)
         check_positive("huber", self.huber, optional=True)

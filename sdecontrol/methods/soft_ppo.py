@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..controls.values import learned_value
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.paths import Paths
 from ..paths.weights import leave_one_out
 from ..randomness import derive_seed, generator_for
+from ..tensors import check_count, check_positive
 from .base import Method, Run, parameters_of, register
-from .on_paths import check_count, check_positive, collect, current_metrics, path_state, steps_of
+from .on_paths import collect, current_metrics, path_state, steps_of
 
 __all__ = ["SoftPPO"]
 
@@ -62,8 +63,7 @@ class SoftPPO(Method):
         check_count("minibatches", self.minibatches, 1)
         check_count("group_size", self.group_size, 2, optional=True)
         check_count("steps", self.steps, 1, optional=True)
-        if self.baseline not in BASELINES:
-            raise unknown_name("baseline", self.baseline, BASELINES)
+        check_name("baseline", self.baseline, BASELINES)
         if self.group_size is not None and self.baseline == "value":
             raise ValueError("group_size is for the baselines of a group; use baseline='per-time' or 'batch' with it.")
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from ..controls.base import Control
 from ..controls.given import given_control
-from ..errors import unknown_name
+from ..errors import check_name
 from ..evaluation.particle_solution import ParticleSettings
 from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
+from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
-from .on_paths import check_count, check_positive
 
 __all__ = ["TemperedSMC"]
 
@@ -58,8 +58,7 @@ class TemperedSMC(Method):
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 16)
         check_positive("width", self.width)
-        if self.space not in SPACES:
-            raise unknown_name("space", self.space, SPACES)
+        check_name("space", self.space, SPACES)
 
     def _settings(self, problem: ControlProblem) -> TemperedSettings:
         space = self.space

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chains.shifts import shift_function
 from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
-from ..errors import NotDifferentiable, unknown_name
+from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
@@ -59,8 +60,7 @@ class ValueGuidance(Method):
 
     def __post_init__(self) -> None:
         if isinstance(self.value, str):
-            if self.value not in _VALUES:
-                raise unknown_name("value", self.value, _VALUES)
+            check_name("value", self.value, _VALUES)
         elif not callable(self.value):
             raise TypeError(
                 f"value must be one of {', '.join(_VALUES)} or a function (x, t) -> (batch,), got "
@@ -137,7 +137,7 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
 def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]:
     """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the first and third
     are just that, the second has a perturbed start, the fourth is the reference's up to a random step."""
-    chain, guidance, value = run.chain, control.on_chain(run.chain), control.value
+    chain, guidance, value = run.chain, shift_function(run.chain, control), control.value
     rows, generator = len(batch.x0), generator_for("cpu", batch.seed, 51)
     begin = torch.randint(chain.steps, (rows,), generator=generator)
     begin[torch.arange(rows) % 4 != 3] = 0

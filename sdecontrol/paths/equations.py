@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counting import counted_control
 from ..processes.sde import SDE
 from ..tensors import apply_scale, check_output, is_matrix_scale
 
@@ -69,7 +70,7 @@ def _own(sde: SDE, x: Tensor, t: Tensor) -> bool:
 def control_at(control: Any, x: Tensor, t: Tensor, condition: Any, shape: torch.Size) -> Tensor:
     """``u(x, t)`` of any control at a time t (0-d), which need not be on a grid."""
     if hasattr(control, "at"):
-        return control.at(x, t, condition)
+        return counted_control(control, control.at, lambda *_: len(x))(x, t, condition)
     t = t.expand(x.shape[0])
     u = control(x, t) if condition is None else control(x, t, condition)
     return check_output(

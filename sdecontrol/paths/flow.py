@@ -17,7 +17,7 @@ from ..errors import NonFiniteError
 from ..processes.generative import GenerativeSDE, call_model
 from ..processes.sde import SDE
 from ..randomness import SeededNoise, fresh_seed
-from ..tensors import as_float, check_tensor, nonfinite_rows
+from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
 
 __all__ = ["LogLikelihood", "flow_log_likelihood", "flow_velocity", "require_generative", "solve_flow"]
 
@@ -142,8 +142,7 @@ def flow_log_likelihood(
     check_tensor("x", x, shape=(x.shape[0] if isinstance(x, Tensor) and x.ndim else "n", *sde.event_shape))
     if divergence not in (None, "exact", "hutchinson"):
         raise ValueError(f"divergence must be 'exact', 'hutchinson' or None, got {divergence!r}.")
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
-        raise ValueError(f"probes must be an int >= 2 (a standard error needs two), got {probes!r}.")
+    check_count("probes", probes, 2, why="a standard error needs two")
     default = 1e-5 if x.dtype == torch.float32 else 1e-7
     tolerance = default if tolerance is None else as_float("tolerance", tolerance, positive=True)
     if divergence is None:

@@ -80,9 +80,7 @@ class _Setting:
     parameters: Sequence[Tensor]
 
     def shift(self, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        if hasattr(self.control, "tables"):
-            return self.control.on_chain(self.chain, tables)
-        return shift_function(self.chain, self.control)
+        return shift_function(self.chain, self.control, tables or None)
 
     def spent(self, paths: Paths) -> Tensor:
         reverse = paths.totals.log_reverse

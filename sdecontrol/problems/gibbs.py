@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, unknown_name
+from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.time_changed import KINDS, TimeChanged
@@ -255,8 +255,7 @@ def gibbs_problem(
         raise TypeError(f"dim must be an int, the dimension of the states; got {dim!r}.")
     if dim < 1:
         raise ValueError(f"dim must be >= 1, got {dim}.")
-    if reference not in REFERENCES:
-        raise unknown_name("reference", reference, REFERENCES)
+    check_name("reference", reference, REFERENCES)
     annealed = reference == "annealed"
     if not backward_control and not annealed:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..errors import unknown_name
+from ..errors import check_name
 from ..paths.integrator import KEEP
 from ..randomness import SeededNoise, SuppliedNoise, derive_seed
 from ..tensors import check_tensor
@@ -37,8 +37,7 @@ class Launch:
     ) -> tuple[Tensor, Any]:
         """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
         state, step, condition = self.state, self.step, self.condition
-        if self.keep not in KEEP:
-            raise unknown_name("keep", self.keep, KEEP)
+        check_name("keep", self.keep, KEEP)
         if control is not None and not callable(control):
             raise TypeError(
                 f"control must be callable (x, t) -> u, or None for the reference; got {type(control).__name__}."

@@ -16,12 +16,13 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.pretrained import DiffusionChain
 from ..chains.segments import LearnedStart, SegmentedChain
+from ..counting import count_reward
 from ..errors import NonFiniteError, unknown_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE, moments
 from ..processes.sde import MEMORYLESS, SDE, check_memoryless, positional_count
 from ..randomness import derive_seed, generator_for
-from ..tensors import as_float, check_output, nonfinite_rows, probing
+from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
 __all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
@@ -72,8 +73,7 @@ class ControlProblem:
         sample = draw(self.initial, 1, 0)
         self.dtype, self.device = sample.dtype, sample.device
         self._check_agreement("reference", reference.dtype, reference.device)
-        if reward_batch_size is not None and (not isinstance(reward_batch_size, int) or reward_batch_size < 1):
-            raise ValueError(f"reward_batch_size must be an int >= 1 or None, got {reward_batch_size!r}.")
+        check_count("reward_batch_size", reward_batch_size, optional=True)
         self.reward_function, self.running_cost_function = reward, running_cost
         self.reward_batch_size = reward_batch_size
         self.condition = condition
@@ -288,9 +288,10 @@ class ControlProblem:
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
-        if condition is None or positional_count(self.reward_function) < 2:
-            return self.reward_function(x)
-        return self.reward_function(x, condition)
+        alone = condition is None or positional_count(self.reward_function) < 2
+        value = self.reward_function(x) if alone else self.reward_function(x, condition)
+        count_reward(value, len(x))
+        return value
 
     def reward(self, x: Tensor, condition: Any = None) -> Tensor:
         """``r`` at decoded states, ``(batch,)``, checked; in pieces of ``reward_batch_size``.

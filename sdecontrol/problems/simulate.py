@@ -15,6 +15,7 @@ from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
 from ..randomness import fresh_seed
+from ..tensors import check_count
 from .launch import Launch
 from .problem import ControlProblem
 from .sampling import simulate_solver
@@ -64,8 +65,7 @@ def simulate(
         :class:`Paths`; for a solver :class:`SolvedPaths`, whose running cost is by the trapezoidal rule, and whose
         ``log_ratio``, ``kl``, ``noises`` and ``shifts`` raise :class:`NoLikelihood`.
     """
-    if isinstance(num_paths, bool) or not isinstance(num_paths, int) or num_paths < 1:
-        raise ValueError(f"num_paths must be an int >= 1, got {num_paths!r}.")
+    check_count("num_paths", num_paths)
     if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
         time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
     launch = Launch(keep, condition, noise, antithetic, state, step, tolerance, chunk)

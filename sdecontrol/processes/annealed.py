@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counting import count_reward
 from ..memory import recall
 from ..tensors import as_float, check_tensor
 from .sde import SDE, StepFunction
@@ -79,6 +80,7 @@ class AnnealedLangevin(SDE):
 
         def bounded() -> Tensor:
             value = self.unbounded_score(x, condition)
+            count_reward(value, len(x), with_gradient=True)
             square = (self.scale * value).square().sum(-1, keepdim=True) / self._bound**2
             return value / torch.hypot(square, torch.ones_like(square)).sqrt()
 

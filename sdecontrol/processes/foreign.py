@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import unknown_name
+from ..errors import check_name
 
 __all__ = ["torchsde_functions"]
 
@@ -42,8 +42,7 @@ def torchsde_functions(sde: Any) -> tuple[_Term, _Term]:
             f"sde must have torchsde's protocol: f(t, y), g(t, y), noise_type, sde_type; {type(sde).__name__} lacks "
             f"{', '.join(lacks)}."
         )
-    if sde.noise_type not in _NOISE_TYPES:
-        raise unknown_name("noise_type", sde.noise_type, _NOISE_TYPES)
+    check_name("noise_type", sde.noise_type, _NOISE_TYPES)
     if sde.sde_type != "ito":
         raise ValueError(
             f"sde_type={sde.sde_type!r}: control problems are stated for Ito equations (the chain's steps and the likelihood "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown_name
+from ..errors import check_name, unknown_name
 from ..memory import recall
 from ..randomness import generator_for
 from ..tensors import as_float, check_output, probing
@@ -117,8 +117,7 @@ class GenerativeSDE(SDE):
         noise_level: Any,
         mixture: GaussianMixture | None,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise unknown_name("prediction", prediction, PREDICTIONS)
+        check_name("prediction", prediction, PREDICTIONS)
         self.model, self.schedule, self.prediction, self.mixture = model, schedule, prediction, mixture
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape

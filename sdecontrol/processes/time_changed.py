@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import unknown_name
+from ..errors import check_name
 from ..tensors import as_float, check_tensor
 from .linear import LinearSDE
 from .sde import StepFunction
@@ -51,8 +51,7 @@ class TimeChanged(LinearSDE):
         resolution: float = 0.03,
         memory: float = 0.005,
     ) -> None:
-        if kind not in KINDS:
-            raise unknown_name("kind", kind, KINDS)
+        check_name("kind", kind, KINDS)
         self.kind = kind
         self.centre = check_tensor("centre", centre, shape=("d",))
         self.scale = check_tensor("scale", scale)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE
 from ..processes.schedules import FlowMatching
 from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
-from ..tensors import as_float, check_output, check_tensor, symmetric
-from .fit_score import FitDescent
-from .progress import ProgressBar
-from .score_network import ResidualBlock
+from ..tensors import check_tensor, symmetric
+from .fitting import ResidualNetwork, check_data, descend, trained_copy
 
 __all__ = ["BridgeNetwork", "fit_bridge"]
 
+_KEPT = 1024  # times whose closed forms are at hand where the drift is used
 _TIMES = 256  # different times of training, one in each of so many equal parts of the horizon
 _LAST = 1e-3  # of the horizon: training and use stop so much before the end, where the pull is singular
 _SAMPLES = 1 << 14  # of a start whose moments are not known
@@ -71,34 +67,28 @@ def fit_bridge(
     Raises:
         ValueError, TypeError: bad arguments. NonFiniteError: the loss is not finite.
     """
-    law = _check(data, reference, initial, iterations, batch_size)
-    rate = as_float("learning_rate", learning_rate, positive=True)
+    check_data(data, 2, iterations, batch_size)
+    law = _start_law(data, reference, initial)
     seed = fresh_seed(seed)
+    generator = generator_for(data.device, derive_seed(seed, 2))
+
+    def loss(i: int) -> Tensor:
+        rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
+        x0 = _starts(law, batch_size, derive_seed(seed, 4, i), generator).to(data)
+        index = torch.randint(_TIMES, (batch_size,), generator=generator, device=data.device)
+        noise = torch.randn(batch_size, bridge.size, generator=generator, dtype=data.dtype, device=data.device)
+        at = Moments(*(part[index] for part in table))
+        x, target = at.pair(x0.flatten(1), data[rows].flatten(1), noise)
+        x = x.reshape(-1, *data.shape[1:])
+        found = network.at(x, at) if isinstance(network, BridgeNetwork) else network(x, at.time)
+        return (at.weight.unsqueeze(1) * (found.flatten(1) - target) ** 2).mean()
+
     with global_rng(derive_seed(seed, 1), data.device):
         bridge = Bridge(reference, *_moments(law, data, derive_seed(seed, 3)), *_empirical(data))
         network = _network(data, bridge, model)
         times = (torch.arange(_TIMES, dtype=torch.float64) + torch.rand(_TIMES, dtype=torch.float64)) / _TIMES
         table = bridge.table((times * bridge.horizon * (1 - _LAST)).tolist(), data)
-        if isinstance(network, BridgeNetwork):
-            network.remember(table, table.time.tolist())
-        descent = FitDescent(network, rate, iterations)
-        generator = generator_for(data.device, derive_seed(seed, 2))
-        with ProgressBar(iterations, "fit-bridge", progress, measure="loss") as bar:
-            for i in range(iterations):
-                rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
-                x0 = _starts(law, batch_size, derive_seed(seed, 4, i), generator).to(data)
-                index = torch.randint(_TIMES, (batch_size,), generator=generator, device=data.device)
-                noise = torch.randn(batch_size, bridge.size, generator=generator, dtype=data.dtype, device=data.device)
-                at = Moments(*(part[index] for part in table))
-                x, target = at.pair(x0.flatten(1), data[rows].flatten(1), noise)
-                error = network(x.reshape(-1, *data.shape[1:]), at.time).flatten(1) - target
-                loss = (at.weight.unsqueeze(1) * error**2).mean()
-                descent.step(loss, i)
-                bar.update(i + 1, iterations, {"loss": float(loss.detach())})
-        descent.use_average()
-    if isinstance(network, BridgeNetwork):
-        network.forget()
-    return network.eval()
+        return descend(network, loss, iterations, learning_rate, "fit-bridge", progress)
 
 
 class Moments(NamedTuple):
@@ -142,15 +132,31 @@ class Bridge:
         self.reference, self.size = reference, len(mean0)
         self.horizon = reference.horizon if isinstance(reference, LinearSDE) else 1.0
         self.mean, self.cov = torch.cat((mean0, mean1)), torch.block_diag(cov0, cov1)
+        self._known: dict[Any, tuple[Tensor, ...]] = {}
 
     def __deepcopy__(self, memo: Any) -> Bridge:
         return self
 
     def table(self, times: list[float], like: Tensor) -> Moments:
         """At a list of times, in the dtype and on the device of ``like``."""
-        rows = [self._at(min(t, self.horizon * (1 - 1e-6))) for t in times]
-        clock = torch.tensor(times, dtype=torch.float64)
-        return Moments(*(part.to(like) for part in (clock, *(torch.stack(parts) for parts in zip(*rows)))))
+        return Moments(*map(torch.stack, zip(*(self._row(t, like) for t in times))))
+
+    def at(self, t: Tensor) -> Moments:
+        """At times ``(n,)``, in their dtype; the last ``_KEPT`` different ones are at hand."""
+        distinct, inverse = torch.unique(t.detach(), return_inverse=True)
+        rows = []
+        for time in distinct.tolist():
+            key = time, t.dtype, t.device
+            row = self._known.pop(key, None)
+            rows.append(self._row(time, t) if row is None else row)
+            self._known[key] = rows[-1]  # the last used are the last of the dictionary
+        while len(self._known) > _KEPT:
+            self._known.pop(next(iter(self._known)), None)
+        return Moments(*(torch.stack(parts)[inverse] for parts in zip(*rows)))
+
+    def _row(self, t: float, like: Tensor) -> tuple[Tensor, ...]:
+        clock = torch.tensor(t, dtype=torch.float64)
+        return tuple(part.to(like) for part in (clock, *self._at(min(t, self.horizon * (1 - 1e-6)))))
 
     def _at(self, t: float) -> tuple[Tensor, ...]:
         d = self.size
@@ -199,87 +205,33 @@ def _root(cov: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.mT
 
 
-class BridgeNetwork(nn.Module):
+class BridgeNetwork(ResidualNetwork):
     """A drift ``(x, t) -> (batch, *event)``: the best linear prediction for laws of the same means and covariances, plus a residual network's output
     scaled by what that leaves. Untrained it carries a Gaussian to a Gaussian; t a float or a tensor of shape () or (batch,)."""
 
-    frequencies: Tensor
-
-    def __init__(
-        self,
-        bridge: Bridge,
-        shape: torch.Size,
-        width: int = 128,
-        inner: int = 256,
-        blocks: int = 3,
-        time_width: int = 64,
-    ) -> None:
-        super().__init__()
-        self.bridge, self.shape, self.horizon = bridge, shape, bridge.horizon
-        size = bridge.size
-        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
-        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
-        self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.outlet = nn.Linear(width, size)
-        nn.init.zeros_(self.outlet.weight)
-        nn.init.zeros_(self.outlet.bias)
-        self._known: dict[float, int] = {}
-        self._table: Moments | None = None
-
-    def remember(self, table: Moments, added: list[float]) -> None:
-        """Have the closed forms of a table at hand, whose last rows are those of ``added`` times."""
-        first = len(table.time) - len(added)
-        self._table = table
-        self._known.update({t: first + i for i, t in enumerate(added)})
-
-    def forget(self) -> None:
-        self._known, self._table = {}, None
-
-    def _moments(self, t: Tensor, like: Tensor) -> Moments:
-        distinct, inverse = torch.unique(t.detach(), return_inverse=True)
-        clock = distinct.tolist()
-        if self._table is not None and (self._table.slope.dtype, self._table.slope.device) != (like.dtype, like.device):
-            self.forget()
-        missing = [s for s in clock if s not in self._known]
-        if missing:
-            if len(self._known) > 4 * _TIMES:
-                self.forget()
-                missing = clock
-            new = self.bridge.table(missing, like)
-            self.remember(new if self._table is None else Moments(*map(torch.cat, zip(self._table, new))), missing)
-        table = self._table
-        assert table is not None
-        where = torch.tensor([self._known[s] for s in clock], device=t.device)
-        return Moments(*(part[where[inverse]] for part in table))
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__(bridge.size)
+        self.bridge = bridge
 
     def forward(self, x: Tensor, t: Any) -> Tensor:
         """The drift at states ``(batch, *event)``."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         if t.ndim and t.stride(0) == 0:
             t = t[0]  # the whole batch is at one time
-        at = self._moments(t.reshape(-1), x)
+        return self.at(x, self.bridge.at(t.reshape(-1)))
+
+    def at(self, x: Tensor, at: Moments) -> Tensor:
+        """The drift at states whose closed forms are known."""
         flat = x.flatten(1)
-        angles = at.time.unsqueeze(1) / self.horizon * self.frequencies
-        features = self.time(torch.cat((angles.sin(), angles.cos()), 1))
-        h = self.inlet(_apply(at.whiten, flat - at.centre))
-        for block in self.blocks:
-            h = block(h, features)
-        out = self.outlet(F.silu(self.norm(h)))
-        return (_apply(at.slope, flat) + at.level + _apply(at.left, out)).reshape(x.shape)
+        left = self.correction(_apply(at.whiten, flat - at.centre), at.time.unsqueeze(1) / self.bridge.horizon)
+        return (_apply(at.slope, flat) + at.level + _apply(at.left, left)).reshape(x.shape)
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def _check(data: Any, reference: Any, initial: Any, iterations: Any, batch_size: Any) -> Any:
-    """The start's law, or samples of it."""
-    check_tensor("data", data, hint="data: (n, *event).")
-    if data.ndim < 2 or len(data) < 2:
-        raise ValueError(
-            f"data must have shape (n, *event) with n >= 2, got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers."
-        )
+def _start_law(data: Tensor, reference: Any, initial: Any) -> Any:
+    """The start's law, or samples of it, where that and the reference suit the data."""
     if not isinstance(reference, (LinearSDE, FlowMatching)):
         raise TypeError(
             "reference must be a linear SDE (sc.BrownianMotion, sc.OrnsteinUhlenbeck, sc.LinearSDE), whose bridges are known, or sc.FlowMatching(); "
@@ -294,9 +246,6 @@ def _check(data: Any, reference: Any, initial: Any, iterations: Any, batch_size:
             f"data has events of {data[0].numel()} numbers; covariances of more than {_LARGEST} are not kept. Use sc.fit_score(data, "
             "sc.FlowMatching(), 'velocity')."
         )
-    for name, value in (("iterations", iterations), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
     if initial is None:
         if isinstance(reference, LinearSDE):
             raise TypeError(
@@ -335,13 +284,6 @@ def _starts(law: Any, n: int, seed: int, generator: torch.Generator) -> Tensor:
 
 def _network(data: Tensor, bridge: Bridge, model: nn.Module | None) -> nn.Module:
     if model is None:
-        return BridgeNetwork(bridge, data.shape[1:]).to(data)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module (x, t) -> (batch, *event) or None, got {type(model).__name__}.")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model has no trainable parameters.")
-    x = data[torch.arange(3) % len(data)]
-    with torch.no_grad():
-        t = torch.full((3,), 0.5 * bridge.horizon, dtype=data.dtype, device=data.device)
-        check_output("model", copy.deepcopy(model).eval()(x, t), x.shape, x, "It is called as model(x, t), t (batch,).")
-    return copy.deepcopy(model).train()
+        return BridgeNetwork(bridge).to(data)
+    t = torch.full((3,), 0.5 * bridge.horizon, dtype=data.dtype, device=data.device)
+    return trained_copy(model, "(x, t)", data[torch.arange(3) % len(data)], t)

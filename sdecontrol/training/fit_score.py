@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, unknown_name
+from ..errors import check_name
 from ..processes.generative import PREDICTIONS, noise_coefficients
 from ..processes.schedules import Schedule
 from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
-from ..tensors import as_float, batch_like, check_output, check_tensor
-from .progress import ProgressBar
+from ..tensors import as_float, batch_like, check_tensor
+from .fitting import check_data, descend, trained_copy
 from .score_network import ConditionalScoreNetwork, ScoreNetwork
 
 __all__ = ["fit_score"]
 
 _FIRST_TIME = 1e-3  # noising times are drawn from here on: below, every prediction of noise is singular
 _FLOOR = 0.05
-_WARMUP = 200
-_AVERAGE = 0.999
 
 
 def fit_score(
@@ -66,46 +62,30 @@ def fit_score(
     Raises:
         ValueError, TypeError: each naming the argument. NonFiniteError: a loss that is not finite.
     """
-    _check(data, schedule, prediction, iterations, batch_size)
-    drop = _check_condition(data, condition, drop)
-    rate = as_float("learning_rate", learning_rate, positive=True)
-    seed = fresh_seed(seed)
-    with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
-        network = _network(data, schedule, prediction, model, condition, drop)
-        variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
-        descent = FitDescent(network, rate, iterations)
-        generator = generator_for(data.device, derive_seed(seed, 2))
-        strata = torch.arange(batch_size, device=data.device, dtype=torch.float64) / batch_size
-        with ProgressBar(iterations, "fit-score", progress, measure="loss") as bar:
-            for i in range(iterations):
-                rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
-                x0, y = data[rows], None if condition is None else condition[rows]
-                u = torch.rand((), generator=generator, device=data.device, dtype=torch.float64)
-                s = _FIRST_TIME + (schedule.noise_end - _FIRST_TIME) * ((strata + u) % 1.0)
-                eps = torch.randn(x0.shape, generator=generator, dtype=data.dtype, device=data.device)
-                if y is not None and drop > 0:
-                    dropped = torch.rand(len(y), generator=generator, device=data.device) < drop
-                    y = y.masked_fill(dropped, _classes(condition))
-                loss = _loss(network, schedule, prediction, x0, s, eps, variance, y)
-                descent.step(loss, i)
-                bar.update(i + 1, iterations, {"loss": float(loss.detach())})
-        descent.use_average()
-    return network.eval()
-
-
-def _check(data: Any, schedule: Any, prediction: str, iterations: Any, batch_size: Any) -> None:
-    check_tensor("data", data, hint="data: (n, *event).")
-    if data.ndim < 2 or len(data) < 1:
-        raise ValueError(
-            f"data must have shape (n, *event), got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers."
-        )
+    check_data(data, 1, iterations, batch_size)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
-    if prediction not in PREDICTIONS:
-        raise unknown_name("prediction", prediction, PREDICTIONS)
-    for name, value in (("iterations", iterations), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    check_name("prediction", prediction, PREDICTIONS)
+    drop = _check_condition(data, condition, drop)
+    seed = fresh_seed(seed)
+    variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
+    generator = generator_for(data.device, derive_seed(seed, 2))
+    strata = torch.arange(batch_size, device=data.device, dtype=torch.float64) / batch_size
+
+    def loss(i: int) -> Tensor:
+        rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
+        x0, y = data[rows], None if condition is None else condition[rows]
+        u = torch.rand((), generator=generator, device=data.device, dtype=torch.float64)
+        s = _FIRST_TIME + (schedule.noise_end - _FIRST_TIME) * ((strata + u) % 1.0)
+        eps = torch.randn(x0.shape, generator=generator, dtype=data.dtype, device=data.device)
+        if y is not None and drop > 0:
+            dropped = torch.rand(len(y), generator=generator, device=data.device) < drop
+            y = y.masked_fill(dropped, _classes(condition))
+        return _loss(network, schedule, prediction, x0, s, eps, variance, y)
+
+    with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
+        network = _network(data, schedule, prediction, model, condition, drop)
+        return descend(network, loss, iterations, learning_rate, "fit-score", progress)
 
 
 def _check_condition(data: Tensor, condition: Any, drop: Any) -> float:
@@ -154,17 +134,10 @@ def _network(
             ).to(data)
         network.fit_statistics(data)
         return network
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module (x, s) -> (batch, *event) or None, got {type(model).__name__}.")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("model has no trainable parameters.")
-    x = data[torch.arange(3) % len(data)]
-    with torch.no_grad():
-        s = torch.full((3,), 0.5, dtype=data.dtype, device=data.device)
-        more = () if condition is None else (condition[torch.arange(3) % len(data)],)
-        called = f"It is called as model(x, s{'' if condition is None else ', y'}), s (batch,)."
-        check_output("model", copy.deepcopy(model).eval()(x, s, *more), x.shape, x, called)
-    return copy.deepcopy(model).train()
+    rows = torch.arange(3) % len(data)
+    s = torch.full((3,), 0.5, dtype=data.dtype, device=data.device)
+    more = () if condition is None else (condition[rows],)
+    return trained_copy(model, f"(x, s{', y' if more else ''})", data[rows], s, *more)
 
 
 def _loss(
@@ -188,37 +161,3 @@ def _loss(
     clock = schedule.model_time(s).to(x0.dtype)
     error = (network(x, clock) if y is None else network(x, clock, y)) - target
     return (weight * error**2).mean()
-
-
-class FitDescent:
-    """Adam with a warm-up and a cosine decay, clipped gradients, and an average of the weights."""
-
-    def __init__(self, network: nn.Module, rate: float, iterations: int) -> None:
-        self.parameters: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
-        fused = self.parameters[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.parameters, lr=rate, betas=(0.9, 0.99), fused=fused)
-        self.rate, self.iterations = rate, iterations
-
-    def step(self, loss: Tensor, i: int) -> None:
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"the loss is not finite at iteration {i}: the model's prediction is {float(loss.detach())}; "
-                "try a smaller learning_rate.",
-                what="loss",
-                step=i,
-            )
-        warm = min(1.0, (i + 1) / max(1.0, min(_WARMUP, 0.1 * self.iterations)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * i / self.iterations))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - min(_AVERAGE, (i + 1) / (i + 10)))
-
-    @torch.no_grad()
-    def use_average(self) -> None:
-        for p, mean in zip(self.parameters, self.average):
-            p.copy_(mean)

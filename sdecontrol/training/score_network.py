@@ -10,31 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..processes.schedules import Schedule
+from .fitting import ResidualNetwork
 
 __all__ = ["ConditionalScoreNetwork", "ScoreNetwork"]
 
 _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 
 
-class ResidualBlock(nn.Module):
-    """Residual block: norm, linear, scale and shift by the time features, SiLU, linear (zero at the start)."""
-
-    def __init__(self, width: int, inner: int, time_width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, inner)
-        self.film = nn.Linear(time_width, 2 * inner)
-        self.contract = nn.Linear(inner, width)
-        for layer in (self.film, self.contract):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, h: Tensor, features: Tensor) -> Tensor:
-        scale, shift = self.film(features).chunk(2, dim=-1)
-        return h + self.contract(F.silu(torch.addcmul(shift, self.expand(self.norm(h)), 1 + scale)))
-
-
-class ScoreNetwork(nn.Module):
+class ScoreNetwork(ResidualNetwork):
     """A model ``(x, clock) -> prediction`` under a schedule, in any parametrisation.
 
     Were the data ``N(mean, Q diag(lam) Q')``, then in the basis Q, with ``y = Q'(x - mu mean)`` and ``v = mu^2 lam + std^2``,
@@ -47,33 +30,14 @@ class ScoreNetwork(nn.Module):
     mean: Tensor
     basis: Tensor
     lam: Tensor
-    frequencies: Tensor
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        schedule: Schedule,
-        prediction: str,
-        *,
-        width: int = 128,
-        inner: int = 256,
-        blocks: int = 3,
-        time_width: int = 64,
-    ) -> None:
-        super().__init__()
+    def __init__(self, shape: Sequence[int], schedule: Schedule, prediction: str, **options: int) -> None:
+        size = math.prod(shape)
+        super().__init__(size, **options)
         self.shape, self.schedule, self.prediction = tuple(shape), schedule, prediction
-        size = math.prod(self.shape)
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.eye(size) if size <= _LARGEST_BASIS else torch.zeros(0, 0))
         self.register_buffer("lam", torch.ones(size))
-        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
-        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
-        self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.outlet = nn.Linear(width, size)
-        nn.init.zeros_(self.outlet.weight)
-        nn.init.zeros_(self.outlet.bias)
 
     @torch.no_grad()
     def fit_statistics(self, data: Tensor) -> None:
@@ -101,7 +65,9 @@ class ScoreNetwork(nn.Module):
         x = x.flatten(1)
         y = x - mu * self.mean
         y = y @ self.basis if self.basis.numel() else y
-        left = self._correction(y * v.rsqrt(), torch.atan2(std, mu * self.lam.mean().sqrt()), more)
+        left = self.correction(
+            y * v.rsqrt(), torch.atan2(std, mu * self.lam.mean().sqrt()), more
+        )  # the angle of signal and noise
         left = left * (self.lam / v).sqrt()
         x0, eps = mu * self.lam / v * y - std * left, std / v * y + mu * left
         on_x0, on_eps = self._parts(s, mu, std)
@@ -110,15 +76,6 @@ class ScoreNetwork(nn.Module):
         if isinstance(on_x0, Tensor):
             out = out + on_x0 * self.mean
         return out.reshape(-1, *self.shape)
-
-    def _correction(self, z: Tensor, angle: Tensor, more: Tensor | None) -> Tensor:
-        angles = angle * self.frequencies  # of the signal-to-noise ratio's angle, in [0, pi/2]
-        features = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        features = features if more is None else features + more
-        h = self.inlet(z)
-        for block in self.blocks:
-            h = block(h, features)
-        return self.outlet(F.silu(self.norm(h)))
 
     def _parts(self, s: Tensor, mu: Tensor, std: Tensor) -> tuple[Tensor | None, Tensor]:
         """``(a, b)`` with ``prediction = a x0 + b eps``; None for zero."""

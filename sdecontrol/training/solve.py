@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..files.contents import load_tensors, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
+from ..tensors import check_count
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
 from .cooling import Cooling
@@ -86,40 +87,23 @@ def solve(
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
     chosen = find_method(method)
-    _check_counts(batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
-    if iterations is not None:
-        _check_counts(iterations=iterations)
+    check_count("batch_size", batch_size)
+    check_count("accumulate", accumulate)
+    check_count("checkpoint_every", checkpoint_every)
+    check_count("iterations", iterations, optional=True)
     if chosen.default_iterations == 0:
         _refuse_training(chosen, iterations=iterations, budget=budget, tolerance=tolerance, control=control)
     chosen.check(problem)
+    settings = {"time_steps": time_steps, "scheme": scheme}
     trainer = _Trainer(
-        problem,
-        chosen,
-        {"time_steps": time_steps, "scheme": scheme},
-        iterations,
-        batch_size,
-        accumulate,
-        seed,
-        control,
-        learning_rate,
-        optimizer,
-        cooling,
-        tolerance,
-        _seconds(budget),
-        checkpoint_dir,
-        checkpoint_every,
-        resume,
+        _Task(problem, chosen, settings, batch_size, accumulate, seed, control),
+        _Course(learning_rate, optimizer, cooling, iterations, tolerance, _seconds(budget)),
+        _Keeping(checkpoint_dir, checkpoint_every, resume),
         callbacks,
         progress,
     )
     with problem.evaluating():
         return trainer.train()
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
 
 
 def _refuse_training(method: Method, **given: Any) -> None:
@@ -157,65 +141,87 @@ def _seconds(budget: str | float | None) -> float | None:
     return float(budget)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a run is of; its fields as :func:`solve` has them."""
+
+    problem: ControlProblem
+    method: Method
+    settings: dict[str, Any]
+    batch_size: int
+    accumulate: int
+    seed: int | None
+    control: nn.Module | None
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How it moves and when it ends; ``budget`` in seconds."""
+
+    learning_rate: float | None
+    optimizer: Any
+    cooling: bool
+    iterations: int | None
+    tolerance: float | None
+    budget: float | None
+
+    @property
+    def by_time(self) -> bool:
+        return self.iterations is None and self.budget is not None
+
+    def pace(self, method: Method) -> Pace:
+        most = 10**7 if self.by_time else method.default_iterations if self.iterations is None else self.iterations
+        pace = Pace(most, adaptive=self.iterations is None and self.budget is None and not method.steady)
+        if self.by_time:
+            pace.decay_from = None
+        return pace
+
+    def descent(self, method: Method, state: nn.Module, like: Tensor) -> Descent:
+        control = getattr(state, "control", None)
+        parts = control.linear_parts() if isinstance(control, Control) and self.optimizer is None else []
+        return Descent(
+            parameters_of(state) or [like.new_zeros(1)],  # an optimiser wants one even where nothing is trained
+            self.optimizer,
+            self.learning_rate,
+            getattr(control, "learning_rate", 1e-3),
+            linear=LinearSteps(parts) if parts else None,
+            decay=method.averaging,
+        )
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Where it is kept, and whether it goes on from there."""
+
+    folder: Any
+    every: int
+    resume: bool
+
+
 class _Trainer:
     """One run of the loop."""
 
     evaluate_every = 200
 
     def __init__(
-        self,
-        problem: ControlProblem,
-        method: Method,
-        settings: dict[str, Any],
-        iterations: int | None,
-        batch_size: int,
-        accumulate: int,
-        seed: int | None,
-        control: nn.Module | None,
-        learning_rate: float | None,
-        optimizer: Any,
-        cooling: bool,
-        tolerance: float | None,
-        budget: float | None,
-        checkpoint_dir: Any,
-        checkpoint_every: int,
-        resume: bool,
-        callbacks: Sequence[Any],
-        progress: bool | None,
+        self, task: _Task, course: _Course, keeping: _Keeping, callbacks: Sequence[Any], progress: bool | None
     ) -> None:
-        self.problem, self.method = problem, method
-        self.chain = problem.chain(settings["time_steps"], settings["scheme"])
-        self.settings = plain_settings(settings)
-        self.tolerance, self.budget, self.callbacks, self.show = tolerance, budget, callbacks, progress
-        self.checkpoints = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
-        self.checkpoint_every = checkpoint_every
-        self.fingerprint = problem.fingerprint() if checkpoint_dir is not None else {}
-        saved = self._find_checkpoint(resume)
-        if saved is not None and seed is None:
-            seed = saved[1]["identity"]["seed"]
-        self.seed = fresh_seed(seed)
-        self.run = Run(problem, self.chain, batch_size, accumulate, self.seed, copy.deepcopy(control))
+        problem, method = self.problem, self.method = task.problem, task.method
+        self.chain = problem.chain(**task.settings)
+        self.settings = plain_settings(task.settings)
+        self.course, self.callbacks, self.show = course, callbacks, progress
+        self.checkpoints = Checkpoints(keeping.folder) if keeping.folder is not None else None
+        self.checkpoint_every = keeping.every
+        self.fingerprint = problem.fingerprint() if self.checkpoints is not None else {}
+        saved = self._find_checkpoint(keeping.resume)
+        self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and task.seed is None else task.seed)
+        control = copy.deepcopy(task.control)
+        self.run = Run(problem, self.chain, task.batch_size, task.accumulate, self.seed, control)
         self.state = method.setup(self.run)
-        parameters = parameters_of(self.state)
-        rate = getattr(getattr(self.state, "control", None), "learning_rate", 1e-3)
-        control_made = getattr(self.state, "control", None)
-        control_parts = control_made.linear_parts() if isinstance(control_made, Control) else []
-        self.descent = Descent(
-            parameters or [self.chain.times.new_zeros(1)],  # an optimiser wants one even where nothing is trained
-            optimizer,
-            learning_rate,
-            rate,
-            linear=LinearSteps(control_parts) if control_parts and optimizer is None else None,
-            decay=method.averaging,
-        )
+        self.descent, self.pace = course.descent(method, self.state, self.chain.times), course.pace(method)
         self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
-        most = iterations if iterations is not None else method.default_iterations if budget is None else 10**7
-        self.by_time = iterations is None and budget is not None
-        self.pace = Pace(most, adaptive=iterations is None and budget is None and not method.steady)
-        if self.by_time:
-            self.pace.decay_from = None
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
-        self.wants_cooling = bool(cooling)
+        self.wants_cooling = bool(course.cooling)
         self.cooling = Cooling(
             self.wants_cooling and method.cools and control is None and not problem.reference.reverse_target
         )
@@ -297,13 +303,13 @@ class _Trainer:
         began = time.monotonic()
         try:
             # by time alone, no number of iterations is known
-            known = None if self.by_time else self.pace.last
+            known = None if self.course.by_time else self.pace.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.show, measure, latest=fresh)
             with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.pace.last and not finished:
-                    elapsed = (time.monotonic() - began) / self.budget if self.budget is not None else 0.0
+                    elapsed = (time.monotonic() - began) / self.course.budget if self.course.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
@@ -354,11 +360,11 @@ class _Trainer:
         return -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else metrics["objective"]
 
     def _good_enough(self) -> bool:
-        if self.tolerance is None or self.done % self.evaluate_every:
+        if self.course.tolerance is None or self.done % self.evaluate_every:
             return False
         evaluation = self._solution().evaluate(seed=derive_seed(self.seed, 5, self.done))
         self._notify("on_evaluate", evaluation=evaluation)
-        return evaluation.reliable and evaluation.gap.value < self.tolerance
+        return evaluation.reliable and evaluation.gap.value < self.course.tolerance
 
     def _stop(self, error: BaseException) -> None:
         """Keep the last good state: parameters change only after a whole iteration, so they are good."""

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -14,11 +16,12 @@ import torch
 from problems import F64, SmallControl, nonlinear, random_lq
 
 import sdecontrol as sc
-from sdecontrol.comparison.compare import exact_frontier
-from sdecontrol.comparison.costs import Meter
+from sdecontrol.chains.shifts import shift_function, shifts_along
+from sdecontrol.comparison.costs import measuring
+from sdecontrol.comparison.frontier import exact_frontier
 from sdecontrol.controls.base import Control
-from sdecontrol.controls.network import DefaultControl
 from sdecontrol.methods.base import Method
+from sdecontrol.paths.equations import control_at
 
 I, B, K = 3, 64, 7
 
@@ -35,9 +38,8 @@ def test_calls_are_counted_in_rows_and_nothing_changes(method: Method, gradients
     problem = nonlinear()
     settings = {"control": SmallControl(2, 3), "iterations": I, "batch_size": B, "time_steps": K, "seed": 0}
     plain = sc.solve(problem, method, **settings)
-    meter = Meter(problem)
-    with meter.measuring() as costs:
-        counted = sc.solve(meter.problem, method, **settings)
+    with measuring(problem.device) as costs:
+        counted = sc.solve(problem, method, **settings)
     assert costs.reward_calls == I * B
     assert costs.gradient_calls == gradients * I * B
     assert costs.network_calls == evaluations * I * B * K
@@ -48,9 +50,9 @@ def test_calls_are_counted_in_rows_and_nothing_changes(method: Method, gradients
 
 def test_the_default_network_s_own_reward_gradients_are_counted() -> None:
     """Its gate takes ``grad r`` at every state of every step, on the paths and again at the stored states."""
-    meter = Meter(nonlinear())
-    with meter.measuring() as costs:
-        sc.solve(meter.problem, sc.LogVariance(), iterations=I, batch_size=B, time_steps=K, seed=0)
+    problem = nonlinear()
+    with measuring(problem.device) as costs:
+        sc.solve(problem, sc.LogVariance(), iterations=I, batch_size=B, time_steps=K, seed=0)
     looks = 32 * min(8, K + 1)  # at the reward's slope, before training: 32 paths at 8 times
     assert costs.gradient_calls == 2 * I * B * K + looks
     assert costs.reward_calls == 2 * I * B * K + I * B + looks
@@ -58,55 +60,153 @@ def test_the_default_network_s_own_reward_gradients_are_counted() -> None:
 
 def test_evaluations_inside_an_evaluation_count_once() -> None:
     problem = random_lq(start="controlled")  # two controls behind one
-    meter = Meter(problem)
-    solution = sc.solve(meter.problem, sc.RewardBackprop(), iterations=1, batch_size=B, time_steps=20, seed=0)
-    with meter.measuring() as costs:
+    solution = sc.solve(problem, sc.RewardBackprop(), iterations=1, batch_size=B, time_steps=20, seed=0)
+    with measuring(problem.device) as costs:
         solution.sample(B, seed=0)
     assert costs.network_calls == B * solution.chain.steps and solution.chain.steps == 25
-    with meter.measuring() as costs:
-        solution.control.along(solution.chain, torch.zeros(25, B, 2, dtype=F64))
+    with measuring(problem.device) as costs:
+        shifts_along(solution.chain, solution.control, torch.zeros(25, B, 2, dtype=F64))
     assert costs.network_calls == B * 25
 
 
-def test_nothing_is_watched_outside_of_a_measurement() -> None:
-    originals = [vars(cls).get(name) for cls in (Control, DefaultControl) for name in ("at", "along", "on_chain")]
-    meter = Meter(random_lq())
-    with pytest.raises(KeyError), meter.measuring():
-        assert vars(Control)["on_chain"] is not originals[2]
+class Own(Control):
+    """A user's subclass that overrides every way to be evaluated, with nothing of the base's."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.Size((2,)), torch.Size((2,)), 0.0, 1.0)
+
+    def forward(self, x, t, y=None):
+        return -x
+
+    def at(self, x, t, y=None):
+        return -x
+
+    def on_chain(self, chain, tables=None):
+        return lambda k, x, y: chain.shift(k, -x)
+
+    def along(self, chain, states, y=None, first=0):
+        return chain.shifts(-states, first)
+
+
+def test_a_user_s_control_is_counted_whatever_it_overrides() -> None:
+    problem, control = random_lq(), Own()
+    paths = sc.simulate(problem, B, control=control, time_steps=K, seed=0)
+    x = torch.zeros(5, 2, dtype=F64)
+    for work, rows in (
+        (lambda: sc.simulate(problem, B, control=control, time_steps=K, seed=0), B * K),
+        (lambda: paths.log_ratio(control), B * K),
+        (lambda: control(x, 0.5), 5),
+        (lambda: control(x=x, t=0.5), 5),
+        (lambda: control_at(control, x, torch.tensor(0.5), None, x.shape[1:]), 5),
+        (lambda: sc.simulate(problem, B, control=Doubled(), time_steps=K, seed=0), B * K),
+    ):
+        with measuring(problem.device) as costs:
+            work()
+        assert costs.network_calls == rows
+    with measuring(problem.device) as costs, pytest.raises(TypeError):
+        control()  # what is no call is none
+    assert costs.network_calls == 0
+
+
+class Doubled(Own):
+    """Evaluates another control, and its own base's, inside its own evaluation."""
+
+    def on_chain(self, chain, tables=None):
+        other, base = shift_function(chain, Own()), super().on_chain(chain)
+        return lambda k, x, y: other(k, x, y) + base(k, x, y)
+
+
+@pytest.mark.parametrize("annealed", [False, True])
+def test_nothing_of_the_user_s_is_touched_while_counting(annealed: bool) -> None:
+    """Classes, problem and reference are the same objects with the same attributes during a run as before it."""
+    classes = {Control}
+    while more := {c for cls in classes for c in cls.__subclasses__()} - classes:
+        classes |= more
+    seen: list[dict] = []
+
+    def now() -> dict:
+        reference = problem.reference
+        return {o: {n: id(v) for n, v in vars(o).items()} for o in (*classes, problem, reference)}
+
+    def reward(x):
+        if before:
+            seen.append(now())
+        return -0.5 * (x**2).sum(1)
+
+    before: dict = {}
+    if annealed:
+        problem = sc.gibbs_problem(reward, 2, reference="annealed", seed=0)
+    else:
+        problem = sc.ControlProblem(sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), reward, alpha=1.0)
+    methods, settings = [sc.LogVariance(), sc.SMC(8)], {"iterations": 2, "batch_size": B, "time_steps": K, "n": 64}
+    sc.compare(problem, methods, seed=0, **settings)  # what a problem computes once is there
+    before = now()
+    result = sc.compare(problem, methods, seed=0, **settings)
+    assert all(row.reason is None for row in result.rows)
+    assert result.rows[0].estimates["reward_calls"].value > 0
+    assert len(seen) > 2 and all(during == before for during in seen)
+
+
+def test_counting_ends_with_its_block_and_blocks_count_apart() -> None:
+    problem, x = random_lq(), torch.zeros(3, 2, dtype=F64)
+    with pytest.raises(KeyError), measuring(problem.device) as broken:
+        problem.reward(x)
         raise KeyError
-    assert originals == [
-        vars(cls).get(name) for cls in (Control, DefaultControl) for name in ("at", "along", "on_chain")
-    ]
-    meter.problem.reward(torch.zeros(3, 2, dtype=F64))
-    with meter.measuring() as costs:
-        pass
-    assert costs.reward_calls == 0
+    problem.reward(x)
+    with measuring(problem.device) as outer:
+        problem.reward(x[:2])
+        with measuring(problem.device) as inner:
+            problem.reward(x[:1])
+    assert (broken.reward_calls, outer.reward_calls, inner.reward_calls) == (3, 2, 1)
+
+
+def test_two_compares_in_two_threads_count_for_themselves() -> None:
+    """The one's reward waits for the other's in the middle of their trainings: counts are those of each alone."""
+
+    def run(size: int, meet: threading.Barrier | None) -> dict:
+        calls = [0]
+
+        def reward(x):
+            calls[0] += 1
+            if meet is not None and calls[0] in (20, 30, 40):
+                meet.wait(60)
+            return x.cos().sum(1)
+
+        problem = sc.ControlProblem(sc.BrownianMotion(5), sc.Dirac(torch.zeros(5)), reward, alpha=1.0)
+        result = sc.compare(problem, ["log-variance"], iterations=I, batch_size=size, time_steps=K, n=64, seed=0)
+        names = ("reward_calls", "gradient_calls", "network_calls", "sampling_network_calls")
+        assert calls[0] > 40, calls
+        return {name: result.rows[0].estimates[name].value for name in names}
+
+    alone = [run(64, None), run(128, None)]
+    meet = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        together = [job.result(120) for job in [pool.submit(run, size, meet) for size in (64, 128)]]
+    assert together == alone and alone[0]["network_calls"] == 2 * I * 64 * K
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:
-    meter = Meter(random_lq())
     torch.ones(100_000_000)  # 381 MiB, freed: must not hide the next
-    with meter.measuring() as costs:
+    with measuring(torch.device("cpu")) as costs:
         x = torch.ones(50_000_000)  # 191 MiB
         del x
     if math.isnan(costs.memory):
         pytest.skip("this system does not tell the resident memory's peak")
     assert 185 < costs.memory < 260
-    with meter.measuring() as costs:
+    with measuring(torch.device("cpu")) as costs:
         torch.ones(1000)
     assert costs.memory < 20
 
 
 _SMALL_PIECES = """
 import torch
-import sdecontrol as sc
-from sdecontrol.comparison.costs import Meter
+from sdecontrol.comparison.costs import measuring
+from sdecontrol.comparison.frontier import exact_frontier
 
-meter = Meter(sc.ControlProblem(sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), alpha=1.0))
 held = [torch.ones(8_000) for _ in range(6000)]  # 183 MiB in small pieces: freed, they stay with the process for their next use
 last = held[-1]
 del held
-with meter.measuring() as costs:
+with measuring(torch.device("cpu")) as costs:
     held = [torch.ones(8_000) for _ in range(6000)]
 print(costs.memory)
 """

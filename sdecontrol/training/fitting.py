@@ -1,0 +1,137 @@
+"""What ``fit_score`` and ``fit_bridge`` share: checks of data and model, the descent, and the residual network."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import NonFiniteError
+from ..tensors import as_float, check_count, check_output, check_tensor
+from .progress import ProgressBar
+
+__all__ = ["ResidualNetwork", "check_data", "descend", "trained_copy"]
+
+_WARMUP = 200
+_AVERAGE = 0.999
+
+
+def check_data(data: Any, least: int, iterations: Any, batch_size: Any) -> None:
+    """Raise unless ``data`` is ``(n, *event)`` with n of at least ``least``, and the numbers are counts."""
+    check_tensor("data", data, hint="data: (n, *event).")
+    if data.ndim < 2 or len(data) < least:
+        raise ValueError(
+            f"data must have shape (n, *event) with n >= {least}, got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers."
+        )
+    check_count("iterations", iterations)
+    check_count("batch_size", batch_size)
+
+
+def trained_copy(model: Any, called: str, x: Tensor, *rest: Tensor) -> nn.Module:
+    """A copy of a user's model to train, which gives the shape of x when it is called with x and the rest, as ``called`` says.
+
+    Raises:
+        TypeError, ValueError: otherwise.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module {called} -> (batch, *event) or None, got {type(model).__name__}.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model has no trainable parameters.")
+    with torch.no_grad():
+        out = copy.deepcopy(model).eval()(x, *rest)
+    check_output("model", out, x.shape, x, f"It is called as model{called}, {called[4]} (batch,).")
+    return copy.deepcopy(model).train()
+
+
+def descend(
+    network: nn.Module, loss: Callable[[int], Tensor], iterations: int, rate: Any, title: str, progress: bool | None
+) -> nn.Module:
+    """Adam on ``loss(i)`` with a warm-up and a cosine decay, clipped gradients, and at the end an average of the weights.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        NonFiniteError: the loss is not finite. ValueError: ``rate``, the learning rate, is not positive.
+    """
+    rate = as_float("learning_rate", rate, positive=True)
+    parameters: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in parameters]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=fused)
+    with ProgressBar(iterations, title, progress, measure="loss") as bar:
+        for i in range(iterations):
+            value = loss(i)
+            number = float(value.detach())
+            if not math.isfinite(number):
+                raise NonFiniteError(
+                    f"the loss is not finite at iteration {i}: the model's prediction is {number}; "
+                    "try a smaller learning_rate.",
+                    what="loss",
+                    step=i,
+                )
+            warm = min(1.0, (i + 1) / max(1.0, min(_WARMUP, 0.1 * iterations)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * i / iterations))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(average, parameters, 1 - min(_AVERAGE, (i + 1) / (i + 10)))
+            bar.update(i + 1, iterations, {"loss": number})
+    with torch.no_grad():
+        for p, mean in zip(parameters, average):
+            p.copy_(mean)
+    return network.eval()
+
+
+class ResidualBlock(nn.Module):
+    """Residual block: norm, linear, scale and shift by the time features, SiLU, linear (zero at the start)."""
+
+    def __init__(self, width: int, inner: int, time_width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, inner)
+        self.film = nn.Linear(time_width, 2 * inner)
+        self.contract = nn.Linear(inner, width)
+        for layer in (self.film, self.contract):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: Tensor, features: Tensor) -> Tensor:
+        scale, shift = self.film(features).chunk(2, dim=-1)
+        return h + self.contract(F.silu(torch.addcmul(shift, self.expand(self.norm(h)), 1 + scale)))
+
+
+class ResidualNetwork(nn.Module):
+    """``size`` numbers to as many through residual blocks that see a time; untrained it gives 0."""
+
+    frequencies: Tensor
+
+    def __init__(self, size: int, width: int = 128, inner: int = 256, blocks: int = 3, time_width: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
+        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
+        self.inlet = nn.Linear(size, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+        self.outlet = nn.Linear(width, size)
+        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.outlet.bias)
+
+    def correction(self, z: Tensor, time: Tensor, more: Tensor | None = None) -> Tensor:
+        """At numbers ``(batch, size)`` of unit variance and a time ``(batch | 1, 1)`` within about [0, pi/2]; ``more``: features
+        ``(batch, time_width)`` beside those of time."""
+        angles = time * self.frequencies
+        features = self.time(torch.cat((angles.sin(), angles.cos()), 1))
+        features = features if more is None else features + more
+        h = self.inlet(z)
+        for block in self.blocks:
+            h = block(h, features)
+        return self.outlet(F.silu(self.norm(h)))
