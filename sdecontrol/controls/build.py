@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..paths.paths import Paths
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
 from ..processes.annealed import AnnealedLangevin
-from ..processes.generative import GenerativeSDE
-from ..processes.linear import LinearSDE
-from ..processes.sde import SDE
 from ..randomness import derive_seed, generator_for
 from ..tensors import check_output, probing
 from .base import Control, StartedControl, UserControl
@@ -27,7 +23,7 @@ from .guidance import ValueControl, value_from_configuration
 from .mixture import CorrectedControl, MixtureControl
 from .network import DefaultControl, condition_parts
 from .path_integral import PathIntegralControl
-from .tuned import TunedControl, has_trainable_model
+from .tuned import TunedControl
 
 __all__ = ["build_control", "control_from_configuration", "corrected"]
 
@@ -49,7 +45,7 @@ def build_control(
     """
     if control is not None:
         main = _users(problem, chain.main, control)
-    elif has_trainable_model(problem.reference):
+    elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     else:
         main = _network(problem, chain, derive_seed(seed, 11), normalise=True, scale_gate=scale_gate)
@@ -163,7 +159,7 @@ def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float]
 def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma constant."""
     reward, sde = problem.reward_function, problem.reference
-    sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
+    sigma = sde.constant_diffusion
     if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
         return None
     assert isinstance(reward, (Quadratic, Linear))
@@ -177,7 +173,7 @@ def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
 def _linear_quadratic(problem: ControlProblem) -> bool:
     """Whether the optimal control is affine in x."""
     return (
-        isinstance(problem.reference, LinearSDE)
+        problem.reference.as_linear() is problem.reference
         and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
         and isinstance(problem.running_cost_function, (QuadraticCost, type(None)))
     )
@@ -188,13 +184,13 @@ def _network(
     chain: Chain,
     seed: int,
     normalise: bool,
-    denoiser: GenerativeSDE | MixtureControl | None = None,
+    denoiser: Any = None,
     scale_gate: bool = True,
     **options: Any,
 ) -> DefaultControl:
     sde = problem.reference
-    gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
-    if isinstance(sde, GenerativeSDE):
+    gated = problem.has_gradient and problem.reward_function is not None and sde.continuous
+    if sde.pretrained and sde.continuous:
         if denoiser is not None:
             gated = False  # the mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off
         elif options.pop("denoised", True):
@@ -230,7 +226,7 @@ def _network(
         problem.horizon,
         reward_gradient=pull,
         fade=fade,
-        sde=sde if gated and isinstance(sde, SDE) else None,
+        sde=sde if gated else None,
         affine_pull=_affine_pull(problem) if gated else None,
         nonlinear=not _linear_quadratic(problem),
         denoiser=denoiser,
@@ -295,7 +291,11 @@ def control_from_configuration(
             condition_size=kind["condition_size"],
             classes=kind["classes"],
             gate_scale=kind.get("gate_scale", 1.0),
-            **({"denoised": kind.get("denoised", False)} if isinstance(problem.reference, GenerativeSDE) else {}),
+            **(
+                {"denoised": kind.get("denoised", False)}
+                if problem.reference.pretrained and problem.reference.continuous
+                else {}
+            ),
         )
     if given is None:
         raise TypeError("this solution's control is your own module: give it again as load(..., control=module).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from .base import Control, UserControl
 
-__all__ = ["GivenControl", "ZeroControl", "given_control"]
+__all__ = ["GivenControl", "ZeroControl", "each_time", "given_control", "repeat_rows", "rows_of"]
 
 
 class ZeroControl(Control):
@@ -65,6 +65,16 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()
+
+
+def each_time(at: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Any) -> Tensor:
+    """``at(x, t, y)`` at times ``(batch,)`` of what is a function of one time: the rows of each time together."""
+    times = torch.unique(t)
+    if len(times) == 1:
+        return at(x, times[0], y)
+    rows = [(t == time).nonzero().flatten() for time in times]
+    out = torch.cat([at(x[r], time, rows_of(y, r)) for r, time in zip(rows, times)])
+    return out[torch.argsort(torch.cat(rows))]
 
 
 def rows_of(y: Any, rows: Any) -> Any:

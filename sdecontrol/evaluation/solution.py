@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..controls.base import Control, StartedControl
 from ..controls.build import control_from_configuration
 from ..controls.guidance import value_from_configuration
@@ -21,7 +20,6 @@ from ..files.bundles import check_fingerprint, read_bundle, require, write_bundl
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
-from ..processes.generative import GenerativeSDE
 from ..tensors import check_tensor
 from .evaluate import Evaluation, evaluate, log_weights
 
@@ -137,7 +135,7 @@ class Solution:
             ValueError: the problem's reference is no pre-trained model.
         """
         reference = self.problem.reference
-        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+        if not reference.pretrained:
             raise ValueError(
                 "solution.model needs a pre-trained model as reference (generative_sde or diffusion_chain); "
                 "use solution.control here."

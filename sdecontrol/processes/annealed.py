@@ -42,6 +42,7 @@ class AnnealedLangevin(SDE):
     """
 
     default_scheme = "exponential"
+    backward = True
     kind = "annealed"
 
     def __init__(
