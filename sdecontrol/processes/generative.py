@@ -254,13 +254,17 @@ class GenerativeSDE(Pretrained, SDE):
         times = chain.times[:-1]
         c = self.coefficients(times)
         clocks, gains = c.clock.to(times), c.gain.tolist()
-        # without a strength in one multiplication, with one as it has always been rounded
-        whole = None if strength is not None else [gain * chain.gain(k) for k, gain in enumerate(gains)]
+        # a tuned model is asked for at every step of training: one multiplication
+        at_once = strength is None and not isinstance(chain.gain(0), Tensor)
+        whole = [gain * chain.gain(k) for k, gain in enumerate(gains)] if at_once else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             before = self.prediction_at(k, x, clocks[k], y)
             change = call_model(model, x, clocks[k], y) - before
-            return change * whole[k] if whole is not None else strength * chain.shift(k, change * gains[k])
+            if whole is not None:
+                return change * whole[k]
+            c = chain.shift(k, change * gains[k])
+            return c if strength is None else strength * c
 
         return shift
 
