@@ -1,6 +1,7 @@
 """One protocol for pre-trained references: the same assertions for an SDE, a discrete sampler, and a kind of its own that the package does not know."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Annealed(PretrainedChain):
     def __init__(self, model):
         super().__init__(model, (2,), SIGMAS, torch.zeros((), dtype=F64))
         self.own_initial = sc.Gaussian(MEAN, VARIANCE + SIGMAS[0] ** 2)
-        self.parts = [(1 - (b / a) ** 2, b * math.sqrt(1 - (b / a) ** 2)) for a, b in zip(SIGMAS, SIGMAS[1:])]
+        self.parts = [(1 - (b / a) ** 2, b * math.sqrt(1 - (b / a) ** 2)) for a, b in pairwise(SIGMAS)]
 
     def to_x0(self, k, x, prediction):
         return prediction

@@ -124,7 +124,7 @@ class GenerativeSDE(Pretrained, SDE):
         self.control_shape = self.event_shape
         self.horizon = 1.0
         self._constant, self._diffusion_function = None, self.diffusion
-        self._seen: dict[float, Coefficients] = {}
+        self._seen: dict[float, Any] = {}
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
@@ -195,8 +195,8 @@ class GenerativeSDE(Pretrained, SDE):
             data_of_prediction=-std * b / mu,
         )
 
-    def at(self, t: Tensor | float) -> Coefficients:
-        """All coefficients at one process time, as floats; remembered, since every step asks."""
+    def at(self, t: Tensor | float) -> Any:
+        """:class:`Coefficients` at one process time, as floats; remembered, since every step asks."""
         time = float(t)
         if time not in self._seen:
             if len(self._seen) > 4096:

@@ -65,8 +65,8 @@ class SDE(Reference):
         self._diffusion_function: Callable[..., Any] | None = None
         self._constant: Tensor | None = None
         self._layout = "elementwise"
-        self.additive = isinstance(diffusion, Tensor) or not callable(diffusion)
-        if not self.additive:
+        if callable(diffusion) and not isinstance(diffusion, Tensor):
+            self.additive = False
             self._diffusion_function = diffusion
             self.control_shape = self.event_shape  # settled by the first probe
         else:
