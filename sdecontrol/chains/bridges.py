@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..processes.generative import GenerativeSDE
 from ..processes.laws import Dirac, Gaussian, factor
 from ..tensors import is_matrix_scale, symmetric
 from .base import Chain
-from .exponential import GenerativeExponentialChain
-from .gaussian import EulerChain
 
 __all__ = ["ChainBridge", "NoisingBridge", "bridge_of"]
 
@@ -125,7 +122,7 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
     Raises:
         ValueError: nothing known does.
     """
-    if isinstance(chain.reference, GenerativeSDE) and start == "memoryless":
+    if chain.reference.schedule is not None and start == "memoryless":
         return NoisingBridge(chain)
     return ChainBridge(chain)
 
@@ -142,7 +139,7 @@ class NoisingBridge:
 
     def __init__(self, chain: Chain) -> None:
         sde = chain.reference
-        if not isinstance(chain, (EulerChain, GenerativeExponentialChain)) or not isinstance(sde, GenerativeSDE):
+        if chain.start or sde.schedule is None:
             raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
         if not sde.reversal:
             raise ValueError(
@@ -152,7 +149,7 @@ class NoisingBridge:
         c = sde.coefficients(times)
         ndim = len(chain.event_shape)
         shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * ndim)  # noqa: E731
-        self._mu, self._std = shape(c.log_mu.exp()), shape(c.std)
+        self._mu, self._std = shape(c.mu), shape(c.std)
         gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
         self._gain = shape(gains * c.level / c.std)
         self._denoise = sde.denoiser_on_grid(chain.times)

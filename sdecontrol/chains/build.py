@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..errors import NoLikelihood, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
+from ..processes.linear import LinearSDE
+from ..processes.reference import Reference
 from ..processes.sde import SDE
 from ..processes.semilinear import SemilinearSDE
 from ..tensors import check_tensor
@@ -61,46 +64,49 @@ SCHEMES = ("euler", "exact", "exponential")
 SAMPLING_SCHEMES = ("milstein", "srk", "heun", "midpoint", "euler-heun", "reversible-heun", "probability-flow")
 
 
-def chain_of(sde: SDE, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
-    """The chain of an SDE on a grid, by the scheme "euler", "exact" (linear references) or "exponential" (semi-linear and
-    generative ones).
+#: ``(sde, clock, dtype, device) -> chain`` by the class of a process (or one above it) and the name of a scheme
+_MAKERS: dict[type[Reference], dict[str, Callable[..., Chain]]] = {
+    SDE: {"euler": EulerChain},
+    LinearSDE: {"exponential": TransitionChain},  # nothing is left to approximate
+    SemilinearSDE: {"exponential": ExponentialChain},
+    GenerativeSDE: {"exponential": GenerativeExponentialChain},
+    AnnealedLangevin: {
+        scheme: lambda sde, clock, dtype, device, scheme=scheme: AnnealedChain(sde, clock, scheme, dtype, device)
+        for scheme in ("euler", "exponential")
+    },
+}
+
+
+def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
+    """The chain of a reference on a grid, by the scheme "euler", "exact" (linear references) or "exponential" (semi-linear and
+    generative ones); or the reference, where it is a chain of its own.
 
     Raises:
         NoLikelihood: a scheme that samples but has no Gaussian kernels. ValueError: an unknown scheme, or one that the
         reference does not have.
     """
+    if not reference.continuous:
+        return reference
     if scheme in SAMPLING_SCHEMES:
         raise NoLikelihood(
             f"scheme={scheme!r} has no Gaussian kernels, so no likelihood ratios, which solving, weights and exact "
             f"solutions need. Use scheme='euler' there; simulate(..., scheme={scheme!r}) samples with it."
         )
-    clock = make_grid(time_steps, sde.horizon)
-    if isinstance(sde, AnnealedLangevin) and scheme in ("euler", "exponential"):
-        return AnnealedChain(sde, clock, scheme, dtype, device)
-    if scheme == "euler":
-        return EulerChain(sde, clock, dtype, device)
+    if scheme not in SCHEMES:
+        raise unknown_name("scheme", scheme, SCHEMES)
+    clock, kind = make_grid(time_steps, reference.horizon), type(reference).__name__
     if scheme == "exact":
-        linear = sde.as_linear()
+        linear = reference.as_linear()
         if linear is None:
             raise ValueError(
                 "scheme='exact' needs a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck); "
-                f"{type(sde).__name__} has no exact transitions. Use scheme='euler'."
+                f"{kind} has no exact transitions. Use scheme='euler'."
             )
         return TransitionChain(linear, clock, dtype, device)
-    if scheme == "exponential":
-        return _exponential(sde, clock, dtype, device)
-    raise unknown_name("scheme", scheme, SCHEMES)
-
-
-def _exponential(sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> Chain:
-    if isinstance(sde, SemilinearSDE):
-        return ExponentialChain(sde, clock, dtype, device)
-    if isinstance(sde, GenerativeSDE):
-        return GenerativeExponentialChain(sde, clock, dtype, device)
-    linear = sde.as_linear()
-    if linear is not None:  # nothing is left to approximate
-        return TransitionChain(linear, clock, dtype, device)
+    for known in type(reference).__mro__:
+        if (make := _MAKERS.get(known, {}).get(scheme)) is not None:
+            return make(reference, clock, dtype, device)
     raise ValueError(
-        f"scheme='exponential' needs to know the linear part of the drift, which a {type(sde).__name__} does not say. "
+        f"scheme={scheme!r} needs to know the linear part of the drift, which a {kind} does not say. "
         "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."
     )

@@ -1,4 +1,4 @@
-"""Discrete diffusion models as chains of their own: DDPM ancestral steps and DDIM with eta > 0."""
+"""Pre-trained models as chains of their own; and discrete diffusion models: DDPM ancestral steps and DDIM with eta > 0."""
 
 from __future__ import annotations
 
@@ -12,57 +12,130 @@ from torch import Tensor, nn
 
 from ..errors import check_name
 from ..memory import recall
-from ..processes.generative import call_model
 from ..processes.laws import Gaussian
-from ..randomness import generator_for
-from ..tensors import as_float, check_output, check_tensor, probing
+from ..processes.pretrained import ControlFunction, Model, Pretrained
+from ..tensors import as_float, check_tensor
 from .base import Chain
 
-__all__ = ["DiffusionChain", "diffusion_chain"]
+__all__ = ["DiffusionChain", "PretrainedChain", "diffusion_chain"]
 
 PREDICTIONS = ("noise", "sample", "v")
 SAMPLERS = ("ddpm", "ddim")
 
 
-class DiffusionChain(Chain):
-    """The sampler of a discrete diffusion model. Made by :func:`diffusion_chain`.
+class PretrainedChain(Pretrained, Chain):
+    """Base of the samplers that come with a model: chains of their own, ``t = k/K``, ``h = 1/K``, whose last, noiseless step is ``decode``: it
+    carries no likelihood and always uses the pre-trained model.
 
-    ``t = k/K``, ``h = 1/K``. Its last, noiseless step (the prediction of x0 from the least noisy level) is ``decode``:
-    it carries no likelihood and always uses the pre-trained model.
+    A kind says what follows, and nothing else in the package asks which one it is (``describe()`` too, for saved files)::
+
+        kernel(k, x, y)                             of the pre-trained model
+        to_x0(k, x, prediction)                     x0^ at level k from a prediction of the model's own kind, clipped where the model is
+        shift_towards(k, x, prediction, y)          the shift that moves step k's law to that of another prediction
+        change_at(k, x, c)                          the change of the prediction at level k whose shift is c (without clipping)
+
+    Args:
+        model: ``model(x, n)``, or ``model(x, n, y)``; n ``(batch,)`` as in ``levels``.
+        shape: of one state.
+        levels: what the model calls the K + 1 states, the last for ``decode``: integers, or floats.
+        like: whose dtype and device the chain has where the model has no parameters.
     """
 
-    generative = True
-    reverse_target = controlled_target = False
-    mixture = None
+    continuous = False
+    decodes = True
+    called = ("n", "n (batch,) integers")
+
+    def __init__(self, model: Model, shape: Sequence[int], levels: Sequence[float], like: Tensor) -> None:
+        self.model, self.levels, self.reference = model, list(levels), self
+        self.event_shape = self.noise_shape = self.control_shape = torch.Size(int(n) for n in shape)
+        like = next(model.parameters(), like) if isinstance(model, nn.Module) else like
+        self.dtype, self.device, self.horizon = like.dtype, like.device, 1.0
+        steps = len(self.levels) - 1
+        self._set_times([k / steps for k in range(steps + 1)], like.dtype, like.device)
+
+    def to_x0(self, k: int, x: Tensor, prediction: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def shift_towards(self, k: int, x: Tensor, prediction: Tensor, condition: Any = None) -> Tensor:
+        raise NotImplementedError
+
+    def change_at(self, k: int, x: Tensor, c: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _level(self, t: float) -> int:
+        """The level nearest to time t, that of ``decode`` among them."""
+        return min(round(t * self.steps), self.steps)
+
+    def model_time(self, t: float, x: Tensor) -> Tensor:
+        level = self.levels[self._level(t)]
+        return torch.tensor(level, dtype=x.dtype if isinstance(level, float) else torch.long, device=x.device)
+
+    def prediction_at(self, k: int, x: Tensor, condition: Any = None) -> Tensor:
+        """The pre-trained prediction at level k: once a step, though kernel and control both ask for it."""
+        return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
+
+    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
+        return self.to_x0(self._level(float(t)), x, self.predict(self.model, x, t, condition))
+
+    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+        return self.denoised(x, 1.0, condition)
+
+    def control_towards(
+        self, model: Model, x: Tensor, t: Tensor, condition: Any = None, strength: float = 1.0
+    ) -> Tensor:
+        k = self.step_at(float(t))
+        return self.control(k, self.shifts_towards(model, self, strength)(k, x, condition))
+
+    def shifts_towards(
+        self, model: Model, chain: Any, strength: float | None = None
+    ) -> Callable[[int, Tensor, Any], Tensor]:
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            c = self.shift_towards(k, x, self.predict(model, x, self.clock[k], y), y)
+            return c if strength is None else strength * c
+
+        return shift
+
+    def controlled(self, clock: Tensor) -> Tensor:
+        return clock != self.levels[-1]
+
+    def prediction_change(self, control: ControlFunction, x: Tensor, clock: Tensor, condition: Any = None) -> Tensor:
+        change = torch.zeros_like(x)
+        nearest = (clock.reshape(-1, 1) - torch.tensor(self.levels[:-1], device=x.device)).abs().argmin(1)
+        for k in nearest.unique().tolist():
+            rows = (nearest == k).nonzero().flatten()
+            u = control(x[rows], self.times[k], None if condition is None else condition[rows])
+            change = change.index_copy(0, rows, self.change_at(k, x[rows], self.shift(k, u)))
+        return change
+
+    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        """``(mean_k(x) - x) / h`` of the step that contains t (for probes and figures)."""
+        k = self.step_at(float(t))
+        return (self.kernel(k, x, condition)[0] - x) / self.step_sizes[k]
+
+
+class DiffusionChain(PretrainedChain):
+    """The sampler of a discrete diffusion model. Made by :func:`diffusion_chain`."""
 
     def __init__(
         self,
-        model: Callable[..., Tensor],
+        model: Model,
         alphas_cumprod: Tensor,
         prediction: str,
         shape: Sequence[int],
         levels: list[int],
         eta: float,
         clip: float | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        like: Tensor,
     ) -> None:
-        self.model, self.prediction, self.levels, self.eta, self.clip = model, prediction, levels, eta, clip
-        self.reference = self
-        self.event_shape = self.noise_shape = self.control_shape = torch.Size(int(n) for n in shape)
-        steps = len(levels) - 1
-        self._set_times([k / steps for k in range(steps + 1)], dtype, device)
-        self.dtype, self.device, self.horizon = dtype, device, 1.0
+        super().__init__(model, shape, levels, like)
+        self.prediction, self.eta, self.clip = prediction, eta, clip
         self.alphas_cumprod = alphas_cumprod
         abar = [float(alphas_cumprod[n]) for n in levels]
         self._mu, self._std = [math.sqrt(a) for a in abar], [math.sqrt(1 - a) for a in abar]
         self._coefficients = [self._step_coefficients(a, b) for a, b in pairwise(abar)]
-        self._scales = torch.tensor([c[2] for c in self._coefficients], dtype=torch.float64).to(
-            device=device, dtype=dtype
-        )
-        self.own_initial = Gaussian(torch.zeros(self.event_shape, dtype=dtype, device=device), 1.0)
+        self._scales = torch.tensor([c[2] for c in self._coefficients], dtype=torch.float64).to(self.times)
+        self.own_initial = Gaussian(self.times.new_zeros(self.event_shape), 1.0)
         self.memory = self._memory(abar)
-        self.drift_takes_condition = True
 
     def _step_coefficients(self, a: float, b: float) -> tuple[float, float, float]:
         """Mean of a step from abar = a to abar = b as ``x0_part x0^ + x_part x``, and its scale."""
@@ -81,7 +154,6 @@ class DiffusionChain(Chain):
         return abs(total) / math.sqrt(variance)
 
     def to_x0(self, k: int, x: Tensor, prediction: Tensor) -> Tensor:
-        """x0^ at level k from a prediction of the model's own kind, clipped where the model is."""
         mu, std = self._mu[k], self._std[k]
         if self.prediction == "sample":
             x0 = prediction
@@ -91,51 +163,20 @@ class DiffusionChain(Chain):
             x0 = mu * x - std * prediction
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
-    def prediction_gain(self, k: int) -> float:
-        """``d x0^ / d prediction`` at level k (without clipping)."""
-        return {"sample": 1.0, "noise": -self._std[k] / self._mu[k], "v": -self._std[k]}[self.prediction]
-
-    def predict(self, model: Callable[..., Tensor], k: int, x: Tensor, condition: Any = None) -> Tensor:
-        """A model's prediction at level k: it is called with its own integer step ``(batch,)``."""
-        return call_model(model, x, torch.tensor(self.levels[k], device=x.device), condition)
-
-    def _reference_prediction(self, k: int, x: Tensor, condition: Any) -> Tensor:
-        return recall(self, k, x, lambda: self.predict(self.model, k, x, condition))
-
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         x0_part, x_part, _ = self._coefficients[k]
-        x0 = self.to_x0(k, x, self._reference_prediction(k, x, condition))
+        x0 = self.to_x0(k, x, self.prediction_at(k, x, condition))
         return torch.add(x_part * x, x0, alpha=x0_part), self._scales[k]
 
-    def shift_towards(self, k: int, x: Tensor, tuned: Tensor, condition: Any = None) -> Tensor:
-        """The shift that moves step k's mean to that of a tuned prediction: ``(mean_tuned - mean_ref) / scale``."""
+    def shift_towards(self, k: int, x: Tensor, prediction: Tensor, condition: Any = None) -> Tensor:
         x0_part, _, scale = self._coefficients[k]
-        ours, theirs = self.to_x0(k, x, tuned), self.to_x0(k, x, self._reference_prediction(k, x, condition))
+        ours, theirs = self.to_x0(k, x, prediction), self.to_x0(k, x, self.prediction_at(k, x, condition))
         return (ours - theirs) * (x0_part / scale)
 
-    def prediction_change(self, k: int, c: Tensor) -> Tensor:
-        """The change of the prediction at level k whose shift is c (without clipping)."""
+    def change_at(self, k: int, x: Tensor, c: Tensor) -> Tensor:
         x0_part, _, scale = self._coefficients[k]
-        return c * (scale / (x0_part * self.prediction_gain(k)))
-
-    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
-        last = self.steps
-        return self.to_x0(last, x, self.predict(self.model, last, x, condition))
-
-    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        """``(mean_k(x) - x) / h`` of the step that contains t (for probes and figures)."""
-        k = self.step_at(float(t))
-        return (self.kernel(k, x, condition)[0] - x) / self.step_sizes[k]
-
-    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
-        x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
-        x = x.to(device=device, dtype=dtype)
-        y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
-        with torch.no_grad():
-            called = "model(x, n), x (batch, *shape), n (batch,) integers" if y is None else "model(x, n, y)"
-            with probing("model", f"{called}, x {tuple(x.shape)}"):
-                value = self.predict(self.model, 0, x, y)
-            check_output("model", value, x.shape, x, f"It is called as {called}.")
+        gain = {"sample": 1.0, "noise": -self._std[k] / self._mu[k], "v": -self._std[k]}[self.prediction]
+        return c * (scale / (x0_part * gain))
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -197,17 +238,5 @@ def diffusion_chain(
             raise ValueError(
                 f"eta={eta} is too large: the step from level {a} to {b} would need more noise than there is."
             )
-    parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
-    dtype = parameter.dtype if parameter is not None else alphas_cumprod.dtype
-    device = parameter.device if parameter is not None else alphas_cumprod.device
-    return DiffusionChain(
-        model,
-        abar,
-        prediction,
-        shape,
-        levels,
-        eta,
-        None if clip is None else as_float("clip", clip, positive=True),
-        dtype,
-        device,
-    )
+    clip = None if clip is None else as_float("clip", clip, positive=True)
+    return DiffusionChain(model, abar, prediction, shape, levels, eta, clip, like=alphas_cumprod)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..chains.shifts import shift_function
 from ..controls.build import build_control
-from ..controls.tuned import has_trainable_model
 from ..errors import NoExactSolution
 from ..exact import exact_solution
 from ..memory import remembering
@@ -37,10 +35,7 @@ from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
-from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
-from ..processes.linear import LinearSDE
-from ..processes.sde import SDE
 from ..tensors import as_float
 from .auto import Auto
 from .compare import method_label
@@ -169,7 +164,9 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
         "apart, where it begins with a mixture fitted to particles, nothing else that was trained came as near to the target (docs/mixture.md).",
     )
     # a model that is not to be tuned itself: the control begins with a mixture
-    begun = _pretrained(problem) and problem.event_shape.numel() <= 64 and ends_for_a_mixture(problem) is not None
+    begun = (
+        problem.reference.pretrained and problem.event_shape.numel() <= 64 and ends_for_a_mixture(problem) is not None
+    )
     if not problem.has_gradient:
         return [far, *black_box] if begun else [*black_box, far]
     first = [
@@ -180,14 +177,14 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             + part,
         )
     ]
-    if _constant_noise(problem):
+    if problem.reference.additive:
         weighted = Suggestion(
             SOCM(steps=steps),
             "the reward has a gradient: the regression of adjoint matching, weighted towards the target, so that modes that the control has not "
             "moved to yet count; on a Gaussian mixture it had little more than half of adjoint matching's gap at equal CPU time."
             + part,
         )
-        first.insert(0 if _pretrained(problem) else 1, weighted)
+        first.insert(0 if problem.reference.pretrained else 1, weighted)
     mode = "full" if fits else "adjoint"
     why = "fits" if fits else "does not fit, so the backward pass stores states only and redoes each step"
     first.append(
@@ -197,12 +194,12 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             "behind all others here.",
         )
     )
-    first.insert(0 if begun else 1 if _pretrained(problem) else len(first), far)
+    first.insert(0 if begun else 1 if problem.reference.pretrained else len(first), far)
     return [*first, black_box[0]]
 
 
 def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
-    generative = _pretrained(problem)
+    generative = problem.reference.pretrained
     out = [
         Suggestion(
             SMC(twist="tweedie" if generative else None),
@@ -257,26 +254,16 @@ def _accepts(method: Method, problem: ControlProblem) -> bool:
 # ---------------------------------------------------------------- what the problem offers
 
 
-def _pretrained(problem: ControlProblem) -> bool:
-    return isinstance(problem.reference, (GenerativeSDE, DiffusionChain))
-
-
-def _constant_noise(problem: ControlProblem) -> bool:
-    """Whether the diffusion does not depend on the state, as far as that is known."""
-    sde = problem.reference
-    return not isinstance(sde, SDE) or sde.constant_diffusion is not None or isinstance(sde, (LinearSDE, GenerativeSDE))
-
-
 def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
     reward = "the reward has a gradient" if problem.has_gradient else "the reward is a black box"
     facts = [reward if problem.reward_function is not None else "no terminal reward"]
-    if _pretrained(problem):
+    if problem.reference.pretrained:
         facts.append(
             "a pre-trained model with trainable parameters"
-            if has_trainable_model(problem.reference)
+            if problem.reference.trainable
             else "a fixed pre-trained model"
         )
-    elif isinstance(problem.reference, LinearSDE):
+    elif problem.reference.as_linear() is problem.reference:
         facts.append("a linear reference")
     else:
         facts.append("a nonlinear reference")
@@ -314,9 +301,7 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[floa
     """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's trainable parameters."""
     control = build_control(problem, chain, seed=0)
     own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
-    model = getattr(problem.reference, "model", None)
-    if isinstance(model, nn.Module):
-        own |= {p.data_ptr() for p in model.parameters()}
+    own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}
     k = chain.start  # of the process itself, after the stretch of a controlled start
     shift = shift_function(chain, control)
 

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
-from ..processes.generative import GenerativeSDE
-from ..processes.linear import LinearSDE
 from ..randomness import derive_seed
 from .base import Control, StartedControl, as_control
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
 from .reward_term import gate_scale
-from .tuned import TunedControl, has_trainable_model
+from .tuned import TunedControl
 
 __all__ = ["build_control", "corrected"]
 
@@ -40,7 +37,7 @@ def build_control(
     """
     if control is not None:
         main = as_control(problem, chain.main, control)
-    elif has_trainable_model(problem.reference):
+    elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     else:
         main = _network(problem, chain, derive_seed(seed, 11), scale_gate=scale_gate)
@@ -60,7 +57,7 @@ def corrected(problem: ControlProblem, chain: Chain, base: MixtureControl, *, se
 def _linear_quadratic(problem: ControlProblem) -> bool:
     """Whether the optimal control is affine in x."""
     return (
-        isinstance(problem.reference, LinearSDE)
+        problem.reference.as_linear() is problem.reference
         and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
         and isinstance(problem.running_cost_function, (QuadraticCost, type(None)))
     )
@@ -70,13 +67,13 @@ def _network(
     problem: ControlProblem,
     chain: Chain,
     seed: int,
-    denoiser: GenerativeSDE | MixtureControl | None = None,
+    denoiser: Any = None,
     scale_gate: bool = True,
 ) -> DefaultControl:
     """The default network, normalised by a few paths of the reference."""
     sde = problem.reference
-    gated = problem.has_gradient and problem.reward_function is not None and not isinstance(sde, DiffusionChain)
-    if isinstance(sde, GenerativeSDE):
+    gated = problem.has_gradient and problem.reward_function is not None and sde.continuous
+    if sde.pretrained and sde.continuous:
         # a mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off
         gated, denoiser = gated and denoiser is None, denoiser or sde
     with torch.no_grad():

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.exponential import GenerativeExponentialChain
-from ..chains.gaussian import EulerChain, TransitionChain
+from ..chains.gaussian import TransitionChain
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
@@ -125,7 +124,6 @@ class NoisingEnds:
     def __init__(self, reference: GenerativeSDE) -> None:
         self.reference = reference
         self._first = float(reference.schedule.std(torch.zeros((), dtype=torch.float64)))
-        self._seen: dict[float, tuple[float, float, float]] = {}
 
     def white(self, x: Tensor) -> Tensor:
         return x.flatten(1)
@@ -133,29 +131,20 @@ class NoisingEnds:
     def coloured(self, z: Tensor) -> Tensor:
         return z.unflatten(1, self.reference.event_shape)
 
-    def _at(self, t: float) -> tuple[float, float, float]:
-        """mu, std and the noise level; remembered, since every step asks."""
-        if t not in self._seen:
-            if len(self._seen) > 4096:
-                self._seen.clear()
-            c = self.reference.coefficients(torch.tensor([t], dtype=torch.float64))
-            self._seen[t] = float(c.log_mu.exp()), float(c.std), float(c.level)
-        return self._seen[t]
-
     def between(self, t: float) -> tuple[float, float]:
-        mu, std, _ = self._at(t)
-        return mu, max(std**2 - (mu * self._first) ** 2, 0.0)
+        c = self.reference.at(t)
+        return c.mu, max(c.std**2 - (c.mu * self._first) ** 2, 0.0)
 
     def rate(self, t: float) -> float:
-        return self._at(t)[2]
+        return self.reference.at(t).level
 
     def pull(self, t: float) -> float:
         a, variance = self.between(t)
         return self.rate(t) * a / variance
 
     def _score(self, x: Tensor, denoised: Tensor, t: float) -> Tensor:
-        mu, std, _ = self._at(t)
-        return (mu * denoised - x).flatten(1) / std**2
+        c = self.reference.at(t)
+        return (c.mu * denoised - x).flatten(1) / c.std**2
 
     def score(self, x: Tensor, t: float) -> Tensor:
         return self._score(x, self.reference.denoised(x, torch.tensor(t, dtype=x.dtype, device=x.device)), t)
@@ -165,7 +154,7 @@ class NoisingEnds:
         return (self.white(x) + variance * self.score(x, t)) / a
 
     def on_grid(self, chain: Chain) -> Callable[[int, Tensor, Tensor], Tensor] | None:
-        if not isinstance(chain, (EulerChain, GenerativeExponentialChain)) or chain.reference is not self.reference:
+        if chain.start or chain.reference is not self.reference:
             return None
         denoise, times = self.reference.denoiser_on_grid(chain.times), chain.times[:-1].tolist()
         gains = [float(chain.gain(k)) * self.rate(t) for k, t in enumerate(times)]
@@ -189,7 +178,7 @@ def ends_of(problem: ControlProblem) -> Ends:
     if problem.condition is None:
         if isinstance(problem, GibbsProblem) and isinstance(reference, TimeChanged):
             return TimeChangedEnds(reference)
-        if isinstance(reference, GenerativeSDE) and reference.reversal and problem.start == "memoryless":
+        if reference.reversal and problem.start == "memoryless":
             return NoisingEnds(reference)
     raise TypeError(
         "a mixture's control needs a gibbs_problem with reference='ou' or 'brownian', or a memoryless generative_sde with "

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..chains.shifts import ShiftFunction
 from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from ..problems.simulate import simulate_chain
-from ..processes.generative import GenerativeSDE
-from ..processes.sde import SDE
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control, at_each_time
@@ -111,7 +108,7 @@ class ValueControl(Control):
         if t.ndim:
             return at_each_time(self.at, x, t, y)
         chain = self._chain[0]
-        if isinstance(chain.reference, SDE) and float(t) >= 0:
+        if chain.reference.continuous and float(t) >= 0:
             return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)
         k = chain.step_at(float(t))
         return chain.control(k, self._scaled(chain, k, x, self.gradient(x, t, y), y))
@@ -123,7 +120,7 @@ class ValueControl(Control):
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         main = chain.main
         reference, start = chain.reference, chain.start
-        sigma = reference.diffusion_on_grid(main.times[:-1]) if isinstance(reference, SDE) else None
+        sigma = reference.diffusion_on_grid(main.times[:-1]) if reference.continuous else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             gradient = self.gradient(x, chain.times[k], y)
@@ -171,12 +168,12 @@ class TweedieValue(LogValue):
     def __init__(self, problem: ControlProblem, chain: Chain, classifier: Any = None, label: int | None = None) -> None:
         super().__init__()
         reference = problem.reference
-        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+        if not reference.pretrained:
             raise ValueError(
                 "Tweedie's formula needs a denoiser, the reference being a pre-trained model (generative_sde or "
                 f"diffusion_chain); a {type(reference).__name__} has none. Use value='monte-carlo' or 'soft-q'."
             )
-        if isinstance(reference, DiffusionChain) and reference.clip is not None:
+        if reference.clip is not None:
             raise ValueError(
                 f"the reference clips its prediction of x0 to {reference.clip}: it is then not the posterior mean that "
                 "Tweedie's formula needs. Make the chain with clip=None."
@@ -188,7 +185,6 @@ class TweedieValue(LogValue):
             )
         self._problem, self._chain, self.label = [problem], [chain], label
         self._log_prob = [None if classifier is None else LogProb(classifier, label)]
-        self._numbers: dict[float, tuple[float, float]] = {}
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -201,25 +197,13 @@ class TweedieValue(LogValue):
 
     def denoised(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``x0^``, what the reference's model expects the data to be."""
-        reference, time = self._problem[0].reference, float(t)
+        time = float(t)
         if time < 0:
             first = self._chain[0].segments[0]
             k = first.step_at(time)
             mean = first.kernel(k, x, y)[0]
             x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
-        if isinstance(reference, DiffusionChain):
-            k = min(round(time * reference.steps), reference.steps)
-            return reference.to_x0(k, x, reference.predict(reference.model, k, x, y))
-        assert isinstance(reference, GenerativeSDE)
-        if time not in self._numbers:
-            at = reference.coefficients(torch.tensor([time], dtype=torch.float64))
-            s = reference.schedule.noising_time(at.clock)
-            ratio, mu = float(reference.schedule.std(s)), float(at.log_mu.exp())
-            # eps = a x + b prediction, x0^ = (x - std eps)/mu
-            a, b = float(at.eps_of_x), float(at.eps_of_prediction)
-            self._numbers[time] = ((1 - ratio * a) / mu, -ratio * b / mu)
-        of_x, of_prediction = self._numbers[time]
-        return of_x * x + of_prediction * reference.predict(reference.model, x, time, y)
+        return self._problem[0].reference.denoised(x, time, y)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         x0, log_prob = self.denoised(x, t, y), self._log_prob[0]
@@ -244,15 +228,7 @@ class ClassifierValue(LogValue):
         return cls(context.problem, context.own_value("classifier"), saved["label"])
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        reference, time = self._problem[0].reference, max(float(t), 0.0)
-        if isinstance(reference, DiffusionChain):
-            k = min(round(time * reference.steps), reference.steps)
-            clock = torch.tensor(reference.levels[k], device=x.device)
-        elif isinstance(reference, GenerativeSDE):
-            s = torch.tensor(float(reference.noising_time(time)), dtype=torch.float64).clamp(min=1e-5)
-            clock = reference.schedule.model_time(s).to(x)
-        else:
-            clock = torch.tensor(time, dtype=x.dtype, device=x.device)
+        clock = self._problem[0].reference.model_time(max(float(t), 0.0), x)
         return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
 from ..controls.base import Control, StartedControl
 from ..controls.saved import CONTROLS, Context, Kinds, Saved
 from ..controls.tuned import as_model
@@ -19,7 +18,6 @@ from ..files.contents import check_fingerprint, load_tensors, plain_settings, wi
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
-from ..processes.generative import GenerativeSDE
 from .evaluate import Evaluation, evaluate, log_weights
 
 __all__ = ["SOLUTIONS", "Solution", "TiltedStart", "load"]
@@ -137,7 +135,7 @@ class Solution:
             ValueError: the problem's reference is no pre-trained model.
         """
         reference = self.problem.reference
-        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+        if not reference.pretrained:
             raise ValueError(
                 "solution.model needs a pre-trained model as reference (generative_sde or diffusion_chain); "
                 "use solution.control here."

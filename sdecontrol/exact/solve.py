@@ -86,7 +86,7 @@ def _check_grids(problem: ControlProblem, grids: bool) -> None:
             f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "
             f"{tuple(problem.event_shape)}; grids need vector states."
         )
-    if not problem.reference.generative:
+    if not problem.reference.pretrained:
         return
     x = problem.draw_start(2, 0).double()
     try:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..chains.base import Chain
-from ..chains.pretrained import DiffusionChain
-from ..chains.shifts import ShiftFunction
-from ..controls.base import Control
-from ..controls.given import rows_of
+from ..controls.tuned import ModelControl
 from ..problems.problem import ControlProblem
-from ..processes.generative import GenerativeSDE, call_model
+from ..processes.pretrained import call_model
 from ..processes.sde import positional_count
 from ..tensors import as_float, check_output, probing
 from .base import ControlState, Method, Run, register
@@ -66,12 +62,12 @@ class ClassifierFreeGuidance(Method):
 
     def check(self, problem: ControlProblem) -> None:
         reference = problem.reference
-        if not isinstance(reference, (GenerativeSDE, DiffusionChain)):
+        if not reference.pretrained:
             raise ValueError(
                 "classifier-free-guidance needs a pre-trained model as reference (generative_sde or diffusion_chain), got "
                 f"{type(reference).__name__}."
             )
-        if isinstance(reference, DiffusionChain) and reference.clip is not None:
+        if reference.clip is not None:
             raise ValueError(
                 f"the reference clips its prediction of x0 to {reference.clip}, which does not commute with the weight. Make the "
                 "chain with clip=None."
@@ -95,15 +91,15 @@ class ClassifierFreeGuidance(Method):
         return ControlState(control)
 
 
-class _Guided(Control):
+class _Guided(ModelControl):
     """The shift towards the conditional model's mean, times 1 + w; nothing on the stretch of a controlled start."""
 
+    strength: float
+
     def __init__(self, problem: ControlProblem, conditional: Callable[..., Tensor], weight: float, label: Any) -> None:
-        super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
+        super().__init__(problem.reference)
         model = copy.deepcopy(conditional).eval() if isinstance(conditional, nn.Module) else conditional
-        reference = problem.reference
-        assert isinstance(reference, (GenerativeSDE, DiffusionChain))
-        self._model, self._reference = [model], [reference]  # in lists: not parts of this module
+        self._model = [model]  # in a list: not a part of this module
         self.strength, self.label = 1.0 + weight, label
 
     def _condition(self, x: Tensor, y: Any) -> Any:
@@ -112,55 +108,13 @@ class _Guided(Control):
         label = torch.as_tensor(self.label, device=x.device)
         return label.expand(len(x), *label.shape)
 
+    def predicted(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
+        return call_model(self._model[0], x, s, self._condition(x, y))
+
     def probe(self, problem: ControlProblem) -> None:
         """One call, so that what is wrong with the model is said before anything is simulated."""
-        x, y = problem.draw_start(3, 0), self._condition(problem.draw_start(3, 0), problem.draw_condition(3, 0))
-        reference, model = self._reference[0], self._model[0]
-        called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(y.shape)}"
+        x, y = problem.draw_start(3, 0), problem.draw_condition(3, 0)
+        called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(self._condition(x, y).shape)}"
         with torch.no_grad(), probing("conditional", called):
-            if isinstance(reference, DiffusionChain):
-                out = reference.predict(model, 0, x, y)
-            else:
-                out = reference.predict(model, x, 0.5, y)
+            out = self.reference.predict(self.predicted, x, 0.5, y)
         check_output("conditional", out, x.shape, x, f"It is called as {called}.")
-
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 1:
-            out = x.new_empty((x.shape[0], *self.control_shape))
-            for time in t.unique():
-                rows = (t == time).nonzero().flatten()
-                out[rows] = self.at(x[rows], time, rows_of(y, rows))
-            return out
-        if float(t) < 0:
-            return x.new_zeros((x.shape[0], *self.control_shape))
-        reference, model, label = self._reference[0], self._model[0], self._condition(x, y)
-        if isinstance(reference, DiffusionChain):
-            k = reference.step_at(float(t))
-            c = self.strength * reference.shift_towards(k, x, reference.predict(model, k, x, label), y)
-            return reference.control(k, c)
-        change = reference.predict(model, x, t, label) - reference.predict(reference.model, x, t, y)
-        return change * (self.strength * float(reference.gains(t.reshape(1))[0]))
-
-    def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        reference, model = self._reference[0], self._model[0]
-        main = chain.main
-        start, times = chain.start, main.times[:-1]
-        # the reference's own prediction is remembered in both cases, for the step itself
-        if isinstance(reference, DiffusionChain):
-
-            def towards(k: int, j: int, x: Tensor, y: Any) -> Tensor:
-                return reference.shift_towards(j, x, reference.predict(model, j, x, self._condition(x, y)), y)
-
-        else:
-            gains, clocks = reference.gains(times).tolist(), reference.coefficients(times).clock.to(times)
-
-            def towards(k: int, j: int, x: Tensor, y: Any) -> Tensor:
-                change = call_model(model, x, clocks[j], self._condition(x, y))
-                return chain.shift(k, (change - reference.prediction_at(j, x, clocks[j], y)) * gains[j])
-
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            if k < start:
-                return x.new_zeros((x.shape[0], *chain.noise_shape))
-            return self.strength * towards(k, k - start, x, y)
-
-        return shift

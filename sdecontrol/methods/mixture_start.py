@@ -11,7 +11,6 @@ from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.ends import Ends, ends_of
 from ..controls.mixture import MixtureControl
-from ..controls.tuned import has_trainable_model
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
@@ -32,7 +31,7 @@ def ends_for_a_mixture(problem: ControlProblem) -> Ends | None:
     be tuned itself, or no such control is known."""
     if problem.running_cost_function is not None or problem.event_shape.numel() > _LARGEST:
         return None
-    if has_trainable_model(problem.reference):
+    if problem.reference.trainable:
         return None
     try:
         return ends_of(problem)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..processes.generative import GenerativeSDE, call_model
+from ..processes.generative import GenerativeSDE
+from ..processes.pretrained import call_model
 from ..processes.sde import SDE
 from ..randomness import SeededNoise, fresh_seed
 from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
@@ -42,7 +43,7 @@ def require_generative(reference: Any, what: str) -> GenerativeSDE:
     Raises:
         TypeError: it is not.
     """
-    if not isinstance(reference, GenerativeSDE):
+    if getattr(reference, "schedule", None) is None:
         kind = type(reference).__name__
         raise TypeError(
             f"{what} needs a generative_sde(...) reference, whose score is known; got {kind}"

@@ -175,8 +175,8 @@ class GibbsProblem(ControlProblem):
     def roughness(self) -> float:
         """Size of an entry of the target's score in units of 1/scale: the pilot's root mean square at the target, or where the scale was
         given the median over the reference's end."""
-        if isinstance(self.reference, AnnealedLangevin):
-            return self.reference.roughness
+        if self.reference.reverse_target:
+            return self.reference.roughness  # type: ignore[union-attr]
         if self.pilot is not None and math.isfinite(self.pilot.roughness):
             return max(1.0, self.pilot.roughness)
         x = draw(self.terminal_law, _CHECKED, 0)

@@ -14,13 +14,12 @@ from torch.distributions import Distribution
 
 from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
-from ..chains.pretrained import DiffusionChain
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
 from ..errors import NonFiniteError, unknown_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
-from ..processes.linear import LinearSDE, moments
-from ..processes.sde import MEMORYLESS, SDE, check_memoryless, positional_count
+from ..processes.reference import Reference
+from ..processes.sde import MEMORYLESS, check_memoryless, positional_count
 from ..randomness import derive_seed, generator_for
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
@@ -54,7 +53,7 @@ class ControlProblem:
 
     def __init__(
         self,
-        reference: SDE | DiffusionChain,
+        reference: Reference,
         initial: Any = None,
         reward: Callable[..., Tensor] | None = None,
         running_cost: Callable[..., Tensor] | None = None,
@@ -63,12 +62,13 @@ class ControlProblem:
         condition: Any = None,
         reward_batch_size: int | None = None,
     ) -> None:
-        if not isinstance(reference, (SDE, DiffusionChain)):
+        if not isinstance(reference, Reference):
             raise TypeError(
                 "reference must be an SDE, LinearSDE, generative_sde(...) or diffusion_chain(...), "
                 f"got {type(reference).__name__}."
             )
-        self.reference, self.alpha = reference, as_float("alpha", alpha, positive=True)
+        self.reference: Any = reference
+        self.alpha = as_float("alpha", alpha, positive=True)
         self.initial = self._check_initial(initial)
         sample = draw(self.initial, 1, 0)
         self.dtype, self.device = sample.dtype, sample.device
@@ -118,12 +118,11 @@ class ControlProblem:
     def _choose_start(self, start: str | None) -> str:
         if start is not None and start not in STARTS:
             raise unknown_name("start", start, STARTS)
-        generative = getattr(self.reference, "generative", False)
         if start is None:
             memory = self.memory
             start = (
                 ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled")
-                if generative
+                if self.reference.pretrained
                 else "fixed"
             )
         if start == "memoryless" and not isinstance(self.initial, Dirac):
@@ -140,15 +139,7 @@ class ControlProblem:
     @property
     def memory(self) -> float | None:
         """Correlation of X_0 and X_T under the reference (largest canonical one), or None where it is not known."""
-        if isinstance(self.reference, LinearSDE) and isinstance(self.initial, (Dirac, Gaussian)):
-            if isinstance(self.initial, Dirac):
-                return 0.0
-            _, cov = moments(self.initial)
-            law = self.reference.transition(0.0, self.reference.horizon)
-            end = law.matrix @ cov @ law.matrix.mT + law.covariance
-            white = [torch.linalg.pinv(_root(c), hermitian=True) for c in (cov, end)]
-            return float(torch.linalg.matrix_norm(white[0] @ cov @ law.matrix.mT @ white[1], 2))
-        return self.reference.memory
+        return self.reference.memory_from(self.initial)
 
     def _probe(self) -> None:
         rows = next(n for n in range(6, 64) if n not in self.event_shape)
@@ -160,7 +151,7 @@ class ControlProblem:
         self.reference.probe(self.dtype, self.device, y)
         t = torch.zeros((), dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            decoded = self.reference.decode(x, y) if isinstance(self.reference, DiffusionChain) else x
+            decoded = self.reference.decode(x, y)
             if self.running_cost_function is not None:
                 if not callable(self.running_cost_function):
                     raise TypeError(
@@ -254,24 +245,18 @@ class ControlProblem:
             time_steps: number of steps (default 100), or a grid of times from 0 to the horizon.
             scheme: "euler" (default) or "exact".
         """
-        if isinstance(self.reference, DiffusionChain):
-            if time_steps is not None or scheme is not None:
-                raise ValueError(
-                    "time_steps and scheme do not apply: the reference is a chain with its own "
-                    f"{self.reference.steps} steps."
-                )
-            key: Any = "own"
-        else:
+        reference, key = self.reference, "own"
+        if reference.continuous:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
-            scheme = getattr(self.reference, "default_scheme", "euler") if scheme is None else scheme
-            grid = make_grid(time_steps, self.reference.horizon)
+            scheme = reference.default_scheme if scheme is None else scheme
+            grid = make_grid(time_steps, reference.horizon)
             key = (len(grid) - 1 if isinstance(time_steps, Integral) else tuple(grid), scheme)
-        if key not in self._chains:
-            main = (
-                self.reference
-                if isinstance(self.reference, DiffusionChain)
-                else chain_of(self.reference, time_steps, scheme or "euler", self.dtype, self.device)
+        elif time_steps is not None or scheme is not None:
+            raise ValueError(
+                f"time_steps and scheme do not apply: the reference is a chain with its own {reference.steps} steps."
             )
+        if key not in self._chains:
+            main = chain_of(reference, time_steps, scheme or "own", self.dtype, self.device)
             if self.start == "controlled":
                 stretch = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
                 main = SegmentedChain(stretch, main)
@@ -333,9 +318,7 @@ class ControlProblem:
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""
         parts = [
-            getattr(self.reference, "model", None),
-            getattr(self.reference, "_drift", None),
-            getattr(self.reference, "_diffusion_function", None),
+            *self.reference.modules(),
             self.reward_function,
             getattr(self.reward_function, "classifier", None),
             self.running_cost_function,
@@ -362,10 +345,10 @@ class ControlProblem:
             y = self.draw_condition(3, 1)
             t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
             numbers = {"drift": self.reference.drift(x, t, y)}
-            if isinstance(self.reference, SDE):
+            if self.reference.continuous:
                 numbers["diffusion"] = self.reference.diffusion(x, t)
             if self.reward_function is not None:
-                decoded = self.reference.decode(x, y) if isinstance(self.reference, DiffusionChain) else x
+                decoded = self.reference.decode(x, y)
                 first, again = self._call_reward(decoded, y), self._call_reward(decoded, y)
                 if torch.equal(first, again):  # a random reward has no fingerprint
                     numbers["reward"] = first
@@ -390,9 +373,3 @@ class ControlProblem:
             f"ControlProblem({type(self.reference).__name__}{tuple(self.event_shape)}, horizon={self.horizon:g}, "
             f"start={self.start!r}, reward={reward}, alpha={self.alpha:g})"
         )
-
-
-def _root(cov: Tensor) -> Tensor:
-    from ..processes.laws import factor
-
-    return factor(cov)

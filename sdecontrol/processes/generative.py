@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ..errors import check_name, unknown_name
 from ..memory import recall
-from ..randomness import generator_for
-from ..tensors import as_float, check_output, probing
+from ..tensors import as_float, batch_like
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
+from .pretrained import ControlFunction, Model, Pretrained, call_model
 from .schedules import Schedule
-from .sde import SDE, StepFunction, check_memoryless, positional_count
+from .sde import SDE, StepFunction, check_memoryless
 
-__all__ = ["PREDICTIONS", "GenerativeSDE", "MixtureNoise", "call_model", "generative_sde", "noise_coefficients"]
+__all__ = ["PREDICTIONS", "GenerativeSDE", "MixtureNoise", "generative_sde", "noise_coefficients"]
 
 PREDICTIONS = ("noise", "sample", "score", "v", "velocity")
 _S_MIN = 1e-5  # models are not trained at noising time 0, and predictions of noise are singular there
@@ -64,12 +64,6 @@ class MixtureNoise(nn.Module):
         return -std * self.mixture.noised(mu, std).score(x)
 
 
-def call_model(model: Callable[..., Tensor], x: Tensor, clock: Tensor, condition: Any) -> Tensor:
-    """``model(x, clock)`` with the clock expanded to ``(batch,)``, and the condition where the model takes one."""
-    clock = clock.expand(x.shape[0])
-    return model(x, clock) if condition is None or positional_count(model) < 3 else model(x, clock, condition)
-
-
 def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> float:
     """Correlation of ``X_0`` and ``X_T`` for standardised Gaussian data: the memory that the noise level leaves."""
     import numpy as np
@@ -101,12 +95,18 @@ class Coefficients(NamedTuple):
     eps_of_x: Tensor
     eps_of_prediction: Tensor
     clock: Tensor  #: what the model calls these times
+    mu: Tensor  #: exp(log mu)
+    #: drift = drift_of_x x + drift_of_prediction prediction
+    drift_of_x: Tensor
+    drift_of_prediction: Tensor
+    gain: Tensor  #: ``du / d prediction``: ``u = gain (tuned - pre-trained prediction)``
+    #: x0^ = (x - std eps^)/mu = data_of_x x + data_of_prediction prediction
+    data_of_x: Tensor
+    data_of_prediction: Tensor
 
 
-class GenerativeSDE(SDE):
+class GenerativeSDE(Pretrained, SDE):
     """The reverse-time SDE of a pre-trained model. Made by :func:`generative_sde`."""
-
-    generative = True
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class GenerativeSDE(SDE):
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0
-        self.drift_takes_condition = True
         self._constant, self._diffusion_function = None, self.diffusion
+        self._seen: dict[float, Any] = {}
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
@@ -174,94 +174,109 @@ class GenerativeSDE(SDE):
         slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
         level = torch.tensor([self._level(float(v)) for v in s], dtype=torch.float64)
         a, b = noise_coefficients(self.prediction, mu, std, slope, rate)
+        log_mu, eps_part, level = mu.log(), -end * (rate + level**2) / (2 * std), level * math.sqrt(end)
+        of_prediction, mu = eps_part * b, log_mu.exp()
         return Coefficients(
-            mu.log(),
-            std,
-            -end * slope,
-            -end * (rate + level**2) / (2 * std),
-            -end * rate / (2 * std),
-            level * math.sqrt(end),
-            a,
-            b,
-            self.schedule.model_time(s),
+            log_mu=log_mu,
+            std=std,
+            log_mu_slope=-end * slope,
+            eps_part=eps_part,
+            flow_part=-end * rate / (2 * std),
+            level=level,
+            eps_of_x=a,
+            eps_of_prediction=b,
+            clock=self.schedule.model_time(s),
+            mu=mu,
+            drift_of_x=-end * slope + eps_part * a,
+            drift_of_prediction=of_prediction,
+            gain=of_prediction / level,
+            data_of_x=(1 - std * a) / mu,
+            data_of_prediction=-std * b / mu,
         )
 
-    def _table(self, times: Tensor) -> dict[str, list[float]]:
-        """Coefficients at process times, in float64: drift = x_part x + model_part prediction, noise level g."""
-        c = self.coefficients(times)
-        return {
-            "x": (c.log_mu_slope + c.eps_part * c.eps_of_x).tolist(),
-            "model": (c.eps_part * c.eps_of_prediction).tolist(),
-            "g": c.level.tolist(),
-            "gain": (c.eps_part * c.eps_of_prediction / c.level).tolist(),
-            "clock": c.clock.tolist(),
-        }
+    def at(self, t: Tensor | float) -> Any:
+        """:class:`Coefficients` at one process time, as floats; remembered, since every step asks."""
+        time = float(t)
+        if time not in self._seen:
+            if len(self._seen) > 4096:
+                self._seen.clear()
+            found = self.coefficients(torch.tensor([time], dtype=torch.float64))
+            self._seen[time] = Coefficients(*(float(v) for v in found))  # type: ignore[arg-type]
+        return self._seen[time]
 
-    def predict(self, model: Callable[..., Tensor], x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
-        """A model's prediction at process time t (0-d): called on its own clock."""
-        s = max(float(self.noising_time(float(t))), _S_MIN)
-        clock = torch.tensor(
-            float(self.schedule.model_time(torch.tensor(s, dtype=torch.float64))), dtype=x.dtype, device=x.device
-        )
-        return call_model(model, x, clock, condition)
+    def model_time(self, t: float, x: Tensor) -> Tensor:
+        return torch.tensor(self.at(t).clock, dtype=x.dtype, device=x.device)
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        table = self._table(torch.as_tensor(t).reshape(1))
-        return table["x"][0] * x + table["model"][0] * self.predict(self.model, x, t, condition)
+        c = self.at(t)
+        return c.drift_of_x * x + c.drift_of_prediction * self.predict(self.model, x, t, condition)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.as_tensor(self._table(torch.as_tensor(t).reshape(1))["g"][0], dtype=x.dtype, device=x.device)
-
-    def gains(self, times: Tensor) -> Tensor:
-        """``du / d prediction`` at process times, ``(K,)`` float64: ``u = gain (tuned - pre-trained prediction)``."""
-        return torch.tensor(self._table(times)["gain"], dtype=torch.float64)
+        return torch.as_tensor(self.at(t).level, dtype=x.dtype, device=x.device)
 
     def on_grid(self, times: Tensor) -> StepFunction:
-        table = self._table(times)
-        clocks = torch.tensor(table["clock"], dtype=times.dtype, device=times.device)
-        levels = torch.tensor(table["g"], dtype=times.dtype, device=times.device)
-        x_part, model_part = table["x"], table["model"]
+        c = self.coefficients(times)
+        clocks, levels = (v.to(device=times.device, dtype=times.dtype) for v in (c.clock, c.level))
+        of_x, of_prediction = c.drift_of_x.tolist(), c.drift_of_prediction.tolist()
 
         def terms(k: int, x: Tensor, y: Any) -> tuple[Tensor, Tensor]:
             prediction = self.prediction_at(k, x, clocks[k], y)
-            return torch.add(x_part[k] * x, prediction, alpha=model_part[k]), levels[k]
+            return torch.add(of_x[k] * x, prediction, alpha=of_prediction[k]), levels[k]
 
         return terms
 
     def diffusion_on_grid(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
-        levels = torch.tensor(self._table(times)["g"], dtype=times.dtype, device=times.device)
+        levels = self.coefficients(times).level.to(device=times.device, dtype=times.dtype)
         return lambda k, x: levels[k]
 
-    def _denoising(self, times: Tensor) -> tuple[list[float], list[float]]:
-        """``x0^ = a x + b prediction`` at process times: the coefficients, in float64."""
-        c = self.coefficients(times)
-        mu = c.log_mu.exp()
-        return ((1 - c.std * c.eps_of_x) / mu).tolist(), (-c.std * c.eps_of_prediction / mu).tolist()
-
-    def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         """``x0^ = (x - std eps^)/mu``, the model's mean of the data given x at process time t (0-d)."""
-        (a,), (b,) = self._denoising(torch.as_tensor(t).reshape(1))
-        return a * x + b * self.predict(self.model, x, t, condition)
+        c = self.at(t)
+        return c.data_of_x * x + c.data_of_prediction * self.predict(self.model, x, t, condition)
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> x0^`` at the k-th time; within a step of a chain the model is not called again."""
-        a, b = self._denoising(times)
-        clocks = self.coefficients(times).clock.to(device=times.device, dtype=times.dtype)
+        c = self.coefficients(times)
+        a, b = c.data_of_x.tolist(), c.data_of_prediction.tolist()
+        clocks = c.clock.to(device=times.device, dtype=times.dtype)
         return lambda k, x, y: torch.add(a[k] * x, self.prediction_at(k, x, clocks[k], y), alpha=b[k])
+
+    def control_towards(
+        self, model: Model, x: Tensor, t: Tensor, condition: Any = None, strength: float = 1.0
+    ) -> Tensor:
+        change = self.predict(model, x, t, condition) - self.predict(self.model, x, t, condition)
+        return change * (strength * self.at(t).gain)
+
+    def shifts_towards(
+        self, model: Model, chain: Any, strength: float | None = None
+    ) -> Callable[[int, Tensor, Any], Tensor]:
+        times = chain.times[:-1]
+        c = self.coefficients(times)
+        clocks, gains = c.clock.to(times), c.gain.tolist()
+        # a tuned model is asked for at every step of training: one multiplication
+        at_once = strength is None and not isinstance(chain.gain(0), Tensor)
+        whole = [gain * chain.gain(k) for k, gain in enumerate(gains)] if at_once else None
+
+        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+            before = self.prediction_at(k, x, clocks[k], y)
+            change = call_model(model, x, clocks[k], y) - before
+            if whole is not None:
+                return change * whole[k]
+            c = chain.shift(k, change * gains[k])
+            return c if strength is None else strength * c
+
+        return shift
+
+    def controlled(self, clock: Tensor) -> Tensor:
+        return self.schedule.noising_time(clock.double()) <= self.schedule.noise_end * (1 + 1e-6)
+
+    def prediction_change(self, control: ControlFunction, x: Tensor, clock: Tensor, condition: Any = None) -> Tensor:
+        t = self.process_time(self.schedule.noising_time(clock.double())).clamp(0.0, 1.0)
+        return control(x, t.to(x.dtype), condition) * batch_like(1 / self.coefficients(t).gain.to(x), x)
 
     def prediction_at(self, k: int, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
         """The pre-trained prediction at step k (the model's own time ``clock``): once a step, though controls ask for it too."""
         return recall(self, k, x, lambda: call_model(self.model, x, clock, condition))
-
-    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
-        x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
-        x = x.to(device=device, dtype=dtype)
-        y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
-        with torch.no_grad():
-            called = "model(x, s), x (batch, *shape), s (batch,)" if y is None else "model(x, s, y)"
-            with probing("model", f"{called}, x {tuple(x.shape)}"):
-                value = self.predict(self.model, x, 0.5, y)
-            check_output("model", value, x.shape, x, f"It is called as {called}.")
 
     def marginal(self, t: float) -> GaussianMixture:
         """The exact law of X_t (a mixture in the model's place only)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import as_float, check_tensor, symmetric
-from .laws import Dirac, Gaussian
+from .laws import Dirac, Gaussian, factor
 from .sde import SDE, StepFunction
 
 __all__ = ["BrownianMotion", "LinearSDE", "OrnsteinUhlenbeck", "Transition"]
@@ -80,6 +80,17 @@ class LinearSDE(SDE):
         self._constant = root.unsqueeze(0) if constant_sigma else None
         self._constant_diagonal = _diagonal_of(root) if constant_sigma else None
         self._diffusion_function = None if constant_sigma else self.diffusion
+
+    def memory_from(self, initial: Any) -> float | None:
+        if isinstance(initial, Dirac):
+            return 0.0
+        if not isinstance(initial, Gaussian):
+            return self.memory
+        _, cov = moments(initial)
+        law = self.transition(0.0, self.horizon)
+        end = law.matrix @ cov @ law.matrix.mT + law.covariance
+        white = [torch.linalg.pinv(factor(c), hermitian=True) for c in (cov, end)]
+        return float(torch.linalg.matrix_norm(white[0] @ cov @ law.matrix.mT @ white[1], 2))
 
     def _at(self, name: str, c: Any, t: float | Tensor) -> Tensor:
         if isinstance(c, Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..randomness import generator_for
 from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
+from .reference import Reference
 
 __all__ = ["MEMORYLESS", "SDE", "StepFunction", "check_memoryless"]
 
@@ -21,7 +22,7 @@ MEMORYLESS = 0.01  #: largest correlation of start and end that counts as memory
 _PROBE = 5  # rows of a probe batch; made different from every dimension it could be confused with
 
 
-class SDE:
+class SDE(Reference):
     """``dX = drift(X, t) dt + diffusion(X, t) dW`` on ``0 <= t <= horizon``.
 
     Args:
@@ -37,18 +38,6 @@ class SDE:
     Attributes:
         event_shape, control_shape: shapes of one state and of one control (``(m,)`` for a matrix diffusion).
     """
-
-    #: law of X_0 that belongs to the process itself, or None.
-    own_initial: Any = None
-    #: correlation of X_0 and X_T, where it is known.
-    memory: float | None = None
-    #: whether the target is made of kernels backwards (a chain's reverse law), and whether the control has a part in them
-    reverse_target: bool = False
-    controlled_target: bool = False
-    #: True for the reversal of a noising process (a pre-trained generative model).
-    generative: bool = False
-    #: the Gaussian mixture whose exact score is the model of a generative process, or None.
-    mixture: Any = None
 
     def __init__(
         self,
@@ -77,6 +66,7 @@ class SDE:
         self._constant: Tensor | None = None
         self._layout = "elementwise"
         if callable(diffusion) and not isinstance(diffusion, Tensor):
+            self.additive = False
             self._diffusion_function = diffusion
             self.control_shape = self.event_shape  # settled by the first probe
         else:
@@ -107,8 +97,7 @@ class SDE:
         return len(self.event_shape)
 
     @property
-    def constant_diffusion(self) -> Tensor | None:
-        """The diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None."""
+    def constant_diffusion(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._constant
 
     def _check_constant(self, sigma: Any) -> Tensor:

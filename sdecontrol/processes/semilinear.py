@@ -52,6 +52,7 @@ class SemilinearSDE(SDE):
         self.event_shape, self.control_shape = linear.event_shape, linear.control_shape
         self.dtype, self.device, self.horizon = linear.dtype, linear.device, linear.horizon
         self._constant, self._diffusion_function = linear._constant, linear._diffusion_function
+        self.additive = linear._constant is not None
         self._drift = nonlinearity  # where ControlProblem looks for the user's modules
         self.drift_takes_condition = positional_count(nonlinearity) >= 3
 

@@ -1,0 +1,76 @@
+"""Pre-trained models as references: one protocol, for SDEs and for samplers with steps of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..randomness import generator_for
+from ..tensors import check_output, probing
+from .reference import Reference
+from .sde import positional_count
+
+__all__ = ["ControlFunction", "Model", "Pretrained", "call_model"]
+
+#: ``model(x, s)`` or ``model(x, s, y)``, s ``(batch,)``.
+Model = Callable[..., Tensor]
+#: ``(x, t, y) -> u``, t of shape () or (batch,).
+ControlFunction = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def call_model(model: Model, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
+    """``model(x, clock)`` with the clock expanded to ``(batch,)``, and the condition where the model takes one."""
+    clock = clock.expand(x.shape[0])
+    return model(x, clock) if condition is None or positional_count(model) < 3 else model(x, clock, condition)
+
+
+class Pretrained(Reference):
+    """A reference that is a pre-trained model, called ``model(x, s)`` (or ``model(x, s, y)``) on a clock s of its own.
+
+    Tuned copies of the model, controls as models, guidance and values of the denoised state know no more of it than this; t is the process's
+    time, 0-d, and k a step of its chain::
+
+        model_time(t, x) -> s                       what the model calls t, 0-d
+        predict(model, x, t, y)                     a model's prediction on that clock
+        denoised(x, t, y) -> x0^                    what the pre-trained model expects the data to be
+        decode(x, y)                                from the last state to data
+        control_towards(model, x, t, y, strength)   the control u that moves the process to that of another model; strength times it
+        shifts_towards(model, chain, strength)      (k, x, y) -> c, the shift of step k that does, with what depends on time alone computed once;
+                                                    chain: of the process itself, from time 0
+        controlled(s) -> (batch,) bools             at which of the model's times (batch,) the process is under way
+        prediction_change(control, x, s, y)         what is to be added to the prediction there for the process to be the controlled one
+
+    Attributes:
+        clip: what it clips its data to, or None.
+        decodes: ``decode`` calls the model: a tuned one would escape the KL there.
+        called: how the model is called, for error messages.
+    """
+
+    pretrained = True
+    drift_takes_condition = True
+    clip: float | None = None
+    decodes: bool = False
+    called: tuple[str, str] = ("s", "s (batch,)")
+    model: Model
+
+    def predict(self, model: Model, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
+        return call_model(model, x, self.model_time(float(t), x), condition)
+
+    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
+        """Call the model once on random states and check what it returns.
+
+        Raises:
+            TypeError, ValueError: how it is called, what it returned and what it should.
+        """
+        x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
+        x = x.to(device=device, dtype=dtype)
+        y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
+        name, kind = self.called
+        called = f"model(x, {name}), x (batch, *shape), {kind}" if y is None else f"model(x, {name}, y)"
+        with torch.no_grad():
+            with probing("model", f"{called}, x {tuple(x.shape)}"):
+                value = self.predict(self.model, x, 0.5 * self.horizon, y)
+            check_output("model", value, x.shape, x, f"It is called as {called}.")

@@ -1,0 +1,74 @@
+"""What a problem asks of its reference, with the answers of a process that has nothing more to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Reference"]
+
+
+class Reference:
+    """Base of the processes that a problem can have as reference: SDEs, and chains of their own.
+
+    Attributes:
+        event_shape: shape of one state.
+        dtype, device: of its coefficients, or None where it has none of its own.
+        own_initial: law of X_0 that belongs to the process itself, or None.
+        memory: correlation of X_0 and X_T, where it is known.
+        continuous: a process of continuous time, of which a grid and a scheme make a chain; else it is a chain of its own.
+        default_scheme: where no scheme is asked for.
+        additive: the noise does not depend on the state, as far as that is known.
+        constant_diffusion: the diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None.
+        reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the control has a part in them.
+        pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`).
+        model, mixture: the pre-trained model, and the mixture in its place.
+        schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its exact time reversal.
+    """
+
+    event_shape: torch.Size
+    horizon: float
+    dtype: torch.dtype | None
+    device: torch.device | None
+    own_initial: Any = None
+    memory: float | None = None
+    continuous: bool = True
+    default_scheme: str = "euler"
+    additive: bool = True
+    constant_diffusion: Any = None
+    reverse_target: bool = False
+    controlled_target: bool = False
+    pretrained: bool = False
+    model: Any = None
+    mixture: Any = None
+    schedule: Any = None
+    reversal: bool = False
+    _drift: Any = None
+    _diffusion_function: Any = None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it is a model with trainable parameters, to be tuned itself."""
+        return isinstance(self.model, nn.Module) and any(p.requires_grad for p in self.model.parameters())
+
+    def modules(self) -> list[nn.Module]:
+        """The user's modules in it."""
+        return [p for p in (self.model, self._drift, self._diffusion_function) if isinstance(p, nn.Module)]
+
+    def memory_from(self, initial: Any) -> float | None:
+        """:attr:`memory`, from a given law of X_0 (largest canonical correlation)."""
+        return self.memory
+
+    def as_linear(self) -> Any:
+        """The same process as a linear SDE (itself, if it is one), else None."""
+        return None
+
+    def model_time(self, t: float, x: Tensor) -> Tensor:
+        """What the reference's model calls process time t: 0-d, for states like x."""
+        return torch.tensor(t, dtype=x.dtype, device=x.device)
+
+    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+        """From the last state to what rewards, samples and metrics see."""
+        return x
