@@ -28,7 +28,7 @@ class LearnedStart(Chain):
         self._set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
         self.event_shape = law.event_shape
         self.noise_shape = self.control_shape = law.event_shape
-        self.law = law
+        self.law: Any = law
         self.mixture = law if isinstance(law, GaussianMixture) else None
         spread = Gaussian(law.mean, law.covariance_matrix) if isinstance(law, GaussianMixture) else law
         self.point = law.mean.to(device=device, dtype=dtype)

@@ -67,9 +67,9 @@ def exact_solution(
     if terms is None:
         _check_grids(problem, grids)
     if not discrete:
-        return GridSolution(problem) if terms is None else RiccatiSolution(problem, linear, terms)
+        return GridSolution(problem) if terms is None or linear is None else RiccatiSolution(problem, linear, terms)
     chain = problem.chain(time_steps, scheme)
-    steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+    steps: Any = DEFAULT_TIME_STEPS if time_steps is None else time_steps
     steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
     settings = {"time_steps": steps, "scheme": chain.scheme}
     if terms is None:
