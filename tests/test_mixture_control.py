@@ -369,7 +369,7 @@ def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_la
         shift = control.on_chain(chain)
         states = torch.stack([exact.marginal(float(t)).sample((20,)) for t in chain.times[:-1]])
         for k, state in enumerate(states):
-            wanted = chain.shift(k, control.at(state, chain.times[k]))
+            wanted = chain.shift_at(k, state, control.at(state, chain.times[k]))
             assert torch.allclose(shift(k, state, None), wanted, atol=1e-8 * float(wanted.abs().max() + 1))
         own = MixtureControl(problem, problem.reference.marginal(1.0)).along(chain, states)
         assert float(own.abs().max()) < 1e-7

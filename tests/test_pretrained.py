@@ -135,13 +135,13 @@ def test_shifts_towards_a_model_are_differences_of_kernels(kind):
                 change = reference.predict(other.model, x, chain.times[k]) - reference.predict(
                     reference.model, x, chain.times[k]
                 )
-                want = chain.shift(k, change * float(c.gain))
+                want = chain.shift_at(k, x, change * float(c.gain))
             assert want.abs().min() > 1e-4
             assert torch.allclose(ours(k, x, None), want, atol=1e-9)
             assert torch.allclose(twice(k, x, None), 2 * want, atol=1e-9)
             assert not own(k, x, None).any()
             u = reference.control_towards(other.model, x, chain.times[k])
-            assert torch.allclose(chain.shift(k, u), want, atol=1e-9)
+            assert torch.allclose(chain.shift_at(k, x, u), want, atol=1e-9)
 
 
 def test_a_tuned_copy_is_trained_and_its_model_is_the_controlled_process(kind):

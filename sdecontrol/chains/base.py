@@ -117,12 +117,6 @@ class Chain:
             return u @ torch.stack(gains).mT  # type: ignore[arg-type]
         return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
 
-    def shift(self, k, u):  # temporary
-        return self.shift_at(k, u, u)
-
-    def shifts(self, u, first=0):  # temporary
-        return self.shifts_at(range(first, first + len(u)), u, u)
-
     def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
         """What made step k from states x, by name: the first that is not finite is at fault."""
         mean, scale = self.kernel(k, x, condition)

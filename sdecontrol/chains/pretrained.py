@@ -104,7 +104,7 @@ class PretrainedChain(Pretrained, Chain):
         for k in nearest.unique().tolist():
             rows = (nearest == k).nonzero().flatten()
             u = control(x[rows], self.times[k], None if condition is None else condition[rows])
-            change = change.index_copy(0, rows, self.change_at(k, x[rows], self.shift(k, u)))
+            change = change.index_copy(0, rows, self.change_at(k, x[rows], self.shift_at(k, x[rows], u)))
         return change
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:

@@ -120,7 +120,7 @@ class Control(nn.Module):
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         """``(k, x, y) -> c_k`` on a chain; ``tables`` as :meth:`tables` gives them, or as sequences of their rows."""
         times = chain.times
-        return lambda k, x, y: chain.shift(k, self.at(x, times[k], y))
+        return lambda k, x, y: chain.shift_at(k, x, self.at(x, times[k], y))
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
         """Shifts at stored states ``(K, batch, *event)`` of steps ``first, first+1, ...``."""

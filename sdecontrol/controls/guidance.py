@@ -126,7 +126,7 @@ class ValueControl(Control):
             gradient = self.gradient(x, chain.times[k], y)
             if k < start or sigma is None:
                 return self._scaled(chain, k, x, gradient, y)
-            return chain.shift(k, apply_scale_transposed(sigma(k - start, x), gradient, x.ndim - 1))
+            return chain.shift_at(k, x, apply_scale_transposed(sigma(k - start, x), gradient, x.ndim - 1))
 
         return shift
 

@@ -353,7 +353,7 @@ class DefaultControl(Control):
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             sigma = None if diffusion is None else diffusion(k, x)
             x0 = None if denoise is None else denoise(k, x, y)
-            return chain.shift(k, self._value(x, rows, k, sigma, y, x0))
+            return chain.shift_at(k, x, self._value(x, rows, k, sigma, y, x0))
 
         return shift
 
@@ -374,7 +374,7 @@ class DefaultControl(Control):
             u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
         if self._looks_at_reward:
             u = u + gate.unsqueeze(1) * self._pull_along(chain, states, y, first)
-        return chain.shifts(u.unflatten(2, self.control_shape), first)
+        return chain.shifts_at(range(first, first + len(states)), states, u.unflatten(2, self.control_shape), y)
 
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""

@@ -183,7 +183,7 @@ class MixtureSolution(ExactSolution):
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:
         pairs = [self._pair(self._snap(t)).to(chain.times) for t in chain.clock[:-1]]
-        return lambda k, x, condition: chain.shift(k, pairs[k].control(x))
+        return lambda k, x, condition: chain.shift_at(k, x, pairs[k].control(x))
 
     def _need_tilted_start(self, what: str) -> None:
         if self.problem.start == "fixed":

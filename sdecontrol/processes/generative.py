@@ -262,7 +262,7 @@ class GenerativeSDE(Pretrained, SDE):
             change = call_model(model, x, clocks[k], y) - before
             if whole is not None:
                 return change * whole[k]
-            c = chain.shift(k, change * gains[k])
+            c = chain.shift_at(k, x, change * gains[k])
             return c if strength is None else strength * c
 
         return shift

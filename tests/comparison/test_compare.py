@@ -82,10 +82,10 @@ class Own(Control):
         return -x
 
     def on_chain(self, chain, tables=None):
-        return lambda k, x, y: chain.shift(k, -x)
+        return lambda k, x, y: chain.shift_at(k, x, -x)
 
     def along(self, chain, states, y=None, first=0):
-        return chain.shifts(-states, first)
+        return chain.shifts_at(range(first, first + len(states)), states, -states)
 
 
 def test_a_user_s_control_is_counted_whatever_it_overrides() -> None:

@@ -109,7 +109,7 @@ def test_mean_shift_control_has_minimum_norm_and_is_the_mean_of_p_star_under_eul
             close(u, (torch.linalg.pinv(effect) @ effect @ u.mT).mT)
         if scheme == "euler":
             mean, scale = exact.chain.kernel(k, x)
-            moved = mean + (exact.chain.shift(k, u).unsqueeze(1) @ scale.mT).squeeze(1)
+            moved = mean + (exact.chain.shift_at(k, states[k], u).unsqueeze(1) @ scale.mT).squeeze(1)
             close(moved, exact.kernel(x, k).mean)
 
 
@@ -120,7 +120,7 @@ def test_shifts_on_the_chain_are_those_of_the_control(case):
     whole = shifts_along(chain, exact.control, states)
     function = shift_function(chain, exact.control)
     for k in range(chain.steps):
-        want = chain.shift(k, exact.control(states[k], chain.clock[k]))
+        want = chain.shift_at(k, states[k], exact.control(states[k], chain.clock[k]))
         close(function(k, states[k], None), want)
         close(whole[k], want)
 

@@ -175,7 +175,7 @@ def test_the_continuous_control_drives_any_chain():
     assert abs(float(log_w.mean() - chain.elbo)) < 4 * float(log_w.std()) / 64 + 1e-3
     x = randn(5, 2, seed=0)
     for k in (0, 20, 60):
-        want = paths.chain.shift(k, exact.control(x, paths.chain.clock[k]))
+        want = paths.chain.shift_at(k, x, exact.control(x, paths.chain.clock[k]))
         close(exact.control.on_chain(paths.chain)(k, x, None), want)
     assert exact.control.settings == {} and chain.control.settings == {"time_steps": 200, "scheme": "euler"}
 

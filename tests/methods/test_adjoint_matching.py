@@ -262,7 +262,7 @@ def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind)
     mean = (w * y).sum(0) / w.sum()
     error = ((w * (y - mean)).square().sum(0).sqrt()) / w.sum()
     x0 = problem.initial.mean[None]
-    want = exact.chain.shift(0, exact.control(x0, 0.0))[0]
+    want = exact.chain.shift_at(0, x0, exact.control(x0, 0.0))[0]
     assert float(error.max()) < 0.02 * float(want.norm())
     assert bool(((mean - want).abs() < 4.5 * error).all()), ((mean - want) / error).tolist()
 

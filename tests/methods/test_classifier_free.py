@@ -90,7 +90,7 @@ def test_the_shift_is_1_plus_w_times_that_to_the_conditional_chain_s_own_mean(ki
             assert torch.allclose(shift(k, x, None), want, rtol=1e-9, atol=1e-9), (k, w)
             # the same by its face, with a time per row
             u = solution.control(x, chain.times[k].expand(5))
-            assert torch.allclose(chain.shift(k, u), want, rtol=1e-9, atol=1e-9), (k, w)
+            assert torch.allclose(chain.shift_at(k, x, u), want, rtol=1e-9, atol=1e-9), (k, w)
 
 
 def test_w_0_has_the_class_conditional_law_as_its_samples_and_its_kl_is_that_of_the_laws():

@@ -181,7 +181,7 @@ def test_guidance_by_the_exact_value_is_the_exact_control(start):
         chain, y = solution.chain, solution.control.on_chain(solution.chain)
         for k in range(chain.steps):  # on the chain: the same again, as a shift
             time = float(chain.clock[k])
-            assert torch.allclose(y(k, x, None), chain.shift(k, solution.control(x, time)), atol=1e-9)
+            assert torch.allclose(y(k, x, None), chain.shift_at(k, x, solution.control(x, time)), atol=1e-9)
 
 
 def test_guidance_by_the_exact_value_samples_the_exact_law():

@@ -53,7 +53,7 @@ def test_ratios_are_those_of_the_densities_summed_over_dimensions():
             x, y = batch.paths.states[k], batch.paths.states[k + 1]
             mean, scale = chain.kernel(k, x)
             with torch.no_grad():
-                c = chain.shift(k, state.control(x, torch.full((len(x),), k / K, dtype=F64)))
+                c = chain.shift_at(k, x, state.control(x, torch.full((len(x),), k / K, dtype=F64)))
             law = torch.distributions.MultivariateNormal(mean + c @ scale[0].mT, scale[0] @ scale[0].mT)
             rows.append(law.log_prob(y))
         densities.append(torch.stack(rows))
