@@ -74,7 +74,7 @@ class PretrainedChain(Pretrained, Chain):
         """The pre-trained prediction at level k: once a step, though kernel and control both ask for it."""
         return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
 
-    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
+    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> Tensor:
         return self.to_x0(self._level(float(t)), x, self.predict(self.model, x, t, condition))
 
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ import typer
 
 __all__ = [
     "BAD_INPUT",
+    "FIGURES",
     "INTERRUPTED",
     "BatchOption",
     "DebugOption",
@@ -24,6 +26,7 @@ __all__ = [
     "SaveOption",
     "SeedOption",
     "StepsOption",
+    "check_file",
     "given",
     "handles_errors",
     "note",
@@ -52,6 +55,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 Command = TypeVar("Command", bound=Callable[..., None])
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+FIGURES = (".png", ".pdf", ".svg")
 
 
 def handles_errors(command: Command) -> Command:
@@ -85,6 +89,17 @@ def report(message: str) -> None:
 
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+
+
+def check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise before the work is done where its result could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} must be a {', '.join(suffixes[:-1])} or {suffixes[-1]} file, got {path.name!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{option}: the folder {path.parent} cannot be written to.")
 
 
 def given(**options: Any) -> dict[str, Any]:

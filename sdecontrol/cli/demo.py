@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import DebugOption, JsonOption, SeedOption, handles_errors, note, plain, print_json, print_table
+from .common import (
+    FIGURES,
+    DebugOption,
+    JsonOption,
+    SeedOption,
+    check_file,
+    handles_errors,
+    note,
+    plain,
+    print_json,
+    print_table,
+)
 
 __all__ = ["demo"]
 
@@ -42,12 +52,8 @@ def demo(
     from .demo_figure import draw_figure
     from .demo_run import FULL, QUICK, run_demo
 
-    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--output must be a .png, .pdf or .svg file, got {output.name!r}.")
+    check_file("--output", output, FIGURES)
     settings = (QUICK if quick else FULL).with_iterations(iterations)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(f"--output: the folder {output.parent} cannot be written to.")
     result = run_demo(label, seed, settings, threads)
     draw_figure(result, output)
     numbers = result.as_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
-from .common import DebugOption, JsonOption, SaveOption, SeedOption, given, handles_errors, note, print_json
+from .common import (
+    FIGURES,
+    DebugOption,
+    JsonOption,
+    SaveOption,
+    SeedOption,
+    check_file,
+    given,
+    handles_errors,
+    note,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.certificates import Certificate
@@ -22,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["sample"]
 
-_FIGURES = (".png", ".pdf", ".svg")
 _FILES = (".npy", ".pt", ".safetensors")
 _DENSE = 20_000  # exact samples of the figure
 _MOST_NOISES = 1000  # of a path, up to which a certificate without exact samples is made unasked
@@ -100,8 +109,8 @@ def sample(
     from ..problems.gibbs import gibbs_problem
     from ..training import solve as training
 
-    _check_file("--figure", figure, _FIGURES)
-    _check_file("--samples", samples, _FILES)
+    check_file("--figure", figure, FIGURES)
+    check_file("--samples", samples, _FILES)
     density, known, dim, name = _density(target, dim)
     if reference_samples and known is None:
         raise ValueError("--reference-samples: only for named targets; a function of your own has no long runs.")
@@ -252,17 +261,6 @@ class _Counted:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
         return self  # copies of a solution count here too
-
-
-def _check_file(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise before the work is done where its result could not be written."""
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option} must be a {', '.join(suffixes[:-1])} or {suffixes[-1]} file, got {path.name!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{option}: the folder {path.parent} cannot be written to.")
 
 
 def _density(text: str, dim: int | None) -> tuple[Any, Target | None, int, str]:

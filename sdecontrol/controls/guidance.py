@@ -203,7 +203,7 @@ class TweedieValue(LogValue):
             k = first.step_at(time)
             mean = first.kernel(k, x, y)[0]
             x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
-        return self._problem[0].reference.denoised(x, time, y)
+        return self._problem[0].reference.denoised(x, time, y, on_clock=True)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         x0, log_prob = self.denoised(x, t, y), self._log_prob[0]

@@ -103,6 +103,9 @@ class Coefficients(NamedTuple):
     #: x0^ = (x - std eps^)/mu = data_of_x x + data_of_prediction prediction
     data_of_x: Tensor
     data_of_prediction: Tensor
+    clock_std: (
+        Tensor  #: std at the time that the clock says: the same but for the rounding of a clock that runs backwards
+    )
 
 
 class GenerativeSDE(Pretrained, SDE):
@@ -192,6 +195,7 @@ class GenerativeSDE(Pretrained, SDE):
             gain=of_prediction / level,
             data_of_x=(1 - std * a) / mu,
             data_of_prediction=-std * b / mu,
+            clock_std=self.schedule.std(self.schedule.noising_time(self.schedule.model_time(s))),
         )
 
     def at(self, t: Tensor | float) -> Any:
@@ -229,10 +233,12 @@ class GenerativeSDE(Pretrained, SDE):
         levels = self.coefficients(times).level.to(device=times.device, dtype=times.dtype)
         return lambda k, x: levels[k]
 
-    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
+    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> Tensor:
         """``x0^ = (x - std eps^)/mu``, the model's mean of the data given x at process time t (0-d)."""
         c = self.at(t)
-        return c.data_of_x * x + c.data_of_prediction * self.predict(self.model, x, t, condition)
+        std = c.clock_std if on_clock else c.std
+        a, b = (1 - std * c.eps_of_x) / c.mu, -std * c.eps_of_prediction / c.mu
+        return a * x + b * self.predict(self.model, x, t, condition)
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> x0^`` at the k-th time; within a step of a chain the model is not called again."""

@@ -35,7 +35,8 @@ class Pretrained(Reference):
 
         model_time(t, x) -> s                       what the model calls t, 0-d
         predict(model, x, t, y)                     a model's prediction on that clock
-        denoised(x, t, y) -> x0^                    what the pre-trained model expects the data to be
+        denoised(x, t, y, on_clock) -> x0^          what the pre-trained model expects the data to be; on_clock: with the noise's size at the time
+                                                    that the model's clock says, as Tweedie's value has always been rounded
         decode(x, y)                                from the last state to data
         control_towards(model, x, t, y, strength)   the control u that moves the process to that of another model; strength times it
         shifts_towards(model, chain, strength)      (k, x, y) -> c, the shift of step k that does, with what depends on time alone computed once;

@@ -230,13 +230,6 @@ class Descent:
             level = self.level + math.log(self.clip)
         self.level += 0.1 * (level - self.level)
 
-    @torch.no_grad()
-    def use_average(self) -> None:
-        """Put the averaged parameters in place."""
-        if self.weight > 0:
-            for p, mean in zip(self.parameters, self.average):
-                p.copy_(mean / self.weight)
-
     def averaged(self) -> list[Tensor]:
         return (
             [mean / self.weight for mean in self.average]
