@@ -305,7 +305,9 @@ class OnGrids(ExactSolution):
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:
         times = [self._snap(t) for t in chain.clock[:-1]]
-        return lambda k, x, condition: chain.shift_at(k, x, self._control_at(x.to("cpu", torch.float64), times[k]).to(x))
+        return lambda k, x, condition: chain.shift_at(
+            k, x, self._control_at(x.to("cpu", torch.float64), times[k]).to(x)
+        )
 
     def _over_start(self, tables: list[Table], soft: bool) -> Tensor:
         """``log E exp w(X_0)`` or ``E w(X_0)`` over the first state."""

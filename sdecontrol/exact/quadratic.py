@@ -174,7 +174,8 @@ class LinearQuadraticSolution(ExactSolution):
         gains, offsets = [], []
         for k in range(chain.steps):
             gain, offset = self._feedback(self._snap(chain.clock[k]))
-            effect = chain.shift_at(k, x, torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device))
+            units = torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device)
+            effect = chain.shift_at(k, units, units)  # the same at all states
             effect = effect.to("cpu", torch.float64)  # (m, noise): shifts are linear in u
             gains.append((gain.mT @ effect).to(chain.times))
             offsets.append((offset @ effect).to(chain.times))

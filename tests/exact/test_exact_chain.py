@@ -109,7 +109,7 @@ def test_mean_shift_control_has_minimum_norm_and_is_the_mean_of_p_star_under_eul
             close(u, (torch.linalg.pinv(effect) @ effect @ u.mT).mT)
         if scheme == "euler":
             mean, scale = exact.chain.kernel(k, x)
-            moved = mean + (exact.chain.shift_at(k, states[k], u).unsqueeze(1) @ scale.mT).squeeze(1)
+            moved = mean + (exact.chain.shift_at(k, x, u).unsqueeze(1) @ scale.mT).squeeze(1)
             close(moved, exact.kernel(x, k).mean)
 
 
