@@ -295,15 +295,14 @@ MORE = {
 
 @pytest.mark.parametrize("kind", MORE)
 def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeypatch):
-    """As the first versions wrote them, up to commit 7dae2a9: no prefix of a control's tensors, and what a kind of solution has beside all others."""
+    """As the first versions wrote them, up to commit 7dae2a9: what a kind of solution has stands beside what all have."""
     problem, solution, tensors, settings = written
-    old = {name.removeprefix("control."): value for name, value in tensors.items()}
     twist = value_network(problem, problem.chain(K), 0)
     if kind == "particles":
-        old |= {f"twist.{name}": value for name, value in twist.state_dict().items()}
+        tensors = tensors | {f"twist.{name}": value for name, value in twist.state_dict().items()}
     body = {**json.loads(FIRST % MORE[kind]), "problem": settings["problem"]}
     monkeypatch.setattr(bundles, "SCHEMA", 1)
-    write_bundle(tmp_path, "solution", old, body)
+    write_bundle(tmp_path, "solution", tensors, body)
     monkeypatch.undo()
     path = tmp_path / "solution.json"
     body = json.loads(path.read_text())

@@ -28,7 +28,7 @@ from ..errors import BadFileError
 from ..evaluation.estimates import effective_sample_size, log_mean_weight, mean_estimate
 from ..evaluation.evaluate import evaluate
 from ..files.bundles import register_bundle
-from ..files.contents import load_tensors, with_part
+from ..files.contents import load_tensors, part_of, with_part
 from ..library.cache import read_cached, write_cached
 from ..library.digits import DIGIT_SHAPE, DigitClassifier, digits, fit_digit_classifier
 from ..randomness import derive_seed
@@ -247,8 +247,8 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
         tensors, saved = cached
         noise, classifier = ScoreNetwork(DIGIT_SHAPE, VP(), "noise").eval(), DigitClassifier().eval()
         try:
-            load_tensors(noise, tensors, "noise", name)
-            load_tensors(classifier, tensors, "classifier", name)
+            load_tensors(noise, part_of(tensors, "noise"), name)
+            load_tensors(classifier, part_of(tensors, "classifier"), name)
             return DemoModels(noise, classifier, float(saved["accuracy"]), time.monotonic() - began, True)
         except (BadFileError, KeyError, TypeError) as error:
             note(f"the cache is damaged and will be made again: {error}")

@@ -86,6 +86,8 @@ class ChainSolution(Solution):
         evaluations: of the log density so far, all runs together: with its gradient in moves, without in bridge sampling.
     """
 
+    parts = ("chains",)
+
     def __init__(self, *args: Any, chains: ChainSettings, warm: WarmChains | None = None, **facts: Any) -> None:
         super().__init__(*args, **facts)
         self.chains, self.evaluations = chains, 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..controls.guidance import LogValue
 from ..controls.saved import VALUES, Context, Saved
 from ..errors import NonFiniteError
-from ..files.contents import load_tensors, with_part
+from ..files.contents import load_tensors, part_of, with_part
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed, generator_for
@@ -40,6 +40,8 @@ class ParticleSolution(Solution):
     included) as ``num_particles`` grows, whatever the proposal; ``mean(exp(log_w))`` is Z without bias for any number.
     With a condition every sample has a system of its own.
     """
+
+    parts = ("twist",)
 
     def __init__(self, *args: Any, particles: ParticleSettings, twist: LogValue | None = None, **facts: Any) -> None:
         super().__init__(*args, **facts)
@@ -263,5 +265,5 @@ class ParticleSolution(Solution):
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
         twist = VALUES.make(saved["twist"], context)
         if twist is not None:
-            load_tensors(twist, tensors, "twist", context.path)
+            load_tensors(twist, part_of(tensors, "twist"), context.path)
         return {"particles": Saved(saved["particles"], saved.where).settings(ParticleSettings), "twist": twist}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..controls.base import Control, StartedControl
 from ..controls.saved import CONTROLS, Context, Kinds, Saved
 from ..controls.tuned import as_model
 from ..files.bundles import read_bundle, register_bundle, write_bundle
-from ..files.contents import check_fingerprint, load_tensors, plain_settings, with_part
+from ..files.contents import check_fingerprint, load_tensors, plain_settings
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
@@ -57,7 +57,10 @@ class Solution:
         settings: {"time_steps", "scheme"}: the chain it was solved on, used by all that follows.
         history: one dict of metrics per iteration of training.
         seed, iterations, reproducible: of the run; not reproducible where a time budget ended it.
+        parts: of a file's tensors that are not the control's, as their names begin.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Solution:
             "solution": SOLUTIONS.describe(self),
             "problem": self.problem.fingerprint(),
         }
-        write_bundle(folder, _KIND, with_part("control", self.control.state_dict()) | self._tensors(), settings)
+        write_bundle(folder, _KIND, self.control.state_dict() | self._tensors(), settings)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     chain = problem.chain(**saved["settings"])
     context = Context(problem, chain, control, value, folder)
     module = CONTROLS.make(saved["control"], context)
-    load_tensors(module, tensors, "control", folder)
     own = Saved(saved["solution"], f"{folder}: the solution")
     kind = SOLUTIONS.find(own["kind"], folder)
+    load_tensors(module, {n: v for n, v in tensors.items() if n.split(".")[0] not in kind.parts}, folder)
     return kind(problem, module, **{name: saved[name] for name in _FACTS}, **kind.from_saved(own, context, tensors))

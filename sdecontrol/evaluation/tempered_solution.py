@@ -76,6 +76,8 @@ class TemperedSolution(ParticleSolution):
         evaluations: of the log density or path reward so far (with its gradient where gradients are used), all runs together.
     """
 
+    parts = ("twist", "ladder")
+
     def __init__(
         self,
         *args: Any,

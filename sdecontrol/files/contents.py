@@ -33,10 +33,8 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {"time_steps": steps, "scheme": settings.get("scheme")}
 
 
-def load_tensors(
-    module: nn.Module, tensors: dict[str, Tensor], part: str, path: Any, *, finite_buffers: bool = True
-) -> None:
-    """Fill a module from a part of saved tensors, all names and shapes matching.
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, finite_buffers: bool = True) -> None:
+    """Fill a module from saved tensors, all names and shapes matching.
 
     Args:
         finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not be.
@@ -44,19 +42,21 @@ def load_tensors(
     Raises:
         BadFileError: naming what does not fit.
     """
-    wanted, found = with_part(part, module.state_dict()), with_part(part, part_of(tensors, part))
-    free = set() if finite_buffers else {f"{part}.{name}" for name, _ in module.named_buffers()}
-    for name in wanted.keys() | found.keys():
-        if name not in found or name not in wanted:
-            raise BadFileError(f"{path} does not fit: {name!r} is {'missing' if name not in found else 'extra'}.")
-        if found[name].shape != wanted[name].shape or found[name].dtype != wanted[name].dtype:
+    wanted = module.state_dict()
+    free = set() if finite_buffers else {name for name, _ in module.named_buffers()}
+    for name in wanted.keys() | tensors.keys():
+        if name not in tensors or name not in wanted:
             raise BadFileError(
-                f"{path} does not fit: {name!r} is {found[name].dtype} "
-                f"{tuple(found[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
+                f"{path} does not fit this control: {name!r} is {'missing' if name not in tensors else 'extra'}."
             )
-        if found[name].is_floating_point() and name not in free:
-            check_tensor(name, found[name])
-    module.load_state_dict(part_of(found, part))
+        if tensors[name].shape != wanted[name].shape or tensors[name].dtype != wanted[name].dtype:
+            raise BadFileError(
+                f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
+                f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
+            )
+        if tensors[name].is_floating_point() and name not in free:
+            check_tensor(name, tensors[name])
+    module.load_state_dict(tensors)
 
 
 def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 __all__ = ["SCHEMA", "migrated"]
 
 SCHEMA = 2  # of files as they are written now; without a number: 1
 
-Bundle = tuple[dict[str, Tensor], dict[str, Any]]
-
-_PARTS = ("twist", "ladder", "chains")  # of tensors, that had a prefix in schema 1
 _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
 
 
-def migrated(schema: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Bundle:
-    """Tensors and settings of the present schema, from those of an older one."""
-    return _from_1(tensors, settings) if schema == 1 else (tensors, settings)
+def migrated(schema: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the present schema, from those of an older one."""
+    return _from_1(settings) if schema == 1 else settings
 
 
-def _from_1(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Bundle:
-    """What a solution says beyond all others goes into a field of its own, and a control's tensors get their prefix."""
+def _from_1(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a solution says beyond all others goes into a field of its own; networks get the fields that they came to have."""
     if settings["kind"] == "solution":
         own = {name: settings.pop(name) for name in (*_SORTS, "twist") if name in settings}
         sort = next((sort for name, sort in _SORTS.items() if name in own), "control")
         settings["solution"] = {"kind": sort, **own}
-        for saved in (settings.get("control"), own.get("twist")):
-            _complete_networks(saved)
-        tensors = {n if n.split(".")[0] in _PARTS else f"control.{n}": tensor for n, tensor in tensors.items()}
+        _complete_networks(settings.get("control"))
     elif settings["kind"] == "checkpoint":  # the first ones knew no annealing of the temperature
         if isinstance(settings.get("identity"), dict):
             settings["identity"].setdefault("cooling", True)
         settings.setdefault("cooling", {"strength": 1.0, "first": None, "ended": 0})
-    return tensors, settings
+    return settings
 
 
 def _complete_networks(saved: Any, start: bool = False) -> None:

@@ -18,7 +18,7 @@ from ..controls.base import Control
 from ..errors import NoExactSolution, NonFiniteError
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
-from ..files.contents import load_tensors, plain_settings, with_part
+from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
@@ -289,7 +289,7 @@ class _Trainer:
                     "the same arguments, or use another checkpoint_dir."
                 )
         folder = self.checkpoints.folder if self.checkpoints else ""
-        load_tensors(self.state, tensors, "state", folder, finite_buffers=False)
+        load_tensors(self.state, part_of(tensors, "state"), folder, finite_buffers=False)
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
         self.cooling.restore(saved["cooling"])
