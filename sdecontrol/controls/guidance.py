@@ -320,7 +320,7 @@ def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkVa
     paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
     with torch.no_grad():
         flat = paths.states.flatten(0, 1).flatten(1)
-        total = (problem.reward(paths.samples, paths.condition) - paths.running_cost).double() / problem.alpha
+        total = (paths.reward - paths.cost).double() / problem.alpha
         return NetworkValue.of(
             problem,
             chain,

@@ -36,10 +36,8 @@ class LearnedLogZ(nn.Module):
     def __init__(self, problem: ControlProblem, chain: Chain, varies: bool, seed: int) -> None:
         super().__init__()
         self.network = learned_value(problem, chain, seed) if varies else None
-        self._first, self._forgets_start = (
-            chain.times[:1],
-            chain.reverse is not None,
-        )  # a reverse law leads to the start
+        self._first = chain.times[:1]
+        self._forgets_start = chain.reverse is not None  # which leads to the start
         self.level: Tensor
         self.count: Tensor
         self.register_buffer("level", torch.zeros((), dtype=problem.dtype, device=problem.device))

@@ -1,0 +1,126 @@
+"""Categorical kernels: states are tokens, and given ``x_k`` the positions of ``x_{k+1}`` are independent, each with probabilities of its own.
+
+A control tilts the log-probabilities, ``p^u ~ p0 exp(u)``; its part of a step is ``c = u - log sum p0 exp(u)``, the normalised log-ratio
+``log p^u - log p0`` of every value at every position. Draws are by Gumbel-max from standard normal noise, so that a step is a function of its noise, as
+everywhere. For a single position the soft-optimal kernel is of this form, and no floor remains; a product of positions has one
+(docs/mathematics.md, section 11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory import recall
+from ..processes.laws import Dirac
+from ..processes.reference import Reference
+from ..tensors import check_count, check_output, event_sum, probing
+from .base import Chain
+
+__all__ = ["CategoricalChain", "gumbel"]
+
+
+def gumbel(xi: Tensor) -> Tensor:
+    """Standard Gumbel numbers of standard normal ones, monotonically: ``-log(-log Phi(xi))``."""
+    return -(-torch.special.log_ndtr(xi)).log()
+
+
+class CategoricalChain(Reference, Chain):
+    """A chain on tokens ``0 .. values-1`` at every position of ``start``, in steps of time ``1/K``.
+
+    Args:
+        log_probs: ``(k, x) -> (batch, *shape, values)``, ``(k, x, y)`` with a condition: ``log p0(x_{k+1} = v | x_k)`` of every position,
+            normalised over the last dimension, -inf where a value cannot follow; x ``(batch, *shape)`` int64, k an int.
+        steps: K. values: number of tokens. start: ``(*shape)`` int64, where all paths begin.
+        dtype: of the probabilities, and of all else that is no token.
+    """
+
+    continuous = gaussian = of_noise = differentiable = False
+    state_dtype = torch.int64
+
+    def __init__(
+        self,
+        log_probs: Callable[..., Tensor],
+        steps: int,
+        values: int,
+        start: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_count("steps", steps)
+        check_count("values", values, least=2)
+        if not isinstance(start, Tensor) or start.dtype != torch.int64 or start.ndim == 0:
+            raise TypeError("start must be an int64 tensor (*shape): the tokens at which all paths begin.")
+        self.function, self.values, self.reference, self.horizon = log_probs, values, self, 1.0
+        self.dtype, self.device = dtype or torch.get_default_dtype(), start.device
+        self.event_shape, self.own_initial = start.shape, Dirac(start)
+        self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
+        self._set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
+
+    def log_probs(self, k: int, x: Tensor, condition: Any = None) -> Tensor:
+        """``log p0(. | x_k)``, ``(batch, *shape, values)``: once a step, though control, step and KL ask for it."""
+        rest = () if condition is None else (condition,)
+        return recall(self, k, x, lambda: self.function(k, x, *rest))
+
+    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+        logits = self.log_probs(k, x, condition)
+        return ((logits if c is None else logits + c) + gumbel(xi)).argmax(-1)
+
+    def draws(self, noises: Tensor, shifts: Tensor, states: Tensor | None) -> Tensor:
+        assert states is not None
+        return states
+
+    def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
+        return event_sum(c.gather(-1, draws.unsqueeze(-1)).squeeze(-1), self.event_ndim)
+
+    def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
+        assert states is not None
+        logits = torch.stack([self.log_probs(k, x, condition) for k, x in zip(steps, states)])
+        tilted = (logits + c).exp()
+        return event_sum((tilted * c.where(tilted > 0, 0.0)).sum(-1), self.event_ndim)
+
+    def surprisal(self, draws: Tensor) -> Tensor:
+        return self.times.new_zeros(draws.shape[: draws.ndim - self.event_ndim])
+
+    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+        return u - (self.log_probs(k, x, condition) + u).logsumexp(-1, keepdim=True)
+
+    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+        return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
+
+    def control(self, k: int, c: Tensor) -> Tensor:
+        return c
+
+    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+        return [("log_probs", self.log_probs(k, x, condition).exp())]
+
+    # ---------------------------------------------------------------- what a problem asks of a reference
+
+    def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.values, (rows, *self.event_shape), generator=generator).to(device)
+
+    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
+        """Call the log-probabilities once and check what they are.
+
+        Raises:
+            TypeError, ValueError: of another shape or dtype, or not normalised.
+        """
+        x = self.own_initial.sample((5,))
+        y = None if condition is None else condition[torch.arange(5, device=condition.device) % len(condition)]
+        with torch.no_grad(), probing("log_probs", f"log_probs(k, x{'' if y is None else ', y'}), x {tuple(x.shape)}"):
+            value = self.log_probs(0, x, y)
+        check_output(
+            "log_probs", value, (5, *self.noise_shape), self.times, "One number for every value of every position."
+        )
+        if not bool(((value.logsumexp(-1)).abs() < 1e-4).all()):
+            raise ValueError("log_probs must be normalised over its last dimension: use .log_softmax(-1).")
+
+    def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
+        return {"log_probs": self.log_probs(self.step_at(float(t)), x, condition).exp()}
+
+    def describe(self) -> dict[str, Any]:
+        shape = list(self.event_shape)
+        return {"kind": "CategoricalChain", "event_shape": shape, "values": self.values, "steps": self.steps}
