@@ -5,8 +5,6 @@ of controls (``chains/shifts.py``), and a control that is called itself. The cou
 and no object or class is changed. No number depends on it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -14,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-
-__all__ = ["Calls", "count_reward", "counted_control", "counting"]
 
 
 @dataclass

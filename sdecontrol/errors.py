@@ -1,22 +1,8 @@
 """The errors of the package. Each is a ValueError, TypeError or RuntimeError, so that ordinary handlers catch them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Iterable
 from typing import Any
-
-__all__ = [
-    "BadFileError",
-    "ImproperTarget",
-    "MissingFileError",
-    "NoExactSolution",
-    "NoLikelihood",
-    "NonFiniteError",
-    "NotDifferentiable",
-    "check_name",
-    "unknown_name",
-]
 
 
 class NonFiniteError(RuntimeError):

@@ -4,16 +4,12 @@ A chain's kernel and a tuned control want the same prediction of a model at the 
 ``with remembering():`` the last value of each is at hand; at its end all are dropped, with the graphs they would keep alive. Outside nothing is kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-
-__all__ = ["once_a_step", "recall", "remembering"]
 
 
 class _Known(threading.local):

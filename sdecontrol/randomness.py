@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "SeededNoise", "SuppliedNoise", "derive_seed", "fresh_seed", "generator_for", "global_rng"]
-
 BLOCK = 64
 _SEGMENT_NUMBERS = 1 << 16
 

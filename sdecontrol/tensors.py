@@ -1,7 +1,5 @@
 """Small tensor helpers that every room uses: sums over events, noise-shaping matrices, early checks."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator
@@ -9,22 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "apply_scale",
-    "apply_scale_transposed",
-    "as_float",
-    "batch_like",
-    "check_count",
-    "check_output",
-    "check_positive",
-    "check_tensor",
-    "event_sum",
-    "is_matrix_scale",
-    "nonfinite_rows",
-    "probing",
-    "symmetric",
-]
 
 
 def event_sum(x: Tensor, event_ndim: int) -> Tensor:

@@ -1,7 +1,5 @@
 """Annealed Langevin as a chain, with its kernels backwards; and the chain that these are."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -13,8 +11,6 @@ from ..tensors import event_sum
 from .base import Chain
 from .reverse import ReverseLaw
 from .shifts import shift_function
-
-__all__ = ["AnnealedChain", "ReversedChain"]
 
 
 class AnnealedChain(Chain):

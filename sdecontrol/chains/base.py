@@ -21,8 +21,6 @@ from torch import Tensor
 from ..tensors import apply_scale, event_sum
 from .reverse import ReverseLaw
 
-__all__ = ["AffineStep", "Chain"]
-
 
 class AffineStep(NamedTuple):
     """``x' = matrix x + shift + scale (gain u + xi)``, in float64 on the CPU."""

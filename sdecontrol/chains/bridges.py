@@ -12,8 +12,6 @@ from ..processes.laws import Dirac, Gaussian, factor
 from ..tensors import is_matrix_scale, symmetric
 from .base import Chain
 
-__all__ = ["ChainBridge", "NoisingBridge", "bridge_of"]
-
 
 class ChainBridge:
     """Laws of ``x_k`` given ``(x_0, x_K)``, and of the noise ``xi_k`` given ``(x_k, x_K)``, for a chain of affine steps

@@ -1,7 +1,5 @@
 """The chain of an SDE: grids of times, and schemes by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral
@@ -22,8 +20,6 @@ from .annealed import AnnealedChain
 from .base import Chain
 from .exponential import ExponentialChain, GenerativeExponentialChain
 from .gaussian import EulerChain, TransitionChain
-
-__all__ = ["SAMPLING_SCHEMES", "SCHEMES", "chain_of", "make_grid"]
 
 
 def make_grid(time_steps: Any, horizon: float) -> list[float]:

@@ -6,8 +6,6 @@ everywhere. For a single position the soft-optimal kernel is of this form, and n
 (docs/mathematics.md, section 11).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,8 +17,6 @@ from ..processes.laws import Dirac
 from ..processes.reference import Reference
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
-
-__all__ = ["CategoricalChain", "gumbel"]
 
 
 def gumbel(xi: Tensor) -> Tensor:

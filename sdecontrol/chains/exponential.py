@@ -1,7 +1,5 @@
 """Exponential Euler schemes: the linear part and the noise exactly, the rest held over each step."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +11,6 @@ from ..processes.generative import GenerativeSDE
 from ..processes.semilinear import SemilinearSDE
 from .base import Chain
 from .gaussian import TransitionChain
-
-__all__ = ["ExponentialChain", "GenerativeExponentialChain"]
 
 
 class ExponentialChain(Chain):

@@ -1,7 +1,5 @@
 """Euler-Maruyama, and the exact transitions of linear SDEs, as chains."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any
@@ -12,8 +10,6 @@ from torch import Tensor
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from .base import AffineStep, Chain
-
-__all__ = ["EulerChain", "TransitionChain"]
 
 
 class EulerChain(Chain):

@@ -19,8 +19,6 @@ from ..processes.reference import Reference
 from ..tensors import check_count, check_output, probing
 from .base import Chain
 
-__all__ = ["NoiseDrivenChain", "discrete_dynamics"]
-
 
 class NoiseDrivenChain(Reference, Chain):
     """Steps that are a function of state and noise, one unit of time each. Made by :func:`discrete_dynamics`."""

@@ -1,7 +1,5 @@
 """Pre-trained models as chains of their own; and discrete diffusion models: DDPM ancestral steps and DDIM with eta > 0."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -16,8 +14,6 @@ from ..processes.laws import Gaussian
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..tensors import as_float, check_tensor
 from .base import Chain
-
-__all__ = ["DiffusionChain", "PretrainedChain", "diffusion_chain"]
 
 PREDICTIONS = ("noise", "sample", "v")
 SAMPLERS = ("ddpm", "ddim")

@@ -10,8 +10,6 @@ F^0 the forward kernels without control: 0 for a reference that is reversible wi
 ``log rho - log p0`` the total is ``R`` with ``E[exp(R) dQ0/dP^u] = Z`` exactly, for any control and any number of steps, since all kernels are normalised.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +17,6 @@ import torch
 from torch import Tensor
 
 from ..tensors import event_sum
-
-__all__ = ["ReverseLaw"]
 
 
 class ReverseLaw:

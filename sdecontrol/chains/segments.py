@@ -1,7 +1,5 @@
 """A learned start: the segment before time 0 that makes a random start part of the chain, and one chain after another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +9,6 @@ from torch import Tensor
 
 from ..processes.laws import Gaussian, GaussianMixture
 from .base import AffineStep, Chain
-
-__all__ = ["LearnedStart", "SegmentedChain"]
 
 
 class LearnedStart(Chain):

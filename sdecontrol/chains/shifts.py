@@ -6,8 +6,6 @@ a condition). The library's own controls may offer two faster ways, which this m
 all stored states in one call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +15,6 @@ from torch import Tensor
 from ..counting import counted_control
 from ..tensors import check_output
 from .base import Chain
-
-__all__ = ["ShiftFunction", "shift_function", "shifts_along"]
 
 #: ``(k, x, condition) -> c_k``.
 ShiftFunction = Callable[[int, Tensor, Any], Tensor]

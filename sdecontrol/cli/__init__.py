@@ -1,7 +1,5 @@
 """The command line: ``sdecontrol COMMAND``. One file per command; each imports what it needs when it runs."""
 
-from __future__ import annotations
-
 import io
 import sys
 

@@ -1,7 +1,5 @@
 """What the commands share: errors as one line, results as a table or as JSON, common options."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -13,28 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-
-__all__ = [
-    "BAD_INPUT",
-    "FIGURES",
-    "INTERRUPTED",
-    "BatchOption",
-    "DebugOption",
-    "JsonOption",
-    "OwnSeedOption",
-    "ProblemArgument",
-    "SaveOption",
-    "SeedOption",
-    "StepsOption",
-    "check_file",
-    "given",
-    "handles_errors",
-    "note",
-    "plain",
-    "print_json",
-    "print_table",
-    "report",
-]
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON on standard output, and nothing else.")

@@ -1,7 +1,5 @@
 """``sdecontrol compare``: several methods on one problem, as one table."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +17,6 @@ from .common import (
     note,
     print_json,
 )
-
-__all__ = ["compare"]
 
 
 @handles_errors

@@ -1,7 +1,5 @@
 """``sdecontrol demo``: a real diffusion model, tuned towards a reward, with the exact answer beside it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +18,6 @@ from .common import (
     print_json,
     print_table,
 )
-
-__all__ = ["demo"]
 
 
 @handles_errors

@@ -1,7 +1,5 @@
 """The figure of ``sdecontrol demo``: samples before, after and exactly tilted, and the training curve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .demo_run import DemoResult
-
-__all__ = ["draw_figure"]
 
 _ROWS, _COLUMNS = 6, 8
 _INK, _ACCENT, _SOFT = "#1d2733", "#0b6e99", "#9fc3d4"

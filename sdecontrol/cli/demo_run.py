@@ -35,8 +35,6 @@ from ..randomness import derive_seed
 from ..training.score_network import ScoreNetwork
 from .common import note
 
-__all__ = ["FULL", "QUICK", "DemoResult", "DemoSettings", "run_demo"]
-
 RECIPE = 1  # raised whenever the models' training changes: older caches are then passed over
 _KIND = register_bundle("demo models", "accuracy")
 _TRAINED_ON = 1400  # digits that the classifier is trained on; the others test it

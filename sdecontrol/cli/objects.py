@@ -1,15 +1,11 @@
 """Python objects named on the command line or in files: ``module:object``, in a module beside the file or importable."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import unknown_name
-
-__all__ = ["import_object"]
 
 
 def import_object(spec: Any, folder: Path) -> Any:

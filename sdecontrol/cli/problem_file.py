@@ -25,8 +25,6 @@ Or, for any other problem, ``[problem] function = "module:object"`` in the place
 a function that returns one, in a module beside the file or importable.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tomllib
 from collections.abc import Iterator
@@ -42,8 +40,6 @@ from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian
 from ..processes.linear import LinearSDE
 from .objects import import_object
-
-__all__ = ["SOLVE_KEYS", "read_problem_file"]
 
 SOLVE_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ..evaluation.solution import Solution
     from ..library.target_base import Target
 
-__all__ = ["sample"]
-
 _FILES = (".npy", ".pt", ".safetensors")
 _DENSE = 20_000  # exact samples of the figure
 _MOST_NOISES = 1000  # of a path, up to which a certificate without exact samples is made unasked

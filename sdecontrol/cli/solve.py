@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..evaluation.solution import Solution
     from ..problems.problem import ControlProblem
 
-__all__ = ["solve"]
-
 
 @handles_errors
 def solve(

@@ -1,12 +1,8 @@
 """``sdecontrol verify``: the theory verification suite."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
-
-__all__ = ["verify"]
 
 
 def verify(

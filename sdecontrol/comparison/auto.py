@@ -1,7 +1,5 @@
 """``Auto``: sequential Monte Carlo that learns where to begin, and keeps what pays."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,8 +21,6 @@ from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
 from ..tensors import check_count
-
-__all__ = ["Auto"]
 
 _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
 _GAIN = 0.8  # of the cost, below which a round was worth it

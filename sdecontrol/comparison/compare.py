@@ -1,7 +1,5 @@
 """``compare``: any methods on one problem, side by side, beside the exact law where that is known."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math
@@ -30,8 +28,6 @@ from ..tensors import check_count
 from ..training.solve import solve
 from .costs import Costs, measuring
 from .frontier import FrontierPoint, exact_frontier
-
-__all__ = ["Comparison", "ComparisonRow", "compare", "method_label"]
 
 #: name of every column and its heading
 COLUMNS = {

@@ -1,7 +1,5 @@
 """What a piece of work costs: calls of the reward, of its gradient and of the control, seconds, and peak memory."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math
@@ -14,8 +12,6 @@ from pathlib import Path
 import torch
 
 from ..counting import Calls, counting
-
-__all__ = ["Costs", "measuring"]
 
 _MIB = 2.0**20
 

@@ -1,7 +1,5 @@
 """The figure of a comparison: reward against KL."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +9,6 @@ from matplotlib.figure import Figure
 
 from ..evaluation.estimates import Estimate
 from .frontier import FrontierPoint
-
-__all__ = ["reward_against_kl"]
 
 _MARKERS = "osD^vP*X<>hp"
 _MOST = 1.6  # times the largest KL of a method: as far as the frontier is drawn

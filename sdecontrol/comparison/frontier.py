@@ -1,7 +1,5 @@
 """The exact frontier of reward against KL: the tilted laws at all temperatures."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, NamedTuple
 
@@ -10,8 +8,6 @@ import torch
 from ..errors import NoExactSolution
 from ..exact import exact_solution
 from ..problems.problem import ControlProblem
-
-__all__ = ["FrontierPoint", "exact_frontier"]
 
 
 class FrontierPoint(NamedTuple):

@@ -1,7 +1,5 @@
 """``recommend``: which method, and why, from what a problem offers (the tutorial's Figure 3 and Section 7, with what was measured)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +37,6 @@ from ..processes.laws import draw
 from ..tensors import as_float
 from .auto import Auto
 from .compare import method_label
-
-__all__ = ["Advice", "Suggestion", "recommend"]
 
 _GIB = 2.0**30
 _ROWS = 4  # of the probe that measures the graph

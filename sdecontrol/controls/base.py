@@ -22,8 +22,6 @@ from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["Control", "StartedControl", "UserControl", "as_control", "at_each_time", "rows_of"]
-
 
 def rows_of(y: Any, rows: Any) -> Any:
     """Rows of a condition, or None."""

@@ -1,7 +1,5 @@
 """Which control a problem gets: a tuned copy of its model, the default network, or the user's own module."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 
@@ -18,8 +16,6 @@ from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
 from .reward_term import gate_scale
 from .tuned import TunedControl
-
-__all__ = ["build_control", "corrected"]
 
 _PILOT_PATHS = 256
 

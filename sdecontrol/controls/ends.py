@@ -4,8 +4,6 @@ Two kinds of reference have such a bridge to their end, whatever their start: th
 that have forgotten their start, where it is the noising process. z is the state in coordinates of the end: normalised, flattened.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,8 +18,6 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..processes.generative import GenerativeSDE
 from ..processes.time_changed import TimeChanged
-
-__all__ = ["Ends", "NoisingEnds", "TimeChangedEnds", "ends_of"]
 
 
 class Ends(Protocol):

@@ -1,7 +1,5 @@
 """Controls that are given, not trained: the reference's own, a solution's, or any function of yours."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +10,8 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from .base import Control, UserControl, rows_of
+from .base import Control, UserControl
 from .saved import CONTROLS, Context, Saved
-
-__all__ = ["GivenControl", "ZeroControl", "given_control", "repeat_rows", "rows_of"]
 
 
 @CONTROLS.register("zero")

@@ -26,17 +26,6 @@ from .base import Control, at_each_time
 from .network import Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
 
-__all__ = [
-    "AnnealedValue",
-    "ClassifierValue",
-    "GivenValue",
-    "LogValue",
-    "NetworkValue",
-    "TweedieValue",
-    "ValueControl",
-    "value_network",
-]
-
 _PILOT_PATHS = 256
 _FULL = 32  # largest state whose value has a full matrix for its quadratic part, rather than a diagonal
 

@@ -5,8 +5,6 @@ the Hessian of every regression ``E sum_k |c_k - y_k|^2/2``. So ``theta - G^{-1}
 KL between the path laws before and after a step delta.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-
-__all__ = ["LinearPart", "gram_of_features"]
 
 
 class LinearPart:

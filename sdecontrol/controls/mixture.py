@@ -21,8 +21,6 @@ from .linear_part import LinearPart
 from .network import Architecture, DefaultControl
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["CorrectedControl", "MixtureControl"]
-
 _NOTHING = 1e-6  # of the end's size in a state, below which the state says nothing of it
 
 

@@ -27,8 +27,6 @@ from .linear_part import LinearPart, gram_of_features
 from .reward_term import RewardTerm
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["Architecture", "DefaultControl", "Layers", "Scales", "flat_or", "floored", "layers_for", "time_features"]
-
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
 _MOST_BUMPED = 32  # largest state that gets a function per coordinate
 _BUMPS = 10  # per coordinate

@@ -15,11 +15,9 @@ from ..paths.integrator import integrate
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from .base import Control
-from .given import ZeroControl, repeat_rows, rows_of
+from .base import Control, rows_of
+from .given import ZeroControl, repeat_rows
 from .saved import CONTROLS, Context, Saved
-
-__all__ = ["PathIntegralControl"]
 
 _ROWS = 8192  # simulated at once
 _FEW = 10  # effective paths below which the average is not to be trusted

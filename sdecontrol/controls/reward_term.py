@@ -16,8 +16,6 @@ from ..problems.rewards import Linear, Quadratic
 from ..processes.annealed import AnnealedLangevin
 from ..processes.sde import SDE
 
-__all__ = ["RewardTerm", "gate_scale"]
-
 _LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
 _STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
 

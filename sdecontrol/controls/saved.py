@@ -4,8 +4,6 @@ A class of a kind has ``configuration``, what a file says of an object, and a cl
 again with fresh parameters: files hold those as tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -13,8 +11,6 @@ from typing import Any, TypeVar
 from ..chains.base import Chain
 from ..errors import BadFileError
 from ..problems.problem import ControlProblem
-
-__all__ = ["CONTROLS", "VALUES", "Context", "Kinds", "Saved"]
 
 T = TypeVar("T")
 

@@ -15,8 +15,6 @@ from ..processes.pretrained import call_model
 from .base import Control, at_each_time, rows_of
 from .saved import CONTROLS, Context, Saved
 
-__all__ = ["ControlledModel", "ModelControl", "TunedControl", "as_model"]
-
 
 class ModelControl(Control):
     """The control that moves every step's law to that of another model's prediction; nothing before time 0.

@@ -1,7 +1,5 @@
 """Values and ``log Z`` that are learned along with a control."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..problems.problem import ControlProblem
 from .guidance import NetworkValue, value_network
-
-__all__ = ["LearnedLogZ", "learned_value"]
 
 
 def learned_value(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue:

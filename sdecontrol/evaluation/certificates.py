@@ -9,8 +9,6 @@ dynamics it is the draw run back by the backward kernels, which is what these ar
 are named as such.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,8 +32,6 @@ from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_w
 from .evaluate import log_weights
 from .solution import Solution
 from .tempered_solution import TemperedSettings, tempered_target
-
-__all__ = ["Certificate", "certify"]
 
 _PARTICLES = 4096
 _FEW = 0.1  # forward ESS, relative to the reverse one, below which the sampler misses a part of the target

@@ -1,7 +1,5 @@
 """``ChainSolution``: a solution whose samples are draws of parallel Markov chains on the density of a Gibbs problem."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -25,8 +23,6 @@ from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pare
 from .evaluate import Evaluation, agree
 from .solution import SOLUTIONS, Solution
 from .tempered_solution import TemperedSettings, tempered_target
-
-__all__ = ["ChainSettings", "ChainSolution", "WarmChains", "chain_target"]
 
 _LEAST_DRAWS = 64  # of each chain, where they are judged
 _MOST_RHAT = 1.05

@@ -12,16 +12,6 @@ from torch import Tensor
 from ..particles.diagnostics import chain_ess
 from ..paths.weights import effective_number
 
-__all__ = [
-    "Estimate",
-    "bridge_log_z",
-    "chain_mean",
-    "effective_sample_size",
-    "log_mean_weight",
-    "mean_estimate",
-    "pareto_k",
-]
-
 
 @dataclass(frozen=True)
 class Estimate:

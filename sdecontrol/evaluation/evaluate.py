@@ -1,7 +1,5 @@
 """``evaluate``: how good a control is, each number an estimate with its standard error."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,8 +17,6 @@ from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-
-__all__ = ["Evaluation", "agree", "confirmed_by_reference", "evaluate", "log_weights"]
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed

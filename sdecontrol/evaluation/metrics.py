@@ -1,7 +1,5 @@
 """Distances between sets of samples (POT, scipy), coverage of modes, and the error of a control against an exact one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +14,6 @@ from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
 from ..tensors import as_float, check_tensor, event_sum
 from .estimates import Estimate, mean_estimate
-
-__all__ = [
-    "ControlError",
-    "ModeCoverage",
-    "control_error",
-    "energy_wasserstein",
-    "mmd",
-    "mode_coverage",
-    "sinkhorn",
-    "sliced_wasserstein",
-    "wasserstein",
-]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """``ParticleSolution``: a solution that is a way of sampling, with a proposal, and no trained control of its own."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import asdict
@@ -21,8 +19,6 @@ from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, confirmed_by_reference, log_weights
 from .solution import SOLUTIONS, Solution
-
-__all__ = ["ParticleSettings", "ParticleSolution"]
 
 _FEW = 10  # effective particles below which samples are not to be trusted
 _SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems

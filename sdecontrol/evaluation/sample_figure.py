@@ -1,7 +1,5 @@
 """The figure of a sampler: its samples, marginals beside exact ones, and its bounds of log Z."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -15,8 +13,6 @@ from .certificates import Certificate
 from .estimates import Estimate
 from .evaluate import Evaluation
 from .solution import Solution
-
-__all__ = ["sample_figure", "telling_coordinates"]
 
 _INK, _ACCENT, _SOFT, _EXACT, _WARM = "#1d2733", "#0b6e99", "#9fc3d4", "#c2410c", "#d97706"
 _DOTS, _BEHIND = 3000, 20_000  # samples drawn as dots, and exact ones counted behind them

@@ -20,8 +20,6 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from .evaluate import Evaluation, evaluate, log_weights
 
-__all__ = ["SOLUTIONS", "Solution", "TiltedStart", "load"]
-
 SOLUTIONS = Kinds("solution")
 _FACTS = ("method", "settings", "seed", "reproducible", "history", "details")
 _KIND = register_bundle("solution", *_FACTS, "control", "solution", "problem")

@@ -1,7 +1,5 @@
 """``TemperedSolution``: a solution that is a way of sampling by tempered particles."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +18,6 @@ from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
 from .particle_solution import ParticleSolution
 from .solution import SOLUTIONS
-
-__all__ = ["TemperedSettings", "TemperedSolution", "tempered_target"]
 
 _WIDER = 1.2  # variances of a fitted mixture that particles begin with: weights of its tails stay bounded
 

@@ -1,7 +1,5 @@
 """``ExactSolution``: what every closed form offers, whatever it is made of."""
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +14,6 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.linear import moments
 from ..randomness import fresh_seed
-
-__all__ = ["ExactControl", "ExactSolution"]
 
 
 class ExactSolution:

@@ -1,7 +1,5 @@
 """The exact solution of a linear-quadratic chain: the soft Bellman recursion, and the best mean-shift control."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -16,8 +14,6 @@ from ..processes.laws import Gaussian
 from ..processes.linear import Transition
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
-
-__all__ = ["ChainSolution"]
 
 _RANK = 1e-7  # C comes from roots of covariances, which have half the digits
 

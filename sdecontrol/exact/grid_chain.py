@@ -3,8 +3,6 @@
 Like the HJB equation (``grid_process.py``) for ``w = v/alpha``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,8 +19,6 @@ from ..problems.problem import ControlProblem
 from .grids import Grid, GridLaw, Table, differences, local_weights
 from .on_grids import OnGrids
 from .probing import MOMENTS, Block, watched
-
-__all__ = ["GridChainSolution"]
 
 _REACH = 9.0  # standard deviations that an average over the noise takes in; widened with refinement
 

@@ -4,8 +4,6 @@ It is written for ``w = v/alpha``, not for ``psi = exp(w)``: w stays of moderate
 orders of magnitude.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,8 +18,6 @@ from ..problems.problem import ControlProblem
 from .grids import Grid, Table
 from .on_grids import OnGrids
 from .probing import MOMENTS, PROBES
-
-__all__ = ["GridSolution"]
 
 _STEPS = 200  # of the paths that say where the process goes
 _TOLERANCE = 1e-8  # relative and absolute tolerance of the equation in time

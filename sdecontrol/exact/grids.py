@@ -1,7 +1,5 @@
 """Uniform grids of one or two dimensions, and functions and laws on them. All in float64 on the CPU."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,8 +7,6 @@ import torch
 from scipy import sparse
 from torch import Tensor
 from torch.distributions import Distribution
-
-__all__ = ["Grid", "GridLaw", "Table", "differences", "local_weights"]
 
 _POINTS = 6  # of local interpolation: an error of order 6 in the spacing
 _FIRST = np.array([-1 / 60, 3 / 20, -3 / 4, 0, 3 / 4, -3 / 20, 1 / 60])  # central differences of order 6

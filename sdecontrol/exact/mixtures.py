@@ -22,8 +22,6 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
 
-__all__ = ["MixtureSolution", "tilted_mixture"]
-
 _PAST = 1e-12  # stands for the start of the stretch, where all paths are in one point and the laws have no density
 
 

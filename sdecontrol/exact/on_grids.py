@@ -4,8 +4,6 @@ Where drift, noise, reward and running cost act block by block, ``v`` is a sum o
 share one. The functions are probed for that (``interactions.py``), and paths say where the grids must be.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -24,8 +22,6 @@ from ..tensors import apply_scale, apply_scale_transposed
 from .base import ExactSolution
 from .grids import Grid, Table
 from .probing import PROBES, Block, Functions, Interactions, watched
-
-__all__ = ["OnGrids"]
 
 _PATHS = 512  # that say where the process goes
 _WATCHED = 40  # times at which they are looked at

@@ -1,7 +1,5 @@
 """What grid solutions find out about a problem by asking its functions: their values, and which coordinates act on each other."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +12,6 @@ from ..chains.base import Chain
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..tensors import is_matrix_scale
-
-__all__ = ["MOMENTS", "PROBES", "Block", "Functions", "Interactions", "watched"]
 
 MOMENTS = 17  # times at which dependence is looked for, ends included
 PROBES = 8  # pairs of states between which dependence is looked for

@@ -22,8 +22,6 @@ from ..processes.linear import Transition
 from ..tensors import symmetric
 from .base import ExactSolution
 
-__all__ = ["Form", "LinearQuadraticSolution", "SoftAverage", "Terms", "compose", "quadratic_terms", "soft_average"]
-
 
 class Form(NamedTuple):
     """``x -> -x'Px/2 + q'x + c``; P ``(d, d)`` symmetric, q ``(d,)``, c 0-d, all float64."""

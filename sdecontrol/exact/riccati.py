@@ -1,7 +1,5 @@
 """The exact solution of a linear-quadratic problem in continuous time: Riccati equations and the closed loop's laws."""
 
-from __future__ import annotations
-
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -15,8 +13,6 @@ from ..processes.laws import factor
 from ..processes.linear import LinearSDE, Transition, moments
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
-
-__all__ = ["RiccatiSolution"]
 
 _PIECES = 64  # the dense interpolant is of lower order than the steps, so they are kept short
 _BLOW_UP = 1e8

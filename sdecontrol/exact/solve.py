@@ -1,7 +1,5 @@
 """``exact_solution``: the closed form of a control problem, where one is known."""
 
-from __future__ import annotations
-
 from numbers import Integral
 from typing import Any
 
@@ -17,8 +15,6 @@ from .grid_process import GridSolution
 from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
-
-__all__ = ["exact_solution"]
 
 
 def exact_solution(

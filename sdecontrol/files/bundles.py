@@ -5,8 +5,6 @@ of the tensors and its own: a bundle counts only if all agree. It also names its
 schema number of its layout (:mod:`.migrations`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -18,8 +16,6 @@ from torch import Tensor
 
 from ..errors import BadFileError, MissingFileError
 from .migrations import SCHEMA, migrated
-
-__all__ = ["FORMAT", "read_bundle", "register_bundle", "write_bundle"]
 
 FORMAT, _FIRST_FORMAT = "sdecontrol", "sdecontrol-1"  # the first one had no schema number
 

@@ -1,7 +1,5 @@
 """What bundles hold: tensors by parts, settings as JSON can hold them, and the facts by which they know their problem."""
 
-from __future__ import annotations
-
 import json
 from numbers import Integral
 from typing import Any
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 
 from ..errors import BadFileError
 from ..tensors import check_tensor
-
-__all__ = ["check_fingerprint", "load_tensors", "part_of", "plain_settings", "with_part"]
 
 
 def with_part(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

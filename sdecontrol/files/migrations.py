@@ -1,10 +1,6 @@
 """Older layouts of files, brought to the present one; each step raises the schema number by one."""
 
-from __future__ import annotations
-
 from typing import Any
-
-__all__ = ["SCHEMA", "migrated"]
 
 SCHEMA = 2  # of files as they are written now; without a number: 1
 

@@ -1,7 +1,5 @@
 """The package's cache: bundles (safetensors and JSON) in the user's cache folder, made again where they are damaged."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from ..errors import BadFileError
 from ..files.bundles import read_bundle, write_bundle
-
-__all__ = ["cache_folder", "read_cached", "write_cached"]
 
 
 def cache_folder() -> Path:

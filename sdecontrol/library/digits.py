@@ -1,7 +1,5 @@
 """scikit-learn's 8x8 digits: real data without a download, and a classifier that judges them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 
 from ..randomness import derive_seed, fresh_seed, global_rng
 from ..training.progress import ProgressBar
-
-__all__ = ["DIGIT_SHAPE", "DigitClassifier", "digits", "fit_digit_classifier"]
 
 DIGIT_SHAPE = (1, 8, 8)
 _CLASSES = 10

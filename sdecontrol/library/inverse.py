@@ -4,8 +4,6 @@ The setting of Cardoso et al. 2308.07983 and of the particle and guidance sample
 whose data are a mixture of 25 Gaussians, observed through a linear map with Gaussian noise. The posterior is again a mixture.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -18,8 +16,6 @@ from ..processes.generative import generative_sde
 from ..processes.laws import GaussianMixture
 from ..processes.schedules import VP
 from ..tensors import check_count
-
-__all__ = ["MixtureObservation", "mixture_inverse_problem", "mixture_observation"]
 
 _SIDE = 8.0  # distance between neighbouring means, in each coordinate
 

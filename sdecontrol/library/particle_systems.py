@@ -5,16 +5,12 @@ the coordinates of that subspace in an orthonormal basis (the rows of Helmert's 
 that log densities, distances between configurations and Wasserstein distances are those of the positions.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
 from .target_base import Target, register_target
-
-__all__ = ["ParticleSystem"]
 
 _LEAST_SQUARE = 1e-12  # of a distance: below, its gradient is 0 instead of undefined
 _CORE = 0.6

@@ -13,8 +13,6 @@ Tensors have torch's default dtype; random parts of a definition are drawn in fl
 global one is left alone), so they do not depend on it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +27,6 @@ from ..processes.laws import Dirac, Gaussian
 from ..processes.linear import BrownianMotion, LinearSDE
 from ..processes.sde import SDE
 from ..tensors import as_float
-
-__all__ = ["ProblemCard", "named_problem", "problem_card", "problem_names"]
 
 
 @dataclass(frozen=True)

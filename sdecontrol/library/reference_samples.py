@@ -1,7 +1,5 @@
 """``reference_samples``: samples to hold a sampler against, for targets with an exact sampler and without."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from dataclasses import dataclass
@@ -22,8 +20,6 @@ from ..tensors import check_count, check_tensor
 from .cache import read_cached, write_cached
 from .target_base import Target
 from .targets import named_target
-
-__all__ = ["ReferenceSamples", "reference_samples"]
 
 RECIPE = 1  # raised whenever the way samples are made changes: older caches are then passed over
 _KIND = register_bundle("reference samples")

@@ -1,7 +1,5 @@
 """What a named target is, and the register of the library's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +8,6 @@ from torch import Tensor
 
 from ..errors import NoExactSolution
 from ..tensors import check_count, check_tensor
-
-__all__ = ["CARDS", "Target", "TargetCard", "register_target"]
 
 
 class Target:

@@ -7,8 +7,6 @@ density itself, ``target(x)``, so it goes straight into ``sc.gibbs_problem(targe
 Constants are kept in float64 and follow the input's dtype and device; random parts of a definition come from a generator of their own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -18,8 +16,6 @@ from torch import Tensor
 from ..errors import check_name
 from . import particle_systems  # noqa: F401  (adds its targets to the library)
 from .target_base import CARDS, Target, TargetCard, register_target
-
-__all__ = ["Target", "TargetCard", "named_target", "target_card", "target_names"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _LOWEST = -60.0  # of the funnel's x1 in its exponential: 20 standard deviations out

@@ -1,7 +1,5 @@
 """``AdjointMatching``: regression of the control on the lean adjoint (Domingo-Enrich et al. 2409.08861), and its reciprocal form."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,8 +25,6 @@ from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import steps_of
 from .reciprocal import EndBuffer, reciprocal_step
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
-
-__all__ = ["AdjointMatching"]
 
 PAIRINGS = ("chain", "continuous")
 _LOOK_EVERY = 10  # iterations

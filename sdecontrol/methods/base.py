@@ -4,8 +4,6 @@ It meets the training loop in three calls: ``setup(run)`` makes its state, an nn
 changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(state, run)`` gives the control.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +19,6 @@ from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
-
-__all__ = ["Batch", "ControlState", "Method", "Regression", "Run", "find_method", "method_names", "register"]
 
 
 @dataclass

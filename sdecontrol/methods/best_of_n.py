@@ -1,7 +1,5 @@
 """``BestOfN``: choose among n samples of the reference (or of any control)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +12,6 @@ from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
 from ..problems.problem import ControlProblem
 from ..tensors import as_float, check_count
 from .base import ControlState, Method, Run, register
-
-__all__ = ["BestOfN"]
 
 _SELECTIONS = {"best": "best", "softmax": "weights", "rejection": "rejection"}
 

@@ -1,7 +1,5 @@
 """``BridgeMatching``: regression on the reference's bridges to reward-weighted ends ([42]-[45], tutorial Section 9)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,6 @@ from ..randomness import derive_seed, generator_for
 from ..tensors import check_positive, event_sum
 from .base import Method, Run, register
 from .on_paths import check_paths, collect, current_metrics, path_state
-
-__all__ = ["BridgeMatching"]
 
 
 @register

@@ -1,7 +1,5 @@
 """``ClassifierFreeGuidance``: a conditional model, with weight, in the place of a reward (Ho & Salimans 2207.12598)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from ..processes.pretrained import call_model
 from ..processes.sde import positional_count
 from ..tensors import as_float, check_output, probing
 from .base import ControlState, Method, Run, register
-
-__all__ = ["ClassifierFreeGuidance"]
 
 
 @register

@@ -1,7 +1,5 @@
 """``ClassifierGuidance``: value guidance with ``v = log p(label | x)`` (tutorial Section 8.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,8 +10,6 @@ from ..controls.guidance import ClassifierValue, LogValue, TweedieValue, ValueCo
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from .base import ControlState, Method, Run, register
-
-__all__ = ["ClassifierGuidance"]
 
 
 @register

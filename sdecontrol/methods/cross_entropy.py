@@ -1,7 +1,5 @@
 """``CrossEntropy``: importance-weighted maximum likelihood on whole paths (Zhang et al. 2014, SIAM J. Control Optim. 52)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,8 +7,6 @@ from ..paths.weights import self_normalised, warn_where_few
 from ..tensors import check_count, check_positive
 from .base import Method, Run, register
 from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, regression_loss, steps_of
-
-__all__ = ["CrossEntropy"]
 
 
 @register

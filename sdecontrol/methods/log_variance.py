@@ -1,7 +1,5 @@
 """``LogVariance``: the variance of the log importance weight, and its moment form (Nüsken & Richter 2005.05409)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +12,6 @@ from ..randomness import derive_seed
 from ..tensors import check_count
 from .base import Method, Run, register
 from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ, steps_of
-
-__all__ = ["LogVariance"]
 
 LOSSES = ("variance", "moment")
 _GROUP = 8

@@ -1,7 +1,5 @@
 """``MALA``, ``HMC``, ``NUTS``: parallel Markov chains on the density of a Gibbs problem. Nothing is learned but their kernels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +14,6 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
-
-__all__ = ["HMC", "MALA", "NUTS"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """A mixture of Gaussians learned from particles, as the beginning of a control: what regression then has to correct is little."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -18,8 +16,6 @@ from ..paths.weights import effective_number
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
-
-__all__ = ["ends_for_a_mixture", "first_mixture", "tempered_ends"]
 
 _FIRST = 4  # the first particles' part: they only have to find the modes
 _DRAWS = 8  # times ``size``: independent draws for the last mixture

@@ -1,8 +1,6 @@
 """What the methods that learn from stored paths share: whose paths they are, how starts are repeated, and the gradient of a
 weighted sum of log-ratios along them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,18 +18,6 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
 from ..randomness import derive_seed, generator_for
 from .base import Batch, ControlState, Run, path_metrics
-
-__all__ = [
-    "PathState",
-    "add_scores",
-    "check_paths",
-    "collect",
-    "current_metrics",
-    "path_state",
-    "regression_loss",
-    "starts_differ",
-    "steps_of",
-]
 
 PATHS = ("current", "reference")
 _PLACE_STEPS = 41

@@ -1,7 +1,5 @@
 """``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next particles."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,8 +22,6 @@ from ..tensors import check_count
 from .base import Method, Run, path_metrics, register
 from .mixture_start import first_mixture, tempered_ends
 from .regression import RegressionState, regress
-
-__all__ = ["ParticleMatching"]
 
 _PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK, _PLACE_START = 61, 62, 63, 64
 _JUDGING, _NEW = 8, 1_000_000  # batches of new bridges on which a correction is judged, and the place of their seeds

@@ -1,7 +1,5 @@
 """``PathConsistency``: squared residuals of the soft Bellman equation along paths (tutorial Algorithm 5, [33]-[35])."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,8 +13,6 @@ from ..randomness import derive_seed
 from ..tensors import check_count
 from .base import Method, Run, register
 from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ
-
-__all__ = ["PathConsistency"]
 
 
 @register

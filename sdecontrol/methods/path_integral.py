@@ -1,7 +1,5 @@
 """``PathIntegralGuidance``: the control as an average over simulated paths, with nothing trained (tutorial [32])."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +10,6 @@ from ..controls.path_integral import PathIntegralControl
 from ..randomness import derive_seed
 from ..tensors import check_count
 from .base import ControlState, Method, Run, register
-
-__all__ = ["PathIntegralGuidance"]
 
 
 @register

@@ -1,7 +1,5 @@
 """The reciprocal form of adjoint matching: adjoint sampling (Havens et al. 2504.11713), on the chain's own bridges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -18,8 +16,6 @@ from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import Run, path_metrics
 from .regression import RegressionState, controlled_paths, descend, regress
-
-__all__ = ["EndBuffer", "clipped", "reciprocal_step"]
 
 
 class EndBuffer(RegressionState):

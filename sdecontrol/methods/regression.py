@@ -1,7 +1,5 @@
 """What the methods that regress the control on a target share: the target's noise step by step, the loss, and its step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +14,6 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
 from ..tensors import event_sum, nonfinite_rows
 from .base import ControlState, Regression, Run, parameters_of
-
-__all__ = ["RegressionState", "controlled_paths", "longest_residuals", "regress", "reward_slope"]
 
 _AVERAGE = 0.1  # of the last batch in the running residuals
 

@@ -1,7 +1,5 @@
 """``Reinforce``: the plain score-function gradient, a yardstick (Williams 1992)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +10,6 @@ from ..paths.weights import leave_one_out
 from ..tensors import check_count
 from .base import Method, Run, register
 from .on_paths import add_scores, collect, current_metrics, path_state, steps_of
-
-__all__ = ["Reinforce"]
 
 BASELINES = ("none", "batch")
 

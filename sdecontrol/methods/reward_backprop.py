@@ -1,7 +1,5 @@
 """``RewardBackprop``: the gradient of the objective through the simulation (tutorial Algorithm 2, [22])."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +12,6 @@ from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, concatenate, metrics_of, parameters_of, register
-
-__all__ = ["RewardBackprop"]
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
 

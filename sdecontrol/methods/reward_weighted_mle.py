@@ -1,7 +1,5 @@
 """``RewardWeightedMLE``: reward-weighted regression on the reference's own steps (tutorial Algorithm 3, [24], [26])."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +10,6 @@ from ..paths.weights import self_normalised, warn_where_few
 from ..randomness import derive_seed, generator_for
 from .base import Method, Run, register
 from .on_paths import collect, current_metrics, path_state, regression_loss
-
-__all__ = ["RewardWeightedMLE"]
 
 ROLL_INS = ("current", "none")
 

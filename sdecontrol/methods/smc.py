@@ -1,7 +1,5 @@
 """``SMC``: sequential Monte Carlo over the paths of any proposal, twisted by any value (Feynman-Kac)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,8 +16,6 @@ from ..particles.smc import RESAMPLING
 from ..problems.problem import ControlProblem
 from ..tensors import check_count
 from .base import ControlState, Method, Run, register
-
-__all__ = ["SMC"]
 
 _TWISTS = ("proposal", "tweedie")
 

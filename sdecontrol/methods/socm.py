@@ -1,7 +1,5 @@
 """``SOCM``: stochastic optimal control matching (Domingo-Enrich et al. 2312.02027, Theorem 1), exact on the chain."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +18,6 @@ from ..tensors import check_count, check_positive, is_matrix_scale
 from .base import Method, Run, concatenate, path_metrics, register
 from .on_paths import steps_of
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
-
-__all__ = ["SOCM"]
 
 MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
 

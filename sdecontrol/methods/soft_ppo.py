@@ -17,8 +17,6 @@ from ..tensors import check_count, check_positive
 from .base import Method, Run, parameters_of, register
 from .on_paths import collect, current_metrics, path_state, steps_of
 
-__all__ = ["SoftPPO"]
-
 BASELINES = ("batch", "per-time", "value")
 
 

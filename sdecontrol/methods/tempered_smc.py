@@ -1,7 +1,5 @@
 """``TemperedSMC``: particles tempered from a Gaussian to the target, moved by Hamiltonian Monte Carlo."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +14,6 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
-
-__all__ = ["TemperedSMC"]
 
 SPACES = ("auto", "states", "noises")
 

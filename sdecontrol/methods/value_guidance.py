@@ -1,7 +1,5 @@
 """``ValueGuidance``: guidance by the gradient of a value function (tutorial Algorithm 4)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +16,6 @@ from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import Batch, ControlState, Method, Run, path_metrics, register
-
-__all__ = ["ValueGuidance", "itakura_saito"]
 
 _VALUES = ("monte-carlo", "soft-q", "tweedie")
 

@@ -7,16 +7,12 @@ with the integrated autocorrelation time ``tau = 1 + 2 sum_t rho_t``, summed ove
 against the variance over all chains, so that chains which disagree have few effective draws.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-__all__ = ["Diagnostics", "bulk_ess", "chain_ess", "diagnose", "split_rhat"]
 
 _SHOWN = 10  # rows of a printed table
 

@@ -5,8 +5,6 @@ fitted Gaussian's linear part solved exactly; several are Hamiltonian Monte Carl
 no law, so that everything is fixed before the first draw that counts.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -16,8 +14,6 @@ from torch import Tensor
 from ..randomness import generator_for
 from .diagnostics import chain_ess
 from .tempering import Kernel, Points, StateTarget, fit_gaussian, leaps_of, points_at, start_points
-
-__all__ = ["Draws", "WarmChains", "finite_starts", "log_density_of", "run_chains", "spacing", "warm_up_chains"]
 
 _ACCEPT = {True: 0.6, False: 0.75}  # wanted acceptance of MALA, and of several leaps
 _JITTER = 1.0  # as in Kernel; less than in tempering, since steps are fitted to one law

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..processes.laws import GaussianMixture, ProductMixture
 from ..randomness import derive_seed, generator_for
 
-__all__ = ["fit_mixture"]
-
 _FULL = 64  # largest dimension with whole covariances
 _HELD_OUT = 0.25
 _CHOOSING = (4096, 16384, 100_000)  # samples that choose: at least, at most, and numbers in all of them

@@ -3,8 +3,6 @@
 Step size and mass matrix of each chain are adapted in its warm-up as Stan does, and frozen. Installed by the extra ``sdecontrol[mcmc]``, imported when used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings
@@ -17,8 +15,6 @@ from torch import Tensor
 from ..randomness import derive_seed, global_rng
 from .markov import Draws, WarmChains, finite_starts
 from .tempering import StateTarget, points_at
-
-__all__ = ["import_nuts", "run_nuts", "warm_up_nuts"]
 
 _FULL_COVARIANCE = 64  # largest dimension with a whole mass matrix
 _SITE = "z"

@@ -6,8 +6,6 @@ telescopes to ``exp(R/alpha) dQ0/dP^u`` whatever the twists, so ``E Z^ = Z`` exa
 resampling (Del Moral 2004; Naesseth et al. 1903.04797; twisting: Whiteley & Lee 1309.2931, Wu et al. 2306.17775).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +21,6 @@ from ..paths.integrator import integrate
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed, generator_for
-
-__all__ = ["RESAMPLING", "ParticleSettings", "Particles", "resample", "run_particles"]
 
 RESAMPLING = ("systematic", "stratified", "multinomial")
 _ROWS = 8192  # particles moved at once

@@ -38,22 +38,6 @@ from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import SuppliedNoise, derive_seed, generator_for
 from .smc import resample
 
-__all__ = [
-    "Kernel",
-    "Ladder",
-    "NoiseTarget",
-    "Points",
-    "Population",
-    "StateTarget",
-    "TemperedTarget",
-    "adapt",
-    "fit_gaussian",
-    "leaps_of",
-    "points_at",
-    "run_tempered",
-    "start_points",
-]
-
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
 _JITTER = 3.0  # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
 _MOST_LEAPS, _MOST_MOVES = 16, 24

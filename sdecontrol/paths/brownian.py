@@ -1,7 +1,5 @@
 """Brownian increments on a grid, in torchsde's protocol, and the same paths on coarser grids."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +9,6 @@ import torchsde
 from torch import Tensor
 
 from .integrator import NoiseSource
-
-__all__ = ["GridBrownian", "coarsen"]
 
 
 class GridBrownian(torchsde.BaseBrownian):

@@ -1,7 +1,5 @@
 """Chunks of paths, for runs that do not fit in memory: noise and starts of path i never depend on the chunk it is in."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +11,6 @@ from ..chains.shifts import ShiftFunction
 from ..randomness import BLOCK, SeededNoise, SuppliedNoise
 from .integrator import RunningCost, integrate
 from .paths import Paths, Totals
-
-__all__ = ["check_chunk", "integrate_in_chunks"]
 
 
 def check_chunk(chunk: Any, keep: str) -> int:

@@ -1,7 +1,5 @@
 """The closed loop's linear part, fitted over a batch of paths: what the variance reduction of adjoint methods needs to know of a control."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..tensors import apply_scale
 from .paths import Paths
-
-__all__ = ["ClosedLoop"]
 
 _MOST = 128  # numbers in the largest state that is fitted
 _FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these are

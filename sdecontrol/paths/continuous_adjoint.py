@@ -12,8 +12,6 @@ integrals being two more states. Solvers and the adjoint equation are torchsde's
   own cost, which converges to the continuous one with order 1 for additive noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +31,6 @@ from .equations import ControlledSDE, noise_kind
 from .gradients import Objective, PathCost, backpropagate
 from .integrator import NoiseSource, RunningCost, integrate
 from .solvers import Solver, make_stepper
-
-__all__ = ["CONTINUOUS_MODES", "backpropagate_continuous", "check_continuous"]
 
 CONTINUOUS_MODES = ("continuous-adjoint", "reversible-heun")
 

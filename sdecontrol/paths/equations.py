@@ -1,7 +1,5 @@
 """A controlled SDE in torchsde's protocol, and what kind of noise it has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +9,6 @@ from torch import Tensor
 from ..counting import counted_control
 from ..processes.sde import SDE
 from ..tensors import apply_scale, check_output, is_matrix_scale
-
-__all__ = ["ControlledSDE", "NoiseKind", "control_at", "noise_kind"]
 
 
 @dataclass(frozen=True)

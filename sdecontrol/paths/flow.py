@@ -5,8 +5,6 @@ likelihoods (Song et al. 2011.13456, section 4.3).
 Along it ``d/dt log p_t(x_t) = -div v`` (instantaneous change of variables, Chen et al. 1806.07366, theorem 1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +17,6 @@ from ..processes.pretrained import call_model
 from ..processes.sde import SDE
 from ..randomness import SeededNoise, fresh_seed
 from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
-
-__all__ = ["LogLikelihood", "flow_log_likelihood", "flow_velocity", "require_generative", "solve_flow"]
 
 _EXACT = 32  # largest state whose divergence is exact by default: it costs one product per dimension
 _PROBES = 16

@@ -15,8 +15,6 @@ same gradient to rounding:
   1705.08209): the segment that is j-th from the end by S/(S - j + 1). Unbiased; half the backward pass on average.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +28,6 @@ from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
-
-__all__ = ["GRADIENT_MODES", "Objective", "PathCost", "backpropagate"]
 
 GRADIENT_MODES = ("full", "checkpoint", "adjoint", "random")
 

@@ -1,7 +1,5 @@
 """The one integrator: runs a chain. Nothing else steps a process that carries likelihoods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,8 +12,6 @@ from ..errors import NonFiniteError
 from ..memory import once_a_step, remembering
 from ..tensors import nonfinite_rows
 from .paths import Paths, Record, Totals, sum_steps
-
-__all__ = ["KEEP", "NoiseSource", "RunningCost", "check_likelihood", "explain_nonfinite", "integrate"]
 
 KEEP = ("all", "states", "end")
 

@@ -12,8 +12,6 @@ is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursio
 (after 2410.00345, which subtracts the later steps' part only).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,17 +25,6 @@ from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale, nonf
 from .closed_loop import ClosedLoop
 from .integrator import RunningCost
 from .paths import Paths
-
-__all__ = [
-    "ENOUGH",
-    "StepJacobians",
-    "lean_targets",
-    "linear_adjoints",
-    "own_noise",
-    "running_cost_gradients",
-    "with_a_first_slope",
-]
-
 
 ENOUGH = 0.5  # of the tolerance: a first guess whose residual is below it will do
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import shift_function, shifts_along
 
-__all__ = ["Paths", "Record", "StepLaws", "Target", "Totals", "sum_steps"]
-
 
 class Target(Protocol):
     """What weights are towards: the part of a problem that paths know."""

@@ -1,7 +1,5 @@
 """A replay buffer of stored paths, all of it registered buffers, so that a resumed run goes on with the same paths."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..randomness import generator_for
 from .paths import Paths, Record, Target, Totals
-
-__all__ = ["ReplayBuffer"]
 
 
 class ReplayBuffer(nn.Module):

@@ -16,8 +16,6 @@ silently is done here in the open:
 clock on a grid that is not uniform.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,17 +34,6 @@ from .brownian import GridBrownian
 from .equations import ControlledSDE, NoiseKind
 from .integrator import RunningCost
 from .paths import Paths
-
-__all__ = [
-    "SOLVERS",
-    "SolvedPaths",
-    "Solver",
-    "check_solver",
-    "explain",
-    "make_stepper",
-    "solve_adaptively",
-    "solve_on_grid",
-]
 
 _PLACE_TREE = 9
 _KINDS = ("additive", "diagonal", "scalar", "general")

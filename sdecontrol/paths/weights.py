@@ -1,15 +1,11 @@
 """Self-normalised importance weights in log space, tempered by a trust region."""
 
-from __future__ import annotations
-
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["Weights", "effective_fraction", "effective_number", "leave_one_out", "self_normalised", "warn_where_few"]
 
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
 _BISECTIONS = 40

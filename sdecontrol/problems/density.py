@@ -1,7 +1,5 @@
 """A user's log density: checked, counted, with its score where it has one, and a finite value where it vanishes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 
 from ..processes.sde import positional_count
 from ..tensors import check_output, probing
-
-__all__ = ["LogDensity"]
 
 _SHAPE = "A log density gives one number per row, shape (batch,)."
 

@@ -1,7 +1,5 @@
 """``FDivergence``: other divergences than KL, as a change of the reward (tutorial Remark 7; Tang 2403.06279)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from ..errors import NonFiniteError, unknown_name
 from ..tensors import as_float, check_output, check_tensor
-
-__all__ = ["F_DIVERGENCES", "FDivergence"]
 
 
 @dataclass(frozen=True)

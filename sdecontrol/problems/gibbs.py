@@ -32,8 +32,6 @@ Annealed Langevin has no reference with a known end. Its target is made of backw
 no value function of the state alone, so methods that use or learn one refuse it, as do those that use the reference's bridges or adjoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -53,8 +51,6 @@ from ..tensors import as_float, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
 from .problem import ControlProblem
-
-__all__ = ["FLOOR_DEPTH", "REFERENCES", "GibbsProblem", "gibbs_problem"]
 
 REFERENCES = (*KINDS, "annealed")
 

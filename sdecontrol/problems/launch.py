@@ -1,7 +1,5 @@
 """How paths are begun: states, conditions and noise, and the checks that every simulation shares."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +11,6 @@ from ..paths.integrator import KEEP
 from ..randomness import SeededNoise, SuppliedNoise, derive_seed
 from ..tensors import check_tensor
 from .problem import ControlProblem
-
-__all__ = ["Launch"]
 
 _PLACE_AREA = 8
 

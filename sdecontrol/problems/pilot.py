@@ -17,8 +17,6 @@
    is integrable along almost every line, so along none does it fall slower than 1/distance at all four.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +28,6 @@ from torch import Tensor
 from ..errors import ImproperTarget
 from ..randomness import derive_seed, generator_for
 from .density import LogDensity
-
-__all__ = ["Pilot", "check_rays", "run_pilot", "search"]
 
 _EXPONENTS = range(-20, 21)
 _DRAWS, _MORE_DRAWS = 64, 2048  # per scale of the scan; the second where none of the first has density

@@ -24,8 +24,6 @@ from ..randomness import derive_seed, generator_for
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
-__all__ = ["DEFAULT_TIME_STEPS", "ControlProblem"]
-
 DEFAULT_TIME_STEPS = 100
 STARTS = ("fixed", "controlled", "memoryless")
 _PLACE_CONDITION = 7

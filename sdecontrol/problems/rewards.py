@@ -1,7 +1,5 @@
 """Rewards ``r(x) -> (batch,)`` and running costs ``f(x, t) -> (batch,)`` with a structure that exact solutions know."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors import as_float, check_tensor
-
-__all__ = ["Linear", "LogProb", "Quadratic", "QuadraticCost"]
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +21,6 @@ from ..processes.sde import SDE
 from ..tensors import as_float
 from .launch import Launch
 from .problem import ControlProblem
-
-__all__ = ["log_likelihood", "simulate_solver"]
 
 
 def simulate_solver(

@@ -1,7 +1,5 @@
 """``simulate``: paths of a problem's reference, or of any control."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +17,6 @@ from ..tensors import check_count
 from .launch import Launch
 from .problem import ControlProblem
 from .sampling import simulate_solver
-
-__all__ = ["roll_out", "simulate", "simulate_chain"]
 
 
 def simulate(

@@ -1,7 +1,5 @@
 """Annealed Langevin: a diffusion that follows densities from a Gaussian to an unnormalised density."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +11,6 @@ from ..counting import count_reward
 from ..memory import recall
 from ..tensors import as_float, check_tensor
 from .sde import SDE, StepFunction
-
-__all__ = ["AnnealedLangevin"]
 
 #: ``score(x, y) -> (batch, d)``, of the log density, y a condition or None.
 Score = Callable[[Tensor, Any], Tensor]

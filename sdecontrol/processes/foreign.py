@@ -1,15 +1,11 @@
 """SDE objects of torchsde as plain functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import check_name
-
-__all__ = ["torchsde_functions"]
 
 _NOISE_TYPES = ("additive", "diagonal", "general", "scalar")
 

@@ -6,8 +6,6 @@ generation in ``ds -> -ds`` has the drift ``-(log mu)' x - (g_f^2 + g^2) / (2 st
 Process time runs over [0, 1] with ``s = noise_end (1 - t)``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,8 +21,6 @@ from .linear import LinearSDE
 from .pretrained import ControlFunction, Model, Pretrained, call_model
 from .schedules import Schedule
 from .sde import SDE, StepFunction, check_memoryless
-
-__all__ = ["PREDICTIONS", "GenerativeSDE", "MixtureNoise", "generative_sde", "noise_coefficients"]
 
 PREDICTIONS = ("noise", "sample", "score", "v", "velocity")
 _S_MIN = 1e-5  # models are not trained at noising time 0, and predictions of noise are singular there

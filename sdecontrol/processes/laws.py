@@ -17,8 +17,6 @@ from torch.distributions import Distribution
 from ..randomness import BLOCK, derive_seed, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 
-__all__ = ["Dirac", "Gaussian", "GaussianMixture", "ProductMixture", "draw", "factor"]
-
 _LOG_2PI = 1.8378770664093453
 
 

@@ -18,8 +18,6 @@ from ..tensors import as_float, check_tensor, symmetric
 from .laws import Dirac, Gaussian, factor
 from .sde import SDE, StepFunction
 
-__all__ = ["BrownianMotion", "LinearSDE", "OrnsteinUhlenbeck", "Transition"]
-
 Coefficient = Tensor | Callable[[Tensor], Tensor]
 
 

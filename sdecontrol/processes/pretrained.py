@@ -1,7 +1,5 @@
 """Pre-trained models as references: one protocol, for SDEs and for samplers with steps of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +10,6 @@ from ..randomness import generator_for
 from ..tensors import check_output, probing
 from .reference import Reference
 from .sde import positional_count
-
-__all__ = ["ControlFunction", "Model", "Pretrained", "call_model"]
 
 #: ``model(x, s)`` or ``model(x, s, y)``, s ``(batch,)``.
 Model = Callable[..., Tensor]

@@ -1,13 +1,9 @@
 """What a problem asks of its reference, with the answers of a process that has nothing more to say."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["Reference"]
 
 
 class Reference:

@@ -5,15 +5,11 @@ score, the velocity and the memoryless noise (docs/mathematics.md section 5; Son
 Dhariwal 2102.09672 for the cosine, Lipman et al. 2210.02747 for flow matching).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-__all__ = ["VE", "VP", "CosineVP", "FlowMatching", "Schedule"]
 
 
 class Schedule:

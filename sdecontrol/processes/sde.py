@@ -13,8 +13,6 @@ from ..randomness import generator_for
 from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
 from .reference import Reference
 
-__all__ = ["MEMORYLESS", "SDE", "StepFunction", "check_memoryless"]
-
 #: ``(k, x, condition) -> (drift, diffusion)`` at the k-th of a list of times.
 StepFunction = Callable[[int, Tensor, Any], tuple[Tensor, Tensor]]
 

@@ -1,7 +1,5 @@
 """``SemilinearSDE``: a linear SDE plus a nonlinearity, for exponential schemes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +9,6 @@ from torch import Tensor
 from ..tensors import check_output, probing
 from .linear import Coefficient, LinearSDE
 from .sde import SDE, positional_count
-
-__all__ = ["SemilinearSDE"]
 
 
 class SemilinearSDE(SDE):

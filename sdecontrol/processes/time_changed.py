@@ -1,7 +1,5 @@
 """Brownian motion and the stationary Ornstein-Uhlenbeck process on a clock whose speed falls geometrically."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -12,8 +10,6 @@ from ..errors import check_name
 from ..tensors import as_float, check_tensor
 from .linear import LinearSDE
 from .sde import StepFunction
-
-__all__ = ["TimeChanged"]
 
 KINDS = ("brownian", "ou")
 

@@ -1,15 +1,11 @@
 """Callbacks: any object with some of the methods below. One that raises gives a warning; training goes on unperturbed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluation.solution import Solution
-
-__all__ = ["EVENTS", "Callback", "TrainingState", "notify"]
 
 EVENTS = ("on_train_begin", "on_step_end", "on_evaluate", "on_save", "on_exception", "on_train_end")
 

@@ -1,7 +1,5 @@
 """Checkpoints of a run: two are kept, each complete or not there at all; resuming takes the newest good one."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,6 @@ from torch import Tensor
 from ..errors import BadFileError
 from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint
-
-__all__ = ["Checkpoints"]
 
 _KIND = register_bundle("checkpoint", "identity", "done", "pace", "cooling", "optimizer", "history", "problem")
 _KEPT = 2

@@ -1,11 +1,7 @@
 """The temperature of training: high at first where the reward spreads over many nats, lowered to the problem's own as the control follows."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
-
-__all__ = ["Cooling"]
 
 _FIRST = 1e-3  # strength of the first iteration, which sees how far the reward spreads
 _MOVE = 0.3  # of the target between two iterations: standard deviation of its log-ratio on the current paths

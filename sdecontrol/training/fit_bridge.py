@@ -14,8 +14,6 @@ from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 from .fitting import ResidualNetwork, check_data, descend, trained_copy
 
-__all__ = ["BridgeNetwork", "fit_bridge"]
-
 _KEPT = 1024  # times whose closed forms are at hand where the drift is used
 _TIMES = 256  # different times of training, one in each of so many equal parts of the horizon
 _LAST = 1e-3  # of the horizon: training and use stop so much before the end, where the pull is singular

@@ -1,7 +1,5 @@
 """``fit_score``: a diffusion or flow model from data, by denoising score matching."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,8 +12,6 @@ from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
 from ..tensors import as_float, batch_like, check_tensor
 from .fitting import check_data, descend, trained_copy
 from .score_network import ConditionalScoreNetwork, ScoreNetwork
-
-__all__ = ["fit_score"]
 
 _FIRST_TIME = 1e-3  # noising times are drawn from here on: below, every prediction of noise is singular
 _FLOOR = 0.05

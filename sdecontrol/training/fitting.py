@@ -1,7 +1,5 @@
 """What ``fit_score`` and ``fit_bridge`` share: checks of data and model, the descent, and the residual network."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -14,8 +12,6 @@ from torch.nn import functional as F
 from ..errors import NonFiniteError
 from ..tensors import as_float, check_count, check_output, check_tensor
 from .progress import ProgressBar
-
-__all__ = ["ResidualNetwork", "check_data", "descend", "trained_copy"]
 
 _WARMUP = 200
 _AVERAGE = 0.999

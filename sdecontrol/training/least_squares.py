@@ -1,7 +1,5 @@
 """Damped least-squares steps for the parameters in which a control is linear."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -10,8 +8,6 @@ from torch import Tensor
 
 from ..controls.linear_part import LinearPart
 from ..methods.base import Regression
-
-__all__ = ["LinearSteps"]
 
 
 class LinearSteps:

@@ -1,7 +1,5 @@
 """The optimiser's side of the loop: step sizes, averaged weights, finite gradients, and all of it as a state to save."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +11,6 @@ from ..errors import NonFiniteError
 from ..methods.base import Regression
 from ..tensors import as_float
 from .least_squares import LinearSteps
-
-__all__ = ["Descent", "Pace"]
 
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from ..evaluation.estimates import Estimate
 
-__all__ = ["ProgressBar"]
-
 _PLAIN_EVERY = 5.0  # seconds between two lines where the error stream is no terminal
 
 

@@ -1,7 +1,5 @@
 """The default network of ``fit_score``: the best linear prediction, corrected by a residual network, in the data's basis."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -11,8 +9,6 @@ from torch import Tensor, nn
 
 from ..processes.schedules import Schedule
 from .fitting import ResidualNetwork
-
-__all__ = ["ConditionalScoreNetwork", "ScoreNetwork"]
 
 _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 

@@ -1,7 +1,5 @@
 """``solve``: one verb for every method."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math
@@ -29,8 +27,6 @@ from .cooling import Cooling
 from .least_squares import LinearSteps
 from .optimiser import Descent, Pace
 from .progress import ProgressBar
-
-__all__ = ["load", "solve"]
 
 
 def solve(
