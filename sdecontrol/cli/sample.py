@@ -209,7 +209,7 @@ class _Judged:
             print(f"{report}\n")
         print(self.evaluation)
         off, distances = self.deviation, self.distances
-        exact: Any = self.exact  # not None where there are distances to it
+        exact = self.exact
         known = "not known"
         if off is not None:
             known = f"{self.log_z:.6g}; found {off['nats']:+.3g} from it, {off['standard_errors']:+.1f} standard errors"
@@ -217,7 +217,7 @@ class _Judged:
         if exact is not None and not exact.exact:
             print(f"long runs     {exact.log_z}  log Z by {exact.source}")
         for key, title in (("sliced_wasserstein", "sliced W1"), ("energy_wasserstein", "energy W1")):
-            if (d := distances.get(key)) is not None:
+            if exact is not None and (d := distances.get(key)) is not None:
                 floor = "two sets of exact samples" if exact.exact else "the halves of the long runs"
                 print(f"{title:<13} {d['value']:.4g}  to the {distances['reference']}; {floor}: {d['floor']:.4g}")
         if (modes := distances.get("modes")) is not None:
