@@ -4,6 +4,7 @@ Fine-tuning a diffusion model, driving a stochastic system and sampling an unnor
 ``min_u KL(P^u || Q_fine)``: state it as a :class:`ControlProblem`, then :func:`solve` it.
 """
 
+from .chains.noise_driven import discrete_dynamics
 from .chains.pretrained import diffusion_chain
 from .comparison.auto import Auto
 from .comparison.compare import Comparison, compare
@@ -137,6 +138,7 @@ __all__ = [
     "compare",
     "control_error",
     "diffusion_chain",
+    "discrete_dynamics",
     "energy_wasserstein",
     "exact_solution",
     "fit_bridge",

@@ -186,6 +186,10 @@ class Chain:
         """The step at which time 0 is reached: the length of a learned start, else 0."""
         return self.steps - self.main.steps
 
+    def on(self, dtype: torch.dtype, device: torch.device) -> Chain:
+        """The same in the dtype and on the device of a problem."""
+        return self
+
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         """From the last state to what rewards, samples and metrics see."""
         return x

@@ -82,7 +82,7 @@ def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, d
         reference does not have.
     """
     if not reference.continuous:
-        return reference
+        return reference.on(dtype, device)
     if scheme in SAMPLING_SCHEMES:
         raise NoLikelihood(
             f"scheme={scheme!r} has no Gaussian kernels, so no likelihood ratios, which solving, weights and exact "

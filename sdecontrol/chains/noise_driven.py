@@ -8,6 +8,7 @@ a floor remains that no shift removes (docs/mathematics.md, section 12). Particl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,11 @@ class NoiseDrivenChain(Reference, Chain):
         self.noise_shape = self.control_shape = torch.Size((noises,))
         self._set_times([float(k) for k in range(steps + 1)], torch.get_default_dtype(), torch.device("cpu"))
 
-    def made(self, dtype: torch.dtype, device: torch.device) -> NoiseDrivenChain:
-        """The same, on the dtype and device of a problem."""
-        self._set_times(self.clock, dtype, device)
-        return self
+    def on(self, dtype: torch.dtype, device: torch.device) -> NoiseDrivenChain:
+        made = copy.copy(self)
+        made.reference = made
+        made._set_times(self.clock, dtype, device)
+        return made
 
     def _call(self, k: int, x: Tensor, z: Tensor, condition: Any) -> Any:
         rest = (k,) if condition is None else (k, condition)
@@ -71,7 +73,7 @@ class NoiseDrivenChain(Reference, Chain):
             )
         leaves = [part.clone().requires_grad_(True) for part in (x, xi)]
         with torch.enable_grad():
-            value = self.step(0, *leaves, None, y)
+            value = self.step(0, leaves[0], leaves[1], None, y)
             self.differentiable = value.requires_grad and all(
                 g is not None for g in torch.autograd.grad(value.sum(), leaves, allow_unused=True)
             )

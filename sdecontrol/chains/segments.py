@@ -81,7 +81,7 @@ class SegmentedChain(Chain):
         self.event_shape, self.control_shape = second.event_shape, second.control_shape
         # images have as many noises as states in both; only vectors may have more or fewer
         self.noise_shape = max(first.noise_shape, second.noise_shape, key=torch.Size.numel)
-        self.scheme = second.scheme
+        self.scheme, self.gaussian = second.scheme, second.gaussian
         self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
@@ -96,6 +96,17 @@ class SegmentedChain(Chain):
         """Shifts of a segment as ones of the whole: what is added moves nothing."""
         missing = self.noise_shape.numel() - segment.noise_shape.numel()
         return torch.nn.functional.pad(c, (0, missing)) if missing else c
+
+    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+        chain, j = self.part(k)
+        if chain.gaussian:
+            return super().step(k, x, xi, c, condition)
+        own = [part if part is None else part[..., : chain.noise_shape[-1]] for part in (xi, c)]
+        return chain.step(j, x, own[0], own[1], condition)  # type: ignore[arg-type]
+
+    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+        chain, j = self.part(k)
+        return chain.blame(j, x, condition)
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         chain, j = self.part(k)

@@ -42,8 +42,8 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
         if k < start:  # a control of the process says nothing of the stretch before it
             return nothing.expand(x.shape[0], *chain.noise_shape)
         u = _call(control, x, rows[k], condition)
-        if type(u) is not Tensor or u.shape != want or u.dtype is not x.dtype or u.device != x.device:
-            check_output("control", u, want, x, "A control is called as control(x, t), t (batch,).")
+        if type(u) is not Tensor or u.shape != want or u.dtype is not times.dtype or u.device != x.device:
+            check_output("control", u, want, times, "A control is called as control(x, t), t (batch,).")
         return chain.shift_at(k, x, u, condition)
 
     return shift
@@ -62,5 +62,5 @@ def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = No
     t = chain.times[first : first + count].repeat_interleave(batch)
     y = None if condition is None else condition.repeat(count, *(1 for _ in condition.shape[1:]))
     u = _call(control, states.flatten(0, 1), t, y)
-    check_output("control", u, (count * batch, *chain.control_shape), states, "A control is called as control(x, t).")
+    check_output("control", u, (count * batch, *chain.control_shape), t, "A control is called as control(x, t).")
     return chain.shifts_at(range(first, first + count), states, u.unflatten(0, (count, batch)), condition)

@@ -312,7 +312,7 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[floa
         x = draw(problem.initial, rows, 0).clone().requires_grad_(True)
         y = problem.draw_condition(rows, 0)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), remembering():
-            held = (*chain.kernel(k, x, y), shift(k, x, y))
+            held = [value for _, value in chain.blame(k, x, y)] + [shift(k, x, y)]
         del held
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 

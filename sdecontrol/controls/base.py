@@ -17,7 +17,6 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
 from ..problems.problem import ControlProblem
-from ..randomness import generator_for
 from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
@@ -86,9 +85,10 @@ class Control(nn.Module):
                 f"x must have shape (batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}."
             )
         like = next(iter(self.parameters()), None)
-        if like is not None and like.dtype != x.dtype:
+        if like is not None and x.is_floating_point() and like.dtype != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, the control {like.dtype}; use x.to({like.dtype}).")
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        kind = x.dtype if x.is_floating_point() else torch.get_default_dtype() if like is None else like.dtype
+        t = torch.as_tensor(t, dtype=kind, device=x.device)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):
             raise ValueError(f"t must be a float or a tensor of shape () or ({x.shape[0]},), got {tuple(t.shape)}.")
         slack = 1e-5 * (self.last_time - self.first_time)
@@ -177,18 +177,13 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
             "control must be an nn.Module (x, t) -> u to be trained (plain functions have no parameters; "
             f"use them with simulate), got {type(control).__name__}."
         )
-    x = problem.draw_start(3, 0) + torch.randn(
-        (3, *problem.event_shape),
-        dtype=problem.dtype,
-        device=problem.device,
-        generator=generator_for(problem.device, 3),
-    )
+    x = problem.reference.probe_states(3, problem.dtype, problem.device, seed=3)
     t = chain.times[0].expand(3)
     y = problem.draw_condition(3, 0)
     called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
     with torch.no_grad(), probing("control", called):
         u = control(x, t) if y is None else control(x, t, y)
-    check_output("control", u, (3, *problem.control_shape), x, "A control is called as control(x, t), t (batch,).")
+    check_output("control", u, (3, *problem.control_shape), t, "A control is called as control(x, t), t (batch,).")
     if not any(p.requires_grad for p in control.parameters()):
         raise ValueError("control has no trainable parameters.")
     return UserControl(control, problem.event_shape, problem.control_shape, problem.horizon)

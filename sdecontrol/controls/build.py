@@ -35,6 +35,11 @@ def build_control(
         main = as_control(problem, chain.main, control)
     elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
+    elif not problem.reference.of_noise:
+        raise TypeError(
+            f"control is needed: there is no default network for a {type(problem.reference).__name__}. Pass an nn.Module control(x, t) -> "
+            f"(batch, {', '.join(map(str, problem.control_shape))}), x int64 tokens, t (batch,): the tilt of the log-probabilities."
+        )
     else:
         main = _network(problem, chain, derive_seed(seed, 11), scale_gate=scale_gate)
     if not chain.start or isinstance(main, StartedControl):

@@ -308,7 +308,7 @@ def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkVa
     """A value network for a problem, normalised by a few paths of the reference."""
     paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
     with torch.no_grad():
-        flat = paths.states.flatten(0, 1).flatten(1)
+        flat = paths.states.flatten(0, 1).flatten(1).to(problem.dtype)
         total = (paths.reward - paths.cost).double() / problem.alpha
         return NetworkValue.of(
             problem,

@@ -94,6 +94,7 @@ class AdjointMatching(Method):
     clip: float | None = 5.0
     huber: float | None = 10.0
 
+    gaussian: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
     averaging: ClassVar[float] = 0.9

@@ -118,6 +118,9 @@ class Method:
     reference_steps: ClassVar[bool] = True
     #: whether the target must not depend on the control
     fixed_target: ClassVar[bool] = True
+    #: whether steps must be Gaussian kernels, whose means a control moves; or at least functions of a noise that it shifts
+    gaussian: ClassVar[bool] = False
+    of_noise: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -134,6 +137,22 @@ class Method:
             raise ValueError(
                 f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the control has a part in the backward kernels. "
                 "Use log-variance or reward-backprop, or gibbs_problem(..., backward_control=False)."
+            )
+        kind = type(problem.reference).__name__
+        if self.gaussian and not problem.reference.gaussian:
+            raise ValueError(
+                f"{self.name} moves the means of Gaussian kernels, and the steps of a {kind} are none. Use log-variance, soft-ppo, cross-entropy, "
+                "path-consistency, reinforce or smc."
+            )
+        if self.of_noise and not problem.reference.of_noise:
+            raise ValueError(
+                f"{self.name} shifts the noise of steps, and a {kind} has kernels of another kind. Use log-variance, soft-ppo, cross-entropy, "
+                "path-consistency, reinforce or smc."
+            )
+        if self.needs_gradient and not problem.reference.differentiable:
+            raise NotDifferentiable(
+                f"{self.name} differentiates the reference's steps, but those of this {kind} have no gradient (tokens, numpy, or a simulator that "
+                "detaches). Use a method without gradients: log-variance, soft-ppo, cross-entropy, particle-matching or smc."
             )
         if self.needs_gradient and not problem.has_gradient:
             raise NotDifferentiable(

@@ -1,7 +1,7 @@
 """``BridgeMatching``: regression on the reference's bridges to reward-weighted ends ([42]-[45], tutorial Section 9)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,8 @@ class BridgeMatching(Method):
 
     paths: Any = "current"
     trust_region: float | None = None
+
+    gaussian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_paths(self.paths)

@@ -34,6 +34,7 @@ class ClassifierGuidance(Method):
     label: int | None = None
     noisy: bool = False
 
+    gaussian: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

@@ -95,6 +95,7 @@ class ParticleMatching(Method):
     num_particles: int = 4096
     refresh: int = 200
 
+    of_noise: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 1000
     steady: ClassVar[bool] = True
 

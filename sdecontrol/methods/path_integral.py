@@ -36,6 +36,7 @@ class PathIntegralGuidance(Method):
     antithetic: bool = False
     control_variate: bool = True
 
+    of_noise: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

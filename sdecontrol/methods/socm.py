@@ -79,6 +79,7 @@ class SOCM(Method):
     steps: int | None = None
     huber: float | None = 10.0
 
+    gaussian: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
     averaging: ClassVar[float] = 0.9

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class ValueGuidance(Method):
 
     value: str | Callable[..., Tensor] = "monte-carlo"
     follow: float = 0.1
+
+    gaussian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.value, str):

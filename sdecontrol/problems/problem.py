@@ -20,7 +20,7 @@ from ..errors import NonFiniteError, unknown_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless, positional_count
-from ..randomness import derive_seed, generator_for
+from ..randomness import derive_seed
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
@@ -62,14 +62,17 @@ class ControlProblem:
     ) -> None:
         if not isinstance(reference, Reference):
             raise TypeError(
-                "reference must be an SDE, LinearSDE, generative_sde(...) or diffusion_chain(...), "
+                "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...) or discrete_dynamics(...), "
                 f"got {type(reference).__name__}."
             )
         self.reference: Any = reference
         self.alpha = as_float("alpha", alpha, positive=True)
         self.initial = self._check_initial(initial)
         sample = draw(self.initial, 1, 0)
-        self.dtype, self.device = sample.dtype, sample.device
+        if (kind := reference.state_dtype) is not None and sample.dtype != kind:
+            raise TypeError(f"initial gives states of dtype {sample.dtype}, the reference has states of dtype {kind}.")
+        self.dtype: torch.dtype = sample.dtype if kind is None else reference.dtype or torch.get_default_dtype()
+        self.device = sample.device
         self._check_agreement("reference", reference.dtype, reference.device)
         check_count("reward_batch_size", reward_batch_size, optional=True)
         self.reward_function, self.running_cost_function = reward, running_cost
@@ -77,7 +80,6 @@ class ControlProblem:
         self.condition = condition
         self.start = self._choose_start(start)
         self._chains: dict[Any, Chain] = {}
-        self._stretch_checked = False
         with self.evaluating():
             self._probe()
 
@@ -141,9 +143,7 @@ class ControlProblem:
 
     def _probe(self) -> None:
         rows = next(n for n in range(6, 64) if n not in self.event_shape)
-        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
-        x = x.to(device=self.device, dtype=self.dtype)
-        y = self.draw_condition(rows, 0)
+        x, y = self.reference.probe_states(rows, self.dtype, self.device), self.draw_condition(rows, 0)
         if self.condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
             raise ValueError("condition must draw a tensor (n, ...) of n conditions.")
         self.reference.probe(self.dtype, self.device, y)
@@ -158,8 +158,7 @@ class ControlProblem:
                     )
                 with probing("running_cost", f"running_cost(x, t), x {tuple(x.shape)}, t 0-d"):
                     cost = self.running_cost(x, t, y)
-                check_output("running_cost", cost, (rows,), x, "One number per row.")
-        self._reward_rows = decoded.shape[1:]
+                check_output("running_cost", cost, (rows,), t, "One number per row.")
         self.has_gradient = self._probe_reward(decoded, y)
 
     def _probe_reward(self, x: Tensor, y: Any) -> bool:
@@ -179,8 +178,9 @@ class ControlProblem:
                         f"reward.{name} has shape {tuple(part.shape)}, which does not fit states of shape "
                         f"{tuple(self.event_shape)}."
                     )
+        smooth = x.is_floating_point()
         with torch.enable_grad():
-            leaf = x.clone().requires_grad_(True)
+            leaf = x.clone().requires_grad_(smooth)
             try:
                 with probing("reward", f"reward(x{'' if y is None else ', y'}), x {tuple(x.shape)}"):
                     value = self._call_reward(leaf, y)
@@ -193,8 +193,8 @@ class ControlProblem:
                 hint += " Use .squeeze(-1)."
             elif isinstance(value, Tensor) and value.ndim == 0:
                 hint += " Do not average over the batch."
-            check_output("reward", value, (x.shape[0],), x, hint)
-            if not value.requires_grad:
+            check_output("reward", value, (x.shape[0],), self._number(x), hint)
+            if not value.requires_grad or not smooth:
                 return False
             gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
         return gradient is not None
@@ -283,13 +283,16 @@ class ControlProblem:
             NonFiniteError: with the number of rows.
         """
         if self.reward_function is None:
-            return x.new_zeros(x.shape[0]) + 0.0 * x.flatten(1).sum(1) if x.requires_grad else x.new_zeros(x.shape[0])
+            none = self._number(x).new_zeros(x.shape[0])
+            return none + 0.0 * x.flatten(1).sum(1) if x.requires_grad else none
         size = self.reward_batch_size or x.shape[0]
         pieces = []
         for i in range(0, x.shape[0], size):
             y = None if condition is None else condition[i : i + size]
             piece = self._call_reward(x[i : i + size], y)
-            pieces.append(check_output("reward", piece, (min(size, x.shape[0] - i),), x, "One number per row."))
+            pieces.append(
+                check_output("reward", piece, (min(size, x.shape[0] - i),), self._number(x), "One number per row.")
+            )
         value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if not bool(torch.isfinite(value).all()):
             rows = nonfinite_rows(value)
@@ -301,6 +304,10 @@ class ControlProblem:
                 rows=rows,
             )
         return value
+
+    def _number(self, x: Tensor) -> Tensor:
+        """Of the dtype and on the device that functions of states x return numbers in."""
+        return x if x.is_floating_point() else torch.zeros((), dtype=self.dtype, device=x.device)
 
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``f(x, t)``, ``(batch,)``."""
@@ -338,13 +345,9 @@ class ControlProblem:
     def fingerprint(self) -> dict[str, Any]:
         """Plain facts and a few numbers by which a saved file recognises its problem."""
         with torch.no_grad(), self.evaluating():
-            x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 1), dtype=torch.float64)
-            x = x.to(device=self.device, dtype=self.dtype)
-            y = self.draw_condition(3, 1)
+            x, y = self.reference.probe_states(3, self.dtype, self.device, seed=1), self.draw_condition(3, 1)
             t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
-            numbers = {"drift": self.reference.drift(x, t, y)}
-            if self.reference.continuous:
-                numbers["diffusion"] = self.reference.diffusion(x, t)
+            numbers = self.reference.numbers(x, t, y)
             if self.reward_function is not None:
                 decoded = self.reference.decode(x, y)
                 first, again = self._call_reward(decoded, y), self._call_reward(decoded, y)

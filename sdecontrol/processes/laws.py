@@ -38,12 +38,15 @@ def _check_covariance(name: str, covariance: Tensor) -> Tensor:
 
 
 class Dirac(Distribution):
-    """A point mass at ``point`` of shape ``(*event)``: every path starts there."""
+    """A point mass at ``point`` of shape ``(*event)``, of numbers or of int64 tokens: every path starts there."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, point: Tensor) -> None:
-        self.point = check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
+        tokens = isinstance(point, Tensor) and point.dtype == torch.int64
+        self.point = (
+            point if tokens else check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
+        )
         if point.ndim == 0:
             raise ValueError("Dirac(point) must have at least one dimension; use torch.tensor([x]) for a scalar state.")
         super().__init__(event_shape=point.shape, validate_args=False)

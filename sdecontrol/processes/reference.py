@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..randomness import generator_for
+
 
 class Reference:
     """Base of the processes that a problem can have as reference: SDEs, and chains of their own.
@@ -17,6 +19,9 @@ class Reference:
         continuous: a process of continuous time, of which a grid and a scheme make a chain; else it is a chain of its own.
         default_scheme: where no scheme is asked for.
         additive: the noise does not depend on the state, as far as that is known.
+        gaussian: its steps are Gaussian kernels. of_noise: a control shifts the noise of its steps, which alone log-ratios depend on.
+        differentiable: a step has a gradient by state and noise.
+        state_dtype: of the states, where they are tokens; else None.
         constant_diffusion: the diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None.
         reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the control has a part in them.
         pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`).
@@ -33,6 +38,10 @@ class Reference:
     continuous: bool = True
     default_scheme: str = "euler"
     additive: bool = True
+    gaussian: bool = True
+    of_noise: bool = True
+    differentiable: bool = True
+    state_dtype: torch.dtype | None = None
     constant_diffusion: Any = None
     reverse_target: bool = False
     controlled_target: bool = False
@@ -41,6 +50,8 @@ class Reference:
     mixture: Any = None
     schedule: Any = None
     reversal: bool = False
+    drift: Any
+    diffusion: Any
     _drift: Any = None
     _diffusion_function: Any = None
 
@@ -64,6 +75,16 @@ class Reference:
     def model_time(self, t: float, x: Tensor) -> Tensor:
         """What the reference's model calls process time t: 0-d, for states like x."""
         return torch.tensor(t, dtype=x.dtype, device=x.device)
+
+    def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+        """States ``(rows, *event)`` to try functions with."""
+        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", seed), dtype=torch.float64)
+        return x.to(device=device, dtype=dtype)
+
+    def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
+        """What it makes of some states at time t, by which a saved file recognises it."""
+        found = {"drift": self.drift(x, t, condition)}
+        return {**found, "diffusion": self.diffusion(x, t)} if self.continuous else found
 
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         """From the last state to what rewards, samples and metrics see."""
