@@ -11,13 +11,13 @@ from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..tensors import check_positive, event_sum
-from .base import Method, Run, register
-from .on_paths import check_paths, collect, current_metrics, path_state
+from .base import Run, register
+from .on_paths import PathMethod, collect, current_metrics, path_state
 
 
 @register
 @dataclass(frozen=True)
-class BridgeMatching(Method):
+class BridgeMatching(PathMethod):
     """Forward ``KL(Q_fine || P^u)`` on pairs of ends: regress the control on the drift of the reference conditioned on its end.
 
     Both ends come from simulated paths, weighted to Q_fine by ``w = exp(r/alpha) dQ0/dP^v`` (normalised in log space); between them
@@ -37,13 +37,8 @@ class BridgeMatching(Method):
     trust_region: float | None = None
 
     def __post_init__(self) -> None:
-        check_paths(self.paths)
+        super().__post_init__()
         check_positive("trust_region", self.trust_region, optional=True)
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -82,4 +77,4 @@ class BridgeMatching(Method):
                 self.name, ess, run.batch_size, "Use trust_region=1.0, a larger batch or alpha, or better paths."
             )
         run.descend()
-        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}
+        return {**current_metrics(state, parts), "loss": loss, "ess": ess, "exponent": exponent}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -56,14 +56,10 @@ class ClassifierGuidance(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
+        given: Any = run.problem.reward_function if self.classifier is None else self
         value: LogValue
         if self.noisy:
-            assert self.classifier is not None
-            value = ClassifierValue(run.problem, self.classifier, self.label)
+            value = ClassifierValue(run.problem, given.classifier, given.label)
         else:
-            own = run.problem.reward_function if self.classifier is None else None
-            classifier, label = (
-                (own.classifier, own.label) if isinstance(own, LogProb) else (self.classifier, self.label)
-            )
-            value = TweedieValue(run.problem, run.chain, classifier, label)
+            value = TweedieValue(run.problem, run.chain, given.classifier, given.label)
         return ControlState(ValueControl(value, run.problem, run.chain))

@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from ..paths.weights import self_normalised, warn_where_few
 from ..tensors import check_count, check_positive
-from .base import Method, Run, register
-from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, regression_loss, steps_of
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, regression_loss, steps_of
 
 
 @register
 @dataclass(frozen=True)
-class CrossEntropy(Method):
+class CrossEntropy(PathMethod):
     """Minimise the forward ``KL(Q_fine || P^u)``: likelihood of paths of a control v, weighted by
     ``w = exp(R/alpha) dQ0/dP^v``. No gradient of the reward.
 
@@ -36,15 +36,10 @@ class CrossEntropy(Method):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_paths(self.paths)
+        super().__post_init__()
         check_positive("trust_region", self.trust_region, optional=True)
         check_count("group_size", self.group_size, 2, optional=True)
         check_count("steps", self.steps, 1, optional=True)
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
     def setup(self, run: Run) -> Any:
         return path_state(run, self.paths, self.group_size)
@@ -67,4 +62,4 @@ class CrossEntropy(Method):
             warn_where_few(self.name, ess, size, "Use trust_region=1.0, a larger batch or alpha, or better paths.")
         run.descend()
         exponent = sum(f.exponent for f in found) / len(found)
-        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}
+        return {**current_metrics(state, parts), "loss": loss, "ess": ess, "exponent": exponent}

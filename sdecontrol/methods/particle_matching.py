@@ -32,7 +32,7 @@ class _State(RegressionState):
 
     def __init__(self, run: Run, size: int) -> None:
         problem, chain = run.problem, run.chain
-        super().__init__(_control(run, size), chain)
+        super().__init__(run, _control(run, size))
         self.bridge = _bridge(problem, chain)
         kept = 2 if self.bridge is not None else chain.steps + 1
         self.states: Tensor
@@ -110,15 +110,14 @@ class ParticleMatching(Method):
     def setup(self, run: Run) -> nn.Module:
         return _State(run, self.num_particles)
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, _State)
+    def step(self, state: _State, run: Run) -> dict[str, float]:
         if run.iteration % self.refresh == 0:
             self._run_particles(state, run)
         chain, means = run.chain, []
         for part in range(run.accumulate):
             states, targets = self._draw(state, run, part)
             shifts = shifts_along(chain, state.control, states)
-            means.append(regress(state, run, chain, shifts, targets)[1])
+            means.append(regress(state, run, shifts, targets))
         mean = torch.stack(means).mean(0)
         state.observe(mean)
         run.descend()
@@ -127,12 +126,11 @@ class ParticleMatching(Method):
         return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}
 
     @torch.no_grad()
-    def finish(self, state: nn.Module, run: Run) -> Control:
+    def finish(self, state: _State, run: Run) -> Control:
         """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is the forward KL up to a constant."""
         control = super().finish(state, run)
         if not isinstance(control, CorrectedControl) or run.control is not None:
             return control
-        assert isinstance(state, _State)
         if not bool(state.states.any()):  # before the first step
             return control.base
         gains = []

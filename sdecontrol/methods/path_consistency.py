@@ -11,13 +11,13 @@ from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
 from ..randomness import derive_seed
 from ..tensors import check_count
-from .base import Method, Run, register
-from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, starts_differ
 
 
 @register
 @dataclass(frozen=True)
-class PathConsistency(Method):
+class PathConsistency(PathMethod):
     """Minimise ``E sum_j D_j^2/2`` for the n-step residuals, ``v_K = r``, on stored paths; no gradient of the reward::
 
         D_j = (v_j(x_j) - v_{j+n}(x_{j+n}))/alpha + sum_{j <= k < j+n} [ log p^u/p0 (x_{k+1}|x_k) + h_k f_k/alpha ].
@@ -46,7 +46,7 @@ class PathConsistency(Method):
             if isinstance(self.n, str):
                 raise ValueError(f"n must be 'all' or a number of steps >= 1, got {self.n!r}.")
             check_count("n", self.n, 1)
-        check_paths(self.paths)
+        super().__post_init__()
         check_count("replay", self.replay, 0)
 
     @property
@@ -57,11 +57,6 @@ class PathConsistency(Method):
     @property
     def fixed_target(self) -> bool:  # type: ignore[override]
         return self.n != "all"
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
     def setup(self, run: Run) -> Any:
         state = path_state(run, self.paths)
@@ -86,7 +81,7 @@ class PathConsistency(Method):
                 paths = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part), run.problem)
             loss += self._learn(state, run, paths) / run.accumulate
         run.descend()
-        metrics = {**current_metrics(state, run, parts), "loss": loss}
+        metrics = {**current_metrics(state, parts), "loss": loss}
         if self.n == "all":
             metrics["learned_log_z"] = float(state.log_z(paths.states[0], paths.condition).detach().mean())
         return metrics

@@ -52,4 +52,4 @@ class Reinforce(Method):
             loss += float(cost.mean()) / run.accumulate
             parts.append(paths)
         run.descend()
-        return {**current_metrics(state, run, parts), "loss": loss}
+        return {**current_metrics(state, parts), "loss": loss}

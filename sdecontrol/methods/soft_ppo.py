@@ -95,7 +95,7 @@ class SoftPPO(Method):
                     measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
                     measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
                 run.descend()
-        metrics = current_metrics(state, run, [b.paths for b in batches])
+        metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 
     def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:

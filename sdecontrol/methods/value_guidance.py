@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.shifts import shift_function
-from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
+from ..controls.guidance import GivenValue, LogValue, TweedieValue, ValueControl, value_network
 from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
@@ -89,10 +89,8 @@ class ValueGuidance(Method):
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, ValueState) and isinstance(state.control, ValueControl)
+    def step(self, state: ValueState, run: Run) -> dict[str, float]:
         value = state.control.value
-        assert isinstance(value, NetworkValue)
         losses, parts = [], []
         for part in range(run.accumulate):
             batch = run.batch(part)
@@ -103,7 +101,6 @@ class ValueGuidance(Method):
                 if state.target is None:  # all that is to come
                     aim = terminal + gains.flip(0).cumsum(0).flip(0)
                 else:
-                    assert isinstance(state.target, NetworkValue)
                     later = state.target.along(paths.states[1:-1], paths.times[1:-1], paths.condition)
                     aim = gains + torch.cat((later, terminal.unsqueeze(0)))
             loss = itakura_saito(aim - value.along(paths.states[:-1], paths.times[:-1], paths.condition), guided)
@@ -138,7 +135,6 @@ def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]
     begin = torch.randint(chain.steps, (rows,), generator=generator)
     begin[torch.arange(rows) % 4 != 3] = 0
     guided = (torch.arange(chain.steps).unsqueeze(1) >= begin).to(batch.x0.device)
-    assert isinstance(value, NetworkValue)
     x0 = batch.x0.clone()
     away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
     x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away
