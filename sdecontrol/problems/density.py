@@ -94,6 +94,20 @@ class LogDensity:
             score = torch.autograd.grad(value.sum(), leaf)[0]
         return value.detach(), torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
+    def gradient(self, x: Tensor, y: Any = None) -> Tensor:
+        """The gradient ``(batch, dim)``, with its graph where x has one; 0 where it is not finite."""
+        graph = torch.is_grad_enabled() and x.requires_grad
+        with torch.enable_grad():
+            leaf = x if graph else x.detach().requires_grad_(True)
+            value = torch.autograd.grad(self(leaf, y).sum(), leaf, create_graph=graph)[0]
+        finite = value.detach().isfinite().all(1)
+        if bool(finite.all()):
+            return value
+        rows = finite.nonzero().flatten()  # again, without the others: 0 times inf would be NaN
+        if len(rows) == 0:
+            return torch.zeros_like(x)
+        return torch.zeros_like(x).index_copy(0, rows, self.gradient(x[rows], None if y is None else y[rows]))
+
 
 class _Scored(torch.autograd.Function):
     """The value of ``log_density`` with the user's score as its gradient (and the score's own derivatives beyond)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
-from ..errors import NonFiniteError, unknown_name
+from ..errors import NonFiniteError, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless, positional_count
@@ -27,6 +27,24 @@ from .rewards import Linear, Quadratic, QuadraticCost
 DEFAULT_TIME_STEPS = 100
 STARTS = ("fixed", "controlled", "memoryless")
 _PLACE_CONDITION = 7
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode, restored afterwards."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def draw_conditions(condition: Any, n: int, seed: int) -> Any:
+    """``n`` conditions, or None."""
+    return None if condition is None else draw(condition, n, derive_seed(seed, _PLACE_CONDITION))
 
 
 class ControlProblem:
@@ -77,7 +95,6 @@ class ControlProblem:
         self.condition = condition
         self.start = self._choose_start(start)
         self._chains: dict[Any, Chain] = {}
-        self._stretch_checked = False
         with self.evaluating():
             self._probe()
 
@@ -114,15 +131,13 @@ class ControlProblem:
             raise ValueError(f"{name} is on {device}, the initial law on {self.device}; move one of them.")
 
     def _choose_start(self, start: str | None) -> str:
-        if start is not None and start not in STARTS:
-            raise unknown_name("start", start, STARTS)
-        if start is None:
+        if start is not None:
+            check_name("start", start, STARTS)
+        elif self.reference.pretrained:
             memory = self.memory
-            start = (
-                ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled")
-                if self.reference.pretrained
-                else "fixed"
-            )
+            start = "memoryless" if memory is not None and memory <= MEMORYLESS else "controlled"
+        else:
+            start = "fixed"
         if start == "memoryless" and not isinstance(self.initial, Dirac):
             check_memoryless(self.memory)
         if isinstance(self.initial, Dirac):
@@ -267,7 +282,7 @@ class ControlProblem:
 
     def draw_condition(self, n: int, seed: int) -> Any:
         """``n`` conditions, or None."""
-        return None if self.condition is None else draw(self.condition, n, derive_seed(seed, _PLACE_CONDITION))
+        return draw_conditions(self.condition, n, seed)
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
@@ -311,7 +326,7 @@ class ControlProblem:
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:
         f = self.running_cost_function
-        return None if f is None else f if isinstance(f, QuadraticCost) else self.running_cost
+        return f if f is None or isinstance(f, QuadraticCost) else self.running_cost
 
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""
@@ -323,17 +338,9 @@ class ControlProblem:
         ]
         return [p for p in parts if isinstance(p, nn.Module)]
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored afterwards."""
-        modes = [(m, m.training) for module in self.modules() for m in module.modules()]
-        try:
-            for module in self.modules():
-                module.eval()
-            yield
-        finally:
-            for m, training in modes:
-                m.training = training
+        return evaluating(self.modules())
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain facts and a few numbers by which a saved file recognises its problem."""

@@ -1,5 +1,6 @@
 """Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
 
+import contextlib
 from itertools import pairwise
 from typing import Any
 
@@ -153,11 +154,9 @@ def log_likelihood(
     Raises:
         TypeError: not a generative model. NonFiniteError: the flow or the density is not finite.
     """
-    sde = require_generative(model.reference if isinstance(model, ControlProblem) else model, "log_likelihood")
-    start = model.initial if isinstance(model, ControlProblem) else sde.own_initial
-    options: dict[str, Any] = {"condition": condition, "divergence": divergence, "probes": probes}
-    options.update(tolerance=tolerance, seed=seed)
-    if isinstance(model, ControlProblem):
-        with model.evaluating():
-            return flow_log_likelihood(sde, start, x, **options)
-    return flow_log_likelihood(sde, start, x, **options)
+    problem = model if isinstance(model, ControlProblem) else None
+    sde = require_generative(model if problem is None else problem.reference, "log_likelihood")
+    start = sde.own_initial if problem is None else problem.initial
+    options: dict[str, Any] = {"divergence": divergence, "probes": probes, "tolerance": tolerance, "seed": seed}
+    with contextlib.nullcontext() if problem is None else problem.evaluating():
+        return flow_log_likelihood(sde, start, x, condition=condition, **options)

@@ -12,7 +12,7 @@ from sdecontrol.chains.shifts import shift_function, shifts_along
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reciprocal import clipped
 from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
-from sdecontrol.methods.socm import SOCM, _inverse_transposed, _own_noise, _State
+from sdecontrol.methods.socm import SOCM, _inverse_transposed, _State
 from sdecontrol.paths.closed_loop import ClosedLoop
 from sdecontrol.paths.integrator import integrate
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
@@ -257,7 +257,8 @@ def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind)
     ):  # what is subtracted has a mean under the weights, which vanishes at the fixed point: not for this test
         jacobians = StepJacobians(paths)
         noises = _inverse_transposed(jacobians, paths.noises)
-        y = y + jacobians.scale_transposed(0, _own_noise(jacobians, noises, fitted(paths))[0])
+        own = noises - fitted(paths).inverse_transposed(jacobians.mean_products(noises))
+        y = y + jacobians.scale_transposed(0, own[0])
     w = (log_w - log_w.max()).exp()[:, None]
     mean = (w * y).sum(0) / w.sum()
     error = ((w * (y - mean)).square().sum(0).sqrt()) / w.sum()
