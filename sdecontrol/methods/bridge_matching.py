@@ -7,12 +7,13 @@ import torch
 
 from ..chains.bridges import bridge_of
 from ..chains.shifts import shifts_along
-from ..paths.weights import self_normalised, warn_where_few
+from ..paths.paths import Paths
+from ..paths.weights import self_normalised
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..tensors import check_positive, event_sum
 from .base import Run, register
-from .on_paths import PathMethod, collect, current_metrics, path_state
+from .on_paths import PathMethod
 
 
 @register
@@ -49,32 +50,18 @@ class BridgeMatching(PathMethod):
             )
 
     def setup(self, run: Run) -> Any:
-        state: Any = path_state(run, self.paths)
+        state = super().setup(run)
         state.bridge = bridge_of(run.chain, run.problem.start)
         return state
 
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        chain, parts = run.chain, []
-        loss = ess = exponent = 0.0
-        for part in range(run.accumulate):
-            paths = collect(state, run, part)
-            log_w = paths.log_weights()
-            weights = self_normalised(log_w, None, self.trust_region)
-            start, end = paths.states[0], paths.end
-            generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
-            noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
-            states = state.bridge.between(start, end, noise)
-            target = state.bridge.noise_given_end(states, end, paths.condition)
-            c = shifts_along(chain, state.control, states, paths.condition)
-            value = (weights.weights * event_sum(0.5 * (c - target) ** 2, len(chain.noise_shape)).sum(0)).mean()
-            (value / run.accumulate).backward()
-            loss += float(value.detach()) / run.accumulate
-            ess += weights.ess / run.accumulate
-            exponent += weights.exponent / run.accumulate
-            parts.append(paths)
-        if run.iteration % 100 == 0:
-            warn_where_few(
-                self.name, ess, run.batch_size, "Use trust_region=1.0, a larger batch or alpha, or better paths."
-            )
-        run.descend()
-        return {**current_metrics(state, parts), "loss": loss, "ess": ess, "exponent": exponent}
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        weights, exponent, ess = self_normalised(paths.log_weights(), None, self.trust_region)
+        start, end = paths.states[0], paths.end
+        generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
+        noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
+        states = state.bridge.between(start, end, noise)
+        target = state.bridge.noise_given_end(states, end, paths.condition)
+        c = shifts_along(run.chain, state.control, states, paths.condition)
+        loss = (weights * event_sum(0.5 * (c - target) ** 2, len(run.chain.noise_shape)).sum(0)).mean()
+        (loss / run.accumulate).backward()
+        return {"loss": float(loss.detach()), "ess": ess, "exponent": exponent}

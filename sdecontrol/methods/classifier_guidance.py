@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..controls.guidance import ClassifierValue, LogValue, TweedieValue, ValueControl
+from ..controls.guidance import ClassifierValue, TweedieValue, ValueControl
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from .base import ControlState, Method, Run, register
@@ -57,7 +57,6 @@ class ClassifierGuidance(Method):
 
     def setup(self, run: Run) -> nn.Module:
         given: Any = run.problem.reward_function if self.classifier is None else self
-        value: LogValue
         if self.noisy:
             value = ClassifierValue(run.problem, given.classifier, given.label)
         else:

@@ -66,9 +66,8 @@ class LogVariance(PathMethod):
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, group, metrics = [], self._group(run), {"loss": 0.0}
-        if state.behaviour is None:
-            metrics["ess"] = 0.0
+        parts, group = [], self._group(run)
+        metrics = {"loss": 0.0, "ess": 0.0} if state.behaviour is None else {"loss": 0.0}
         for part in range(run.accumulate):
             paths = collect(state, run, part, group)
             laws = paths.under(state.control, steps_of(run, self.steps, part))

@@ -13,6 +13,7 @@ from ..controls.build import build_control
 from ..controls.given import given_control
 from ..errors import check_name
 from ..paths.paths import Paths
+from ..paths.weights import warn_where_few
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
 from ..randomness import derive_seed, generator_for
@@ -20,30 +21,6 @@ from .base import METRICS, ControlState, Method, Run, path_metrics
 
 PATHS = ("current", "reference")
 _PLACE_STEPS = 41
-
-
-class PathMethod(Method):
-    """A method that learns from paths of its own or of another control: each has the field ``paths`` in a place of its own.
-
-    Raises:
-        ValueError: an unknown name. TypeError: no control.
-    """
-
-    paths: Any
-
-    def __post_init__(self) -> None:
-        if isinstance(self.paths, str):
-            check_name("paths", self.paths, PATHS)
-        elif not callable(self.paths) and not callable(getattr(self.paths, "control", None)):
-            raise TypeError(
-                f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
-                f"{type(self.paths).__name__}."
-            )
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
 
 class PathState(ControlState):
@@ -117,3 +94,52 @@ def regression_loss(paths: Paths, log_ratios: Tensor, weights: Tensor, steps: Se
 def current_metrics(state: PathState, parts: Sequence[Paths]) -> dict[str, float]:
     """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL: nan."""
     return dict.fromkeys(METRICS, math.nan) if state.behaviour is not None else path_metrics(parts)
+
+
+# ---------------------------------------------------------------- the method
+
+
+class PathMethod(Method):
+    """A method that learns from paths, one part of the batch after another; whose, and in what groups, are fields where they are a choice.
+
+    Raises:
+        ValueError: an unknown name. TypeError: no control.
+    """
+
+    paths: Any = "current"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str):
+            check_name("paths", self.paths, PATHS)
+        elif not callable(self.paths) and not callable(getattr(self.paths, "control", None)):
+            raise TypeError(
+                f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
+                f"{type(self.paths).__name__}."
+            )
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def setup(self, run: Run) -> Any:
+        return path_state(run, self.paths, self.group_size)
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        parts: list[Paths] = []
+        metrics: dict[str, float] = {}
+        for part in range(run.accumulate):
+            paths = collect(state, run, part, self.group_size)
+            for name, value in self.learn(state, run, part, paths).items():
+                metrics[name] = metrics.get(name, 0.0) + value / run.accumulate
+            parts.append(paths)
+        if "exponent" in metrics and run.iteration % 100 == 0:
+            remedy = "Use trust_region=1.0, a larger batch or alpha, or better paths."
+            warn_where_few(self.name, metrics["ess"], self.group_size or run.batch_size, remedy)
+        run.descend()
+        return {**current_metrics(state, parts), **metrics}
+
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        """Add the gradients of the ``part``-th batch of paths; its own metrics, of weighted paths "ess" and "exponent" among them."""
+        raise NotImplementedError

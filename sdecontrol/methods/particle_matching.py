@@ -1,5 +1,6 @@
 """``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next particles."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..chains.base import Chain
 from ..chains.bridges import ChainBridge, NoisingBridge, bridge_of
 from ..chains.shifts import shifts_along
 from ..controls.base import Control
@@ -33,7 +33,11 @@ class _State(RegressionState):
     def __init__(self, run: Run, size: int) -> None:
         problem, chain = run.problem, run.chain
         super().__init__(run, _control(run, size))
-        self.bridge = _bridge(problem, chain)
+        #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does
+        self.bridge: ChainBridge | NoisingBridge | None = None
+        if problem.running_cost_function is None:
+            with contextlib.suppress(ValueError):
+                self.bridge = bridge_of(chain, problem.start)
         kept = 2 if self.bridge is not None else chain.steps + 1
         self.states: Tensor
         self.draws: Tensor
@@ -48,22 +52,10 @@ class _State(RegressionState):
 def _control(run: Run, size: int) -> Control:
     """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to particles where that pays."""
     problem, chain = run.problem, run.chain
-    base = None
-    if run.control is None:
-        base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START))
+    base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START)) if run.control is None else None
     if base is None:
         return build_control(problem, chain, run.control, seed=run.seed)
     return corrected(problem, chain, base, seed=run.seed)
-
-
-def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridge | None:
-    """What draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does."""
-    if problem.running_cost_function is not None:
-        return None
-    try:
-        return bridge_of(chain, problem.start)
-    except ValueError:
-        return None
 
 
 @register

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..controls.values import LearnedLogZ, learned_value
 from ..paths.paths import Paths
@@ -12,7 +11,7 @@ from ..paths.replay import ReplayBuffer
 from ..randomness import derive_seed
 from ..tensors import check_count
 from .base import Run, register
-from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, starts_differ
+from .on_paths import PathMethod, add_scores, collect, current_metrics, starts_differ
 
 
 @register
@@ -59,7 +58,7 @@ class PathConsistency(PathMethod):
         return self.n != "all"
 
     def setup(self, run: Run) -> Any:
-        state = path_state(run, self.paths)
+        state = super().setup(run)
         seed = derive_seed(run.seed, 46)
         if self.n == "all":
             state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), seed)
@@ -99,22 +98,18 @@ class PathConsistency(PathMethod):
             state.log_z.follow(residuals)
         else:
             value = state.value.along(paths.states[:-1], run.chain.times[:-1], paths.condition)
-            count = min(int(self.n), len(deltas))
-            residuals = self._windows(value.detach(), deltas, end, count)
+            K, device = len(deltas), deltas.device
+            count = min(int(self.n), K)
+            # D_j; the windows that begin less than n steps before the end are cut there
+            sums = torch.cat((torch.zeros_like(deltas[:1]), deltas.cumsum(0)))
+            last = (torch.arange(K, device=device) + count).clamp(max=K)
+            values = torch.cat((value.detach(), end.unsqueeze(0)))
+            residuals = values[:-1] - values[last] + sums[last] - sums[:-1]
             # a step's score meets the residuals of all windows it is in
             sums = torch.cat((torch.zeros_like(residuals[:1]), residuals.cumsum(0)))
-            top = torch.arange(1, len(deltas) + 1, device=sums.device)
+            top = torch.arange(1, K + 1, device=device)
             coefficients = (sums[top] - sums[(top - count).clamp(min=0)]) / count
         if value.requires_grad:
             ((residuals * value).sum(0).mean() / count / run.accumulate).backward()
         add_scores(run, log_ratios, coefficients)
         return 0.5 * float(residuals.square().sum(0).mean()) / count
-
-    @staticmethod
-    def _windows(value: Tensor, deltas: Tensor, end: Tensor, n: int) -> Tensor:
-        """``D_j``, ``(K, batch)``; the windows that begin less than n steps before the end are cut there."""
-        K = len(deltas)
-        sums = torch.cat((torch.zeros_like(deltas[:1]), deltas.cumsum(0)))
-        last = (torch.arange(K, device=deltas.device) + n).clamp(max=K)
-        values = torch.cat((value, end.unsqueeze(0)))
-        return values[:-1] - values[last] + sums[last] - sums[:-1]

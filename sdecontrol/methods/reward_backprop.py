@@ -67,7 +67,8 @@ class RewardBackprop(Method):
             backward: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
             options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient}
             if self.gradient == "random":
-                options["reach"] = self._reach(run, part)
+                generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
+                options["reach"] = float(torch.rand((), generator=generator, dtype=torch.float64))
             objective = Objective(
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )
@@ -75,8 +76,3 @@ class RewardBackprop(Method):
         run.descend()
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
         return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha)
-
-    @staticmethod
-    def _reach(run: Run, part: int) -> float:
-        generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
-        return float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -9,15 +9,15 @@ import torch
 from ..errors import check_name
 from ..paths.weights import self_normalised, warn_where_few
 from ..randomness import derive_seed, generator_for
-from .base import METRICS, Method, Run, register
-from .on_paths import collect, path_state, regression_loss
+from .base import METRICS, Run, register
+from .on_paths import PathMethod, collect, regression_loss
 
 ROLL_INS = ("current", "none")
 
 
 @register
 @dataclass(frozen=True)
-class RewardWeightedMLE(Method):
+class RewardWeightedMLE(PathMethod):
     """Regress the control on the noise of reference steps, weighted by ``exp(R/alpha)``; no gradient of the reward.
 
     Tutorial Algorithm 3: follow the current control up to a random step k (the same for all paths of an iteration), then the
@@ -42,21 +42,14 @@ class RewardWeightedMLE(Method):
     def __post_init__(self) -> None:
         check_name("roll_in", self.roll_in, ROLL_INS)
 
-    def setup(self, run: Run) -> Any:
-        return path_state(run)
-
-    def _first(self, run: Run, part: int) -> int:
-        """The first step of the reference."""
-        if self.roll_in == "none":
-            return 0
-        generator = generator_for("cpu", derive_seed(run.seed, 43, run.iteration, part))
-        return int(torch.randint(run.chain.steps, (), generator=generator))
-
     def step(self, state: Any, run: Run) -> dict[str, float]:
         chain = run.chain
         loss = ess = 0.0
         for part in range(run.accumulate):
-            first = self._first(run, part)
+            first = 0  # step of the reference
+            if self.roll_in == "current":
+                generator = generator_for("cpu", derive_seed(run.seed, 43, run.iteration, part))
+                first = int(torch.randint(chain.steps, (), generator=generator))
             paths = collect(state, run, part, until=first)
             rest = list(range(first, chain.steps))
             log_ratios = paths.under(state.control, rest if first else None).log_ratio

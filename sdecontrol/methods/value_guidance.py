@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.shifts import shift_function
-from ..controls.guidance import GivenValue, LogValue, TweedieValue, ValueControl, value_network
+from ..controls.guidance import GivenValue, TweedieValue, ValueControl, value_network
 from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
@@ -78,7 +78,6 @@ class ValueGuidance(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
-        value: LogValue
         if self.value == "tweedie":
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):

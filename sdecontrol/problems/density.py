@@ -21,10 +21,10 @@ class LogDensity:
     """
 
     def __init__(self, function: Callable[..., Tensor], score: Callable[..., Tensor] | None = None) -> None:
-        for name, part in (("log_density", function), ("score", score)):
-            if not callable(part) and not (name == "score" and part is None):
-                result = "(batch,)" if name == "log_density" else "(batch, dim)"
-                raise TypeError(f"{name} must be a function x -> {result}, got {type(part).__name__}.")
+        if not callable(function):
+            raise TypeError(f"log_density must be a function x -> (batch,), got {type(function).__name__}.")
+        if score is not None and not callable(score):
+            raise TypeError(f"score must be a function x -> (batch, dim), got {type(score).__name__}.")
         self.function, self.score = function, score
         self.differentiable = score is not None
         self.values = self.gradients = 0

@@ -66,10 +66,6 @@ class GibbsReward:
         self.density, self.centre, self.scale, self.floor = density, centre, scale, floor
         self.log_peak = -float(scale.double().log().expand(centre.shape).sum()) - 0.5 * centre.numel() * _LOG_2PI
 
-    @property
-    def __name__(self) -> str:
-        return f"{self.density.__name__} - log p0"
-
     def log_density(self, x: Tensor, y: Any = None) -> Tensor:
         """``log rho`` with its zeros floored."""
         value = self.density(x, y)
@@ -261,7 +257,6 @@ def gibbs_problem(
                 middle, width = pilot.centre, pilot.scale
             roughness = pilot.roughness * float((width.double() / pilot.scale.double()).log().mean().exp())
         highest = _check_end(density, middle, width, conditions, seed, pilot)
-    process: TimeChanged | AnnealedLangevin
     if annealed:
         process = AnnealedLangevin(
             density.gradient, middle, width, roughness, horizon, backward_control=backward_control
@@ -284,10 +279,10 @@ def _vector(
     """A number or ``(dim,)`` numbers as a tensor, 0-d or ``(dim,)``."""
     if isinstance(value, Tensor):
         out = value.detach().to(device, dtype)
-    elif isinstance(value, (list, tuple)):
-        out = torch.tensor([as_float(name, v) for v in value], dtype=dtype, device=device)
     else:
-        out = torch.tensor(as_float(name, value), dtype=dtype, device=device)
+        many = isinstance(value, (list, tuple))
+        numbers = [as_float(name, v) for v in value] if many else as_float(name, value)
+        out = torch.tensor(numbers, dtype=dtype, device=device)
     check_tensor(name, out)
     if out.shape not in ((), (dim,)):
         raise ValueError(
@@ -336,8 +331,7 @@ def _check_end(
             check_rays(density, x[best], scale, None if y is None else y[best], seed)
         except ImproperTarget as error:
             warnings.warn(f"improper target? {error}", stacklevel=3)
-    top = float(values[inside].max()) if bool(inside.any()) else -math.inf
-    return max(top, -math.inf if pilot is None else pilot.highest)
+    return max(float(values.max()), -math.inf if pilot is None else pilot.highest)
 
 
 def _bad_values(rows: int, x: Tensor) -> NonFiniteError:

@@ -48,7 +48,6 @@ class Pilot:
 
     Attributes:
         centre: ``(d,)``. scale: 0-d or ``(d,)``.
-        scan_scale: the scan's.
         highest: the largest log density met.
         values, gradients: evaluations of the log density (rows), and how many of them with a gradient.
         acceptance: of the chains' moves in their second half.
@@ -57,7 +56,6 @@ class Pilot:
 
     centre: Tensor
     scale: Tensor
-    scan_scale: float
     highest: float
     values: int
     gradients: int
@@ -77,7 +75,6 @@ def run_pilot(
     Raises:
         ImproperTarget: the density does not fall far out. ValueError: it vanishes wherever the scan looked.
     """
-    before = density.values, density.gradients
     scan_scale, known, values = _scan(density, guess, conditions, seed)
     states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
     centre, scale = _spread(states, guess, keep_centre)
@@ -101,10 +98,9 @@ def run_pilot(
     return Pilot(
         centre=centre,
         scale=scale,
-        scan_scale=scan_scale,
         highest=highest,
-        values=density.values - before[0],
-        gradients=density.gradients - before[1],
+        values=density.values,
+        gradients=density.gradients,
         acceptance=acceptance,
         roughness=steep,
     )

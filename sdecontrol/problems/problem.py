@@ -63,6 +63,13 @@ class ControlProblem:
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
         reward_batch_size: call the reward on at most so many states at once.
 
+    Attributes:
+        event_shape, control_shape, horizon: the reference's. dtype, device: of the states.
+        origin: the law of the chain's first state: the point before a controlled start, else ``initial``.
+        from_point: whether all paths leave from one point.
+        random_start: whether the start is random and keeps its law, so that log Z differs from path to path.
+        has_gradient: whether the reward has one.
+
     Raises:
         ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
     """
@@ -84,6 +91,7 @@ class ControlProblem:
                 f"got {type(reference).__name__}."
             )
         self.reference: Any = reference
+        self.event_shape, self.horizon = reference.event_shape, reference.horizon
         self.alpha = as_float("alpha", alpha, positive=True)
         self.initial = self._check_initial(initial)
         sample = draw(self.initial, 1, 0)
@@ -94,20 +102,23 @@ class ControlProblem:
         self.reward_batch_size = reward_batch_size
         self.condition = condition
         self.start = self._choose_start(start)
+        self.origin = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
+        self.from_point = isinstance(self.origin, Dirac)
+        self.random_start = self.start == "fixed" and not self.from_point
         self._chains: dict[Any, Chain] = {}
         with self.evaluating():
             self._probe()
+        self.control_shape = reference.control_shape
 
     # ---------------------------------------------------------------- checks
 
     def _check_initial(self, initial: Any) -> Any:
+        initial = self.reference.own_initial if initial is None else initial
         if initial is None:
-            initial = self.reference.own_initial
-            if initial is None:
-                raise TypeError(
-                    f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
-                    "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution."
-                )
+            raise TypeError(
+                f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
+                "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution."
+            )
         if isinstance(initial, Tensor):
             raise TypeError("initial must be a law; for a fixed start pass sc.Dirac(x0).")
         if not isinstance(initial, Distribution):
@@ -133,15 +144,13 @@ class ControlProblem:
     def _choose_start(self, start: str | None) -> str:
         if start is not None:
             check_name("start", start, STARTS)
-        elif self.reference.pretrained:
+        if isinstance(self.initial, Dirac) or (start is None and not self.reference.pretrained):
+            return "fixed"
+        if start is None:
             memory = self.memory
             start = "memoryless" if memory is not None and memory <= MEMORYLESS else "controlled"
-        else:
-            start = "fixed"
-        if start == "memoryless" and not isinstance(self.initial, Dirac):
+        if start == "memoryless":
             check_memoryless(self.memory)
-        if isinstance(self.initial, Dirac):
-            return "fixed"
         if start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
             raise ValueError(
                 f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
@@ -224,33 +233,6 @@ class ControlProblem:
         other.alpha = as_float("alpha", alpha, positive=True)
         return other
 
-    @property
-    def event_shape(self) -> torch.Size:
-        return self.reference.event_shape
-
-    @property
-    def control_shape(self) -> torch.Size:
-        return self.reference.control_shape
-
-    @property
-    def origin(self) -> Any:
-        """The law of the chain's first state: the point before a controlled start, else ``initial``."""
-        return Dirac(self.initial.mean) if self.start == "controlled" else self.initial
-
-    @property
-    def from_point(self) -> bool:
-        """Whether all paths leave from one point."""
-        return isinstance(self.origin, Dirac)
-
-    @property
-    def random_start(self) -> bool:
-        """Whether the start is random and keeps its law, so that log Z differs from path to path."""
-        return self.start == "fixed" and not self.from_point
-
-    @property
-    def horizon(self) -> float:
-        return self.reference.horizon
-
     def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
         """The chain that simulates this problem: the reference's, after the stretch of a controlled start.
 
@@ -319,8 +301,7 @@ class ControlProblem:
 
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``f(x, t)``, ``(batch,)``."""
-        f = self.running_cost_function
-        assert f is not None
+        f: Any = self.running_cost_function
         return f(x, t) if condition is None or positional_count(f) < 3 else f(x, t, condition)
 
     @property

@@ -56,7 +56,11 @@ def simulate_solver(
 
     def run(keep_states: bool) -> SolvedPaths:
         with torch.no_grad(), problem.evaluating():
-            states = _learned_start(chain, x, noises, control, condition, step)
+            states = [x]
+            if step < chain.start:  # the learned start is run as the chain it is
+                shift = None if control is None else shift_function(chain, control)
+                before: dict[str, Any] = {"condition": condition, "steps": range(step, chain.start)}
+                states = list(integrate(chain, x, noises, shift, keep="states", **before).states)
             first, clock = max(step - chain.start, 0), chain.clock[chain.start :]
             cost = problem.running_cost_or_none
             if tolerance is not None:
@@ -77,16 +81,6 @@ def simulate_solver(
         if error.step is None:
             run(True)  # the same paths with their states kept: names the step
         raise
-
-
-def _learned_start(chain: Chain, x: Tensor, noise: Any, control: Any, condition: Any, step: int) -> list[Tensor]:
-    """States of the learned start, which is run as the chain it is; [x] where there is none."""
-    if step >= chain.start:
-        return [x]
-    shift = None if control is None else shift_function(chain, control)
-    return list(
-        integrate(chain, x, noise, shift, condition=condition, keep="states", steps=range(step, chain.start)).states
-    )
 
 
 def _flow(
