@@ -88,7 +88,7 @@ class ValueGuidance(Method):
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
 
-    def step(self, state: ValueState, run: Run) -> dict[str, float]:
+    def step(self, state: Any, run: Run) -> dict[str, float]:
         value = state.control.value
         losses, parts = [], []
         for part in range(run.accumulate):
@@ -126,7 +126,7 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
     return torch.where(use, (d - level).exp() - (1 + d) * (-level).exp(), 0.0).sum() / use.sum()
 
 
-def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]:
+def _roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the first and third
     are just that, the second has a perturbed start, the fourth is the reference's up to a random step."""
     chain, guidance, value = run.chain, shift_function(run.chain, control), control.value

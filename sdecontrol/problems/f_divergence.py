@@ -199,4 +199,5 @@ def _find(phi: Any, order: float | None) -> _Generator:
         return _GENERATORS[phi]
     if not callable(phi):
         raise TypeError(f"phi must be a name or (phi')^-1 as a function, got {type(phi).__name__}.")
-    return _Generator(lambda y: _log_positive(phi(y)))
+    given: Any = phi
+    return _Generator(lambda y: _log_positive(given(y)))

@@ -108,7 +108,7 @@ class ControlProblem:
         self._chains: dict[Any, Chain] = {}
         with self.evaluating():
             self._probe()
-        self.control_shape = reference.control_shape
+        self.control_shape: torch.Size = self.reference.control_shape
 
     # ---------------------------------------------------------------- checks
 
