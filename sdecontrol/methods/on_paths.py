@@ -54,7 +54,7 @@ def collect(state: PathState, run: Run, part: int, group_size: int | None = None
     if group_size is not None:
         first = torch.arange(len(x0) // group_size, device=x0.device).repeat_interleave(group_size)
         condition = None if condition is None else condition[first]
-        if run.chain.reverse is None:  # which leads to the start: Y is constant over all of them
+        if run.chain.reverse is None:  # a reverse law leads to the start: with one Y is constant over all of them
             x0 = x0[first]
     control = state.control if state.behaviour is None else state.behaviour
     return roll_out(run.problem, run.chain, control, x0, batch.noise, condition, until)
