@@ -42,14 +42,18 @@ class RewardWeightedMLE(PathMethod):
     def __post_init__(self) -> None:
         check_name("roll_in", self.roll_in, ROLL_INS)
 
+    def _first(self, run: Run, part: int) -> int:
+        """The first step of the reference."""
+        if self.roll_in == "none":
+            return 0
+        generator = generator_for("cpu", derive_seed(run.seed, 43, run.iteration, part))
+        return int(torch.randint(run.chain.steps, (), generator=generator))
+
     def step(self, state: Any, run: Run) -> dict[str, float]:
         chain = run.chain
         loss = ess = 0.0
         for part in range(run.accumulate):
-            first = 0  # step of the reference
-            if self.roll_in == "current":
-                generator = generator_for("cpu", derive_seed(run.seed, 43, run.iteration, part))
-                first = int(torch.randint(chain.steps, (), generator=generator))
+            first = self._first(run, part)
             paths = collect(state, run, part, until=first)
             rest = list(range(first, chain.steps))
             log_ratios = paths.under(state.control, rest if first else None).log_ratio
