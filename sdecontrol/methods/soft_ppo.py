@@ -87,7 +87,7 @@ class SoftPPO(Method):
                     chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
                     loss, ratios = self.surrogate(state, chosen, steps_of(run, self.steps, place))
                     measured["loss"].append(float(loss.detach()))
-                    if self.baseline == "value" and epoch == 0:  # no longer: it costs as much as the control
+                    if self.baseline == "value" and epoch == 0:  # not in later ones: it costs as much as the control
                         paths = chosen.paths
                         value = state.value.along(paths.states[:-1], paths.times[:-1], paths.condition)
                         loss = loss + 0.5 * (value + chosen.to_come).square().mean()
