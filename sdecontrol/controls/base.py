@@ -134,7 +134,7 @@ def _rows(x: Any, *_: Any, **__: Any) -> int:
     return len(x) if isinstance(x, Tensor) and x.ndim else 0
 
 
-@CONTROLS.register("user")
+@CONTROLS.register("user", lambda saved, to: as_control(to.problem, to.chain, to.own_control()))
 class UserControl(Control):
     """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
 
@@ -143,10 +143,6 @@ class UserControl(Control):
     def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
         super().__init__(event_shape, control_shape, 0.0, horizon)
         self.module = module
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return as_control(context.problem, context.chain, context.own_control())
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         t = t.expand(x.shape[0])

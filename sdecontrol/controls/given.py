@@ -11,18 +11,14 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from .base import Control, UserControl
-from .saved import CONTROLS, Context, Saved
+from .saved import CONTROLS
 
 
-@CONTROLS.register("zero")
+@CONTROLS.register("zero", lambda saved, context: given_control(context.problem, None))
 class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
     counted = False
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return given_control(context.problem, None)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return x.new_zeros((x.shape[0], *self.control_shape))
@@ -31,14 +27,10 @@ class ZeroControl(Control):
         return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
 
 
-@CONTROLS.register("given")
+@CONTROLS.register("given", lambda saved, context: given_control(context.problem, context.own_control(), "control"))
 class GivenControl(UserControl):
     """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
     it: it is given again to ``load``."""
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return given_control(context.problem, context.own_control(), "control")
 
 
 def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:

@@ -42,7 +42,7 @@ class LogValue(nn.Module):
         raise NotImplementedError
 
 
-@VALUES.register("annealed")
+@VALUES.register("annealed", lambda saved, context: AnnealedValue(context.problem))
 class AnnealedValue(LogValue):
     """``beta(t) r(x)``, ``log pi_t - log p0``: what particles of annealed Langevin are weighed by on their way."""
 
@@ -51,15 +51,11 @@ class AnnealedValue(LogValue):
         self.problem = problem
         self._reference: Any = problem.reference
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> AnnealedValue:
-        return cls(context.problem)
-
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self._reference.beta(float(t)) * self.problem.reward(x, y)
 
 
-@CONTROLS.register("value")
+@CONTROLS.register("value", lambda saved, to: ValueControl(VALUES.make(saved["value"], to), to.problem, to.chain))
 class ValueControl(Control):
     """``u(x, t) = sigma(x, t)^T grad v(x, t) / alpha``, by automatic differentiation of a value.
 
@@ -75,10 +71,6 @@ class ValueControl(Control):
     @property
     def configuration(self) -> dict[str, Any]:
         return {"value": VALUES.describe(self.value)}
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> ValueControl:
-        return cls(VALUES.make(saved["value"], context), context.problem, context.chain)
 
     def gradient(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``grad v / alpha`` at a 0-d t, of x's shape, without a graph."""
@@ -120,7 +112,7 @@ class ValueControl(Control):
         return shift
 
 
-@VALUES.register("given")
+@VALUES.register("given", lambda saved, to: GivenValue(to.own_value("value function"), to.problem.alpha))
 class GivenValue(LogValue):
     """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files do not
     hold it: it is given again to ``load``."""
@@ -128,10 +120,6 @@ class GivenValue(LogValue):
     def __init__(self, function: Callable[..., Tensor], alpha: float) -> None:
         super().__init__()
         self._function, self.alpha = [function], alpha  # in a list: it is the user's, not a part of this module
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> GivenValue:
-        return cls(context.own_value("value function"), context.problem.alpha)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         times = t.expand(x.shape[0])
@@ -199,7 +187,9 @@ class TweedieValue(LogValue):
         return log_prob(x0, y) if log_prob is not None else self._problem[0].reward(x0, y) / self._problem[0].alpha
 
 
-@VALUES.register("classifier")
+@VALUES.register(
+    "classifier", lambda saved, to: ClassifierValue(to.problem, to.own_value("classifier"), saved["label"])
+)
 class ClassifierValue(LogValue):
     """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's model:
     ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
@@ -212,16 +202,12 @@ class ClassifierValue(LogValue):
     def configuration(self) -> dict[str, Any]:
         return {"label": self.label}
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> ClassifierValue:
-        return cls(context.problem, context.own_value("classifier"), saved["label"])
-
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         clock = self._problem[0].reference.model_time(max(float(t), 0.0), x)
         return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
 
 
-@VALUES.register("network")
+@VALUES.register("network", lambda saved, to: NetworkValue.of(to.problem, to.chain, saved.settings(Layers), Scales()))
 class NetworkValue(LogValue):
     """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers, both
     with time features that resolve the ends of the horizon.
@@ -246,12 +232,9 @@ class NetworkValue(LogValue):
         super().__init__()
         self.first_time, self.last_time = span
         self.architecture = architecture
-        self.centre: Tensor
-        self.spread: Tensor
-        self.scale: Tensor
-        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
-        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
-        self.register_buffer("scale", torch.tensor([level, size]))
+        self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
+        self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
+        self.scale = nn.Buffer(torch.tensor([level, size]))
         features = time_features(torch.zeros(1)).shape[-1]
         widths = (n + architecture.condition_size + features, *architecture.hidden)
         layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
@@ -278,10 +261,6 @@ class NetworkValue(LogValue):
     @property
     def configuration(self) -> dict[str, Any]:
         return asdict(self.architecture)
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> NetworkValue:
-        return cls.of(context.problem, context.chain, saved.settings(Layers), Scales())
 
     def along(self, states: Tensor, times: Tensor, y: Any = None) -> Tensor:
         """``v/alpha`` at states ``(K, batch, *event)`` of times ``(K,)``: ``(K, batch)``."""

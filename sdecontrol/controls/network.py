@@ -25,7 +25,7 @@ from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .linear_part import LinearPart, gram_of_features
 from .reward_term import RewardTerm
-from .saved import CONTROLS, Context, Saved
+from .saved import CONTROLS
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
 _MOST_BUMPED = 32  # largest state that gets a function per coordinate
@@ -141,7 +141,7 @@ def layers_for(problem: ControlProblem) -> Layers:
     return Layers(hidden, classes, classes)
 
 
-@CONTROLS.register("network")
+@CONTROLS.register("network", lambda saved, context: DefaultControl.of(context.problem, saved.settings(Architecture)))
 class DefaultControl(Control):
     """See the module's docstring.
 
@@ -172,19 +172,14 @@ class DefaultControl(Control):
         self.architecture = replace(
             architecture, gate=reward is not None, nonlinear=self.nonlinear, denoised=denoiser is not None
         )
-        self.condition_size = architecture.condition_size
         self.reward, self.denoiser, self.gate_scale = reward, denoiser, architecture.gate_scale
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
-        self.centre: Tensor
-        self.spread: Tensor
-        self.seen_centre: Tensor
-        self.seen_spread: Tensor
-        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
-        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
+        self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
+        self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
         if denoiser is not None:
-            self.register_buffer("seen_centre", torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
-            self.register_buffer("seen_spread", torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
-        widths = ((n if denoiser is None else 2 * n) + self.condition_size, *architecture.hidden)
+            self.seen_centre = nn.Buffer(torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
+            self.seen_spread = nn.Buffer(torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
+        widths = ((n if denoiser is None else 2 * n) + architecture.condition_size, *architecture.hidden)
         self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
         self.time_weight = _uniform(widths[1], _FEATURES, generator)
@@ -232,10 +227,6 @@ class DefaultControl(Control):
     def configuration(self) -> dict[str, Any]:
         return asdict(self.architecture)
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> DefaultControl:
-        return cls.of(context.problem, saved.settings(Architecture))
-
     # ------------------------------------------------------------ pieces
 
     def _features(self, t: Tensor) -> Tensor:
@@ -279,7 +270,10 @@ class DefaultControl(Control):
         denoise = self.denoiser.denoiser_on_grid(chain.times)
         return torch.stack([denoise(first + k, x, y) for k, x in enumerate(states.unbind(0))])
 
-    def _hidden(self, z: Tensor) -> Tensor:
+    def _hidden(self, z: Tensor, y: Any) -> Tensor:
+        """The last hidden layer, from what the first one makes of all but the condition."""
+        if size := self.architecture.condition_size:
+            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -size:].mT
         z = torch.nn.functional.silu(z)
         for W, b in zip(list(self.weights)[1:], list(self.biases)[1:]):
             z = torch.nn.functional.silu(torch.nn.functional.linear(z, W, b))
@@ -311,14 +305,12 @@ class DefaultControl(Control):
         first, time_part, affine, offset = (p[k if len(p) > 1 else 0] for p in tables[:4])
         flat = x.flatten(1)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
-        if self.condition_size:
-            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         u = (
             torch.addmm(offset, flat, affine.mT)
             if self.full
             else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
         )
-        u = torch.addmm(u, self._hidden(z), self.last.mT)
+        u = torch.addmm(u, self._hidden(z, y), self.last.mT)
         if self.nonlinear:
             bent = tables[5]
             u = u + (bumps((flat - self.centre) / self.spread) * bent[k if len(bent) > 1 else 0]).sum(-1)
@@ -330,7 +322,7 @@ class DefaultControl(Control):
     # ------------------------------------------------------------ linear parameters
 
     def linear_parts(self) -> list[LinearPart]:
-        return [NetworkLinearPart(self)] if self.full and not self.condition_size else []
+        return [NetworkLinearPart(self)] if self.full and not self.architecture.condition_size else []
 
     # ------------------------------------------------------------ Control
 
@@ -361,13 +353,11 @@ class DefaultControl(Control):
         time_part, affine, offset, gate, bent = (p[first : first + count] for p in rest)
         flat = states.flatten(2)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
-        if self.condition_size:
-            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         if self.full:
             u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
         else:
             u = offset.unsqueeze(1) + flat[..., : affine.shape[1]] * affine.unsqueeze(1)
-        u = u + self._hidden(z) @ self.last.mT
+        u = u + self._hidden(z, y) @ self.last.mT
         if self.nonlinear:
             u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
         if self._looks_at_reward:
@@ -397,10 +387,8 @@ class NetworkLinearPart(LinearPart):
 
     def __init__(self, control: DefaultControl) -> None:
         self.control = control
-        own = [p for p in (control.bent,) if p is not None]
-        self.gated = control.gate is not None and control._looks_at_reward
-        if self.gated and control.gate is not None:
-            own.append(control.gate)
+        self.gated = control._looks_at_reward
+        own = [p for p in (control.bent, control.gate if self.gated else None) if p is not None]
         self.own = bool(own)
         self.parameters = [control.offset, control.affine, control.last, *own]
         # a gate that is folded into the affine path adds nothing to it
@@ -412,10 +400,8 @@ class NetworkLinearPart(LinearPart):
         normal = (flat - control.centre) / control.spread
         W, time_part, *_ = control.tables(chain)
         seen = control._seen(states, control._denoised_along(chain, states, y))
-        hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1))
-        parts = []
-        if control.nonlinear:
-            parts.append(bumps(normal))
+        hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1), y)
+        parts = [bumps(normal)] if control.nonlinear else []
         if self.gated:
             parts.append(control.gate_scale * control._pull_along(chain, states, y, 0).unsqueeze(3))
         own = torch.cat(parts, 3) if parts else None

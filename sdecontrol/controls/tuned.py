@@ -13,7 +13,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..processes.pretrained import call_model
 from .base import Control, at_each_time, rows_of
-from .saved import CONTROLS, Context, Saved
+from .saved import CONTROLS
 
 
 class ModelControl(Control):
@@ -52,7 +52,7 @@ class ModelControl(Control):
         return lambda k, x, y: towards(k - start, x, y) if k >= start else x.new_zeros(len(x), *chain.noise_shape)
 
 
-@CONTROLS.register("tuned")
+@CONTROLS.register("tuned", lambda saved, context: TunedControl(context.problem.reference))
 class TunedControl(ModelControl):
     """The control that a tuned copy of the pre-trained model makes: at the start of training the two agree and u = 0."""
 
@@ -62,10 +62,6 @@ class TunedControl(ModelControl):
         super().__init__(reference)
         self.model: nn.Module = copy.deepcopy(reference.model) if model is None else model
         self.model.eval()
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> TunedControl:
-        return cls(context.problem.reference)
 
     def train(self, mode: bool = True) -> TunedControl:
         self.training = mode
