@@ -23,18 +23,13 @@ from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
 
 
-def rows_of(y: Any, rows: Any) -> Any:
-    """Rows of a condition, or None."""
-    return None if y is None else y[rows]
-
-
 def at_each_time(at: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Any) -> Tensor:
     """A function of a 0-d time for times ``(batch,)``: one call for each time among them."""
     times, where = torch.unique(t, return_inverse=True)
     if len(times) < 2:
         return at(x, times[0] if len(times) else t.new_zeros(()), y)
     rows = [(where == j).nonzero().flatten() for j in range(len(times))]
-    parts = [at(x[r], time, rows_of(y, r)) for r, time in zip(rows, times)]
+    parts = [at(x[r], time, None if y is None else y[r]) for r, time in zip(rows, times)]
     return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
 
@@ -209,8 +204,6 @@ class StartedControl(Control):
         return cls(CONTROLS.make(saved["start"], context), CONTROLS.make(saved["main"], main))
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 0:
-            return self.start.at(x, t, y) if t < 0 else self.main.at(x, t, y)
         before = t < 0
         if bool(before.all()):
             return self.start.at(x, t, y)
@@ -235,13 +228,9 @@ class StartedControl(Control):
         cut = len(tables) - len(self.main.tables(second)) if tables else 0
         before = self.start.on_chain(first, tables[:cut])
         after = self.main.on_chain(second, tables[cut:])
-        missing = [chain.noise_shape[0] - part.noise_shape[0] for part in (first, second)]
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            early = k < first.steps
-            c = before(k, x, y) if early else after(k - first.steps, x, y)
-            pad = missing[0] if early else missing[1]
-            return torch.nn.functional.pad(c, (0, pad)) if pad else c
+            return _padded(chain, before(k, x, y) if k < first.steps else after(k - first.steps, x, y))
 
         return shift
 
@@ -256,9 +245,7 @@ class StartedControl(Control):
             (states[cut:], after, self.main, max(0, first - before.steps)),
         ):
             if len(part):
-                c = control.along(half, part, y, at)
-                missing = chain.noise_shape[0] - half.noise_shape[0]
-                parts.append(torch.nn.functional.pad(c, (0, missing)) if missing else c)
+                parts.append(_padded(chain, control.along(half, part, y, at)))
         return torch.cat(parts)
 
     def linear_parts(self) -> list[LinearPart]:
@@ -266,3 +253,9 @@ class StartedControl(Control):
             *(PartOfSegment(part, 0) for part in self.start.linear_parts()),
             *(PartOfSegment(part, 1) for part in self.main.linear_parts()),
         ]
+
+
+def _padded(chain: Chain, c: Tensor) -> Tensor:
+    """Shifts of a segment with zeros for the noises that only the other one has."""
+    missing = chain.noise_shape[-1] - c.shape[-1]
+    return torch.nn.functional.pad(c, (0, missing)) if missing else c

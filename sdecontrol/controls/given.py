@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
@@ -62,8 +61,3 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()
-
-
-def repeat_rows(x: Any, times: int) -> Any:
-    """Each row ``times`` times in a row; None stays None."""
-    return x if x is None else torch.repeat_interleave(x, times, 0)

@@ -23,7 +23,7 @@ from ..problems.simulate import simulate_chain
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control, at_each_time
-from .network import Layers, Scales, flat_or, floored, layers_for, time_features
+from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
 
 _PILOT_PATHS = 256
@@ -66,7 +66,7 @@ class ValueControl(Control):
     def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
         super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
         self.value = value
-        self._chain = [chain]
+        self._chain = chain
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class ValueControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
-        chain = self._chain[0]
+        chain = self._chain
         if chain.reference.continuous and float(t) >= 0:
             return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)
         k = chain.step_at(float(t))
@@ -99,9 +99,8 @@ class ValueControl(Control):
             return apply_scale_transposed(chain.kernel(k, x, y)[1], gradient, x.ndim - 1)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        main = chain.main
         reference, start = chain.reference, chain.start
-        sigma = reference.diffusion_on_grid(main.times[:-1]) if reference.continuous else None
+        sigma = reference.diffusion_on_grid(chain.main.times[:-1]) if reference.continuous else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             gradient = self.gradient(x, chain.times[k], y)
@@ -160,8 +159,8 @@ class TweedieValue(LogValue):
                 "Tweedie's value is the reward of the denoised state and knows no running cost. Use value='monte-carlo' "
                 "or 'soft-q'."
             )
-        self._problem, self._chain, self.label = [problem], [chain], label
-        self._log_prob = [None if classifier is None else LogProb(classifier, label)]
+        self._problem, self._chain, self.label = problem, chain, label
+        self._log_prob = [None if classifier is None else LogProb(classifier, label)]  # in a list: as of GivenValue
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -176,15 +175,15 @@ class TweedieValue(LogValue):
         """``x0^``, what the reference's model expects the data to be."""
         time = float(t)
         if time < 0:
-            first = self._chain[0].segments[0]
+            first = self._chain.segments[0]
             k = first.step_at(time)
             mean = first.kernel(k, x, y)[0]
             x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
-        return self._problem[0].reference.denoised(x, time, y, on_clock=True)
+        return self._problem.reference.denoised(x, time, y, on_clock=True)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         x0, log_prob = self.denoised(x, t, y), self._log_prob[0]
-        return log_prob(x0, y) if log_prob is not None else self._problem[0].reward(x0, y) / self._problem[0].alpha
+        return log_prob(x0, y) if log_prob is not None else self._problem.reward(x0, y) / self._problem.alpha
 
 
 @VALUES.register(
@@ -196,14 +195,14 @@ class ClassifierValue(LogValue):
 
     def __init__(self, problem: ControlProblem, classifier: Callable[..., Tensor], label: int | None) -> None:
         super().__init__()
-        self._problem, self._classifier, self.label = [problem], [classifier], label
+        self._problem, self._classifier, self.label = problem, [classifier], label
 
     @property
     def configuration(self) -> dict[str, Any]:
         return {"label": self.label}
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        clock = self._problem[0].reference.model_time(max(float(t), 0.0), x)
+        clock = self._problem.reference.model_time(max(float(t), 0.0), x)
         return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
 
 
@@ -235,8 +234,7 @@ class NetworkValue(LogValue):
         self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
         self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
         self.scale = nn.Buffer(torch.tensor([level, size]))
-        features = time_features(torch.zeros(1)).shape[-1]
-        widths = (n + architecture.condition_size + features, *architecture.hidden)
+        widths = (n + architecture.condition_size + FEATURES, *architecture.hidden)
         layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
         with torch.no_grad():
             for layer in layers:
@@ -244,9 +242,9 @@ class NetworkValue(LogValue):
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.zero_()
         self.layers = nn.ModuleList(layers)
-        self.constant = nn.Parameter(torch.zeros(features))
-        self.slope = nn.Parameter(torch.zeros(features, n))
-        self.square = nn.Parameter(torch.zeros(features, n, n) if n <= _FULL else torch.zeros(features, n))
+        self.constant = nn.Parameter(torch.zeros(FEATURES))
+        self.slope = nn.Parameter(torch.zeros(FEATURES, n))
+        self.square = nn.Parameter(torch.zeros(FEATURES, n, n) if n <= _FULL else torch.zeros(FEATURES, n))
         self.last = nn.Parameter(torch.zeros(widths[-1]))
 
     @classmethod

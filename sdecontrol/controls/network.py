@@ -53,7 +53,7 @@ def time_features(s: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-_FEATURES = time_features(torch.zeros(1)).shape[-1]
+FEATURES = time_features(torch.zeros(1)).shape[-1]
 
 
 def bumps(z: Tensor) -> Tensor:
@@ -182,15 +182,15 @@ class DefaultControl(Control):
         widths = ((n if denoiser is None else 2 * n) + architecture.condition_size, *architecture.hidden)
         self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-        self.time_weight = _uniform(widths[1], _FEATURES, generator)
+        self.time_weight = _uniform(widths[1], FEATURES, generator)
         self.last = nn.Parameter(torch.zeros(m, widths[-1]))
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
-        self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
-        self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
-        self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward is not None else None
-        self.bent = nn.Parameter(torch.zeros(_FEATURES, m, _BUMPS)) if self.nonlinear else None
+        self.affine = nn.Parameter(torch.zeros(FEATURES, m, n) if self.full else torch.zeros(FEATURES, m))
+        self.offset = nn.Parameter(torch.zeros(FEATURES, m))
+        self.gate = nn.Parameter(torch.zeros(FEATURES, m)) if reward is not None else None
+        self.bent = nn.Parameter(torch.zeros(FEATURES, m, _BUMPS)) if self.nonlinear else None
         affine = reward.affine if reward is not None and self.full else None
-        pull, push = affine if affine is not None else (None, None)
+        pull, push = affine or (None, None)
         self.pull: Tensor | None
         self.push: Tensor | None
         self.register_buffer("pull", pull, persistent=False)
@@ -243,10 +243,7 @@ class DefaultControl(Control):
         else:
             first, centre = self.weights[0][:, : 2 * len(inverse)] / self.seen_spread, self.seen_centre
         time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ centre)
-        scale = inverse if self.full else inverse.expand(len(self.spread))
-        affine = torch.einsum("kf,f...->k...", phi, self.affine) * (
-            scale if self.full else scale[: self.affine.shape[1]]
-        )
+        affine = torch.einsum("kf,f...->k...", phi, self.affine) * inverse[: self.affine.shape[-1]]
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
         gate = phi @ self.gate * self.gate_scale if self.gate is not None else t.new_zeros(len(t), 1)
@@ -302,7 +299,7 @@ class DefaultControl(Control):
     def _value(
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
     ) -> Tensor:
-        first, time_part, affine, offset = (p[k if len(p) > 1 else 0] for p in tables[:4])
+        first, time_part, affine, offset, gate, bent = (p[k if len(p) > 1 else 0] for p in tables)
         flat = x.flatten(1)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
         u = (
@@ -312,11 +309,9 @@ class DefaultControl(Control):
         )
         u = torch.addmm(u, self._hidden(z, y), self.last.mT)
         if self.nonlinear:
-            bent = tables[5]
-            u = u + (bumps((flat - self.centre) / self.spread) * bent[k if len(bent) > 1 else 0]).sum(-1)
+            u = u + (bumps((flat - self.centre) / self.spread) * bent).sum(-1)
         if sigma is not None:
-            gate = tables[4]
-            u = u + gate[k if len(gate) > 1 else 0] * self._pull(x, sigma, y)
+            u = u + gate * self._pull(x, sigma, y)
         return u.unflatten(1, self.control_shape)
 
     # ------------------------------------------------------------ linear parameters
@@ -431,12 +426,12 @@ class NetworkLinearPart(LinearPart):
     def scatter(self, values: Tensor) -> list[Tensor]:
         control = self.control
         m, n, h = control.last.shape[0], control.affine.shape[2], control.last.shape[1]
-        size = _FEATURES * (1 + n) + h
+        size = FEATURES * (1 + n) + h
         shared = values[:, :size, 0].mT if self.own else values[0]
-        first = shared[:-h].reshape(_FEATURES, 1 + n, m).permute(0, 2, 1)
+        first = shared[:-h].reshape(FEATURES, 1 + n, m).permute(0, 2, 1)
         out = [first[:, :, 0], first[:, :, 1:], shared[-h:].mT]
         if self.own:
-            mine = values[:, size:, 0].reshape(m, _FEATURES, -1).permute(1, 0, 2)
+            mine = values[:, size:, 0].reshape(m, FEATURES, -1).permute(1, 0, 2)
             if control.nonlinear:
                 out.append(mine[..., :_BUMPS])
             if self.gated:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..processes.pretrained import call_model
-from .base import Control, at_each_time, rows_of
+from .base import Control, at_each_time
 from .saved import CONTROLS
 
 
@@ -92,7 +92,7 @@ class ControlledModel(nn.Module):
         rows = reference.controlled(s).nonzero().flatten()
         if not len(rows):
             return out
-        x, s, y = x[rows], s[rows], rows_of(y, rows)
+        x, s, y = x[rows], s[rows], None if y is None else y[rows]
         if isinstance(self.control, TunedControl):
             change = self.control.predicted(x, s, y) - out[rows]
         else:

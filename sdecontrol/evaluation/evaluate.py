@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
-from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
@@ -76,14 +76,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Estimate):
-                out[field.name] = {"value": _plain(value.value), "stderr": _plain(value.stderr)}
-            else:
-                out[field.name] = _plain(value) if isinstance(value, float) else value
-        return out
+        return as_plain(self)
 
     def __str__(self) -> str:
         how = "exact" if self.exact else "estimated"
@@ -104,10 +97,6 @@ class Evaluation:
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
         return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def evaluate(

@@ -37,23 +37,18 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     problem, chain = solution.problem, solution.chain
     paths = simulate_chain(problem, chain, n, exact.control, seed=fresh_seed(seed))
     ours, theirs = shift_function(chain, solution.control), shift_function(chain, exact.control)
-    error = difference = None
-    square: Tensor | None = None
+    error = square = paths.end.new_zeros(n, dtype=torch.float64)
     with torch.no_grad(), problem.evaluating(), remembering():
         for k in range(chain.start, chain.steps):
             x = paths.states[k]
             u, star = (chain.control(k, f(k, x, paths.condition)) for f in (ours, theirs))
             ndim = u.ndim - 1
-            difference = event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
-            size = event_sum(star**2, ndim).double() * chain.step_sizes[k]
-            error, square = (
-                (difference, size) if error is None or square is None else (error + difference, square + size)
-            )
-    assert error is not None and square is not None
+            error = error + event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
+            square = square + event_sum(star**2, ndim).double() * chain.step_sizes[k]
     horizon = chain.clock[-1]
     absolute, norm = mean_estimate(error / horizon), float(square.mean()) / horizon
     if norm == 0:
-        return ControlError(absolute, Estimate(float("nan"), float("nan")))
+        return ControlError(absolute, Estimate(math.nan))
     ratio = absolute.value / norm
     spread = ((error / horizon) - ratio * square / horizon).std() / norm  # delta method for a ratio of means
     return ControlError(absolute, Estimate(ratio, float(spread) / math.sqrt(n)))
@@ -155,7 +150,7 @@ def mmd(
             total, pairs = total - own, pairs - own
         return total / pairs
 
-    (w, v) = weights
+    w, v = weights
     return mean_kernel(x, x, w, w, True) + mean_kernel(y, y, v, v, True) - 2 * mean_kernel(x, y, w, v, False)
 
 

@@ -47,13 +47,13 @@ def tempered_target(
     Raises:
         ValueError: space="states" where the problem is no Gibbs problem; or a problem with conditions.
     """
+    if problem.condition is not None:
+        raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
     if settings.space == "noises":
         target = NoiseTarget(problem, chain, None if isinstance(control, ZeroControl) else control)
     else:
         if not isinstance(problem, GibbsProblem):
             raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
-        if problem.condition is not None:
-            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
         width, law = settings.width, None
         if settings.mixture:
             assert isinstance(control, MixtureControl)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -96,7 +95,9 @@ def _best_size(
     """The best log-likelihood of held-out samples among the sizes of a kind, its fit and size. All are tried: with separate modes nothing is gained before there
     is a component for each."""
     best, chosen, best_size = -math.inf, None, 1
-    for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
+    largest = max(1, min(most, len(kept) // 8))
+    powers = (2**j for j in range((largest - 1).bit_length()))  # of two below the largest
+    for size in _COORDINATE_SIZES if kind == "product" else (*powers, largest):
         fit = _fit(kind, size, kept, weights, seed)
         score = float((held_weights * _guarded(fit.log_prob(held), held)).mean())
         if chosen is None or score > best + _BETTER:
@@ -109,14 +110,6 @@ def _guarded(level: Tensor, z: Tensor) -> Tensor:
     """Log densities ``(n,)`` of a fit with a little of a wide Gaussian beside it: one sample that no component expects does not decide alone."""
     wide = -0.5 * (z / _WIDE).square().sum(1) - z.shape[1] * math.log(_WIDE * math.sqrt(2 * math.pi))
     return torch.logaddexp(level + math.log1p(-_BESIDE), wide + math.log(_BESIDE))
-
-
-def _sizes(most: int) -> Iterator[int]:
-    size = 1
-    while size < most:
-        yield size
-        size *= 2
-    yield max(1, most)
 
 
 def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:

@@ -69,11 +69,9 @@ class TemperedTarget(Protocol):
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
-        ...
 
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
         """phi, ``(n,)``, with its graph where z wants one; -inf where the density vanishes."""
-        ...
 
 
 class StateTarget:
@@ -112,20 +110,14 @@ class NoiseTarget:
     """The paths of a chain as functions of their noises under a proposal u: ``phi = R/alpha - log dP^u/dQ0``.
 
     ``z`` are the noises ``(K, *noise)`` of a path, flattened, after those of its start where that is Gaussian. A start of another law is drawn
-    once for each particle and only resampled.
-
-    Raises:
-        ValueError: a problem with conditions.
+    once for each particle and only resampled. The problem has no conditions.
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, control: Any = None) -> None:
         self.problem, self.chain, self.control = problem, chain, control
-        if problem.condition is not None:
-            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
         self.law: GaussianMixture | ProductMixture | None = None
-        self.gaussian = problem.initial if problem.start != "controlled" else None
-        if not isinstance(self.gaussian, Gaussian):
-            self.gaussian = None
+        known = problem.start != "controlled" and isinstance(problem.initial, Gaussian)
+        self.gaussian = problem.initial if known else None
         self.before = chain.event_shape.numel() if self.gaussian is not None else 0
         self.shape = (chain.steps, *chain.noise_shape)
         self.dim = self.before + math.prod(self.shape)
@@ -395,8 +387,7 @@ def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> floa
     """The largest next beta at which the incremental weights keep this (conditional) effective fraction."""
 
     def kept(new: float) -> float:
-        step = (new - beta) * phi.double()
-        step = torch.where(step.isnan(), -math.inf, step)
+        step = _increment(new - beta, phi)
         one, two = torch.logsumexp(log_w + step, 0), torch.logsumexp(log_w + 2 * step, 0)
         return float((2 * one - two).exp())
 
