@@ -195,6 +195,8 @@ class DefaultControl(Control):
         self.push: Tensor | None
         self.register_buffer("pull", pull, persistent=False)
         self.register_buffer("push", push, persistent=False)
+        # whether the gate asks for the reward's gradient at every step
+        self._looks_at_reward = reward is not None and reward.sde is not None and pull is None
 
     @classmethod
     def of(
@@ -276,12 +278,6 @@ class DefaultControl(Control):
             z = torch.nn.functional.silu(torch.nn.functional.linear(z, W, b))
         return z
 
-    def _pull(self, x: Tensor, sigma: Tensor, y: Any) -> Tensor:
-        """``sigma^T grad r / alpha``, flattened."""
-        assert self.reward is not None
-        gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
-        return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
-
     def _gate_scales(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
         """``sigma(x, t_k)`` of the gate at given times, faded."""
         assert self.reward is not None and self.reward.sde is not None
@@ -290,11 +286,6 @@ class DefaultControl(Control):
             return diffusion
         factors = [self.reward.fade(t) for t in times.tolist()]
         return lambda k, x: diffusion(k, x) * factors[k]
-
-    @property
-    def _looks_at_reward(self) -> bool:
-        """Whether the gate asks for the reward's gradient at every step."""
-        return self.reward is not None and self.reward.sde is not None and self.pull is None
 
     def _value(
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
@@ -310,8 +301,9 @@ class DefaultControl(Control):
         u = torch.addmm(u, self._hidden(z, y), self.last.mT)
         if self.nonlinear:
             u = u + (bumps((flat - self.centre) / self.spread) * bent).sum(-1)
-        if sigma is not None:
-            u = u + gate * self._pull(x, sigma, y)
+        if sigma is not None and self.reward is not None:
+            gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
+            u = u + gate * apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
         return u.unflatten(1, self.control_shape)
 
     # ------------------------------------------------------------ linear parameters
@@ -343,9 +335,8 @@ class DefaultControl(Control):
         return shift
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        count = states.shape[0]
         W, *rest = self.tables(chain)
-        time_part, affine, offset, gate, bent = (p[first : first + count] for p in rest)
+        time_part, affine, offset, gate, bent = (p[first : first + len(states)] for p in rest)
         flat = states.flatten(2)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
         if self.full:
@@ -362,18 +353,12 @@ class DefaultControl(Control):
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
         assert self.reward is not None
-        count = states.shape[0]
-        many = None if y is None else y.repeat(count, *(1 for _ in y.shape[1:]))
+        many = None if y is None else y.repeat(len(states), *(1 for _ in y.shape[1:]))
         gradient = self.reward.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
-        gradient = gradient.unflatten(0, states.shape[:2])
-        diffusion = self._gate_scales(chain.times)
-        ndim = len(self.event_shape)
-        return torch.stack(
-            [
-                apply_scale_transposed(diffusion(first + k, states[k]), gradient[k], ndim).flatten(1)
-                for k in range(count)
-            ]
-        )
+        diffusion, ndim = self._gate_scales(chain.times), len(self.event_shape)
+        pairs = enumerate(zip(states, gradient.unflatten(0, states.shape[:2])))
+        pulls = [apply_scale_transposed(diffusion(first + k, x), g, ndim).flatten(1) for k, (x, g) in pairs]
+        return torch.stack(pulls)
 
 
 class NetworkLinearPart(LinearPart):

@@ -117,7 +117,17 @@ class PathIntegralControl(Control):
                 c, ess = self._average(chain, k, part, y_part, noise, ahead)
                 parts.append(c)
                 effective += float(ess.sum())
-            self._note(k, effective / len(x), chain)
+            self.ess[k] = effective / len(x)
+            few = effective / len(x) * self.num_paths
+            if few < _FEW <= self.num_paths and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"path-integral guidance has {few:.1f} effective of {self.num_paths} paths at step {k} "
+                    f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
+                    "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             return torch.cat(parts)
 
         return shift
@@ -143,15 +153,3 @@ class PathIntegralControl(Control):
         if ahead is not None:
             c = c + ahead(k, x, y)
         return c, effective_fraction(weights, 1)
-
-    def _note(self, k: int, ess: float, chain: Chain) -> None:
-        self.ess[k] = ess
-        if ess * self.num_paths < _FEW <= self.num_paths and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"path-integral guidance has {ess * self.num_paths:.1f} effective of {self.num_paths} paths at step {k} "
-                f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
-                "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
-                RuntimeWarning,
-                stacklevel=4,
-            )

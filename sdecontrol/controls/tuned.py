@@ -27,11 +27,7 @@ class ModelControl(Control):
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference.event_shape, reference.control_shape, 0.0, reference.horizon)
-        self._reference = [reference]  # in a list: the pre-trained model is the user's, not a part of this module
-
-    @property
-    def reference(self) -> Any:
-        return self._reference[0]
+        self.reference = reference
 
     def predicted(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         """The other model's prediction, on the reference's clock."""
@@ -81,12 +77,12 @@ class ControlledModel(nn.Module):
 
     def __init__(self, reference: Any, control: Control) -> None:
         super().__init__()
-        self._reference = [reference]
+        self.reference = reference
         self.base = reference.model
         self.control = control
 
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
-        reference = self._reference[0]
+        reference = self.reference
         s = torch.as_tensor(s, device=x.device).expand(x.shape[0])
         out = call_model(self.base, x, s, y)
         rows = reference.controlled(s).nonzero().flatten()

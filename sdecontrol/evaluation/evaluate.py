@@ -174,13 +174,12 @@ def _gap(log_w: Tensor) -> Estimate:
 
 def _ess(log_w: Tensor) -> Estimate:
     """The effective sample size with a jackknife error over 16 groups."""
-    value = effective_sample_size(log_w)
     groups = 16
     kept = len(log_w) // groups * groups
     parts = log_w[:kept].reshape(groups, -1)
     left_out = [effective_sample_size(torch.cat((parts[:j], parts[j + 1 :])).flatten()) for j in range(groups)]
     spread = torch.tensor(left_out, dtype=torch.float64)
-    return Estimate(value, float(((groups - 1) * spread.var(correction=0)).sqrt()))
+    return Estimate(effective_sample_size(log_w), float(((groups - 1) * spread.var(correction=0)).sqrt()))
 
 
 def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor | None) -> tuple[bool, str]:

@@ -45,15 +45,16 @@ def sample_figure(
     """
     x = samples.detach().double().cpu()
     truth = None if exact is None else exact.detach().double().cpu()
-    figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
+    figure: Any = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.04, w_pad=0.08)  # type: ignore[union-attr]
-    parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
-    left, middle, right = parts
-    pair, why = telling_coordinates(x if truth is None else truth)
+    figure.get_layout_engine().set(wspace=0.04, w_pad=0.08)
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
+    told = x if truth is None else truth
+    pair, why = telling_coordinates(told)
     plane = left.subplots()
     _plane(plane, solution, x, truth, exact_name, pair, why)
-    shown = _marginal_coordinates(x if truth is None else truth, pair)
+    order = dict.fromkeys([*pair, *_unlike_gaussian(told).argsort(descending=True).tolist()])
+    shown = sorted(list(order)[:_MARGINALS])
     margins = np.atleast_1d(middle.subplots(len(shown), 1))
     for axes, i in zip(margins, shown):
         _marginal(axes, i, x, truth, exact_name, first=i == shown[0])
@@ -61,8 +62,7 @@ def sample_figure(
     _bounds(bounds, solution, log_z, evaluation, certificate)
     for axes in (plane, *margins, bounds):
         axes.tick_params(labelsize=9, colors=_INK)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, color=_INK, fontsize=13, fontweight="bold")
     return figure, (plane, margins, bounds)
@@ -102,11 +102,6 @@ def telling_coordinates(x: Tensor) -> tuple[tuple[int, int], str]:
         return (min(i, j), max(i, j)), f"the most dependent of {x.shape[1]} coordinates"
     i, j = sorted(odd.topk(2).indices.tolist())
     return (i, j), f"the least Gaussian of {x.shape[1]} coordinates"
-
-
-def _marginal_coordinates(x: Tensor, pair: tuple[int, int]) -> list[int]:
-    order = [*dict.fromkeys(pair), *_unlike_gaussian(x).argsort(descending=True).tolist()]
-    return sorted(list(dict.fromkeys(order))[: min(_MARGINALS, x.shape[1])])
 
 
 def _range(values: list[Tensor], cut: float) -> tuple[float, float]:
@@ -149,12 +144,11 @@ def _plane(
         )
         axes.plot([], [], "s", ms=8, color="#fdae6b", label=name)
     dots = x[:_DOTS]
-    size = 2.2 if len(dots) > 1500 else 3.5
     axes.plot(
         dots[:, i].numpy(),
         dots[:, j].numpy(),
         ".",
-        ms=size,
+        ms=2.2 if len(dots) > 1500 else 3.5,
         color=_ACCENT,
         alpha=0.55,
         mew=0,

@@ -142,8 +142,8 @@ def warm_up_chains(
     work += chains * count * frozen
     z, phi = torch.stack([q.z for q in judged], 1), torch.stack([q.phi for q in judged], 1)
     far = spacing(z, log_density_of(z, phi)) if apart is None else apart
-    as_double = lambda v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
-    return WarmChains(p.z, as_double(angle), centre, factor, torch.tensor(count), torch.tensor(far)), work
+    turn = torch.tensor(angle, dtype=torch.float64)
+    return WarmChains(p.z, turn, centre, factor, torch.tensor(count), torch.tensor(far)), work
 
 
 def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> Draws:

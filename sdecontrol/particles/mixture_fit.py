@@ -12,7 +12,7 @@ from ..randomness import derive_seed, generator_for
 
 _FULL = 64  # largest dimension with whole covariances
 _HELD_OUT = 0.25
-_CHOOSING = (4096, 16384, 100_000)  # samples that choose: at least, at most, and numbers in all of them
+_LEAST, _HIGHEST, _NUMBERS = 4096, 16384, 100_000  # samples that choose: at least, at most, and numbers in all of them
 _PASSES, _FIRST_PASSES, _ENOUGH = (
     60,
     15,
@@ -60,8 +60,7 @@ def fit_mixture(
     scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
     z = (v - mean) / scale
     order = torch.randperm(len(z), generator=generator_for(x.device, seed, 6), device=x.device)
-    least, highest, numbers = _CHOOSING
-    order = order[: min(highest, max(least, numbers // z.shape[1]))]
+    order = order[: min(_HIGHEST, max(_LEAST, _NUMBERS // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
     held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
     best, found, chosen = -math.inf, None, ("diagonal", 1)
@@ -117,10 +116,8 @@ def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coo
         return _Coordinates(z, w, size)
     generator = generator_for(z.device, derive_seed(seed, size, KINDS.index(kind)))
     if kind == "random":
-        means = z[torch.randperm(len(z), generator=generator, device=z.device)[:size]]
-    else:
-        means = _spread(z, size, generator)
-    return _Joint(z, w, means, full=kind != "diagonal")
+        return _Joint(z, w, z[torch.randperm(len(z), generator=generator, device=z.device)[:size]], full=True)
+    return _Joint(z, w, _spread(z, size, generator), full=kind != "diagonal")
 
 
 class _Fit:

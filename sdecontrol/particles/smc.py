@@ -152,7 +152,7 @@ def _run(
     log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)
     cost, ratio, reward = torch.zeros_like(psi), torch.zeros_like(psi), torch.zeros_like(psi)
     ess, resampled = psi.new_zeros(K), psi.new_zeros(K)
-    first = torch.arange(M, device=x.device).unsqueeze(1) * N
+    own = torch.arange(M * N, device=x.device).reshape(M, N)
     for k in range(K):
         step = integrate(
             chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, steps=range(k, k + 1)
@@ -172,9 +172,8 @@ def _run(
         poor = fraction < settings.ess_threshold
         if k + 1 < K and bool(poor.any()):
             resampled[k] = poor.double().mean()
-            own = torch.arange(N, device=x.device).expand(M, N)
-            index = torch.where(poor.unsqueeze(1), resample(log_w, N, settings.resampling, generator), own)
-            rows = (first + index).flatten()
+            chosen = own[:, :1] + resample(log_w, N, settings.resampling, generator)
+            rows = torch.where(poor.unsqueeze(1), chosen, own).flatten()
             x, psi, cost, ratio = x[rows], psi[rows], cost[rows], ratio[rows]
             # the mean weight goes into Z^, and all particles begin again with weight 1
             log_z = log_z + torch.where(poor, level - math.log(N), 0.0)
