@@ -129,7 +129,7 @@ def evaluate(
     tail = pareto_k(log_w)
     second = None
     if control is not None:
-        reference = simulate_chain(problem, chain, n, None, seed=derive_seed(seed, 1), keep="end")
+        reference = simulate_chain(problem, chain, n, seed=derive_seed(seed, 1), keep="end")
         second = log_weights(problem, reference).double()
     reliable, why = _reliability(log_w, tail, estimated, second)
     start_gap = Estimate(0.0, 0.0)
