@@ -27,27 +27,35 @@ class Ends(Protocol):
 
     def white(self, x: Tensor) -> Tensor:
         """States ``(n, *event)`` as z ``(n, d)``."""
+        ...
 
     def coloured(self, z: Tensor) -> Tensor:
         """The other way."""
+        ...
 
     def between(self, t: float) -> tuple[float, float]:
         """``a_t, l_t``."""
+        ...
 
     def rate(self, t: float) -> float:
         """Of a difference of scores in z, for the control."""
+        ...
 
     def pull(self, t: float) -> float:
         """Of a difference of expected ends in z, for the control: ``rate a_t/l_t``."""
+        ...
 
     def score(self, x: Tensor, t: float) -> Tensor:
         """``grad_z log`` density of the reference at time t, ``(n, d)``."""
+        ...
 
     def expected(self, x: Tensor, t: float) -> Tensor:
         """``E[z_T | x_t = x]`` of the reference, ``(n, d)``."""
+        ...
 
     def on_grid(self, chain: Chain) -> Callable[[int, Tensor, Tensor], Tensor] | None:
         """``(k, x, E) -> c_k``, the shift of step k that an ``E[z_T | x_k]`` ``(n, d)`` makes; None: not on this chain."""
+        ...
 
     def __deepcopy__(self, memo: Any) -> Ends:
         return self  # of a reference, which is a definition: a copied control has the same one

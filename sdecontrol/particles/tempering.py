@@ -69,9 +69,11 @@ class TemperedTarget(Protocol):
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
+        ...
 
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
         """phi, ``(n,)``, with its graph where z wants one; -inf where the density vanishes."""
+        ...
 
 
 class StateTarget:
