@@ -1,6 +1,6 @@
 """Uniform grids of one or two dimensions, and functions and laws on them. All in float64 on the CPU."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,8 +123,6 @@ class GridLaw(Distribution):
     Args:
         lows, spacings, densities: of each coordinate; densities ``(*batch, N)``, N of each coordinate's own.
     """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, lows: list[float], spacings: list[float], densities: list[Tensor], like: Tensor) -> None:
         self._lows, self._spacings, self._densities, self._like = lows, spacings, densities, like

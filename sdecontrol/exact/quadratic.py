@@ -18,7 +18,7 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Gaussian, factor
-from ..processes.linear import Transition
+from ..processes.linear import Transition, condition_gaussian
 from ..tensors import symmetric
 from .base import ExactSolution
 
@@ -185,9 +185,4 @@ class LinearQuadraticSolution(ExactSolution):
     def bridge(self, s: float, t: float, x_t: Tensor) -> Gaussian:
         s, t = self._ordered(s, t)
         x = self._in("x_t", x_t)
-        mean, cov = self._moments(s)
-        M, shift, Q = self._transition(s, t)
-        # the gain by least squares: the covariance of X_t is singular for degenerate noise
-        gain = torch.linalg.lstsq(symmetric(M @ cov @ M.mT + Q), M @ cov, driver="gelsd").solution.mT
-        keep = torch.eye(len(mean), dtype=mean.dtype) - gain @ M
-        return self._gaussian(mean + (x - mean @ M.mT - shift) @ gain.mT, keep @ cov @ keep.mT + gain @ Q @ gain.mT)
+        return condition_gaussian(*self._moments(s), self._transition(s, t), x, like=self._out(x))

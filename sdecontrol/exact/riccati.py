@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import factor
-from ..processes.linear import LinearSDE, Transition, moments
+from ..processes.linear import LinearSDE, Transition, integrate_linear, moments
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
@@ -120,26 +120,13 @@ class RiccatiSolution(LinearQuadraticSolution):
 
     def _integrate(self, s: float, t: float) -> Transition:
         """The closed loop ``dX = (A X + a + Sigma (q - P X)) dt + sigma dW`` from s to t, 0 <= s <= t."""
-        from scipy.integrate import solve_ivp
-
         d = self._linear.event_shape[0]
-        start = np.zeros((d, 2 * d + 1))
-        start[:, :d] = np.eye(d)
 
-        def slope(r: float, flat: np.ndarray) -> np.ndarray:
+        def terms(r: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             A, a, sigma = self._linear.coefficients(r)
             dense = self._dense(r)
-            P, q = dense[: d * d].reshape(d, d), dense[d * d : -1]
             noise = sigma @ sigma.T
-            closed = A - noise @ P
-            y = flat.reshape(d, 2 * d + 1)
-            out = closed @ y
-            out[:, d : 2 * d] += y[:, d : 2 * d] @ closed.T + noise
-            out[:, 2 * d] += a + noise @ q
-            return out.ravel()
+            return A - noise @ dense[: d * d].reshape(d, d), (a + noise @ dense[d * d : -1])[:, None], noise
 
-        result = solve_ivp(slope, (s, t), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-13) if t > s else None
-        if result is not None and not result.success:
-            raise RuntimeError(f"the closed loop from {s} to {t} could not be integrated: {result.message}")
-        end = torch.from_numpy((start if result is None else result.y[:, -1].reshape(d, 2 * d + 1)).copy())
-        return Transition(end[:, :d], end[:, 2 * d], symmetric(end[:, d : 2 * d]))
+        matrix, effects, cov = integrate_linear(terms, s, t)
+        return Transition(matrix, effects[:, 0], cov)

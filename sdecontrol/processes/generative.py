@@ -121,7 +121,6 @@ class GenerativeSDE(Pretrained, SDE):
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0
-        self._constant, self._diffusion_function = None, self.diffusion
         self._seen: dict[float, Any] = {}
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
