@@ -34,10 +34,6 @@ class Form(NamedTuple):
         """Its value at x ``(..., d)``."""
         return ((self.q - 0.5 * x @ self.P) * x).sum(-1) + self.c
 
-    def mean_over(self, mean: Tensor, cov: Tensor) -> Tensor:
-        """``E[form(X)]`` for X of this mean and covariance."""
-        return self.at(mean) - 0.5 * (self.P * cov).sum()
-
     def through(self, matrix: Tensor, shift: Tensor) -> Form:
         """The form ``x -> form(matrix x + shift)``."""
         return Form(symmetric(matrix.mT @ self.P @ matrix), matrix.mT @ (self.q - self.P @ shift), self.at(shift))
@@ -85,8 +81,7 @@ def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
 
 def compose(first: Transition, second: Transition) -> Transition:
     """The transition of one Gaussian kernel after another."""
-    M, b, Q = second
-    return Transition(M @ first.matrix, M @ first.shift + b, symmetric(M @ first.covariance @ M.mT + Q))
+    return Transition(second.matrix @ first.matrix, *second.moved(first.shift, first.covariance))
 
 
 class Terms(NamedTuple):
@@ -145,7 +140,7 @@ class LinearQuadraticSolution(ExactSolution):
         Raises:
             NoExactSolution: ``E_nu[Z(X_0)]`` is infinite, or not known for this kind of start.
         """
-        mean, root = self._first_state()
+        mean, root, _ = self._first_state()
         return self._out(soft_average(self._form(self._marks[0]), root, "over the start").form.at(mean))
 
     @property
@@ -153,13 +148,15 @@ class LinearQuadraticSolution(ExactSolution):
         return self._out(self._over_start(self._form(self._marks[0])))
 
     def _over_start(self, form: Form) -> Tensor:
-        mean, root = self._first_state()
-        return form.mean_over(mean, root @ root.mT)
+        """``E[form(X)]`` for the first state."""
+        mean, _, cov = self._first_state()
+        return form.at(mean) - 0.5 * (form.P * cov).sum()
 
-    def _first_state(self) -> tuple[Tensor, Tensor]:
-        """Mean and root of the covariance of the first state: the point before a controlled start, or nu."""
+    def _first_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, root of the covariance, and covariance of the first state: the point before a controlled start, or nu."""
         mean, cov = self._first_moments()
-        return mean, factor(cov)
+        root = factor(cov)
+        return mean, root, root @ root.mT
 
     def _value_at(self, x: Tensor, time: float) -> Tensor:
         return self.problem.alpha * self._form(time).at(x)
@@ -173,8 +170,8 @@ class LinearQuadraticSolution(ExactSolution):
         for k in range(chain.steps):
             gain, offset = self._feedback(self._snap(chain.clock[k]))
             units = torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device)
-            effect = chain.shift_at(k, units, units)  # the same at all states
-            effect = effect.to("cpu", torch.float64)  # (m, noise): shifts are linear in u
+            # (m, noise): shifts are linear in u, and the same at all states
+            effect = chain.shift_at(k, units, units).to("cpu", torch.float64)
             gains.append((gain.mT @ effect).to(chain.times))
             offsets.append((offset @ effect).to(chain.times))
         return lambda k, x, condition: torch.addmm(offsets[k], x, gains[k])

@@ -95,18 +95,14 @@ class RiccatiSolution(LinearQuadraticSolution):
         y = torch.from_numpy(self._dense(time))
         return Form(symmetric(y[: d * d].reshape(d, d)), y[d * d : -1], y[-1])
 
-    def _sigma(self, time: float) -> Tensor:
-        return self._start_root if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
-
     def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
-        sigma, form = self._sigma(time), self._form(time)
+        form = self._form(time)
+        sigma = self._start_root if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
         return -sigma.mT @ form.P, sigma.mT @ form.q
 
     def _moments(self, time: float) -> tuple[Tensor, Tensor]:
-        mean, root = self._first_state()
-        cov = root @ root.mT
-        M, b, Q = self._transition(self._marks[0], time)
-        return M @ mean + b, symmetric(M @ cov @ M.mT + Q)
+        mean, _, cov = self._first_state()
+        return self._transition(self._marks[0], time).moved(mean, cov)
 
     def _transition(self, s: float, t: float) -> Transition:
         if s < 0 < t:

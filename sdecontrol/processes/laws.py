@@ -83,6 +83,10 @@ class Gaussian(Distribution):
         mean: ``(*event)``, or ``(batch, d)`` for a batch of laws of vectors.
         cov: a number (isotropic variance), variances of the shape of an event, or a ``(d, d)`` covariance for vectors
             (``(batch, d, d)`` for a batch of laws).
+
+    Attributes:
+        is_diagonal: whether it was given by variances.
+        scale_root: the symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
@@ -98,12 +102,12 @@ class Gaussian(Distribution):
         check_alike("Gaussian(cov)", cov, "the mean", mean)
         self.loc = mean
         d = mean.shape[-1]
-        self._full = cov.ndim == mean.ndim + 1 and cov.shape == (*mean.shape, d)
-        if self._full:
+        self.is_diagonal = not (cov.ndim == mean.ndim + 1 and cov.shape == (*mean.shape, d))
+        if not self.is_diagonal:
             event = mean.shape[-1:]
             shared = cov.ndim == 3 and cov.stride(0) == 0  # one covariance, expanded over a batch of laws
             self._cov = _check_covariance("Gaussian(cov)", cov[:1] if shared else cov).expand(cov.shape)
-            self._root = factor(self._cov[:1] if shared else self._cov).expand(cov.shape)
+            self.scale_root = factor(self._cov[:1] if shared else self._cov).expand(cov.shape)
         else:
             event = mean.shape
             if cov.ndim and cov.shape != mean.shape:
@@ -114,7 +118,7 @@ class Gaussian(Distribution):
             if bool((cov < 0).any()):
                 raise ValueError("Gaussian(cov) has a negative variance.")
             self._cov = cov.expand(mean.shape)
-            self._root = self._cov.sqrt()
+            self.scale_root = self._cov.sqrt()
         super().__init__(mean.shape[: mean.ndim - len(event)], event, validate_args=False)
 
     @property
@@ -124,30 +128,21 @@ class Gaussian(Distribution):
     @property
     def covariance_matrix(self) -> Tensor:
         """``(..., n, n)``, n the number of entries of an event."""
-        if self._full:
-            return self._cov
-        return torch.diag_embed(self._cov.flatten(self.loc.ndim - len(self.event_shape)))
+        if self.is_diagonal:
+            return torch.diag_embed(self._cov.flatten(self.loc.ndim - len(self.event_shape)))
+        return self._cov
 
     @property
     def variance(self) -> Tensor:
-        return self._cov.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape) if self._full else self._cov
-
-    @property
-    def scale_root(self) -> Tensor:
-        """The symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape."""
-        return self._root
-
-    @property
-    def is_diagonal(self) -> bool:
-        return not self._full
+        return self._cov if self.is_diagonal else self._cov.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape)
 
     def __repr__(self) -> str:
-        kind = "full covariance" if self._full else "independent entries"
+        kind = "independent entries" if self.is_diagonal else "full covariance"
         return f"Gaussian(batch {tuple(self.batch_shape)}, event {tuple(self.event_shape)}, {kind})"
 
     def shape_noise(self, z: Tensor) -> Tensor:
         """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
-        return (self._root @ z.unsqueeze(-1)).squeeze(-1) if self._full else self._root * z
+        return self.scale_root * z if self.is_diagonal else (self.scale_root @ z.unsqueeze(-1)).squeeze(-1)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -164,7 +159,7 @@ class Gaussian(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density ``(...)``; raises where the covariance is singular (there is no density)."""
         difference = value - self.loc
-        if not self._full:
+        if self.is_diagonal:
             if bool((self._cov == 0).any()):
                 raise ValueError("this Gaussian is degenerate (a variance is 0) and has no density.")
             terms = -0.5 * (difference**2 / self._cov + self._cov.log() + _LOG_2PI)
@@ -227,12 +222,9 @@ class GaussianMixture(_Mixture):
             raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
         k, d = means.shape
         self.means, self.log_weights = means, (weights / weights.sum()).log()
-        cov = (
-            torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
-            if not isinstance(covariances, Tensor)
-            else covariances
-        )
-        cov = check_tensor("GaussianMixture(covariances)", cov)
+        if not isinstance(covariances, Tensor):
+            covariances = torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
+        cov = check_tensor("GaussianMixture(covariances)", covariances)
         check_alike("GaussianMixture(covariances)", cov, "the means", means)
         self._vectors = None  # the axes of each component, where they are not those of the coordinates
         if cov.shape == (k, d, d):
@@ -399,18 +391,14 @@ class ProductMixture(_Mixture):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape)
-        generator = torch.default_generator if self.means.device.type == "cpu" else None
-        return self._drawn(max(1, shape.numel()), generator).reshape(shape + self.event_shape)
+        return self._draw_block(max(1, shape.numel()), None).reshape(shape + self.event_shape)
 
-    def _drawn(self, rows: int, generator: torch.Generator | None) -> Tensor:
+    def _draw_block(self, rows: int, generator: torch.Generator | None) -> Tensor:
         options: dict[str, Any] = {"dtype": self.means.dtype, "device": self.means.device, "generator": generator}
         edges, d = self.weights.cumsum(1), self.means.shape[0]
         index = torch.searchsorted(edges, torch.rand((d, rows), **options)).clamp(max=edges.shape[1] - 1)
         z = torch.randn((d, rows), **options)
-        return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT
-
-    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
-        return self._drawn(rows, generator).contiguous()
+        return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT.contiguous()
 
 
 def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -> Tensor:

@@ -28,6 +28,11 @@ class Transition(NamedTuple):
     shift: Tensor
     covariance: Tensor
 
+    def moved(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of X_t for those of X_s."""
+        M = self.matrix
+        return M @ mean + self.shift, symmetric(M @ cov @ M.mT + self.covariance)
+
 
 class LinearSDE(SDE):
     """``dX = (A X + offset) dt + sigma dW``.
@@ -202,12 +207,8 @@ class LinearSDE(SDE):
 
     def marginal(self, t: float, initial: Dirac | Gaussian) -> Gaussian:
         """The law of ``X_t`` for a start from ``initial`` at time 0."""
-        mean, cov = moments(initial)
-        law = self.transition(0.0, t)
-        return Gaussian(
-            (law.matrix @ mean + law.shift).to(initial.mean),
-            symmetric(law.matrix @ cov @ law.matrix.mT + law.covariance).to(initial.mean),
-        )
+        mean, cov = self.transition(0.0, t).moved(*moments(initial))
+        return Gaussian(mean.to(initial.mean), cov.to(initial.mean))
 
     def bridge(self, t: float, x: Tensor, y: Tensor, s: float = 0.0, u: float | None = None) -> Gaussian:
         """The law of ``X_t`` given ``X_s = x`` and ``X_u = y`` (u defaults to the horizon), s < t < u."""

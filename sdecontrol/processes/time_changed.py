@@ -51,8 +51,11 @@ class TimeChanged(LinearSDE):
         self.kind = kind
         self.centre = check_tensor("centre", centre, shape=("d",))
         self.scale = check_tensor("scale", scale)
-        self.resolution = _fraction("resolution", resolution)
-        self.total = 1.0 if kind == "brownian" else 2 * math.log(1 / _fraction("memory", memory))
+        for name, value in (("resolution", resolution), ("memory", memory)):
+            if not as_float(name, value, positive=True) < 1:
+                raise ValueError(f"{name} must be below 1, got {value}.")
+        self.resolution = float(resolution)
+        self.total = 1.0 if kind == "brownian" else 2 * math.log(1 / memory)
         horizon = as_float("horizon", horizon, positive=True)
         self._fine = self.resolution**2
         self._rate = math.log((self.total + self._fine) / self._fine) / horizon
@@ -112,10 +115,3 @@ class TimeChanged(LinearSDE):
 
 def _exp(value: Any) -> Any:
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
-
-
-def _fraction(name: str, value: Any) -> float:
-    number = as_float(name, value, positive=True)
-    if not number < 1:
-        raise ValueError(f"{name} must be below 1, got {number}.")
-    return number
