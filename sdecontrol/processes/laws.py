@@ -144,17 +144,17 @@ class Gaussian(Distribution):
         """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
         return self.scale_root * z if self.is_diagonal else (self.scale_root @ z.unsqueeze(-1)).squeeze(-1)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.loc + self.shape_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+        z = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.shape_noise(z)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
-        z = torch.randn((rows, *self.loc.shape), generator=generator, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.shape_noise(z)
+        return self.rsample((rows,), generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density ``(...)``; raises where the covariance is singular (there is no density)."""

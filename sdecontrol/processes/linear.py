@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,11 +167,16 @@ class LinearSDE(SDE):
                 torch.zeros(d, dtype=torch.float64),
                 torch.zeros(d, d, dtype=torch.float64),
             )
-        return Transition(*self._transition_and_gain(s, t)[:3])
+        return Transition(*self.transition_and_gain(s, t)[:3])
 
-    def _transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Transition matrix, shift, covariance, and ``int Phi(t, r) sigma(r) dr`` (d, m): the effect of a held control."""
         return self._by_exponential(t - s) if self.autonomous else self._by_ode(s, t)
+
+    def by_step(self, clock: list[float], make: Callable[[float, float], Any]) -> list[Any]:
+        """``make(s, t)`` for each step of a clock; once for all steps of equal length, where nothing depends on time."""
+        once = lru_cache(maxsize=None)(make)
+        return [once(0.0, round(t - s, 14)) if self.autonomous else once(s, t) for s, t in pairwise(clock)]
 
     def _by_exponential(self, h: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         A, a, root = (torch.from_numpy(c) for c in self.coefficients(0.0))

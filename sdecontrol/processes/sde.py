@@ -86,8 +86,7 @@ class SDE(Reference):
         """
         from .foreign import torchsde_functions
 
-        drift, diffusion = torchsde_functions(sde)
-        return cls(drift, diffusion, dim=dim, horizon=horizon)
+        return cls(*torchsde_functions(sde), dim=dim, horizon=horizon)
 
     @property
     def event_ndim(self) -> int:

@@ -92,7 +92,7 @@ class TimeChanged(LinearSDE):
             return lambda k, x, y: (torch.zeros_like(x), sigma[k])
         return lambda k, x, y: ((self.centre - x) * pulls[k], sigma[k])
 
-    def _transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d = self.event_shape[0]
         scale = self.scale.detach().double().cpu().expand(d)
         first, last = max(self.left(s), 0.0), max(self.left(t), 0.0)
