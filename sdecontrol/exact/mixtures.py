@@ -43,7 +43,7 @@ class _Pair(NamedTuple):
         return (self.optimum.score(y) - self.reference.score(y)) @ self.root
 
     def to(self, like: Tensor) -> _Pair:
-        return _Pair(*(part.to(like) for part in self))
+        return _Pair(self.optimum.to(like), self.reference.to(like), self.centre.to(like), self.root.to(like))
 
 
 def _mixture(log_weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:

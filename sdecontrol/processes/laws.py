@@ -8,7 +8,6 @@ time 0 of a fixed start).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -177,12 +176,11 @@ class Gaussian(Distribution):
 
 
 class _Mixture(Distribution):
-    """What mixtures share, given their ``log_prob_and_score``; weights sum to one over the last dimension."""
+    """What mixtures share; weights sum to one over the last dimension."""
 
     means: Tensor
     variances: Tensor
     log_weights: Tensor
-    log_prob_and_score: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @property
     def weights(self) -> Tensor:
@@ -199,6 +197,10 @@ class _Mixture(Distribution):
         law = copy.copy(self)
         law.means, law.variances = mu * self.means, mu**2 * self.variances + std**2
         return law
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for little more than one."""
+        raise NotImplementedError
 
     def score(self, x: Tensor) -> Tensor:
         """``grad log p(x)``, of the shape of x."""
@@ -297,7 +299,6 @@ class GaussianMixture(_Mixture):
         return self._terms(value)[0].logsumexp(-1)
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, for little more than one."""
         joint, difference = self._terms(x)
         pull = difference / self.variances
         if self._vectors is not None:
@@ -376,7 +377,6 @@ class ProductMixture(_Mixture):
         return self._terms(value)[0].logsumexp(-1).sum(-1)
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, for little more than one."""
         joint, difference = self._terms(x)
         return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
 
@@ -412,7 +412,7 @@ def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -
     parts = []
     for block in range(first_block, first_block + -(-n // BLOCK)):
         where = derive_seed(seed, 1_000_003 + place, block)
-        if isinstance(law, (Gaussian, _Mixture)):
+        if isinstance(law, (Gaussian, GaussianMixture, ProductMixture)):
             parts.append(law._draw_block(BLOCK, generator_for(_device_of(law), where)))
         elif isinstance(law, Tensor):
             generator = generator_for(law.device, where)

@@ -68,7 +68,8 @@ class SDE(Reference):
             self._diffusion_function = diffusion
             self.control_shape = self.event_shape  # settled by the first probe
         else:
-            self.constant_diffusion = constant = self._check_constant(diffusion)
+            constant = self._check_constant(diffusion)
+            self.constant_diffusion = constant
             self.control_shape = constant.shape[-1:] if is_matrix_scale(constant, self.event_ndim) else self.event_shape
 
     @classmethod
