@@ -29,7 +29,7 @@ def factor(covariance: Tensor) -> Tensor:
 def check_alike(name: str, value: Tensor, other: str, like: Tensor) -> None:
     """Raise unless ``value`` has the dtype of ``like`` and is on its device."""
     if value.dtype != like.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}, {other} {like.dtype}; make them agree.")
+        raise TypeError(f"{name} has dtype {value.dtype}, {other} has {like.dtype}; make them agree.")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device}, {other} on {like.device}; move one of them.")
 
@@ -219,7 +219,7 @@ class GaussianMixture(_Mixture):
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
         means = check_tensor("GaussianMixture(means)", means, shape=("k", "d"))
         weights = check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],))
-        check_alike("GaussianMixture(weights)", weights, "the means", means)
+        check_alike("GaussianMixture(weights)", weights, "the tensor of means", means)
         if bool((weights <= 0).any()):
             raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
         k, d = means.shape
@@ -227,7 +227,7 @@ class GaussianMixture(_Mixture):
         if not isinstance(covariances, Tensor):
             covariances = torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
         cov = check_tensor("GaussianMixture(covariances)", covariances)
-        check_alike("GaussianMixture(covariances)", cov, "the means", means)
+        check_alike("GaussianMixture(covariances)", cov, "the tensor of means", means)
         self._vectors = None  # the axes of each component, where they are not those of the coordinates
         if cov.shape == (k, d, d):
             cov = _check_covariance("GaussianMixture(covariances)", cov)
@@ -349,7 +349,7 @@ class ProductMixture(_Mixture):
         weights = check_tensor("ProductMixture(weights)", weights, shape=tuple(means.shape))
         variances = check_tensor("ProductMixture(variances)", variances, shape=tuple(means.shape))
         for name, value in (("weights", weights), ("variances", variances)):
-            check_alike(f"ProductMixture({name})", value, "the means", means)
+            check_alike(f"ProductMixture({name})", value, "the tensor of means", means)
             if bool((value <= 0).any()):
                 raise ValueError(f"ProductMixture({name}) must all be > 0.")
         self.means, self.variances = means, variances
