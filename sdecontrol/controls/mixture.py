@@ -167,7 +167,7 @@ class CorrectedControl(Control):
 def _tensors_of(law: GaussianMixture | ProductMixture) -> dict[str, Tensor]:
     if isinstance(law, ProductMixture):
         return {"log_weights": law.log_weights, "means": law.means, "variances": law.variances}
-    parts = {"log_weights": law.log_weights, "means": law.means, "values": law._values}
+    parts = {"log_weights": law.log_weights, "means": law.means, "values": law.variances}
     return parts if law._vectors is None else {**parts, "vectors": law._vectors}
 
 

@@ -74,18 +74,13 @@ def fit_mixture(
     for fit in (found, anew):
         fit.improve(z, w)
     found = max((found, anew), key=lambda fit: float((w * _guarded(fit.log_prob(z), z)).mean()))
-    like = {"dtype": x.dtype, "device": x.device}
     if isinstance(found, _Coordinates):
         middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
         parts = (found.weights.clamp(min=1e-12), middle + width * found.means, width**2 * found.var)
-        return ProductMixture(*(part.to(**like) for part in parts))
+        return ProductMixture(*(part.to(x) for part in parts))
     width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
-    law = GaussianMixture(found.weights, mean + scale * found.means, found.cov * width)
     # axes are found in float64: a narrow direction beside a wide one is below float32's rounding of a covariance
-    vectors = None if law._vectors is None else law._vectors.to(**like)
-    return GaussianMixture._from_parts(
-        law.log_weights.to(**like), law.means.to(**like), law._values.to(**like), vectors
-    )
+    return GaussianMixture(found.weights, mean + scale * found.means, found.cov * width).to(x)
 
 
 def _best_size(
