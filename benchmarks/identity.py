@@ -957,7 +957,7 @@ def _control_error() -> Any:
     for problem in (lq(), lq(start="controlled"), mixture_problem()):
         solution = sc.solve(problem, sc.AdjointMatching(), **given)
         out.append(sc.control_error(solution, sc.exact_solution(problem), PATHS))
-        if problem.reference.generative is False:
+        if not problem.reference.pretrained:
             out.append(sc.control_error(solution, sc.exact_solution(problem, like=solution), PATHS, seed=3))
     return out
 

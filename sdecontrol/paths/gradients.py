@@ -135,7 +135,15 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
     # what depends on time alone is computed once: each row of it is a leaf, so that going back one segment costs that segment's rows and not
     # the whole tables; their gradient is passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
-    starts, cost, kl = _forward(setting, x0, size, [table.detach() for table in tables])
+    firsts, starts = range(0, chain.steps, size), [x0]
+    cost = kl = chain.times.new_zeros(x0.shape[0])
+    with torch.no_grad():
+        shift, options = setting.shift([table.detach() for table in tables]), setting.objective.options
+        for first in firsts:
+            steps = range(first, min(first + size, chain.steps))
+            part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **options)
+            starts.append(part.end)
+            cost, kl = cost + setting.spent(part), kl + part.kl()
     end = starts.pop().requires_grad_(True)
     terminal = setting.objective.terminal(end)
     scale = setting.objective.weight / x0.shape[0]
@@ -143,11 +151,8 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
     leaves = [[row.detach().requires_grad_(table.requires_grad) for row in table] for table in tables]
     wanted = [row for rows in leaves for row in rows if row.requires_grad]
     shift = setting.shift(leaves)
-    firsts = range(0, chain.steps, size)
     visited = len(firsts) if reach is None else 1 + int(reach * len(firsts))
-    for done, first in enumerate(reversed(firsts)):
-        if done == visited:
-            break
+    for done, first in enumerate(firsts[::-1][:visited]):
         if reach is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
             grown = (len(firsts) - done + 1) / (len(firsts) - done)
             adjoint, scale = adjoint * grown, scale * grown
@@ -161,20 +166,6 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
         slopes = [torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]) for _, rows in reached]
         torch.autograd.backward([table for table, _ in reached], slopes, inputs=list(setting.parameters))
     return PathCost(terminal.detach(), cost, kl, end.detach())
-
-
-@torch.no_grad()
-def _forward(setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """States at the start of each segment, and the last; cost and KL of the paths."""
-    chain, shift = setting.chain, setting.shift(tables)
-    starts = [x0]
-    cost = kl = chain.times.new_zeros(x0.shape[0])
-    for first in range(0, chain.steps, size):
-        steps = range(first, min(first + size, chain.steps))
-        part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **setting.objective.options)
-        starts.append(part.end)
-        cost, kl = cost + setting.spent(part), kl + part.kl()
-    return starts, cost, kl
 
 
 def _recompute(
