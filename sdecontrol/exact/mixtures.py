@@ -143,13 +143,13 @@ class MixtureSolution(ExactSolution):
             )
         centre, spread, past = start.mean, start.covariance_matrix, max(1.0 + time, _PAST)
         # X_t - centre at t = past - 1 is past (X_0 - centre) + sqrt(past (1 - past)) S^(1/2) eps
-        bridged = (
+        target, begun = (
             _mixture(
                 law.log_weights, past * (law.means - centre), past**2 * law.covariances + past * (1 - past) * spread
             )
             for law in (optimum, start)
         )
-        return _Pair(*bridged, centre, factor(spread))
+        return _Pair(target, begun, centre, factor(spread))
 
     # ---------------------------------------------------------------- the interface
 

@@ -261,8 +261,8 @@ class GaussianMixture(_Mixture):
 
     def to(self, like: Tensor) -> GaussianMixture:
         """The same in the dtype and on the device of a tensor."""
-        parts = (self.log_weights, self.means, self.variances, self._vectors)
-        return self._from_parts(*(part if part is None else part.to(like) for part in parts))
+        vectors = None if self._vectors is None else self._vectors.to(like)
+        return self._from_parts(self.log_weights.to(like), self.means.to(like), self.variances.to(like), vectors)
 
     @property
     def covariances(self) -> Tensor:
