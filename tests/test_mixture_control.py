@@ -359,7 +359,7 @@ def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_la
         time = torch.tensor(t, dtype=F64)
         found, wanted = control.at(x, time), exact.control(x, t)
         assert torch.allclose(found, wanted, atol=1e-8 * float(wanted.abs().max() + 1)), t
-        mu, variance = control._ends[0].between(t)
+        mu, variance = control._ends.between(t)
         at = exact.marginal(t)
         assert torch.allclose(
             mu * control.denoised(x, time), x + variance * at.score(x), atol=1e-8 * float(x.abs().max())

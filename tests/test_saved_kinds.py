@@ -114,10 +114,10 @@ SOLUTION_CASES = {
 
 @pytest.mark.parametrize("registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)])  # fmt: skip
 def test_every_registered_kind_has_a_case(registry, cases):
-    assert set(registry) == set(cases)
+    assert set(registry._classes) == set(cases)
 
 
-@pytest.mark.parametrize("kind", CONTROLS)
+@pytest.mark.parametrize("kind", CONTROLS._classes)
 def test_controls_survive_their_files(tmp_path, kind):
     make, build, given = CONTROL_CASES[kind]
     problem = make()
@@ -133,7 +133,7 @@ def test_controls_survive_their_files(tmp_path, kind):
             sc.load(tmp_path, problem)
 
 
-@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("kind", VALUES._classes)
 def test_values_survive_their_files(tmp_path, kind):
     make, build, given = VALUE_CASES[kind]
     problem = make()
@@ -152,7 +152,7 @@ def test_values_survive_their_files(tmp_path, kind):
             sc.load(tmp_path, problem)
 
 
-@pytest.mark.parametrize("kind", SOLUTIONS)
+@pytest.mark.parametrize("kind", SOLUTIONS._classes)
 def test_solutions_survive_their_files(tmp_path, kind):
     make, method, options = SOLUTION_CASES[kind]
     problem = make()

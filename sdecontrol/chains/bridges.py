@@ -25,9 +25,8 @@ class ChainBridge:
     """
 
     def __init__(self, chain: Chain) -> None:
-        K = chain.steps
-        matrices = [chain.mean_matrix(k) for k in range(K)]
-        if any(m is None for m in matrices):
+        linear = chain.linear_steps
+        if linear is None:
             raise ValueError(
                 "bridges in closed form need a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck), and a Gaussian start "
                 f"where it is controlled; this one is a {type(chain.reference).__name__}. Use cross-entropy with paths='reference', "
@@ -36,8 +35,7 @@ class ChainBridge:
         d = chain.event_shape[0]
         zero = chain.times.new_zeros(1, d)
         steps = []
-        for k, matrix in enumerate(matrices):
-            assert matrix is not None
+        for k, matrix in enumerate(linear[0]):
             mean, scale = chain.kernel(k, zero)
             L = scale[0] if is_matrix_scale(scale, 1) else torch.diag(scale.expand(1, d)[0])
             steps.append((matrix.double(), mean[0].double(), L.double()))
@@ -62,11 +60,7 @@ class ChainBridge:
             self._steps.append(tuple(v.to(zero) for v in (A, b, L, noise_root)))
             first, shift, cov = before[k]
             to_end, end_shift, end_cov = after[k]
-            gain = cov @ to_end.mT @ torch.linalg.pinv(symmetric(to_end @ cov @ to_end.mT + end_cov), hermitian=True)
-            keep = eye - gain @ to_end
-            left = symmetric(keep @ cov @ keep.mT + gain @ end_cov @ gain.mT)
-            values, vectors = torch.linalg.eigh(left)
-            root = vectors * values.clamp(min=0.0).sqrt()
+            gain, keep, root = _conditioned(cov, to_end, end_cov)
             rows.append(
                 (keep @ first, gain, keep @ shift - gain @ end_shift, root, pull, -pull @ M @ A, -pull @ (M @ b + m))
             )
@@ -78,11 +72,8 @@ class ChainBridge:
         """Draws of ``x_0`` given ``x_K`` ``(batch, d)`` under the reference started from ``initial``; noise standard normal, ``(batch, d)``."""
         mean, cov = initial.mean.double(), initial.covariance_matrix.double()
         M, m, C = self._whole
-        gain = cov @ M.mT @ torch.linalg.pinv(symmetric(M @ cov @ M.mT + C), hermitian=True)
-        keep = torch.eye(len(mean), dtype=torch.float64, device=mean.device) - gain @ M
-        values, vectors = torch.linalg.eigh(symmetric(keep @ cov @ keep.mT + gain @ C @ gain.mT))
-        root = (vectors * values.clamp(min=0.0).sqrt()).to(end)
-        return keep.to(end) @ mean.to(end) + (end - m.to(end)) @ gain.to(end).mT + noise @ root.mT
+        gain, keep, root = (v.to(end) for v in _conditioned(cov, M, C))
+        return keep @ mean.to(end) + (end - m.to(end)) @ gain.mT + noise @ root.mT
 
     def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
         """States of all steps given both ends, ``(K, batch, d)``, each of its own law (independent of the other steps').
@@ -109,6 +100,14 @@ class ChainBridge:
     def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
         """``E[xi_k | x_k, x_K]``, ``(K, batch, noise)``, at states ``(K, batch, d)`` for the end ``(batch, d)``."""
         return states @ self._back.mT + end @ self._pull.mT + self._push.unsqueeze(1)
+
+
+def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``X ~ N(m, cov)`` given ``M X + c + noise = y``, the noise of covariance C: gain, keep and a root of the covariance, of mean ``keep m + gain (y - c)``."""
+    gain = cov @ M.mT @ torch.linalg.pinv(symmetric(M @ cov @ M.mT + C), hermitian=True)
+    keep = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) - gain @ M
+    values, vectors = torch.linalg.eigh(symmetric(keep @ cov @ keep.mT + gain @ C @ gain.mT))
+    return gain, keep, vectors * values.clamp(min=0.0).sqrt()
 
 
 def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
@@ -143,10 +142,8 @@ class NoisingBridge:
             raise ValueError(
                 "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another level state and end have another joint law."
             )
-        times = chain.times[:-1]
-        c = sde.coefficients(times)
-        ndim = len(chain.event_shape)
-        shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * ndim)  # noqa: E731
+        c = sde.coefficients(chain.times[:-1])
+        shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * chain.event_ndim)  # noqa: E731
         self._mu, self._std = shape(c.mu), shape(c.std)
         gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
         self._gain = shape(gains * c.level / c.std)

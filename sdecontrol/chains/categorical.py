@@ -3,7 +3,7 @@
 A control tilts the log-probabilities, ``p^u ~ p0 exp(u)``; its part of a step is ``c = u - log sum p0 exp(u)``, the normalised log-ratio
 ``log p^u - log p0`` of every value at every position. Draws are by Gumbel-max from standard normal noise, so that a step is a function of its noise, as
 everywhere. For a single position the soft-optimal kernel is of this form, and no floor remains; a product of positions has one
-(docs/mathematics.md, section 11).
+(docs/mathematics.md, section 10).
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,6 +1,5 @@
 """Exponential Euler schemes: the linear part and the noise exactly, the rest held over each step."""
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,12 @@ class ExponentialChain(Chain):
         self._set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
-        drive = (
-            sde.driven_part
-        )  # its "effect of a held control" is int Phi dr, what a held n(x_k, t_k) does to the mean
-        made: dict[tuple[float, float], Tensor] = {}
-        self._effects = []
-        for s, t in pairwise(clock):
-            key = (0.0, round(t - s, 14)) if drive.autonomous else (s, t)
-            if key not in made:
-                made[key] = drive._transition_and_gain(*key)[3].to(device=device, dtype=dtype)
-            self._effects.append(made[key])
+
+        def effect(s: float, t: float) -> Tensor:
+            """``int Phi dr``: what a held n(x_k, t_k) does to the mean."""
+            return sde.driven_part.transition_and_gain(s, t)[3].to(device=device, dtype=dtype)
+
+        self._effects = sde.driven_part.by_step(clock, effect)
         self._clock = list(self.times)
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
 """Euler-Maruyama, and the exact transitions of linear SDEs, as chains."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..processes.laws import factor
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
 from .base import AffineStep, Chain
@@ -69,24 +69,18 @@ class TransitionChain(Chain):
     scheme = "exact"
 
     def __init__(self, sde: LinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
-        from ..processes.laws import factor
-
         self.reference = sde
         self._set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
-        made: dict[tuple[float, float], AffineStep] = {}
-        self._steps: list[AffineStep] = []
-        for s, t in pairwise(clock):
-            key = (0.0, round(t - s, 14)) if sde.autonomous else (s, t)
-            if key not in made:
-                matrix, shift, cov, effect = sde._transition_and_gain(key[0], key[1] if sde.autonomous else t)
-                root = factor(cov)
-                made[key] = AffineStep(matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
-            self._steps.append(made[key])
-        seen: dict[int, tuple[Tensor, ...]] = {}
-        move = lambda step: seen.setdefault(id(step), tuple(p.to(device=device, dtype=dtype) for p in step))  # noqa: E731
-        self._cast = [move(step) for step in self._steps]
+
+        def made(s: float, t: float) -> tuple[AffineStep, AffineStep]:
+            matrix, shift, cov, effect = sde.transition_and_gain(s, t)
+            root = factor(cov)
+            step = AffineStep(matrix, shift, root, torch.linalg.pinv(root, hermitian=True) @ effect)
+            return step, AffineStep(*(p.to(device=device, dtype=dtype) for p in step))
+
+        self._steps, self._cast = map(list, zip(*sde.by_step(clock, made)))
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         matrix, shift, root, _ = self._cast[k]

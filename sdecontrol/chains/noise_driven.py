@@ -3,7 +3,7 @@
 The noises determine the path, so log-ratios are those of the noise and exact for any F, smooth or not, invertible or not; weights towards
 ``exp(R/alpha)`` are exact for laws of states, too. A control shifts the noise. Over all laws of the noise the optimum is
 ``p*(z | x) ~ N(z; 0, I) exp(v_{k+1}(F(x, z))/alpha)``; the best shift is O(h) from it only where F is ``x + h b + sqrt(h) sigma z + ...``, and elsewhere
-a floor remains that no shift removes (docs/mathematics.md, section 12). Particles in the space of noises have no such floor.
+a floor remains that no shift removes (docs/mathematics.md, section 10). Particles in the space of noises have no such floor.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ class LearnedStart(Chain):
     """
 
     def __init__(self, law: Gaussian | GaussianMixture, steps: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.reference = law
+        self.reference: Any = law
         self._set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
         self.event_shape = law.event_shape
         self.noise_shape = self.control_shape = law.event_shape
-        self.law: Any = law
         self.mixture = law if isinstance(law, GaussianMixture) else None
         spread = Gaussian(law.mean, law.covariance_matrix) if isinstance(law, GaussianMixture) else law
         self.point = law.mean.to(device=device, dtype=dtype)
@@ -61,13 +60,13 @@ class LearnedStart(Chain):
     def affine_steps(self) -> list[AffineStep] | None:
         if self.mixture is not None or len(self.event_shape) != 1:
             return None
-        root = self.law.scale_root.detach().to("cpu", torch.float64)
+        root = self.reference.scale_root.detach().to("cpu", torch.float64)
         root = root if self._matrix else torch.diag(root)
         eye, zero = torch.eye(len(root), dtype=torch.float64), torch.zeros(len(root), dtype=torch.float64)
         return [AffineStep(eye, zero, h**0.5 * root, h**0.5 * eye) for h in self.step_sizes]
 
     def double(self) -> Chain:
-        return LearnedStart(self.law, self.steps, torch.float64, self.times.device)
+        return LearnedStart(self.reference, self.steps, torch.float64, self.times.device)
 
 
 class SegmentedChain(Chain):

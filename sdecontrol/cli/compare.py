@@ -57,7 +57,8 @@ def compare(
     from .solve import problem_of
 
     made, defaults, name = problem_of(problem)
-    settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in _SETTINGS}
+    shared = ("iterations", "time_steps", "batch_size", "scheme")
+    settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in shared}
     settings.update(given(iterations=iterations, budget=budget, time_steps=time_steps, batch_size=batch_size))
     first = seed if seed is not None else int(defaults.get("seed", 0))
     chosen: list[Any] = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else []
@@ -81,6 +82,3 @@ def compare(
     print(f"{name}\n\n{result}")
     if figure is not None:
         note(f"figure in {figure}")
-
-
-_SETTINGS = ("iterations", "time_steps", "batch_size", "scheme")

@@ -1,6 +1,7 @@
 """``sdecontrol demo``: a real diffusion model, tuned towards a reward, with the exact answer beside it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from .common import (
     JsonOption,
     SeedOption,
     check_file,
+    given,
     handles_errors,
     note,
     plain,
@@ -49,7 +51,7 @@ def demo(
     from .demo_run import FULL, QUICK, run_demo
 
     check_file("--output", output, FIGURES)
-    settings = (QUICK if quick else FULL).with_iterations(iterations)
+    settings = replace(QUICK if quick else FULL, **given(iterations=iterations))
     result = run_demo(label, seed, settings, threads)
     draw_figure(result, output)
     numbers = result.as_dict()
@@ -57,5 +59,6 @@ def demo(
     if as_json:
         print_json(numbers)
         return
-    print_table(result.title, ("", *result.columns), result.rows(), result.notes())
+    title, columns = f"Digits tuned towards log p({label} | x), alpha = 1", ("", "before", "after", "exact tilt")
+    print_table(title, columns, result.rows(), result.notes())
     note(f"wrote {output} and {output.with_suffix('.json')}")

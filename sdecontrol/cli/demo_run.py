@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -59,9 +59,6 @@ class DemoSettings:
         """Process times of the steps: at noising times ``(1 - k/K)^1.5``, finer towards the data."""
         return [1 - (1 - k / self.time_steps) ** 1.5 for k in range(self.time_steps + 1)]
 
-    def with_iterations(self, iterations: int | None) -> DemoSettings:
-        return self if iterations is None else replace(self, iterations=iterations)
-
 
 FULL = DemoSettings(6000, 1500, 220, 256, 40, 1e-3, 4096, 16384)
 QUICK = DemoSettings(100, 100, 4, 64, 10, 1e-3, 256, 1024)
@@ -114,16 +111,10 @@ class DemoResult:
     history: list[dict[str, float]]
     seconds: dict[str, float]
 
-    columns = ("before", "after", "exact tilt")
-
-    @property
-    def title(self) -> str:
-        return f"Digits tuned towards log p({self.label} | x), alpha = 1"
-
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table's rows as text."""
         b, a, tilt = self.before, self.after, self.tilt
-        near, far, floor = self.distances[1], self.distances[0], self.distances[2]
+        far, near, floor = self.distances
         return [
             ("reward", str(b.reward), str(a.reward), str(tilt.reward)),
             ("KL to the pre-trained", "0", str(a.kl), str(tilt.kl)),
@@ -151,7 +142,7 @@ class DemoResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         tilt = self.tilt
-        near, far, floor = self.distances[1], self.distances[0], self.distances[2]
+        far, near, floor = self.distances
         return {
             "label": self.label,
             "seed": self.seed,
@@ -298,13 +289,11 @@ def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: 
         log_ws.append(log_weights(problem, paths))
     x, log_w = torch.cat(samples), torch.cat(log_ws).double()
     log_z = log_mean_weight(log_w)
-    reward = _weighted_mean(log_w, log_w)  # alpha = 1 and no running cost: the log weight is the reward
-    kl = _weighted_mean(log_w - log_z.value, log_w)
     return Tilt(
         x,
         log_w,
-        reward,
-        kl,
+        _weighted_mean(log_w, log_w),  # alpha = 1 and no running cost: the log weight is the reward
+        _weighted_mean(log_w - log_z.value, log_w),
         log_z,
         effective_sample_size(log_w),
         _share(classifier, x, label, log_w),

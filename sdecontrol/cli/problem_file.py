@@ -92,7 +92,8 @@ def _located(place: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        separator = ", " if str(error).startswith("[") else ": "
+        inside = ", " if str(error).startswith("[") else ": "
+        separator = " " if place.startswith("[") else inside
         raise kind(f"{place}{separator}{error}") from error
 
 
@@ -126,25 +127,21 @@ def _from_function(table: dict[str, Any], path: Path) -> ControlProblem:
     return problem
 
 
-class _Reader:
-    """Reads numbers and arrays of one table as tensors, naming the key where that fails."""
-
-    def __init__(self, content: dict[str, Any], name: str, dtype: torch.dtype) -> None:
-        self.table, self.name, self.dtype = content.get(name, {}), name, dtype
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.table
-
-    def tensor(self, key: str, ndims: tuple[int, ...], what: str) -> Tensor:
-        if key not in self.table:
-            raise ValueError(f"[{self.name}] {key} is missing: {what}.")
-        try:
-            value = torch.tensor(self.table[key], dtype=self.dtype)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"[{self.name}] {key} must be {what}, got {self.table[key]!r}.") from error
-        if value.ndim not in ndims:
-            raise ValueError(f"[{self.name}] {key} must be {what}, got an array with {value.ndim} dimensions.")
-        return value
+def _tensor(
+    table: dict[str, Any], key: str, ndims: tuple[int, ...], what: str, dtype: torch.dtype, d: int | None = None
+) -> Tensor:
+    """Numbers of a table as a tensor; of length d in every dimension, where that is given."""
+    if key not in table:
+        raise ValueError(f"{key} is missing: {what}.")
+    try:
+        value = torch.tensor(table[key], dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key} must be {what}, got {table[key]!r}.") from error
+    if value.ndim not in ndims:
+        raise ValueError(f"{key} must be {what}, got an array with {value.ndim} dimensions.")
+    if d is not None and any(n != d for n in value.shape):
+        raise ValueError(f"{key} has shape {tuple(value.shape)}, but A is {d} x {d}.")
+    return value
 
 
 def _from_tables(content: dict[str, Any]) -> ControlProblem:
@@ -154,45 +151,37 @@ def _from_tables(content: dict[str, Any]) -> ControlProblem:
     if "dtype" in content:
         check_name("dtype", content["dtype"], _DTYPES)
         dtype = _DTYPES[content["dtype"]]
-    sde_table = _Reader(content, "sde", dtype)
-    A = sde_table.tensor("A", (2,), "a d x d matrix")
-    sigma = sde_table.tensor("sigma", (0, 2), "a number or a d x m matrix")
-    offset = sde_table.tensor("offset", (1,), "a list of d numbers") if "offset" in sde_table else None
+    table, reward, cost = content["sde"], None, None
     with _located("[sde]"):
-        sde = LinearSDE(A, sigma, offset, horizon=sde_table.table.get("horizon", 1.0))
+        A = _tensor(table, "A", (2,), "a d x d matrix", dtype)
+        sigma = _tensor(table, "sigma", (0, 2), "a number or a d x m matrix", dtype)
+        offset = _tensor(table, "offset", (1,), "a list of d numbers", dtype) if "offset" in table else None
+        sde = LinearSDE(A, sigma, offset, horizon=table.get("horizon", 1.0))
     with _located("[initial]"):
-        initial = _initial(_Reader(content, "initial", dtype), len(A))
-    with _located("[reward]"):
-        reward = _reward(_Reader(content, "reward", dtype), len(A)) if "reward" in content else None
-    cost = None
+        initial = _initial(content.get("initial", {}), dtype, len(A))
+    if "reward" in content:
+        with _located("[reward]"):
+            reward = _reward(content["reward"], dtype, len(A))
     if "running_cost" in content:
         with _located("[running_cost]"):
-            cost = QuadraticCost(
-                _sized(_Reader(content, "running_cost", dtype).tensor("F", (2,), "a d x d matrix"), "F", len(A))
-            )
+            cost = QuadraticCost(_tensor(content["running_cost"], "F", (2,), "a d x d matrix", dtype, len(A)))
     return ControlProblem(sde, initial, reward, cost, content.get("alpha", 1.0), content.get("start"))
 
 
-def _initial(table: _Reader, d: int) -> Dirac | Gaussian:
+def _initial(table: dict[str, Any], dtype: torch.dtype, d: int) -> Dirac | Gaussian:
     if "point" in table:
         if "mean" in table or "cov" in table:
-            raise ValueError("[initial] has both a point and a mean or cov; give one.")
-        return Dirac(_sized(table.tensor("point", (1,), "a list of d numbers"), "point", d))
-    mean = _sized(table.tensor("mean", (1,), "a list of d numbers, or give a point"), "mean", d)
-    cov = table.tensor("cov", (0, 1, 2), "a number, d variances or a d x d matrix")
+            raise ValueError("has both a point and a mean or cov; give one.")
+        return Dirac(_tensor(table, "point", (1,), "a list of d numbers", dtype, d))
+    mean = _tensor(table, "mean", (1,), "a list of d numbers, or give a point", dtype, d)
+    cov = _tensor(table, "cov", (0, 1, 2), "a number, d variances or a d x d matrix", dtype)
     return Gaussian(mean, float(cov) if cov.ndim == 0 else torch.diag(cov) if cov.ndim == 1 else cov)
 
 
-def _reward(table: _Reader, d: int) -> Quadratic | Linear:
-    g = _sized(table.tensor("g", (1,), "a list of d numbers"), "g", d) if "g" in table else None
+def _reward(table: dict[str, Any], dtype: torch.dtype, d: int) -> Quadratic | Linear:
+    g = _tensor(table, "g", (1,), "a list of d numbers", dtype, d) if "g" in table else None
     if "G" in table:
-        return Quadratic(_sized(table.tensor("G", (2,), "a d x d matrix"), "G", d), g)
+        return Quadratic(_tensor(table, "G", (2,), "a d x d matrix", dtype, d), g)
     if g is None:
-        raise ValueError("[reward] is empty: give G (d x d), g (d numbers), or both.")
+        raise ValueError("is empty: give G (d x d), g (d numbers), or both.")
     return Linear(g)
-
-
-def _sized(value: Tensor, key: str, d: int) -> Tensor:
-    if any(n != d for n in value.shape):
-        raise ValueError(f"{key} has shape {tuple(value.shape)}, but A is {d} x {d}.")
-    return value

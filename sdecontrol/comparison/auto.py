@@ -48,10 +48,9 @@ class _State(nn.Module):
     def __init__(self, run: Run, size: int) -> None:
         super().__init__()
         problem = run.problem
-        like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
         numbers: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         buffers = {
-            "z": torch.zeros(2, size, problem.event_shape[0], **like),
+            "z": torch.zeros(2, size, problem.event_shape[0], dtype=problem.dtype, device=problem.device),
             "log_weights": torch.zeros(2, size, **numbers),
             "log_z": torch.full((2,), -math.inf, **numbers),
             # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
@@ -103,10 +102,8 @@ class _State(nn.Module):
             self.cost[0], self.seen[0], self.seen[3] = self.cost[1], found.log_z[0], self.seen[2]
         self.spent += found.evaluations
         self._law = None
-        change = abs(float(self.log_z[0] - self.seen[1]))
-        settled = change < max(_SAME, _SIGMAS * float(self.seen[2])) and float(self.cost[1]) > _GAIN * float(
-            self.cost[2]
-        )
+        same = abs(float(self.log_z[0] - self.seen[1])) < max(_SAME, _SIGMAS * float(self.seen[2]))
+        settled = same and float(self.cost[1]) > _GAIN * float(self.cost[2])
         self.quiet.fill_(int(self.quiet) + 1 if settled else 0)
         return variance
 
@@ -161,21 +158,19 @@ class Auto(Method):
     def setup(self, run: Run) -> nn.Module:
         return _State(run, self.num_particles)
 
-    def _settings(self, problem: ControlProblem, mixture: bool) -> TemperedSettings:
-        return TemperedSettings("states", problem.has_gradient, mixture=mixture)
-
     @torch.no_grad()
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
         assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
         problem = run.problem
         law = state.law(run, self.components)
         control = None if law is None else MixtureControl(problem, law)
-        settings = self._settings(problem, mixture=law is not None)
+        settings = TemperedSettings("states", problem.has_gradient, mixture=law is not None)
         target: Any = tempered_target(problem, run.chain, control, settings)
         seed = derive_seed(run.seed, 71, run.iteration)
-        first = law is None
-        size = max(64, self.num_particles // _FIRST) if first else self.num_particles
-        ladder, found = adapt(target, size, seed, last_moves=1 if first else _LAST_MOVES)
+        if law is None:
+            ladder, found = adapt(target, max(64, self.num_particles // _FIRST), seed, last_moves=1)
+        else:
+            ladder, found = adapt(target, self.num_particles, seed, last_moves=_LAST_MOVES)
         z = (target.states(found.z[0]) - problem.centre) / problem.scale
         variance = state.add(z, found, ladder)
         return {
@@ -203,14 +198,12 @@ class Auto(Method):
         return MixtureControl(run.problem, law)
 
     def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> TemperedSolution:
-        learned = isinstance(control, MixtureControl)
-        details = {"report": _report(facts["history"], control)}
         return TemperedSolution(
             problem,
             control,
             particles=ParticleSettings(self.num_particles),
-            tempering=self._settings(problem, learned),
-            details=details,
+            tempering=TemperedSettings("states", problem.has_gradient, mixture=isinstance(control, MixtureControl)),
+            details={"report": _report(facts["history"], control)},
             **facts,
         )
 

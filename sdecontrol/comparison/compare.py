@@ -16,7 +16,6 @@ from ..evaluation.estimates import Estimate
 from ..evaluation.metrics import control_error, sliced_wasserstein
 from ..evaluation.particle_solution import ParticleSolution
 from ..evaluation.solution import Solution
-from ..exact import exact_solution
 from ..exact.base import ExactSolution
 from ..methods.base import Method, find_method
 from ..problems.problem import ControlProblem
@@ -27,7 +26,7 @@ from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
 from ..training.solve import solve
 from .costs import Costs, measuring
-from .frontier import FrontierPoint, exact_frontier
+from .frontier import FrontierPoint, exact_frontier, nearest_exact
 
 #: name of every column and its heading
 COLUMNS = {
@@ -125,7 +124,9 @@ class Comparison:
         error = f"over {len(self.seeds)} seeds" if several else "of one seed's own estimates (between seeds: unknown)"
         out = [f"± standard error {error}; {self.n} paths per evaluation."]
         if self.exact is not None:
-            out.append(f"Exact solution {self.exact}." + self._floor_note())
+            out.append(f"Exact solution {self.exact}.")
+            if math.isfinite(self.distance_floor):
+                out[-1] += f" Two sets of {self.n} exact samples are {self.distance_floor:.3g} apart."
         else:
             out.append("No exact solution is known: gaps are estimates, blind to modes that were never visited.")
         for row in self.rows:
@@ -133,11 +134,6 @@ class Comparison:
                 which = f" ({len(row.failed)} of {len(self.seeds)} seeds)" if several else ""
                 out.append(f"{row.label}{which}: {row.reason}")
         return out
-
-    def _floor_note(self) -> str:
-        if not math.isfinite(self.distance_floor):
-            return ""
-        return f" Two sets of {self.n} exact samples are {self.distance_floor:.3g} apart."
 
     def table(self) -> str:
         """The table in Markdown, with its notes below."""
@@ -221,11 +217,16 @@ def compare(
     check_count("iterations", iterations, optional=True)
     settings = {"time_steps": time_steps, "scheme": scheme}
     problem.chain(**settings)  # a bad grid is the caller's error, not every method's
-    exact, kind = _exact(problem, settings)
-    reference = _exact_samples(exact, n, derive_seed(trainings[0], _PLACE_EXACT))
-    floor = math.nan
-    if reference is not None:
-        floor = sliced_wasserstein(reference, _exact_samples(exact, n, derive_seed(trainings[0], _PLACE_EXACT, 1)))
+    try:
+        exact, kind = nearest_exact(problem, **settings)
+    except NoExactSolution:
+        exact, kind = None, None
+    reference, floor = None, math.nan
+    if exact is not None:
+        with contextlib.suppress(NoExactSolution):
+            reference = exact.sample(n, derive_seed(trainings[0], _PLACE_EXACT))
+            other = exact.sample(n, derive_seed(trainings[0], _PLACE_EXACT, 1))
+            floor = sliced_wasserstein(reference, other)
     rows = []
     for label, method in named.items():
         more: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **settings}
@@ -268,15 +269,11 @@ def _row(
             row.solutions.append(solution)
         except (ValueError, TypeError, RuntimeError) as error:
             row.failed.append(seed)
-            row.reason = row.reason or _reason(error)
+            diverged = "diverged: " if isinstance(error, NonFiniteError) else ""
+            row.reason = row.reason or diverged + " ".join(str(error).split()) or type(error).__name__
     names = [name for name in COLUMNS if any(name in one for one in found)]
     row.estimates = {name: _over_seeds([one[name] for one in found if name in one]) for name in names}
     return row
-
-
-def _reason(error: Exception) -> str:
-    what = "diverged: " if isinstance(error, NonFiniteError) else ""
-    return what + " ".join(str(error).split()) or type(error).__name__
 
 
 def _measure(
@@ -314,32 +311,6 @@ def _over_seeds(estimates: list[Estimate]) -> Estimate:
         return estimates[0]
     values = [e.value for e in estimates]
     return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
-
-
-# ---------------------------------------------------------------- the exact law
-
-
-def _exact(problem: ControlProblem, settings: dict[str, Any]) -> tuple[ExactSolution | None, str | None]:
-    """The exact solution of the chain that the methods solve, else that in continuous time, and which it is."""
-    steps = settings["time_steps"]
-    for given, kind in (
-        ({**settings, "time_steps": 100 if steps is None else steps}, "of the chain"),
-        ({}, "in continuous time"),
-    ):
-        try:
-            return exact_solution(problem, **given), kind
-        except NoExactSolution:
-            continue
-    return None, None
-
-
-def _exact_samples(exact: ExactSolution | None, n: int, seed: int) -> Any:
-    if exact is None:
-        return None
-    try:
-        return exact.sample(n, seed)
-    except NoExactSolution:
-        return None
 
 
 # ---------------------------------------------------------------- arguments and text

@@ -5,7 +5,7 @@ import ctypes
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,38 +33,31 @@ class Costs(Calls):
 @contextlib.contextmanager
 def measuring(device: torch.device) -> Iterator[Costs]:
     """What happens inside is counted, timed and its memory on the device watched; the costs are complete on leaving."""
-    costs, memory = Costs(), _PeakMemory(device)
+    costs, peak = Costs(), _peak_memory(device)
     began = time.process_time()
     try:
         with counting(costs):
             yield costs
     finally:
         costs.seconds = time.process_time() - began
-        costs.memory = memory.peak()
+        costs.memory = peak()
 
 
-class _PeakMemory:
-    """The high-water mark of memory from here on, above what is in use now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before = math.nan
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before = torch.cuda.memory_allocated(device) / _MIB
-            return
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would serve again, unseen
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets the mark to what is resident now
-            self.before = _high_water_mark()
-
-    def peak(self) -> float:
-        """MiB; nan where it is not known."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / _MIB - self.before
-        return max(_high_water_mark() - self.before, 0.0) if math.isfinite(self.before) else math.nan
+def _peak_memory(device: torch.device) -> Callable[[], float]:
+    """What gives, later, the high-water mark of memory from here on, above what is in use now, MiB; nan where it is not known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        in_use = torch.cuda.memory_allocated(device)
+        return lambda: (torch.cuda.max_memory_allocated(device) - in_use) / _MIB
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before would serve again, unseen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the mark to what is resident now
+        before = _high_water_mark()
+    except OSError:
+        return lambda: math.nan
+    return lambda: max(_high_water_mark() - before, 0.0)
 
 
 def _high_water_mark() -> float:

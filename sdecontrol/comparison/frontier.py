@@ -7,6 +7,7 @@ import torch
 
 from ..errors import NoExactSolution
 from ..exact import exact_solution
+from ..exact.base import ExactSolution
 from ..problems.problem import ControlProblem
 
 
@@ -34,11 +35,9 @@ def exact_frontier(
     Returns:
         By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist are left out.
     """
-    out = []
-    middle = (points - 1) / 2
+    out, step, middle = [], 1e-4, (points - 1) / 2
     for i in range(points):
         alpha = problem.alpha * factor ** ((middle - i) / middle)
-        step = 1e-4
         try:
             low, here, high = (_start_log_z(problem, alpha / s, time_steps, scheme) for s in (1 - step, 1.0, 1 + step))
         except NoExactSolution:
@@ -52,11 +51,19 @@ def _start_log_z(problem: ControlProblem, alpha: float, time_steps: Any, scheme:
     tempered = copy.copy(problem)
     tempered.alpha = alpha
     tempered.dtype = torch.float64  # closed forms are computed in float64 anyway, and rounded last
-    steps = 100 if time_steps is None else time_steps
-    for settings in ({"time_steps": steps, "scheme": scheme}, {}):
-        try:
-            return float(exact_solution(tempered, grids=False, **settings).start_log_z)
-        except NoExactSolution:
-            if not settings:
-                raise
-    raise AssertionError
+    return float(nearest_exact(tempered, time_steps, scheme, grids=False)[0].start_log_z)
+
+
+def nearest_exact(
+    problem: ControlProblem, time_steps: Any, scheme: str | None, grids: bool = True
+) -> tuple[ExactSolution, str]:
+    """The exact solution of the chain that methods solve, else that in continuous time, and which it is.
+
+    Raises:
+        NoExactSolution: neither is known.
+    """
+    try:
+        steps = 100 if time_steps is None else time_steps
+        return exact_solution(problem, time_steps=steps, scheme=scheme, grids=grids), "of the chain"
+    except NoExactSolution:
+        return exact_solution(problem, grids=grids), "in continuous time"

@@ -32,7 +32,6 @@ from ..methods import (
 from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
-from ..problems.rewards import LogProb
 from ..processes.laws import draw
 from ..tensors import as_float
 from .auto import Auto
@@ -115,7 +114,7 @@ def recommend(
     steps = None if fits else max(1, int(chain.steps * limit / graph))
     found = _one_off(problem, chain) if one_off else _trained(problem, chain, fits, steps)
     if isinstance(problem, GibbsProblem):
-        found = [_for_densities(), *found]
+        found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
         (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
@@ -127,12 +126,10 @@ def recommend(
 # ---------------------------------------------------------------- what to try
 
 
-def _for_densities() -> Suggestion:
-    return Suggestion(
-        Auto(),
-        "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations than what is trained on paths "
-        "(docs/gibbs_table.md).",
-    )
+_FOR_DENSITIES = (
+    "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations than what is trained on paths "
+    "(docs/gibbs_table.md)."
+)
 
 
 def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | None) -> list[Suggestion]:
@@ -195,47 +192,39 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
 
 
 def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
-    generative = problem.reference.pretrained
-    out = [
-        Suggestion(
-            SMC(twist="tweedie" if generative else None),
-            "nothing is trained; exact as the number of particles grows, with an unbiased Z"
-            + (", and particles are judged by their denoised state on the way." if generative else "."),
-        )
-    ]
-    if generative and problem.has_gradient:
-        out.append(
+    if problem.reference.pretrained:
+        particles = [
+            Suggestion(
+                SMC(twist="tweedie"),
+                "nothing is trained; exact as the number of particles grows, with an unbiased Z, and particles are judged by their denoised state on the way.",
+            ),
             Suggestion(
                 SMC(proposal=ValueGuidance("tweedie"), twist="proposal"),
                 "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each dearer.",
-            )
-        )
-    out.append(
+            ),
+        ]
+    else:
+        why = "nothing is trained; exact as the number of particles grows, with an unbiased Z."
+        particles = [Suggestion(SMC(), why)]
+    return [
+        *particles,
         Suggestion(
             TemperedSMC(),
             "nothing is trained; particles tempered from the reference to the target, for rewards so narrow that weights of untempered paths degenerate.",
-        )
-    )
-    out.append(
+        ),
         Suggestion(
             BestOfN(selection="softmax"),
             "no gradient, no tuning; enough where the reference often comes near the target.",
-        )
-    )
-    if isinstance(problem.reward_function, LogProb):
-        out.append(
-            Suggestion(
-                ClassifierGuidance(),
-                "the reward is a classifier's: cheap guidance, with the error of Tweedie's formula, which does not vanish.",
-            )
-        )
-    out.append(
+        ),
+        Suggestion(
+            ClassifierGuidance(),
+            "the reward is a classifier's: cheap guidance, with the error of Tweedie's formula, which does not vanish.",
+        ),
         Suggestion(
             PathIntegralGuidance(),
             f"no gradient and no bias in the limit, at {chain.steps**2 // 2 * 256} simulated steps for every sample.",
-        )
-    )
-    return out
+        ),
+    ]
 
 
 def _accepts(method: Method, problem: ControlProblem) -> bool:

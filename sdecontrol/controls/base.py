@@ -22,18 +22,13 @@ from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
 
 
-def rows_of(y: Any, rows: Any) -> Any:
-    """Rows of a condition, or None."""
-    return None if y is None else y[rows]
-
-
 def at_each_time(at: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, t: Tensor, y: Any) -> Tensor:
     """A function of a 0-d time for times ``(batch,)``: one call for each time among them."""
     times, where = torch.unique(t, return_inverse=True)
     if len(times) < 2:
         return at(x, times[0] if len(times) else t.new_zeros(()), y)
     rows = [(where == j).nonzero().flatten() for j in range(len(times))]
-    parts = [at(x[r], time, rows_of(y, r)) for r, time in zip(rows, times)]
+    parts = [at(x[r], time, None if y is None else y[r]) for r, time in zip(rows, times)]
     return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
 
@@ -134,7 +129,7 @@ def _rows(x: Any, *_: Any, **__: Any) -> int:
     return len(x) if isinstance(x, Tensor) and x.ndim else 0
 
 
-@CONTROLS.register("user")
+@CONTROLS.register("user", lambda saved, to: as_control(to.problem, to.chain, to.own_control()))
 class UserControl(Control):
     """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
 
@@ -143,10 +138,6 @@ class UserControl(Control):
     def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
         super().__init__(event_shape, control_shape, 0.0, horizon)
         self.module = module
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return as_control(context.problem, context.chain, context.own_control())
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         t = t.expand(x.shape[0])
@@ -208,8 +199,6 @@ class StartedControl(Control):
         return cls(CONTROLS.make(saved["start"], context), CONTROLS.make(saved["main"], main))
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        if t.ndim == 0:
-            return self.start.at(x, t, y) if t < 0 else self.main.at(x, t, y)
         before = t < 0
         if bool(before.all()):
             return self.start.at(x, t, y)
@@ -234,13 +223,9 @@ class StartedControl(Control):
         cut = len(tables) - len(self.main.tables(second)) if tables else 0
         before = self.start.on_chain(first, tables[:cut])
         after = self.main.on_chain(second, tables[cut:])
-        missing = [chain.noise_shape[0] - part.noise_shape[0] for part in (first, second)]
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            early = k < first.steps
-            c = before(k, x, y) if early else after(k - first.steps, x, y)
-            pad = missing[0] if early else missing[1]
-            return torch.nn.functional.pad(c, (0, pad)) if pad else c
+            return _padded(chain, before(k, x, y) if k < first.steps else after(k - first.steps, x, y))
 
         return shift
 
@@ -255,9 +240,7 @@ class StartedControl(Control):
             (states[cut:], after, self.main, max(0, first - before.steps)),
         ):
             if len(part):
-                c = control.along(half, part, y, at)
-                missing = chain.noise_shape[0] - half.noise_shape[0]
-                parts.append(torch.nn.functional.pad(c, (0, missing)) if missing else c)
+                parts.append(_padded(chain, control.along(half, part, y, at)))
         return torch.cat(parts)
 
     def linear_parts(self) -> list[LinearPart]:
@@ -265,3 +248,9 @@ class StartedControl(Control):
             *(PartOfSegment(part, 0) for part in self.start.linear_parts()),
             *(PartOfSegment(part, 1) for part in self.main.linear_parts()),
         ]
+
+
+def _padded(chain: Chain, c: Tensor) -> Tensor:
+    """Shifts of a segment with zeros for the noises that only the other one has."""
+    missing = chain.noise_shape[-1] - c.shape[-1]
+    return torch.nn.functional.pad(c, (0, missing)) if missing else c

@@ -55,15 +55,6 @@ def corrected(problem: ControlProblem, chain: Chain, base: MixtureControl, *, se
     return CorrectedControl(base, _network(problem, chain, derive_seed(seed, 11), base))
 
 
-def _linear_quadratic(problem: ControlProblem) -> bool:
-    """Whether the optimal control is affine in x."""
-    return (
-        problem.reference.as_linear() is problem.reference
-        and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
-        and isinstance(problem.running_cost_function, (QuadraticCost, type(None)))
-    )
-
-
 def _network(
     problem: ControlProblem,
     chain: Chain,
@@ -89,11 +80,16 @@ def _network(
         elif denoiser is not None:
             ends = pilot.states[-1]
             scales |= {"data_centre": ends.mean(0), "data_spread": floored(ends.std(0))}
+    affine = (  # is the optimal control, in x
+        sde.as_linear() is sde
+        and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
+        and isinstance(problem.running_cost_function, (QuadraticCost, type(None)))
+    )
     architecture = Architecture(
         **asdict(layers_for(problem)),
         gate=gated,
         gate_scale=scale,
-        nonlinear=not _linear_quadratic(problem),
+        nonlinear=not affine,
         denoised=denoiser is not None,
     )
     return DefaultControl.of(problem, architecture, Scales(**scales), denoiser, seed)

@@ -4,10 +4,12 @@ Two kinds of reference have such a bridge to their end, whatever their start: th
 that have forgotten their start, where it is the noising process. z is the state in coordinates of the end: normalised, flattened.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +57,11 @@ class Ends(Protocol):
         """``(k, x, E) -> c_k``, the shift of step k that an ``E[z_T | x_k]`` ``(n, d)`` makes; None: not on this chain."""
         ...
 
+    def __deepcopy__(self, memo: Any) -> Ends:
+        return self  # of a reference, which is a definition: a copied control has the same one
 
-class TimeChangedEnds:
+
+class TimeChangedEnds(Ends):
     """Of the references "ou" and "brownian" of a Gibbs problem; ``x = centre + scale z``. On a chain of exact transitions the shift is exact."""
 
     def __init__(self, reference: TimeChanged) -> None:
@@ -77,7 +82,7 @@ class TimeChangedEnds:
 
     def between(self, t: float) -> tuple[float, float]:
         left = self._left(t)
-        return (math.exp(-0.5 * left), -math.expm1(-left)) if self.stationary else (1 - left, left * (1 - left))
+        return self._onwards(left) if self.stationary else (1 - left, left * (1 - left))
 
     def rate(self, t: float) -> float:
         return math.sqrt(float(self.reference.speed(t)))
@@ -110,7 +115,7 @@ class TimeChangedEnds:
         return shift
 
 
-class NoisingEnds:
+class NoisingEnds(Ends):
     """Of a memoryless generative reference: the noising process from x_T, ``a = mu_t``. Where x_T is not quite free of noise itself (``std_0`` of
     :class:`VE`), ``l = std_t^2 - a^2 std_0^2``.
 

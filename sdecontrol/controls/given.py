@@ -4,25 +4,20 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from .base import Control, UserControl
-from .saved import CONTROLS, Context, Saved
+from .saved import CONTROLS
 
 
-@CONTROLS.register("zero")
+@CONTROLS.register("zero", lambda saved, context: given_control(context.problem, None))
 class ZeroControl(Control):
     """The reference: ``u = 0``."""
 
     counted = False
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return given_control(context.problem, None)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return x.new_zeros((x.shape[0], *self.control_shape))
@@ -31,14 +26,10 @@ class ZeroControl(Control):
         return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
 
 
-@CONTROLS.register("given")
+@CONTROLS.register("given", lambda saved, context: given_control(context.problem, context.own_control(), "control"))
 class GivenControl(UserControl):
     """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
     it: it is given again to ``load``."""
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> Control:
-        return given_control(context.problem, context.own_control(), "control")
 
 
 def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:
@@ -70,8 +61,3 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()
-
-
-def repeat_rows(x: Any, times: int) -> Any:
-    """Each row ``times`` times in a row; None stays None."""
-    return x if x is None else torch.repeat_interleave(x, times, 0)

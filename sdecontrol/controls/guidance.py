@@ -23,7 +23,7 @@ from ..problems.simulate import simulate_chain
 from ..randomness import generator_for
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control, at_each_time
-from .network import Layers, Scales, flat_or, floored, layers_for, time_features
+from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
 
 _PILOT_PATHS = 256
@@ -42,7 +42,7 @@ class LogValue(nn.Module):
         raise NotImplementedError
 
 
-@VALUES.register("annealed")
+@VALUES.register("annealed", lambda saved, context: AnnealedValue(context.problem))
 class AnnealedValue(LogValue):
     """``beta(t) r(x)``, ``log pi_t - log p0``: what particles of annealed Langevin are weighed by on their way."""
 
@@ -51,15 +51,11 @@ class AnnealedValue(LogValue):
         self.problem = problem
         self._reference: Any = problem.reference
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> AnnealedValue:
-        return cls(context.problem)
-
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self._reference.beta(float(t)) * self.problem.reward(x, y)
 
 
-@CONTROLS.register("value")
+@CONTROLS.register("value", lambda saved, to: ValueControl(VALUES.make(saved["value"], to), to.problem, to.chain))
 class ValueControl(Control):
     """``u(x, t) = sigma(x, t)^T grad v(x, t) / alpha``, by automatic differentiation of a value.
 
@@ -70,15 +66,11 @@ class ValueControl(Control):
     def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
         super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
         self.value = value
-        self._chain = [chain]
+        self._chain = chain
 
     @property
     def configuration(self) -> dict[str, Any]:
         return {"value": VALUES.describe(self.value)}
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> ValueControl:
-        return cls(VALUES.make(saved["value"], context), context.problem, context.chain)
 
     def gradient(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``grad v / alpha`` at a 0-d t, of x's shape, without a graph."""
@@ -96,7 +88,7 @@ class ValueControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
-        chain = self._chain[0]
+        chain = self._chain
         if chain.reference.continuous and float(t) >= 0:
             return apply_scale_transposed(chain.reference.diffusion(x, t), self.gradient(x, t, y), x.ndim - 1)
         k = chain.step_at(float(t))
@@ -107,9 +99,8 @@ class ValueControl(Control):
             return apply_scale_transposed(chain.kernel(k, x, y)[1], gradient, x.ndim - 1)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        main = chain.main
         reference, start = chain.reference, chain.start
-        sigma = reference.diffusion_on_grid(main.times[:-1]) if reference.continuous else None
+        sigma = reference.diffusion_on_grid(chain.main.times[:-1]) if reference.continuous else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
             gradient = self.gradient(x, chain.times[k], y)
@@ -120,7 +111,7 @@ class ValueControl(Control):
         return shift
 
 
-@VALUES.register("given")
+@VALUES.register("given", lambda saved, to: GivenValue(to.own_value("value function"), to.problem.alpha))
 class GivenValue(LogValue):
     """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files do not
     hold it: it is given again to ``load``."""
@@ -128,10 +119,6 @@ class GivenValue(LogValue):
     def __init__(self, function: Callable[..., Tensor], alpha: float) -> None:
         super().__init__()
         self._function, self.alpha = [function], alpha  # in a list: it is the user's, not a part of this module
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> GivenValue:
-        return cls(context.own_value("value function"), context.problem.alpha)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         times = t.expand(x.shape[0])
@@ -172,8 +159,8 @@ class TweedieValue(LogValue):
                 "Tweedie's value is the reward of the denoised state and knows no running cost. Use value='monte-carlo' "
                 "or 'soft-q'."
             )
-        self._problem, self._chain, self.label = [problem], [chain], label
-        self._log_prob = [None if classifier is None else LogProb(classifier, label)]
+        self._problem, self._chain, self.label = problem, chain, label
+        self._log_prob = [None if classifier is None else LogProb(classifier, label)]  # in a list: as of GivenValue
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -188,40 +175,38 @@ class TweedieValue(LogValue):
         """``x0^``, what the reference's model expects the data to be."""
         time = float(t)
         if time < 0:
-            first = self._chain[0].segments[0]
+            first = self._chain.segments[0]
             k = first.step_at(time)
             mean = first.kernel(k, x, y)[0]
             x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
-        return self._problem[0].reference.denoised(x, time, y, on_clock=True)
+        return self._problem.reference.denoised(x, time, y, on_clock=True)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         x0, log_prob = self.denoised(x, t, y), self._log_prob[0]
-        return log_prob(x0, y) if log_prob is not None else self._problem[0].reward(x0, y) / self._problem[0].alpha
+        return log_prob(x0, y) if log_prob is not None else self._problem.reward(x0, y) / self._problem.alpha
 
 
-@VALUES.register("classifier")
+@VALUES.register(
+    "classifier", lambda saved, to: ClassifierValue(to.problem, to.own_value("classifier"), saved["label"])
+)
 class ClassifierValue(LogValue):
     """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's model:
     ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
 
     def __init__(self, problem: ControlProblem, classifier: Callable[..., Tensor], label: int | None) -> None:
         super().__init__()
-        self._problem, self._classifier, self.label = [problem], [classifier], label
+        self._problem, self._classifier, self.label = problem, [classifier], label
 
     @property
     def configuration(self) -> dict[str, Any]:
         return {"label": self.label}
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> ClassifierValue:
-        return cls(context.problem, context.own_value("classifier"), saved["label"])
-
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        clock = self._problem[0].reference.model_time(max(float(t), 0.0), x)
+        clock = self._problem.reference.model_time(max(float(t), 0.0), x)
         return LogProb(lambda z: self._classifier[0](z, clock.expand(z.shape[0])), self.label)(x, y)
 
 
-@VALUES.register("network")
+@VALUES.register("network", lambda saved, to: NetworkValue.of(to.problem, to.chain, saved.settings(Layers), Scales()))
 class NetworkValue(LogValue):
     """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers, both
     with time features that resolve the ends of the horizon.
@@ -246,14 +231,10 @@ class NetworkValue(LogValue):
         super().__init__()
         self.first_time, self.last_time = span
         self.architecture = architecture
-        self.centre: Tensor
-        self.spread: Tensor
-        self.scale: Tensor
-        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
-        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
-        self.register_buffer("scale", torch.tensor([level, size]))
-        features = time_features(torch.zeros(1)).shape[-1]
-        widths = (n + architecture.condition_size + features, *architecture.hidden)
+        self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
+        self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
+        self.scale = nn.Buffer(torch.tensor([level, size]))
+        widths = (n + architecture.condition_size + FEATURES, *architecture.hidden)
         layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
         with torch.no_grad():
             for layer in layers:
@@ -261,9 +242,9 @@ class NetworkValue(LogValue):
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.zero_()
         self.layers = nn.ModuleList(layers)
-        self.constant = nn.Parameter(torch.zeros(features))
-        self.slope = nn.Parameter(torch.zeros(features, n))
-        self.square = nn.Parameter(torch.zeros(features, n, n) if n <= _FULL else torch.zeros(features, n))
+        self.constant = nn.Parameter(torch.zeros(FEATURES))
+        self.slope = nn.Parameter(torch.zeros(FEATURES, n))
+        self.square = nn.Parameter(torch.zeros(FEATURES, n, n) if n <= _FULL else torch.zeros(FEATURES, n))
         self.last = nn.Parameter(torch.zeros(widths[-1]))
 
     @classmethod
@@ -278,10 +259,6 @@ class NetworkValue(LogValue):
     @property
     def configuration(self) -> dict[str, Any]:
         return asdict(self.architecture)
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> NetworkValue:
-        return cls.of(context.problem, context.chain, saved.settings(Layers), Scales())
 
     def along(self, states: Tensor, times: Tensor, y: Any = None) -> Tensor:
         """``v/alpha`` at states ``(K, batch, *event)`` of times ``(K,)``: ``(K, batch)``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
@@ -44,9 +44,8 @@ class MixtureControl(Control):
     """
 
     def __init__(self, problem: ControlProblem, law: GaussianMixture | ProductMixture) -> None:
-        ends = ends_of(problem)
+        self._ends = ends_of(problem)
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
-        self._ends = [ends]
         for name, value in _tensors_of(law).items():
             self.register_buffer(name, value.detach().clone())
         self._laws: dict[float, GaussianMixture | ProductMixture] = {}
@@ -69,7 +68,7 @@ class MixtureControl(Control):
 
     def _expected(self, z: Tensor, t: float) -> Tensor:
         """``E[z_T | z_t]``, ``(batch, d)``."""
-        a, variance = self._ends[0].between(t)
+        a, variance = self._ends.between(t)
         if a < _NOTHING:
             return self.law.mean.expand_as(z)
         return (z + variance * self._law_at(t).score(z)) / a
@@ -79,7 +78,7 @@ class MixtureControl(Control):
         if t not in self._laws:
             if len(self._laws) > 4096:
                 self._laws.clear()
-            a, variance = self._ends[0].between(t)
+            a, variance = self._ends.between(t)
             self._laws[t] = self.law.noised(a, math.sqrt(variance))
         return self._laws[t]
 
@@ -96,7 +95,7 @@ class MixtureControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
-        ends, time, z = self._ends[0], float(t), self._ends[0].white(x)
+        ends, time, z = self._ends, float(t), self._ends.white(x)
         if ends.between(time)[0] < _NOTHING:
             u = ends.pull(time) * (self._expected(z, time) - ends.expected(x, time))
         else:  # E[z_T | z_t] - z_t would drown in rounding at the end
@@ -104,43 +103,30 @@ class MixtureControl(Control):
         return u.reshape(x.shape)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        shift = self._ends[0].on_grid(chain)
+        shift = self._ends.on_grid(chain)
         if shift is None:
             return super().on_chain(chain, tables)
         denoise = self.denoiser_on_grid(chain.times)
-        return lambda k, x, y: shift(k, x, self._ends[0].white(denoise(k, x, y)))
+        return lambda k, x, y: shift(k, x, self._ends.white(denoise(k, x, y)))
 
     # ------------------------------------------------------------ E[x_T | x_t], as networks see it
 
-    def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         """``E[x_T | x_t]`` at a 0-d t, of x's shape."""
-        return self._ends[0].coloured(self._expected(self._ends[0].white(x), float(t)))
+        return self._ends.coloured(self._expected(self._ends.white(x), float(t)))
 
     def ends(self, n: int, seed: int) -> Tensor:
         """Draws of the mixture, ``(n, *event)``."""
-        return self._ends[0].coloured(draw(self.law, n, derive_seed(seed, 51)))
+        return self._ends.coloured(draw(self.law, n, derive_seed(seed, 51)))
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> E[x_T | x_k]``; what was asked last is remembered, since control and network both ask."""
         clock = times.double().tolist()
 
         def denoise(k: int, x: Tensor, y: Any) -> Tensor:
-            ends, key = self._ends[0], (clock[k], torch.is_grad_enabled())
-            return recall(self, key, x, lambda: ends.coloured(self._expected(ends.white(x), clock[k])))
+            return recall(self, (clock[k], torch.is_grad_enabled()), x, lambda: self.denoised(x, clock[k]))
 
         return denoise
-
-    def __deepcopy__(self, memo: Any) -> MixtureControl:
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        nn.Module.__init__(made)
-        for name, value in self.__dict__.items():
-            if name not in ("_buffers", "_ends", "_laws"):
-                made.__dict__[name] = value
-        made._ends, made._laws, made.settings = self._ends, {}, dict(self.settings)
-        for name, value in self.named_buffers():
-            made.register_buffer(name, value.clone())
-        return made
 
 
 @CONTROLS.register("corrected")
@@ -181,7 +167,7 @@ class CorrectedControl(Control):
 def _tensors_of(law: GaussianMixture | ProductMixture) -> dict[str, Tensor]:
     if isinstance(law, ProductMixture):
         return {"log_weights": law.log_weights, "means": law.means, "variances": law.variances}
-    parts = {"log_weights": law.log_weights, "means": law.means, "values": law._values}
+    parts = {"log_weights": law.log_weights, "means": law.means, "values": law.variances}
     return parts if law._vectors is None else {**parts, "vectors": law._vectors}
 
 

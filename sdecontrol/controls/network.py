@@ -25,7 +25,7 @@ from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .linear_part import LinearPart, gram_of_features
 from .reward_term import RewardTerm
-from .saved import CONTROLS, Context, Saved
+from .saved import CONTROLS
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
 _MOST_BUMPED = 32  # largest state that gets a function per coordinate
@@ -53,7 +53,7 @@ def time_features(s: Tensor) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-_FEATURES = time_features(torch.zeros(1)).shape[-1]
+FEATURES = time_features(torch.zeros(1)).shape[-1]
 
 
 def bumps(z: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def layers_for(problem: ControlProblem) -> Layers:
     return Layers(hidden, classes, classes)
 
 
-@CONTROLS.register("network")
+@CONTROLS.register("network", lambda saved, context: DefaultControl.of(context.problem, saved.settings(Architecture)))
 class DefaultControl(Control):
     """See the module's docstring.
 
@@ -172,34 +172,31 @@ class DefaultControl(Control):
         self.architecture = replace(
             architecture, gate=reward is not None, nonlinear=self.nonlinear, denoised=denoiser is not None
         )
-        self.condition_size = architecture.condition_size
         self.reward, self.denoiser, self.gate_scale = reward, denoiser, architecture.gate_scale
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
-        self.centre: Tensor
-        self.spread: Tensor
-        self.seen_centre: Tensor
-        self.seen_spread: Tensor
-        self.register_buffer("centre", flat_or(scales.centre, torch.zeros(n)))
-        self.register_buffer("spread", flat_or(scales.spread, torch.ones(n)))
+        self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
+        self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
         if denoiser is not None:
-            self.register_buffer("seen_centre", torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
-            self.register_buffer("seen_spread", torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
-        widths = ((n if denoiser is None else 2 * n) + self.condition_size, *architecture.hidden)
+            self.seen_centre = nn.Buffer(torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
+            self.seen_spread = nn.Buffer(torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
+        widths = ((n if denoiser is None else 2 * n) + architecture.condition_size, *architecture.hidden)
         self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-        self.time_weight = _uniform(widths[1], _FEATURES, generator)
+        self.time_weight = _uniform(widths[1], FEATURES, generator)
         self.last = nn.Parameter(torch.zeros(m, widths[-1]))
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
-        self.affine = nn.Parameter(torch.zeros(_FEATURES, m, n) if self.full else torch.zeros(_FEATURES, m))
-        self.offset = nn.Parameter(torch.zeros(_FEATURES, m))
-        self.gate = nn.Parameter(torch.zeros(_FEATURES, m)) if reward is not None else None
-        self.bent = nn.Parameter(torch.zeros(_FEATURES, m, _BUMPS)) if self.nonlinear else None
+        self.affine = nn.Parameter(torch.zeros(FEATURES, m, n) if self.full else torch.zeros(FEATURES, m))
+        self.offset = nn.Parameter(torch.zeros(FEATURES, m))
+        self.gate = nn.Parameter(torch.zeros(FEATURES, m)) if reward is not None else None
+        self.bent = nn.Parameter(torch.zeros(FEATURES, m, _BUMPS)) if self.nonlinear else None
         affine = reward.affine if reward is not None and self.full else None
-        pull, push = affine if affine is not None else (None, None)
+        pull, push = affine or (None, None)
         self.pull: Tensor | None
         self.push: Tensor | None
         self.register_buffer("pull", pull, persistent=False)
         self.register_buffer("push", push, persistent=False)
+        # whether the gate asks for the reward's gradient at every step
+        self._looks_at_reward = reward is not None and reward.sde is not None and pull is None
 
     @classmethod
     def of(
@@ -232,10 +229,6 @@ class DefaultControl(Control):
     def configuration(self) -> dict[str, Any]:
         return asdict(self.architecture)
 
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> DefaultControl:
-        return cls.of(context.problem, saved.settings(Architecture))
-
     # ------------------------------------------------------------ pieces
 
     def _features(self, t: Tensor) -> Tensor:
@@ -252,10 +245,7 @@ class DefaultControl(Control):
         else:
             first, centre = self.weights[0][:, : 2 * len(inverse)] / self.seen_spread, self.seen_centre
         time_part = phi @ self.time_weight.mT + (self.biases[0] - first @ centre)
-        scale = inverse if self.full else inverse.expand(len(self.spread))
-        affine = torch.einsum("kf,f...->k...", phi, self.affine) * (
-            scale if self.full else scale[: self.affine.shape[1]]
-        )
+        affine = torch.einsum("kf,f...->k...", phi, self.affine) * inverse[: self.affine.shape[-1]]
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
         gate = phi @ self.gate * self.gate_scale if self.gate is not None else t.new_zeros(len(t), 1)
@@ -279,17 +269,14 @@ class DefaultControl(Control):
         denoise = self.denoiser.denoiser_on_grid(chain.times)
         return torch.stack([denoise(first + k, x, y) for k, x in enumerate(states.unbind(0))])
 
-    def _hidden(self, z: Tensor) -> Tensor:
+    def _hidden(self, z: Tensor, y: Any) -> Tensor:
+        """The last hidden layer, from what the first one makes of all but the condition."""
+        if size := self.architecture.condition_size:
+            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -size:].mT
         z = torch.nn.functional.silu(z)
         for W, b in zip(list(self.weights)[1:], list(self.biases)[1:]):
             z = torch.nn.functional.silu(torch.nn.functional.linear(z, W, b))
         return z
-
-    def _pull(self, x: Tensor, sigma: Tensor, y: Any) -> Tensor:
-        """``sigma^T grad r / alpha``, flattened."""
-        assert self.reward is not None
-        gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
-        return apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
 
     def _gate_scales(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
         """``sigma(x, t_k)`` of the gate at given times, faded."""
@@ -300,37 +287,29 @@ class DefaultControl(Control):
         factors = [self.reward.fade(t) for t in times.tolist()]
         return lambda k, x: diffusion(k, x) * factors[k]
 
-    @property
-    def _looks_at_reward(self) -> bool:
-        """Whether the gate asks for the reward's gradient at every step."""
-        return self.reward is not None and self.reward.sde is not None and self.pull is None
-
     def _value(
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
     ) -> Tensor:
-        first, time_part, affine, offset = (p[k if len(p) > 1 else 0] for p in tables[:4])
+        first, time_part, affine, offset, gate, bent = (p[k if len(p) > 1 else 0] for p in tables)
         flat = x.flatten(1)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
-        if self.condition_size:
-            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         u = (
             torch.addmm(offset, flat, affine.mT)
             if self.full
             else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
         )
-        u = torch.addmm(u, self._hidden(z), self.last.mT)
+        u = torch.addmm(u, self._hidden(z, y), self.last.mT)
         if self.nonlinear:
-            bent = tables[5]
-            u = u + (bumps((flat - self.centre) / self.spread) * bent[k if len(bent) > 1 else 0]).sum(-1)
-        if sigma is not None:
-            gate = tables[4]
-            u = u + gate[k if len(gate) > 1 else 0] * self._pull(x, sigma, y)
+            u = u + (bumps((flat - self.centre) / self.spread) * bent).sum(-1)
+        if sigma is not None and self.reward is not None:
+            gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
+            u = u + gate * apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
         return u.unflatten(1, self.control_shape)
 
     # ------------------------------------------------------------ linear parameters
 
     def linear_parts(self) -> list[LinearPart]:
-        return [NetworkLinearPart(self)] if self.full and not self.condition_size else []
+        return [NetworkLinearPart(self)] if self.full and not self.architecture.condition_size else []
 
     # ------------------------------------------------------------ Control
 
@@ -356,18 +335,15 @@ class DefaultControl(Control):
         return shift
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        count = states.shape[0]
         W, *rest = self.tables(chain)
-        time_part, affine, offset, gate, bent = (p[first : first + count] for p in rest)
+        time_part, affine, offset, gate, bent = (p[first : first + len(states)] for p in rest)
         flat = states.flatten(2)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
-        if self.condition_size:
-            z = z + self.architecture.condition(y, z.dtype) @ self.weights[0][:, -self.condition_size :].mT
         if self.full:
             u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
         else:
             u = offset.unsqueeze(1) + flat[..., : affine.shape[1]] * affine.unsqueeze(1)
-        u = u + self._hidden(z) @ self.last.mT
+        u = u + self._hidden(z, y) @ self.last.mT
         if self.nonlinear:
             u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
         if self._looks_at_reward:
@@ -377,18 +353,12 @@ class DefaultControl(Control):
     def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
         assert self.reward is not None
-        count = states.shape[0]
-        many = None if y is None else y.repeat(count, *(1 for _ in y.shape[1:]))
+        many = None if y is None else y.repeat(len(states), *(1 for _ in y.shape[1:]))
         gradient = self.reward.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
-        gradient = gradient.unflatten(0, states.shape[:2])
-        diffusion = self._gate_scales(chain.times)
-        ndim = len(self.event_shape)
-        return torch.stack(
-            [
-                apply_scale_transposed(diffusion(first + k, states[k]), gradient[k], ndim).flatten(1)
-                for k in range(count)
-            ]
-        )
+        diffusion, ndim = self._gate_scales(chain.times), len(self.event_shape)
+        pairs = enumerate(zip(states, gradient.unflatten(0, states.shape[:2])))
+        pulls = [apply_scale_transposed(diffusion(first + k, x), g, ndim).flatten(1) for k, (x, g) in pairs]
+        return torch.stack(pulls)
 
 
 class NetworkLinearPart(LinearPart):
@@ -397,10 +367,8 @@ class NetworkLinearPart(LinearPart):
 
     def __init__(self, control: DefaultControl) -> None:
         self.control = control
-        own = [p for p in (control.bent,) if p is not None]
-        self.gated = control.gate is not None and control._looks_at_reward
-        if self.gated and control.gate is not None:
-            own.append(control.gate)
+        self.gated = control._looks_at_reward
+        own = [p for p in (control.bent, control.gate if self.gated else None) if p is not None]
         self.own = bool(own)
         self.parameters = [control.offset, control.affine, control.last, *own]
         # a gate that is folded into the affine path adds nothing to it
@@ -412,10 +380,8 @@ class NetworkLinearPart(LinearPart):
         normal = (flat - control.centre) / control.spread
         W, time_part, *_ = control.tables(chain)
         seen = control._seen(states, control._denoised_along(chain, states, y))
-        hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1))
-        parts = []
-        if control.nonlinear:
-            parts.append(bumps(normal))
+        hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1), y)
+        parts = [bumps(normal)] if control.nonlinear else []
         if self.gated:
             parts.append(control.gate_scale * control._pull_along(chain, states, y, 0).unsqueeze(3))
         own = torch.cat(parts, 3) if parts else None
@@ -445,12 +411,12 @@ class NetworkLinearPart(LinearPart):
     def scatter(self, values: Tensor) -> list[Tensor]:
         control = self.control
         m, n, h = control.last.shape[0], control.affine.shape[2], control.last.shape[1]
-        size = _FEATURES * (1 + n) + h
+        size = FEATURES * (1 + n) + h
         shared = values[:, :size, 0].mT if self.own else values[0]
-        first = shared[:-h].reshape(_FEATURES, 1 + n, m).permute(0, 2, 1)
+        first = shared[:-h].reshape(FEATURES, 1 + n, m).permute(0, 2, 1)
         out = [first[:, :, 0], first[:, :, 1:], shared[-h:].mT]
         if self.own:
-            mine = values[:, size:, 0].reshape(m, _FEATURES, -1).permute(1, 0, 2)
+            mine = values[:, size:, 0].reshape(m, FEATURES, -1).permute(1, 0, 2)
             if control.nonlinear:
                 out.append(mine[..., :_BUMPS])
             if self.gated:

@@ -15,8 +15,8 @@ from ..paths.integrator import integrate
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from .base import Control, rows_of
-from .given import ZeroControl, repeat_rows
+from .base import Control
+from .given import ZeroControl
 from .saved import CONTROLS, Context, Saved
 
 _ROWS = 8192  # simulated at once
@@ -72,7 +72,7 @@ class PathIntegralControl(Control):
         seed: int = 0,
     ) -> None:
         super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
-        self._problem, self._chain = [problem], [chain]  # in lists: no parts of this module
+        self._problem, self._chain = problem, chain
         self.proposal = None if isinstance(proposal, ZeroControl) else proposal
         self.num_paths, self.antithetic, self.control_variate = num_paths, antithetic, control_variate
         self.seed = seed
@@ -91,13 +91,13 @@ class PathIntegralControl(Control):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``u(x, t)``: t means the step of the chain that contains it."""
-        chain = self._chain[0]
+        chain = self._chain
         shift = self.on_chain(chain)
         steps = torch.tensor([chain.step_at(float(time)) for time in t.reshape(-1)]).expand(x.shape[0])
         out = x.new_empty((x.shape[0], *self.control_shape))
         for k in steps.unique().tolist():
             rows = (steps == k).nonzero().flatten().to(x.device)
-            out[rows] = chain.control(k, shift(k, x[rows], rows_of(y, rows))).to(out)
+            out[rows] = chain.control(k, shift(k, x[rows], None if y is None else y[rows])).to(out)
         return out
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
@@ -111,13 +111,23 @@ class PathIntegralControl(Control):
             parts, effective = [], 0.0
             for index, low in enumerate(range(0, len(x), size)):
                 part = x[low : low + size]
-                y_part = rows_of(y, slice(low, low + size))
+                y_part = None if y is None else y[low : low + size]
                 n, place = self.num_paths, derive_seed(self.seed, k, index)
                 noise = _Draws(place, k, size * n, len(part) * n, chain, self.antithetic)
                 c, ess = self._average(chain, k, part, y_part, noise, ahead)
                 parts.append(c)
                 effective += float(ess.sum())
-            self._note(k, effective / len(x), chain)
+            self.ess[k] = effective / len(x)
+            few = effective / len(x) * self.num_paths
+            if few < _FEW <= self.num_paths and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"path-integral guidance has {few:.1f} effective of {self.num_paths} paths at step {k} "
+                    f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
+                    "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
             return torch.cat(parts)
 
         return shift
@@ -126,14 +136,13 @@ class PathIntegralControl(Control):
         self, chain: Chain, k: int, x: Tensor, y: Any, noise: _Draws, ahead: ShiftFunction | None
     ) -> tuple[Tensor, Tensor]:
         """The shift at states x, and the effective fraction of the paths there."""
-        problem, n = self._problem[0], self.num_paths
-        y_all = repeat_rows(y, n)
+        problem, n = self._problem, self.num_paths
         paths = integrate(
             chain,
-            repeat_rows(x, n),
+            x.repeat_interleave(n, 0),
             noise,
             ahead,
-            condition=y_all,
+            condition=None if y is None else y.repeat_interleave(n, 0),
             running_cost=problem.running_cost_or_none,
             keep="end",
             steps=range(k, chain.steps),
@@ -144,15 +153,3 @@ class PathIntegralControl(Control):
         if ahead is not None:
             c = c + ahead(k, x, y)
         return c, effective_fraction(weights, 1)
-
-    def _note(self, k: int, ess: float, chain: Chain) -> None:
-        self.ess[k] = ess
-        if ess * self.num_paths < _FEW and self.num_paths >= _FEW and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"path-integral guidance has {ess * self.num_paths:.1f} effective of {self.num_paths} paths at step {k} "
-                f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
-                "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
-                RuntimeWarning,
-                stacklevel=4,
-            )

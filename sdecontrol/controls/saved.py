@@ -1,10 +1,10 @@
 """What files say of controls and values, and how these are made again: a class registers the kind that its files name.
 
-A class of a kind has ``configuration``, what a file says of an object, and a classmethod ``from_saved(saved, context)``, which makes the object
-again with fresh parameters: files hold those as tensors.
+A class of a kind has ``configuration``, what a file says of an object, and is registered with a function ``(saved, context) -> object``, which makes
+the object again with fresh parameters: files hold those as tensors. Without one its classmethod ``from_saved`` is that function.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -81,24 +81,26 @@ class Kinds:
     def __init__(self, what: str, otherwise: str | None = None) -> None:
         self.what, self.otherwise = what, otherwise
         self._classes: dict[str, Any] = {}
+        self._makers: dict[Any, Callable[[Saved, Context], Any]] = {}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._classes)
-
-    def register(self, kind: str) -> Callable[[type[T]], type[T]]:
+    def register(self, kind: str, make: Callable[[Saved, Context], Any] | None = None) -> Callable[[type[T]], type[T]]:
         """A decorator of classes: ``kind`` is what files call theirs. Subclasses are not of the kind: they register their own.
+
+        Args:
+            make: ``(saved, context) -> object``; default: the class's ``from_saved``.
 
         Raises:
             ValueError: another class has the kind. TypeError: the class cannot be made again.
         """
 
         def add(cls: type[T]) -> type[T]:
-            if not callable(getattr(cls, "from_saved", None)):
+            maker = make or getattr(cls, "from_saved", None)
+            if maker is None:
                 raise TypeError(f"{cls.__name__} needs a classmethod from_saved(saved, context) to be registered.")
             known = self._classes.get(kind, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a notebook runs again
                 raise ValueError(f"the kind {kind!r} of {self.what} is that of {known.__qualname__}; use another name.")
-            self._classes[kind] = cls
+            self._classes[kind], self._makers[cls] = cls, maker
             return cls
 
         return add
@@ -138,7 +140,7 @@ class Kinds:
         if saved is None:
             return None
         facts = Saved(saved, f"{context.path}: the {self.what}")
-        return self.find(facts["kind"], context.path).from_saved(facts, context)
+        return self._makers[self.find(facts["kind"], context.path)](facts, context)
 
 
 CONTROLS = Kinds("control", otherwise="user")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..processes.pretrained import call_model
-from .base import Control, at_each_time, rows_of
-from .saved import CONTROLS, Context, Saved
+from .base import Control, at_each_time
+from .saved import CONTROLS
 
 
 class ModelControl(Control):
@@ -27,11 +27,7 @@ class ModelControl(Control):
 
     def __init__(self, reference: Any) -> None:
         super().__init__(reference.event_shape, reference.control_shape, 0.0, reference.horizon)
-        self._reference = [reference]  # in a list: the pre-trained model is the user's, not a part of this module
-
-    @property
-    def reference(self) -> Any:
-        return self._reference[0]
+        self.reference = reference
 
     def predicted(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         """The other model's prediction, on the reference's clock."""
@@ -52,7 +48,7 @@ class ModelControl(Control):
         return lambda k, x, y: towards(k - start, x, y) if k >= start else x.new_zeros(len(x), *chain.noise_shape)
 
 
-@CONTROLS.register("tuned")
+@CONTROLS.register("tuned", lambda saved, context: TunedControl(context.problem.reference))
 class TunedControl(ModelControl):
     """The control that a tuned copy of the pre-trained model makes: at the start of training the two agree and u = 0."""
 
@@ -62,10 +58,6 @@ class TunedControl(ModelControl):
         super().__init__(reference)
         self.model: nn.Module = copy.deepcopy(reference.model) if model is None else model
         self.model.eval()
-
-    @classmethod
-    def from_saved(cls, saved: Saved, context: Context) -> TunedControl:
-        return cls(context.problem.reference)
 
     def train(self, mode: bool = True) -> TunedControl:
         self.training = mode
@@ -85,18 +77,18 @@ class ControlledModel(nn.Module):
 
     def __init__(self, reference: Any, control: Control) -> None:
         super().__init__()
-        self._reference = [reference]
+        self.reference = reference
         self.base = reference.model
         self.control = control
 
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
-        reference = self._reference[0]
+        reference = self.reference
         s = torch.as_tensor(s, device=x.device).expand(x.shape[0])
         out = call_model(self.base, x, s, y)
         rows = reference.controlled(s).nonzero().flatten()
         if not len(rows):
             return out
-        x, s, y = x[rows], s[rows], rows_of(y, rows)
+        x, s, y = x[rows], s[rows], None if y is None else y[rows]
         if isinstance(self.control, TunedControl):
             change = self.control.predicted(x, s, y) - out[rows]
         else:

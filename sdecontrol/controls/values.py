@@ -34,10 +34,8 @@ class LearnedLogZ(nn.Module):
         self.network = learned_value(problem, chain, seed) if varies else None
         self._first = chain.times[:1]
         self._forgets_start = chain.reverse is not None  # which leads to the start
-        self.level: Tensor
-        self.count: Tensor
-        self.register_buffer("level", torch.zeros((), dtype=problem.dtype, device=problem.device))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.level = nn.Buffer(torch.zeros((), dtype=problem.dtype, device=problem.device))
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.long))
 
     def forward(self, x0: Tensor, condition: Any = None) -> Tensor:
         """``(batch,)``, with the network's graph."""

@@ -10,7 +10,7 @@ are named as such.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from ..chains.base import Chain
 from ..chains.bridges import ChainBridge
 from ..errors import NonFiniteError
 from ..particles.smc import resample
-from ..particles.tempering import NoiseTarget, StateTarget, adapt, run_tempered
+from ..particles.tempering import StateTarget, adapt, run_tempered
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
 from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count, is_matrix_scale
-from .estimates import Estimate, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
+from .estimates import Estimate, as_plain, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .solution import Solution
 from .tempered_solution import TemperedSettings, tempered_target
@@ -74,13 +74,7 @@ class Certificate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Estimate):
-                value = {"value": value.value, "stderr": value.stderr if math.isfinite(value.stderr) else None}
-            out[field.name] = value.tolist() if isinstance(value, Tensor) else value
-        return {**out, "alarms": list(self.alarms), "collapsed": self.collapsed}
+        return {**as_plain(self), "alarms": list(self.alarms), "collapsed": self.collapsed}
 
     def __str__(self) -> str:
         rows = [
@@ -128,18 +122,15 @@ def certify(
     with torch.no_grad(), problem.evaluating():
         reverse, ends = log_weights(problem, paths).double(), paths.samples
         if samples is not None:
-            forward, source = _of_samples(solution, samples, derive_seed(seed, 1)), "exact samples"
-            truth = samples
+            forward, truth = _of_samples(solution, samples, derive_seed(seed, 1)), samples
         else:
             forward, truth = _of_particles(solution, n, derive_seed(seed, 2))
-            source = "tempered particles"
     if not bool(torch.isfinite(forward).all()):
         raise NonFiniteError(
             "the target's paths have weights that are not finite: are samples where the log density is finite?",
             what="weights",
         )
     log_z, both = log_mean_weight(reverse), bridge_log_z(reverse, forward)
-    reverse_ess = effective_sample_size(reverse)
     level = log_mean_weight(forward)
     forward_ess = math.exp(min(0.0, both.value - level.value))
     found = Certificate(
@@ -147,15 +138,14 @@ def certify(
         eubo=mean_estimate(forward),
         log_z=log_z,
         log_z_two_sided=both,
-        reverse_ess=Estimate(reverse_ess),
+        reverse_ess=Estimate(effective_sample_size(reverse)),
         forward_ess=Estimate(forward_ess, forward_ess * math.hypot(level.stderr, both.stderr)),
         coverage=None if modes is None else _shares(ends, modes),
         alarms=(),
-        source=source,
+        source="tempered particles" if samples is None else "exact samples",
         n=n,
     )
-    alarms = _alarms(found, None if modes is None else _shares(truth, modes))
-    return Certificate(**{**{f.name: getattr(found, f.name) for f in fields(found)}, "alarms": alarms})
+    return replace(found, alarms=_alarms(found, None if modes is None else _shares(truth, modes)))
 
 
 def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
@@ -202,10 +192,10 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
         raise ValueError(
             "samples: paths to given ends need a Gaussian or point start and no running cost; leave samples out."
         )
+    end = samples.to(chain.times)
     if chain.reverse is not None:
-        return _run_backwards(solution, samples.to(chain.times), seed)
-    bridge, end = ChainBridge(chain), samples.to(chain.times)
-    generator = generator_for(end.device, seed)
+        return _run_backwards(solution, end, seed)
+    bridge, generator = ChainBridge(chain), generator_for(end.device, seed)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
     start = bridge.start_given_end(initial, end, draw(*end.shape))
     states = bridge.path_given_end(start, end, draw(chain.steps, len(end), *chain.noise_shape))
@@ -241,15 +231,11 @@ def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, stat
 def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded ends."""
     problem, chain = solution.problem, solution.chain
-    target: StateTarget | NoiseTarget
-    if chain.reverse is not None:  # its paths depend on the control, its ends do not
-        target = tempered_target(problem, chain, None, TemperedSettings("states", gradient=True))
-    else:
-        target = NoiseTarget(problem, chain, None)
-        target.smooth = False
+    ends_alone = chain.reverse is not None  # paths depend on the control there, and ends do not
+    settings = TemperedSettings("states" if ends_alone else "noises", gradient=ends_alone)
+    target = tempered_target(problem, chain, None, settings)
     ladder, _ = adapt(target, _PARTICLES, seed)
-    systems = max(1, -(-n // _PARTICLES))
-    found = run_tempered(target, ladder, systems, _PARTICLES, derive_seed(seed, 1))
+    found = run_tempered(target, ladder, max(1, -(-n // _PARTICLES)), _PARTICLES, derive_seed(seed, 1))
     log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
     generator = generator_for(chain.times.device, seed, 2)
     rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]

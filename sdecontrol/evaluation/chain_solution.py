@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +101,6 @@ class ChainSolution(Solution):
                     warm, work = warm_up_chains(target, chains.num_chains, chains.warm_up, seed, leaps, chains.thin)
             self.evaluations += work
         self.warm = warm
-        self._log_z: Estimate | None = None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, {self.chains.num_chains} chains)"
@@ -128,13 +128,11 @@ class ChainSolution(Solution):
         generator = generator_for(flat.device, seed, _PLACE_PICK)
         return self.target.states(flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:n]])
 
-    @property
+    @cached_property
     def log_z(self) -> Estimate:
         """log Z by bridge sampling (:meth:`evaluate`), from a run of its own at the solution's seed, made once."""
-        if self._log_z is None:
-            seed = derive_seed(fresh_seed(self.seed), _PLACE_LOG_Z)
-            self._log_z = self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
-        return self._log_z
+        seed = derive_seed(fresh_seed(self.seed), _PLACE_LOG_Z)
+        return self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
 
     def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
         """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own, and all stand for the same

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,15 @@ class Estimate:
         if isinstance(other, Estimate):
             return Estimate(self.value - other.value, math.hypot(self.stderr, other.stderr))
         return Estimate(self.value - other, self.stderr)
+
+
+def as_plain(made: Any) -> Any:
+    """A dataclass of estimates and plain values, or one of its values, as JSON can hold it: numbers that are not finite as None."""
+    if is_dataclass(made):
+        return {field.name: as_plain(getattr(made, field.name)) for field in fields(made)}
+    if isinstance(made, Tensor):
+        return made.tolist()
+    return None if isinstance(made, float) and not math.isfinite(made) else made
 
 
 def mean_estimate(values: Tensor) -> Estimate:

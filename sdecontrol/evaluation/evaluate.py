@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
-from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
 _ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
@@ -76,14 +76,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        out: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Estimate):
-                out[field.name] = {"value": _plain(value.value), "stderr": _plain(value.stderr)}
-            else:
-                out[field.name] = _plain(value) if isinstance(value, float) else value
-        return out
+        return as_plain(self)
 
     def __str__(self) -> str:
         how = "exact" if self.exact else "estimated"
@@ -104,10 +97,6 @@ class Evaluation:
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
         return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def evaluate(
@@ -140,7 +129,7 @@ def evaluate(
     tail = pareto_k(log_w)
     second = None
     if control is not None:
-        reference = simulate_chain(problem, chain, n, None, seed=derive_seed(seed, 1), keep="end")
+        reference = simulate_chain(problem, chain, n, seed=derive_seed(seed, 1), keep="end")
         second = log_weights(problem, reference).double()
     reliable, why = _reliability(log_w, tail, estimated, second)
     start_gap = Estimate(0.0, 0.0)
@@ -185,13 +174,12 @@ def _gap(log_w: Tensor) -> Estimate:
 
 def _ess(log_w: Tensor) -> Estimate:
     """The effective sample size with a jackknife error over 16 groups."""
-    value = effective_sample_size(log_w)
     groups = 16
     kept = len(log_w) // groups * groups
     parts = log_w[:kept].reshape(groups, -1)
     left_out = [effective_sample_size(torch.cat((parts[:j], parts[j + 1 :])).flatten()) for j in range(groups)]
     spread = torch.tensor(left_out, dtype=torch.float64)
-    return Estimate(value, float(((groups - 1) * spread.var(correction=0)).sqrt()))
+    return Estimate(effective_sample_size(log_w), float(((groups - 1) * spread.var(correction=0)).sqrt()))
 
 
 def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor | None) -> tuple[bool, str]:

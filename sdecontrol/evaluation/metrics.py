@@ -37,23 +37,18 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     problem, chain = solution.problem, solution.chain
     paths = simulate_chain(problem, chain, n, exact.control, seed=fresh_seed(seed))
     ours, theirs = shift_function(chain, solution.control), shift_function(chain, exact.control)
-    error = difference = None
-    square: Tensor | None = None
+    error = square = paths.end.new_zeros(n, dtype=torch.float64)
     with torch.no_grad(), problem.evaluating(), remembering():
         for k in range(chain.start, chain.steps):
             x = paths.states[k]
             u, star = (chain.control(k, f(k, x, paths.condition)) for f in (ours, theirs))
             ndim = u.ndim - 1
-            difference = event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
-            size = event_sum(star**2, ndim).double() * chain.step_sizes[k]
-            error, square = (
-                (difference, size) if error is None or square is None else (error + difference, square + size)
-            )
-    assert error is not None and square is not None
+            error = error + event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
+            square = square + event_sum(star**2, ndim).double() * chain.step_sizes[k]
     horizon = chain.clock[-1]
     absolute, norm = mean_estimate(error / horizon), float(square.mean()) / horizon
     if norm == 0:
-        return ControlError(absolute, Estimate(float("nan"), float("nan")))
+        return ControlError(absolute, Estimate(math.nan))
     ratio = absolute.value / norm
     spread = ((error / horizon) - ratio * square / horizon).std() / norm  # delta method for a ratio of means
     return ControlError(absolute, Estimate(ratio, float(spread) / math.sqrt(n)))
@@ -105,6 +100,12 @@ def sliced_wasserstein(
     return float(value)
 
 
+def _shares(log_weights: Tensor | None, n: int) -> Tensor:
+    if log_weights is None:
+        return torch.full((n,), 1 / n, dtype=torch.float64)
+    return torch.softmax(log_weights.detach().double().cpu(), 0)
+
+
 def mmd(
     a: Tensor,
     b: Tensor,
@@ -129,12 +130,7 @@ def mmd(
         median = torch.nn.functional.pdist(torch.cat((x[:1000], y[:1000]))).median()
         bandwidth = float(median) if float(median) > 0 else 1.0
     width = as_float("bandwidth", bandwidth, positive=True)
-    weights = [
-        torch.full((len(v),), 1 / len(v), dtype=torch.float64)
-        if log_w is None
-        else torch.softmax(log_w.detach().double().cpu(), 0)
-        for v, log_w in ((x, log_weights_a), (y, log_weights_b))
-    ]
+    w, v = _shares(log_weights_a, len(x)), _shares(log_weights_b, len(y))
 
     def mean_kernel(p: Tensor, q: Tensor, w: Tensor, v: Tensor, same: bool) -> float:
         total, pairs = 0.0, 0.0
@@ -155,7 +151,6 @@ def mmd(
             total, pairs = total - own, pairs - own
         return total / pairs
 
-    (w, v) = weights
     return mean_kernel(x, x, w, w, True) + mean_kernel(y, y, v, v, True) - 2 * mean_kernel(x, y, w, v, False)
 
 
@@ -239,9 +234,7 @@ def mode_coverage(
     wanted = torch.full((k,), 1 / k, dtype=torch.float64) if weights is None else weights.detach().double().cpu()
     if wanted.shape != (k,) or not bool((wanted > 0).all()):
         raise ValueError(f"weights must be ({k},) positive numbers, one per mode; got shape {tuple(wanted.shape)}.")
-    share = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
-    if log_weights is not None:
-        share = torch.softmax(log_weights.detach().double().cpu(), 0)
+    share = _shares(log_weights, len(x))
     distance, nearest = torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist").min(1)
     if radius is not None:
         share = torch.where(distance <= as_float("radius", radius, positive=True), share, torch.zeros_like(share))

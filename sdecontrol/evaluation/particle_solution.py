@@ -189,7 +189,6 @@ class ParticleSolution(Solution):
         log_z = log_mean_weight(found.log_z)
         exact_z = (self._exact_values() or {}).get("log_z")
         top = log_z if exact_z is None else Estimate(exact_z, 0.0)
-        nan = Estimate(float("nan"))
         if settings.selection == "best":
             best = self._pick(found, seed).unsqueeze(1)
             picked = (v.gather(1, best)[:, 0] for v in (found.reward, found.running_cost, found.log_ratio))
@@ -200,7 +199,7 @@ class ParticleSolution(Solution):
             elbo = mean_estimate((best_reward - best_cost) / alpha - best_ratio - above)
         else:
             reward, cost = (self._expected(found, v) for v in (found.reward, found.running_cost))
-            kl, elbo = nan, mean_estimate(found.log_z)
+            kl, elbo = Estimate(math.nan), mean_estimate(found.log_z)
         if settings.selection == "rejection":
             mean = self._expected(found, found.reward - found.running_cost, independent=False)
             kl = Estimate(mean.value / alpha - top.value, math.hypot(mean.stderr / alpha, top.stderr))

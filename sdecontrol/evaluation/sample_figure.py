@@ -45,15 +45,16 @@ def sample_figure(
     """
     x = samples.detach().double().cpu()
     truth = None if exact is None else exact.detach().double().cpu()
-    figure = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
+    figure: Any = Figure(figsize=(13, 4.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.04, w_pad=0.08)  # type: ignore[union-attr]
-    parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
-    left, middle, right = parts
-    pair, why = telling_coordinates(x if truth is None else truth)
+    figure.get_layout_engine().set(wspace=0.04, w_pad=0.08)
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.05, 0.95, 1.15])
+    told = x if truth is None else truth
+    pair, why = telling_coordinates(told)
     plane = left.subplots()
     _plane(plane, solution, x, truth, exact_name, pair, why)
-    shown = _marginal_coordinates(x if truth is None else truth, pair)
+    order = dict.fromkeys([*pair, *_unlike_gaussian(told).argsort(descending=True).tolist()])
+    shown = sorted(list(order)[:_MARGINALS])
     margins = np.atleast_1d(middle.subplots(len(shown), 1))
     for axes, i in zip(margins, shown):
         _marginal(axes, i, x, truth, exact_name, first=i == shown[0])
@@ -61,8 +62,7 @@ def sample_figure(
     _bounds(bounds, solution, log_z, evaluation, certificate)
     for axes in (plane, *margins, bounds):
         axes.tick_params(labelsize=9, colors=_INK)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, color=_INK, fontsize=13, fontweight="bold")
     return figure, (plane, margins, bounds)
@@ -104,11 +104,6 @@ def telling_coordinates(x: Tensor) -> tuple[tuple[int, int], str]:
     return (i, j), f"the least Gaussian of {x.shape[1]} coordinates"
 
 
-def _marginal_coordinates(x: Tensor, pair: tuple[int, int]) -> list[int]:
-    order = [*dict.fromkeys(pair), *_unlike_gaussian(x).argsort(descending=True).tolist()]
-    return sorted(list(dict.fromkeys(order))[: min(_MARGINALS, x.shape[1])])
-
-
 def _range(values: list[Tensor], cut: float) -> tuple[float, float]:
     """From the smallest to the largest of quantiles, with a margin."""
     ends = [torch.quantile(v, torch.tensor([cut, 1 - cut], dtype=v.dtype)) for v in values]
@@ -127,8 +122,7 @@ def _plane(
     i, j = pair
     if i == j:
         axes.plot(range(len(x[:_DOTS])), x[:_DOTS, 0].numpy(), ".", ms=2, color=_ACCENT)
-        axes.set_xlabel("sample")
-        axes.set_ylabel("x1")
+        axes.set(xlabel="sample", ylabel="x1")
         return
     cut = 0.0005 if x.shape[1] == 2 else 0.005
     (low, high), (bottom, top) = (_range([v[:, k] for v in both], cut) for k in (i, j))
@@ -150,20 +144,18 @@ def _plane(
         )
         axes.plot([], [], "s", ms=8, color="#fdae6b", label=name)
     dots = x[:_DOTS]
-    size = 2.2 if len(dots) > 1500 else 3.5
     axes.plot(
         dots[:, i].numpy(),
         dots[:, j].numpy(),
         ".",
-        ms=size,
+        ms=2.2 if len(dots) > 1500 else 3.5,
         color=_ACCENT,
         alpha=0.55,
         mew=0,
         label="samples",
         zorder=3,
     )
-    axes.set_xlim(low, high)
-    axes.set_ylim(bottom, top)
+    axes.set(xlim=(low, high), ylim=(bottom, top))
     axes.set_xlabel(f"x{i + 1}", color=_INK)
     axes.set_ylabel(f"x{j + 1}", color=_INK)
     axes.set_title(f"{len(dots)} samples" + (f"; {why}" if why else " over the density"), fontsize=10.5, color=_INK)
@@ -171,8 +163,7 @@ def _plane(
         legend = axes.legend(
             fontsize=8.5, loc="best", framealpha=0.85, edgecolor="none", handletextpad=0.3, borderpad=0.3
         )
-        legend.get_lines()[-1].set_markersize(8)
-        legend.get_lines()[-1].set_alpha(1)
+        legend.get_lines()[-1].set(markersize=8, alpha=1)
 
 
 def _contours(axes: Any, solution: Solution, across: tuple[float, float], up: tuple[float, float]) -> None:
@@ -203,8 +194,7 @@ def _marginal(axes: Any, i: int, x: Tensor, truth: Tensor | None, name: str, fir
     axes.stairs(density(x[:, i]), bins, fill=True, color=_SOFT, label="samples")
     if truth is not None:
         axes.stairs(density(truth[:, i]), bins, color=_EXACT, lw=1.3, label=name)
-    axes.set_xlim(low, high)
-    axes.set_yticks([])
+    axes.set(xlim=(low, high), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.set_ylabel(f"x{i + 1}", rotation=0, ha="right", va="center", color=_INK)
     if first:
@@ -217,15 +207,18 @@ def _marginal(axes: Any, i: int, x: Tensor, truth: Tensor | None, name: str, fir
 def _bounds(
     axes: Any, solution: Solution, log_z: float | None, evaluation: Evaluation | None, certificate: Certificate | None
 ) -> None:
-    found = _final(evaluation, certificate)
-    history = solution.history
-    rounds = [row for row in history if "levels" in row and "log_z" in row]
+    found = [] if certificate is None else [("EUBO", certificate.eubo, _WARM)]
+    if evaluation is not None:
+        found += [("log Z", evaluation.log_z, _INK), ("ELBO", evaluation.elbo, _ACCENT)]
+    found = [bound for bound in found if math.isfinite(bound[1].value)]
+    rounds = [row for row in solution.history if "levels" in row and "log_z" in row]
+    axes.set_title("log Z, with standard errors", fontsize=10.5, color=_INK)
     if rounds:
         _rounds(axes, rounds, evaluation, log_z)
-    elif history:
+    elif solution.history:
         _iterations(axes, solution, found, log_z)
     else:
-        _points(axes, found, log_z)
+        _points(axes, found)
     if log_z is not None:
         axes.axhline(log_z, color=_EXACT, lw=1.2, ls="--", zorder=1, label=f"exact log Z = {log_z:.7g}")
     axes.set_ylabel("nats", color=_INK)
@@ -233,17 +226,6 @@ def _bounds(
     axes.grid(axis="y", color="#e4e9ed", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", loc="best")
-
-
-def _final(evaluation: Evaluation | None, certificate: Certificate | None) -> list[tuple[str, Estimate, str]]:
-    """Label, estimate and colour of what was found in the end."""
-    found = []
-    if certificate is not None:
-        found.append(("EUBO", certificate.eubo, _WARM))
-    if evaluation is not None:
-        found.append(("log Z", evaluation.log_z, _INK))
-        found.append(("ELBO", evaluation.elbo, _ACCENT))
-    return [(name, e, colour) for name, e, colour in found if math.isfinite(e.value)]
 
 
 def _rounds(axes: Any, rounds: list[dict[str, float]], evaluation: Evaluation | None, log_z: float | None) -> None:
@@ -280,13 +262,11 @@ def _rounds(axes: Any, rounds: list[dict[str, float]], evaluation: Evaluation | 
     axes.set_xticks([*ticks, len(rounds) + 1], [*map(str, ticks), "final"])
     axes.set_xlim(0.5, len(rounds) + 1.5)
     axes.set_xlabel("round", color=_INK)
-    axes.set_title("log Z, with standard errors", fontsize=10.5, color=_INK)
 
 
 def _iterations(axes: Any, solution: Solution, found: list[tuple[str, Estimate, str]], log_z: float | None) -> None:
     """The ELBO of each iteration, its running mean, and the final bounds as lines."""
-    alpha = solution.problem.alpha
-    value = np.array([row.get("objective", math.nan) for row in solution.history]) / alpha
+    value = np.array([row.get("objective", math.nan) for row in solution.history]) / solution.problem.alpha
     keep = np.isfinite(value)
     steps, value = np.arange(1, len(value) + 1)[keep], value[keep]
     finals = [e.value for name, e, _ in found if name != "EUBO"] + ([] if log_z is None else [log_z])
@@ -300,16 +280,14 @@ def _iterations(axes: Any, solution: Solution, found: list[tuple[str, Estimate, 
         axes.axhline(e.value, color=colour, lw=1.2, ls="-." if name == "EUBO" else ":", label=f"{name} = {e}")
     seen = [float(np.quantile(value, q)) for q in (0.2, 0.98)] if len(value) else []
     low, high = min([*seen, *finals], default=0.0), max([*seen, *finals], default=1.0)
-    eubos = [e.value for name, e, _ in found if name == "EUBO"]
     span = max(high - low, 1e-3)
-    if eubos and eubos[0] - high < 2 * span:
-        high = max(high, eubos[0])
+    high = max([high, *(e.value for name, e, _ in found if name == "EUBO" and e.value - high < 2 * span)])
     axes.set_ylim(low - 0.35 * span, high + 0.2 * span)
     axes.set_xlabel("iteration", color=_INK)
     axes.set_title("bounds of log Z", fontsize=10.5, color=_INK)
 
 
-def _points(axes: Any, found: list[tuple[str, Estimate, str]], log_z: float | None) -> None:
+def _points(axes: Any, found: list[tuple[str, Estimate, str]]) -> None:
     """Estimates side by side, of a method that trains nothing."""
     for k, (name, e, colour) in enumerate(reversed(found)):
         error = e.stderr if math.isfinite(e.stderr) else 0.0
@@ -317,4 +295,3 @@ def _points(axes: Any, found: list[tuple[str, Estimate, str]], log_z: float | No
     axes.set_xticks(range(len(found)), [name for name, _, _ in reversed(found)])
     axes.set_xlim(-0.7, max(1, len(found)) - 0.3)
     axes.margins(y=0.25)
-    axes.set_title("log Z, with standard errors", fontsize=10.5, color=_INK)

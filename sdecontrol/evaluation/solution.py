@@ -34,12 +34,8 @@ class TiltedStart:
 
     def sample(self, sample_shape: Any = (), seed: int | None = None) -> Tensor:
         shape = torch.Size(sample_shape if not isinstance(sample_shape, int) else (sample_shape,))
-        solution = self._solution
-        chain = solution.chain
-        paths = simulate_chain(
-            solution.problem, chain, max(1, shape.numel()), solution.control, seed=seed, keep="states"
-        )
-        return paths.states[chain.start].reshape(shape + self.event_shape)
+        paths = self._solution.simulate(max(1, shape.numel()), seed, keep="states")
+        return paths.states[paths.chain.start].reshape(shape + self.event_shape)
 
     def __repr__(self) -> str:
         return f"TiltedStart(of {self._solution.problem.initial})"

@@ -12,7 +12,7 @@ from ..controls.mixture import MixtureControl
 from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
 from ..particles.smc import Particles, ParticleSettings
-from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
+from ..particles.tempering import Ladder, NoiseTarget, StateTarget, adapt, run_tempered
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
@@ -47,13 +47,13 @@ def tempered_target(
     Raises:
         ValueError: space="states" where the problem is no Gibbs problem; or a problem with conditions.
     """
+    if problem.condition is not None:
+        raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
     if settings.space == "noises":
         target = NoiseTarget(problem, chain, None if isinstance(control, ZeroControl) else control)
     else:
         if not isinstance(problem, GibbsProblem):
             raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
-        if problem.condition is not None:
-            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
         width, law = settings.width, None
         if settings.mixture:
             assert isinstance(control, MixtureControl)
@@ -85,26 +85,18 @@ class TemperedSolution(ParticleSolution):
         super().__init__(*args, particles=particles, **facts)
         self.tempering, self.evaluations = tempering, 0
         self.target = tempered_target(self.problem, self.chain, self.control, tempering)
-        self.first: Population | None = None
         if ladder is None:
             with self.problem.evaluating():
-                ladder, self.first = adapt(self.target, particles.num_particles, fresh_seed(self.seed))
-            self.evaluations += self.first.evaluations
+                ladder, first = adapt(self.target, particles.num_particles, fresh_seed(self.seed))
+            self.evaluations += first.evaluations
         self.ladder = ladder
-
-    def populate(self, systems: int, seed: int | None = None) -> Population:
-        """``systems`` independent systems of particles, as :func:`run_tempered` returns them."""
-        with self.problem.evaluating():
-            found = run_tempered(self.target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
-        self.evaluations += found.evaluations
-        return found
 
     @torch.no_grad()
     def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
-        found = self.populate(systems, seed)
-        flat = found.z.flatten(0, 1)
-        shape = found.log_weights.shape
         with self.problem.evaluating():
+            found = run_tempered(self.target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
+            self.evaluations += found.evaluations
+            flat, shape = found.z.flatten(0, 1), found.log_weights.shape
             if isinstance(self.target, StateTarget):
                 end = self.target.states(flat)
                 reward = self.problem.reward(end)

@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,10 +35,7 @@ class ExactSolution:
         initial: the law of X_0 under the optimum.
     """
 
-    problem: ControlProblem
-    settings: dict[str, Any]
-    chain: Chain | None = None
-    kind: str = ""
+    kind: str
     log_z: Tensor
     start_log_z: Tensor
 
@@ -128,10 +126,9 @@ class ExactSolution:
 
     def known_values(self) -> dict[str, Any]:
         """What ``evaluate`` compares with: "log_z", "start_log_z" (floats or None), "start_value" (``x_0 -> log Z(x_0)``)."""
-        log_z, start_log_z = self._known("log_z"), self._known("start_log_z")
         return {
-            "log_z": None if log_z is None else float(log_z),
-            "start_log_z": None if start_log_z is None else float(start_log_z),
+            "log_z": self._known("log_z"),
+            "start_log_z": self._known("start_log_z"),
             "start_value": lambda x: self.value(x, 0.0) / self.problem.alpha,
         }
 
@@ -140,9 +137,9 @@ class ExactSolution:
         """``start_log_z - elbo``, 0-d: the KL to the optimum that no mean-shift control removes."""
         return self.start_log_z - self.elbo
 
-    def _known(self, name: str) -> Any:
+    def _known(self, name: str) -> float | None:
         try:
-            return getattr(self, name)
+            return float(getattr(self, name))
         except NoExactSolution:
             return None
 
@@ -237,7 +234,7 @@ class ExactSolution:
         log_z = self._known("log_z")
         return (
             f"ExactSolution({self.kind}, {steps}, d={self.problem.event_shape[0]}, start={self.problem.start!r}, "
-            f"log_z={'unknown' if log_z is None else format(float(log_z), '.6g')})"
+            f"log_z={'unknown' if log_z is None else format(log_z, '.6g')})"
         )
 
 
@@ -249,21 +246,18 @@ class ExactControl:
 
     def __init__(self, solution: ExactSolution) -> None:
         self._solution = solution
-        self._last: tuple[Chain, ShiftFunction] | None = None
+        self._shift_function = lru_cache(maxsize=1)(solution._shift_function)
 
     @property
     def settings(self) -> dict[str, Any]:
         return self._solution.settings
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
-        solution = self._solution
-        return solution._by_time(x, t, solution._control_at)
+        return self._solution._by_time(x, t, self._solution._control_at)
 
     def on_chain(self, chain: Chain) -> ShiftFunction:
         """``(k, x, condition) -> c_k`` on a chain, its own or another of the same problem."""
-        if self._last is None or self._last[0] is not chain:
-            self._last = (chain, self._solution._shift_function(chain))
-        return self._last[1]
+        return self._shift_function(chain)
 
     def __repr__(self) -> str:
         return f"ExactControl(of {self._solution!r})"

@@ -1,7 +1,7 @@
 """The exact solution of a linear-quadratic chain: the soft Bellman recursion, and the best mean-shift control."""
 
+import functools
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian
 from ..processes.linear import Transition
-from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
 _RANK = 1e-7  # C comes from roots of covariances, which have half the digits
@@ -38,8 +37,8 @@ def shift_step(form: Form, step: AffineStep, where: str) -> tuple[Form, tuple[Te
     average = soft_average(form, L @ U[:, :rank], where)
     constant = form.c + 0.5 * (average.root.mT @ form.q).square().sum() - 0.5 * (form.P * (L @ L.mT)).sum()
     to_u = (Vh[:rank].mT / S[:rank]) @ average.push  # z = push (q - P y), and u = C^+ Q z has the minimum norm
-    gain, offset = -to_u @ form.P @ M, to_u @ (form.q - form.P @ m)
-    return average.form._replace(c=constant).through(M, m), (gain, offset)
+    feedback = -to_u @ form.P @ M, to_u @ (form.q - form.P @ m)
+    return average.form._replace(c=constant).through(M, m), feedback
 
 
 class ChainSolution(LinearQuadraticSolution):
@@ -61,14 +60,12 @@ class ChainSolution(LinearQuadraticSolution):
     def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
         return self._feedbacks[self._step_at(time)]
 
-    @cached_property
+    @functools.cached_property
     def _marginals(self) -> list[tuple[Tensor, Tensor]]:
-        mean, root = self._first_state()
-        cov = root @ root.mT
+        mean, _, cov = self._first_state()
         laws = [(mean, cov)]
-        for M, b, Q in self._kernels:
-            mean, cov = M @ mean + b, symmetric(M @ cov @ M.mT + Q)
-            laws.append((mean, cov))
+        for kernel in self._kernels:
+            laws.append(kernel.moved(*laws[-1]))
         return laws
 
     def _moments(self, time: float) -> tuple[Tensor, Tensor]:
@@ -78,10 +75,7 @@ class ChainSolution(LinearQuadraticSolution):
         first, last = self._state(s), self._state(t)
         if first == last:
             raise ValueError(f"bridge(s, t, x_t): s={s:g} and t={t:g} lie in the same step of the chain.")
-        whole = self._kernels[first]
-        for kernel in self._kernels[first + 1 : last]:
-            whole = compose(whole, kernel)
-        return whole
+        return functools.reduce(compose, self._kernels[first:last])
 
     def _kernel_at(self, x: Tensor, k: int) -> Gaussian:
         M, b, Q = self._kernels[k]

@@ -168,11 +168,8 @@ def _averages(
     def own(V: np.ndarray) -> Averaged:
         table = interpolation.table(V)
 
-        def at(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            points = torch.from_numpy(z[:, None] + scale[:, None] * xi)
-            return tuple(table(points[..., None]).numpy() @ weights)  # type: ignore[return-value]
-
-        return at
+        spread = (scale[:, None] * xi)[..., None]
+        return lambda z: tuple(table(torch.from_numpy(z[:, None, None] + spread)).numpy() @ weights)  # type: ignore[return-value]
 
     return own
 
@@ -250,12 +247,13 @@ class GridChainSolution(OnGrids):
         return one.grid.table(one.slopes[self._step_at(time)])
 
     def _control_at(self, x: Tensor, time: float) -> Tensor:
-        return self._sketch.control(self._step_at(time), self._pull(x, time))
+        return self._sketch.control(self._step_at(time), super()._control_at(x, time))
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:
         if chain is not self.chain:
             return super()._shift_function(chain)
-        return lambda k, x, condition: self._pull(x.to("cpu", torch.float64), chain.clock[k]).to(x)
+        shift_at = super()._control_at
+        return lambda k, x, condition: shift_at(x.to("cpu", torch.float64), chain.clock[k]).to(x)
 
     @property
     def elbo(self) -> Tensor:
@@ -268,18 +266,17 @@ class GridChainSolution(OnGrids):
     # ---------------------------------------------------------------- laws
 
     def _kernel_at(self, x: Tensor, k: int) -> GridLaw:
-        densities: dict[int, Tensor] = {}
-        for block, one in zip(self._blocks, self._solved):
-            for (i,) in block.members:
-                made = torch.from_numpy(one.optimal_kernel(k, x[..., i].reshape(-1).numpy()))
-                densities[i] = made.reshape(*x.shape[:-1], -1)
-        return self._law(densities)
+        def density(i: int, one: ChainGrid) -> Tensor:
+            made = torch.from_numpy(one.optimal_kernel(k, x[..., i].reshape(-1).numpy()))
+            return made.reshape(*x.shape[:-1], -1)
 
-    def _law(self, densities: dict[int, Tensor]) -> GridLaw:
-        points = {i: one.law_points for block, one in zip(self._blocks, self._solved) for (i,) in block.members}
-        order = sorted(densities)
-        lows, spacings = [float(points[i][0][0]) for i in order], [points[i][1] for i in order]
-        return GridLaw(lows, spacings, [densities[i] for i in order], self._out(torch.zeros(())))
+        return self._law(density)
+
+    def _law(self, density: Callable[[int, ChainGrid], Tensor]) -> GridLaw:
+        ones = sorted((i, one) for block, one in zip(self._blocks, self._solved) for (i,) in block.members)
+        points = [one.law_points for _, one in ones]
+        lows, spacings = [float(x[0]) for x, _ in points], [dx for _, dx in points]
+        return GridLaw(lows, spacings, [density(*each) for each in ones], self._out(torch.zeros(())))
 
     @cached_property
     def _marginals(self) -> dict[int, list[Tensor]]:
@@ -312,4 +309,4 @@ class GridChainSolution(OnGrids):
         k = self._state(self._snap(float(t)))
         if k == 0:
             return self.problem.origin
-        return self._law({i: laws[k - 1] for i, laws in self._marginals.items()})
+        return self._law(lambda i, one: self._marginals[i][k - 1])

@@ -4,9 +4,11 @@ It is written for ``w = v/alpha``, not for ``psi = exp(w)``: w stays of moderate
 orders of magnitude.
 """
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +27,6 @@ _LEVELS = 193  # times at which a plane's values are kept, denser towards the ho
 _MOST_CALLS = 30_000  # of the equation's right-hand side: a minute for a plane of the finest grid
 
 
-class Coefficients(NamedTuple):
-    """At grid points ``(N, n)``: drift ``(N, n)``, root of the noise ``(N, n, m)``, running cost over alpha ``(N,)``."""
-
-    drift: np.ndarray
-    root: np.ndarray
-    cost: np.ndarray
-
-
 class ContinuousGrid:
     """``w = v/alpha`` of a process on a grid, from the HJB equation backwards from the horizon::
 
@@ -42,7 +36,7 @@ class ContinuousGrid:
     193 stored times.
 
     Args:
-        coefficients: ``t -> Coefficients`` at the grid's points.
+        coefficients: ``t ->`` drift ``(N, n)``, root of the noise ``(N, n, m)`` and running cost over alpha ``(N,)`` at the grid's points.
         span: first and last time; end: ``r/alpha`` at the grid's points.
         autonomous: the coefficients are the same at all times.
 
@@ -53,11 +47,10 @@ class ContinuousGrid:
     def __init__(
         self,
         grid: Grid,
-        coefficients: Callable[[float], Coefficients],
+        coefficients: Callable[[float], tuple[Tensor, Tensor, Tensor]],
         end: np.ndarray,
         span: tuple[float, float],
         autonomous: bool,
-        tolerance: float = _TOLERANCE,
     ) -> None:
         from scipy.integrate import solve_ivp
         from scipy.interpolate import CubicHermiteSpline
@@ -66,9 +59,9 @@ class ContinuousGrid:
         pairs = list(grid.H)
 
         def parts(t: float) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray], np.ndarray]:
-            at = coefficients(t)
-            square = np.einsum("nim,njm->ijn", at.root, at.root)
-            return at.drift.T, {(a, b): square[a, b] * (0.5 if a == b else 1.0) for a, b in pairs}, at.cost
+            drift, root, cost = (part.numpy() for part in coefficients(t))
+            square = np.einsum("nim,njm->ijn", root, root)
+            return drift.T, {(a, b): square[a, b] * (0.5 if a == b else 1.0) for a, b in pairs}, cost
 
         fixed = parts(span[0]) if autonomous else None
 
@@ -79,7 +72,7 @@ class ContinuousGrid:
 
         def jacobian(s: float, w: np.ndarray) -> Any:
             drift, half, _ = fixed or parts(span[1] - s)
-            g, speed = grid.gradient(w), drift.copy()
+            g, speed = grid.derivatives(w)[0], drift.copy()
             for a, b in pairs:
                 speed[a] += half[a, b] * g[b]
                 speed[b] += half[a, b] * g[a]
@@ -87,35 +80,31 @@ class ContinuousGrid:
             return sparse.csc_matrix(total + sum(sparse.diags(speed[a]) @ grid.D[a] for a in range(grid.dim)))
 
         length = span[1] - span[0]
-        calls = 0
+        calls = itertools.count()
 
         def counted(s: float, w: np.ndarray) -> np.ndarray:
-            nonlocal calls
-            calls += 1
-            if calls > _MOST_CALLS:
+            if next(calls) >= _MOST_CALLS:
                 raise RuntimeError("too many steps")
             return slope(s, w)
 
         options: dict[str, Any] = {"method": "Radau", "jac": jacobian, "dense_output": True}
         if grid.dim == 2:  # factorising the matrix of a plane costs more than the many steps of an explicit method
             options = {"method": "RK45", "t_eval": length * np.linspace(0.0, 1.0, _LEVELS) ** 1.5}
-        with np.errstate(all="ignore"):
-            try:
-                found = solve_ivp(counted, (0.0, length), end, rtol=tolerance, atol=tolerance, **options)
-                good = found.status == 0 and bool(np.isfinite(found.y[:, -1]).all())
-            except (ValueError, RuntimeError):  # a non-finite state, a singular matrix inside scipy, or too many steps
-                good, found = False, None
-        if not good:
+        found: Any = None
+        # errors: a non-finite state, a singular matrix inside scipy, or too many steps
+        with np.errstate(all="ignore"), contextlib.suppress(ValueError, RuntimeError):
+            found = solve_ivp(counted, (0.0, length), end, rtol=_TOLERANCE, atol=_TOLERANCE, **options)
+        if found is None or found.status != 0 or not np.isfinite(found.y[:, -1]).all():
             ends = ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(grid.lows, grid.highs))
             raise NoExactSolution(
                 "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite (reward or "
                 "-running cost too convex), or reward or drift are too steep or the noise too small for the grid "
                 f"({ends}). Use a larger alpha, a less convex reward or a shorter horizon."
             )
-        self._dense: Any = found.sol  # type: ignore[union-attr]
+        self._dense = found.sol
         if grid.dim == 2:
-            values: Any = found.y.T  # type: ignore[union-attr]
-            self._dense = CubicHermiteSpline(found.t, values, [slope(s, w) for s, w in zip(found.t, values)])  # type: ignore[union-attr]
+            values = found.y.T
+            self._dense = CubicHermiteSpline(found.t, values, [slope(s, w) for s, w in zip(found.t, values)])
 
     def at(self, time: float) -> np.ndarray:
         """w at the grid's points."""
@@ -143,7 +132,7 @@ class GridSolution(OnGrids):
             self._times.append(-1.0)
         super().__init__(problem, {}, None, problem.chain(_STEPS, "euler").double())
 
-    @cached_property
+    @functools.cached_property
     def _autonomous(self) -> bool:
         """Whether the problem's functions are the same at all times."""
         f, x = self._functions, self._probes[:PROBES]
@@ -157,9 +146,7 @@ class GridSolution(OnGrids):
         return self._functions.diffusion(x, time) if self._root is None or time >= 0 else self._root
 
     def _solve(self, member: tuple[int, ...], x: Tensor, end: np.ndarray, grid: Grid, refinement: int) -> Any:
-        def coefficients(t: float) -> Coefficients:
-            return Coefficients(*(part.numpy() for part in self._local(x, member, t)))
-
+        coefficients = functools.partial(self._local, x, member)
         main = ContinuousGrid(grid, coefficients, end, (0.0, self.problem.horizon), self._autonomous)
         if self._root is None:
             return [(0.0, main)]
@@ -175,10 +162,7 @@ class GridSolution(OnGrids):
 
     def _slope_table(self, one: Any, time: float) -> Table:
         piece = self._piece(one, time)
-        return piece.grid.table(piece.grid.gradient(piece.at(time)))
-
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
-        return self._pull(x, time)
+        return piece.grid.table(piece.grid.derivatives(piece.at(time))[0])
 
     def marginal(self, t: float) -> Any:
         if self._snap(float(t)) == 0.0 and self._root is None:

@@ -1,6 +1,6 @@
 """Uniform grids of one or two dimensions, and functions and laws on them. All in float64 on the CPU."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,26 +39,20 @@ class Table:
 
     def __init__(self, values: Any, lows: np.ndarray, spacings: np.ndarray) -> None:
         self.values = torch.as_tensor(values, dtype=torch.float64)
-        self.lows, self.spacings = lows, spacings
+        self.lows, self.spacings = lows.tolist(), spacings.tolist()
         if self.values.ndim == 2:  # one polynomial for each cell
             self._pieces = self.values.unfold(1, _POINTS, 1) @ torch.from_numpy(_LAGRANGE).mT
 
     def __call__(self, points: Tensor) -> Tensor:
         """Points ``(..., n)`` to ``(channels, ...)``."""
-        return self._line(points[..., 0]) if self.values.ndim == 2 else self._plane(points)
-
-    def _line(self, x: Tensor) -> Tensor:
-        first, inner = _locate(x, float(self.lows[0]), float(self.spacings[0]), self.values.shape[1])
-        *lower, total = self._pieces[:, first].unbind(-1)
-        for coefficient in reversed(lower):
-            total = torch.addcmul(coefficient, total, inner)
-        return total
-
-    def _plane(self, points: Tensor) -> Tensor:
-        (rows, along), (columns, across) = (
-            local_weights(points[..., a], float(self.lows[a]), float(self.spacings[a]), self.values.shape[1 + a])
-            for a in (0, 1)
-        )
+        axes = [(points[..., a], *axis) for a, axis in enumerate(zip(self.lows, self.spacings, self.values.shape[1:]))]
+        if len(axes) == 1:
+            first, inner = _locate(*axes[0])
+            *lower, total = self._pieces[:, first].unbind(-1)
+            for coefficient in reversed(lower):
+                total = torch.addcmul(coefficient, total, inner)
+            return total
+        (rows, along), (columns, across) = (local_weights(*axis) for axis in axes)
         near = self.values[:, rows.unsqueeze(-1), columns.unsqueeze(-2)]
         return torch.einsum("c...ij,...i,...j->c...", near, along, across)
 
@@ -90,10 +84,6 @@ class Grid:
             self.H[0, 1] = sparse.csr_matrix(self.D[0] @ self.D[1])
         self._all = sparse.csr_matrix(sparse.vstack([*self.D, *self.H.values()]))
 
-    def gradient(self, w: np.ndarray) -> np.ndarray:
-        """``(n, N)``."""
-        return np.stack([D @ w for D in self.D])
-
     def derivatives(self, w: np.ndarray) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
         """Gradient ``(n, N)``, and second derivatives by pairs of axes."""
         parts = (self._all @ w).reshape(-1, len(w))
@@ -123,8 +113,6 @@ class GridLaw(Distribution):
     Args:
         lows, spacings, densities: of each coordinate; densities ``(*batch, N)``, N of each coordinate's own.
     """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, lows: list[float], spacings: list[float], densities: list[Tensor], like: Tensor) -> None:
         self._lows, self._spacings, self._densities, self._like = lows, spacings, densities, like

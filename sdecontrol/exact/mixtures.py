@@ -43,17 +43,7 @@ class _Pair(NamedTuple):
         return (self.optimum.score(y) - self.reference.score(y)) @ self.root
 
     def to(self, like: Tensor) -> _Pair:
-        return _Pair(_moved(self.optimum, like), _moved(self.reference, like), self.centre.to(like), self.root.to(like))
-
-
-def _moved(mixture: GaussianMixture, like: Tensor) -> GaussianMixture:
-    vectors = mixture._vectors
-    return GaussianMixture._from_parts(
-        mixture.log_weights.to(like),
-        mixture.means.to(like),
-        mixture._values.to(like),
-        None if vectors is None else vectors.to(like),
-    )
+        return _Pair(self.optimum.to(like), self.reference.to(like), self.centre.to(like), self.root.to(like))
 
 
 def _mixture(log_weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
@@ -124,10 +114,9 @@ class MixtureSolution(ExactSolution):
                 f"initial: the exact solution of a mixture needs the reference's own start (leave initial "
                 f"out), got another {type(problem.initial).__name__}."
             )
-        self._reference, self._schedule = reference, reference.schedule
-        data = _moved(reference.mixture, torch.zeros((), dtype=torch.float64))
-        self._mu0, self._std0 = self._levels(problem.horizon)
-        self._p0 = data.noised(self._mu0, self._std0)
+        self._reference = reference
+        data = reference.mixture.to(torch.zeros((), dtype=torch.float64))
+        self._p0 = data.noised(*self._levels(problem.horizon))
         self._tilted, self._log_z = tilted_mixture(self._p0, terms.reward)
         self._pair = lru_cache(maxsize=4096)(self._make_pair)
 
@@ -136,7 +125,7 @@ class MixtureSolution(ExactSolution):
     def _levels(self, time: float) -> tuple[float, float]:
         """``mu`` and ``std`` of the schedule at process time t in [0, T]."""
         s = torch.tensor(self._reference.noising_time(time), dtype=torch.float64)
-        return float(self._schedule.mu(s)), float(self._schedule.std(s))
+        return float(self._reference.schedule.mu(s)), float(self._reference.schedule.std(s))
 
     def _noising(self, t: float, s: float) -> tuple[float, float]:
         """``(ratio, variance)`` of ``X_s | X_t = x ~ N(ratio x, variance)``, 0 <= s <= t: noisier given cleaner."""
@@ -144,32 +133,23 @@ class MixtureSolution(ExactSolution):
         ratio = mu_s / mu_t
         return ratio, max(std_s**2 - (ratio * std_t) ** 2, 0.0)
 
-    def _noised(self, mixture: GaussianMixture, time: float) -> GaussianMixture:
-        ratio, variance = self._noising(self.problem.horizon, time)
-        return mixture.noised(ratio, math.sqrt(variance))
-
-    def _stretched(self, mixture: GaussianMixture, past: float, centre: Tensor, spread: Tensor) -> GaussianMixture:
-        """The law of ``X_t - m`` at ``t = past - 1``: ``past (X_0 - m) + sqrt(past (1 - past)) S^(1/2) eps``."""
-        return _mixture(
-            mixture.log_weights,
-            past * (mixture.means - centre),
-            past**2 * mixture.covariances + past * (1 - past) * spread,
-        )
-
     def _make_pair(self, time: float) -> _Pair:
-        start = self._noised(self._p0, max(time, 0.0))
-        optimum = self._noised(self._tilted, max(time, 0.0))
-        d = len(start.mean)
+        ratio, variance = self._noising(self.problem.horizon, max(time, 0.0))
+        start, optimum = (law.noised(ratio, math.sqrt(variance)) for law in (self._p0, self._tilted))
         if time >= 0:
             level = self._reference.diffusion(start.means, torch.tensor(time, dtype=torch.float64)).double().cpu()
-            return _Pair(optimum, start, torch.zeros(d, dtype=torch.float64), level * torch.eye(d, dtype=torch.float64))
+            return _Pair(
+                optimum, start, torch.zeros_like(start.mean), level * torch.eye(*start.event_shape, dtype=torch.float64)
+            )
         centre, spread, past = start.mean, start.covariance_matrix, max(1.0 + time, _PAST)
-        return _Pair(
-            self._stretched(optimum, past, centre, spread),
-            self._stretched(start, past, centre, spread),
-            centre,
-            factor(spread),
+        # X_t - centre at t = past - 1 is past (X_0 - centre) + sqrt(past (1 - past)) S^(1/2) eps
+        bridged = (
+            _mixture(
+                law.log_weights, past * (law.means - centre), past**2 * law.covariances + past * (1 - past) * spread
+            )
+            for law in (optimum, start)
         )
+        return _Pair(*bridged, centre, factor(spread))
 
     # ---------------------------------------------------------------- the interface
 
@@ -208,12 +188,11 @@ class MixtureSolution(ExactSolution):
     def marginal(self, t: float) -> GaussianMixture | Dirac:
         self._need_tilted_start("marginal(t)")
         time = self._snap(float(t))
-        like = torch.zeros((), dtype=self.problem.dtype, device=self.problem.device)
-        if time == -1.0:
-            return Dirac(self._out(self._pair(time).centre))
         law, _, centre, _ = self._pair(time)
-        shifted = GaussianMixture._from_parts(law.log_weights, law.means + centre, law._values, law._vectors)
-        return _moved(shifted, like)
+        if time == -1.0:
+            return Dirac(self._out(centre))
+        shifted = GaussianMixture._from_parts(law.log_weights, law.means + centre, law.variances, law._vectors)
+        return shifted.to(self._out(centre))
 
     def bridge(self, s: float, t: float, x_t: Tensor) -> Gaussian:
         self._need_tilted_start("bridge(s, t, x_t)")

@@ -295,8 +295,8 @@ class OnGrids(ExactSolution):
     def _value_at(self, x: Tensor, time: float) -> Tensor:
         return self.problem.alpha * self._sum_tables(x, self._value_tables(time))
 
-    def _pull(self, x: Tensor, time: float) -> Tensor:
-        """``scale' slope``: the control of a process, the shift of a chain."""
+    def _control_at(self, x: Tensor, time: float) -> Tensor:
+        """``scale' slope``: the control of a process (of a chain, the shift)."""
         return apply_scale_transposed(self._noise(x, time), self._slopes(x, self._slope_tables(time)), 1)
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:

@@ -28,7 +28,6 @@ class Functions:
 
     def __init__(self, problem: ControlProblem, chain: Chain) -> None:
         self.problem, self.chain = problem, chain
-        self.d = problem.event_shape[0]
         self.eps = float(torch.finfo(torch.float64).eps)
         self._takes_float64: dict[str, bool] = {}
 
@@ -84,7 +83,7 @@ class Functions:
         """The rows of a scale that belong to a block, as matrices ``(count, n, m)`` (an elementwise one: m = n)."""
         if is_matrix_scale(scale, 1):
             return scale[:, index].expand(count, -1, -1)
-        return torch.diag_embed(scale.expand(count, self.d)[:, index])
+        return torch.diag_embed(scale.expand(count, *self.problem.event_shape)[:, index])
 
 
 class Block(NamedTuple):
@@ -110,10 +109,9 @@ class Interactions:
         self.functions = functions
         self.linked = np.eye(self.d, dtype=bool)
         self.reasons: dict[str, np.ndarray] = {}
-        moved = self.x.repeat(self.d, 1, 1)
+        self.moved = self.x.repeat(self.d, 1, 1)  # (d, probes, d): coordinate j of state i replaced
         for j in range(self.d):
-            moved[j, :, j] = self.y[:, j]
-        self.moved = moved  # (d, probes, d): coordinate j of state i replaced
+            self.moved[j, :, j] = self.y[:, j]
 
     def _link(self, name: str, pairs: np.ndarray) -> None:
         np.fill_diagonal(pairs, False)

@@ -18,7 +18,7 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Gaussian, factor
-from ..processes.linear import Transition
+from ..processes.linear import Transition, condition_gaussian
 from ..tensors import symmetric
 from .base import ExactSolution
 
@@ -33,10 +33,6 @@ class Form(NamedTuple):
     def at(self, x: Tensor) -> Tensor:
         """Its value at x ``(..., d)``."""
         return ((self.q - 0.5 * x @ self.P) * x).sum(-1) + self.c
-
-    def mean_over(self, mean: Tensor, cov: Tensor) -> Tensor:
-        """``E[form(X)]`` for X of this mean and covariance."""
-        return self.at(mean) - 0.5 * (self.P * cov).sum()
 
     def through(self, matrix: Tensor, shift: Tensor) -> Form:
         """The form ``x -> form(matrix x + shift)``."""
@@ -85,8 +81,7 @@ def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
 
 def compose(first: Transition, second: Transition) -> Transition:
     """The transition of one Gaussian kernel after another."""
-    M, b, Q = second
-    return Transition(M @ first.matrix, M @ first.shift + b, symmetric(M @ first.covariance @ M.mT + Q))
+    return Transition(second.matrix @ first.matrix, *second.moved(first.shift, first.covariance))
 
 
 class Terms(NamedTuple):
@@ -145,7 +140,7 @@ class LinearQuadraticSolution(ExactSolution):
         Raises:
             NoExactSolution: ``E_nu[Z(X_0)]`` is infinite, or not known for this kind of start.
         """
-        mean, root = self._first_state()
+        mean, root, _ = self._first_state()
         return self._out(soft_average(self._form(self._marks[0]), root, "over the start").form.at(mean))
 
     @property
@@ -153,13 +148,15 @@ class LinearQuadraticSolution(ExactSolution):
         return self._out(self._over_start(self._form(self._marks[0])))
 
     def _over_start(self, form: Form) -> Tensor:
-        mean, root = self._first_state()
-        return form.mean_over(mean, root @ root.mT)
+        """``E[form(X)]`` for the first state."""
+        mean, _, cov = self._first_state()
+        return form.at(mean) - 0.5 * (form.P * cov).sum()
 
-    def _first_state(self) -> tuple[Tensor, Tensor]:
-        """Mean and root of the covariance of the first state: the point before a controlled start, or nu."""
+    def _first_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, root of the covariance, and covariance of the first state: the point before a controlled start, or nu."""
         mean, cov = self._first_moments()
-        return mean, factor(cov)
+        root = factor(cov)
+        return mean, root, root @ root.mT
 
     def _value_at(self, x: Tensor, time: float) -> Tensor:
         return self.problem.alpha * self._form(time).at(x)
@@ -173,8 +170,8 @@ class LinearQuadraticSolution(ExactSolution):
         for k in range(chain.steps):
             gain, offset = self._feedback(self._snap(chain.clock[k]))
             units = torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device)
-            effect = chain.shift_at(k, units, units)  # the same at all states
-            effect = effect.to("cpu", torch.float64)  # (m, noise): shifts are linear in u
+            # (m, noise): shifts are linear in u, and the same at all states
+            effect = chain.shift_at(k, units, units).to("cpu", torch.float64)
             gains.append((gain.mT @ effect).to(chain.times))
             offsets.append((offset @ effect).to(chain.times))
         return lambda k, x, condition: torch.addmm(offsets[k], x, gains[k])
@@ -185,9 +182,4 @@ class LinearQuadraticSolution(ExactSolution):
     def bridge(self, s: float, t: float, x_t: Tensor) -> Gaussian:
         s, t = self._ordered(s, t)
         x = self._in("x_t", x_t)
-        mean, cov = self._moments(s)
-        M, shift, Q = self._transition(s, t)
-        # the gain by least squares: the covariance of X_t is singular for degenerate noise
-        gain = torch.linalg.lstsq(symmetric(M @ cov @ M.mT + Q), M @ cov, driver="gelsd").solution.mT
-        keep = torch.eye(len(mean), dtype=mean.dtype) - gain @ M
-        return self._gaussian(mean + (x - mean @ M.mT - shift) @ gain.mT, keep @ cov @ keep.mT + gain @ Q @ gain.mT)
+        return condition_gaussian(*self._moments(s), self._transition(s, t), x, like=self._out(x))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import factor
-from ..processes.linear import LinearSDE, Transition, moments
+from ..processes.linear import LinearSDE, Transition, integrate_linear, moments
 from ..tensors import symmetric
 from .quadratic import Form, LinearQuadraticSolution, Terms, compose, soft_average
 
@@ -95,18 +95,14 @@ class RiccatiSolution(LinearQuadraticSolution):
         y = torch.from_numpy(self._dense(time))
         return Form(symmetric(y[: d * d].reshape(d, d)), y[d * d : -1], y[-1])
 
-    def _sigma(self, time: float) -> Tensor:
-        return self._start_root if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
-
     def _feedback(self, time: float) -> tuple[Tensor, Tensor]:
-        sigma, form = self._sigma(time), self._form(time)
+        form = self._form(time)
+        sigma = self._start_root if time < 0 else torch.from_numpy(self._linear.coefficients(time)[2])
         return -sigma.mT @ form.P, sigma.mT @ form.q
 
     def _moments(self, time: float) -> tuple[Tensor, Tensor]:
-        mean, root = self._first_state()
-        cov = root @ root.mT
-        M, b, Q = self._transition(self._marks[0], time)
-        return M @ mean + b, symmetric(M @ cov @ M.mT + Q)
+        mean, _, cov = self._first_state()
+        return self._transition(self._marks[0], time).moved(mean, cov)
 
     def _transition(self, s: float, t: float) -> Transition:
         if s < 0 < t:
@@ -120,26 +116,13 @@ class RiccatiSolution(LinearQuadraticSolution):
 
     def _integrate(self, s: float, t: float) -> Transition:
         """The closed loop ``dX = (A X + a + Sigma (q - P X)) dt + sigma dW`` from s to t, 0 <= s <= t."""
-        from scipy.integrate import solve_ivp
-
         d = self._linear.event_shape[0]
-        start = np.zeros((d, 2 * d + 1))
-        start[:, :d] = np.eye(d)
 
-        def slope(r: float, flat: np.ndarray) -> np.ndarray:
+        def terms(r: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             A, a, sigma = self._linear.coefficients(r)
             dense = self._dense(r)
-            P, q = dense[: d * d].reshape(d, d), dense[d * d : -1]
             noise = sigma @ sigma.T
-            closed = A - noise @ P
-            y = flat.reshape(d, 2 * d + 1)
-            out = closed @ y
-            out[:, d : 2 * d] += y[:, d : 2 * d] @ closed.T + noise
-            out[:, 2 * d] += a + noise @ q
-            return out.ravel()
+            return A - noise @ dense[: d * d].reshape(d, d), (a + noise @ dense[d * d : -1])[:, None], noise
 
-        result = solve_ivp(slope, (s, t), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-13) if t > s else None
-        if result is not None and not result.success:
-            raise RuntimeError(f"the closed loop from {s} to {t} could not be integrated: {result.message}")
-        end = torch.from_numpy((start if result is None else result.y[:, -1].reshape(d, 2 * d + 1)).copy())
-        return Transition(end[:, :d], end[:, 2 * d], symmetric(end[:, d : 2 * d]))
+        matrix, effects, cov = integrate_linear(terms, s, t)
+        return Transition(matrix, effects[:, 0], cov)

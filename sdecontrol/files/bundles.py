@@ -62,13 +62,12 @@ def write_bundle(
     tensor_file = folder / f"{name}-{digest[:12]}.safetensors"
     body = {"format": FORMAT, "schema": SCHEMA, "tensors": tensor_file.name, "sha256": digest, **settings}
     body["settings_sha256"] = _checksum(body)
-    text = json.dumps(body, indent=1, allow_nan=True)
+    path = folder / f"{name}.json"
     _write_atomically(tensor_file, content)
-    _write_atomically(folder / f"{name}.json", text.encode())
-    for old in folder.glob(f"{name}-*.safetensors"):
-        if old != tensor_file:
-            old.unlink(missing_ok=True)
-    return folder / f"{name}.json"
+    _write_atomically(path, json.dumps(body, indent=1, allow_nan=True).encode())
+    for old in set(folder.glob(f"{name}-*.safetensors")) - {tensor_file}:
+        old.unlink(missing_ok=True)
+    return path
 
 
 def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -68,15 +68,14 @@ def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
             raise BadFileError(
                 f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
             )
+    numbers = saved.get("numbers", {})
     for name, now in current["numbers"].items():
-        then = saved.get("numbers", {}).get(name)
-        if then is None:
+        if (then := numbers.get(name)) is None:
             raise BadFileError(f"{path} belongs to another problem: it had no {name}.")
         a, b = torch.tensor(then, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
         if a.shape != b.shape or not torch.allclose(
             a, b, rtol=1e-3, atol=1e-5 * max(1.0, float(b.abs().max())), equal_nan=True
         ):
             raise BadFileError(f"{path} belongs to another problem: its {name} differs from this one's.")
-    for name in saved.get("numbers", {}):
-        if name not in current["numbers"]:
-            raise BadFileError(f"{path} belongs to another problem: it had a {name}, this one has none.")
+    if lost := numbers.keys() - current["numbers"].keys():
+        raise BadFileError(f"{path} belongs to another problem: it had a {min(lost)}, this one has none.")

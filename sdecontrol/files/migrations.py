@@ -8,12 +8,12 @@ _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}
 
 
 def migrated(schema: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the present schema, from those of an older one."""
-    return _from_1(settings) if schema == 1 else settings
+    """Settings of the present schema, from those of an older one.
 
-
-def _from_1(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a solution says beyond all others goes into a field of its own; networks get the fields that they came to have."""
+    From 1 to 2 what a solution says beyond all others goes into a field of its own; networks get the fields that they came to have.
+    """
+    if schema == 2:
+        return settings
     if settings["kind"] == "solution":
         own = {name: settings.pop(name) for name in (*_SORTS, "twist") if name in settings}
         sort = next((sort for name, sort in _SORTS.items() if name in own), "control")

@@ -10,7 +10,6 @@ from ..randomness import derive_seed, fresh_seed, global_rng
 from ..training.progress import ProgressBar
 
 DIGIT_SHAPE = (1, 8, 8)
-_CLASSES = 10
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -33,18 +32,17 @@ def digits() -> tuple[Tensor, Tensor]:
 class DigitClassifier(nn.Module):
     """A small convolutional network: images ``(batch, 1, 8, 8)`` to logits ``(batch, 10)``."""
 
-    def __init__(self, channels: int = 16, width: int = 64) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        pixels = DIGIT_SHAPE[1] * DIGIT_SHAPE[2]
         self.body = nn.Sequential(
-            nn.Conv2d(1, channels, 3, padding=1),
+            nn.Conv2d(1, 16, 3, padding=1),
             nn.SiLU(),
-            nn.Conv2d(channels, 2 * channels, 3, padding=1, stride=2),
+            nn.Conv2d(16, 32, 3, padding=1, stride=2),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(2 * channels * pixels // 4, width),
+            nn.Linear(32 * 4 * 4, 64),
             nn.SiLU(),
-            nn.Linear(width, _CLASSES),
+            nn.Linear(64, 10),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,10 +53,6 @@ class ParticleSystem(Target):
         counts, edges = torch.histogram(values, bins, range=(0.0, upper))
         return counts / (values.numel() * (upper / bins)), edges
 
-    def energy(self, x: Tensor) -> Tensor:
-        """Minus the log density, ``(batch,)``."""
-        return -self(x)
-
 
 class DoubleWellSystem(ParticleSystem):
     """Energy ``sum over pairs of 0.9 (r - 4)^4 - 4 (r - 4)^2``."""

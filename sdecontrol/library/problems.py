@@ -14,8 +14,8 @@ global one is left alone), so they do not depend on it.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,10 +27,11 @@ from ..processes.laws import Dirac, Gaussian
 from ..processes.linear import BrownianMotion, LinearSDE
 from ..processes.sde import SDE
 from ..tensors import as_float
+from .target_base import Card, register
 
 
 @dataclass(frozen=True)
-class ProblemCard:
+class ProblemCard(Card):
     """A named problem with the discretisation it is usually solved on.
 
     Attributes:
@@ -39,27 +40,14 @@ class ProblemCard:
         time_steps, batch_size: the usual ones.
     """
 
-    name: str
-    version: int
-    make: Callable[..., ControlProblem]
     time_steps: int
     batch_size: int
-
-    @property
-    def definition(self) -> str:
-        """The definition in words."""
-        return " ".join((self.make.__doc__ or "").split())
 
 
 _CARDS: dict[str, ProblemCard] = {}
 
 
-def _card(name: str, *, version: int, time_steps: int, batch_size: int) -> Callable:
-    def add(make: Callable[..., ControlProblem]) -> Callable[..., ControlProblem]:
-        _CARDS[name] = ProblemCard(name, version, make, time_steps, batch_size)
-        return make
-
-    return add
+_card = partial(register, _CARDS, ProblemCard)
 
 
 def problem_names() -> list[str]:

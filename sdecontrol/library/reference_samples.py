@@ -119,7 +119,6 @@ def reference_samples(
     seed = fresh_seed(seed)
     if target.has_samples:
         return _exact(target, n, seed)
-    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
     settings = {
         "target": target.name,
         "version": target.version,
@@ -129,7 +128,7 @@ def reference_samples(
         "systems": systems,
         "particles": particles,
         "moves": moves,
-        "dtype": dtype,
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
     }
     name = "-".join(str(value) for value in settings.values())
     keep = cache and bool(target.name)
@@ -163,8 +162,7 @@ def _make(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Samples, the systems that they come from, and log Z^ of each system."""
     problem = gibbs_problem(target, target.dim, seed=derive_seed(seed, 81))
-    settings = TemperedSettings("states", problem.has_gradient)
-    tempered = tempered_target(problem, problem.chain(), None, settings)
+    tempered = tempered_target(problem, problem.chain(), None, TemperedSettings("states", problem.has_gradient))
     assert isinstance(tempered, StateTarget)
     with torch.no_grad():
         ladder, chosen = adapt(tempered, particles, derive_seed(seed, 82))
@@ -173,8 +171,7 @@ def _make(
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         rows = rows[torch.randperm(n, generator=generator, device=rows.device)]
-        z = found.z.flatten(0, 1)[rows]
-        p = points_at(tempered, z, tempered.draw_origin(n, seed))
+        p = points_at(tempered, found.z.flatten(0, 1)[rows], tempered.draw_origin(n, seed))
         kernel = Kernel(1.0, ladder.centres[-1], ladder.factors[-1], int(ladder.leaps[-1]))
         for _ in range(moves):
             p, _ = kernel.move(tempered, p, float(ladder.angles[-1]), generator)
@@ -189,7 +186,6 @@ def _result(tensors: dict[str, Tensor], facts: dict[str, Any], systems: int, cac
     x, log_z = tensors["x"], tensors["log_z"]
     values = torch.cat((x.double(), tensors["log_density"].unsqueeze(1)), 1)
     mean, error = _over_systems(values, tensors["system"], systems)
-    shares = log_z.softmax(0)
     return ReferenceSamples(
         x=x,
         log_z=log_mean_weight(log_z),
@@ -198,7 +194,7 @@ def _result(tensors: dict[str, Tensor], facts: dict[str, Any], systems: int, cac
         mean_stderr=error[:-1],
         exact=False,
         spread=float(log_z.std()),
-        effective_systems=1 / float(shares.square().sum()),
+        effective_systems=1 / float(log_z.softmax(0).square().sum()),
         systems=systems,
         evaluations=int(facts["evaluations"]),
         cached=cached,

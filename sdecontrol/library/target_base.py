@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +59,12 @@ class Target:
 
 
 @dataclass(frozen=True)
-class TargetCard:
-    """A named target. ``version`` is raised whenever the definition changes; ``make()`` makes it."""
+class Card:
+    """A named target, or a named problem. ``version`` is raised whenever the definition changes; ``make()`` makes it."""
 
     name: str
     version: int
-    make: Callable[[], Target]
+    make: Callable[..., Any]
 
     @property
     def definition(self) -> str:
@@ -70,14 +72,17 @@ class TargetCard:
         return " ".join((self.make.__doc__ or "").split())
 
 
-CARDS: dict[str, TargetCard] = {}
+CARDS: dict[str, Card] = {}
 
 
-def register_target(name: str, *, version: int) -> Callable[[Callable[[], Target]], Callable[[], Target]]:
-    """Add a target to the library; the docstring of the function that makes it is its definition."""
+def register(cards: dict[str, Any], kind: type[Card], name: str, **facts: Any) -> Callable:
+    """Add a card of a kind to others; the docstring of the function that makes what it names is the definition."""
 
-    def add(make: Callable[[], Target]) -> Callable[[], Target]:
-        CARDS[name] = TargetCard(name, version, make)
+    def add(make: Callable[..., Any]) -> Callable[..., Any]:
+        cards[name] = kind(name, make=make, **facts)
         return make
 
     return add
+
+
+register_target = partial(register, CARDS, Card)

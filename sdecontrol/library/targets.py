@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import check_name
 from . import particle_systems  # noqa: F401  (adds its targets to the library)
-from .target_base import CARDS, Target, TargetCard, register_target
+from .target_base import CARDS, Card, Target, register_target
 
 _LOG_2PI = math.log(2 * math.pi)
 _LOWEST = -60.0  # of the funnel's x1 in its exponential: 20 standard deviations out
@@ -29,7 +29,7 @@ def target_names() -> list[str]:
     return sorted(CARDS)
 
 
-def target_card(name: str) -> TargetCard:
+def target_card(name: str) -> Card:
     """The card of a named target: version and definition.
 
     Raises:
@@ -47,7 +47,7 @@ def named_target(name: str) -> Target:
         ValueError: unknown name, with the nearest ones. ModuleNotFoundError: data that need an extra, naming it.
     """
     card = target_card(name)
-    target = card.make()
+    target: Target = card.make()
     target.name, target.version, target.definition = card.name, card.version, card.definition
     return target
 
@@ -177,8 +177,6 @@ class ManyWell(Target):
     def __call__(self, x: Tensor) -> Tensor:
         self._check(x)
         value = self.log_factor(x[:, self.wells.to(x.device)]).sum(1)
-        if len(self._plain) == 0:
-            return value
         return value - 0.5 * x[:, self._plain.to(x.device)].square().sum(1)
 
     def left_shares(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.shifts import shifts_along
-from ..controls.build import build_control
 from ..errors import check_name
 from ..paths.closed_loop import ClosedLoop
 from ..paths.lean_adjoint import (
@@ -20,8 +19,8 @@ from ..paths.lean_adjoint import (
     with_a_first_slope,
 )
 from ..problems.problem import ControlProblem
-from ..tensors import as_float, check_count, event_sum
-from .base import Method, Run, concatenate, path_metrics, register
+from ..tensors import check_count, check_positive, event_sum
+from .base import Method, Run, path_metrics, register
 from .on_paths import steps_of
 from .reciprocal import EndBuffer, reciprocal_step
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
@@ -37,9 +36,7 @@ class _State(RegressionState):
     guess at it, looked at now and then, whether that guess will do."""
 
     def __init__(self, run: Run) -> None:
-        # least squares is damped relative to each feature; with a scaled gate single paths went astray
-        control = build_control(run.problem, run.chain, run.control, seed=run.seed, scale_gate=False)
-        super().__init__(control, run.chain)
+        super().__init__(run)
         self.loop = ClosedLoop(run.chain)
         self.sizes: Tensor
         self.register_buffer("sizes", run.chain.times.new_tensor([1.0, 1.0, _UNKNOWN]))
@@ -104,9 +101,8 @@ class AdjointMatching(Method):
         check_count("steps", self.steps, 1, optional=True)
         check_count("buffer_size", self.buffer_size, 1)
         check_count("refresh", self.refresh, 1)
-        for name in ("clip", "huber"):
-            if getattr(self, name) is not None:
-                as_float(name, getattr(self, name), positive=True)
+        check_positive("clip", self.clip, optional=True)
+        check_positive("huber", self.huber, optional=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -121,11 +117,10 @@ class AdjointMatching(Method):
     def setup(self, run: Run) -> nn.Module:
         return EndBuffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+    def step(self, state: EndBuffer | _State, run: Run) -> dict[str, float]:
+        own_step = self.pairing == "chain"
         if isinstance(state, EndBuffer):
-            own_step = self.pairing == "chain"
             return reciprocal_step(state, run, self.refresh, self.clip, own_step, steps_of(run, self.steps))
-        assert isinstance(state, _State)
         problem, chain = run.problem, run.chain
         parts, means, noises = [], [], []
         for part in range(run.accumulate):
@@ -146,20 +141,17 @@ class AdjointMatching(Method):
                 costs=costs,
                 alpha=problem.alpha,
                 noise_part=noise,
-                own_step=self.pairing == "chain",
+                own_step=own_step,
             )
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )
-            _, mean = regress(state, run, chain, shifts, targets, steps=steps_of(run, self.steps, part), most=longest)
+            means.append(regress(state, run, shifts, targets, steps=steps_of(run, self.steps, part), most=longest))
             if noise is not None and most:
                 noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
             parts.append(paths)
-            means.append(mean)
-        loss = float(torch.stack(means).mean(0).sum())
-        descend(state, run, parts, means)
-        metrics = path_metrics(parts)
+        loss = descend(state, run, parts, means)
         state.sizes[0] = loss
         if noises:
-            state.sizes[1] = concatenate(noises).mean()
-        return {**metrics, "loss": loss}
+            state.sizes[1] = torch.cat(noises).mean()
+        return {**path_metrics(parts), "loss": loss}

@@ -4,8 +4,9 @@ It meets the training loop in three calls: ``setup(run)`` makes its state, an nn
 changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(state, run)`` gives the control.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +20,9 @@ from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..randomness import SeededNoise, derive_seed
+
+#: what every method on paths of the current control reports
+METRICS = ("objective", "objective_stderr", "reward", "running_cost", "kl")
 
 
 @dataclass
@@ -164,17 +168,15 @@ class Method:
     def setup(self, run: Run) -> nn.Module:
         return ControlState(build_control(run.problem, run.chain, run.control, seed=run.seed))
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+    def step(self, state: Any, run: Run) -> dict[str, float]:
         raise NotImplementedError
 
-    def finished(self, state: nn.Module, run: Run) -> bool:
+    def finished(self, state: Any, run: Run) -> bool:
         """Whether there is no more to do, asked after every iteration."""
         return False
 
-    def finish(self, state: nn.Module, run: Run) -> Control:
-        control = state.control
-        assert isinstance(control, Control)
-        return control
+    def finish(self, state: Any, run: Run) -> Control:
+        return state.control
 
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -215,19 +217,18 @@ def find_method(method: Any) -> Method:
 
 
 def path_metrics(parts: Sequence[Paths]) -> dict[str, float]:
-    """Metrics that every method on paths of the current control reports, from all parts of a batch."""
-    rewards, costs, kls = (torch.cat(list(values)) for values in zip(*((p.reward, p.cost, p.kl()) for p in parts)))
+    """The metrics of :data:`METRICS`, from all parts of a batch."""
+    rewards, costs, kls = map(torch.cat, zip(*((p.reward, p.cost, p.kl()) for p in parts)))
     return metrics_of(rewards, costs, kls, parts[0].alpha)
 
 
 def metrics_of(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -> dict[str, float]:
     """The same from their parts, ``(batch,)``."""
     objective = reward - running_cost - alpha * kl
+    error = float(objective.std()) / len(objective) ** 0.5 if len(objective) > 1 else math.nan
     return {
         "objective": float(objective.mean()),
-        "objective_stderr": float(objective.std()) / max(1, len(objective)) ** 0.5
-        if len(objective) > 1
-        else float("nan"),
+        "objective_stderr": error,
         "reward": float(reward.mean()),
         "running_cost": float(running_cost.mean()),
         "kl": float(kl.mean()),
@@ -237,7 +238,3 @@ def metrics_of(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -
 def parameters_of(state: nn.Module) -> list[Tensor]:
     """The parameters that training changes."""
     return [p for p in state.parameters() if p.requires_grad]
-
-
-def concatenate(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat(list(parts))

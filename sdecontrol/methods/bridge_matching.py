@@ -7,17 +7,18 @@ import torch
 
 from ..chains.bridges import bridge_of
 from ..chains.shifts import shifts_along
-from ..paths.weights import self_normalised, warn_where_few
+from ..paths.paths import Paths
+from ..paths.weights import self_normalised
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from ..tensors import check_positive, event_sum
-from .base import Method, Run, register
-from .on_paths import check_paths, collect, current_metrics, path_state
+from .base import Run, register
+from .on_paths import PathMethod
 
 
 @register
 @dataclass(frozen=True)
-class BridgeMatching(Method):
+class BridgeMatching(PathMethod):
     """Forward ``KL(Q_fine || P^u)`` on pairs of ends: regress the control on the drift of the reference conditioned on its end.
 
     Both ends come from simulated paths, weighted to Q_fine by ``w = exp(r/alpha) dQ0/dP^v`` (normalised in log space); between them
@@ -39,13 +40,8 @@ class BridgeMatching(Method):
     gaussian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_paths(self.paths)
+        super().__post_init__()
         check_positive("trust_region", self.trust_region, optional=True)
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -56,32 +52,18 @@ class BridgeMatching(Method):
             )
 
     def setup(self, run: Run) -> Any:
-        state: Any = path_state(run, self.paths)
+        state = super().setup(run)
         state.bridge = bridge_of(run.chain, run.problem.start)
         return state
 
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        chain, parts = run.chain, []
-        loss = ess = exponent = 0.0
-        for part in range(run.accumulate):
-            paths = collect(state, run, part)
-            log_w = paths.log_weights()
-            weights = self_normalised(log_w, None, self.trust_region)
-            start, end = paths.states[0], paths.end
-            generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
-            noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
-            states = state.bridge.between(start, end, noise)
-            target = state.bridge.noise_given_end(states, end, paths.condition)
-            c = shifts_along(chain, state.control, states, paths.condition)
-            value = (weights.weights * event_sum(0.5 * (c - target) ** 2, len(chain.noise_shape)).sum(0)).mean()
-            (value / run.accumulate).backward()
-            loss += float(value.detach()) / run.accumulate
-            ess += weights.ess / run.accumulate
-            exponent += weights.exponent / run.accumulate
-            parts.append(paths)
-        if run.iteration % 100 == 0:
-            warn_where_few(
-                self.name, ess, run.batch_size, "Use trust_region=1.0, a larger batch or alpha, or better paths."
-            )
-        run.descend()
-        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        weights, exponent, ess = self_normalised(paths.log_weights(), None, self.trust_region)
+        start, end = paths.states[0], paths.end
+        generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
+        noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
+        states = state.bridge.between(start, end, noise)
+        target = state.bridge.noise_given_end(states, end, paths.condition)
+        c = shifts_along(run.chain, state.control, states, paths.condition)
+        loss = (weights * event_sum(0.5 * (c - target) ** 2, len(run.chain.noise_shape)).sum(0)).mean()
+        (loss / run.accumulate).backward()
+        return {"loss": float(loss.detach()), "ess": ess, "exponent": exponent}

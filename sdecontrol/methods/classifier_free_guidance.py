@@ -81,22 +81,23 @@ class ClassifierFreeGuidance(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
-        assert self.conditional is not None
-        control = _Guided(run.problem, self.conditional, float(self.weight), self.label)
-        control.probe(run.problem)
-        return ControlState(control)
+        return ControlState(_Guided(run.problem, self.conditional, float(self.weight), self.label))
 
 
 class _Guided(ModelControl):
     """The shift towards the conditional model's mean, times 1 + w; nothing on the stretch of a controlled start."""
 
-    strength: float
-
-    def __init__(self, problem: ControlProblem, conditional: Callable[..., Tensor], weight: float, label: Any) -> None:
+    def __init__(self, problem: ControlProblem, conditional: Any, weight: float, label: Any) -> None:
         super().__init__(problem.reference)
         model = copy.deepcopy(conditional).eval() if isinstance(conditional, nn.Module) else conditional
         self._model = [model]  # in a list: not a part of this module
         self.strength, self.label = 1.0 + weight, label
+        # one call, so that what is wrong with the model is said before anything is simulated
+        x, y = problem.draw_start(3, 0), problem.draw_condition(3, 0)
+        called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(self._condition(x, y).shape)}"
+        with torch.no_grad(), probing("conditional", called):
+            out = self.reference.predict(self.predicted, x, 0.5, y)
+        check_output("conditional", out, x.shape, x, f"It is called as {called}.")
 
     def _condition(self, x: Tensor, y: Any) -> Any:
         if self.label is None:
@@ -106,11 +107,3 @@ class _Guided(ModelControl):
 
     def predicted(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         return call_model(self._model[0], x, s, self._condition(x, y))
-
-    def probe(self, problem: ControlProblem) -> None:
-        """One call, so that what is wrong with the model is said before anything is simulated."""
-        x, y = problem.draw_start(3, 0), problem.draw_condition(3, 0)
-        called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(self._condition(x, y).shape)}"
-        with torch.no_grad(), probing("conditional", called):
-            out = self.reference.predict(self.predicted, x, 0.5, y)
-        check_output("conditional", out, x.shape, x, f"It is called as {called}.")

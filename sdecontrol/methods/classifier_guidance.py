@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..controls.guidance import ClassifierValue, LogValue, TweedieValue, ValueControl
+from ..controls.guidance import ClassifierValue, TweedieValue, ValueControl
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from .base import ControlState, Method, Run, register
@@ -57,14 +57,9 @@ class ClassifierGuidance(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
-        value: LogValue
+        given: Any = run.problem.reward_function if self.classifier is None else self
         if self.noisy:
-            assert self.classifier is not None
-            value = ClassifierValue(run.problem, self.classifier, self.label)
+            value = ClassifierValue(run.problem, given.classifier, given.label)
         else:
-            own = run.problem.reward_function if self.classifier is None else None
-            classifier, label = (
-                (own.classifier, own.label) if isinstance(own, LogProb) else (self.classifier, self.label)
-            )
-            value = TweedieValue(run.problem, run.chain, classifier, label)
+            value = TweedieValue(run.problem, run.chain, given.classifier, given.label)
         return ControlState(ValueControl(value, run.problem, run.chain))

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..paths.weights import self_normalised, warn_where_few
+from ..paths.paths import Paths
+from ..paths.weights import self_normalised
 from ..tensors import check_count, check_positive
-from .base import Method, Run, register
-from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, regression_loss, steps_of
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, regression_loss, steps_of
 
 
 @register
 @dataclass(frozen=True)
-class CrossEntropy(Method):
+class CrossEntropy(PathMethod):
     """Minimise the forward ``KL(Q_fine || P^u)``: likelihood of paths of a control v, weighted by
     ``w = exp(R/alpha) dQ0/dP^v``. No gradient of the reward.
 
@@ -36,35 +37,14 @@ class CrossEntropy(Method):
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_paths(self.paths)
+        super().__post_init__()
         check_positive("trust_region", self.trust_region, optional=True)
         check_count("group_size", self.group_size, 2, optional=True)
         check_count("steps", self.steps, 1, optional=True)
 
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
-
-    def setup(self, run: Run) -> Any:
-        return path_state(run, self.paths, self.group_size)
-
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, found = [], []
-        loss = 0.0
-        for part in range(run.accumulate):
-            paths = collect(state, run, part, self.group_size)
-            weights = self_normalised(paths.log_weights(), self.group_size, self.trust_region)
-            log_ratios = paths.under(state.control, steps := steps_of(run, self.steps, part)).log_ratio
-            w = weights.weights
-            add_scores(run, log_ratios, 1 - w if state.behaviour is None else -w)
-            loss += regression_loss(paths, log_ratios, w, steps) / run.accumulate
-            parts.append(paths)
-            found.append(weights)
-        ess = sum(f.ess for f in found) / len(found)
-        if run.iteration % 100 == 0:
-            size = self.group_size or run.batch_size
-            warn_where_few(self.name, ess, size, "Use trust_region=1.0, a larger batch or alpha, or better paths.")
-        run.descend()
-        exponent = sum(f.exponent for f in found) / len(found)
-        return {**current_metrics(state, run, parts), "loss": loss, "ess": ess, "exponent": exponent}
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        weights, exponent, ess = self_normalised(paths.log_weights(), self.group_size, self.trust_region)
+        steps = steps_of(run, self.steps, part)
+        log_ratios = paths.under(state.control, steps).log_ratio
+        add_scores(run, log_ratios, 1 - weights if state.behaviour is None else -weights)
+        return {"loss": regression_loss(paths, log_ratios, weights, steps), "ess": ess, "exponent": exponent}

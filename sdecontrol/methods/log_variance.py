@@ -10,8 +10,8 @@ from ..errors import check_name
 from ..paths.weights import leave_one_out, self_normalised
 from ..randomness import derive_seed
 from ..tensors import check_count
-from .base import Method, Run, register
-from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ, steps_of
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, starts_differ, steps_of
 
 LOSSES = ("variance", "moment")
 _GROUP = 8
@@ -19,7 +19,7 @@ _GROUP = 8
 
 @register
 @dataclass(frozen=True)
-class LogVariance(Method):
+class LogVariance(PathMethod):
     """Minimise ``Var_{P^v}[Y(u)]/2`` with ``Y(u) = log dP^u/dQ0 - R/alpha`` on stored paths of a control v; no gradient of the reward.
 
     ``Y`` is the negative log importance weight: constant at the soft-optimal law. With paths of the current control (v = u, detached)
@@ -51,14 +51,9 @@ class LogVariance(Method):
 
     def __post_init__(self) -> None:
         check_name("loss", self.loss, LOSSES)
-        check_paths(self.paths)
+        super().__post_init__()
         check_count("steps", self.steps, 1, optional=True)
         check_count("group_size", self.group_size, 2, optional=True)
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
 
     def _group(self, run: Run) -> int | None:
         needed = self.group_size is None and self.loss == "variance" and starts_differ(run.problem)
@@ -71,9 +66,8 @@ class LogVariance(Method):
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, group, metrics = [], self._group(run), {"loss": 0.0}
-        if state.behaviour is None:
-            metrics["ess"] = 0.0
+        parts, group = [], self._group(run)
+        metrics = {"loss": 0.0, "ess": 0.0} if state.behaviour is None else {"loss": 0.0}
         for part in range(run.accumulate):
             paths = collect(state, run, part, group)
             laws = paths.under(state.control, steps_of(run, self.steps, part))
@@ -97,4 +91,4 @@ class LogVariance(Method):
                 metrics["ess"] += self_normalised(-y, group).ess / run.accumulate
             parts.append(paths)
         run.descend()
-        return {**current_metrics(state, run, parts), **metrics}
+        return {**current_metrics(state, parts), **metrics}

@@ -31,12 +31,11 @@ class _Chains(Method):
         check_count("num_chains", self.num_chains, 2)
         check_count("warm_up", self.warm_up, 20)
         check_positive("width", self.width)
-        if self.thin is not None:
-            check_count("thin", self.thin, 1)
+        check_count("thin", self.thin, 1, optional=True)
 
     @property
     def settings(self) -> ChainSettings:
-        return ChainSettings(self.name, self.num_chains, self.warm_up, self.thin, width=float(self.width))
+        return ChainSettings(self.name, **{**vars(self), "width": float(self.width)})
 
     def check(self, problem: ControlProblem) -> None:
         if not isinstance(problem, GibbsProblem):
@@ -92,14 +91,7 @@ class HMC(_Chains):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.leaps is not None:
-            check_count("leaps", self.leaps, 1)
-
-    @property
-    def settings(self) -> ChainSettings:
-        return ChainSettings(
-            self.name, self.num_chains, self.warm_up, self.thin, leaps=self.leaps, width=float(self.width)
-        )
+        check_count("leaps", self.leaps, 1, optional=True)
 
 
 @register
@@ -124,17 +116,6 @@ class NUTS(_Chains):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("max_tree_depth", self.max_tree_depth, 1)
-
-    @property
-    def settings(self) -> ChainSettings:
-        return ChainSettings(
-            self.name,
-            self.num_chains,
-            self.warm_up,
-            self.thin,
-            width=float(self.width),
-            max_tree_depth=self.max_tree_depth,
-        )
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

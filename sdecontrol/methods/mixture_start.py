@@ -25,9 +25,8 @@ _LARGEST = 1024  # numbers in a state to which a mixture is fitted
 def ends_for_a_mixture(problem: ControlProblem) -> Ends | None:
     """The reference's end, where a mixture can stand in its place; None: a running cost counts beside the end, the state is too large, a trainable model is to
     be tuned itself, or no such control is known."""
-    if problem.running_cost_function is not None or problem.event_shape.numel() > _LARGEST:
-        return None
-    if problem.reference.trainable:
+    large = problem.event_shape.numel() > _LARGEST
+    if problem.running_cost_function is not None or large or problem.reference.trainable:
         return None
     try:
         return ends_of(problem)
@@ -79,12 +78,8 @@ def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None
 
 def _weighted(target: StateTarget | NoiseTarget, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Ends of independent draws of what particles begin with, and their log weights."""
-    ends, log_w = [], []
-    for block in range(_DRAWS):
-        p = start_points(target, size, derive_seed(seed, 3, block))
-        ends.append(_ends(target, p.z, p.origin))
-        log_w.append(p.phi.double())
-    return torch.cat(ends), torch.cat(log_w)
+    drawn = [start_points(target, size, derive_seed(seed, 3, block)) for block in range(_DRAWS)]
+    return torch.cat([_ends(target, p.z, p.origin) for p in drawn]), torch.cat([p.phi.double() for p in drawn])
 
 
 def _ends(target: StateTarget | NoiseTarget, z: Tensor, origin: Tensor) -> Tensor:

@@ -3,7 +3,6 @@ weighted sum of log-ratios along them."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from ..controls.build import build_control
 from ..controls.given import given_control
 from ..errors import check_name
 from ..paths.paths import Paths
+from ..paths.weights import warn_where_few
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
 from ..randomness import derive_seed, generator_for
-from .base import Batch, ControlState, Run, path_metrics
+from .base import METRICS, ControlState, Method, Run, path_metrics
 
 PATHS = ("current", "reference")
 _PLACE_STEPS = 41
@@ -50,16 +50,14 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
 def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Paths:
     """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and condition."""
     batch = run.batch(part)
+    x0, condition = batch.x0, batch.condition
     if group_size is not None:
-        batch = _grouped(batch, group_size, run.chain.reverse is None)
+        first = torch.arange(len(x0) // group_size, device=x0.device).repeat_interleave(group_size)
+        condition = None if condition is None else condition[first]
+        if run.chain.reverse is None:  # a reverse law leads to the start: with one Y is constant over all of them
+            x0 = x0[first]
     control = state.control if state.behaviour is None else state.behaviour
-    return roll_out(run.problem, run.chain, control, batch.x0, batch.noise, batch.condition, until)
-
-
-def _grouped(batch: Batch, size: int, starts: bool) -> Batch:
-    first = lambda v: v[: len(v) // size].repeat_interleave(size, 0)  # noqa: E731
-    x0 = first(batch.x0) if starts else batch.x0  # a reverse law leads to the start: Y is constant over all of them
-    return replace(batch, x0=x0, condition=None if batch.condition is None else first(batch.condition))
+    return roll_out(run.problem, run.chain, control, x0, batch.noise, condition, until)
 
 
 def starts_differ(problem: ControlProblem) -> bool:
@@ -87,32 +85,61 @@ def add_scores(run: Run, log_ratios: Tensor, coefficients: Tensor) -> None:
     ((coefficients.detach() * log_ratios).sum(0).mean() * part).backward()
 
 
-def regression_loss(paths: Paths, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None = None) -> float:
+def regression_loss(paths: Paths, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None) -> float:
     """``-E w log p^u`` per step, ``|c_k - z_k|^2/2`` of Gaussian kernels and their draws z, from the log-ratios of these steps."""
     draws = paths.draws if steps is None else paths.draws[list(steps)]
     return float((weights * (paths.chain.surprisal(draws) - log_ratios.detach())).mean())
 
 
-def current_metrics(state: PathState, run: Run, parts: Sequence[Paths], own: bool = True) -> dict[str, float]:
+def current_metrics(state: PathState, parts: Sequence[Paths]) -> dict[str, float]:
     """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL: nan."""
-    if state.behaviour is not None or not own:
-        return dict.fromkeys(("objective", "objective_stderr", "reward", "running_cost", "kl"), math.nan)
-    return path_metrics(parts)
+    return dict.fromkeys(METRICS, math.nan) if state.behaviour is not None else path_metrics(parts)
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- the method
 
 
-def check_paths(paths: Any) -> None:
-    """Whose paths: "current", "reference", or a control.
+class PathMethod(Method):
+    """A method that learns from paths, one part of the batch after another; whose, and in what groups, are fields where they are a choice.
 
     Raises:
         ValueError: an unknown name. TypeError: no control.
     """
-    if isinstance(paths, str):
-        check_name("paths", paths, PATHS)
-    elif not callable(paths) and not callable(getattr(paths, "control", None)):
-        raise TypeError(
-            f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
-            f"{type(paths).__name__}."
-        )
+
+    paths: Any = "current"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.paths, str):
+            check_name("paths", self.paths, PATHS)
+        elif not callable(self.paths) and not callable(getattr(self.paths, "control", None)):
+            raise TypeError(
+                f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
+                f"{type(self.paths).__name__}."
+            )
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Other paths than its own say nothing of the objective."""
+        return self.paths != "current"
+
+    def setup(self, run: Run) -> Any:
+        return path_state(run, self.paths, self.group_size)
+
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        parts: list[Paths] = []
+        metrics: dict[str, float] = {}
+        for part in range(run.accumulate):
+            paths = collect(state, run, part, self.group_size)
+            for name, value in self.learn(state, run, part, paths).items():
+                metrics[name] = metrics.get(name, 0.0) + value / run.accumulate
+            parts.append(paths)
+        if "exponent" in metrics and run.iteration % 100 == 0:
+            remedy = "Use trust_region=1.0, a larger batch or alpha, or better paths."
+            warn_where_few(self.name, metrics["ess"], self.group_size or run.batch_size, remedy)
+        run.descend()
+        return {**current_metrics(state, parts), **metrics}
+
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        """Add the gradients of the ``part``-th batch of paths; its own metrics, of weighted paths "ess" and "exponent" among them."""
+        raise NotImplementedError

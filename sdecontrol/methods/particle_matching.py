@@ -1,5 +1,6 @@
 """``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next particles."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..chains.base import Chain
 from ..chains.bridges import ChainBridge, NoisingBridge, bridge_of
 from ..chains.shifts import shifts_along
 from ..controls.base import Control
@@ -32,8 +32,12 @@ class _State(RegressionState):
 
     def __init__(self, run: Run, size: int) -> None:
         problem, chain = run.problem, run.chain
-        super().__init__(_control(run, size), chain)
-        self.bridge = _bridge(problem, chain)
+        super().__init__(run, _control(run, size))
+        #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does
+        self.bridge: ChainBridge | NoisingBridge | None = None
+        if problem.running_cost_function is None:
+            with contextlib.suppress(ValueError):
+                self.bridge = bridge_of(chain, problem.start)
         kept = 2 if self.bridge is not None else chain.steps + 1
         self.states: Tensor
         self.draws: Tensor
@@ -48,22 +52,10 @@ class _State(RegressionState):
 def _control(run: Run, size: int) -> Control:
     """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to particles where that pays."""
     problem, chain = run.problem, run.chain
-    base = None
-    if run.control is None:
-        base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START))
+    base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START)) if run.control is None else None
     if base is None:
         return build_control(problem, chain, run.control, seed=run.seed)
     return corrected(problem, chain, base, seed=run.seed)
-
-
-def _bridge(problem: ControlProblem, chain: Chain) -> ChainBridge | NoisingBridge | None:
-    """What draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does."""
-    if problem.running_cost_function is not None:
-        return None
-    try:
-        return bridge_of(chain, problem.start)
-    except ValueError:
-        return None
 
 
 @register
@@ -111,15 +103,14 @@ class ParticleMatching(Method):
     def setup(self, run: Run) -> nn.Module:
         return _State(run, self.num_particles)
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, _State)
+    def step(self, state: _State, run: Run) -> dict[str, float]:
         if run.iteration % self.refresh == 0:
             self._run_particles(state, run)
         chain, means = run.chain, []
         for part in range(run.accumulate):
             states, targets = self._draw(state, run, part)
             shifts = shifts_along(chain, state.control, states)
-            means.append(regress(state, run, chain, shifts, targets)[1])
+            means.append(regress(state, run, shifts, targets))
         mean = torch.stack(means).mean(0)
         state.observe(mean)
         run.descend()
@@ -128,12 +119,11 @@ class ParticleMatching(Method):
         return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}
 
     @torch.no_grad()
-    def finish(self, state: nn.Module, run: Run) -> Control:
+    def finish(self, state: _State, run: Run) -> Control:
         """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is the forward KL up to a constant."""
         control = super().finish(state, run)
         if not isinstance(control, CorrectedControl) or run.control is not None:
             return control
-        assert isinstance(state, _State)
         if not bool(state.states.any()):  # before the first step
             return control.base
         gains = []

@@ -4,20 +4,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..controls.values import LearnedLogZ, learned_value
 from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
 from ..randomness import derive_seed
 from ..tensors import check_count
-from .base import Method, Run, register
-from .on_paths import add_scores, check_paths, collect, current_metrics, path_state, starts_differ
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, collect, current_metrics, starts_differ
 
 
 @register
 @dataclass(frozen=True)
-class PathConsistency(Method):
+class PathConsistency(PathMethod):
     """Minimise ``E sum_j D_j^2/2`` for the n-step residuals, ``v_K = r``, on stored paths; no gradient of the reward::
 
         D_j = (v_j(x_j) - v_{j+n}(x_{j+n}))/alpha + sum_{j <= k < j+n} [ log p^u/p0 (x_{k+1}|x_k) + h_k f_k/alpha ].
@@ -46,7 +45,7 @@ class PathConsistency(Method):
             if isinstance(self.n, str):
                 raise ValueError(f"n must be 'all' or a number of steps >= 1, got {self.n!r}.")
             check_count("n", self.n, 1)
-        check_paths(self.paths)
+        super().__post_init__()
         check_count("replay", self.replay, 0)
 
     @property
@@ -58,13 +57,8 @@ class PathConsistency(Method):
     def fixed_target(self) -> bool:  # type: ignore[override]
         return self.n != "all"
 
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Other paths than its own say nothing of the objective."""
-        return self.paths != "current"
-
     def setup(self, run: Run) -> Any:
-        state = path_state(run, self.paths)
+        state = super().setup(run)
         seed = derive_seed(run.seed, 46)
         if self.n == "all":
             state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), seed)
@@ -86,7 +80,7 @@ class PathConsistency(Method):
                 paths = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part), run.problem)
             loss += self._learn(state, run, paths) / run.accumulate
         run.descend()
-        metrics = {**current_metrics(state, run, parts), "loss": loss}
+        metrics = {**current_metrics(state, parts), "loss": loss}
         if self.n == "all":
             metrics["learned_log_z"] = float(state.log_z(paths.states[0], paths.condition).detach().mean())
         return metrics
@@ -104,22 +98,18 @@ class PathConsistency(Method):
             state.log_z.follow(residuals)
         else:
             value = state.value.along(paths.states[:-1], run.chain.times[:-1], paths.condition)
-            count = min(int(self.n), len(deltas))
-            residuals = self._windows(value.detach(), deltas, end, count)
+            K, device = len(deltas), deltas.device
+            count = min(int(self.n), K)
+            # D_j; the windows that begin less than n steps before the end are cut there
+            sums = torch.cat((torch.zeros_like(deltas[:1]), deltas.cumsum(0)))
+            last = (torch.arange(K, device=device) + count).clamp(max=K)
+            values = torch.cat((value.detach(), end.unsqueeze(0)))
+            residuals = values[:-1] - values[last] + sums[last] - sums[:-1]
             # a step's score meets the residuals of all windows it is in
             sums = torch.cat((torch.zeros_like(residuals[:1]), residuals.cumsum(0)))
-            top = torch.arange(1, len(deltas) + 1, device=sums.device)
+            top = torch.arange(1, K + 1, device=device)
             coefficients = (sums[top] - sums[(top - count).clamp(min=0)]) / count
         if value.requires_grad:
             ((residuals * value).sum(0).mean() / count / run.accumulate).backward()
         add_scores(run, log_ratios, coefficients)
         return 0.5 * float(residuals.square().sum(0).mean()) / count
-
-    @staticmethod
-    def _windows(value: Tensor, deltas: Tensor, end: Tensor, n: int) -> Tensor:
-        """``D_j``, ``(K, batch)``; the windows that begin less than n steps before the end are cut there."""
-        K = len(deltas)
-        sums = torch.cat((torch.zeros_like(deltas[:1]), deltas.cumsum(0)))
-        last = (torch.arange(K, device=deltas.device) + n).clamp(max=K)
-        values = torch.cat((value, end.unsqueeze(0)))
-        return values[:-1] - values[last] + sums[last] - sums[:-1]

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from ..chains.bridges import ChainBridge
 from ..chains.shifts import shifts_along
-from ..controls.build import build_control
 from ..paths.lean_adjoint import StepJacobians, lean_targets
 from ..paths.paths import Paths
 from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from .base import Run, path_metrics
+from .base import METRICS, Run, path_metrics
 from .regression import RegressionState, controlled_paths, descend, regress
 
 
@@ -22,7 +21,7 @@ class EndBuffer(RegressionState):
     """Starts, ends and reward slopes of the last ``size`` paths, between which the reference's bridges are drawn."""
 
     def __init__(self, run: Run, size: int) -> None:
-        super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed, scale_gate=False), run.chain)
+        super().__init__(run)
         self.bridge, chain = ChainBridge(run.chain), run.chain
         self.starts: Tensor
         self.ends: Tensor
@@ -54,23 +53,18 @@ def reciprocal_step(
     if run.iteration % refresh == 0:
         paths, slope = controlled_paths(state, run)
         state.add(paths, clipped(problem, slope, clip))
-        found = path_metrics([paths])
-        state.metrics.copy_(torch.tensor(list(found.values()), dtype=torch.float64))
+        state.metrics.copy_(torch.tensor(list(path_metrics([paths]).values()), dtype=torch.float64))
     generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))
     stored = min(int(state.count), len(state.starts))
-    device, dtype = chain.times.device, chain.times.dtype
-    rows = torch.randint(stored, (run.batch_size,), generator=generator, device=device)
-    shape = (chain.steps, run.batch_size, *chain.event_shape)
-    noise = torch.randn(shape, dtype=dtype, generator=generator, device=device)
+    rows = torch.randint(stored, (run.batch_size,), generator=generator, device=generator.device)
     end = state.ends[rows]
+    noise = torch.randn((chain.steps, *end.shape), dtype=end.dtype, generator=generator, device=end.device)
     states = torch.cat((state.bridge.between(state.starts[rows], end, noise), end.unsqueeze(0)))
     drawn = Paths.of_states(chain, states)
     targets = lean_targets(StepJacobians(drawn), state.slopes[rows], own_step=own_step)
     shifts = shifts_along(chain, state.control, states[:-1])
-    _, mean = regress(state, run, chain, shifts, targets, steps=steps)
-    descend(state, run, [drawn], [mean])
-    names = ("objective", "objective_stderr", "reward", "running_cost", "kl")
-    return {**dict(zip(names, state.metrics.tolist())), "loss": float(mean.sum())}
+    loss = descend(state, run, [drawn], [regress(state, run, shifts, targets, steps=steps)])
+    return {**dict(zip(METRICS, state.metrics.tolist())), "loss": loss}
 
 
 def clipped(problem: ControlProblem, slope: Tensor, clip: float | None) -> Tensor:

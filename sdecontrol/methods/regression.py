@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..chains.base import Chain
 from ..controls.base import Control
+from ..controls.build import build_control
 from ..errors import NonFiniteError
 from ..paths.lean_adjoint import StepJacobians
 from ..paths.paths import Paths
@@ -21,7 +21,11 @@ _AVERAGE = 0.1  # of the last batch in the running residuals
 class RegressionState(ControlState):
     """State of a regression: the control, and running mean squares of the residual at every step."""
 
-    def __init__(self, control: Control, chain: Chain) -> None:
+    def __init__(self, run: Run, control: Control | None = None) -> None:
+        chain = run.chain
+        if control is None:
+            # least squares is damped relative to each feature; with a scaled gate single paths went astray
+            control = build_control(run.problem, chain, run.control, seed=run.seed, scale_gate=False)
         super().__init__(control)
         self.residuals: Tensor
         self.calm: Tensor
@@ -89,14 +93,13 @@ def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]
 def regress(
     state: RegressionState,
     run: Run,
-    chain: Chain,
     shifts: Tensor,
     targets: Tensor,
     *,
     weights: Tensor | None = None,
     steps: Sequence[int] | None = None,
     most: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Add the gradient of ``E sum_k weight |c_k - y_k|^2/2`` for one batch, the steps weighted by :meth:`RegressionState.step_weights`.
 
     Args:
@@ -106,18 +109,18 @@ def regress(
             finite not at all.
 
     Returns:
-        The unweighted squares ``|c_k - y_k|^2/2`` ``(K, batch)``, and the mean of each step with path weights ``(K,)``; detached.
+        The mean of ``|c_k - y_k|^2/2`` at each step, with path weights, ``(K,)``; detached.
     """
-    squares = _squares(shifts - targets, len(chain.noise_shape), most)
+    squares = _squares(shifts - targets, len(run.chain.noise_shape), most)
     means = (squares if weights is None else squares * weights).mean(1)
     if not state.least_squares and not bool(state.residuals.any()):
         # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative to it
         state.observe(means.detach())
     by_step = state.step_weights() * means
-    total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (chain.steps / len(steps))
+    total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (run.chain.steps / len(steps))
     # not to the states, too: their gradient serves nobody
     (total / run.accumulate).backward(inputs=parameters_of(state))
-    return squares.detach(), means.detach()
+    return means.detach()
 
 
 def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
@@ -176,19 +179,22 @@ def descend(
     state: RegressionState,
     run: Run,
     parts: Sequence[Paths],
-    means: Sequence[Tensor],
+    means: list[Tensor],
     weights: Tensor | None = None,
-) -> None:
+) -> float:
     """One step from the gradients of all parts, least squares where the control is linear.
 
     Args:
         parts: of the current control, if they know their target (:meth:`Paths.towards`). means: as :func:`regress` gives them. weights: of the paths of
             all parts.
+
+    Returns:
+        The loss, all steps alike.
     """
     objective = None
     if parts[0].target is not None:
         objective = torch.cat([p.reward - p.cost - p.alpha * p.kl() for p in parts])
-    mean = torch.stack(list(means)).mean(0)
+    mean = torch.stack(means).mean(0)
     step_weights = state.step_weights()
     states = torch.cat([paths.states[:-1] for paths in parts], 1)
     y = None if parts[0].condition is None else torch.cat([paths.condition for paths in parts])
@@ -198,3 +204,4 @@ def descend(
         state.calm += 1
     else:
         state.calm.zero_()
+    return float(mean.sum())

@@ -6,17 +6,18 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import check_name
+from ..paths.paths import Paths
 from ..paths.weights import leave_one_out
 from ..tensors import check_count
-from .base import Method, Run, register
-from .on_paths import add_scores, collect, current_metrics, path_state, steps_of
+from .base import Run, register
+from .on_paths import PathMethod, add_scores, steps_of
 
 BASELINES = ("none", "batch")
 
 
 @register
 @dataclass(frozen=True)
-class Reinforce(Method):
+class Reinforce(PathMethod):
     """The gradient of ``KL(P^u || Q_fine)`` as ``E[(C - b) sum_k xi_k . dc_k + sum_k c_k . dc_k]`` with the whole path's cost
     ``C = -R/alpha + sum_k |c_k|^2/2``, on paths of the current control; the reward may be a black box.
 
@@ -38,18 +39,9 @@ class Reinforce(Method):
         check_name("baseline", self.baseline, BASELINES)
         check_count("steps", self.steps, 1, optional=True)
 
-    def setup(self, run: Run) -> Any:
-        return path_state(run)
-
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, loss = [], 0.0
-        for part in range(run.accumulate):
-            paths = collect(state, run, part)
-            cost = paths.kl() - (paths.reward - paths.cost) / run.problem.alpha
-            laws = paths.under(state.control, steps_of(run, self.steps, part))
-            advantage = leave_one_out(cost) if self.baseline == "batch" else cost
-            add_scores(run, advantage * laws.log_ratio + laws.less_reverse(laws.kl), torch.ones_like(advantage))
-            loss += float(cost.mean()) / run.accumulate
-            parts.append(paths)
-        run.descend()
-        return {**current_metrics(state, run, parts), "loss": loss}
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        cost = paths.kl() - (paths.reward - paths.cost) / run.problem.alpha
+        laws = paths.under(state.control, steps_of(run, self.steps, part))
+        advantage = leave_one_out(cost) if self.baseline == "batch" else cost
+        add_scores(run, advantage * laws.log_ratio + laws.less_reverse(laws.kl), torch.ones_like(advantage))
+        return {"loss": float(cost.mean())}

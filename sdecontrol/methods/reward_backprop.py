@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from ..errors import check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
-from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
-from .base import Method, Run, concatenate, metrics_of, parameters_of, register
+from .base import ControlState, Method, Run, metrics_of, parameters_of, register
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
 
@@ -55,34 +54,25 @@ class RewardBackprop(Method):
             check_continuous(run.chain, str(self.gradient))
         return super().setup(run)
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+    def step(self, state: ControlState, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
         parameters = parameters_of(state)
-        rewards, costs, kls = [], [], []
+        found = []
         for part in range(run.accumulate):
             batch = run.batch(part)
 
             def terminal(x: Tensor, y: Tensor | None = batch.condition) -> Tensor:
-                return -_decoded_reward(problem, run, x, y) / problem.alpha
+                return -problem.reward(chain.decode(x, y), y) / problem.alpha
 
-            descend: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
-            more = {"reach": self._reach(run, part)} if self.gradient == "random" else {}
+            backward: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
+            options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient}
+            if self.gradient == "random":
+                generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
+                options["reach"] = float(torch.rand((), generator=generator, dtype=torch.float64))
             objective = Objective(
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )
-            options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient, **more}
-            cost = descend(chain, state.control, batch.x0, batch.noise, objective, **options)
-            rewards.append(-problem.alpha * cost.terminal)
-            costs.append(cost.cost)
-            kls.append(cost.kl)
+            found.append(backward(chain, state.control, batch.x0, batch.noise, objective, **options))
         run.descend()
-        return metrics_of(concatenate(rewards), concatenate(costs), concatenate(kls), problem.alpha)
-
-    @staticmethod
-    def _reach(run: Run, part: int) -> float:
-        generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
-        return float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
-def _decoded_reward(problem: ControlProblem, run: Run, x: Tensor, y: Tensor | None) -> Tensor:
-    return problem.reward(run.chain.decode(x, y), y)
+        terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
+        return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha)

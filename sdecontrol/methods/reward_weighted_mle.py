@@ -1,5 +1,6 @@
 """``RewardWeightedMLE``: reward-weighted regression on the reference's own steps (tutorial Algorithm 3, [24], [26])."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,15 +9,15 @@ import torch
 from ..errors import check_name
 from ..paths.weights import self_normalised, warn_where_few
 from ..randomness import derive_seed, generator_for
-from .base import Method, Run, register
-from .on_paths import collect, current_metrics, path_state, regression_loss
+from .base import METRICS, Run, register
+from .on_paths import PathMethod, collect, regression_loss
 
 ROLL_INS = ("current", "none")
 
 
 @register
 @dataclass(frozen=True)
-class RewardWeightedMLE(Method):
+class RewardWeightedMLE(PathMethod):
     """Regress the control on the noise of reference steps, weighted by ``exp(R/alpha)``; no gradient of the reward.
 
     Tutorial Algorithm 3: follow the current control up to a random step k (the same for all paths of an iteration), then the
@@ -40,9 +41,6 @@ class RewardWeightedMLE(Method):
 
     def __post_init__(self) -> None:
         check_name("roll_in", self.roll_in, ROLL_INS)
-
-    def setup(self, run: Run) -> Any:
-        return path_state(run)
 
     def _first(self, run: Run, part: int) -> int:
         """The first step of the reference."""
@@ -68,4 +66,4 @@ class RewardWeightedMLE(Method):
             remedy = "Use a larger batch or alpha, or a method on paths of the current control (cross-entropy)."
             warn_where_few(self.name, ess, run.batch_size, remedy)
         run.descend()
-        return {**current_metrics(state, run, [], own=False), "loss": loss, "ess": ess}
+        return {**dict.fromkeys(METRICS, math.nan), "loss": loss, "ess": ess}

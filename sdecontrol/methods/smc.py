@@ -10,7 +10,7 @@ from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.guidance import AnnealedValue, GivenValue, LogValue, TweedieValue, ValueControl
-from ..errors import check_name, unknown_name
+from ..errors import check_name
 from ..evaluation.particle_solution import ParticleSettings, ParticleSolution
 from ..particles.smc import RESAMPLING
 from ..problems.problem import ControlProblem
@@ -55,9 +55,9 @@ class SMC(Method):
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold must be a fraction from 0 to 1, got {self.ess_threshold!r}.")
         check_name("resampling", self.resampling, RESAMPLING)
-        if isinstance(self.twist, str) and self.twist not in _TWISTS:
-            raise unknown_name("twist", self.twist, _TWISTS)
-        if self.twist is not None and not isinstance(self.twist, str) and not callable(self.twist):
+        if isinstance(self.twist, str):
+            check_name("twist", self.twist, _TWISTS)
+        elif self.twist is not None and not callable(self.twist):
             raise TypeError(
                 f"twist must be None, one of {', '.join(_TWISTS)} or a function (x, t) -> (batch,), got "
                 f"{type(self.twist).__name__}."
@@ -92,10 +92,10 @@ class SMC(Method):
         self._twist(run.problem, run.chain, self.finish(state, run))  # what is wrong is said before anything is trained
         return state
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
+    def step(self, state: Any, run: Run) -> dict[str, float]:
         return self.proposal.step(state, run)
 
-    def finish(self, state: nn.Module, run: Run) -> Control:
+    def finish(self, state: Any, run: Run) -> Control:
         return self.proposal.finish(state, run) if isinstance(self.proposal, Method) else super().finish(state, run)
 
     def _twist(self, problem: ControlProblem, chain: Chain, control: Control) -> LogValue | None:

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.base import Chain
 from ..chains.shifts import shifts_along
-from ..controls.build import build_control
 from ..controls.network import time_features
 from ..errors import check_name
 from ..paths.closed_loop import ClosedLoop
@@ -15,7 +15,7 @@ from ..paths.lean_adjoint import StepJacobians, lean_targets, linear_adjoints, r
 from ..paths.weights import self_normalised, warn_where_few
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive, is_matrix_scale
-from .base import Method, Run, concatenate, path_metrics, register
+from .base import Method, Run, path_metrics, register
 from .on_paths import steps_of
 from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
 
@@ -26,22 +26,25 @@ class _State(RegressionState):
     """The learned step matrices are ``N_j = I + h_j L(t_j)``, L a combination of time features."""
 
     def __init__(self, run: Run, kind: str) -> None:
-        # least squares is damped relative to each feature; with a scaled gate paths went astray
-        super().__init__(build_control(run.problem, run.chain, run.control, seed=run.seed, scale_gate=False), run.chain)
+        super().__init__(run)
         chain, d = run.chain, run.chain.event_shape[0]
         clock = chain.times[:-1]
         self.phi: Tensor
         self.register_buffer("phi", time_features((clock - clock[0]) / (chain.times[-1] - clock[0])), persistent=False)
         shape = {"full": (d, d), "diagonal": (d,), "scalar": (1,)}.get(kind)
-        features = self.phi.shape[1]
         self.loop = ClosedLoop(chain) if kind == "closed-loop" else None
-        self.slopes = None if shape is None else nn.Parameter(chain.times.new_zeros(features, *shape))
+        self.slopes = None if shape is None else nn.Parameter(chain.times.new_zeros(self.phi.shape[1], *shape))
 
-    def step_matrices(self, chain_steps: list[float]) -> Tensor:
-        """``N_j - I``, ``(K, d, d)``, ``(K, d)`` or ``(K, 1)``."""
-        assert self.slopes is not None
-        rates = torch.einsum("kf,f...->k...", self.phi, self.slopes)
-        return rates * rates.new_tensor(chain_steps).reshape(-1, *(1,) * (rates.ndim - 1))
+    def step_matrices(self, chain: Chain) -> Tensor:
+        """``N_j``, ``(K, d, d)``, ``(K, d)`` or ``(K, 1)``, as of :func:`linear_adjoints`."""
+        if self.slopes is not None:
+            rates = torch.einsum("kf,f...->k...", self.phi, self.slopes)
+            moves = rates * rates.new_tensor(chain.step_sizes).reshape(-1, *(1,) * (rates.ndim - 1))
+        elif self.loop is not None and self.loop.moves is not None:
+            moves = self.loop.moves
+        else:
+            return chain.times.new_ones(chain.steps, 1)
+        return 1 + moves if moves.ndim < 3 else moves + torch.eye(moves.shape[1]).to(moves)
 
 
 @register
@@ -101,17 +104,15 @@ class SOCM(Method):
     def setup(self, run: Run) -> nn.Module:
         return _State(run, self.matrices)
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, _State)
+    def step(self, state: _State, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
-        parts, means, weights, found = [], [], [], []
+        parts, means, found = [], [], []
         for part in range(run.accumulate):
             paths, slope = controlled_paths(state, run, part)
-            weighing = None
+            weights = None
             if self.weighted:
-                weighing = self_normalised(paths.log_weights(), None, self.trust_region)
-                weights.append(weighing.weights)
-                found.append(weighing)
+                found.append(self_normalised(paths.log_weights(), None, self.trust_region))
+                weights = found[-1].weights
             jacobians = StepJacobians(paths)
             if jacobians.moving:
                 raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
@@ -120,25 +121,14 @@ class SOCM(Method):
                 state.loop.fit(paths, jacobians.scales)
             targets = self._targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
-            path_weights = None if weighing is None else weighing.weights
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )
-            _, mean = regress(
-                state,
-                run,
-                chain,
-                shifts,
-                targets,
-                weights=path_weights,
-                steps=steps_of(run, self.steps, part),
-                most=longest,
-            )
+            steps = steps_of(run, self.steps, part)
+            means.append(regress(state, run, shifts, targets, weights=weights, steps=steps, most=longest))
             parts.append(paths)
-            means.append(mean)
-        descend(state, run, parts, means, concatenate(weights) if weights else None)
-        metrics = path_metrics(parts)
-        metrics["loss"] = float(torch.stack(means).mean(0).sum())
+        loss = descend(state, run, parts, means, torch.cat([f.weights for f in found]) if found else None)
+        metrics = {**path_metrics(parts), "loss": loss}
         if found:
             metrics["ess"] = sum(f.ess for f in found) / len(found)
             metrics["exponent"] = sum(f.exponent for f in found) / len(found)
@@ -155,30 +145,16 @@ class SOCM(Method):
         # what a step's noise says of the state before it: scale^{-T} (c + xi)
         noises = _inverse_transposed(jacobians, paths.noises)
         drawn = noises + _inverse_transposed(jacobians, paths.shifts)
-        factors = self._factors(state, jacobians)
+        factors = state.step_matrices(jacobians.chain)
         moved = drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
         drive = jacobians.mean_products(drawn) - moved
         adjoints = linear_adjoints(slope, factors, drive if costs is None else drive - costs)[1:]
         if state.loop is not None:
-            adjoints = adjoints - _own_noise(jacobians, noises, state.loop)
+            # the step's own noise, A^{-T} (A - d mean)^T scale^{-T} xi with A the closed loop: its mean vanishes (with weights: at the fixed
+            # point), and with it all variance on a linear-quadratic chain at its optimum
+            own = noises - state.loop.inverse_transposed(jacobians.mean_products(noises))
+            adjoints = adjoints - own
         return jacobians.scales_transposed(adjoints)
-
-    def _factors(self, state: _State, jacobians: StepJacobians) -> Tensor:
-        """The step matrices N, as of :func:`linear_adjoints`."""
-        chain = jacobians.chain
-        if state.slopes is not None:
-            moves = state.step_matrices(chain.step_sizes)
-        elif state.loop is not None and state.loop.moves is not None:
-            moves = state.loop.moves
-        else:
-            return chain.times.new_ones(chain.steps, 1)
-        return 1 + moves if moves.ndim < 3 else moves + torch.eye(moves.shape[1]).to(moves)
-
-
-def _own_noise(jacobians: StepJacobians, noises: Tensor, loop: ClosedLoop) -> Tensor:
-    """The noise of a step in the adjoint after it, ``A^{-T} (A - d mean)^T scale^{-T} xi`` with A the closed loop: its mean vanishes (with
-    weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum."""
-    return noises - loop.inverse_transposed(jacobians.mean_products(noises))
 
 
 def _inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:

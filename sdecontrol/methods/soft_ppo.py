@@ -14,7 +14,7 @@ from ..paths.paths import Paths
 from ..paths.weights import leave_one_out
 from ..randomness import derive_seed, generator_for
 from ..tensors import check_count, check_positive
-from .base import Method, Run, parameters_of, register
+from .base import Method, Run, register
 from .on_paths import collect, current_metrics, path_state, steps_of
 
 BASELINES = ("batch", "per-time", "value")
@@ -78,24 +78,24 @@ class SoftPPO(Method):
     def step(self, state: Any, run: Run) -> dict[str, float]:
         batches = [self._advantages(state, run, collect(state, run, i, self.group_size)) for i in range(run.accumulate)]
         measured: dict[str, list[float]] = {"loss": [], "clip_fraction": [], "ratio_std": []}
-        parameters = parameters_of(state)
         for epoch in range(self.epochs):
             orders = [self._order(run, epoch, part) for part in range(run.accumulate)]
             for turn in range(self.minibatches):
-                for p in parameters:
-                    p.grad = None
+                state.zero_grad()
                 for part, (batch, order) in enumerate(zip(batches, orders)):
                     place = (epoch * self.minibatches + turn) * run.accumulate + part
                     chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
                     loss, ratios = self.surrogate(state, chosen, steps_of(run, self.steps, place))
                     measured["loss"].append(float(loss.detach()))
-                    if self.baseline == "value" and epoch == 0:
-                        loss = loss + self._value_loss(state, chosen)
+                    if self.baseline == "value" and epoch == 0:  # not in later ones: it costs as much as the control
+                        paths = chosen.paths
+                        value = state.value.along(paths.states[:-1], paths.times[:-1], paths.condition)
+                        loss = loss + 0.5 * (value + chosen.to_come).square().mean()
                     (loss / run.accumulate).backward()
                     measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
                     measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
                 run.descend()
-        metrics = current_metrics(state, run, [b.paths for b in batches])
+        metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 
     def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
@@ -132,13 +132,6 @@ class SoftPPO(Method):
         part = len(batch.log_ratios) / len(ratios)
         loss = part * (batch.scale * (policy + laws.kl).sum(0)).mean()
         return loss, ratios.detach()
-
-    @staticmethod
-    def _value_loss(state: Any, batch: _Batch) -> Tensor:
-        """The network is fitted in the first epoch only: it costs as much as the control."""
-        paths = batch.paths
-        value = state.value.along(paths.states[:-1], paths.times[:-1], paths.condition)
-        return 0.5 * (value + batch.to_come).square().mean()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.shifts import shift_function
-from ..controls.guidance import GivenValue, LogValue, NetworkValue, TweedieValue, ValueControl, value_network
+from ..controls.guidance import GivenValue, TweedieValue, ValueControl, value_network
 from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
@@ -80,7 +80,6 @@ class ValueGuidance(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
-        value: LogValue
         if self.value == "tweedie":
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):
@@ -91,10 +90,8 @@ class ValueGuidance(Method):
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
 
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, ValueState) and isinstance(state.control, ValueControl)
+    def step(self, state: Any, run: Run) -> dict[str, float]:
         value = state.control.value
-        assert isinstance(value, NetworkValue)
         losses, parts = [], []
         for part in range(run.accumulate):
             batch = run.batch(part)
@@ -105,7 +102,6 @@ class ValueGuidance(Method):
                 if state.target is None:  # all that is to come
                     aim = terminal + gains.flip(0).cumsum(0).flip(0)
                 else:
-                    assert isinstance(state.target, NetworkValue)
                     later = state.target.along(paths.states[1:-1], paths.times[1:-1], paths.condition)
                     aim = gains + torch.cat((later, terminal.unsqueeze(0)))
             loss = itakura_saito(aim - value.along(paths.states[:-1], paths.times[:-1], paths.condition), guided)
@@ -132,7 +128,7 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
     return torch.where(use, (d - level).exp() - (1 + d) * (-level).exp(), 0.0).sum() / use.sum()
 
 
-def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]:
+def _roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the first and third
     are just that, the second has a perturbed start, the fourth is the reference's up to a random step."""
     chain, guidance, value = run.chain, shift_function(run.chain, control), control.value
@@ -140,7 +136,6 @@ def _roll(run: Run, control: ValueControl, batch: Batch) -> tuple[Paths, Tensor]
     begin = torch.randint(chain.steps, (rows,), generator=generator)
     begin[torch.arange(rows) % 4 != 3] = 0
     guided = (torch.arange(chain.steps).unsqueeze(1) >= begin).to(batch.x0.device)
-    assert isinstance(value, NetworkValue)
     x0 = batch.x0.clone()
     away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
     x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away

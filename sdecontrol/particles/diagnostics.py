@@ -142,8 +142,7 @@ class Diagnostics:
         lines = [
             f"{row[0]:<{widths[0]}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:])) for row in table
         ]
-        left = len(self.names) - len(order)
-        if left:
+        if left := len(self.names) - len(order):
             lines.append(f"and {left} more with smaller R-hat")
         return "\n".join([*lines, f"{self.chains} chains of {self.draws} draws"])
 

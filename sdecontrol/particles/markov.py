@@ -135,16 +135,15 @@ def warm_up_chains(
         since += 1
     count = leaps_of(angle, True) if leaps is None else leaps
     kernel = Kernel(1.0, centre, factor, count, _JITTER)
-    z, phi = [], []
+    judged = []
     for _ in range(frozen):
         p, _ = kernel.move(target, p, angle, generator)
-        z.append(p.z)
-        phi.append(p.phi)
+        judged.append(p)
     work += chains * count * frozen
-    seen = torch.stack(z, 1)
-    far = spacing(seen, log_density_of(seen, torch.stack(phi, 1))) if apart is None else apart
-    as_double = lambda v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
-    return WarmChains(p.z, as_double(angle), centre, factor, torch.tensor(count), torch.tensor(far)), work
+    z, phi = torch.stack([q.z for q in judged], 1), torch.stack([q.phi for q in judged], 1)
+    far = spacing(z, log_density_of(z, phi)) if apart is None else apart
+    turn = torch.tensor(angle, dtype=torch.float64)
+    return WarmChains(p.z, turn, centre, factor, torch.tensor(count), torch.tensor(far)), work
 
 
 def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> Draws:
@@ -153,12 +152,12 @@ def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> 
     chains, leaps, apart = len(warm.states), int(warm.leaps), int(warm.apart)
     p = points_at(target, warm.states, target.draw_origin(chains, seed))
     kernel = Kernel(1.0, warm.centre, warm.factor, leaps, _JITTER)
-    z, phi, accepted = [], [], 0.0
+    drawn, accepted = [], 0.0
     for _ in range(draws):
         for _ in range(apart):
             p, accept = kernel.move(target, p, float(warm.steps), generator)
             accepted += float(accept.double().mean())
-        z.append(p.z)
-        phi.append(p.phi.double())
+        drawn.append(p)
+    z, phi = torch.stack([q.z for q in drawn], 1), torch.stack([q.phi for q in drawn], 1).double()
     moves = draws * apart
-    return Draws(torch.stack(z, 1), torch.stack(phi, 1), accepted / moves, chains * (1 + moves * leaps))
+    return Draws(z, phi, accepted / moves, chains * (1 + moves * leaps))

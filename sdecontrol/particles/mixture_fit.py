@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from ..randomness import derive_seed, generator_for
 
 _FULL = 64  # largest dimension with whole covariances
 _HELD_OUT = 0.25
-_CHOOSING = (4096, 16384, 100_000)  # samples that choose: at least, at most, and numbers in all of them
+_LEAST, _HIGHEST, _NUMBERS = 4096, 16384, 100_000  # samples that choose: at least, at most, and numbers in all of them
 _PASSES, _FIRST_PASSES, _ENOUGH = (
     60,
     15,
@@ -61,8 +60,7 @@ def fit_mixture(
     scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
     z = (v - mean) / scale
     order = torch.randperm(len(z), generator=generator_for(x.device, seed, 6), device=x.device)
-    least, highest, numbers = _CHOOSING
-    order = order[: min(highest, max(least, numbers // z.shape[1]))]
+    order = order[: min(_HIGHEST, max(_LEAST, _NUMBERS // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
     held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
     best, found, chosen = -math.inf, None, ("diagonal", 1)
@@ -76,18 +74,13 @@ def fit_mixture(
     for fit in (found, anew):
         fit.improve(z, w)
     found = max((found, anew), key=lambda fit: float((w * _guarded(fit.log_prob(z), z)).mean()))
-    like = {"dtype": x.dtype, "device": x.device}
     if isinstance(found, _Coordinates):
         middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
         parts = (found.weights.clamp(min=1e-12), middle + width * found.means, width**2 * found.var)
-        return ProductMixture(*(part.to(**like) for part in parts))
+        return ProductMixture(*(part.to(x) for part in parts))
     width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
-    law = GaussianMixture(found.weights, mean + scale * found.means, found.cov * width)
     # axes are found in float64: a narrow direction beside a wide one is below float32's rounding of a covariance
-    vectors = None if law._vectors is None else law._vectors.to(**like)
-    return GaussianMixture._from_parts(
-        law.log_weights.to(**like), law.means.to(**like), law._values.to(**like), vectors
-    )
+    return GaussianMixture(found.weights, mean + scale * found.means, found.cov * width).to(x)
 
 
 def _best_size(
@@ -96,7 +89,9 @@ def _best_size(
     """The best log-likelihood of held-out samples among the sizes of a kind, its fit and size. All are tried: with separate modes nothing is gained before there
     is a component for each."""
     best, chosen, best_size = -math.inf, None, 1
-    for size in _COORDINATE_SIZES if kind == "product" else _sizes(min(most, len(kept) // 8)):
+    largest = max(1, min(most, len(kept) // 8))
+    powers = (2**j for j in range((largest - 1).bit_length()))  # of two below the largest
+    for size in _COORDINATE_SIZES if kind == "product" else (*powers, largest):
         fit = _fit(kind, size, kept, weights, seed)
         score = float((held_weights * _guarded(fit.log_prob(held), held)).mean())
         if chosen is None or score > best + _BETTER:
@@ -111,23 +106,13 @@ def _guarded(level: Tensor, z: Tensor) -> Tensor:
     return torch.logaddexp(level + math.log1p(-_BESIDE), wide + math.log(_BESIDE))
 
 
-def _sizes(most: int) -> Iterator[int]:
-    size = 1
-    while size < most:
-        yield size
-        size *= 2
-    yield max(1, most)
-
-
 def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:
     if kind == "product":
         return _Coordinates(z, w, size)
     generator = generator_for(z.device, derive_seed(seed, size, KINDS.index(kind)))
     if kind == "random":
-        means = z[torch.randperm(len(z), generator=generator, device=z.device)[:size]]
-    else:
-        means = _spread(z, size, generator)
-    return _Joint(z, w, means, full=kind != "diagonal")
+        return _Joint(z, w, z[torch.randperm(len(z), generator=generator, device=z.device)[:size]], full=True)
+    return _Joint(z, w, _spread(z, size, generator), full=kind != "diagonal")
 
 
 class _Fit:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
-from ..controls.given import ZeroControl, repeat_rows
+from ..controls.given import ZeroControl
 from ..paths.integrator import integrate
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
@@ -147,12 +147,12 @@ def _run(
     shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
     noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
     generator = generator_for(chain.times.device, seed, _PLACE_RESAMPLE)
-    x, y = problem.draw_start(M * N, seed), repeat_rows(condition, N)
+    x, y = problem.draw_start(M * N, seed), None if condition is None else condition.repeat_interleave(N, 0)
     psi = x.new_zeros(M * N).double() if twist is None else twist(x, chain.times[0], y).double()
     log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)
     cost, ratio, reward = torch.zeros_like(psi), torch.zeros_like(psi), torch.zeros_like(psi)
     ess, resampled = psi.new_zeros(K), psi.new_zeros(K)
-    first = torch.arange(M, device=x.device).unsqueeze(1) * N
+    own = torch.arange(M * N, device=x.device).reshape(M, N)
     for k in range(K):
         step = integrate(
             chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, steps=range(k, k + 1)
@@ -172,22 +172,20 @@ def _run(
         poor = fraction < settings.ess_threshold
         if k + 1 < K and bool(poor.any()):
             resampled[k] = poor.double().mean()
-            own = torch.arange(N, device=x.device).expand(M, N)
-            index = torch.where(poor.unsqueeze(1), resample(log_w, N, settings.resampling, generator), own)
-            rows = (first + index).flatten()
+            chosen = own[:, :1] + resample(log_w, N, settings.resampling, generator)
+            rows = torch.where(poor.unsqueeze(1), chosen, own).flatten()
             x, psi, cost, ratio = x[rows], psi[rows], cost[rows], ratio[rows]
             # the mean weight goes into Z^, and all particles begin again with weight 1
             log_z = log_z + torch.where(poor, level - math.log(N), 0.0)
             log_w = torch.where(poor.unsqueeze(1), 0.0, log_w)
     level = log_w.logsumexp(1)
-    square = lambda v: v.reshape(M, N)  # noqa: E731
     return Particles(
         end=x.unflatten(0, (M, N)),
         log_weights=log_w - level.unsqueeze(1),
         log_z=log_z + level - math.log(N),
-        reward=square(reward),
-        running_cost=square(cost),
-        log_ratio=square(ratio),
+        reward=reward.reshape(M, N),
+        running_cost=cost.reshape(M, N),
+        log_ratio=ratio.reshape(M, N),
         condition=condition,
         ess=ess,
         resampled=resampled,

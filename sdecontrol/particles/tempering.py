@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -112,20 +112,14 @@ class NoiseTarget:
     """The paths of a chain as functions of their noises under a proposal u: ``phi = R/alpha - log dP^u/dQ0``.
 
     ``z`` are the noises ``(K, *noise)`` of a path, flattened, after those of its start where that is Gaussian. A start of another law is drawn
-    once for each particle and only resampled.
-
-    Raises:
-        ValueError: a problem with conditions.
+    once for each particle and only resampled. The problem has no conditions.
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, control: Any = None) -> None:
         self.problem, self.chain, self.control = problem, chain, control
-        if problem.condition is not None:
-            raise ValueError("condition: tempered particles need one target; make a problem with the condition fixed.")
         self.law: GaussianMixture | ProductMixture | None = None
-        self.gaussian = problem.initial if problem.start != "controlled" else None
-        if not isinstance(self.gaussian, Gaussian):
-            self.gaussian = None
+        known = problem.start != "controlled" and isinstance(problem.initial, Gaussian)
+        self.gaussian = problem.initial if known else None
         self.before = chain.event_shape.numel() if self.gaussian is not None else 0
         self.shape = (chain.steps, *chain.noise_shape)
         self.dim = self.before + math.prod(self.shape)
@@ -188,7 +182,7 @@ class Population:
         z: ``(M, N, dim)``. phi: ``(M, N)``. origin: ``(M, N, ...)``.
         log_weights: ``(M, N)``, normalised in each system.
         log_z: ``(M,)``.
-        ess: ``(J,)`` effective fraction before each level's moves; accepted: ``(J,)`` moves that were.
+        ess: ``(J,)`` effective fraction before each level's moves.
         resampled: ``(J,)`` fraction of systems.
         evaluations: of phi (with its gradient where it has one), in all.
     """
@@ -199,7 +193,6 @@ class Population:
     log_weights: Tensor
     log_z: Tensor
     ess: Tensor
-    accepted: Tensor
     resampled: Tensor
     evaluations: int
 
@@ -218,13 +211,12 @@ class Points:
     origin: Tensor
 
     def rows(self, index: Tensor) -> Points:
-        return Points(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Points(*(part[index] for part in vars(self).values()))
 
     def where(self, keep: Tensor, old: Points) -> Points:
         """These where ``keep``, else the old ones."""
-        pick = lambda a, b: torch.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
-        pairs = {f.name: (getattr(self, f.name), getattr(old, f.name)) for f in fields(self) if f.name != "origin"}
-        return Points(**{name: pick(*pair) for name, pair in pairs.items()}, origin=old.origin)
+        pairs = zip(vars(self).values(), vars(old).values())
+        return Points(*(torch.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
 def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
@@ -395,8 +387,7 @@ def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> floa
     """The largest next beta at which the incremental weights keep this (conditional) effective fraction."""
 
     def kept(new: float) -> float:
-        step = (new - beta) * phi.double()
-        step = torch.where(step.isnan(), -math.inf, step)
+        step = _increment(new - beta, phi)
         one, two = torch.logsumexp(log_w + step, 0), torch.logsumexp(log_w + 2 * step, 0)
         return float((2 * one - two).exp())
 
@@ -435,7 +426,6 @@ def adapt(
     log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
     beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
     found: list[tuple] = []
-    facts: list[tuple[float, float, float]] = []
     while beta < 1:
         if len(found) == _MOST_LEVELS:
             raise RuntimeError(
@@ -451,7 +441,7 @@ def adapt(
         if resampled := ess < _RESAMPLE:
             p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
             log_w = torch.full_like(log_w, -math.log(particles))
-        began, moves, rate = p.phi, 0, 0.0
+        began, moves = p.phi, 0
         leaps = leaps_of(angle, target.smooth)
         while moves < most_moves:
             kernel = Kernel(beta, centre, factor, leaps)
@@ -464,9 +454,8 @@ def adapt(
             enough = last_moves if beta == 1 else 1
             if moves >= enough and _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
                 break
-        found.append((beta, centre, factor, angle, leaps, moves))
-        facts.append((ess, rate, float(resampled)))
-    betas, centres, factors, angles, leap_counts, move_counts = zip(*found)
+        found.append((beta, centre, factor, angle, leaps, moves, ess, float(resampled)))
+    betas, centres, factors, angles, leap_counts, move_counts, fractions, resamplings = zip(*found)
     as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=p.z.device)  # noqa: E731
     ladder = Ladder(
         as_double(betas),
@@ -476,16 +465,14 @@ def adapt(
         torch.tensor(leap_counts),
         torch.tensor(move_counts),
     )
-    all_facts = as_double(facts)
     population = Population(
         p.z.unsqueeze(0),
         p.phi.unsqueeze(0),
         p.origin.unsqueeze(0),
         log_w.unsqueeze(0),
         as_double([log_z]),
-        all_facts[:, 0],
-        all_facts[:, 1],
-        all_facts[:, 2],
+        as_double(fractions),
+        as_double(resamplings),
         work,
     )
     return ladder, population
@@ -504,16 +491,13 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
             for name in ("z", "phi", "origin", "log_weights", "log_z")
         }
         share = torch.tensor([len(q.log_z) / M for q in parts], dtype=torch.float64, device=parts[0].ess.device)
-        means = {
-            name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "accepted", "resampled")
-        }
+        means = {name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "resampled")}
         return Population(**joined, **means, evaluations=sum(q.evaluations for q in parts))
     generator = generator_for(target.device, seed, 1)
     p = start_points(target, M * N, seed)
     log_w = p.phi.new_full((M, N), -math.log(N), dtype=torch.float64)
     log_z = log_w.new_zeros(M)
-    first = torch.arange(M, device=p.z.device).unsqueeze(1) * N
-    own = torch.arange(N, device=p.z.device).expand(M, N)
+    own = torch.arange(M * N, device=p.z.device).reshape(M, N)
     beta, facts = 0.0, []
     for j in range(len(ladder)):
         new = float(ladder.betas[j])
@@ -523,17 +507,15 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         ess = effective_fraction(log_w.exp(), 1)
         poor = (ess < _RESAMPLE).unsqueeze(1)
         if bool(poor.any()):
-            index = torch.where(poor, resample(log_w, N, "systematic", generator), own)
-            p = p.rows((first + index).flatten())
+            chosen = own[:, :1] + resample(log_w, N, "systematic", generator)
+            p = p.rows(torch.where(poor, chosen, own).flatten())
             log_w = torch.where(poor, -math.log(N), log_w)
         kernel = Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leaps[j]))
-        accepted = 0.0
         for _ in range(int(ladder.moves[j])):
-            p, accept = kernel.move(target, p, float(ladder.angles[j]), generator)
-            accepted += float(accept.double().mean()) / int(ladder.moves[j])
+            p, _ = kernel.move(target, p, float(ladder.angles[j]), generator)
             if target.law is not None:
                 p = kernel.leap(target, p, generator)
-        facts.append((float(ess.mean()), accepted, float(poor.double().mean())))
+        facts.append((float(ess.mean()), float(poor.double().mean())))
     all_facts = torch.tensor(facts, dtype=torch.float64, device=p.z.device)
     return Population(
         p.z.unflatten(0, (M, N)),
@@ -543,7 +525,6 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         log_z,
         all_facts[:, 0],
         all_facts[:, 1],
-        all_facts[:, 2],
         M * N * (ladder.work + (int(ladder.moves.sum()) if target.law is not None else 0)),
     )
 

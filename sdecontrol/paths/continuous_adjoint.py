@@ -30,13 +30,11 @@ from .brownian import GridBrownian
 from .equations import ControlledSDE, noise_kind
 from .gradients import Objective, PathCost, backpropagate
 from .integrator import NoiseSource, RunningCost, integrate
-from .solvers import Solver, make_stepper
+from .solvers import SOLVERS, Solver, make_stepper
 
 CONTINUOUS_MODES = ("continuous-adjoint", "reversible-heun")
 
 _EULER = Solver("euler", True, (), ())
-_MIDPOINT = Solver("midpoint", False, (), ())
-_REVERSIBLE = Solver("reversible-heun", False, (), ())
 
 
 class _CostedSDE:
@@ -86,8 +84,7 @@ class _Narrow:
         self.noise, self.width = noise, width
 
     def __getitem__(self, k: int) -> Tensor:
-        xi = self.noise[k]
-        return xi if xi.shape[1] == self.width else xi[:, : self.width]
+        return self.noise[k][:, : self.width]
 
 
 def check_continuous(chain: Chain, mode: str) -> EulerChain:
@@ -124,10 +121,12 @@ def backpropagate_continuous(
     if chain.start:
         first = chain.segments[0]
         early = _Narrow(noise, first.noise_shape[0]) if len(first.noise_shape) == 1 else noise
-        starter = getattr(control, "start", None)
+
+        def nothing(x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+            return x.new_zeros(x.shape[0], *first.control_shape)
+
+        starter = getattr(control, "start", nothing)
         control = getattr(control, "main", control)
-        if starter is None:
-            starter = _Nothing(first)
         with torch.no_grad():
             x = integrate(first, x0, early, shift_function(first, starter), keep="end").end
     solve = _Backwards(main, control, noise, chain.start, x, objective, list(parameters), mode)
@@ -162,16 +161,6 @@ def backpropagate_continuous(
     return PathCost(value.detach(), running, kl, end.detach())
 
 
-class _Nothing:
-    """No control on a stretch."""
-
-    def __init__(self, chain: Chain) -> None:
-        self.shape = chain.control_shape
-
-    def __call__(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        return x.new_zeros(x.shape[0], *self.shape) + 0.0 * x.flatten(1)[:, :1]
-
-
 class _Backwards:
     """One batch through torchsde's solver, and back."""
 
@@ -190,13 +179,15 @@ class _Backwards:
         kind = noise_kind(sde, x, chain.times[-1] * 0.5)
         self.reversible = mode == "reversible-heun"
         additive = kind.name == "additive"
-        self.solver = _REVERSIBLE if self.reversible else _EULER if additive else _MIDPOINT
+        if additive and not self.reversible:
+            self.solver = _EULER
+        else:
+            self.solver = SOLVERS["reversible-heun" if self.reversible else "midpoint"]
         diagonal = self.reversible and not kind.matrix
         equation = ControlledSDE(sde, kind, control, objective.condition, stratonovich=not self.solver.ito)
         name = "diagonal" if diagonal else "additive" if additive else "general"
         self.equation = _CostedSDE(equation, objective.running_cost, name)
-        width = sde.control_shape.numel()
-        pad = 2 if diagonal else 0
+        width, pad = sde.control_shape.numel(), 2 if diagonal else 0
         self.bm = GridBrownian(chain.clock, noise, x.shape[0], width, x, offset=offset, pad=pad)
         self.stepper, self.times = make_stepper(self.equation, self.solver, self.bm, chain.clock)  # type: ignore[arg-type]
         self.parameters = parameters
@@ -229,12 +220,8 @@ class _Backwards:
         _, at_start, *rest = misc.flat_to_shape(state.squeeze(0), shapes)
         if not self.reversible:
             return at_start[:, :-2], rest
-        return self._through_first_terms(at_start, rest)
-
-    def _through_first_terms(self, at_start: Tensor, rest: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The scheme starts from ``(f, g)(t_0, y_0)`` and ``z_0 = y_0``: their part of the gradient."""
         of_f, of_g, of_z, *gradients = rest
-        with torch.enable_grad():
+        with torch.enable_grad():  # the scheme starts from (f, g)(t_0, y_0) and z_0 = y_0: their part of the gradient
             y = self.y0.detach().requires_grad_(True)
             f, g = self.equation.f_and_g(self.times[0], y)
             more = misc.vjp((f, g), [y, *self.parameters], grad_outputs=[of_f, of_g], allow_unused=True)

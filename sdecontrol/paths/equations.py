@@ -69,9 +69,7 @@ def control_at(control: Any, x: Tensor, t: Tensor, condition: Any, shape: torch.
         return counted_control(control, control.at, lambda *_: len(x))(x, t, condition)
     t = t.expand(x.shape[0])
     u = control(x, t) if condition is None else control(x, t, condition)
-    return check_output(
-        "control", u, (x.shape[0], *shape), x, "A control is called as control(x, t), t (batch,)."
-    )  # fmt: skip
+    return check_output("control", u, (x.shape[0], *shape), x, "A control is called as control(x, t), t (batch,).")
 
 
 class ControlledSDE:

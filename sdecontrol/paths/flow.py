@@ -19,7 +19,6 @@ from ..randomness import SeededNoise, fresh_seed
 from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
 
 _EXACT = 32  # largest state whose divergence is exact by default: it costs one product per dimension
-_PROBES = 16
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,9 +59,7 @@ def flow_velocity(sde: GenerativeSDE, condition: Any = None) -> Velocity:
     return velocity
 
 
-def _integrate(
-    rhs: Callable[[Tensor, Any], Any], start: Any, times: Tensor, tolerance: float | None
-) -> Any:  # fmt: skip
+def _integrate(rhs: Callable[[Tensor, Any], Any], start: Any, times: Tensor, tolerance: float | None) -> Any:
     """torchdiffeq from each of ``times`` to the next: one step of its "rk4" (order 4) each, or adaptive "dopri5"."""
     from torchdiffeq import odeint
 
@@ -87,8 +84,7 @@ def solve_flow(
         NonFiniteError: naming the step and the number of rows.
     """
     times = torch.tensor(clock, dtype=torch.float64, device=x.device)
-    velocity = flow_velocity(sde, condition)
-    states = list(_integrate(velocity, x, times, tolerance))
+    states = list(_integrate(flow_velocity(sde, condition), x, times, tolerance))
     if not bool(torch.isfinite(states[-1]).all()):
         step = next(k for k, s in enumerate(states[1:]) if not bool(torch.isfinite(s).all()))
         rows = nonfinite_rows(states[step + 1])
@@ -110,10 +106,12 @@ def _with_divergence(velocity: Velocity, probes: Tensor | None) -> Callable[[Ten
         with torch.enable_grad():
             x = state[0].detach().requires_grad_(True)
             v = velocity(t, x)
-            product = lambda w: torch.autograd.grad(v, x, w, retain_graph=True)[0].flatten(1)  # noqa: E731
+
+            def product(w: Tensor) -> Tensor:
+                return torch.autograd.grad(v, x, w, retain_graph=True)[0].flatten(1)
+
             if probes is not None:
-                parts = [(product(w) * w.flatten(1)).sum(1) for w in probes]
-                return v.detach(), torch.stack(parts, 1)
+                return v.detach(), torch.stack([(product(w) * w.flatten(1)).sum(1) for w in probes], 1)
             total = torch.zeros_like(state[1])
             for i in range(x[0].numel()):
                 unit = torch.zeros_like(x).flatten(1)
@@ -131,7 +129,7 @@ def flow_log_likelihood(
     *,
     condition: Any = None,
     divergence: str | None = None,
-    probes: int = _PROBES,
+    probes: int = 16,
     tolerance: float | None = None,
     seed: int | None = None,
 ) -> LogLikelihood:

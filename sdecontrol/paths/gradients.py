@@ -83,43 +83,6 @@ class _Setting:
         return paths.running_cost if reverse is None else paths.running_cost - self.objective.alpha * reverse
 
 
-class _Leaves:
-    """The rows of a table of what depends on time alone, each a leaf of its own as it is used, so that going back one
-    segment costs that segment's rows and not the whole table's."""
-
-    def __init__(self, table: Tensor) -> None:
-        self.table, self.rows = table, table.detach().unbind(0)
-        self.grads: list[Tensor | None] = [None] * len(self.rows)
-        self.used: dict[int, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> Tensor:
-        if k not in self.used:
-            self.used[k] = self.rows[k].detach().requires_grad_(self.table.requires_grad)
-        return self.used[k]
-
-    def fresh(self) -> list[Tensor]:
-        """The leaves of this segment that want a gradient."""
-        return [leaf for leaf in self.used.values() if leaf.requires_grad]
-
-    def collect(self) -> None:
-        """Take this segment's gradients."""
-        for k, leaf in self.used.items():
-            if leaf.grad is not None:
-                have = self.grads[k]
-                self.grads[k] = leaf.grad if have is None else have.add_(leaf.grad)
-        self.used = {}
-
-    def gradient(self) -> Tensor | None:
-        """Of the whole table, or None where it has none."""
-        if all(g is None for g in self.grads):
-            return None
-        zero = torch.zeros_like(self.rows[0])
-        return torch.stack([zero if g is None else g for g in self.grads])
-
-
 def backpropagate(
     chain: Chain,
     control: Any,
@@ -169,49 +132,40 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
     With ``reach`` uniform in [0, 1) only the last ``1 + floor(reach S)`` of the S segments are visited, each weighted by 1 over its
     probability; since all is linear in the adjoint, the weight is carried with it."""
     chain, control = setting.chain, setting.control
-    # what depends on time alone is computed once: its gradient is collected in leaves and passed on at the end
+    # what depends on time alone is computed once: each row of it is a leaf, so that going back one segment costs that segment's rows and not
+    # the whole tables; their gradient is passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
-    starts, cost, kl = _forward(setting, x0, size, [table.detach() for table in tables])
+    firsts, starts = range(0, chain.steps, size), [x0]
+    cost = kl = chain.times.new_zeros(x0.shape[0])
+    with torch.no_grad():
+        shift, options = setting.shift([table.detach() for table in tables]), setting.objective.options
+        for first in firsts:
+            steps = range(first, min(first + size, chain.steps))
+            part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **options)
+            starts.append(part.end)
+            cost, kl = cost + setting.spent(part), kl + part.kl()
     end = starts.pop().requires_grad_(True)
     terminal = setting.objective.terminal(end)
     scale = setting.objective.weight / x0.shape[0]
     adjoint = torch.autograd.grad(terminal.sum() * scale, end)[0]
-    leaves = [_Leaves(table) for table in tables]
+    leaves = [[row.detach().requires_grad_(table.requires_grad) for row in table] for table in tables]
+    wanted = [row for rows in leaves for row in rows if row.requires_grad]
     shift = setting.shift(leaves)
-    firsts = range(0, chain.steps, size)
     visited = len(firsts) if reach is None else 1 + int(reach * len(firsts))
-    for done, first in enumerate(reversed(firsts)):
-        if done == visited:
-            break
+    for done, first in enumerate(firsts[::-1][:visited]):
         if reach is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
             grown = (len(firsts) - done + 1) / (len(firsts) - done)
             adjoint, scale = adjoint * grown, scale * grown
         start = starts.pop().detach().requires_grad_(True)
         with remembering():
             x, costs, slopes = _recompute(setting, shift, start, range(first, min(first + size, chain.steps)), scale)
-        inputs = [start, *(leaf for table in leaves for leaf in table.fresh()), *setting.parameters]
-        torch.autograd.backward([x, *costs], [adjoint, *slopes], inputs=inputs)
+        torch.autograd.backward([x, *costs], [adjoint, *slopes], inputs=[start, *wanted, *setting.parameters])
         adjoint = start.grad if start.grad is not None else torch.zeros_like(start)
-        for table in leaves:
-            table.collect()
-    pairs = [(table.table, grad) for table in leaves if (grad := table.gradient()) is not None]
-    if pairs:
-        torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs], inputs=list(setting.parameters))
+    reached = [(t, rows) for t, rows in zip(tables, leaves) if any(row.grad is not None for row in rows)]
+    if reached:
+        slopes = [torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]) for _, rows in reached]
+        torch.autograd.backward([table for table, _ in reached], slopes, inputs=list(setting.parameters))
     return PathCost(terminal.detach(), cost, kl, end.detach())
-
-
-@torch.no_grad()
-def _forward(setting: _Setting, x0: Tensor, size: int, tables: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """States at the start of each segment, and the last; cost and KL of the paths."""
-    chain, shift = setting.chain, setting.shift(tables)
-    starts = [x0]
-    cost = kl = chain.times.new_zeros(x0.shape[0])
-    for first in range(0, chain.steps, size):
-        steps = range(first, min(first + size, chain.steps))
-        part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **setting.objective.options)
-        starts.append(part.end)
-        cost, kl = cost + setting.spent(part), kl + part.kl()
-    return starts, cost, kl
 
 
 def _recompute(

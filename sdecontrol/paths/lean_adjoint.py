@@ -43,37 +43,36 @@ class StepJacobians:
         self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
         self.moving = False  # whether the scale depends on x
         self.stacked: Tensor | None = None  # all scales, where they are the same for all rows
-        states = paths.states[:-1]
         if chain.linear_steps is not None:
             matrices, scales = chain.linear_steps
             self.matrices, self.scales = matrices[self.first : paths.last], scales[self.first : paths.last]
             if all(scale.shape == self.scales[0].shape for scale in self.scales):
                 self.stacked = torch.stack(self.scales)
-            return
-        with torch.enable_grad():
-            self._keep_graphs(states)
-        self.scales = [scale.detach() for scale in self.scales]
+        else:
+            self._keep_graphs()
 
-    def _keep_graphs(self, states: Tensor) -> None:
+    @torch.enable_grad()
+    def _keep_graphs(self) -> None:
         """One graph a step, each of its own leaf: a product with one of them must not run through the others."""
-        self.leaves = [x.detach().requires_grad_(True) for x in states.unbind(0)]
-        self.scales, means = [], []
-        for j, x in enumerate(self.leaves):
-            mean, scale = self.chain.kernel(self.first + j, x, self.paths.condition)
-            means.append(mean)
-            self.scales.append(scale)
-        self.moving = any(scale.requires_grad for scale in self.scales)
-        pairs = [self._shifted(j, mean) if self.moving else (mean, mean) for j, mean in enumerate(means)]
-        self.outputs = tuple(m for m, _ in pairs), tuple(r for _, r in pairs)
-
-    def _shifted(self, j: int, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """``mean_j + scale_j c_j``, and that with the noise, ``x_{j+1}``."""
-        mean = mean + apply_scale(self.scales[j], self.paths.shifts[j].detach(), self.ndim)
-        return mean, mean + apply_scale(self.scales[j], self.paths.noises[j], self.ndim)
+        paths = self.paths
+        self.leaves = [x.detach().requires_grad_(True) for x in paths.states[:-1].unbind(0)]
+        kernels = [self.chain.kernel(self.first + j, x, paths.condition) for j, x in enumerate(self.leaves)]
+        means, scales = zip(*kernels)
+        self.moving = any(scale.requires_grad for scale in scales)
+        randoms = means  # of x_{j+1}, but for what does not depend on x_j
+        if self.moving:
+            means = tuple(
+                mean + apply_scale(scale, c.detach(), self.ndim) for mean, scale, c in zip(means, scales, paths.shifts)
+            )
+            randoms = tuple(
+                mean + apply_scale(scale, xi, self.ndim) for mean, scale, xi in zip(means, scales, paths.noises)
+            )
+        self.outputs = means, randoms
+        self.scales = [scale.detach() for scale in scales]
 
     def scale_transposed(self, j: int, v: Tensor) -> Tensor:
         """``scale_j^T v``."""
-        return apply_scale_transposed(self.scales[j].detach(), v, self.ndim)
+        return apply_scale_transposed(self.scales[j], v, self.ndim)
 
     def scales_transposed(self, v: Tensor) -> Tensor:
         """The same for all steps at once, v ``(K, batch, *event)``."""
@@ -98,12 +97,11 @@ class StepJacobians:
         """
         if self.matrices is not None:
             return (a if z is None else a - z) @ self.matrices[j]
-        mean, random = self.outputs
+        mean, random = (outputs[j] for outputs in self.outputs)
         if z is None or not self.moving:
-            pairs = [(random, a if z is None else a - z)]
+            outputs, sides = [random], [a if z is None else a - z]
         else:
-            pairs = [(random, a), (mean, -z)]
-        outputs, sides = [p[0][j] for p in pairs], [p[1] for p in pairs]
+            outputs, sides = [random, mean], [a, -z]
         return torch.autograd.grad(outputs, self.leaves[j], sides, retain_graph=True)[0]
 
     def mean_products(self, v: Tensor) -> Tensor:
@@ -142,8 +140,8 @@ def own_noise(
     shifts: Tensor,
     loop: ClosedLoop,
     *,
-    tolerance: float | None = None,
-    most: int = 8,
+    tolerance: float,
+    most: int,
 ) -> tuple[Tensor, float]:
     """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after it; and the relative residual
     of the first guess (nan where it was not looked at).
@@ -156,22 +154,21 @@ def own_noise(
     Args:
         states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
         loop: the fit, perhaps of former paths; made anew of these where its guess will not do.
-        tolerance: of the relative residual; default 1e-3 (float32), 1e-7 (float64).
+        tolerance: of the relative residual.
         most: products with J^T at most; with 0 the first guess is not looked at.
     """
     paths = jacobians.paths
-    tolerance = (1e-7 if states.dtype == torch.float64 else 1e-3) if tolerance is None else tolerance
     products = _control_products(states, shifts)
     w = products(paths.noises)
     z, best = loop.inverse_transposed(w), torch.zeros_like(w)
     if not most:
         return z.detach(), math.nan
-    lowest = _sizes(w)
+    lowest = w.flatten(1).norm(dim=1)
     whole, guess = float(lowest.norm()), math.nan
     aim = tolerance * whole
     for _ in range(most):
         rest = w - jacobians.mean_products(z) - products(jacobians.scales_transposed(z))
-        sizes = _sizes(rest)
+        sizes = rest.flatten(1).norm(dim=1)
         if math.isnan(guess):
             guess = float(sizes.norm()) / max(whole, 1e-300)
             if not guess < ENOUGH * tolerance:
@@ -187,10 +184,6 @@ def own_noise(
         lowest = torch.where(better, sizes, lowest)
         z = torch.where(chosen, moved, z)
     return best.detach(), guess
-
-
-def _sizes(v: Tensor) -> Tensor:
-    return v.flatten(1).norm(dim=1)
 
 
 def _control_products(states: Tensor, shifts: Tensor) -> Callable[[Tensor], Tensor]:
@@ -269,25 +262,21 @@ def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> Te
     if running_cost is None:
         return None
     chain, states = paths.chain, paths.states[:-1]
-    steps = [j for j in range(len(states)) if chain.clock[paths.first + j] >= 0]
-    out = torch.zeros_like(states)
-    if not steps:
+    begin, out = max(0, chain.start - paths.first), torch.zeros_like(states)
+    if begin >= len(states):
         return out
-    begin = steps[0]
     if (known := getattr(running_cost, "gradients", None)) is not None:
-        first = paths.first + begin
-        found = known(states[begin:], chain.times[first : first + len(steps)])
+        found = known(states[begin:], chain.times[paths.first + begin : paths.last])
         return found if begin == 0 else torch.cat((out[:begin], found))
     leaves, values = [], []
     with torch.enable_grad():
-        for j in steps:
+        for j in range(begin, len(states)):
             leaf = states[j].detach().requires_grad_(True)
-            value = running_cost(leaf, chain.times[paths.first + j], paths.condition)
+            value = running_cost(leaf, chain.times[paths.first + j], paths.condition).sum()
             if value.requires_grad:
                 leaves.append((j, leaf))
-                values.append(value.sum())
-        total = torch.stack(values).sum() if values else None
-    if total is not None:
-        for (j, _), gradient in zip(leaves, torch.autograd.grad(total, [leaf for _, leaf in leaves])):
+                values.append(value)
+    if values:
+        for (j, _), gradient in zip(leaves, torch.autograd.grad(values, [leaf for _, leaf in leaves])):
             out[j] = gradient
     return out

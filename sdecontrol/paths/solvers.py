@@ -166,7 +166,7 @@ def solve_on_grid(
     bm: GridBrownian,
     running_cost: RunningCost | None,
     keep_states: bool,
-    first: int = 0,
+    first: int,
 ) -> tuple[list[Tensor], Tensor]:
     """Steps ``first, first+1, ...`` of a grid from states x ``(batch, *event)``.
 
@@ -219,7 +219,7 @@ def explain(
     clock: Sequence[float],
     states: Sequence[Tensor],
     running_cost: RunningCost | None,
-    first: int = 0,
+    first: int,
 ) -> NonFiniteError:
     """Find where a path stopped being finite, and what did it."""
     what, step, rows, more = "state", None, nonfinite_rows(states[-1]), ""
@@ -263,7 +263,6 @@ def solve_adaptively(
     paths depend on the batch. Grid times are steps, never interpolated between steps.
     """
     span = clock[-1] - clock[0]
-    kind = "space-time" if solver.area else "none"
     bm = torchsde.BrownianInterval(
         t0=clock[0],
         t1=clock[-1],
@@ -271,7 +270,7 @@ def solve_adaptively(
         dtype=x.dtype,
         device=x.device,
         entropy=derive_seed(seed, _PLACE_TREE) % 2**31,
-        levy_area_approximation=kind,
+        levy_area_approximation="space-time" if solver.area else "none",
         halfway_tree=True,
         tol=1e-8 * span,
     )
@@ -318,7 +317,7 @@ def solve_adaptively(
         cost.add(states[-1], torch.tensor(t, dtype=torch.float64))
     _break_cycle(bm)
     if not bool(torch.isfinite(y).all()):
-        raise explain(solver.scheme, equation, clock, states, running_cost)
+        raise explain(solver.scheme, equation, clock, states, running_cost, 0)
     return states, cost.total
 
 

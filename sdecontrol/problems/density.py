@@ -21,10 +21,10 @@ class LogDensity:
     """
 
     def __init__(self, function: Callable[..., Tensor], score: Callable[..., Tensor] | None = None) -> None:
-        for name, part in (("log_density", function), ("score", score)):
-            if not callable(part) and not (name == "score" and part is None):
-                result = "(batch,)" if name == "log_density" else "(batch, dim)"
-                raise TypeError(f"{name} must be a function x -> {result}, got {type(part).__name__}.")
+        if not callable(function):
+            raise TypeError(f"log_density must be a function x -> (batch,), got {type(function).__name__}.")
+        if score is not None and not callable(score):
+            raise TypeError(f"score must be a function x -> (batch, dim), got {type(score).__name__}.")
         self.function, self.score = function, score
         self.differentiable = score is not None
         self.values = self.gradients = 0
@@ -93,6 +93,20 @@ class LogDensity:
             value = self(leaf, y)
             score = torch.autograd.grad(value.sum(), leaf)[0]
         return value.detach(), torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def gradient(self, x: Tensor, y: Any = None) -> Tensor:
+        """The gradient ``(batch, dim)``, with its graph where x has one; 0 where it is not finite."""
+        graph = torch.is_grad_enabled() and x.requires_grad
+        with torch.enable_grad():
+            leaf = x if graph else x.detach().requires_grad_(True)
+            value = torch.autograd.grad(self(leaf, y).sum(), leaf, create_graph=graph)[0]
+        finite = value.detach().isfinite().all(1)
+        if bool(finite.all()):
+            return value
+        rows = finite.nonzero().flatten()  # again, without the others: 0 times inf would be NaN
+        if len(rows) == 0:
+            return torch.zeros_like(x)
+        return torch.zeros_like(x).index_copy(0, rows, self.gradient(x[rows], None if y is None else y[rows]))
 
 
 class _Scored(torch.autograd.Function):

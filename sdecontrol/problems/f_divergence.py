@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, unknown_name
+from ..errors import NonFiniteError, check_name
 from ..tensors import as_float, check_output, check_tensor
 
 
@@ -116,7 +116,7 @@ class FDivergence:
                 what="reward",
             )
         self.multiplier = self._solve(value)
-        ratio = self._log_ratio(value).exp()
+        ratio = self._log_ratio(value, self.multiplier).exp()
         self.normalisation_stderr = float(ratio.std()) / math.sqrt(len(ratio))
         step = 1e-4 * self.alpha
         slope = (self._log_mean(value, self.multiplier + step) - self._log_mean(value, self.multiplier - step)) / (
@@ -132,10 +132,9 @@ class FDivergence:
 
     # ---------------------------------------------------------------- the normalisation
 
-    def _log_ratio(self, value: Tensor, multiplier: float | None = None) -> Tensor:
+    def _log_ratio(self, value: Tensor, multiplier: float) -> Tensor:
         """``log q/p`` where the reward is ``value``."""
-        lam = self.multiplier if multiplier is None else multiplier
-        y = (value - lam) / self.alpha
+        y = (value - multiplier) / self.alpha
         out = self._generator.log_inverse(y)
         return torch.where(y < self._generator.upper, out, math.inf) if math.isfinite(self._generator.upper) else out
 
@@ -171,7 +170,7 @@ class FDivergence:
     def __call__(self, x: Tensor) -> Tensor:
         """``r~(x)``, ``(batch,)``."""
         value = self.reward(x)
-        changed = self.alpha * self._log_ratio(value)
+        changed = self.alpha * self._log_ratio(value, self.multiplier)
         if bool((changed == math.inf).any()):
             rows = int((changed == math.inf).sum())
             largest = self.multiplier + self.alpha * self._generator.upper
@@ -196,8 +195,7 @@ def _find(phi: Any, order: float | None) -> _Generator:
     if order is not None:
         raise ValueError("order goes with phi='alpha-divergence' and only with it.")
     if isinstance(phi, str):
-        if phi not in _GENERATORS:
-            raise unknown_name("phi", phi, F_DIVERGENCES)
+        check_name("phi", phi, F_DIVERGENCES)
         return _GENERATORS[phi]
     if not callable(phi):
         raise TypeError(f"phi must be a name or (phi')^-1 as a function, got {type(phi).__name__}.")

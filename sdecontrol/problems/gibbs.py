@@ -32,11 +32,10 @@ Annealed Langevin has no reference with a known end. Its target is made of backw
 no value function of the state alone, so methods that use or learn one refuse it, as do those that use the reference's bridges or adjoint.
 """
 
-import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ from ..randomness import derive_seed, fresh_seed
 from ..tensors import as_float, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
-from .problem import ControlProblem
+from .problem import ControlProblem, draw_conditions, evaluating
 
 REFERENCES = (*KINDS, "annealed")
 
@@ -58,7 +57,6 @@ FLOOR_DEPTH = 1e4  #: a density of zero counts as the highest log density that w
 _CHECKED = 256  # draws of the reference's end at which the density is tried
 _RARE = 0.01
 _LOG_2PI = math.log(2 * math.pi)
-_PLACE_CONDITION = 7
 
 
 class GibbsReward:
@@ -67,10 +65,6 @@ class GibbsReward:
     def __init__(self, density: LogDensity, centre: Tensor, scale: Tensor, floor: float) -> None:
         self.density, self.centre, self.scale, self.floor = density, centre, scale, floor
         self.log_peak = -float(scale.double().log().expand(centre.shape).sum()) - 0.5 * centre.numel() * _LOG_2PI
-
-    @property
-    def __name__(self) -> str:
-        return f"{self.density.__name__} - log p0"
 
     def log_density(self, x: Tensor, y: Any = None) -> Tensor:
         """``log rho`` with its zeros floored."""
@@ -93,29 +87,6 @@ class GibbsReward:
         if bool(floored.any()):
             square = torch.where(floored, torch.zeros_like(square), square)
         return value + square - self.log_peak
-
-
-class _Score:
-    """Gradient of a log density, ``(batch, d)``, with its graph where x has one; 0 where it is not finite."""
-
-    def __init__(self, density: LogDensity) -> None:
-        self.density = density
-
-    def __call__(self, x: Tensor, y: Any = None) -> Tensor:
-        value = self._gradient(x, y)
-        if bool(torch.isfinite(value.detach().sum())):
-            return value
-        rows = torch.isfinite(value.detach()).all(1).nonzero().flatten()  # again, without the others: see GibbsReward
-        out = torch.zeros_like(x)
-        return (
-            out if len(rows) == 0 else out.index_copy(0, rows, self._gradient(x[rows], None if y is None else y[rows]))
-        )
-
-    def _gradient(self, x: Tensor, y: Any) -> Tensor:
-        graph = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad():
-            leaf = x if graph else x.detach().requires_grad_(True)
-            return torch.autograd.grad(self.density(leaf, y).sum(), leaf, create_graph=graph)[0]
 
 
 class GibbsProblem(ControlProblem):
@@ -263,11 +234,8 @@ def gibbs_problem(
     middle = _vector("centre", 0.0 if centre is None else centre, dim, dtype, device).expand(dim).contiguous()
     width = None if scale is None else _vector("scale", scale, dim, dtype, device, positive=True)
     seed = fresh_seed(seed)
-
-    def conditions(n: int, place: int) -> Any:
-        return None if condition is None else draw(condition, n, derive_seed(place, _PLACE_CONDITION))
-
-    with _evaluating(density.modules()):
+    conditions = functools.partial(draw_conditions, condition)
+    with evaluating(density.modules()):
         rows = next(n for n in range(6, 64) if n != dim)
         generator = torch.Generator().manual_seed(derive_seed(seed, 20))
         around = 1.0 if width is None else width
@@ -289,10 +257,9 @@ def gibbs_problem(
                 middle, width = pilot.centre, pilot.scale
             roughness = pilot.roughness * float((width.double() / pilot.scale.double()).log().mean().exp())
         highest = _check_end(density, middle, width, conditions, seed, pilot)
-    process: TimeChanged | AnnealedLangevin
     if annealed:
         process = AnnealedLangevin(
-            _Score(density), middle, width, roughness, horizon, backward_control=backward_control
+            density.gradient, middle, width, roughness, horizon, backward_control=backward_control
         )
     else:
         process = TimeChanged(reference, middle, width, horizon, resolution)
@@ -312,10 +279,10 @@ def _vector(
     """A number or ``(dim,)`` numbers as a tensor, 0-d or ``(dim,)``."""
     if isinstance(value, Tensor):
         out = value.detach().to(device, dtype)
-    elif isinstance(value, (list, tuple)):
-        out = torch.tensor([as_float(name, v) for v in value], dtype=dtype, device=device)
     else:
-        out = torch.tensor(as_float(name, value), dtype=dtype, device=device)
+        many = isinstance(value, (list, tuple))
+        numbers = [as_float(name, v) for v in value] if many else as_float(name, value)
+        out = torch.tensor(numbers, dtype=dtype, device=device)
     check_tensor(name, out)
     if out.shape not in ((), (dim,)):
         raise ValueError(
@@ -364,8 +331,7 @@ def _check_end(
             check_rays(density, x[best], scale, None if y is None else y[best], seed)
         except ImproperTarget as error:
             warnings.warn(f"improper target? {error}", stacklevel=3)
-    top = float(values[inside].max()) if bool(inside.any()) else -math.inf
-    return max(top, -math.inf if pilot is None else pilot.highest)
+    return max(float(values.max()), -math.inf if pilot is None else pilot.highest)
 
 
 def _bad_values(rows: int, x: Tensor) -> NonFiniteError:
@@ -376,16 +342,3 @@ def _bad_values(rows: int, x: Tensor) -> NonFiniteError:
         what="log_density",
         rows=rows,
     )
-
-
-@contextlib.contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The user's modules in evaluation mode, restored afterwards."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

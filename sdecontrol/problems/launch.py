@@ -59,10 +59,10 @@ class Launch:
     def sources(self, chain: Chain, num_paths: int, seed: int, count: int = 1) -> list[Any]:
         """The noise of this seed (or the user's); with ``count`` 2 that of the space-time integrals beside it."""
         if self.noise is None:
+            shape = num_paths, chain.steps, chain.noise_shape
             like: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device}
             seeds = (seed, derive_seed(seed, _PLACE_AREA))[:count]
-            shape, both = chain.noise_shape, self.antithetic
-            return [SeededNoise(s, num_paths, chain.steps, shape, antithetic=both, **like) for s in seeds]
+            return [SeededNoise(s, *shape, antithetic=self.antithetic, **like) for s in seeds]
         if self.antithetic:
             raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")
         given = self.noise if isinstance(self.noise, (tuple, list)) else (self.noise,)

@@ -48,7 +48,6 @@ class Pilot:
 
     Attributes:
         centre: ``(d,)``. scale: 0-d or ``(d,)``.
-        scan_scale: the scan's.
         highest: the largest log density met.
         values, gradients: evaluations of the log density (rows), and how many of them with a gradient.
         acceptance: of the chains' moves in their second half.
@@ -57,7 +56,6 @@ class Pilot:
 
     centre: Tensor
     scale: Tensor
-    scan_scale: float
     highest: float
     values: int
     gradients: int
@@ -77,7 +75,6 @@ def run_pilot(
     Raises:
         ImproperTarget: the density does not fall far out. ValueError: it vanishes wherever the scan looked.
     """
-    before = density.values, density.gradients
     scan_scale, known, values = _scan(density, guess, conditions, seed)
     states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
     centre, scale = _spread(states, guess, keep_centre)
@@ -101,10 +98,9 @@ def run_pilot(
     return Pilot(
         centre=centre,
         scale=scale,
-        scan_scale=scan_scale,
         highest=highest,
-        values=density.values - before[0],
-        gradients=density.gradients - before[1],
+        values=density.values,
+        gradients=density.gradients,
         acceptance=acceptance,
         roughness=steep,
     )
@@ -120,12 +116,16 @@ def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int
     inside = centre.unsqueeze(0)
     known = inside, density.value(inside)
     _, _, (x, value), _, _ = _chains(density, centre, 1.0, known, lambda n, seed: None, seed, start=start)
-    # chains that have not arrived, and those that no move has brought to any density
-    level = value[value.isfinite()]
-    if len(level) == 0:
-        return x[:0]
-    low, high = torch.quantile(level, torch.tensor([0.5, 0.84], dtype=level.dtype, device=level.device)).tolist()
-    return x[value > low - _LATE * (high - low) - _LATE]
+    return x[_arrived(value)]
+
+
+def _arrived(value: Tensor) -> Tensor:
+    """Which chains, by their log densities ``(n,)``, have arrived: neither far below the others nor without any density yet."""
+    found = value.isfinite()
+    if bool(found.any()):
+        low, high = torch.quantile(value[found], value.new_tensor([0.5, 0.84])).tolist()
+        found = value > low - _LATE * (high - low) - _LATE
+    return found
 
 
 def _finite(values: Tensor) -> Tensor:
@@ -227,10 +227,7 @@ def _chains(
             if (steps - 1 - k) % (steps // (2 * _KEPT)) == 0:
                 kept.append(x)
                 slopes.append(score)
-    found = value.isfinite()
-    if y is None and bool(found.any()):  # with conditions values do not compare
-        low, high = torch.quantile(value[found], torch.tensor([0.5, 0.84], **like)).tolist()
-        found = found & (value > low - _LATE * (high - low) - _LATE)
+    found = _arrived(value) if y is None else value.isfinite()  # with conditions values do not compare
     states, scores = (torch.stack(v)[:, found].flatten(0, 1) for v in (kept, slopes))
     return states, scores, (x, value), y, accepted
 

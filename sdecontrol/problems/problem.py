@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
-from ..errors import NonFiniteError, unknown_name
+from ..errors import NonFiniteError, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless, positional_count
@@ -27,6 +27,24 @@ from .rewards import Linear, Quadratic, QuadraticCost
 DEFAULT_TIME_STEPS = 100
 STARTS = ("fixed", "controlled", "memoryless")
 _PLACE_CONDITION = 7
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode, restored afterwards."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def draw_conditions(condition: Any, n: int, seed: int) -> Any:
+    """``n`` conditions, or None."""
+    return None if condition is None else draw(condition, n, derive_seed(seed, _PLACE_CONDITION))
 
 
 class ControlProblem:
@@ -44,6 +62,13 @@ class ControlProblem:
             memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
         reward_batch_size: call the reward on at most so many states at once.
+
+    Attributes:
+        event_shape, control_shape, horizon: the reference's. dtype, device: of the states.
+        origin: the law of the chain's first state: the point before a controlled start, else ``initial``.
+        from_point: whether all paths leave from one point.
+        random_start: whether the start is random and keeps its law, so that log Z differs from path to path.
+        has_gradient: whether the reward has one.
 
     Raises:
         ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
@@ -66,6 +91,7 @@ class ControlProblem:
                 f"got {type(reference).__name__}."
             )
         self.reference: Any = reference
+        self.event_shape, self.horizon = reference.event_shape, reference.horizon
         self.alpha = as_float("alpha", alpha, positive=True)
         self.initial = self._check_initial(initial)
         sample = draw(self.initial, 1, 0)
@@ -79,20 +105,23 @@ class ControlProblem:
         self.reward_batch_size = reward_batch_size
         self.condition = condition
         self.start = self._choose_start(start)
+        self.origin = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
+        self.from_point = isinstance(self.origin, Dirac)
+        self.random_start = self.start == "fixed" and not self.from_point
         self._chains: dict[Any, Chain] = {}
         with self.evaluating():
             self._probe()
+        self.control_shape: torch.Size = self.reference.control_shape
 
     # ---------------------------------------------------------------- checks
 
     def _check_initial(self, initial: Any) -> Any:
+        initial = self.reference.own_initial if initial is None else initial
         if initial is None:
-            initial = self.reference.own_initial
-            if initial is None:
-                raise TypeError(
-                    f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
-                    "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution."
-                )
+            raise TypeError(
+                f"initial is missing: a {type(self.reference).__name__} has no start of its own. Pass "
+                "initial=sc.Dirac(x0), sc.Gaussian(mean, cov), or any torch distribution."
+            )
         if isinstance(initial, Tensor):
             raise TypeError("initial must be a law; for a fixed start pass sc.Dirac(x0).")
         if not isinstance(initial, Distribution):
@@ -116,19 +145,15 @@ class ControlProblem:
             raise ValueError(f"{name} is on {device}, the initial law on {self.device}; move one of them.")
 
     def _choose_start(self, start: str | None) -> str:
-        if start is not None and start not in STARTS:
-            raise unknown_name("start", start, STARTS)
+        if start is not None:
+            check_name("start", start, STARTS)
+        if isinstance(self.initial, Dirac) or (start is None and not self.reference.pretrained):
+            return "fixed"
         if start is None:
             memory = self.memory
-            start = (
-                ("memoryless" if memory is not None and memory <= MEMORYLESS else "controlled")
-                if self.reference.pretrained
-                else "fixed"
-            )
-        if start == "memoryless" and not isinstance(self.initial, Dirac):
+            start = "memoryless" if memory is not None and memory <= MEMORYLESS else "controlled"
+        if start == "memoryless":
             check_memoryless(self.memory)
-        if isinstance(self.initial, Dirac):
-            return "fixed"
         if start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
             raise ValueError(
                 f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
@@ -209,33 +234,6 @@ class ControlProblem:
         other.alpha = as_float("alpha", alpha, positive=True)
         return other
 
-    @property
-    def event_shape(self) -> torch.Size:
-        return self.reference.event_shape
-
-    @property
-    def control_shape(self) -> torch.Size:
-        return self.reference.control_shape
-
-    @property
-    def origin(self) -> Any:
-        """The law of the chain's first state: the point before a controlled start, else ``initial``."""
-        return Dirac(self.initial.mean) if self.start == "controlled" else self.initial
-
-    @property
-    def from_point(self) -> bool:
-        """Whether all paths leave from one point."""
-        return isinstance(self.origin, Dirac)
-
-    @property
-    def random_start(self) -> bool:
-        """Whether the start is random and keeps its law, so that log Z differs from path to path."""
-        return self.start == "fixed" and not self.from_point
-
-    @property
-    def horizon(self) -> float:
-        return self.reference.horizon
-
     def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
         """The chain that simulates this problem: the reference's, after the stretch of a controlled start.
 
@@ -267,7 +265,7 @@ class ControlProblem:
 
     def draw_condition(self, n: int, seed: int) -> Any:
         """``n`` conditions, or None."""
-        return None if self.condition is None else draw(self.condition, n, derive_seed(seed, _PLACE_CONDITION))
+        return draw_conditions(self.condition, n, seed)
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
@@ -311,14 +309,13 @@ class ControlProblem:
 
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``f(x, t)``, ``(batch,)``."""
-        f = self.running_cost_function
-        assert f is not None
+        f: Any = self.running_cost_function
         return f(x, t) if condition is None or positional_count(f) < 3 else f(x, t, condition)
 
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:
         f = self.running_cost_function
-        return None if f is None else f if isinstance(f, QuadraticCost) else self.running_cost
+        return f if f is None or isinstance(f, QuadraticCost) else self.running_cost
 
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""
@@ -330,17 +327,9 @@ class ControlProblem:
         ]
         return [p for p in parts if isinstance(p, nn.Module)]
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored afterwards."""
-        modes = [(m, m.training) for module in self.modules() for m in module.modules()]
-        try:
-            for module in self.modules():
-                module.eval()
-            yield
-        finally:
-            for m, training in modes:
-                m.training = training
+        return evaluating(self.modules())
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain facts and a few numbers by which a saved file recognises its problem."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import as_float, check_tensor
+from ..tensors import as_float, check_tensor, symmetric
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be symmetric; only its symmetric part enters x'{name}x, so pass ({name} + {name}.T)/2."
         )
-    return 0.5 * (matrix + matrix.mT)
+    return symmetric(matrix)
 
 
 class Quadratic:
@@ -90,7 +90,7 @@ class QuadraticCost:
         if isinstance(self._F, Tensor):
             return self._F
         value = self._F(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64))
-        return 0.5 * (value + value.mT)
+        return symmetric(value)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return 0.5 * ((x @ self.F_at(t).to(x.dtype)) * x).sum(-1)

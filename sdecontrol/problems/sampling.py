@@ -1,5 +1,6 @@
 """Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
 
+import contextlib
 from itertools import pairwise
 from typing import Any
 
@@ -55,7 +56,11 @@ def simulate_solver(
 
     def run(keep_states: bool) -> SolvedPaths:
         with torch.no_grad(), problem.evaluating():
-            states = _learned_start(chain, x, noises, control, condition, step)
+            states = [x]
+            if step < chain.start:  # the learned start is run as the chain it is
+                shift = None if control is None else shift_function(chain, control)
+                before: dict[str, Any] = {"condition": condition, "steps": range(step, chain.start)}
+                states = list(integrate(chain, x, noises, shift, keep="states", **before).states)
             first, clock = max(step - chain.start, 0), chain.clock[chain.start :]
             cost = problem.running_cost_or_none
             if tolerance is not None:
@@ -76,16 +81,6 @@ def simulate_solver(
         if error.step is None:
             run(True)  # the same paths with their states kept: names the step
         raise
-
-
-def _learned_start(chain: Chain, x: Tensor, noise: Any, control: Any, condition: Any, step: int) -> list[Tensor]:
-    """States of the learned start, which is run as the chain it is; [x] where there is none."""
-    if step >= chain.start:
-        return [x]
-    shift = None if control is None else shift_function(chain, control)
-    return list(
-        integrate(chain, x, noise, shift, condition=condition, keep="states", steps=range(step, chain.start)).states
-    )
 
 
 def _flow(
@@ -153,11 +148,9 @@ def log_likelihood(
     Raises:
         TypeError: not a generative model. NonFiniteError: the flow or the density is not finite.
     """
-    sde = require_generative(model.reference if isinstance(model, ControlProblem) else model, "log_likelihood")
-    start = model.initial if isinstance(model, ControlProblem) else sde.own_initial
-    options: dict[str, Any] = {"condition": condition, "divergence": divergence, "probes": probes}
-    options.update(tolerance=tolerance, seed=seed)
-    if isinstance(model, ControlProblem):
-        with model.evaluating():
-            return flow_log_likelihood(sde, start, x, **options)
-    return flow_log_likelihood(sde, start, x, **options)
+    problem = model if isinstance(model, ControlProblem) else None
+    sde = require_generative(model if problem is None else problem.reference, "log_likelihood")
+    start = sde.own_initial if problem is None else problem.initial
+    options: dict[str, Any] = {"divergence": divergence, "probes": probes, "tolerance": tolerance, "seed": seed}
+    with contextlib.nullcontext() if problem is None else problem.evaluating():
+        return flow_log_likelihood(sde, start, x, condition=condition, **options)

@@ -62,14 +62,13 @@ def simulate(
         ``log_ratio``, ``kl``, ``noises`` and ``shifts`` raise :class:`NoLikelihood`.
     """
     check_count("num_paths", num_paths)
-    if time_steps is None and scheme is None and (settings := getattr(control, "settings", None)):
-        time_steps, scheme = settings.get("time_steps"), settings.get("scheme")
+    settings = getattr(control, "settings", None) or {}
+    if time_steps is None and (scheme is None or scheme in SAMPLING_SCHEMES):
+        time_steps, scheme = settings.get("time_steps"), scheme or settings.get("scheme")
     launch = Launch(keep, condition, noise, antithetic, state, step, tolerance, chunk)
     if scheme in SAMPLING_SCHEMES:
         if chunk is not None:
             raise ValueError(f"chunk: scheme={scheme!r} runs all its paths at once; call it once per chunk of paths.")
-        if time_steps is None:
-            time_steps = (getattr(control, "settings", None) or {}).get("time_steps")
         chain = problem.chain(time_steps, "euler")
         return simulate_solver(problem, chain, scheme, num_paths, control, fresh_seed(seed), launch)
     if tolerance is not None:

@@ -101,5 +101,9 @@ class AnnealedLangevin(SDE):
         return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
-        more = {"process": "annealed", "relaxations": self.relaxations, "backward_control": self.controlled_target}
-        return {**super().describe(), **more}
+        return {
+            **super().describe(),
+            "process": "annealed",
+            "relaxations": self.relaxations,
+            "backward_control": self.controlled_target,
+        }

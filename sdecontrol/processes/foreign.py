@@ -31,9 +31,9 @@ def torchsde_functions(sde: Any) -> tuple[_Term, _Term]:
     both = getattr(sde, "f_and_g", None)
     f = getattr(sde, "f", None) or (None if both is None else lambda t, y: both(t, y)[0])
     g = getattr(sde, "g", None) or (None if both is None else lambda t, y: both(t, y)[1])
-    missing = [n for n in ("noise_type", "sde_type") if not hasattr(sde, n)]
-    if f is None or g is None or missing:
-        lacks = missing + [n for n, v in (("f", f), ("g", g)) if v is None]
+    lacks = [n for n in ("noise_type", "sde_type") if not hasattr(sde, n)]
+    lacks += [n for n, v in (("f", f), ("g", g)) if v is None]
+    if f is None or g is None or lacks:
         raise TypeError(
             f"sde must have torchsde's protocol: f(t, y), g(t, y), noise_type, sde_type; {type(sde).__name__} lacks "
             f"{', '.join(lacks)}."

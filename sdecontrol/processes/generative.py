@@ -8,6 +8,7 @@ Process time runs over [0, 1] with ``s = noise_end (1 - t)``.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -121,8 +122,7 @@ class GenerativeSDE(Pretrained, SDE):
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0
-        self._constant, self._diffusion_function = None, self.diffusion
-        self._seen: dict[float, Any] = {}
+        self._remembered = lru_cache(maxsize=4096)(self._at)
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
@@ -135,13 +135,11 @@ class GenerativeSDE(Pretrained, SDE):
         like = mixture.means if mixture is not None else parameter
         self.dtype = like.dtype if like is not None else torch.get_default_dtype()
         self.device = like.device if like is not None else torch.device("cpu")
+        zero = torch.zeros(self.event_shape, dtype=self.dtype, device=self.device)
+        self.own_initial = Gaussian(zero, schedule.start_std() ** 2)
         if mixture is not None:
             start = self.marginal(0.0)
             self.own_initial = Gaussian(start.means[0], start.covariances[0]) if len(start.means) == 1 else start
-        else:
-            self.own_initial = Gaussian(
-                torch.zeros(self.event_shape, dtype=self.dtype, device=self.device), schedule.start_std() ** 2
-            )
 
     def _level(self, s: float) -> float:
         """The noise level at noising time s, per unit of noising time."""
@@ -196,13 +194,11 @@ class GenerativeSDE(Pretrained, SDE):
 
     def at(self, t: Tensor | float) -> Any:
         """:class:`Coefficients` at one process time, as floats; remembered, since every step asks."""
-        time = float(t)
-        if time not in self._seen:
-            if len(self._seen) > 4096:
-                self._seen.clear()
-            found = self.coefficients(torch.tensor([time], dtype=torch.float64))
-            self._seen[time] = Coefficients(*(float(v) for v in found))  # type: ignore[arg-type]
-        return self._seen[time]
+        return self._remembered(float(t))
+
+    def _at(self, time: float) -> Any:
+        found = self.coefficients(torch.tensor([time], dtype=torch.float64))
+        return Coefficients(*(float(v) for v in found))  # type: ignore[arg-type]
 
     def model_time(self, t: float, x: Tensor) -> Tensor:
         return torch.tensor(self.at(t).clock, dtype=x.dtype, device=x.device)
@@ -252,9 +248,8 @@ class GenerativeSDE(Pretrained, SDE):
     def shifts_towards(
         self, model: Model, chain: Any, strength: float | None = None
     ) -> Callable[[int, Tensor, Any], Tensor]:
-        times = chain.times[:-1]
-        c = self.coefficients(times)
-        clocks, gains = c.clock.to(times), c.gain.tolist()
+        c = self.coefficients(chain.times[:-1])
+        clocks, gains = c.clock.to(chain.times), c.gain.tolist()
         # a tuned model is asked for at every step of training: one multiplication
         at_once = strength is None and not isinstance(chain.gain(0), Tensor)
         whole = [gain * chain.gain(k) for k, gain in enumerate(gains)] if at_once else None
@@ -292,33 +287,21 @@ class GenerativeSDE(Pretrained, SDE):
         if self.mixture is None or len(self.mixture.means) != 1:
             return None
         mean, cov = self.mixture.means[0].double(), self.mixture.covariances[0].double()
-        d = len(mean)
-        eye = torch.eye(d, dtype=torch.float64, device=mean.device)
+        eye = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
 
-        def parts(t: Tensor) -> tuple[float, float, Tensor, float]:
+        def parts(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """A, sigma and offset."""
             s = torch.as_tensor(self.noising_time(t), dtype=torch.float64).cpu().clamp(min=_S_MIN)
             mu, std, end = float(self.schedule.mu(s)), float(self.schedule.std(s)), self.schedule.noise_end
             rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
-            precision = torch.linalg.inv(mu**2 * cov + std**2 * eye)
-            return (
-                mu,
-                -end * float(self.schedule.log_mu_slope(s)),
-                end * (rate + level**2) / 2 * precision,
-                level * math.sqrt(end),
-            )
+            pull = end * (rate + level**2) / 2 * torch.linalg.inv(mu**2 * cov + std**2 * eye)
+            A = -end * float(self.schedule.log_mu_slope(s)) * eye - pull
+            return A, level * math.sqrt(end) * eye, pull @ (mu * mean)
 
-        def A(t: Tensor) -> Tensor:
-            _, x_part, pull, _ = parts(t)
-            return (x_part * eye - pull).to(t.dtype)
+        def part(i: int) -> Callable[[Tensor], Tensor]:
+            return lambda t: parts(t)[i].to(t.dtype)
 
-        def offset(t: Tensor) -> Tensor:
-            mu, _, pull, _ = parts(t)
-            return (pull @ (mu * mean)).to(t.dtype)
-
-        def sigma(t: Tensor) -> Tensor:
-            return (parts(t)[3] * eye).to(t.dtype)
-
-        return LinearSDE(A, sigma, offset, horizon=self.horizon)
+        return LinearSDE(part(0), part(1), part(2), horizon=self.horizon)
 
     def describe(self) -> dict[str, Any]:
         level = self.noise_level if isinstance(self.noise_level, (str, float, int)) else "callable"

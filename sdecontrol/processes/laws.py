@@ -8,7 +8,7 @@ time 0 of a fixed start).
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ def factor(covariance: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
 
 
+def check_alike(name: str, value: Tensor, other: str, like: Tensor) -> None:
+    """Raise unless ``value`` has the dtype of ``like`` and is on its device."""
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, {other} has {like.dtype}; make them agree.")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, {other} on {like.device}; move one of them.")
+
+
 def _check_covariance(name: str, covariance: Tensor) -> Tensor:
     if not torch.allclose(covariance, covariance.mT, rtol=1e-5, atol=1e-7 * float(covariance.abs().max())):
         raise ValueError(f"{name} must be symmetric.")
@@ -39,8 +47,6 @@ def _check_covariance(name: str, covariance: Tensor) -> Tensor:
 
 class Dirac(Distribution):
     """A point mass at ``point`` of shape ``(*event)``, of numbers or of int64 tokens: every path starts there."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, point: Tensor) -> None:
         tokens = isinstance(point, Tensor) and point.dtype == torch.int64
@@ -79,9 +85,11 @@ class Gaussian(Distribution):
         mean: ``(*event)``, or ``(batch, d)`` for a batch of laws of vectors.
         cov: a number (isotropic variance), variances of the shape of an event, or a ``(d, d)`` covariance for vectors
             (``(batch, d, d)`` for a batch of laws).
-    """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    Attributes:
+        is_diagonal: whether it was given by variances.
+        scale_root: the symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape.
+    """
 
     def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
         mean = check_tensor("Gaussian(mean)", mean)
@@ -93,18 +101,15 @@ class Gaussian(Distribution):
             "Gaussian(cov)",
             torch.as_tensor(cov, dtype=mean.dtype, device=mean.device) if not isinstance(cov, Tensor) else cov,
         )
-        if cov.dtype != mean.dtype:
-            raise TypeError(f"Gaussian(cov) has dtype {cov.dtype}, the mean {mean.dtype}; make them agree.")
-        if cov.device != mean.device:
-            raise ValueError(f"Gaussian(cov) is on {cov.device}, the mean on {mean.device}; move one of them.")
+        check_alike("Gaussian(cov)", cov, "the mean", mean)
         self.loc = mean
         d = mean.shape[-1]
-        self._full = cov.ndim == mean.ndim + 1 and cov.shape == (*mean.shape, d)
-        if self._full:
+        self.is_diagonal = not (cov.ndim == mean.ndim + 1 and cov.shape == (*mean.shape, d))
+        if not self.is_diagonal:
             event = mean.shape[-1:]
             shared = cov.ndim == 3 and cov.stride(0) == 0  # one covariance, expanded over a batch of laws
             self._cov = _check_covariance("Gaussian(cov)", cov[:1] if shared else cov).expand(cov.shape)
-            self._root = factor(self._cov[:1] if shared else self._cov).expand(cov.shape)
+            self.scale_root = factor(self._cov[:1] if shared else self._cov).expand(cov.shape)
         else:
             event = mean.shape
             if cov.ndim and cov.shape != mean.shape:
@@ -115,7 +120,7 @@ class Gaussian(Distribution):
             if bool((cov < 0).any()):
                 raise ValueError("Gaussian(cov) has a negative variance.")
             self._cov = cov.expand(mean.shape)
-            self._root = self._cov.sqrt()
+            self.scale_root = self._cov.sqrt()
         super().__init__(mean.shape[: mean.ndim - len(event)], event, validate_args=False)
 
     @property
@@ -125,47 +130,38 @@ class Gaussian(Distribution):
     @property
     def covariance_matrix(self) -> Tensor:
         """``(..., n, n)``, n the number of entries of an event."""
-        if self._full:
-            return self._cov
-        return torch.diag_embed(self._cov.flatten(self.loc.ndim - len(self.event_shape)))
+        if self.is_diagonal:
+            return torch.diag_embed(self._cov.flatten(self.loc.ndim - len(self.event_shape)))
+        return self._cov
 
     @property
     def variance(self) -> Tensor:
-        return self._cov.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape) if self._full else self._cov
-
-    @property
-    def scale_root(self) -> Tensor:
-        """The symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape."""
-        return self._root
-
-    @property
-    def is_diagonal(self) -> bool:
-        return not self._full
+        return self._cov if self.is_diagonal else self._cov.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape)
 
     def __repr__(self) -> str:
-        kind = "full covariance" if self._full else "independent entries"
+        kind = "independent entries" if self.is_diagonal else "full covariance"
         return f"Gaussian(batch {tuple(self.batch_shape)}, event {tuple(self.event_shape)}, {kind})"
 
     def shape_noise(self, z: Tensor) -> Tensor:
         """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
-        return (self._root @ z.unsqueeze(-1)).squeeze(-1) if self._full else self._root * z
+        return self.scale_root * z if self.is_diagonal else (self.scale_root @ z.unsqueeze(-1)).squeeze(-1)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
+    def rsample(self, sample_shape: Any = (), generator: torch.Generator | None = None) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.loc + self.shape_noise(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+        z = torch.randn(shape, generator=generator, dtype=self.loc.dtype, device=self.loc.device)
+        return self.loc + self.shape_noise(z)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
-        z = torch.randn((rows, *self.loc.shape), generator=generator, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self.shape_noise(z)
+        return self.rsample((rows,), generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density ``(...)``; raises where the covariance is singular (there is no density)."""
         difference = value - self.loc
-        if not self._full:
+        if self.is_diagonal:
             if bool((self._cov == 0).any()):
                 raise ValueError("this Gaussian is degenerate (a variance is 0) and has no density.")
             terms = -0.5 * (difference**2 / self._cov + self._cov.log() + _LOG_2PI)
@@ -182,7 +178,39 @@ class Gaussian(Distribution):
         return 0.5 * (n * (1 + _LOG_2PI) + torch.linalg.slogdet(self.covariance_matrix).logabsdet)
 
 
-class GaussianMixture(Distribution):
+class _Mixture(Distribution):
+    """What mixtures share; weights sum to one over the last dimension."""
+
+    means: Tensor
+    variances: Tensor
+    log_weights: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
+
+    def widened(self, factor: float) -> Self:
+        """The same with all (co)variances times ``factor``."""
+        law = copy.copy(self)
+        law.variances = factor * self.variances
+        return law
+
+    def noised(self, mu: Tensor | float, std: Tensor | float) -> Self:
+        """The law of ``mu X + std eps``."""
+        law = copy.copy(self)
+        law.means, law.variances = mu * self.means, mu**2 * self.variances + std**2
+        return law
+
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, for little more than one."""
+        raise NotImplementedError
+
+    def score(self, x: Tensor) -> Tensor:
+        """``grad log p(x)``, of the shape of x."""
+        return self.log_prob_and_score(x)[1]
+
+
+class GaussianMixture(_Mixture):
     """``sum_i weights_i N(means_i, covariances_i)`` on vectors, with its score and its noised versions in closed form.
 
     Args:
@@ -191,67 +219,57 @@ class GaussianMixture(Distribution):
         covariances: a number, ``(k,)`` or ``(k, d)`` variances, or ``(k, d, d)`` matrices.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
         means = check_tensor("GaussianMixture(means)", means, shape=("k", "d"))
         weights = check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],))
-        if weights.dtype != means.dtype or weights.device != means.device:
-            raise TypeError(
-                f"GaussianMixture(weights) is {weights.dtype} on {weights.device}, the means {means.dtype} "
-                f"on {means.device}; make them agree."
-            )
+        check_alike("GaussianMixture(weights)", weights, "the tensor of means", means)
         if bool((weights <= 0).any()):
             raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
         k, d = means.shape
         self.means, self.log_weights = means, (weights / weights.sum()).log()
-        cov = (
-            torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
-            if not isinstance(covariances, Tensor)
-            else covariances
-        )
-        cov = check_tensor("GaussianMixture(covariances)", cov)
-        if cov.dtype != means.dtype or cov.device != means.device:
-            raise TypeError(
-                f"GaussianMixture(covariances) is {cov.dtype} on {cov.device}, the means {means.dtype} "
-                f"on {means.device}; make them agree."
-            )
+        if not isinstance(covariances, Tensor):
+            covariances = torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
+        cov = check_tensor("GaussianMixture(covariances)", covariances)
+        check_alike("GaussianMixture(covariances)", cov, "the tensor of means", means)
+        self._vectors = None  # the axes of each component, where they are not those of the coordinates
         if cov.shape == (k, d, d):
             cov = _check_covariance("GaussianMixture(covariances)", cov)
-            self._values, self._vectors = torch.linalg.eigh(cov)
-            off = (cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))).abs().amax()
-            if float(off) == 0.0:
-                self._values, self._vectors = cov.diagonal(dim1=-2, dim2=-1).contiguous(), None
+            self.variances = cov.diagonal(dim1=-2, dim2=-1).contiguous()
+            if not torch.equal(cov, torch.diag_embed(self.variances)):
+                self.variances, self._vectors = torch.linalg.eigh(cov)
         elif cov.ndim <= 1 and cov.numel() in (1, k):
-            self._values, self._vectors = cov.reshape(-1, 1).expand(k, d), None
+            self.variances = cov.reshape(-1, 1).expand(k, d)
         elif cov.shape == (k, d):
-            self._values, self._vectors = cov, None
+            self.variances = cov
         else:
             raise ValueError(
                 f"GaussianMixture(covariances) must be a number, ({k},), ({k}, {d}) or ({k}, {d}, {d}); "
                 f"got {tuple(cov.shape)}."
             )
-        if bool((self._values <= 0).any()):
+        if bool((self.variances <= 0).any()):
             raise ValueError("GaussianMixture(covariances) must be positive definite.")
         super().__init__(event_shape=torch.Size((d,)), validate_args=False)
 
     @classmethod
-    def _from_parts(cls, log_weights: Tensor, means: Tensor, values: Tensor, vectors: Tensor | None) -> GaussianMixture:
+    def _from_parts(
+        cls, log_weights: Tensor, means: Tensor, variances: Tensor, vectors: Tensor | None
+    ) -> GaussianMixture:
         self = cls.__new__(cls)
-        self.log_weights, self.means, self._values, self._vectors = log_weights, means, values, vectors
+        self.log_weights, self.means, self.variances, self._vectors = log_weights, means, variances, vectors
         Distribution.__init__(self, event_shape=means.shape[-1:], validate_args=False)
         return self
 
-    @property
-    def weights(self) -> Tensor:
-        return self.log_weights.exp()
+    def to(self, like: Tensor) -> GaussianMixture:
+        """The same in the dtype and on the device of a tensor."""
+        parts = (self.log_weights, self.means, self.variances, self._vectors)
+        return self._from_parts(*(part if part is None else part.to(like) for part in parts))
 
     @property
     def covariances(self) -> Tensor:
         """``(k, d, d)``."""
         if self._vectors is None:
-            return torch.diag_embed(self._values)
-        return (self._vectors * self._values.unsqueeze(-2)) @ self._vectors.mT
+            return torch.diag_embed(self.variances)
+        return (self._vectors * self.variances.unsqueeze(-2)) @ self._vectors.mT
 
     @property
     def mean(self) -> Tensor:
@@ -271,34 +289,21 @@ class GaussianMixture(Distribution):
     def __repr__(self) -> str:
         return f"GaussianMixture({len(self.means)} components, d={self.means.shape[1]})"
 
-    def widened(self, factor: float) -> GaussianMixture:
-        """The same with all covariances times ``factor``."""
-        return self._from_parts(self.log_weights, self.means, factor * self._values, self._vectors)
-
-    def noised(self, mu: Tensor | float, std: Tensor | float) -> GaussianMixture:
-        """The law of ``mu X + std eps``."""
-        return self._from_parts(self.log_weights, mu * self.means, mu**2 * self._values + std**2, self._vectors)
-
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Joint log densities ``(..., k)`` and differences in each component's own axes ``(..., k, d)``."""
         difference = x.unsqueeze(-2) - self.means
         if self._vectors is not None:
             difference = torch.einsum("...kd,kde->...ke", difference, self._vectors)
-        log_det = self._values.log().sum(-1)
-        square = (difference**2 / self._values).sum(-1)
+        log_det = self.variances.log().sum(-1)
+        square = (difference**2 / self.variances).sum(-1)
         return self.log_weights - 0.5 * (square + log_det + x.shape[-1] * _LOG_2PI), difference
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._terms(value)[0].logsumexp(-1)
 
-    def score(self, x: Tensor) -> Tensor:
-        """``grad log p(x)``, of the shape of x."""
-        return self.log_prob_and_score(x)[1]
-
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, for little more than one."""
         joint, difference = self._terms(x)
-        pull = difference / self._values
+        pull = difference / self.variances
         if self._vectors is not None:
             pull = torch.einsum("...ke,kde->...kd", pull, self._vectors)
         return joint.logsumexp(-1), -(joint.softmax(-1).unsqueeze(-1) * pull).sum(-2)
@@ -314,10 +319,10 @@ class GaussianMixture(Distribution):
         u = torch.rand((len(x), 1), generator=generator, dtype=x.dtype, device=x.device) * edges[:, -1:]
         index = torch.searchsorted(edges, u).squeeze(1).clamp(max=edges.shape[1] - 1)
         axes = None if self._vectors is None else self._vectors[index]
-        return self.means[index], self._values[index].sqrt(), axes
+        return self.means[index], self.variances[index].sqrt(), axes
 
     def _shape(self, index: Tensor, z: Tensor) -> Tensor:
-        y = z * self._values[index].sqrt()
+        y = z * self.variances[index].sqrt()
         if self._vectors is not None:
             y = (self._vectors[index] @ y.unsqueeze(-1)).squeeze(-1)
         return self.means[index] + y
@@ -335,33 +340,24 @@ class GaussianMixture(Distribution):
         return self._shape(index, torch.randn((rows, *self.event_shape), **options))
 
 
-class ProductMixture(Distribution):
+class ProductMixture(_Mixture):
     """Independent coordinates, each of a mixture of Gaussians in one dimension: ``prod_j sum_i weights_ji N(x_j; means_ji, variances_ji)``.
 
     Args:
         weights: ``(d, k)``, > 0; normalised here over k. means, variances: ``(d, k)``.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-
     def __init__(self, weights: Tensor, means: Tensor, variances: Tensor) -> None:
         means = check_tensor("ProductMixture(means)", means, shape=("d", "k"))
         weights = check_tensor("ProductMixture(weights)", weights, shape=tuple(means.shape))
         variances = check_tensor("ProductMixture(variances)", variances, shape=tuple(means.shape))
         for name, value in (("weights", weights), ("variances", variances)):
-            if value.dtype != means.dtype or value.device != means.device:
-                raise TypeError(
-                    f"ProductMixture({name}) is {value.dtype} on {value.device}, the means {means.dtype} on {means.device}; make them agree."
-                )
+            check_alike(f"ProductMixture({name})", value, "the tensor of means", means)
             if bool((value <= 0).any()):
                 raise ValueError(f"ProductMixture({name}) must all be > 0.")
         self.means, self.variances = means, variances
         self.log_weights = (weights / weights.sum(1, keepdim=True)).log()
         super().__init__(event_shape=means.shape[:1], validate_args=False)
-
-    @property
-    def weights(self) -> Tensor:
-        return self.log_weights.exp()
 
     @property
     def mean(self) -> Tensor:
@@ -374,18 +370,6 @@ class ProductMixture(Distribution):
     def __repr__(self) -> str:
         return f"ProductMixture(d={self.means.shape[0]}, {self.means.shape[1]} components in each coordinate)"
 
-    def widened(self, factor: float) -> ProductMixture:
-        """The same with all variances times ``factor``."""
-        law = copy.copy(self)
-        law.variances = factor * self.variances
-        return law
-
-    def noised(self, mu: Tensor | float, std: Tensor | float) -> ProductMixture:
-        """The law of ``mu X + std eps``."""
-        law = copy.copy(self)
-        law.means, law.variances = mu * self.means, mu**2 * self.variances + std**2
-        return law
-
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Joint log densities of each coordinate and its component, and differences from the means, ``(..., d, k)``."""
         difference = x.unsqueeze(-1) - self.means
@@ -395,12 +379,7 @@ class ProductMixture(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         return self._terms(value)[0].logsumexp(-1).sum(-1)
 
-    def score(self, x: Tensor) -> Tensor:
-        """``grad log p(x)``, of the shape of x."""
-        return self.log_prob_and_score(x)[1]
-
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, for little more than one."""
         joint, difference = self._terms(x)
         return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
 
@@ -415,18 +394,14 @@ class ProductMixture(Distribution):
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape)
-        generator = torch.default_generator if self.means.device.type == "cpu" else None
-        return self._drawn(max(1, shape.numel()), generator).reshape(shape + self.event_shape)
+        return self._draw_block(max(1, shape.numel()), None).reshape(shape + self.event_shape)
 
-    def _drawn(self, rows: int, generator: torch.Generator | None) -> Tensor:
+    def _draw_block(self, rows: int, generator: torch.Generator | None) -> Tensor:
         options: dict[str, Any] = {"dtype": self.means.dtype, "device": self.means.device, "generator": generator}
         edges, d = self.weights.cumsum(1), self.means.shape[0]
         index = torch.searchsorted(edges, torch.rand((d, rows), **options)).clamp(max=edges.shape[1] - 1)
         z = torch.randn((d, rows), **options)
-        return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT
-
-    def _draw_block(self, rows: int, generator: torch.Generator) -> Tensor:
-        return self._drawn(rows, generator).contiguous()
+        return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT.contiguous()
 
 
 def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -> Tensor:

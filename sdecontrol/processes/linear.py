@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..tensors import as_float, check_tensor, symmetric
-from .laws import Dirac, Gaussian, factor
+from .laws import Dirac, Gaussian, check_alike, factor
 from .sde import SDE, StepFunction
 
 Coefficient = Tensor | Callable[[Tensor], Tensor]
@@ -27,6 +29,11 @@ class Transition(NamedTuple):
     matrix: Tensor
     shift: Tensor
     covariance: Tensor
+
+    def moved(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of X_t for those of X_s."""
+        M = self.matrix
+        return M @ mean + self.shift, symmetric(M @ cov @ M.mT + self.covariance)
 
 
 class LinearSDE(SDE):
@@ -46,7 +53,7 @@ class LinearSDE(SDE):
         if probe.ndim != 2 or probe.shape[0] != probe.shape[1]:
             raise ValueError(f"A must be a square (d, d) matrix, got shape {tuple(probe.shape)}.")
         d = probe.shape[0]
-        if not callable(A) or isinstance(A, Tensor):
+        if not callable(A):
             check_tensor("A", probe)
         root = self.sigma_at(0.0, like=probe)
         if root.shape[0] != d:
@@ -54,30 +61,25 @@ class LinearSDE(SDE):
                 f"sigma must be a number or a ({d}, m) matrix to go with A {tuple(probe.shape)}, "
                 f"got {tuple(root.shape)}."
             )
-        constant_sigma = not callable(sigma) or isinstance(sigma, Tensor)
-        if constant_sigma:
+        if not callable(sigma):
             check_tensor("sigma", root)
             if not bool((root != 0).any()):
                 raise ValueError("sigma is 0: without noise there is no control problem (no likelihood ratios).")
-        if root.dtype != probe.dtype:
-            raise TypeError(f"sigma has dtype {root.dtype}, A has {probe.dtype}; make them agree.")
-        if root.device != probe.device:
-            raise ValueError(f"sigma is on {root.device}, A on {probe.device}; move one of them.")
+        check_alike("sigma", root, "A", probe)
         if offset is not None:
-            a = self._at("offset", offset, 0.0)
-            check_tensor("offset", a, shape=(d,), hint="one entry per state dimension.")
-            if a.dtype != probe.dtype:
-                raise TypeError(f"offset has dtype {a.dtype}, A has {probe.dtype}; make them agree.")
-            if a.device != probe.device:
-                raise ValueError(f"offset is on {a.device}, A on {probe.device}; move one of them.")
+            a = check_tensor(
+                "offset", self._at("offset", offset, 0.0), shape=(d,), hint="one entry per state dimension."
+            )
+            check_alike("offset", a, "A", probe)
         self.event_shape = torch.Size((d,))
         self.control_shape = torch.Size((root.shape[1],))
         self.dtype, self.device = probe.dtype, probe.device
         self.drift_takes_condition = False
-        self.autonomous = all(c is None or isinstance(c, (Tensor, float, int)) for c in (A, sigma, offset))
-        self._constant = root.unsqueeze(0) if constant_sigma else None
-        self._constant_diagonal = _diagonal_of(root) if constant_sigma else None
-        self._diffusion_function = None if constant_sigma else self.diffusion
+        self.autonomous = not any(callable(c) for c in (A, sigma, offset))
+        #: sigma ``(1, d, m)`` where it does not depend on time; a diagonal one saves a matrix product a step
+        self.constant_matrix = None if callable(sigma) else root.unsqueeze(0)
+        diagonal = None if callable(sigma) else _diagonal_of(root)
+        self.constant_diffusion = self.constant_matrix if diagonal is None else diagonal
 
     def memory_from(self, initial: Any) -> float | None:
         if isinstance(initial, Dirac):
@@ -123,22 +125,16 @@ class LinearSDE(SDE):
             )
         return value
 
-    @property
-    def constant_diffusion(self) -> Tensor | None:
-        """As for every SDE; a diagonal matrix as its diagonal, which saves a matrix product a step."""
-        return self._constant if self._constant_diagonal is None else self._constant_diagonal
-
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         return x @ self.A_at(t).mT if self._offset is None else x @ self.A_at(t).mT + self.offset_at(t, x.mT)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._constant if self._constant is not None else self.sigma_at(t, self.A_at(t)).unsqueeze(0)
+        return self.sigma_at(t, self.A_at(t)).unsqueeze(0) if self.constant_matrix is None else self.constant_matrix
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         pass  # checked when it was made
 
     def on_grid(self, times: Tensor) -> StepFunction:
-        d = self.event_shape[0]
         A = [self.A_at(t).to(times.dtype) for t in times]
         like = A[0]
         sigma = [self.sigma_at(t, like).unsqueeze(0).to(times.dtype) for t in times]
@@ -147,7 +143,7 @@ class LinearSDE(SDE):
             return lambda k, x, y: (x * diagonal, sigma[k])
         if self._offset is None:
             return lambda k, x, y: (x @ A[k].mT, sigma[k])
-        a = [self.offset_at(t, like).reshape(1, d).to(times.dtype) for t in times]
+        a = [self.offset_at(t, like).reshape(1, -1).to(times.dtype) for t in times]
         return lambda k, x, y: (torch.addmm(a[k], x, A[k].mT) if x.ndim == 2 else x @ A[k].mT + a[k], sigma[k])
 
     def as_linear(self) -> LinearSDE:
@@ -171,12 +167,16 @@ class LinearSDE(SDE):
                 torch.zeros(d, dtype=torch.float64),
                 torch.zeros(d, d, dtype=torch.float64),
             )
-        matrix, shift, cov, _ = self._transition_and_gain(s, t)
-        return Transition(matrix, shift, cov)
+        return Transition(*self.transition_and_gain(s, t)[:3])
 
-    def _transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Transition matrix, shift, covariance, and ``int Phi(t, r) sigma(r) dr`` (d, m): the effect of a held control."""
         return self._by_exponential(t - s) if self.autonomous else self._by_ode(s, t)
+
+    def by_step(self, clock: list[float], make: Callable[[float, float], Any]) -> list[Any]:
+        """``make(s, t)`` for each step of a clock; once for all steps of equal length, where nothing depends on time."""
+        once = lru_cache(maxsize=None)(make)
+        return [once(0.0, round(t - s, 14)) if self.autonomous else once(s, t) for s, t in pairwise(clock)]
 
     def _by_exponential(self, h: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         A, a, root = (torch.from_numpy(c) for c in self.coefficients(0.0))
@@ -199,28 +199,12 @@ class LinearSDE(SDE):
         return phi, inputs[:, 0], cov, inputs[:, 1:]
 
     def _by_ode(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from scipy.integrate import solve_ivp
-
-        _, _, root = self.coefficients(s)
-        d, m = root.shape
-        width = 2 * d + 1 + m
-
-        def slope(r: float, flat: np.ndarray) -> np.ndarray:
+        def terms(r: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             A, a, root = self.coefficients(r)
-            y = flat.reshape(d, width)
-            out = A @ y
-            out[:, d : 2 * d] += y[:, d : 2 * d] @ A.T + root @ root.T
-            out[:, 2 * d] += a
-            out[:, 2 * d + 1 :] += root
-            return out.ravel()
+            return A, np.column_stack([a, root]), root @ root.T
 
-        start = np.zeros((d, width))
-        start[:, :d] = np.eye(d)
-        result = solve_ivp(slope, (s, t), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-13)
-        if not result.success:
-            raise RuntimeError(f"the transition law from {s} to {t} could not be integrated: {result.message}")
-        end = torch.from_numpy(result.y[:, -1].reshape(d, width).copy())
-        return end[:, :d], end[:, 2 * d], symmetric(end[:, d : 2 * d]), end[:, 2 * d + 1 :]
+        matrix, effects, cov = integrate_linear(terms, s, t)
+        return matrix, effects[:, 0], cov, effects[:, 1:]
 
     def kernel(self, s: float, t: float, x: Tensor) -> Gaussian:
         """The law of ``X_t`` given ``X_s = x``, x of shape ``(d,)`` or ``(batch, d)``."""
@@ -230,12 +214,8 @@ class LinearSDE(SDE):
 
     def marginal(self, t: float, initial: Dirac | Gaussian) -> Gaussian:
         """The law of ``X_t`` for a start from ``initial`` at time 0."""
-        mean, cov = moments(initial)
-        law = self.transition(0.0, t)
-        return Gaussian(
-            (law.matrix @ mean + law.shift).to(initial.mean),
-            symmetric(law.matrix @ cov @ law.matrix.mT + law.covariance).to(initial.mean),
-        )
+        mean, cov = self.transition(0.0, t).moved(*moments(initial))
+        return Gaussian(mean.to(initial.mean), cov.to(initial.mean))
 
     def bridge(self, t: float, x: Tensor, y: Tensor, s: float = 0.0, u: float | None = None) -> Gaussian:
         """The law of ``X_t`` given ``X_s = x`` and ``X_u = y`` (u defaults to the horizon), s < t < u."""
@@ -257,6 +237,35 @@ class LinearSDE(SDE):
         return drift.to(x)
 
 
+def integrate_linear(
+    terms: Callable[[float], tuple[np.ndarray, np.ndarray, np.ndarray]], s: float, t: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Phi(t, s)``, ``int Phi(t, r) B(r) dr`` ``(d, n)`` and the covariance at t of ``dX = A X dt + noise`` with a source B.
+
+    Args:
+        terms: ``r -> A (d, d), B (d, n), Sigma (d, d)``, the noise's covariance in a unit of time.
+    """
+    from scipy.integrate import solve_ivp
+
+    A, B, _ = terms(s)
+    d = len(A)
+
+    def slope(r: float, flat: np.ndarray) -> np.ndarray:
+        A, B, noise = terms(r)
+        y = flat.reshape(d, -1)
+        out = A @ y
+        out[:, d : 2 * d] += y[:, d : 2 * d] @ A.T + noise
+        out[:, 2 * d :] += B
+        return out.ravel()
+
+    start = np.concatenate([np.eye(d), np.zeros((d, d)), np.zeros_like(B)], 1)
+    result = solve_ivp(slope, (s, t), start.ravel(), method="DOP853", rtol=1e-12, atol=1e-13)
+    if not result.success:
+        raise RuntimeError(f"the transition law from {s} to {t} could not be integrated: {result.message}")
+    end = torch.from_numpy(result.y[:, -1].reshape(d, -1).copy())
+    return end[:, :d], end[:, 2 * d :], symmetric(end[:, d : 2 * d])
+
+
 def _diagonal_of(matrix: Tensor) -> Tensor | None:
     """The diagonal of a diagonal square matrix, else None."""
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
@@ -273,8 +282,8 @@ def moments(law: Any) -> tuple[Tensor, Tensor]:
 def condition_gaussian(mean: Tensor, cov: Tensor, transition: Transition, y: Tensor, like: Tensor) -> Gaussian:
     """The law of X ~ N(mean, cov) given that ``transition`` from it gave y."""
     M, shift, Q = (p.to(mean.device) for p in transition)
-    innovation = M @ cov @ M.mT + Q
-    gain = torch.linalg.lstsq(symmetric(innovation), M @ cov, driver="gelsd").solution.mT
+    # by least squares: the covariance of y is singular for degenerate noise
+    gain = torch.linalg.lstsq(symmetric(M @ cov @ M.mT + Q), M @ cov, driver="gelsd").solution.mT
     new_mean = mean + (y.double() - mean @ M.mT - shift) @ gain.mT
     keep = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) - gain @ M
     new_cov = symmetric(keep @ cov @ keep.mT + gain @ Q @ gain.mT)  # Joseph's form stays positive semi-definite

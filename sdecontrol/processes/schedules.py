@@ -70,9 +70,6 @@ class VP(Schedule):
                 f"VP needs 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min}, {self.beta_max}."
             )
 
-    def _beta(self, s: Tensor) -> Tensor:
-        return self.beta_min + (self.beta_max - self.beta_min) * s
-
     def _integral(self, s: Tensor) -> Tensor:
         return self.beta_min * s + 0.5 * (self.beta_max - self.beta_min) * s**2
 
@@ -83,10 +80,10 @@ class VP(Schedule):
         return torch.sqrt(-torch.expm1(-self._integral(s)))
 
     def log_mu_slope(self, s: Tensor) -> Tensor:
-        return -0.5 * self._beta(s)
+        return -0.5 * self.forward_variance_rate(s)
 
     def forward_variance_rate(self, s: Tensor) -> Tensor:
-        return self._beta(s)
+        return self.beta_min + (self.beta_max - self.beta_min) * s
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class SDE(Reference):
         event_shape, control_shape: shapes of one state and of one control (``(m,)`` for a matrix diffusion).
     """
 
+    _shared_matrix = False  # whether the diffusion function gives one matrix for all rows, which its first probe says
+    _term = "drift"  # the method that calls the user's function of state and time
+
     def __init__(
         self,
         drift: Callable[..., Tensor],
@@ -60,17 +63,14 @@ class SDE(Reference):
         self.drift_takes_condition = positional_count(drift) >= 3
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
-        self._diffusion_function: Callable[..., Any] | None = None
-        self._constant: Tensor | None = None
-        self._layout = "elementwise"
-        if callable(diffusion) and not isinstance(diffusion, Tensor):
+        if callable(diffusion):
             self.additive = False
             self._diffusion_function = diffusion
             self.control_shape = self.event_shape  # settled by the first probe
         else:
-            self._constant = self._check_constant(diffusion)
-            matrix = isinstance(self._constant, Tensor) and is_matrix_scale(self._constant, self.event_ndim)
-            self.control_shape = torch.Size((self._constant.shape[-1],)) if matrix else self.event_shape  # type: ignore[union-attr]
+            constant = self._check_constant(diffusion)
+            self.constant_diffusion = constant
+            self.control_shape = constant.shape[-1:] if is_matrix_scale(constant, self.event_ndim) else self.event_shape
 
     @classmethod
     def from_torchsde(cls, sde: Any, dim: int, horizon: float = 1.0) -> SDE:
@@ -87,32 +87,24 @@ class SDE(Reference):
         """
         from .foreign import torchsde_functions
 
-        drift, diffusion = torchsde_functions(sde)
-        return cls(drift, diffusion, dim=dim, horizon=horizon)
+        return cls(*torchsde_functions(sde), dim=dim, horizon=horizon)
 
     @property
     def event_ndim(self) -> int:
         return len(self.event_shape)
-
-    @property
-    def constant_diffusion(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._constant
 
     def _check_constant(self, sigma: Any) -> Tensor:
         hint = (
             "diffusion: a number, standard deviations of the event's shape, a (d, m) matrix, or a function of (x, t)."
         )
         if not isinstance(sigma, Tensor):
-            value = as_float("diffusion", sigma)
-            if value == 0:
-                raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
-            return torch.tensor(value)
+            sigma = torch.tensor(as_float("diffusion", sigma))
         check_tensor("diffusion", sigma, hint=hint)
         if not bool((sigma != 0).any()):
             raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
         if sigma.ndim:
             self.dtype, self.device = sigma.dtype, sigma.device
-        if sigma.ndim == 0 or (sigma.shape == self.event_shape and not (self.event_ndim == 1 and sigma.ndim == 2)):
+        if sigma.ndim == 0 or sigma.shape == self.event_shape:
             return sigma
         if self.event_ndim == 1 and sigma.ndim == 2 and sigma.shape[0] == self.event_shape[0]:
             return sigma.unsqueeze(0)
@@ -135,34 +127,25 @@ class SDE(Reference):
         y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
         t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
         with torch.no_grad():
-            called = (
-                f"drift(x, t{'' if y is None or not self.drift_takes_condition else ', y'}), x {tuple(x.shape)}, t 0-d"
-            )
-            with probing("drift", called):
-                value = self.drift(x, t, y)
-            check_output("drift", value, x.shape, x, "Its first dimension is the batch.")
+            condition_too = ", y" if y is not None and self.drift_takes_condition else ""
+            with probing(self._term, f"{self._term}(x, t{condition_too}), x {tuple(x.shape)}, t 0-d"):
+                value = getattr(self, self._term)(x, t, y)
+            check_output(self._term, value, x.shape, x, "Its first dimension is the batch.")
             if self._diffusion_function is not None:
                 self._probe_diffusion(x, t)
 
     def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
         with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d"):
-            raw = self._diffusion_function(x, t)  # type: ignore[misc]
+            raw = self._diffusion_function(x, t)
         value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
-        if isinstance(raw, Tensor) and raw.ndim:
-            if raw.dtype != x.dtype:
-                raise TypeError(
-                    f"diffusion returned dtype {raw.dtype} for an input of dtype {x.dtype}; make them agree."
-                )
-            if raw.device != x.device:
-                raise ValueError(f"diffusion returned a tensor on {raw.device} for an input on {x.device}.")
+        if value.ndim:
+            check_output("diffusion", value, value.shape, x)
         d = self.event_shape
-        if value.ndim == 0 or value.shape == x.shape or value.shape == d:
-            self._layout = "elementwise"
-        elif self.event_ndim == 1 and value.ndim == 3 and value.shape[:2] == x.shape:
-            self._layout, self.control_shape = "matrix", torch.Size((value.shape[-1],))
-        elif self.event_ndim == 1 and value.ndim == 2 and value.shape[0] == d[0]:
-            self._layout, self.control_shape = "shared matrix", torch.Size((value.shape[-1],))
-        else:
+        elementwise = value.ndim == 0 or value.shape == x.shape or value.shape == d
+        self._shared_matrix = not elementwise and self.event_ndim == 1 and value.ndim == 2 and value.shape[0] == d[0]
+        if self._shared_matrix or (self.event_ndim == 1 and value.ndim == 3 and value.shape[:2] == x.shape):
+            self.control_shape = value.shape[-1:]
+        elif not elementwise:
             raise ValueError(
                 f"diffusion must return a number or 0-d tensor, {tuple(x.shape)} (diagonal)"
                 + (f" or ({x.shape[0]}, {d[0]}, m)" if self.event_ndim == 1 else "")
@@ -175,30 +158,22 @@ class SDE(Reference):
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """``sigma(x, t)``: elementwise (0-d, event or batch of events) or a matrix ``(1 | batch, d, m)``."""
-        if self._constant is not None:
-            return self._constant
-        assert self._diffusion_function is not None
+        if self.constant_diffusion is not None:
+            return self.constant_diffusion
         value = self._diffusion_function(x, t)
         if not isinstance(value, Tensor):
             return torch.as_tensor(value, dtype=x.dtype, device=x.device)
-        return value.unsqueeze(0) if self._layout == "shared matrix" else value
+        return value.unsqueeze(0) if self._shared_matrix else value
 
     def on_grid(self, times: Tensor) -> StepFunction:
         """Drift and diffusion at each of ``times``, with whatever depends on time alone computed once."""
         clock = list(times)
-        if self._constant is not None:
-            sigma = self._constant
-            return lambda k, x, y: (self.drift(x, clock[k], y), sigma)
         return lambda k, x, y: (self.drift(x, clock[k], y), self.diffusion(x, clock[k]))
 
     def diffusion_on_grid(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
         """``(k, x) -> sigma`` at each of ``times``."""
         clock = list(times)
         return lambda k, x: self.diffusion(x, clock[k])
-
-    def as_linear(self) -> Any:
-        """The same process as a :class:`LinearSDE`, where it is known to be one; else None."""
-        return None
 
     def __deepcopy__(self, memo: Any) -> SDE:
         return self  # a process is a definition: a copied control refers to the same one

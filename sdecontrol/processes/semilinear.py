@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..tensors import check_output, probing
 from .linear import Coefficient, LinearSDE
 from .sde import SDE, positional_count
 
@@ -29,6 +27,8 @@ class SemilinearSDE(SDE):
         driven_part: ``dX = A X dt + I dW``, whose response to a held control is that of a held nonlinearity.
     """
 
+    _term = "nonlinearity"
+
     def __init__(
         self,
         A: Coefficient,
@@ -47,27 +47,17 @@ class SemilinearSDE(SDE):
         linear = self.linear_part
         self.event_shape, self.control_shape = linear.event_shape, linear.control_shape
         self.dtype, self.device, self.horizon = linear.dtype, linear.device, linear.horizon
-        self._constant, self._diffusion_function = linear._constant, linear._diffusion_function
-        self.additive = linear._constant is not None
+        self.constant_diffusion = linear.constant_matrix
+        self.additive = linear.constant_matrix is not None
         self._drift = nonlinearity  # where ControlProblem looks for the user's modules
         self.drift_takes_condition = positional_count(nonlinearity) >= 3
 
     def nonlinearity(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``n(x, t)``, ``(batch, d)``."""
-        return self._drift(x, t, condition) if self.drift_takes_condition else self._drift(x, t)
+        return super().drift(x, t, condition)
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         return self.linear_part.drift(x, t) + self.nonlinearity(x, t, condition)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         return self.linear_part.diffusion(x, t)
-
-    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
-        rows = 5 if self.event_shape[0] != 5 else 6
-        x = torch.zeros((rows, *self.event_shape), dtype=dtype, device=device) + 0.5
-        y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
-        t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
-        with torch.no_grad():
-            with probing("nonlinearity", f"nonlinearity(x, t), x {tuple(x.shape)}, t 0-d"):
-                value = self.nonlinearity(x, t, y)
-            check_output("nonlinearity", value, x.shape, x, "Its first dimension is the batch.")

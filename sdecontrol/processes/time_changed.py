@@ -51,8 +51,11 @@ class TimeChanged(LinearSDE):
         self.kind = kind
         self.centre = check_tensor("centre", centre, shape=("d",))
         self.scale = check_tensor("scale", scale)
-        self.resolution = _fraction("resolution", resolution)
-        self.total = 1.0 if kind == "brownian" else 2 * math.log(1 / _fraction("memory", memory))
+        for name, value in (("resolution", resolution), ("memory", memory)):
+            if not as_float(name, value, positive=True) < 1:
+                raise ValueError(f"{name} must be below 1, got {value}.")
+        self.resolution = float(resolution)
+        self.total = 1.0 if kind == "brownian" else 2 * math.log(1 / memory)
         horizon = as_float("horizon", horizon, positive=True)
         self._fine = self.resolution**2
         self._rate = math.log((self.total + self._fine) / self._fine) / horizon
@@ -89,7 +92,7 @@ class TimeChanged(LinearSDE):
             return lambda k, x, y: (torch.zeros_like(x), sigma[k])
         return lambda k, x, y: ((self.centre - x) * pulls[k], sigma[k])
 
-    def _transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d = self.event_shape[0]
         scale = self.scale.detach().double().cpu().expand(d)
         first, last = max(self.left(s), 0.0), max(self.left(t), 0.0)
@@ -112,10 +115,3 @@ class TimeChanged(LinearSDE):
 
 def _exp(value: Any) -> Any:
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
-
-
-def _fraction(name: str, value: Any) -> float:
-    number = as_float(name, value, positive=True)
-    if not number < 1:
-        raise ValueError(f"{name} must be below 1, got {number}.")
-    return number

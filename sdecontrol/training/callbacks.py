@@ -7,8 +7,6 @@ from typing import Any
 
 from ..evaluation.solution import Solution
 
-EVENTS = ("on_train_begin", "on_step_end", "on_evaluate", "on_save", "on_exception", "on_train_end")
-
 
 @dataclass
 class TrainingState:

@@ -29,13 +29,10 @@ class Checkpoints:
     def write(self, iteration: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
         path = write_bundle(self.folder, f"checkpoint-{iteration:08d}", tensors, {"kind": _KIND, **settings})
         for old in self.names()[:-_KEPT]:
-            self._remove(old)
+            (self.folder / f"{old}.json").unlink(missing_ok=True)  # first: without it the tensors do not count
+            for tensors_file in self.folder.glob(f"{old}-*.safetensors"):
+                tensors_file.unlink(missing_ok=True)
         return path
-
-    def _remove(self, name: str) -> None:
-        (self.folder / f"{name}.json").unlink(missing_ok=True)  # first: without it the tensors do not count
-        for path in self.folder.glob(f"{name}-*.safetensors"):
-            path.unlink(missing_ok=True)
 
     def newest(self, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest good checkpoint of this problem, or None where the folder has none.
@@ -45,7 +42,7 @@ class Checkpoints:
         Raises:
             BadFileError: all are damaged, or they belong to another problem.
         """
-        damaged: BadFileError | None = None
+        damaged = None
         for name in reversed(self.names()):
             try:
                 tensors, settings = read_bundle(self.folder, name, _KIND)

@@ -157,24 +157,20 @@ class Bridge:
         return tuple(part.to(like) for part in (clock, *self._at(min(t, self.horizon * (1 - 1e-6)))))
 
     def _at(self, t: float) -> tuple[Tensor, ...]:
-        d = self.size
         path, shift, cov, here, ends, more = (
             self._flow(t) if isinstance(self.reference, FlowMatching) else self._bridge(t)
         )
-        spread = symmetric(path @ self.cov @ path.mT + cov)
-        values, vectors = torch.linalg.eigh(spread)
+        values, vectors = torch.linalg.eigh(symmetric(path @ self.cov @ path.mT + cov))
         good = values > 1e-12 * values.max().clamp(min=1e-300)
-        inverse_root = torch.where(good, values.clamp(min=1e-300).rsqrt(), 0.0)
-        whiten = (vectors * inverse_root) @ vectors.mT
+        whiten = (vectors * torch.where(good, values.clamp(min=1e-300).rsqrt(), 0.0)) @ vectors.mT
         gain = self.cov @ path.mT @ whiten @ whiten
-        kept = torch.eye(2 * d, dtype=torch.float64) - gain @ path
+        kept = torch.eye(2 * self.size, dtype=torch.float64) - gain @ path
         left_z = kept @ self.cov @ kept.mT + gain @ cov @ gain.mT
         left = symmetric(ends @ left_z @ ends.mT)
         centre = path @ self.mean + shift
         slope = here + ends @ gain
         level = ends @ (self.mean - gain @ centre) + more
-        variance = left.diagonal().mean()
-        weight = 1 / variance.clamp(min=1e-12)
+        weight = 1 / left.diagonal().mean().clamp(min=1e-12)
         return path, shift, _root(cov), here, ends, more, slope, level, centre, whiten, _root(left), weight
 
     def _flow(self, t: float) -> tuple[Tensor, ...]:
@@ -183,10 +179,10 @@ class Bridge:
         return torch.cat(((1 - t) * eye, t * eye), 1), none, 0 * eye, 0 * eye, torch.cat((-eye, eye), 1), none
 
     def _bridge(self, t: float) -> tuple[Tensor, ...]:
-        sde, d = self.reference, self.size
+        sde = self.reference
         assert isinstance(sde, LinearSDE)
         first, second = sde.transition(0.0, t), sde.transition(t, self.horizon)
-        eye, C, M = torch.eye(d, dtype=torch.float64), first.covariance, second.matrix
+        eye, C, M = torch.eye(self.size, dtype=torch.float64), first.covariance, second.matrix
         innovation = symmetric(M @ C @ M.mT + second.covariance)
         gain = C @ M.mT @ torch.linalg.pinv(innovation, hermitian=True)
         keep = eye - gain @ M

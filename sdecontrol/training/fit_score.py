@@ -77,7 +77,14 @@ def fit_score(
         if y is not None and drop > 0:
             dropped = torch.rand(len(y), generator=generator, device=data.device) < drop
             y = y.masked_fill(dropped, _classes(condition))
-        return _loss(network, schedule, prediction, x0, s, eps, variance, y)
+        mu, std = schedule.mu(s), schedule.std(s)  # coefficients in float64
+        a, b = noise_coefficients(prediction, mu, std, schedule.log_mu_slope(s), schedule.forward_variance_rate(s))
+        signal = mu**2 * variance
+        weight = b**2 / (signal / (signal + std**2) + _FLOOR)
+        mu, std, a, b, weight = (batch_like(c.to(x0.dtype), x0) for c in (mu, std, a, b, weight))
+        x, clock = mu * x0 + std * eps, schedule.model_time(s).to(x0.dtype)
+        error = (network(x, clock) if y is None else network(x, clock, y)) - (eps - a * x) / b
+        return (weight * error**2).mean()
 
     with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
         network = _network(data, schedule, prediction, model, condition, drop)
@@ -119,41 +126,15 @@ def _network(
     data: Tensor, schedule: Schedule, prediction: str, model: nn.Module | None, condition: Tensor | None, drop: float
 ) -> nn.Module:
     if model is None:
-        shape = data.shape[1:]
         if condition is None:
-            network = ScoreNetwork(shape, schedule, prediction).to(data)
+            network = ScoreNetwork(data.shape[1:], schedule, prediction)
         else:
             classes = _classes(condition)
-            size = 0 if classes else condition[0].numel()
-            network = ConditionalScoreNetwork(
-                shape, schedule, prediction, classes=classes, condition_size=size, unconditional=drop > 0
-            ).to(data)
-        network.fit_statistics(data)
+            size = classes + 1 if classes else condition[0].numel()
+            network = ConditionalScoreNetwork(data.shape[1:], schedule, prediction, classes, size, drop > 0)
+        network.to(data).fit_statistics(data)
         return network
     rows = torch.arange(3) % len(data)
     s = torch.full((3,), 0.5, dtype=data.dtype, device=data.device)
     more = () if condition is None else (condition[rows],)
     return trained_copy(model, f"(x, s{', y' if more else ''})", data[rows], s, *more)
-
-
-def _loss(
-    network: nn.Module,
-    schedule: Schedule,
-    prediction: str,
-    x0: Tensor,
-    s: Tensor,
-    eps: Tensor,
-    variance: float,
-    y: Tensor | None,
-) -> Tensor:
-    """The weighted squared error at noising times s ``(batch,)`` (float64); coefficients are computed in float64."""
-    mu, std = schedule.mu(s), schedule.std(s)
-    a, b = noise_coefficients(prediction, mu, std, schedule.log_mu_slope(s), schedule.forward_variance_rate(s))
-    signal = mu**2 * variance
-    weight = b**2 / (signal / (signal + std**2) + _FLOOR)
-    mu, std, a, b, weight = (batch_like(c.to(x0.dtype), x0) for c in (mu, std, a, b, weight))
-    x = mu * x0 + std * eps
-    target = (eps - a * x) / b
-    clock = schedule.model_time(s).to(x0.dtype)
-    error = (network(x, clock) if y is None else network(x, clock, y)) - target
-    return (weight * error**2).mean()

@@ -15,6 +15,7 @@ from .progress import ProgressBar
 
 _WARMUP = 200
 _AVERAGE = 0.999
+_WIDTH, _INNER, _BLOCKS, TIME_WIDTH = 128, 256, 3, 64  # of the residual network
 
 
 def check_data(data: Any, least: int, iterations: Any, batch_size: Any) -> None:
@@ -90,12 +91,12 @@ def descend(
 class ResidualBlock(nn.Module):
     """Residual block: norm, linear, scale and shift by the time features, SiLU, linear (zero at the start)."""
 
-    def __init__(self, width: int, inner: int, time_width: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, inner)
-        self.film = nn.Linear(time_width, 2 * inner)
-        self.contract = nn.Linear(inner, width)
+        self.norm = nn.LayerNorm(_WIDTH)
+        self.expand = nn.Linear(_WIDTH, _INNER)
+        self.film = nn.Linear(TIME_WIDTH, 2 * _INNER)
+        self.contract = nn.Linear(_INNER, _WIDTH)
         for layer in (self.film, self.contract):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -110,20 +111,20 @@ class ResidualNetwork(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, size: int, width: int = 128, inner: int = 256, blocks: int = 3, time_width: int = 64) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(time_width // 2))
-        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
-        self.inlet = nn.Linear(size, width)
-        self.blocks = nn.ModuleList(ResidualBlock(width, inner, time_width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-        self.outlet = nn.Linear(width, size)
+        self.register_buffer("frequencies", 0.5 * math.pi * torch.arange(TIME_WIDTH // 2))
+        self.time = nn.Sequential(nn.Linear(TIME_WIDTH, TIME_WIDTH), nn.SiLU())
+        self.inlet = nn.Linear(size, _WIDTH)
+        self.blocks = nn.ModuleList(ResidualBlock() for _ in range(_BLOCKS))
+        self.norm = nn.LayerNorm(_WIDTH)
+        self.outlet = nn.Linear(_WIDTH, size)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
 
     def correction(self, z: Tensor, time: Tensor, more: Tensor | None = None) -> Tensor:
         """At numbers ``(batch, size)`` of unit variance and a time ``(batch | 1, 1)`` within about [0, pi/2]; ``more``: features
-        ``(batch, time_width)`` beside those of time."""
+        ``(batch, TIME_WIDTH)`` beside those of time."""
         angles = time * self.frequencies
         features = self.time(torch.cat((angles.sin(), angles.cos()), 1))
         features = features if more is None else features + more

@@ -50,10 +50,6 @@ class LinearSteps:
         """Factor for steps whose size does not vanish with the gradient (Adam's): the pace, and the root of what the loss has fallen to."""
         return self.pace * math.exp(0.5 * min(0.0, self.level - self.first))
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [p for part in self.parts for p in part.parameters]
-
     def observe(self, batch: Regression) -> None:
         """Take in the states of a batch and the loss there."""
         level = math.log(max(batch.loss, 1e-300))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..processes.schedules import Schedule
-from .fitting import ResidualNetwork
+from .fitting import TIME_WIDTH, ResidualNetwork
 
 _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 
@@ -27,9 +27,9 @@ class ScoreNetwork(ResidualNetwork):
     basis: Tensor
     lam: Tensor
 
-    def __init__(self, shape: Sequence[int], schedule: Schedule, prediction: str, **options: int) -> None:
+    def __init__(self, shape: Sequence[int], schedule: Schedule, prediction: str) -> None:
         size = math.prod(shape)
-        super().__init__(size, **options)
+        super().__init__(size)
         self.shape, self.schedule, self.prediction = tuple(shape), schedule, prediction
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("basis", torch.eye(size) if size <= _LARGEST_BASIS else torch.zeros(0, 0))
@@ -52,7 +52,7 @@ class ScoreNetwork(ResidualNetwork):
         return self._predict(x, clock)
 
     def _predict(self, x: Tensor, clock: Tensor, more: Tensor | None = None) -> Tensor:
-        """``more``: features ``(batch, time_width)`` beside those of time."""
+        """``more``: features ``(batch, TIME_WIDTH)`` beside those of time."""
         if clock.ndim and clock.stride(0) == 0:
             clock = clock[:1]  # the whole batch is at one time: its features once
         s = self.schedule.noising_time(clock.reshape(-1, 1)).clamp(1e-5, self.schedule.noise_end)
@@ -93,7 +93,7 @@ class ConditionalScoreNetwork(ScoreNetwork):
     Args:
         classes: number of labels y ``(batch,)``, integers; the label ``classes``, or no y at all, is the unconditional model
             (where it was trained: ``unconditional``).
-        condition_size: in the place of classes: y is ``(batch, ...)`` of so many numbers.
+        features: how many numbers the blocks see: ``classes + 1``, or those of y ``(batch, ...)`` where ``classes`` is 0.
     """
 
     def __init__(
@@ -101,16 +101,13 @@ class ConditionalScoreNetwork(ScoreNetwork):
         shape: Sequence[int],
         schedule: Schedule,
         prediction: str,
-        *,
-        classes: int = 0,
-        condition_size: int = 0,
-        unconditional: bool = False,
-        time_width: int = 64,
-        **options: int,
+        classes: int,
+        features: int,
+        unconditional: bool,
     ) -> None:
-        super().__init__(shape, schedule, prediction, time_width=time_width, **options)
-        self.classes, self.condition_size, self.unconditional = classes, condition_size, unconditional
-        self.condition = nn.Linear(classes + 1 if classes else condition_size, time_width)
+        super().__init__(shape, schedule, prediction)
+        self.classes, self.unconditional = classes, unconditional
+        self.condition = nn.Linear(features, TIME_WIDTH)
 
     def forward(self, x: Tensor, clock: Tensor, y: Tensor | None = None) -> Tensor:
         """As :meth:`ScoreNetwork.forward`; without y the unconditional prediction.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import re
 import time
@@ -87,40 +88,44 @@ def solve(
     check_count("accumulate", accumulate)
     check_count("checkpoint_every", checkpoint_every)
     check_count("iterations", iterations, optional=True)
-    if chosen.default_iterations == 0:
-        _refuse_training(chosen, iterations=iterations, budget=budget, tolerance=tolerance, control=control)
+    training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
+    for name, value in training.items():
+        if value is not None and chosen.default_iterations == 0:
+            raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")
     chosen.check(problem)
-    settings = {"time_steps": time_steps, "scheme": scheme}
-    trainer = _Trainer(
-        _Task(problem, chosen, settings, batch_size, accumulate, seed, control),
-        _Course(learning_rate, optimizer, cooling, iterations, tolerance, _seconds(budget)),
-        _Keeping(checkpoint_dir, checkpoint_every, resume),
-        callbacks,
-        progress,
+    plan = _Plan(
+        settings={"time_steps": time_steps, "scheme": scheme},
+        batch_size=batch_size,
+        accumulate=accumulate,
+        seed=seed,
+        control=control,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        cooling=bool(cooling),
+        iterations=iterations,
+        tolerance=tolerance,
+        budget=_seconds(budget),
+        checkpoint_every=checkpoint_every,
+        callbacks=callbacks,
+        progress=progress,
     )
+    trainer = _Trainer(problem, chosen, plan, checkpoint_dir, resume)
     with problem.evaluating():
         return trainer.train()
-
-
-def _refuse_training(method: Method, **given: Any) -> None:
-    """Raise where something of training is asked of a method that trains nothing."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: {method.name} trains nothing, so leave {name} out.")
 
 
 def _plain_method(method: Method) -> dict[str, Any]:
     """A method's settings as JSON can hold them; of what is not plain (a proposal, a function), what it is."""
     found: dict[str, Any] = {}
-    for name in (field.name for field in fields(method)):
-        value = getattr(method, name)
+    for field in fields(method):
+        value = getattr(method, field.name)
         if isinstance(value, Method):
             value = {"method": value.name, **_plain_method(value)}
         elif isinstance(value, tuple):
             value = list(value)
         elif not isinstance(value, (str, int, float, bool, list, dict, type(None))):
             value = type(value).__name__
-        found[name] = value
+        found[field.name] = value
     return found
 
 
@@ -138,28 +143,23 @@ def _seconds(budget: str | float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What a run is of; its fields as :func:`solve` has them."""
+class _Plan:
+    """How a run goes and when it ends; fields as :func:`solve` has them, ``budget`` in seconds."""
 
-    problem: ControlProblem
-    method: Method
     settings: dict[str, Any]
     batch_size: int
     accumulate: int
     seed: int | None
     control: nn.Module | None
-
-
-@dataclass(frozen=True)
-class _Course:
-    """How it moves and when it ends; ``budget`` in seconds."""
-
     learning_rate: float | None
     optimizer: Any
     cooling: bool
     iterations: int | None
     tolerance: float | None
     budget: float | None
+    checkpoint_every: int
+    callbacks: Sequence[Any]
+    progress: bool | None
 
     @property
     def by_time(self) -> bool:
@@ -185,41 +185,27 @@ class _Course:
         )
 
 
-@dataclass(frozen=True)
-class _Keeping:
-    """Where it is kept, and whether it goes on from there."""
-
-    folder: Any
-    every: int
-    resume: bool
-
-
 class _Trainer:
     """One run of the loop."""
 
     evaluate_every = 200
 
-    def __init__(
-        self, task: _Task, course: _Course, keeping: _Keeping, callbacks: Sequence[Any], progress: bool | None
-    ) -> None:
-        problem, method = self.problem, self.method = task.problem, task.method
-        self.chain = problem.chain(**task.settings)
-        self.settings = plain_settings(task.settings)
-        self.course, self.callbacks, self.show = course, callbacks, progress
-        self.checkpoints = Checkpoints(keeping.folder) if keeping.folder is not None else None
-        self.checkpoint_every = keeping.every
+    def __init__(self, problem: ControlProblem, method: Method, plan: _Plan, folder: Any, resume: bool) -> None:
+        self.problem, self.method, self.plan = problem, method, plan
+        chain = problem.chain(**plan.settings)
+        self.settings = plain_settings(plan.settings)
+        self.checkpoints = Checkpoints(folder) if folder is not None else None
         self.fingerprint = problem.fingerprint() if self.checkpoints is not None else {}
-        saved = self._find_checkpoint(keeping.resume)
-        self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and task.seed is None else task.seed)
-        control = copy.deepcopy(task.control)
-        self.run = Run(problem, self.chain, task.batch_size, task.accumulate, self.seed, control)
+        saved = self._find_checkpoint(resume)
+        self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and plan.seed is None else plan.seed)
+        control = copy.deepcopy(plan.control)
+        self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
         self.state = method.setup(self.run)
-        self.descent, self.pace = course.descent(method, self.state, self.chain.times), course.pace(method)
+        self.descent, self.pace = plan.descent(method, self.state, chain.times), plan.pace(method)
         self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
-        self.wants_cooling = bool(course.cooling)
         self.cooling = Cooling(
-            self.wants_cooling and method.cools and control is None and not problem.reference.reverse_target
+            plan.cooling and method.cools and control is None and not problem.reference.reverse_target
         )
         self.history: list[dict[str, float]] = []
         self.done = 0
@@ -240,22 +226,18 @@ class _Trainer:
             "seed": self.seed,
             "batch_size": self.run.batch_size,
             "accumulate": self.run.accumulate,
-            "cooling": self.wants_cooling,
+            "cooling": self.plan.cooling,
         }
 
     def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        if self.checkpoints is None:
-            if resume:
-                raise ValueError("resume=True needs checkpoint_dir, the folder to resume from.")
-            return None
-        if not resume:
-            if self.checkpoints.names():
-                raise ValueError(
-                    f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
-                    "on from them, or another folder."
-                )
-            return None
-        return self.checkpoints.newest(self.fingerprint)
+        if self.checkpoints is None and resume:
+            raise ValueError("resume=True needs checkpoint_dir, the folder to resume from.")
+        if self.checkpoints is not None and not resume and self.checkpoints.names():
+            raise ValueError(
+                f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
+                "on from them, or another folder."
+            )
+        return self.checkpoints.newest(self.fingerprint) if self.checkpoints is not None and resume else None
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -284,8 +266,8 @@ class _Trainer:
                     f"this run has {name}={value!r}, the checkpoint {found!r}; resume with "
                     "the same arguments, or use another checkpoint_dir."
                 )
-        folder = self.checkpoints.folder if self.checkpoints else ""
-        load_tensors(self.state, part_of(tensors, "state"), folder, finite_buffers=False)
+        assert self.checkpoints is not None
+        load_tensors(self.state, part_of(tensors, "state"), self.checkpoints.folder, finite_buffers=False)
         self.descent.restore(tensors, saved["optimizer"])
         self.pace.restore(saved["pace"])
         self.cooling.restore(saved["cooling"])
@@ -299,13 +281,13 @@ class _Trainer:
         began = time.monotonic()
         try:
             # by time alone, no number of iterations is known
-            known = None if self.course.by_time else self.pace.last
+            known = None if self.plan.by_time else self.pace.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
-            made = ProgressBar(known, self.method.name, self.show, measure, latest=fresh)
+            made = ProgressBar(known, self.method.name, self.plan.progress, measure, latest=fresh)
             with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.pace.last and not finished:
-                    elapsed = (time.monotonic() - began) / self.course.budget if self.course.budget is not None else 0.0
+                    elapsed = (time.monotonic() - began) / self.plan.budget if self.plan.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
@@ -315,7 +297,7 @@ class _Trainer:
         except BaseException as error:
             self._stop(error)
             raise
-        if self.checkpoints is not None and self.done % self.checkpoint_every:
+        if self.checkpoints is not None and self.done % self.plan.checkpoint_every:
             self._save()
         self._notify("on_train_end")
         return self._solution()
@@ -339,7 +321,7 @@ class _Trainer:
         self.done += 1
         self.whole = True
         self._notify("on_step_end")
-        if self.checkpoints is not None and self.done % self.checkpoint_every == 0:
+        if self.checkpoints is not None and self.done % self.plan.checkpoint_every == 0:
             self._save()
 
     def _cool(self, metrics: dict[str, float], elapsed: float) -> None:
@@ -356,11 +338,11 @@ class _Trainer:
         return -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else metrics["objective"]
 
     def _good_enough(self) -> bool:
-        if self.course.tolerance is None or self.done % self.evaluate_every:
+        if self.plan.tolerance is None or self.done % self.evaluate_every:
             return False
         evaluation = self._solution().evaluate(seed=derive_seed(self.seed, 5, self.done))
         self._notify("on_evaluate", evaluation=evaluation)
-        return evaluation.reliable and evaluation.gap.value < self.course.tolerance
+        return evaluation.reliable and evaluation.gap.value < self.plan.tolerance
 
     def _stop(self, error: BaseException) -> None:
         """Keep the last good state: parameters change only after a whole iteration, so they are good."""
@@ -377,19 +359,9 @@ class _Trainer:
             self._save()
 
     def _notify(self, event: str, **more: Any) -> None:
-        if self.callbacks:
-            notify(
-                self.callbacks,
-                event,
-                TrainingState(
-                    self.done,
-                    self.pace.last,
-                    self.history[-1] if self.history else {},
-                    self.history,
-                    self._solution,
-                    **more,
-                ),
-            )
+        latest = self.history[-1] if self.history else {}
+        state = TrainingState(self.done, self.pace.last, latest, self.history, self._solution, **more)
+        notify(self.plan.callbacks, event, state)
 
     def _solution(self) -> Solution:
         """The solution so far: a copy, with the averaged weights."""
@@ -398,11 +370,10 @@ class _Trainer:
             for p, mean in zip(parameters_of(state), self.descent.averaged()):
                 p.copy_(mean)
                 p.grad = None
-        control = self.method.finish(state, self.run)
         make = getattr(self.method, "make_solution", Solution)  # of what samples in a way of its own
         made = make(
             self.problem,
-            control,
+            self.method.finish(state, self.run),
             method=self.method.name,
             settings=self.settings,
             history=list(self.history),
@@ -430,18 +401,15 @@ def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[
 
 def _with_exact_values(solution: Solution) -> Solution:
     """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known in closed form."""
-    known: list[dict[str, Any] | None] = []
 
+    @functools.cache
     def values() -> dict[str, Any] | None:
-        if not known:
-            from ..exact import exact_solution
+        from ..exact import exact_solution
 
-            try:
-                exact = exact_solution(solution.problem, like=solution, grids=False)
-                known.append(exact.known_values())
-            except NoExactSolution:
-                known.append(None)
-        return known[0]
+        try:
+            return exact_solution(solution.problem, like=solution, grids=False).known_values()
+        except NoExactSolution:
+            return None
 
     solution._exact_values = values
     return solution

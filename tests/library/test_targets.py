@@ -145,7 +145,7 @@ def test_particle_energies_by_hand(name: str) -> None:
             energy += 0.9 * (r - 4) ** 4 - 4 * (r - 4) ** 2 if name == "dw-4" else r**-12 - 2 * r**-6
     if name == "lj-13":
         energy += 0.5 * float((p - p.mean(0)).square().sum())
-    assert float(target.energy(target.coordinates(p.unsqueeze(0)))) == pytest.approx(energy, rel=1e-12)
+    assert -float(target(target.coordinates(p.unsqueeze(0)))) == pytest.approx(energy, rel=1e-12)
 
 
 def test_logistic_regression_by_hand() -> None:
@@ -387,7 +387,7 @@ def test_lennard_jones_goes_on_smoothly_below_its_core() -> None:
 
     def energy(r: Tensor) -> Tensor:  # without the harmonic part
         x = pair.coordinates(torch.stack((torch.zeros_like(r), r), 1).unsqueeze(2))
-        return pair.energy(x) - 0.5 * x.square().sum(1)
+        return -pair(x) - 0.5 * x.square().sum(1)
 
     r = torch.tensor([0.6 - 1e-7, 0.6 + 1e-7, 0.8, 1.0], dtype=DOUBLE, requires_grad=True)
     value = energy(r)
@@ -407,7 +407,7 @@ def test_two_wells_of_a_pair_of_particles() -> None:
     pair = DoubleWellSystem(2, 2)
     r = torch.tensor([4 - math.sqrt(2 / 0.9), 4 + math.sqrt(2 / 0.9), 4.0], dtype=DOUBLE)
     p = torch.stack((torch.zeros(3, 2, dtype=DOUBLE), torch.stack((r, torch.zeros(3, dtype=DOUBLE)), 1)), 1)
-    energy = pair.energy(pair.coordinates(p))
+    energy = -pair(pair.coordinates(p))
     torch.testing.assert_close(energy, torch.tensor([-4 / 0.9, -4 / 0.9, 0.0], dtype=DOUBLE))
 
 

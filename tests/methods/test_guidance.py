@@ -10,7 +10,7 @@ import sdecontrol as sc
 from sdecontrol.controls.guidance import value_network
 from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.methods.base import Run
-from sdecontrol.methods.value_guidance import ValueState, _gains, _roll, itakura_saito
+from sdecontrol.methods.value_guidance import ValueState, _roll, itakura_saito
 
 # few particles on purpose: the warning about it is tested where it is asked for
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
@@ -320,7 +320,7 @@ def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
         state.control.value.slope[0].add_(0.3)  # some guidance, far from the right one
     run = Run(problem, chain, 32_768, 1, seed=5)
     paths, guided = _roll(run, state.control, run.batch())
-    gains = _gains(run, paths)
+    gains = paths.log_target() - paths.log_ratio(per_step=True)
     aim = problem.reward(paths.samples) / problem.alpha + gains.flip(0).cumsum(0).flip(0)
     assert 0.5 < guided.double().mean() < 1 and guided[-1].all()
     for k in range(chain.steps):

@@ -88,11 +88,11 @@ def test_full_steps_solve_a_regression(name):
             p.grad = None
         loss = 0.5 * ((shifts_along(chain, control, states) - targets) ** 2).sum((0, 2)).mean()
         loss.backward()
-        sizes.append(sum(float(p.grad.square().sum()) for p in steps.parameters) ** 0.5)
+        sizes.append(sum(float(p.grad.square().sum()) for part in steps.parts for p in part.parameters) ** 0.5)
         steps.observe(Regression(chain, states, None, 1.0))
         steps.first = 100.0  # as if the loss had fallen by far
         steps.step(1.0)
-        assert all(p.grad is None for p in steps.parameters)
+        assert all(p.grad is None for part in steps.parts for p in part.parameters)
     assert sizes[-1] < 1e-4 * sizes[0]
 
 
@@ -101,7 +101,7 @@ def test_the_pace_stays_without_noise_and_falls_where_steps_disagree():
     for noisy in (False, True):
         steps = LinearSteps(control.linear_parts())
         for i in range(80):
-            for j, p in enumerate(steps.parameters):
+            for j, p in enumerate(p for part in steps.parts for p in part.parameters):
                 p.grad = 1e-3 * (randn(*p.shape, seed=1000 * i + j) if noisy else torch.ones_like(p))
             steps.observe(Regression(chain, states, None, 1.0))
             steps.step(1.0)

@@ -12,7 +12,7 @@ from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.brownian import coarsen
 from sdecontrol.paths.continuous_adjoint import CONTINUOUS_MODES, _Backwards, backpropagate_continuous
-from sdecontrol.paths.gradients import backpropagate
+from sdecontrol.paths.gradients import Objective, backpropagate
 from sdecontrol.randomness import SuppliedNoise
 
 
@@ -28,6 +28,10 @@ def perturbed(problem, chain, control=None):
     return control
 
 
+def objective(problem):
+    return Objective(lambda x: -problem.reward(x) / problem.alpha, problem.running_cost_or_none, problem.alpha)
+
+
 def gradient(problem, chain, control, mode, x0, noise):
     parameters = [p for p in control.parameters() if p.requires_grad]
     for p in parameters:
@@ -38,11 +42,9 @@ def gradient(problem, chain, control, mode, x0, noise):
         control,
         x0,
         noise,
-        lambda x: -problem.reward(x) / problem.alpha,
+        objective(problem),
         parameters=parameters,
         mode=mode,
-        running_cost=problem.running_cost_or_none,
-        alpha=problem.alpha,
     )
     return cost, torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
@@ -113,9 +115,7 @@ def test_reversible_heuns_gradient_is_that_of_its_own_forward_pass(name):
     batch = Run(problem, chain, 8, 1, seed=1).batch()
     cost, have = gradient(problem, chain, control, "reversible-heun", batch.x0, batch.noise)
     parameters = list(control.parameters())
-    own = _Backwards(
-        chain, control, batch.noise, 0, batch.x0, None, problem.running_cost_or_none, parameters, "reversible-heun"
-    )
+    own = _Backwards(chain, control, batch.noise, 0, batch.x0, objective(problem), parameters, "reversible-heun")
     y = own.y0
     extra = own.stepper.init_extra_solver_state(own.times[0], y)
     for s, t in pairwise(own.times):
@@ -135,7 +135,7 @@ def test_the_forward_path_of_the_continuous_adjoint_is_the_euler_chains_for_addi
     batch = Run(problem, chain, 8, 1, seed=1).batch()
     exact, _ = gradient(problem, chain, control, "adjoint", batch.x0, batch.noise)
     mine, _ = gradient(problem, chain, control, "continuous-adjoint", batch.x0, batch.noise)
-    for part in ("end", "terminal", "running_cost", "kl"):
+    for part in ("end", "terminal", "cost", "kl"):
         assert torch.allclose(getattr(mine, part), getattr(exact, part), atol=1e-12)
 
 
