@@ -37,6 +37,7 @@ def _own_registries(tmp_path, monkeypatch):
     """What a page registers and writes is gone afterwards."""
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     monkeypatch.setattr(CONTROLS, "_classes", dict(CONTROLS._classes))
+    monkeypatch.setattr(CONTROLS, "_makers", dict(CONTROLS._makers))
     monkeypatch.chdir(tmp_path)
 
 
