@@ -27,7 +27,7 @@ class AnnealedChain(Chain):
         self, sde: AnnealedLangevin, clock: list[float], scheme: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.reference, self.scheme = sde, scheme
-        self._set_times(clock, dtype, device)
+        self.set_times(clock, dtype, device)
         self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
         self._betas = [sde.beta(t) for t in clock[:-1]] + [1.0]
         self._steps, self._gains = [], []
@@ -82,7 +82,7 @@ class ReversedChain(Chain):
         self.reference, self._law = chain.reference, chain.reverse
         self.event_shape, self.noise_shape = chain.event_shape, chain.noise_shape
         self.control_shape = chain.control_shape
-        self._set_times([chain.clock[-1] - t for t in reversed(chain.clock)], chain.times.dtype, chain.times.device)
+        self.set_times([chain.clock[-1] - t for t in reversed(chain.clock)], chain.times.dtype, chain.times.device)
         self._shift = None if control is None or not self._law.controlled else shift_function(chain, control)
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ class Chain:
     of_noise: bool = True
     scheme: str = ""
 
-    def _set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+    def set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
+        """Lay the grid: the times of all states."""
         self.clock = clock
         self.times = torch.tensor(clock, dtype=torch.float64).to(device=device, dtype=dtype)
         self.step_sizes = [b - a for a, b in pairwise(clock)]
@@ -100,7 +101,8 @@ class Chain:
         return event_sum(0.5 * c**2, len(self.noise_shape))
 
     def surprisal(self, draws: Tensor) -> Tensor:
-        """``-log p0(x_{k+1} | x_k)`` up to what does not depend on the control or the draw, ``(..., batch)``."""
+        """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0, ``(..., batch)``: with it the loss of a weighted
+        likelihood is reported, which no control changes by it."""
         return event_sum(0.5 * draws**2, len(self.noise_shape))
 
     def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:

@@ -53,7 +53,7 @@ class CategoricalChain(Reference, Chain):
         self.dtype, self.device = dtype or torch.get_default_dtype(), start.device
         self.event_shape, self.own_initial = start.shape, Dirac(start)
         self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
-        self._set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
+        self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
 
     def log_probs(self, k: int, x: Tensor, condition: Any = None) -> Tensor:
         """``log p0(. | x_k)``, ``(batch, *shape, values)``: once a step, though control, step and KL ask for it."""

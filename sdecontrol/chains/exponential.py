@@ -26,7 +26,7 @@ class ExponentialChain(Chain):
     def __init__(self, sde: SemilinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self._linear = TransitionChain(sde.linear_part, clock, dtype, device)
         self.reference = sde
-        self._set_times(clock, dtype, device)
+        self.set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
 
@@ -63,7 +63,7 @@ class GenerativeExponentialChain(Chain):
 
     def __init__(self, sde: GenerativeSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.reference = sde
-        self._set_times(clock, dtype, device)
+        self.set_times(clock, dtype, device)
         self.event_shape = self.noise_shape = self.control_shape = sde.event_shape
         ends = torch.tensor(clock, dtype=torch.float64)
         nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(_NODES))

@@ -20,7 +20,7 @@ class EulerChain(Chain):
 
     def __init__(self, sde: SDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.reference = sde
-        self._set_times(clock, dtype, device)
+        self.set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.control_shape
         self._terms = sde.on_grid(self.times[:-1])
@@ -70,7 +70,7 @@ class TransitionChain(Chain):
 
     def __init__(self, sde: LinearSDE, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
         self.reference = sde
-        self._set_times(clock, dtype, device)
+        self.set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.event_shape
 

@@ -32,12 +32,12 @@ class NoiseDrivenChain(Reference, Chain):
         self.dtype = self.device = None
         self.event_shape = torch.Size((dim,))
         self.noise_shape = self.control_shape = torch.Size((noises,))
-        self._set_times([float(k) for k in range(steps + 1)], torch.get_default_dtype(), torch.device("cpu"))
+        self.set_times([float(k) for k in range(steps + 1)], torch.get_default_dtype(), torch.device("cpu"))
 
     def on(self, dtype: torch.dtype, device: torch.device) -> NoiseDrivenChain:
         made = copy.copy(self)
         made.reference = made
-        made._set_times(self.clock, dtype, device)
+        made.set_times(self.clock, dtype, device)
         return made
 
     def _call(self, k: int, x: Tensor, z: Tensor, condition: Any) -> Any:

@@ -47,7 +47,7 @@ class PretrainedChain(Pretrained, Chain):
         like = next(model.parameters(), like) if isinstance(model, nn.Module) else like
         self.dtype, self.device, self.horizon = like.dtype, like.device, 1.0
         steps = len(self.levels) - 1
-        self._set_times([k / steps for k in range(steps + 1)], like.dtype, like.device)
+        self.set_times([k / steps for k in range(steps + 1)], like.dtype, like.device)
 
     def to_x0(self, k: int, x: Tensor, prediction: Tensor) -> Tensor:
         raise NotImplementedError

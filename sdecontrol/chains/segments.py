@@ -21,7 +21,7 @@ class LearnedStart(Chain):
 
     def __init__(self, law: Gaussian | GaussianMixture, steps: int, dtype: torch.dtype, device: torch.device) -> None:
         self.reference: Any = law
-        self._set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
+        self.set_times([-1.0 + k / steps for k in range(steps)] + [0.0], dtype, device)
         self.event_shape = law.event_shape
         self.noise_shape = self.control_shape = law.event_shape
         self.mixture = law if isinstance(law, GaussianMixture) else None
@@ -80,8 +80,12 @@ class SegmentedChain(Chain):
         self.event_shape, self.control_shape = second.event_shape, second.control_shape
         # images have as many noises as states in both; only vectors may have more or fewer
         self.noise_shape = max(first.noise_shape, second.noise_shape, key=torch.Size.numel)
+        if not second.of_noise:
+            raise ValueError(
+                f"a learned start needs steps whose noise a control shifts, and those of a {type(second).__name__} are none."
+            )
         self.scheme, self.gaussian = second.scheme, second.gaussian
-        self._set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
+        self.set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)
 
     @property
     def segments(self) -> tuple[Chain, ...]:

@@ -16,7 +16,6 @@ from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, t
 from ..methods.base import Method, Run, register
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import Ladder, Population, adapt
-from ..problems.gibbs import GibbsProblem
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
@@ -63,7 +62,6 @@ class _State(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value)
         self._law: Any = None
-        assert isinstance(problem, GibbsProblem)
         before = problem.density.values
         ends = search(problem.density, problem.centre, problem.scale, size // _SEARCHED, derive_seed(run.seed, 73))
         self.spent += problem.density.values - before
@@ -148,7 +146,7 @@ class Auto(Method):
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
-        if not isinstance(problem, GibbsProblem):
+        if problem.density is None:
             raise ValueError(
                 "auto is for gibbs_problem; sc.recommend(problem) says which method suits another problem."
             )
@@ -160,7 +158,7 @@ class Auto(Method):
 
     @torch.no_grad()
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
+        assert isinstance(state, _State)
         problem = run.problem
         law = state.law(run, self.components)
         control = None if law is None else MixtureControl(problem, law)
@@ -190,7 +188,7 @@ class Auto(Method):
         return int(state.spent) >= self.evaluations or int(state.quiet) >= _QUIET
 
     def finish(self, state: nn.Module, run: Run) -> Control:
-        assert isinstance(state, _State) and isinstance(run.problem, GibbsProblem)
+        assert isinstance(state, _State)
         law = state.law(run, self.components)
         lost = float(state.seen[0] - state.log_z[0]) > max(_WORSE, _WORSE_SIGMAS * float(state.seen[2:].norm()))
         if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):

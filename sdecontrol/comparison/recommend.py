@@ -30,7 +30,6 @@ from ..methods import (
     ValueGuidance,
 )
 from ..methods.mixture_start import ends_for_a_mixture
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..tensors import as_float
@@ -113,7 +112,7 @@ def recommend(
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
     found = _one_off(problem, chain) if one_off else _trained(problem, chain, fits, steps)
-    if isinstance(problem, GibbsProblem):
+    if problem.density is not None:
         found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(

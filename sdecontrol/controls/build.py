@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from ..chains.base import Chain
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
@@ -72,7 +71,7 @@ def _network(
         pilot = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
         flat = pilot.states.flatten(0, 1)
         scales = {"centre": flat.mean(0), "spread": floored(flat.std(0))}
-        looks = gated and scale_gate and not isinstance(problem, GibbsProblem)
+        looks = gated and scale_gate and problem.density is None
         scale = gate_scale(problem, pilot) if looks else 1.0
         if isinstance(denoiser, MixtureControl):
             ends = denoiser.ends(_PILOT_PATHS, seed)

@@ -120,10 +120,8 @@ def evaluate(
     check_count("n", n, 64, why="paths to estimate from")
     seed = fresh_seed(seed)
     paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
-    with torch.no_grad(), problem.evaluating():
-        reward = problem.reward(paths.samples, paths.condition).double()
-    cost, kl = paths.cost.double(), paths.kl().double()
-    log_w = (reward - cost) / problem.alpha - paths.log_ratio().double()
+    reward, cost, kl = paths.reward.double(), paths.cost.double(), paths.kl().double()
+    log_w = paths.log_weights(dtype=torch.float64)
     elbo = mean_estimate(log_w)  # its mean is J/alpha too, and its spread vanishes at the optimum
     estimated = log_mean_weight(log_w)
     tail = pareto_k(log_w)

@@ -13,7 +13,6 @@ from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
 from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, StateTarget, adapt, run_tempered
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
 from .particle_solution import ParticleSolution
@@ -52,7 +51,7 @@ def tempered_target(
     if settings.space == "noises":
         target = NoiseTarget(problem, chain, None if isinstance(control, ZeroControl) else control)
     else:
-        if not isinstance(problem, GibbsProblem):
+        if problem.density is None:
             raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
         width, law = settings.width, None
         if settings.mixture:

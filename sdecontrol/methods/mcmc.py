@@ -10,7 +10,6 @@ from ..controls.given import given_control
 from ..errors import NotDifferentiable
 from ..evaluation.chain_solution import ChainSettings, ChainSolution, chain_target
 from ..particles.nuts import import_nuts
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
@@ -38,7 +37,7 @@ class _Chains(Method):
         return ChainSettings(self.name, **{**vars(self), "width": float(self.width)})
 
     def check(self, problem: ControlProblem) -> None:
-        if not isinstance(problem, GibbsProblem):
+        if problem.density is None:
             raise ValueError(
                 f"{self.name} runs chains on a density, which only a gibbs_problem has; sc.TemperedSMC() moves the noises of any problem's paths."
             )

@@ -13,7 +13,6 @@ from ..evaluation.tempered_solution import TemperedSettings, tempered_target
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
 from ..paths.weights import effective_number
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed
 
@@ -68,7 +67,7 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
 
 def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None) -> StateTarget | NoiseTarget:
     """Where particles are tempered to the ends of Q_fine: the states of a density, from the mixture where there is one; else the noises of paths, without a gradient."""
-    if not isinstance(problem, GibbsProblem):
+    if problem.density is None:
         return tempered_target(problem, chain, control, TemperedSettings("noises", False))
     base = getattr(control, "base", control)
     mixture = isinstance(base, MixtureControl)

@@ -10,7 +10,6 @@ from ..chains.bridges import ChainBridge
 from ..chains.shifts import shifts_along
 from ..paths.lean_adjoint import StepJacobians, lean_targets
 from ..paths.paths import Paths
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, generator_for
 from .base import METRICS, Run, path_metrics
@@ -69,7 +68,7 @@ def reciprocal_step(
 
 def clipped(problem: ControlProblem, slope: Tensor, clip: float | None) -> Tensor:
     """On a Gibbs problem, no slope longer than so many times its usual size."""
-    if clip is None or not isinstance(problem, GibbsProblem):
+    if clip is None or problem.density is None:
         return slope
     size = (problem.scale * slope).norm(dim=1, keepdim=True)
     bound = clip * problem.roughness * problem.dim**0.5

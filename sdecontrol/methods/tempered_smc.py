@@ -10,7 +10,6 @@ from ..controls.given import given_control
 from ..errors import check_name
 from ..evaluation.particle_solution import ParticleSettings
 from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
-from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive
 from .base import ControlState, Method, Run, register
@@ -59,7 +58,7 @@ class TemperedSMC(Method):
     def _settings(self, problem: ControlProblem) -> TemperedSettings:
         space = self.space
         if space == "auto":
-            space = "states" if isinstance(problem, GibbsProblem) and self.proposal is None else "noises"
+            space = "states" if problem.density is not None and self.proposal is None else "noises"
         gradient = problem.has_gradient and space == "states" if self.gradient is None else self.gradient
         return TemperedSettings(space, gradient, float(self.width))
 

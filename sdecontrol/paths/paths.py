@@ -346,14 +346,18 @@ class Paths:
             gained = gained + law.log_step(self.states[:-1], self.states[1:], self.draws, self.back_draws, None)
         return gained
 
-    def log_weights(self, control: Any = None) -> Tensor:
+    def log_weights(self, control: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """``R/alpha - log dP^u/dQ0``, ``(batch,)``: log importance weights towards the exact law; ``mean(exp(log_w))`` is Z without bias at every step size.
 
         Args:
             control: None for the control that drew the paths; else any, at the same states (with its graph).
+            dtype: in which the parts are put together; None: theirs.
         """
         if control is None:
-            return (self.reward - self.cost) / self.alpha - self.log_ratio()
+            reward, cost, ratio = (
+                v if dtype is None else v.to(dtype) for v in (self.reward, self.cost, self.log_ratio())
+            )
+            return (reward - cost) / self.alpha - ratio
         laws = self.under(control)
         total = self.reward / self.alpha + sum_steps(self.log_target())
         return total - sum_steps(laws.less_reverse(laws.log_ratio))

@@ -74,6 +74,13 @@ class ControlProblem:
         ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
     """
 
+    #: the unnormalised log density that a Gibbs problem is about, where it is and how wide and rough; None for all other problems
+    density: Any = None
+    centre: Any
+    scale: Any
+    roughness: float
+    dim: int
+
     def __init__(
         self,
         reference: Reference,

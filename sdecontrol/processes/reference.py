@@ -81,6 +81,13 @@ class Reference:
         x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", seed), dtype=torch.float64)
         return x.to(device=device, dtype=dtype)
 
+    def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
+        """Call the user's functions once and check what they return; raises by name."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain facts for a saved file."""
+        return {"kind": type(self).__name__, "event_shape": list(self.event_shape), "horizon": self.horizon}
+
     def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
         """What it makes of some states at time t, by which a saved file recognises it."""
         found = {"drift": self.drift(x, t, condition)}

@@ -178,10 +178,6 @@ class SDE(Reference):
     def __deepcopy__(self, memo: Any) -> SDE:
         return self  # a process is a definition: a copied control refers to the same one
 
-    def describe(self) -> dict[str, Any]:
-        """Plain facts for a saved file."""
-        return {"kind": type(self).__name__, "event_shape": list(self.event_shape), "horizon": self.horizon}
-
 
 def positional_count(function: Callable[..., Any]) -> int:
     """How many positional arguments a function takes (its ``forward`` for a module)."""
