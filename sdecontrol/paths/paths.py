@@ -263,12 +263,10 @@ class Paths:
         chain, law = self.chain, self.chain.reverse
         if control is None:
             back = self.recorded("back_shifts") if law is not None and law.controlled else None
-            every = StepLaws(self, None, self.shifts, back)
-            return (
-                every
-                if steps is None
-                else StepLaws(self, steps, every._of(self.shifts), back if back is None else every._of(back))
-            )
+            if steps is None:
+                return StepLaws(self, None, self.shifts, back)
+            rows = [k - self.first for k in steps]
+            return StepLaws(self, steps, self.shifts[rows], None if back is None else back[rows])
         law = law if law is not None and law.controlled else None
         x, y, b = self.states, self.condition, None
         if steps is None:
@@ -337,6 +335,8 @@ class Paths:
 
     def log_target(self) -> Tensor:
         """Of every step, the logarithm of the target's law over the reference's without a control, ``(K, batch)``: ``-h_k f_k/alpha``, or the reverse law's."""
+        if self.record.noises is None and self.replay is not None:
+            return self._whole.log_target()
         law, gained = self.chain.reverse, self.chain.times.new_zeros(self.steps, len(self))
         if self.record.costs is not None:
             f = self.recorded("costs")

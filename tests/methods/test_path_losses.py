@@ -353,6 +353,11 @@ def test_paths_to_learn_from_are_those_of_simulate():
     assert torch.allclose(some.log_ratio, paths.log_ratio(other, per_step=True)[[0, 3, 9]], atol=1e-12)
     assert torch.allclose(some.kl, stored.under(other).kl[[0, 3, 9]], atol=1e-12)
     assert torch.allclose(stored.under(other).log_ratio, paths.log_ratio(other, per_step=True), atol=1e-12)
+    for keep in ("states", "end"):
+        part = sc.simulate(problem, 96, state.control, time_steps=8, seed=batch.seed, keep=keep)
+        assert torch.equal(part.log_target(), stored.log_target())
+        assert torch.allclose(part.log_weights(other), stored.log_weights(other), atol=1e-12)
+        assert torch.allclose(part.under(None, [2, 5]).kl, stored.kl(per_step=True)[[2, 5]], atol=1e-12)
     few = stored.rows(torch.arange(5))
     assert torch.equal(few.log_weights(), stored.log_weights()[:5])
     assert torch.allclose(few.log_weights(other), stored.log_weights(other)[:5], atol=1e-12)
