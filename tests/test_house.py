@@ -1,6 +1,7 @@
 """The house's own rules: which rooms may import which, no circles, nothing private carried from file to file, short bodies and signatures."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -135,3 +136,24 @@ def test_bodies_and_signatures_are_short(room: str) -> None:
         and (_body(node) > LONGEST or (_parameters(node) > MOST and node.name not in VERBS and room != "cli"))
     ]
     assert not long, long
+
+
+#: kinds of chains, references and problems, and the names they go by
+KINDS = re.compile(
+    r"\b(\w*Chain|\w*SDE|\w*Langevin|\w*Problem|TimeChanged|Reference|Pretrained|LearnedStart|\w*Bridge)\b"
+)
+SUBJECTS = re.compile(r"\b(chain|main|reference|sde|problem|model)\b")
+
+
+def test_few_ask_which_class_a_chain_a_reference_or_a_problem_is() -> None:
+    """They ask the object instead: 112 asked for the class before a step was a law, and at most a third of that may."""
+    asked = []
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 2:
+                subject, kind = map(ast.unparse, node.args)
+                if (node.func.id == "isinstance" and KINDS.search(kind)) or (
+                    node.func.id == "hasattr" and SUBJECTS.search(subject)
+                ):
+                    asked.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    assert len(asked) <= 37, "\n".join(asked)
