@@ -147,7 +147,7 @@ def test_every_method_of_noises_trains_on_a_simulator(name):
     none = sc.simulate(problem, 2048, seed=9)
     log_z = float(none.log_weights().logsumexp(0)) - math.log(2048)
     reference_gap = log_z - float(none.log_weights().mean())
-    solution = sc.solve(problem, METHODS[name], iterations=80, batch_size=128, seed=0, progress=False)
+    solution = sc.solve(problem, METHODS[name], iterations=60, batch_size=64, seed=0, progress=False)
     found = solution.evaluate(2048, seed=1)
     assert found.gap.value < reference_gap / 3
 
