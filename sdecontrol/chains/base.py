@@ -94,11 +94,11 @@ class Chain:
 
     def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
         """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c, ``(..., batch)``."""
-        return event_sum(c * (draws - 0.5 * c), len(self.noise_shape))
+        return event_sum(c * torch.sub(draws, c, alpha=0.5), len(self.noise_shape))
 
     def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
         """``KL(p^u(. | x_k) || p0(. | x_k))``, ``(K, batch)``: at states ``(K, batch, *event)`` of the given steps, c their shifts."""
-        return event_sum(0.5 * c**2, len(self.noise_shape))
+        return 0.5 * event_sum(c * c, len(self.noise_shape))
 
     def surprisal(self, draws: Tensor) -> Tensor:
         """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0, ``(..., batch)``: with it the loss of a weighted
