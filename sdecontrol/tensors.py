@@ -80,11 +80,20 @@ def check_positive(name: str, value: Any, below: float = math.inf, optional: boo
         raise ValueError(f"{name} must be a finite number > 0{top}{' or None' if optional else ''}, got {value!r}.")
 
 
-def check_tensor(name: str, value: Any, *, shape: tuple[int | str, ...] | None = None, hint: str = "") -> Tensor:
-    """``value`` as a finite floating-point tensor of the given shape (names in ``shape`` match any size)."""
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    shape: tuple[int | str, ...] | None = None,
+    hint: str = "",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``value`` as a finite tensor of the given shape (names in ``shape`` match any size), floating-point or ``dtype``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}. {hint}".rstrip())
-    if not value.is_floating_point():
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {value.dtype}.")
+    if dtype is None and not value.is_floating_point():
         raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}; use {name}.float().")
     if shape is not None:
         fits = value.ndim == len(shape) and all(

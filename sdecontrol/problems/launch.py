@@ -45,7 +45,7 @@ class Launch:
         if state is None:
             state = problem.draw_start(num_paths, seed)
         else:
-            check_tensor("state", state, shape=(num_paths, *chain.event_shape))
+            check_tensor("state", state, shape=(num_paths, *chain.event_shape), dtype=chain.state_dtype)
         if condition is None:
             condition = problem.draw_condition(num_paths, seed)
         elif problem.condition is None:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..randomness import generator_for
 from ..tensors import check_output, probing
 from .reference import Reference
 from .sde import positional_count
@@ -62,8 +61,7 @@ class Pretrained(Reference):
         Raises:
             TypeError, ValueError: how it is called, what it returned and what it should.
         """
-        x = torch.randn((3, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
-        x = x.to(device=device, dtype=dtype)
+        x = self.probe_states(3, dtype, device)
         y = None if condition is None else condition[torch.arange(3, device=condition.device) % len(condition)]
         name, kind = self.called
         called = f"model(x, {name}), x (batch, *shape), {kind}" if y is None else f"model(x, {name}, y)"

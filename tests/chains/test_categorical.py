@@ -291,3 +291,12 @@ def test_paths_to_learn_from_keep_tokens():
     paths = roll_out(space.problem, space.chain, Tilts(space, 0.3), batch.x0, batch.noise)
     assert paths.draws.dtype == torch.int64 and torch.equal(paths.draws, paths.states[1:])
     assert paths.reward.dtype == F64 and paths.rows(torch.arange(3)).log_weights().shape == (3,)
+
+
+def test_paths_resume_from_tokens_only():
+    space = Space(2)
+    paths = sc.simulate(space.problem, 16, seed=3)
+    again = sc.simulate(space.problem, 16, seed=5, step=1, state=paths.states[1])
+    assert torch.equal(again.states[0], paths.states[1])
+    with pytest.raises(TypeError, match=r"state must have dtype torch\.int64, got torch\.float64"):
+        sc.simulate(space.problem, 16, seed=5, step=1, state=paths.states[1].double())
