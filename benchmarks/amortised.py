@@ -24,8 +24,8 @@ _NOISE = 0.3
 
 
 def log_joint(x: Tensor, y: Tensor) -> Tensor:
-    """``log p(x) p(y | x)`` of x ~ N(0, I) in three dimensions, observed as ``y = (x1^2 + x2, x3 - x1) + 0.3 noise``, ``(batch,)``: two modes where y1 is large,
-    one where it is not."""
+    """``log p(x) p(y | x)`` of x ~ N(0, I) in three dimensions, observed as ``y = (x1^2 + x2, x3 - x1) + 0.3 noise``,
+    ``(batch,)``: two modes where y1 is large, one where it is not."""
     mean = torch.stack((x[:, 0].square() + x[:, 1], x[:, 2] - x[:, 0]), 1)
     prior = -0.5 * x.square().sum(1) - 1.5 * math.log(2 * math.pi)
     misfit = ((y - mean) / _NOISE).square().sum(1)
@@ -104,8 +104,9 @@ def amortised(
         )
         rows.append({"y": y.tolist(), "control": control, "particles": particles})
         print(
-            f"y = ({y[0]:+.2f}, {y[1]:+.2f}): log Z {control['log_z']:.3f} (particles {particles['log_z']:.3f}), ELBO {control['elbo']:.3f}, "
-            f"ESS {control['effective'] / SAMPLES:.2f}, {control['cpu_seconds']:.2f} CPU-s ({particles['cpu_seconds']:.2f})",
+            f"y = ({y[0]:+.2f}, {y[1]:+.2f}): log Z {control['log_z']:.3f} (particles {particles['log_z']:.3f}), ELBO "
+            f"{control['elbo']:.3f}, ESS {control['effective'] / SAMPLES:.2f}, {control['cpu_seconds']:.2f} CPU-s "
+            f"({particles['cpu_seconds']:.2f})",
             flush=True,
         )
     store(

@@ -1,4 +1,5 @@
-"""What the tables share: a finished cell is a JSON file, written at once or not at all, that names the versions it was measured with."""
+"""What the tables share: a finished cell is a JSON file, written at once or not at all, that names the versions it was
+measured with."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ __all__ = ["store", "versions"]
 
 
 def store(path: Path, cell: dict[str, Any], indent: int | None = 1) -> None:
-    """Write a cell; a run that is killed leaves none, or the old one. ``indent=None``: on one line, where it holds images."""
+    """Write a cell; a run that is killed leaves none, or the old one. ``indent=None``: on one line, where it holds
+    images."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(cell, indent=indent) + "\n")
@@ -37,7 +39,8 @@ def versions() -> dict[str, str | None]:
 
 @lru_cache
 def _commit() -> str | None:
-    """The commit that is measured, with a plus where files of the package differ from it; None outside of a repository."""
+    """The commit that is measured, with a plus where files of the package differ from it; None outside of a
+    repository."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parents[1]

@@ -1,8 +1,8 @@
 """The control card: error of the control against CPU-seconds, for all methods on the named control problems.
 
-Each finished cell (problem, method, seed) is a JSON file under ``benchmarks/results/control/``; a cell that exists is not run
-again, so that a table is filled over several sessions. Every cell runs in a process of its own: its CPU time is that process's
-(less what the measurements take), and so is its peak memory.
+Each finished cell (problem, method, seed) is a JSON file under ``benchmarks/results/control/``; a cell that exists is
+not run again, so that a table is filled over several sessions. Every cell runs in a process of its own: its CPU time is
+that process's (less what the measurements take), and so is its peak memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ _FIRST, _GROWTH = 0.5, 1.3  # CPU-seconds of the first point of a curve, and the
 
 
 class _Curve:
-    """Errors of the averaged control while it is trained, at CPU times that grow geometrically; measuring is not counted."""
+    """Errors of the averaged control while it is trained, at CPU times that grow geometrically; measuring is not
+    counted."""
 
     def __init__(self, began: float, exact: dict[str, Any]) -> None:
         self.began, self.exact, self.next, self.measuring = began, exact, _FIRST, 0.0

@@ -49,7 +49,8 @@ def _seconds(cells: list[dict[str, Any]], part: str) -> str:
 
 def _table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| method | error, discretised | error, continuous | ELBO gap | CPU-s to 10 % | 1 % | 0.1 % | CPU-s | per iteration | peak MB | seeds |",
+        "| method | error, discretised | error, continuous | ELBO gap | CPU-s to 10 % | 1 % | 0.1 % | CPU-s | per "
+        "iteration | peak MB | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, all_cells in found.items():
@@ -66,7 +67,8 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         extra = statistics.fmean(c["peak_mb"] - c["peak_mb_before"] for c in cells)
         lines.append(
             f"| {method} | {error['discretised']} | {error['continuous']} | {gap} | {_seconds(cells, '0.1')} | "
-            f"{_seconds(cells, '0.01')} | {_seconds(cells, '0.001')} | {statistics.fmean(c['cpu_seconds'] for c in cells):.0f} | "
+            f"{_seconds(cells, '0.01')} | {_seconds(cells, '0.001')} | "
+            f"{statistics.fmean(c['cpu_seconds'] for c in cells):.0f} | "
             f"{statistics.fmean(c['cpu_seconds_per_iteration'] for c in cells):.3f} | {extra:.0f} | "
             f"{len(cells)}{f', {failed} failed' if failed else ''} |"
         )
@@ -78,14 +80,15 @@ def write_page(cells: list[dict[str, Any]], methods: list[str]) -> str:
     parts = [
         "# The control card",
         "",
-        "Written by `OMP_NUM_THREADS=1 python -m benchmarks control` from the cells in `benchmarks/results/control/`; one thread, "
-        "default settings of `solve` and the default control network throughout, the card's batch sizes and steps, nothing set by problem "
-        "but the CPU-seconds.",
+        "Written by `OMP_NUM_THREADS=1 python -m benchmarks control` from the cells in `benchmarks/results/control/`; "
+        "one thread, default settings of `solve` and the default control network throughout, the card's batch sizes "
+        "and steps, nothing set by problem but the CPU-seconds.",
         "",
-        "Errors are `E int |u - u*|^2 dt` on Euler paths of the exact control, against the optimum of the discretised chain and against that of "
-        "continuous time: a method that is exact on the chain stops, in the second column, at the distance between the two. CPU-seconds to 10 %, 1 % and 0.1 % "
-        "are those after which the error against the discretised optimum stays below that part of the mean `|u*|^2`. Several seeds: mean ± standard error, or the geometric mean with "
-        "the range where seeds differ by more than a factor of 4.",
+        "Errors are `E int |u - u*|^2 dt` on Euler paths of the exact control, against the optimum of the discretised "
+        "chain and against that of continuous time: a method that is exact on the chain stops, in the second column, "
+        "at the distance between the two. CPU-seconds to 10 %, 1 % and 0.1 % are those after which the error against "
+        "the discretised optimum stays below that part of the mean `|u*|^2`. Several seeds: mean ± standard error, or "
+        "the geometric mean with the range where seeds differ by more than a factor of 4.",
         "",
         "![error against CPU-seconds](images/control.png)",
     ]

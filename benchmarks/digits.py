@@ -1,7 +1,7 @@
 """Digits: a pre-trained model tilted to three rewards by all methods, beside the exactly tilted law.
 
-Each finished cell (reward, method, alpha, seed) is a JSON file under ``benchmarks/results/digits/``; a cell that exists is not run
-again, so that a table is filled over several sessions. Every cell runs in a process of its own.
+Each finished cell (reward, method, alpha, seed) is a JSON file under ``benchmarks/results/digits/``; a cell that exists
+is not run again, so that a table is filled over several sessions. Every cell runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _classifier_free(reward: str, alpha: float) -> sc.Method:
     return sc.ClassifierFreeGuidance(digit.conditional_model(reward), weight=1 / alpha - 1, label=digit.LABEL)
 
 
-#: in the order in which cells are filled; functions (of the reward's name and alpha) are for methods that train something of their own first
+#: in the order in which cells are filled; functions (of the reward's name and alpha) are for methods that train
+#: something of their own first
 METHODS: dict[str, sc.Method | Callable[[str, float], sc.Method]] = {
     "value-guidance, tweedie": sc.ValueGuidance("tweedie"),
     "classifier-guidance": sc.ClassifierGuidance(),

@@ -64,14 +64,15 @@ def _row(cell: dict[str, Any], tilt: dict[str, Any]) -> str:
         calls = _count(training["reward_calls"]) if cell["iterations"] else "–"
         work = f"{seconds} | {calls} | {sampling['seconds']:.1f}, {_count(sampling['reward_calls'])}"
     return (
-        f"| {cell['method']}{flag} | {_pm(cell['reward'])} | {bound}{_pm(cell['kl'])} | {_pm(cell['objective'])} | {_pm(cell['gap'])} | "
-        f"{classes} | {near:.2f} | {data:.2f} | {cell['sliced_wasserstein']:.3f} | {work} |"
+        f"| {cell['method']}{flag} | {_pm(cell['reward'])} | {bound}{_pm(cell['kl'])} | {_pm(cell['objective'])} | "
+        f"{_pm(cell['gap'])} | {classes} | {near:.2f} | {data:.2f} | {cell['sliced_wasserstein']:.3f} | {work} |"
     )
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| method | reward | KL | objective | gap | classes | diversity | to data | sliced W1 | CPU-s of training | reward calls | 1000 samples: CPU-s, reward calls |",
+        "| method | reward | KL | objective | gap | classes | diversity | to data | sliced W1 | CPU-s of training | "
+        "reward calls | 1000 samples: CPU-s, reward calls |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     tilt = rows.get(_TILT)
@@ -91,21 +92,24 @@ def write_page(cells: list[dict[str, Any]], order: list[str]) -> str:
     parts = [
         "# Digits",
         "",
-        "Written by `OMP_NUM_THREADS=1 python -m benchmarks digits` from the cells in `benchmarks/results/digits/` (`--page`: only the page). A noise-"
-        "prediction network trained on scikit-learn's digits (the demo's, 8×8 pixels in [-1, 1]) is tilted to three rewards; "
-        f"{STEPS} steps, finer towards the data; one seed; one thread. Methods that train have "
-        f"{' or '.join(f'{b:g}' for b in budgets)} CPU-seconds each, batches of 128 and otherwise the defaults of `solve`: the control is "
-        "a tuned copy of the network.",
+        "Written by `OMP_NUM_THREADS=1 python -m benchmarks digits` from the cells in `benchmarks/results/digits/` "
+        "(`--page`: only the page). A noise-prediction network trained on scikit-learn's digits (the demo's, 8×8 "
+        f"pixels in [-1, 1]) is tilted to three rewards; {STEPS} steps, finer towards the data; one seed; one thread. "
+        f"Methods that train have {' or '.join(f'{b:g}' for b in budgets)} CPU-seconds each, batches of 128 and "
+        "otherwise the defaults of `solve`: the control is a tuned copy of the network.",
         "",
-        f"The exact law is that of the chain's own samples ({next(iter(fronts.values()))['n'] if fronts else 0} of them) with weights `exp(r/alpha)`: "
-        "reward, KL and log Z with standard errors by the delta method, drawn only where at least 200 of them are effective and the weights' tail index is below 0.7. "
-        "No sample law of the same KL has a larger reward than the frontier.",
+        f"The exact law is that of the chain's own samples ({next(iter(fronts.values()))['n'] if fronts else 0} of "
+        "them) with weights `exp(r/alpha)`: reward, KL and log Z with standard errors by the delta method, drawn only "
+        "where at least 200 of them are effective and the weights' tail index is below 0.7. No sample law of the same "
+        "KL has a larger reward than the frontier.",
         "",
-        "Columns: **objective** `E r - alpha KL` of the paths; **gap** to the importance-sampled log Z, in nats; **classes** effective number "
-        "of classes among the samples, the exponential of their entropy by the classifier; **diversity** mean distance of a sample to the nearest "
-        "of 127 others, relative to the same of the exact tilt; **to data** mean distance to the nearest training image, relative to the same; "
-        f"**collapsed** where classes fall below {_CLASSES:g} or diversity below {_NEIGHBOUR:g} of the exact tilt's; **sliced W1** to the exact tilt, "
-        "in whose own row it is the sampling floor. For particles that are chosen in proportion to weights (SMC, softmax) KL and gap are upper bounds, from `E log Z^`.",
+        "Columns: **objective** `E r - alpha KL` of the paths; **gap** to the importance-sampled log Z, in nats; "
+        "**classes** effective number of classes among the samples, the exponential of their entropy by the "
+        "classifier; **diversity** mean distance of a sample to the nearest of 127 others, relative to the same of "
+        "the exact tilt; **to data** mean distance to the nearest training image, relative to the same; **collapsed** "
+        f"where classes fall below {_CLASSES:g} or diversity below {_NEIGHBOUR:g} of the exact tilt's; **sliced W1** "
+        "to the exact tilt, in whose own row it is the sampling floor. For particles that are chosen in proportion to "
+        "weights (SMC, softmax) KL and gap are upper bounds, from `E log Z^`.",
         "",
         "![reward against KL](images/digits.png)",
         "",

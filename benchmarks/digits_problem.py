@@ -1,4 +1,5 @@
-"""The digits problems: a model of scikit-learn's digits, three rewards, and their exactly tilted laws by importance sampling."""
+"""The digits problems: a model of scikit-learn's digits, three rewards, and their exactly tilted laws by importance
+sampling."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def digits_problem(reward: str, alpha: float) -> sc.ControlProblem:
 
 
 def conditional_model(reward: str) -> nn.Module:
-    """``model(x, s, y)`` on vectors, trained on the labelled digits as the unconditional one is on all of them (100 CPU-seconds).
+    """``model(x, s, y)`` on vectors, trained on the labelled digits as the unconditional one is on all of them (100
+    CPU-seconds).
 
     Raises:
         ValueError: a reward that is not of a label.
@@ -134,7 +136,8 @@ def _training_images() -> Tensor:
 
 @dataclass(frozen=True)
 class Tilt:
-    """The law ``p_0 exp(r/alpha)/Z`` of the chain's end, by self-normalised importance sampling; all errors by the delta method."""
+    """The law ``p_0 exp(r/alpha)/Z`` of the chain's end, by self-normalised importance sampling; all errors by the
+    delta method."""
 
     alpha: float
     log_w: Tensor

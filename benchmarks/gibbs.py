@@ -1,8 +1,8 @@
 """Gibbs targets: methods against their exact log Z, modes and samples, at a fixed budget of CPU time.
 
-Each finished cell (row, target, budget, seed) is a JSON file under ``benchmarks/results/gibbs/``; a cell that exists is not run again, so
-that a table is filled over several sessions. Evaluations of the log density are counted by a wrapper of the target itself. What
-fails, or refuses, is a cell with its reason.
+Each finished cell (row, target, budget, seed) is a JSON file under ``benchmarks/results/gibbs/``; a cell that exists is
+not run again, so that a table is filled over several sessions. Evaluations of the log density are counted by a wrapper
+of the target itself. What fails, or refuses, is a cell with its reason.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ CORE_ROWS = ("smc", "auto", "path integral sampler", "log-variance, ou", "adjoin
 
 
 def _train(problem: sc.GibbsProblem, row: Row, budget: float, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Solve within the budget: rounds of auto end by time; trained methods get the number of iterations that ten of them promise."""
+    """Solve within the budget: rounds of auto end by time; trained methods get the number of iterations that ten of
+    them promise."""
     settings: dict[str, Any] = {"seed": seed, "progress": False}
     if isinstance(row.method, sc.Auto):
         _Timed.until = time.process_time() + _ROUNDS * budget

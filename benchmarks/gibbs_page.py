@@ -95,7 +95,8 @@ def _line(row: str, group: Sequence[Cell], log_z: float | None) -> str:
 
 
 _HEAD = (
-    "| row (seeds) | log Z − true | ELBO − log Z | ELBO of the control's paths − log Z | ESS: own; paths' reverse / forward | modes | sliced W1 | evaluations | CPU-s |",
+    "| row (seeds) | log Z − true | ELBO − log Z | ELBO of the control's paths − log Z | ESS: own; paths' reverse / "
+    "forward | modes | sliced W1 | evaluations | CPU-s |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
@@ -125,8 +126,9 @@ def _bars(cells: Sequence[Cell]) -> list[str]:
     def gmm9(c: Cell) -> str:
         k = c["certificate"]
         return (
-            f"path ELBO gap {-k['elbo']['value']:.3f}, ESS {k['reverse_ess']['value']:.2f} / {k['forward_ess']['value']:.2f}, "
-            f"{c['modes'][0]}/9; particles' ELBO gap {-c['evaluation']['elbo']['value']:.4f}"
+            f"path ELBO gap {-k['elbo']['value']:.3f}, ESS {k['reverse_ess']['value']:.2f} / "
+            f"{k['forward_ess']['value']:.2f}, {c['modes'][0]}/9; particles' ELBO gap "
+            f"{-c['evaluation']['elbo']['value']:.4f}"
         )
 
     def funnel(c: Cell) -> str:
@@ -141,8 +143,8 @@ def _bars(cells: Sequence[Cell]) -> list[str]:
         off = max(abs(a - left["exact"]) / max(e, 1e-12) for a, e in zip(left["shares"], left["stderr"]))
         gap = f", path ELBO gap {z - c['certificate']['elbo']['value']:.2f}" if "certificate" in c else ""
         return (
-            f"{c['evaluation']['log_z']['value'] - z:+.4f}, wells within {off:.1f} errors of {max(left['stderr']):.4f}{gap}, "
-            f"particles' {z - c['evaluation']['elbo']['value']:.4f}"
+            f"{c['evaluation']['log_z']['value'] - z:+.4f}, wells within {off:.1f} errors of "
+            f"{max(left['stderr']):.4f}{gap}, particles' {z - c['evaluation']['elbo']['value']:.4f}"
         )
 
     row("gmm9", "ELBO gap ≤ 0.10, both ESS ≥ 0.8, 9/9 modes", gmm9)
@@ -157,7 +159,8 @@ def _bars(cells: Sequence[Cell]) -> list[str]:
 
 
 def _against_smc(cells: Sequence[Cell], targets: Sequence[str], budget: float = 60.0) -> list[str]:
-    """Target by target: whether ``auto`` is worse than plain SMC by more than the errors say, on the seeds that both have."""
+    """Target by target: whether ``auto`` is worse than plain SMC by more than the errors say, on the seeds that both
+    have."""
     lines = []
     for target in targets:
         log_z = _reference(cells, target)[0]
@@ -179,15 +182,17 @@ def _against_smc(cells: Sequence[Cell], targets: Sequence[str], budget: float = 
             "**worse**" if errors[0] > errors[1] + margin else "better" if errors[1] > errors[0] + margin else "equal"
         )
         lines.append(
-            f"| {target} ({len(seeds)}) | {errors[0]:.2g} ± {bars[0]:.1g} | {errors[1]:.2g} ± {bars[1]:.1g} | {verdict} | {spent[0]:.1e} / {spent[1]:.1e} | {seconds[0]:.0f} / {seconds[1]:.0f} |"
+            f"| {target} ({len(seeds)}) | {errors[0]:.2g} ± {bars[0]:.1g} | {errors[1]:.2g} ± {bars[1]:.1g} | "
+            f"{verdict} | {spent[0]:.1e} / {spent[1]:.1e} | {seconds[0]:.0f} / {seconds[1]:.0f} |"
         )
     if not lines:
         return []
     return [
         f"## `auto` against plain SMC, {budget:g} CPU-s",
         "",
-        "Root mean square error of log Z over the seeds that both have, ± the standard errors that they report; *equal*: within two of both together. Where log Z is not known exactly, "
-        "the most precise of these estimates stands for it.",
+        "Root mean square error of log Z over the seeds that both have, ± the standard errors that they report; "
+        "*equal*: within two of both together. Where log Z is not known exactly, the most precise of these estimates "
+        "stands for it.",
         "",
         "| target (seeds) | auto | smc | auto is | evaluations, auto / smc | CPU-s |",
         "|---|---:|---:|---|---:|---:|",
@@ -202,14 +207,19 @@ def write_page(cells: Sequence[Cell], rows: Sequence[str], targets: Sequence[str
     lines = [
         "# Sampling unnormalised densities: the table",
         "",
-        "Written by `OMP_NUM_THREADS=1 python -m benchmarks gibbs` from the cells in `benchmarks/results/gibbs/`: one thread, 100 steps for what runs on "
-        "a chain, default settings and the default network throughout, the reference's scale from the pilot run. A row's budget pays for the pilot, the training "
-        "and, for particles, the estimate. Mean ± standard error over seeds.",
+        "Written by `OMP_NUM_THREADS=1 python -m benchmarks gibbs` from the cells in `benchmarks/results/gibbs/`: one "
+        "thread, 100 steps for what runs on a chain, default settings and the default network throughout, the "
+        "reference's scale from the pilot run. A row's budget pays for the pilot, the training and, for particles, the "
+        "estimate. Mean ± standard error over seeds.",
         "",
-        '*smc*: `TemperedSMC(8192)`, adaptive tempering with Hamiltonian moves, nothing learned. *auto*: `method="auto"`, SMC that learns a mixture '
-        "to begin with; its own columns are those of its particles, *ELBO of the control's paths* and the second pair of ESS those of its `control`, the exact "
-        "control towards the mixture on 100 steps. For particles the ELBO is `E log Z^` of a system. *evaluations*: calls of the log density in rows (those of "
-        "moves by gradient with a gradient each), estimate included. *alarm*: `sc.certify` found that a part of the target is missed, or weights that the "
+        "*smc*: `TemperedSMC(8192)`, adaptive tempering with Hamiltonian moves, nothing learned. *auto*: "
+        '`method="auto"`, SMC that learns a mixture '
+        "to begin with; its own columns are those of its particles, *ELBO of the control's paths* and the second "
+        "pair of ESS those of its `control`, the exact "
+        "control towards the mixture on 100 steps. For particles the ELBO is `E log Z^` of a system. *evaluations*: "
+        "calls of the log density in rows (those of "
+        "moves by gradient with a gradient each), estimate included. *alarm*: `sc.certify` found that a part of the "
+        "target is missed, or weights that the "
         "sampler's own paths never show.",
         "",
         "## The bars",

@@ -1,8 +1,8 @@
 """A guard for refactorings that must change no number: many small cases through the public face, compared bit by bit.
 
-``--write FILE`` keeps, for every quantity of every case, a hash of its bytes and a summary (its sum in float64, or a text);
-``--against FILE`` runs the cases again and names those that differ. A file is good for one machine, one version of torch and one
-thread. What a case measures of time and memory is left out.
+``--write FILE`` keeps, for every quantity of every case, a hash of its bytes and a summary (its sum in float64, or a
+text); ``--against FILE`` runs the cases again and names those that differ. A file is good for one machine, one version
+of torch and one thread. What a case measures of time and memory is left out.
 """
 
 from __future__ import annotations
@@ -566,12 +566,15 @@ _TAKE_ANNEALED = re.compile(
 _EULER = re.compile(r"reward-backprop/(continuous-adjoint|reversible-heun)")
 #: what else a few methods do on one problem
 _MORE = {
-    "reward-backprop": "lq-float32 scalar-float32 wide-controlled narrow-controlled matrix-by-state matrix-by-time diagonal semilinear image no-reward mixture-ve "
-    "mixture-memoryless mixture-level model-score model-v model-sample model-condition chain-sample chain-v chain-fixed "
-    "gibbs-float32 gibbs-brownian gibbs-pilot gibbs-hard gibbs-condition annealed-plain lq-fixed number-by-time",
-    "adjoint-matching": "lq-float32 wide-controlled narrow-controlled matrix-by-state matrix-by-time diagonal semilinear image mixture-memoryless model-score model-v "
-    "model-condition chain-sample chain-v gibbs-float32 gibbs-condition lq-fixed gibbs-brownian",
-    "log-variance": "lq-float32 wide-controlled narrow-controlled lq-fixed black-box image model-v model-condition chain-v gibbs-black-box gibbs-condition annealed-plain",
+    "reward-backprop": "lq-float32 scalar-float32 wide-controlled narrow-controlled matrix-by-state matrix-by-time "
+    "diagonal semilinear image no-reward mixture-ve mixture-memoryless mixture-level model-score model-v model-sample "
+    "model-condition chain-sample chain-v chain-fixed gibbs-float32 gibbs-brownian gibbs-pilot gibbs-hard "
+    "gibbs-condition annealed-plain lq-fixed number-by-time",
+    "adjoint-matching": "lq-float32 wide-controlled narrow-controlled matrix-by-state matrix-by-time diagonal "
+    "semilinear image mixture-memoryless model-score model-v model-condition chain-sample chain-v gibbs-float32 "
+    "gibbs-condition lq-fixed gibbs-brownian",
+    "log-variance": "lq-float32 wide-controlled narrow-controlled lq-fixed black-box image model-v model-condition "
+    "chain-v gibbs-black-box gibbs-condition annealed-plain",
     "soft-ppo": "lq-float32 black-box image model-v chain-v gibbs-black-box gibbs-condition",
     "cross-entropy": "lq-fixed black-box matrix-by-state semilinear image chain-v gibbs-black-box",
     "smc": "lq-fixed black-box matrix-by-state image model-v chain-v gibbs-black-box annealed-plain",
@@ -615,9 +618,10 @@ def _methods() -> None:
                 PROBLEMS[n](), METHODS[m](), scheme=s
             )
     refused = (
-        "adjoint-matching/annealed cross-entropy/annealed soft-ppo/annealed adjoint-matching/black-box adjoint-matching/reciprocal/lq "
-        "bridge-matching/lq auto/lq mala/lq tempered-smc/observed particle-matching/observed value-guidance/tweedie/lq "
-        "value-guidance/tweedie/chain-ddim socm/by-state reward-backprop/black-box reward-backprop/reversible-heun/chain-ddpm"
+        "adjoint-matching/annealed cross-entropy/annealed soft-ppo/annealed adjoint-matching/black-box "
+        "adjoint-matching/reciprocal/lq bridge-matching/lq auto/lq mala/lq tempered-smc/observed "
+        "particle-matching/observed value-guidance/tweedie/lq value-guidance/tweedie/chain-ddim socm/by-state "
+        "reward-backprop/black-box reward-backprop/reversible-heun/chain-ddpm"
     )
     for words in refused.split():
         method, name = words.rsplit("/", 1)
@@ -708,9 +712,17 @@ def _callbacks() -> Any:
     noted = Noted()
     with tempfile.TemporaryDirectory() as folder:
         sc.solve(
-            lq(), "log-variance", time_steps=STEPS, iterations=3, batch_size=BATCH, seed=5, callbacks=[noted], checkpoint_dir=folder,
-            checkpoint_every=2, progress=False,
-        )  # fmt: skip
+            lq(),
+            "log-variance",
+            time_steps=STEPS,
+            iterations=3,
+            batch_size=BATCH,
+            seed=5,
+            callbacks=[noted],
+            checkpoint_dir=folder,
+            checkpoint_every=2,
+            progress=False,
+        )
     return noted.events
 
 
@@ -722,14 +734,23 @@ def _proposals() -> Any:
     first = sc.solve(problem, sc.RewardBackprop(), iterations=3, **given)
     control = push(problem)
     trained = (
-        sc.LogVariance(paths=first), sc.LogVariance("moment", paths=control), sc.PathConsistency("all", paths=first),
-        sc.PathConsistency(1, paths=control), sc.CrossEntropy(first, 1.0), sc.CrossEntropy(control),
-    )  # fmt: skip
+        sc.LogVariance(paths=first),
+        sc.LogVariance("moment", paths=control),
+        sc.PathConsistency("all", paths=first),
+        sc.PathConsistency(1, paths=control),
+        sc.CrossEntropy(first, 1.0),
+        sc.CrossEntropy(control),
+    )
     untrained = (
-        sc.SMC(16, first), sc.SMC(16, control, lambda x, t: -0.2 * x.square().sum(1)), sc.BestOfN(4, "softmax", proposal=first),
-        sc.BestOfN(4, proposal=control), sc.PathIntegralGuidance(16, first), sc.PathIntegralGuidance(16, control, True),
-        sc.TemperedSMC(32, proposal=first), sc.ValueGuidance(lambda x, t: -0.2 * (1 - t) * x.square().sum(1)),
-    )  # fmt: skip
+        sc.SMC(16, first),
+        sc.SMC(16, control, lambda x, t: -0.2 * x.square().sum(1)),
+        sc.BestOfN(4, "softmax", proposal=first),
+        sc.BestOfN(4, proposal=control),
+        sc.PathIntegralGuidance(16, first),
+        sc.PathIntegralGuidance(16, control, True),
+        sc.TemperedSMC(32, proposal=first),
+        sc.ValueGuidance(lambda x, t: -0.2 * (1 - t) * x.square().sum(1)),
+    )
     out = [of_solution(sc.solve(problem, m, iterations=2, **given), brief=True) for m in trained]
     return out + [of_solution(sc.solve(problem, m, **given), brief=True) for m in untrained]
 
@@ -1154,9 +1175,15 @@ def _schedules() -> Any:
     out = {}
     for schedule in (sc.VP(), sc.VP(0.2, 5.0), sc.CosineVP(), sc.VE(), sc.VE(0.1, 3.0), sc.FlowMatching()):
         out[repr(schedule)] = [
-            schedule.mu(s), schedule.std(s), schedule.log_mu_slope(s), schedule.forward_variance_rate(s), schedule.model_time(s),
-            schedule.noising_time(s), schedule.start_std(), schedule.noise_end,
-        ]  # fmt: skip
+            schedule.mu(s),
+            schedule.std(s),
+            schedule.log_mu_slope(s),
+            schedule.forward_variance_rate(s),
+            schedule.model_time(s),
+            schedule.noising_time(s),
+            schedule.start_std(),
+            schedule.noise_end,
+        ]
     return out
 
 
@@ -1365,9 +1392,18 @@ def _command_sample() -> Any:
 @case("command/compare")
 def _command_compare() -> Any:
     return said(
-        "compare", "ou-linear", "--methods", "adjoint-matching,log-variance", "--iterations", "2", "--time-steps", "4", "--paths",
-        "128", "--json",
-    )  # fmt: skip
+        "compare",
+        "ou-linear",
+        "--methods",
+        "adjoint-matching,log-variance",
+        "--iterations",
+        "2",
+        "--time-steps",
+        "4",
+        "--paths",
+        "128",
+        "--json",
+    )
 
 
 # ---------------------------------------------------------------- comparing
@@ -1407,7 +1443,8 @@ def _leaf(content: bytes, summary: float | str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """What one case leaves behind does not reach the next: the generators, the default dtype, the cache, warnings, output."""
+    """What one case leaves behind does not reach the next: the generators, the default dtype, the cache, warnings,
+    output."""
     dtype, threads, state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
     cache, arguments = os.environ.get("SDECONTROL_CACHE"), sys.argv
     torch.set_num_threads(1)
@@ -1474,7 +1511,8 @@ def identity(
     slowest: Annotated[int, typer.Option(help="Name so many of the slowest cases.")] = 0,
     most: Annotated[int, typer.Option(help="Quantities named of a case that differs.")] = 4,
 ) -> None:
-    """Many small cases through the public face, bit by bit as they were: for refactorings that must change no number."""
+    """Many small cases through the public face, bit by bit as they were: for refactorings that must change no
+    number."""
     if (write is None) == (against is None):
         raise typer.BadParameter("give one of --write and --against.")
     pattern = only if only is not None and any(c in only for c in "*?[") else f"*{only or ''}*"

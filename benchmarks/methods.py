@@ -26,9 +26,10 @@ RESULTS = Path(__file__).parent / "results" / "methods.json"
 PAGE = Path(__file__).parents[1] / "docs" / "iteration_cost.md"
 
 
-# What an iteration must call, in units of `_calls`: "roll" K calls of the control on the batch, without a graph; "learn" one on all K B states and its backward
-# pass; "product" a vector-Jacobian product by the states, on the graph of "learn"; "through" K calls with their graph, and backward through all of them;
-# "value look", "value learn": the same of the method's value network; "value roll" K gradients of it.
+# What an iteration must call, in units of `_calls`: "roll" K calls of the control on the batch, without a graph;
+# "learn" one on all K B states and its backward pass; "product" a vector-Jacobian product by the states, on the graph
+# of "learn"; "through" K calls with their graph, and backward through all of them; "value look", "value learn": the
+# same of the method's value network; "value roll" K gradients of it.
 METHODS: dict[str, tuple[sc.Method, dict[str, float]]] = {
     "reward-backprop": (sc.RewardBackprop(), {"through": 1}),
     "adjoint-matching": (sc.AdjointMatching(), {"roll": 1, "learn": 1, "product": 1}),
@@ -152,7 +153,8 @@ def _quadratic(dim: int) -> sc.ControlProblem:
 
 
 def _scaling(rounds: int) -> dict[str, dict[str, float]]:
-    """CPU-seconds of an iteration of adjoint matching and of the network calls alone, as steps, batch and dimension double."""
+    """CPU-seconds of an iteration of adjoint matching and of the network calls alone, as steps, batch and dimension
+    double."""
     out: dict[str, dict[str, float]] = {}
     sizes = (
         [(k, 128, 20) for k in (25, 50, 100, 200)]
@@ -219,28 +221,34 @@ def _page(found: dict[str, Any]) -> str:
     lines = [
         "# The cost of an iteration",
         "",
-        f"`OMP_NUM_THREADS=1 python -m benchmarks methods`: {found['problem']}, {found['time_steps']} steps, batch {found['batch_size']}, a user's own network (so no tables of "
-        f"times, no linear parts), {_SMALL} and {_LARGE}, one thread, medians of {found['rounds']} interleaved rounds (a third of them for the larger). Every iteration stands beside the "
-        "network calls that it must make: *roll*, K calls on the batch without a graph; *learn*, one call on all K·B states and its backward pass; *product*, a vector-Jacobian product of that "
-        "call; *through*, K calls with their graph and backward through all; *value* look, learn and roll (gradients), the same of the method's own value network. All else (noise, "
-        "kernels, rewards, running costs, adjoints, weights, metrics, Adam) is what the ratio has above 1.",
+        f"`OMP_NUM_THREADS=1 python -m benchmarks methods`: {found['problem']}, {found['time_steps']} steps, batch "
+        f"{found['batch_size']}, a user's own network (so no tables of times, no linear parts), {_SMALL} and {_LARGE}, "
+        f"one thread, medians of {found['rounds']} interleaved rounds (a third of them for the larger). Every "
+        "iteration stands beside the network calls that it must make: *roll*, K calls on the batch without a graph; "
+        "*learn*, one call on all K·B states and its backward pass; *product*, a vector-Jacobian product of that "
+        "call; *through*, K calls with their graph and backward through all; *value* look, learn and roll "
+        "(gradients), the same of the method's own value network. All else (noise, kernels, rewards, running costs, "
+        "adjoints, weights, metrics, Adam) is what the ratio has above 1.",
         "",
         f"| | must call | CPU-s, {_SMALL} | of these calls | ratio | CPU-s, {_LARGE} | ratio |",
         "|---|---|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.4f} | {r['network_calls']:.4f} | {r['against_network_calls']:.2f} | "
-            f"{large[name]['cpu_seconds']:.3f} | {large[name]['against_network_calls']:.2f} |"
+            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.4f} | {r['network_calls']:.4f} | "
+            f"{r['against_network_calls']:.2f} | {large[name]['cpu_seconds']:.3f} | "
+            f"{large[name]['against_network_calls']:.2f} |"
             for name, r in small.items()
         ),
         "",
-        f"A pre-trained model of {NUMBERS} numbers that is tuned (the size of the digits', 319 360 parameters; {STEPS} steps, batch 128): *roll*, K calls of the model and of its tuned copy without a graph; "
-        "*learn*, the same with the copy's graph and a backward pass; *adjoint*, K calls of the model and a product with its Jacobian each; *product*, such products of model and copy; "
-        "*through*, K calls of both and backward through all.",
+        f"A pre-trained model of {NUMBERS} numbers that is tuned (the size of the digits', 319 360 parameters; {STEPS} "
+        "steps, batch 128): *roll*, K calls of the model and of its tuned copy without a graph; *learn*, the same "
+        "with the copy's graph and a backward pass; *adjoint*, K calls of the model and a product with its Jacobian "
+        "each; *product*, such products of model and copy; *through*, K calls of both and backward through all.",
         "",
         "| | must call | CPU-s | of these calls | ratio |",
         "|---|---|---:|---:|---:|",
         *(
-            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.3f} | {r['network_calls']:.3f} | {r['against_network_calls']:.2f} |"
+            f"| {name} | {_said(r['calls'])} | {r['cpu_seconds']:.3f} | {r['network_calls']:.3f} | "
+            f"{r['against_network_calls']:.2f} |"
             for name, r in found["tuning"].items()
         ),
         "",

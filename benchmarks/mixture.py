@@ -1,8 +1,8 @@
 """The Gaussian-mixture inverse problem: all methods against the exact posterior.
 
-Each finished cell (row, observations, budget, seed) is a JSON file under ``benchmarks/results/mixture/``; a cell that exists is not
-run again, so that a table is filled over several sessions. A seed is that of the problem and of the method alike. What
-diverges, or refuses, is a cell with its reason.
+Each finished cell (row, observations, budget, seed) is a JSON file under ``benchmarks/results/mixture/``; a cell that
+exists is not run again, so that a table is filled over several sessions. A seed is that of the problem and of the
+method alike. What diverges, or refuses, is a cell with its reason.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ class _Classifier(nn.Module):
 
 
 def _classifier_guidance(problem: sc.ControlProblem, budget: float, seed: int) -> sc.Solution:
-    """A classifier of noisy states is trained on noised draws of the prior, then guides. Its label is "accepted", of probability
-    ``p(y | x) / max p(y | .)``: the classifier that is right at every time has the exact value, up to a constant, as its log-probability."""
+    """A classifier of noisy states is trained on noised draws of the prior, then guides. Its label is "accepted", of
+    probability ``p(y | x) / max p(y | .)``: the classifier that is right at every time has the exact value, up to a
+    constant, as its log-probability."""
     reference, reward, d = problem.reference, problem.reward_function, problem.event_shape[0]
     assert isinstance(reference, GenerativeSDE) and reference.mixture is not None and isinstance(reward, sc.Quadratic)
     prior, schedule = reference.mixture, reference.schedule
@@ -171,7 +172,8 @@ ROWS: dict[str, Row] = {
 
 
 def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int, scheme: Any = None) -> sc.Solution:
-    """With its defaults, and as many iterations as the budget pays for: a run of few particles and one of ten iterations more are timed."""
+    """With its defaults, and as many iterations as the budget pays for: a run of few particles and one of ten
+    iterations more are timed."""
     method, few, costs = sc.ParticleMatching(), 256, []
     settings: dict[str, Any] = {"time_steps": TIME_STEPS, "scheme": scheme, "seed": seed, "progress": False}
     for iterations in (1, 11):
@@ -186,7 +188,8 @@ def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int, sch
 
 
 def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) -> int:
-    """How many iterations the budget pays for, from ten of them: with their number given, a schedule ends with the budget."""
+    """How many iterations the budget pays for, from ten of them: with their number given, a schedule ends with the
+    budget."""
     settings: dict[str, Any] = {"time_steps": TIME_STEPS, "seed": 9, "progress": False}
     sc.solve(problem, method, iterations=2, **settings)
     began = time.process_time()
@@ -197,8 +200,8 @@ def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) ->
 def _distances(samples: Tensor, exact: MixtureSolution, seed: int) -> dict[str, Any]:
     """How far samples are from the posterior as a whole, in the shares of its modes, and within them.
 
-    All components of the posterior have the same covariance, so that residuals from the mean of one's own component have
-    one law for all: that of the exact samples' residuals.
+    All components of the posterior have the same covariance, so that residuals from the mean of one's own component
+    have one law for all: that of the exact samples' residuals.
     """
     posterior = exact.marginal(exact.problem.horizon)
     assert isinstance(posterior, sc.GaussianMixture)

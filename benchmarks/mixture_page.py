@@ -154,23 +154,29 @@ def _bar(cells: Sequence[Cell]) -> list[str]:
             if all(values):
                 mean, best, floor, twisted = (statistics.fmean(v) for v in values)
                 lines.append(
-                    f"| {_name(row, budget)}, dy = {observations} ({len(ours)}) | {_number(mean)} | {mean / floor:.2f} | {best / floor:.2f} | {_number(floor)} | {_number(twisted)} |"
+                    f"| {_name(row, budget)}, dy = {observations} ({len(ours)}) | {_number(mean)} | {mean / floor:.2f} "
+                    f"| {best / floor:.2f} | {_number(floor)} | {_number(twisted)} |"
                 )
     if not lines:
         return []
     return [
-        "**The bar**: an amortised sampler within twice the floor and no worse than a twisted sampler of 32 particles. Means over the seeds of the amortised row, which all columns "
-        "share; both sets of 1000 samples are random, so that ratios of three seeds are rough.",
+        "**The bar**: an amortised sampler within twice the floor and no worse than a twisted sampler of 32 particles. "
+        "Means over the seeds of the amortised row, which all columns share; both sets of 1000 samples are random, so "
+        "that ratios of three seeds are rough.",
         "",
         "| amortised row (seeds) | sliced W1 | / floor | exact value / floor | floor | 32 particles |",
         "|---|---:|---:|---:|---:|---:|",
         *lines,
         "",
-        "Particle matching begins with a mixture of Gaussians fitted to tempered particles, whose control is known in closed form; here the posterior *is* such a mixture, and the network "
-        "that corrects it is dropped wherever it does not lower the loss: in all cells at 60 CPU-s, and in two of the first three at 600. With Euler steps it is exact for a chain whose own prior "
-        "has modes of other shares than the model's (total variation about 0.03 at 100 steps, and 0.02 to 0.07 for three posteriors, from 65536 weighted paths of the reference each); "
+        "Particle matching begins with a mixture of Gaussians fitted to tempered particles, whose control is known "
+        "in closed form; here the posterior *is* such a mixture, and the network "
+        "that corrects it is dropped wherever it does not lower the loss: in all cells at 60 CPU-s, and in two of "
+        "the first three at 600. With Euler steps it is exact for a chain whose own prior "
+        "has modes of other shares than the model's (total variation about 0.03 at 100 steps, and 0.02 to 0.07 for "
+        "three posteriors, from 65536 weighted paths of the reference each); "
         '*exponential* is `scheme="exponential"`, where that is 0.01 and 0.015 to 0.025. Guidance by '
-        "the exact value of continuous time does not correct for it, and in that is nearer to the posterior than the Euler chain's own optimum.",
+        "the exact value of continuous time does not correct for it, and in that is nearer to the posterior than the "
+        "Euler chain's own optimum.",
         "",
     ]
 
@@ -182,26 +188,32 @@ def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
     parts = [
         "# The Gaussian-mixture inverse problem",
         "",
-        "Written by `OMP_NUM_THREADS=1 python -m benchmarks mixture` from the cells in `benchmarks/results/mixture/`; one thread, 100 steps, default "
-        "settings and the default control network throughout.",
+        "Written by `OMP_NUM_THREADS=1 python -m benchmarks mixture` from the cells in `benchmarks/results/mixture/`; "
+        "one thread, 100 steps, default settings and the default control network throughout.",
         "",
-        "A pre-trained diffusion model whose data are 25 Gaussians on a grid (d = 8, distance 8 in every coordinate) is tuned to, or guided towards, the posterior "
-        "given `dy` noisy linear observations: reward `log p(y | x)`, alpha = 1 (`sc.mixture_inverse_problem(dy, seed)`). Everything is closed form, so all "
-        "distances are to the truth. Twenty problems for each dy; rows that train have fewer, as the number in brackets says.",
+        "A pre-trained diffusion model whose data are 25 Gaussians on a grid (d = 8, distance 8 in every coordinate) "
+        "is tuned to, or guided towards, the posterior given `dy` noisy linear observations: reward `log p(y | x)`, "
+        "alpha = 1 (`sc.mixture_inverse_problem(dy, seed)`). Everything is closed form, so all distances are to the "
+        "truth. Twenty problems for each dy; rows that train have fewer, as the number in brackets says.",
         "",
         "## Distance to the exact posterior",
         "",
-        "Sliced Wasserstein distance (order 1, 500 directions) between 1000 samples and 1000 exact ones, mean ± standard error over seeds. `exact samples` is the "
-        "floor that 1000 samples set; `exact value` is guidance by the exact value function, the best that any control of 100 Euler steps can be expected to do; "
-        "`reference` does nothing. Diverged: not finite, or more than 1 % of the samples have a coordinate beyond 30 (the outermost modes are at 16); those cells are not in the "
-        "means but in the last column.",
+        "Sliced Wasserstein distance (order 1, 500 directions) between 1000 samples and 1000 exact ones, mean ± "
+        "standard error over seeds. `exact samples` is the floor that 1000 samples set; `exact value` is guidance by "
+        "the exact value function, the best that any control of 100 Euler steps can be expected to do; `reference` "
+        "does nothing. Diverged: not finite, or more than 1 % of the samples have a coordinate beyond 30 (the "
+        "outermost modes are at 16); those cells are not in the means but in the last column.",
         "",
         *_distances(cells, rows),
         "",
-        "*SMC, 32 each*: every sample from a particle system of its own, as the published twisted samplers draw them; the others of SMC take all samples from as few systems as "
-        "hold them, so that samples share ancestors. *Tweedie twist*: particles of the reference, weighted by the reward of the denoised state; *Tweedie guidance and twist*: "
-        'particles that it guides, too. *classifier guidance*: a classifier of noisy states, trained on noised draws of the prior with the label "accepted", of probability '
-        "`p(y | x) / max p(y | .)`; a classifier of clean states in the denoised state is Tweedie guidance, to rounding. *path integral*: 250 samples only, whose own floor is "
+        "*SMC, 32 each*: every sample from a particle system of its own, as the published twisted samplers draw "
+        "them; the others of SMC take all samples from as few systems as "
+        "hold them, so that samples share ancestors. *Tweedie twist*: particles of the reference, weighted by the "
+        "reward of the denoised state; *Tweedie guidance and twist*: "
+        "particles that it guides, too. *classifier guidance*: a classifier of noisy states, trained on noised draws "
+        'of the prior with the label "accepted", of probability '
+        "`p(y | x) / max p(y | .)`; a classifier of clean states in the denoised state is Tweedie guidance, to "
+        "rounding. *path integral*: 250 samples only, whose own floor is "
         "about twice that of 1000.",
         "",
         *_bar(cells),
@@ -222,15 +234,18 @@ def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
     parts += [
         "## What is wrong with the samples",
         "",
-        "Medians over seeds, for dy = 1 / 2 / 4. *modes, TV*: total variation between the shares of the posterior's modes among the samples and the exact shares. *within modes*: sliced W1 of the "
-        "samples' residuals from the mean of their own mode to the exact residuals (all modes have the same covariance). *gap*: exact log Z (of continuous time) less the "
-        "ELBO, in nats; for particles less `E log Z^`. KL is that of the path laws; particles have none.",
+        "Medians over seeds, for dy = 1 / 2 / 4. *modes, TV*: total variation between the shares of the posterior's "
+        "modes among the samples and the exact shares. *within modes*: sliced W1 of the samples' residuals from the "
+        "mean of their own mode to the exact residuals (all modes have the same covariance). *gap*: exact log Z (of "
+        "continuous time) less the ELBO, in nats; for particles less `E log Z^`. KL is that of the path laws; "
+        "particles have none.",
         "",
         *_medians(cells, rows, _DETAILS, True),
         "",
         "## What it costs",
         "",
-        "Medians over all cells of a row. Calls are rows; CPU-seconds of one process. Particles and guidance pay per sample, trained controls before.",
+        "Medians over all cells of a row. Calls are rows; CPU-seconds of one process. Particles and guidance pay per "
+        "sample, trained controls before.",
         "",
         *_medians(cells, rows, _COSTS, False),
     ]

@@ -1,7 +1,8 @@
 """What every training method needs to come to the optimum, on a linear-quadratic chain and on two of tuned mixtures.
 
-The error is ``E int |u - u*|^2 / E int |u*|^2`` on paths of u*, the best mean-shift control of the *chain*, which is known for all: in closed form,
-and by dynamic programming on a grid. Each finished cell is a JSON file under ``benchmarks/results/optimum/``; a cell that exists is not run again.
+The error is ``E int |u - u*|^2 / E int |u*|^2`` on paths of u*, the best mean-shift control of the *chain*, which is
+known for all: in closed form, and by dynamic programming on a grid. Each finished cell is a JSON file under
+``benchmarks/results/optimum/``; a cell that exists is not run again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ METHODS: dict[str, sc.Method] = {
 
 
 def problem_of(name: str) -> sc.ControlProblem:
-    """Four coupled coordinates with a running cost; or two modes in one dimension, which overlap or not, of which the reward prefers one."""
+    """Four coupled coordinates with a running cost; or two modes in one dimension, which overlap or not, of which the
+    reward prefers one."""
     generator = torch.Generator().manual_seed(5)
     if name == "linear-quadratic":
         A = torch.randn(4, 4, generator=generator) / 2 - torch.eye(4)
@@ -171,27 +173,31 @@ def _row(cell: dict[str, Any]) -> str:
     reached = "yes" if last["error"]["value"] <= _bar(method) else "no"
     below = last["below_the_optimum"]
     return (
-        f"| {cell['method']} | {' | '.join(errors)} | {last['iterations']} | {below['value']:.4f} ± {below['stderr']:.4f} | "
-        f"{_bar(method):g}: {reached} |"
+        f"| {cell['method']} | {' | '.join(errors)} | {last['iterations']} | {below['value']:.4f} ± "
+        f"{below['stderr']:.4f} | {_bar(method):g}: {reached} |"
     )
 
 
 def _page(cells: list[dict[str, Any]]) -> str:
     titles = {
         "linear-quadratic": "A linear-quadratic chain: 4 coupled coordinates, running cost, 20 steps",
-        "overlapping-mixture": "A tuned mixture: two overlapping modes in one dimension (at -1 and 1, variance 0.5), quadratic reward, 50 Euler steps",
+        "overlapping-mixture": "A tuned mixture: two overlapping modes in one dimension (at -1 and 1, variance 0.5), "
+        "quadratic reward, 50 Euler steps",
         "mixture": "Modes far apart: at -1.5 and 1.5, variance 0.1, the rest the same",
     }
     out = [
         "# To the optimum",
         "",
-        "Written by `OMP_NUM_THREADS=1 python -m benchmarks optimum` from the cells in `benchmarks/results/optimum/` (`--page`: only the page).",
+        "Written by `OMP_NUM_THREADS=1 python -m benchmarks optimum` from the cells in `benchmarks/results/optimum/` "
+        "(`--page`: only the page).",
         "",
-        "Every training method on three chains whose best mean-shift control u* is exact: in closed form, and by dynamic programming on a grid. The error is "
-        "`E int |u - u*|^2 / E int |u*|^2` on paths of u*, default settings and network, one seed, one thread; a budget is tried when the one before has not "
-        "reached the bar: 0.005 for methods with gradients, 0.02 for others. *below*: nats that the ELBO is below that of u*. Methods whose fixed point is not "
-        "u* are O(h) from it: forward-KL ones (cross-entropy, weighted maximum likelihood, bridge and particle matching, SOCM's weights) stop at the mean shift of "
-        "the soft-optimal chain, guidance by values at the control of continuous time.",
+        "Every training method on three chains whose best mean-shift control u* is exact: in closed form, and by "
+        "dynamic programming on a grid. The error is `E int |u - u*|^2 / E int |u*|^2` on paths of u*, default "
+        "settings and network, one seed, one thread; a budget is tried when the one before has not reached the bar: "
+        "0.005 for methods with gradients, 0.02 for others. *below*: nats that the ELBO is below that of u*. Methods "
+        "whose fixed point is not u* are O(h) from it: forward-KL ones (cross-entropy, weighted maximum likelihood, "
+        "bridge and particle matching, SOCM's weights) stop at the mean shift of the soft-optimal chain, guidance by "
+        "values at the control of continuous time.",
     ]
     heads = " | ".join(f"{budget:g} CPU-s" for budget in BUDGETS)
     for name, title in titles.items():

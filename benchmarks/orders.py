@@ -1,10 +1,10 @@
 """Weak and strong orders of every scheme, measured on coupled paths.
 
-Errors at the end of a path, ``E|X_h - X_{h/2}|`` (strong) and ``|E X_h^2 - E X_{h/2}^2|`` (weak), with both paths driven by
-the same Brownian motion; an error of order p makes both fall as h^p. The finest level is also compared with the moment that
-is known, since a scheme could converge to the wrong process at any order. For geometric Brownian motion a step multiplies
-the state by a random number, so that weak errors are powers of its moments: by quadrature over the step's noise, against the
-closed form, with no sampling.
+Errors at the end of a path, ``E|X_h - X_{h/2}|`` (strong) and ``|E X_h^2 - E X_{h/2}^2|`` (weak), with both paths
+driven by the same Brownian motion; an error of order p makes both fall as h^p. The finest level is also compared with
+the moment that is known, since a scheme could converge to the wrong process at any order. For geometric Brownian motion
+a step multiplies the state by a random number, so that weak errors are powers of its moments: by quadrature over the
+step's noise, against the closed form, with no sampling.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def geometric() -> Case:
 
 
 def arctangent() -> Case:
-    """``X = arctan V`` of an Ornstein-Uhlenbeck process ``dV = -V dt + s dW``, s = 1/2 (Kloeden & Platen 1992, section 4.4):
-    ``dX = -(sin(2X)/2 + s^2 sin X cos^3 X) dt + s cos^2 X dW``."""
+    """``X = arctan V`` of an Ornstein-Uhlenbeck process ``dV = -V dt + s dW``, s = 1/2 (Kloeden & Platen 1992, section
+    4.4): ``dX = -(sin(2X)/2 + s^2 sin X cos^3 X) dt + s cos^2 X dW``."""
     x0, s = 0.6, 0.5
     mean, deviation = math.tan(x0) * math.exp(-1.0), s * math.sqrt((1 - math.exp(-2.0)) / 2)
     nodes = torch.linspace(-12.0, 12.0, 20_001, dtype=F64)
@@ -101,7 +101,8 @@ CASES = {
 }
 
 #: (scheme, case) -> (strong, weak) order in theory: torchsde's statements for multiplicative noise; with additive noise
-#: Euler and Milstein are strong 1, and Heun and the additive "srk" (SRA1, Roessler 2010) weak 2. "exact" has no error at all.
+#: Euler and Milstein are strong 1, and Heun and the additive "srk" (SRA1, Roessler 2010) weak 2. "exact" has no error
+#: at all.
 THEORY: dict[tuple[str, str], tuple[float, float]] = {
     ("euler", "geometric"): (0.5, 1.0),
     ("milstein", "geometric"): (1.0, 1.0),
@@ -121,8 +122,8 @@ THEORY: dict[tuple[str, str], tuple[float, float]] = {
 
 
 def _coarsen_linear(problem: sc.ControlProblem, scheme: str, steps: int, noise: Tensor) -> Tensor:
-    """Coarse noise of a scalar chain with exact linear transitions, two steps to one: ``L xi`` of the coarse step is the sum
-    of the two fine ones, each carried to the end by the linear flow."""
+    """Coarse noise of a scalar chain with exact linear transitions, two steps to one: ``L xi`` of the coarse step is
+    the sum of the two fine ones, each carried to the end by the linear flow."""
     fine, coarse = problem.chain(steps, scheme), problem.chain(steps // 2, scheme)
     zero = torch.zeros(1, 1, dtype=F64)
     inner = getattr(fine, "_linear", fine)
@@ -206,12 +207,12 @@ def slope(h: list[float], errors: list[float]) -> float:
 
 
 def measure(scheme: str, case: str, paths: int = 1 << 18, seed: int = 0) -> dict[str, Any]:
-    """Errors and orders of one scheme on one case: strong on grids of up to 1024 steps, weak on grids of up to 256 (2^13
-    by quadrature).
+    """Errors and orders of one scheme on one case: strong on grids of up to 1024 steps, weak on grids of up to 256
+    (2^13 by quadrature).
 
     Returns:
-        steps h, differences between successive levels (the weak ones with standard errors), the fitted orders, theory, and the
-        second moment on the finest grid beside the exact one.
+        steps h, differences between successive levels (the weak ones with standard errors), the fitted orders, theory,
+        and the second moment on the finest grid beside the exact one.
     """
     made = CASES[case]()
     h, strong = _strong(made, scheme, 1024, 5, seed)

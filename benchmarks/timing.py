@@ -1,4 +1,5 @@
-"""What the timing benchmarks share: interleaved rounds, one training iteration of a method, and its row beside the calls that it must make."""
+"""What the timing benchmarks share: interleaved rounds, one training iteration of a method, and its row beside the
+calls that it must make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The cost of an iteration where a pre-trained model is tuned, against the calls of the model and of its copy that it must make."""
+"""The cost of an iteration where a pre-trained model is tuned, against the calls of the model and of its copy that it
+must make."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ __all__ = ["NUMBERS", "STEPS", "TUNING", "tuning_rows"]
 
 NUMBERS, STEPS, _BATCH = 64, 50, 128
 
-# In units of `_calls`: "roll" K calls of model and copy on the batch, without a graph; "learn" the same K calls with the copy's graph, and a backward pass; "adjoint" K calls
-# of the model, each with a vector-Jacobian product by its state; "product" those of model and copy; "through" K calls of both one after another, and backward through all.
+# In units of `_calls`: "roll" K calls of model and copy on the batch, without a graph; "learn" the same K calls with
+# the copy's graph, and a backward pass; "adjoint" K calls of the model, each with a vector-Jacobian product by its
+# state; "product" those of model and copy; "through" K calls of both one after another, and backward through all.
 TUNING: dict[str, tuple[sc.Method, dict[str, float]]] = {
     "reward-backprop": (sc.RewardBackprop(), {"through": 1}),
     "adjoint-matching": (sc.AdjointMatching(), {"roll": 1, "learn": 1, "adjoint": 1, "product": 1}),
@@ -92,7 +94,8 @@ def _calls(problem: sc.ControlProblem) -> dict[str, Callable[[], None]]:
 
 
 def tuning_rows(rounds: int) -> dict[str, dict[str, Any]]:
-    """CPU-seconds of an iteration of every method of :data:`TUNING`, and of the calls that it must make, medians of interleaved rounds."""
+    """CPU-seconds of an iteration of every method of :data:`TUNING`, and of the calls that it must make, medians of
+    interleaved rounds."""
     torch.manual_seed(0)
     problem = _problem()
     acts = {f"* {name}": iteration(problem, method, STEPS, _BATCH) for name, (method, _) in TUNING.items()}

@@ -1,4 +1,5 @@
-"""One control for all observations: sample p(x | y) of a Gaussian mixture for any y, and compare with the exact posteriors.
+"""One control for all observations: sample p(x | y) of a Gaussian mixture for any y, and compare with the exact
+posteriors.
 
 python examples/conditional.py [--quick]
 """

@@ -1,8 +1,9 @@
 """What work costs, counted where it is done: rows at which the reward, its gradient and controls are asked for.
 
-Inside ``with counting(calls):`` the few doors through which everything goes add to ``calls``: the problem's reward, annealed Langevin's score, the shifts
-of controls (``chains/shifts.py``), and a control that is called itself. The counter belongs to the context (``contextvars``), so threads count for themselves,
-and no object or class is changed. No number depends on it.
+Inside ``with counting(calls):`` the few doors through which everything goes add to ``calls``: the problem's reward,
+annealed Langevin's score, the shifts of controls (``chains/shifts.py``), and a control that is called itself. The
+counter belongs to the context (``contextvars``), so threads count for themselves, and no object or class is changed. No
+number depends on it.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ def counting(calls: Calls) -> Iterator[None]:
 
 
 def count_reward(value: Any, rows: int, with_gradient: bool = False) -> None:
-    """A call of the reward, ``value`` its result; its gradient where that is taken, or at once, where the call is of the gradient."""
+    """A call of the reward, ``value`` its result; its gradient where that is taken, or at once, where the call is of
+    the gradient."""
     calls = _calls.get()
     if calls is None:
         return
@@ -61,7 +63,8 @@ def count_reward(value: Any, rows: int, with_gradient: bool = False) -> None:
 
 
 def counted_control(control: Any, evaluate: Callable[..., Tensor], rows: Callable[..., int]) -> Callable[..., Tensor]:
-    """``evaluate``, which evaluates a control, counting ``rows(*arguments)``; itself where nothing counts, or the control is no cost."""
+    """``evaluate``, which evaluates a control, counting ``rows(*arguments)``; itself where nothing counts, or the
+    control is no cost."""
     calls = _calls.get()
     if calls is None or not getattr(control, "counted", False):
         return evaluate

@@ -1,7 +1,9 @@
-"""What a step computes once and is asked for twice, with a lifetime: the ``with`` block in which a path takes its steps.
+"""What a step computes once and is asked for twice, with a lifetime: the ``with`` block in which a path takes its
+steps.
 
-A chain's kernel and a tuned control want the same prediction of a model at the same state; backward and forward kernels the same score. Inside
-``with remembering():`` the last value of each is at hand; at its end all are dropped, with the graphs they would keep alive. Outside nothing is kept.
+A chain's kernel and a tuned control want the same prediction of a model at the same state; backward and forward kernels
+the same score. Inside ``with remembering():`` the last value of each is at hand; at its end all are dropped, with the
+graphs they would keep alive. Outside nothing is kept.
 """
 
 import contextlib

@@ -20,7 +20,8 @@ _SEGMENT_NUMBERS = 1 << 16
 
 
 def fresh_seed(seed: int | None) -> int:
-    """The seed itself, or a new one from torch's global generator where it is None (so ``torch.manual_seed`` fixes it)."""
+    """The seed itself, or a new one from torch's global generator where it is None (so ``torch.manual_seed`` fixes
+    it)."""
     if seed is None:
         return int(torch.randint(2**63 - 1, ()).item())
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):

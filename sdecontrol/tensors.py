@@ -63,7 +63,8 @@ def as_float(name: str, value: Any, *, positive: bool = False, finite: bool = Tr
 
 
 def check_count(name: str, value: Any, least: int = 1, optional: bool = False, why: str = "") -> None:
-    """Raise unless ``value`` is an int of at least ``least`` (or None, where that is allowed); ``why`` so many, in a few words."""
+    """Raise unless ``value`` is an int of at least ``least`` (or None, where that is allowed); ``why`` so many, in a
+    few words."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -88,7 +89,8 @@ def check_tensor(
     hint: str = "",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``value`` as a finite tensor of the given shape (names in ``shape`` match any size), floating-point or ``dtype``."""
+    """``value`` as a finite tensor of the given shape (names in ``shape`` match any size), floating-point or
+    ``dtype``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}. {hint}".rstrip())
     if dtype is not None and value.dtype != dtype:
@@ -108,7 +110,8 @@ def check_tensor(
 
 
 def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like: Tensor, hint: str = "") -> Tensor:
-    """Check what a user's function returned: a tensor of the wanted shape, of the dtype and on the device of ``like``."""
+    """Check what a user's function returned: a tensor of the wanted shape, of the dtype and on the device of
+    ``like``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a torch tensor, got {type(value).__name__}. {hint}".rstrip())
     if tuple(value.shape) != tuple(want):

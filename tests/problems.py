@@ -17,7 +17,8 @@ def spd(d, seed, low=0.3):
 
 
 def random_lq(d=2, m=None, seed=0, *, start="dirac", running=True, alpha=0.7, dtype=F64, offset=True):
-    """A linear-quadratic problem with a non-symmetric drift; start "dirac", or a Gaussian that is "fixed" or "controlled"."""
+    """A linear-quadratic problem with a non-symmetric drift; start "dirac", or a Gaussian that is "fixed" or
+    "controlled"."""
     m = d if m is None else m
     sde = sc.LinearSDE(
         A=(0.5 * randn(d, d, seed=seed) - 0.3 * torch.eye(d, dtype=F64)).to(dtype),

@@ -1,4 +1,5 @@
-"""Annealed Langevin with backward kernels (CMCD): weights against double loops and joint densities, gradients against autograd on them, refusals."""
+"""Annealed Langevin with backward kernels (CMCD): weights against double loops and joint densities, gradients against
+autograd on them, refusals."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def by_hand_weights(
     backward: Any,
     scheme: str = "exponential",
 ) -> Tensor:
-    """``log rho(x_K) - log p0(x_0) + sum_k log B_k - log F_k`` from the formulas of the class, one normal density at a time."""
+    """``log rho(x_K) - log p0(x_0) + sum_k log B_k - log F_k`` from the formulas of the class, one normal density at a
+    time."""
     process: Any = problem.reference
     r, m, s0, total = process.roughness, process.centre, process.scale, process.relaxations
     K, d = len(times) - 1, states.shape[2]
@@ -196,7 +198,8 @@ def _gradients(module: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("both", [True, False])
 def test_backprop_has_the_gradient_of_the_elbo_by_hand(both: bool) -> None:
-    """Through paths, scores, and both kinds of kernels, the KL of a step in closed form; by all modes that are exact."""
+    """Through paths, scores, and both kinds of kernels, the KL of a step in closed form; by all modes that are
+    exact."""
     problem, control = annealed(backward_control=both), Affine()
     chain, generator = problem.chain(20), torch.Generator().manual_seed(5)
     x0, noise = problem.draw_start(16, 4), torch.randn(20, 16, 2, generator=generator, dtype=F64)
@@ -230,8 +233,8 @@ def _cost(problem: sc.GibbsProblem, chain: Any, control: Any, x0: Tensor, noise:
 @pytest.mark.parametrize("paths", ["current", "other"])
 @pytest.mark.parametrize("method", [sc.LogVariance(), sc.PathConsistency()])
 def test_log_variance_has_the_gradient_of_the_variance_of_hand_made_weights(method: Any, paths: str) -> None:
-    """On fixed paths, its own or those of another control, with the control in both kinds of kernels. (On its own paths it is the gradient of the KL only where the
-    backward kernels are fixed: the target then does not move.)"""
+    """On fixed paths, its own or those of another control, with the control in both kinds of kernels. (On its own paths
+    it is the gradient of the KL only where the backward kernels are fixed: the target then does not move.)"""
     problem, control = annealed(), Affine()
     run = _run(problem, method, control, paths)
     state: Any = method.setup(run)
@@ -327,7 +330,8 @@ def test_training_improves_on_annealed_importance_sampling_and_saves(tmp_path: A
 
 @pytest.mark.parametrize("both", [True, False])
 def test_target_paths_run_backwards_and_certify_from_both_sides(both: bool) -> None:
-    """``E_{Q_fine}[1/w] = 1/Z`` from exact samples run backwards (4 standard errors), for a control far from the optimum."""
+    """``E_{Q_fine}[1/w] = 1/Z`` from exact samples run backwards (4 standard errors), for a control far from the
+    optimum."""
     problem = annealed(backward_control=both)
     solution = Solution(
         problem, given_control(problem, push), method="given", settings={"time_steps": 6, "scheme": None}
@@ -378,10 +382,16 @@ def test_particles_are_unbiased_and_twisted_by_the_annealed_density(threshold: f
 
 
 REFUSED = {
-    "adjoint-matching": "adjoint-matching", "socm": "socm", "value-guidance": "value-guidance", "path-integral-guidance": "path-integral-guidance",
-    "soft-ppo": "soft-ppo", "bridge-matching": "bridge-matching", "particle-matching": "particle-matching", "classifier-guidance": "classifier-guidance",
+    "adjoint-matching": "adjoint-matching",
+    "socm": "socm",
+    "value-guidance": "value-guidance",
+    "path-integral-guidance": "path-integral-guidance",
+    "soft-ppo": "soft-ppo",
+    "bridge-matching": "bridge-matching",
+    "particle-matching": "particle-matching",
+    "classifier-guidance": "classifier-guidance",
     "reward-weighted-mle": "reward-weighted-mle",
-}  # fmt: skip
+}
 TAKEN = (
     "reward-backprop",
     "log-variance",
@@ -488,7 +498,8 @@ def test_conditions_have_targets_of_their_own() -> None:
 
 
 def test_a_step_costs_one_score_and_one_control() -> None:
-    """Backward and forward kernels ask at the same states: K scores (p0's own is known) and K + 1 evaluations of the control for K steps."""
+    """Backward and forward kernels ask at the same states: K scores (p0's own is known) and K + 1 evaluations of the
+    control for K steps."""
     from sdecontrol.comparison.costs import measuring
 
     problem, settings = annealed(), {"time_steps": 5, "batch_size": 64, "seed": 0, "iterations": 1}

@@ -45,7 +45,8 @@ def sampler_of(problem, mean, variance, time_steps=60):
 
 @pytest.mark.parametrize("reference", ["ou", "brownian"])
 def test_a_sampler_on_one_of_nine_modes_is_off_by_log_nine_and_found_out(reference):
-    """The fingerprint of collapse: log Z^ is log 9 = 2.197 too low with a reverse ESS of 0.7 and more; the alarm fires from exact samples and from particles."""
+    """The fingerprint of collapse: log Z^ is log 9 = 2.197 too low with a reverse ESS of 0.7 and more; the alarm fires
+    from exact samples and from particles."""
     problem = gibbs(reference)
     collapsed = sampler_of(problem, MODES[8], VARIANCE)
     found = sc.certify(collapsed, nine_samples(4096, 1), modes=MODES, seed=2)
@@ -73,8 +74,8 @@ def test_a_good_sampler_raises_no_alarm_and_its_bounds_hold():
 
 
 def test_paths_to_exact_ends_have_the_law_of_the_exact_chain():
-    """Whole paths of the reference given draws of the exact chain's end are paths of the exact chain (Theorem 3): their moments at every step, within
-    five standard errors. Noises that ignore the end, or its covariance, miss them."""
+    """Whole paths of the reference given draws of the exact chain's end are paths of the exact chain (Theorem 3): their
+    moments at every step, within five standard errors. Noises that ignore the end, or its covariance, miss them."""
     problem = random_lq(2, 3, seed=1, start="fixed", running=False, alpha=1.0)
     plain = sc.ControlProblem(problem.reference, problem.initial, alpha=1.0)
     chain = plain.chain(6)
@@ -95,8 +96,8 @@ def test_paths_to_exact_ends_have_the_law_of_the_exact_chain():
 
 
 def test_the_bridge_estimate_is_exact_for_gaussian_weights():
-    """log w ~ N(-s^2/2, s^2) on one side and N(s^2/2, s^2) on the other: log Z = 0 for different numbers of both; the stated error covers it in
-    95 of 100 repetitions or so."""
+    """log w ~ N(-s^2/2, s^2) on one side and N(s^2/2, s^2) on the other: log Z = 0 for different numbers of both; the
+    stated error covers it in 95 of 100 repetitions or so."""
     inside = 0
     for seed in range(100):
         s = 1.5

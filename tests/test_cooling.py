@@ -1,4 +1,5 @@
-"""Training at higher temperatures first: how the temperature falls, that it ends at the problem's own, and what it is good for."""
+"""Training at higher temperatures first: how the temperature falls, that it ends at the problem's own, and what it is
+good for."""
 
 import dataclasses
 import math

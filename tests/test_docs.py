@@ -1,4 +1,5 @@
-"""The pages on the house and on extending it: their code runs, and every file and name that they walk through exists."""
+"""The pages on the house and on extending it: their code runs, and every file and name that they walk through
+exists."""
 
 import ast
 import re

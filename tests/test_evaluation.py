@@ -87,7 +87,8 @@ def test_at_the_optimum_the_gap_is_the_floor_of_mean_shift_chains():
 
 
 def test_a_collapsed_control_is_called_unreliable():
-    """Two equal modes, a control that visits one of them: the gap estimate alone cannot see it, the reference's paths can."""
+    """Two equal modes, a control that visits one of them: the gap estimate alone cannot see it, the reference's paths
+    can."""
     problem = sc.ControlProblem(
         sc.BrownianMotion(1, horizon=1.0), initial=sc.Dirac(torch.zeros(1)),
         reward=lambda x: torch.logaddexp(-8 * (x[:, 0] - 1) ** 2, -8 * (x[:, 0] + 1) ** 2),
@@ -170,7 +171,8 @@ def test_an_evaluation_prints_as_a_table_with_errors():
 
 
 def test_what_is_printed():
-    """Two digits of the error, powers of ten where zeros would say nothing, and no line for what particles do not have."""
+    """Two digits of the error, powers of ten where zeros would say nothing, and no line for what particles do not
+    have."""
     from sdecontrol.evaluation.estimates import Estimate
 
     assert str(Estimate(1.23456, 0.0123)) == "1.235 ± 0.012" and str(Estimate(2.0, 0.0)) == "2 (exact)"
@@ -182,8 +184,8 @@ def test_what_is_printed():
 
 @pytest.mark.parametrize("start, spread", [("fixed", 1.0), ("controlled", 2.0)])
 def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
-    """Not of the mixture over conditions, whose log Z no control reaches: the optimum has next to none, another control what it lacks on average. The path ends
-    in N(0, spread), and is drawn towards a y of its own."""
+    """Not of the mixture over conditions, whose log Z no control reaches: the optimum has next to none, another control
+    what it lacks on average. The path ends in N(0, spread), and is drawn towards a y of its own."""
     point = sc.Dirac(torch.zeros(1, dtype=F64))
     problem = sc.ControlProblem(
         sc.LinearSDE(torch.zeros(1, 1, dtype=F64), torch.eye(1, dtype=F64)),

@@ -1,4 +1,5 @@
-"""``FDivergence``: the changed reward's tilted law is the f-divergence optimum; its multiplier is that of the exact normalisation."""
+"""``FDivergence``: the changed reward's tilted law is the f-divergence optimum; its multiplier is that of the exact
+normalisation."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ PHI = {
 
 
 def discrete(name: str, reward: Tensor, counts: Tensor, **more) -> sc.FDivergence:
-    """On a discrete law: atoms 0, 1, ..., each as often among the samples as ``counts`` says, so that sums over samples are exact."""
+    """On a discrete law: atoms 0, 1, ..., each as often among the samples as ``counts`` says, so that sums over samples
+    are exact."""
     atoms = torch.arange(len(reward), dtype=F64).repeat_interleave(counts).unsqueeze(1)
     return sc.FDivergence(lambda x: reward[x[:, 0].long()], name, alpha=ALPHA, samples=atoms, **more)
 
@@ -85,7 +87,8 @@ def test_a_function_for_phi() -> None:
 
 
 def test_multiplier_of_a_gaussian_within_its_stated_error() -> None:
-    """chi-squared and r = x on N(0, 1) without clipping: E[1 + (x - lam)/(2 alpha)] = 1 at lam = 0; stated error sd(x)/sqrt(n), seen over 40 sets."""
+    """chi-squared and r = x on N(0, 1) without clipping: E[1 + (x - lam)/(2 alpha)] = 1 at lam = 0; stated error
+    sd(x)/sqrt(n), seen over 40 sets."""
     z = []
     for seed in range(40):
         x = torch.randn(4000, 1, generator=torch.Generator().manual_seed(seed), dtype=F64)
@@ -111,7 +114,8 @@ def clipped_exact(alpha: float) -> tuple[float, float, float]:
 
 
 def test_solved_with_the_changed_reward_the_samples_have_the_optimal_law() -> None:
-    """An Ornstein-Uhlenbeck process in its stationary law N(0, 1): SMC on the changed reward against the integrated law, and log Z = 0."""
+    """An Ornstein-Uhlenbeck process in its stationary law N(0, 1): SMC on the changed reward against the integrated
+    law, and log Z = 0."""
     alpha = 0.4
     lam, mean, clipped = clipped_exact(alpha)
     sde = sc.LinearSDE(torch.tensor([[-3.0]], dtype=F64), math.sqrt(6.0) * torch.eye(1, dtype=F64))

@@ -111,7 +111,8 @@ def test_a_fine_tuned_mixture_has_the_exact_tilt_as_its_terminal_law(start, sche
 
 
 def test_the_bias_of_a_fixed_start_is_its_closed_form():
-    """A single Gaussian under a short schedule: p0_T exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T] (docs/mathematics.md section 1)."""
+    """A single Gaussian under a short schedule: p0_T exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T] (docs/mathematics.md
+    section 1)."""
     data = sc.GaussianMixture(torch.ones(1, dtype=F64), torch.tensor([[1.0, -0.5]], dtype=F64), 0.6)
     reward = sc.Quadratic(torch.eye(2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64))
     laws = {}

@@ -60,7 +60,8 @@ def test_targets_of_a_brownian_motion_by_hand() -> None:
 
 
 def test_the_limit_of_no_noise_is_flow_matching() -> None:
-    """Brownian bridges of falling noise against straight lines: the same states and targets, with an error that falls as sigma (and 1/sigma in nothing)."""
+    """Brownian bridges of falling noise against straight lines: the same states and targets, with an error that falls
+    as sigma (and 1/sigma in nothing)."""
     x0, xT, noise = randn(50, D, seed=7), randn(50, D, seed=8), randn(50, D, seed=9)
     line, flow = bridge_of(sc.FlowMatching(), *laws()).table([0.3] * 50, x0).pair(x0, xT, noise)
     assert torch.allclose(line, 0.7 * x0 + 0.3 * xT, atol=1e-12) and torch.allclose(flow, xT - x0, atol=1e-12)
@@ -78,8 +79,8 @@ def test_the_limit_of_no_noise_is_flow_matching() -> None:
 def test_the_untrained_drift_of_gaussians_is_the_conditional_mean_and_carries_one_to_the_other(
     name: str, start: str
 ) -> None:
-    """The moments of ``dX = (slope X + level) dt + sigma dW`` follow a differential equation: at T they are the data's. A drift that is no
-    conditional mean of its target, or a bridge of another process, misses them."""
+    """The moments of ``dX = (slope X + level) dt + sigma dW`` follow a differential equation: at T they are the data's.
+    A drift that is no conditional mean of its target, or a bridge of another process, misses them."""
     from scipy.integrate import solve_ivp
 
     sde = references()[name]
@@ -107,7 +108,8 @@ def test_the_untrained_drift_of_gaussians_is_the_conditional_mean_and_carries_on
 
 
 def test_for_a_point_start_it_is_the_optimum_of_the_control_problem() -> None:
-    """Theorem 3: the target's bridges are the reference's, so bridge matching to the tilted end law gives ``b + sigma u*``, in continuous time."""
+    """Theorem 3: the target's bridges are the reference's, so bridge matching to the tilted end law gives
+    ``b + sigma u*``, in continuous time."""
     sde = references()["linear"]
     problem = sc.ControlProblem(sde, laws("dirac")[0], sc.Quadratic(spd(D, 10), randn(D, seed=11)), alpha=0.6)
     exact = sc.exact_solution(problem)
@@ -122,8 +124,9 @@ def test_for_a_point_start_it_is_the_optimum_of_the_control_problem() -> None:
 
 
 def test_the_losses_of_table_2_differ_by_where_the_path_law_stands() -> None:
-    """On one Gaussian step with the mean shift c as the only freedom: forward ``KL(Q || P^c)`` and reverse ``KL(P^c || Q)`` have one minimiser, the
-    conditional mean of the noise, and different values there unless Q is itself a mean shift; with the data's law as Q_fine's end, Q_doob = Q_fine."""
+    """On one Gaussian step with the mean shift c as the only freedom: forward ``KL(Q || P^c)`` and reverse
+    ``KL(P^c || Q)`` have one minimiser, the conditional mean of the noise, and different values there unless Q is
+    itself a mean shift; with the data's law as Q_fine's end, Q_doob = Q_fine."""
     variance = 0.4  # of the target's noise; the reference's is 1
     mean = 0.9
     q = torch.distributions.Normal(torch.tensor(mean, dtype=F64), math.sqrt(variance))
@@ -219,7 +222,8 @@ def test_times_one_for_all_or_one_per_row_and_shapes() -> None:
 
 
 def test_closed_forms_at_hand_are_bounded_and_change_nothing() -> None:
-    """More different times than are kept, in two dtypes, in one call and one by one: the same drift, and no more than that many are held."""
+    """More different times than are kept, in two dtypes, in one call and one by one: the same drift, and no more than
+    that many are held."""
     data = torch.randn(64, 1, dtype=F64)
     model = sc.fit_bridge(data, sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), iterations=1, batch_size=16, seed=0)
     assert isinstance(model, BridgeNetwork) and not model.bridge._known

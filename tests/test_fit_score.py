@@ -135,8 +135,8 @@ class PlainConditional(Plain):
 
 @pytest.mark.parametrize("own", [False, True], ids=["default network", "a user's"])
 def test_with_dropped_labels_one_model_is_the_conditional_and_the_unconditional_one(own: bool) -> None:
-    """Root mean square errors of the noise, of size 1, at every label and without one; unconditional noise in a label's place is off by 0.6
-    (label 0) and 0.3 (label 1) at these times."""
+    """Root mean square errors of the noise, of size 1, at every label and without one; unconditional noise in a label's
+    place is off by 0.6 (label 0) and 0.3 (label 1) at these times."""
     x, y = labelled_data(4096)
     given = PlainConditional() if own else None
     iterations, rate = (2000, 5e-3) if own else (300, 2e-3)

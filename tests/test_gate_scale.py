@@ -1,4 +1,5 @@
-"""The default network's gate on steep rewards: scaled so that a step of Adam cannot throw the control; what it can represent stays."""
+"""The default network's gate on steep rewards: scaled so that a step of Adam cannot throw the control; what it can
+represent stays."""
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def test_the_usual_slope_times_the_scale_is_fifty(steepness):
 
 
 def test_the_gate_is_as_far_as_its_scale_along_a_path_step_by_step_and_in_least_squares():
-    """One over the scale in the gate's constant feature is the whole gradient, ``sigma^T grad r / alpha``, by all three ways."""
+    """One over the scale in the gate's constant feature is the whole gradient, ``sigma^T grad r / alpha``, by all three
+    ways."""
     problem = problem_of(200.0)
     chain, control = problem.chain(8), control_of(problem)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Gibbs problems: Z is the target's on every grid, the pilot finds the scale of any target, and bad densities are named."""
+"""Gibbs problems: Z is the target's on every grid, the pilot finds the scale of any target, and bad densities are
+named."""
 
 from __future__ import annotations
 
@@ -129,8 +130,8 @@ def test_expected_weight_under_the_terminal_law_is_z_by_quadrature(reference: st
 
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_mean_weight_is_z_on_five_steps(reference: str) -> None:
-    """Within 4 standard errors (false alarm 6e-5), under the reference and under a control; the error is 0.5 per cent of Z, so that the
-    6 per cent a dimension of a Euler chain's end at K = 5 would be seen."""
+    """Within 4 standard errors (false alarm 6e-5), under the reference and under a control; the error is 0.5 per cent
+    of Z, so that the 6 per cent a dimension of a Euler chain's end at K = 5 would be seen."""
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.5]])
     problem = sc.gibbs_problem(mixture(means, 0.6), 2, reference, scale=1.3, dtype=DOUBLE)
     z = 2 * 2 * math.pi * 0.6**2
@@ -214,7 +215,8 @@ def test_pilot_is_a_function_of_its_seed_and_counts_what_it_asks() -> None:
 
 
 def test_chains_that_do_not_arrive_do_not_widen_the_scale() -> None:
-    """A normal law on a far lower cone of negligible mass, on which chains from far out are lost: with them the scale is above 20."""
+    """A normal law on a far lower cone of negligible mass, on which chains from far out are lost: with them the scale
+    is above 20."""
 
     def density(x: Tensor) -> Tensor:
         return torch.logaddexp(-0.5 * x.square().sum(1), -200 - 0.1 * x.norm(dim=1))
@@ -251,7 +253,8 @@ def test_single_precision_reward_is_that_of_double_precision() -> None:
 
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_hard_constraints_are_floored_and_z_is_right(reference: str) -> None:
-    """Gamma(2) on the half line: paths end outside too; there the reward is a constant, without a gradient, far below all others."""
+    """Gamma(2) on the half line: paths end outside too; there the reward is a constant, without a gradient, far below
+    all others."""
     problem = sc.gibbs_problem(gamma, 1, reference, dtype=DOUBLE)
     assert problem.has_gradient
     x = torch.tensor([[-1.0], [2.0], [-3.0], [0.5]], dtype=DOUBLE, requires_grad=True)

@@ -1,4 +1,5 @@
-"""The house's own rules: which rooms may import which, no circles, nothing private carried from file to file, short bodies and signatures."""
+"""The house's own rules: which rooms may import which, no circles, nothing private carried from file to file, short
+bodies and signatures."""
 
 import ast
 import re

@@ -18,7 +18,8 @@ def normal(n: int, seed: int, mean: float = 0.0, d: int = 2) -> Tensor:
 
 
 def gaussian_mmd(distance: float, width: float, d: int) -> float:
-    """Squared MMD of N(0, I) and N(m, I), |m| = distance, kernel exp(-|x - y|^2/(2 w^2)): ``2 (w^2/(w^2+2))^(d/2) (1 - exp(-|m|^2/(2 (w^2+2))))``."""
+    """Squared MMD of N(0, I) and N(m, I), |m| = distance, kernel exp(-|x - y|^2/(2 w^2)):
+    ``2 (w^2/(w^2+2))^(d/2) (1 - exp(-|m|^2/(2 (w^2+2))))``."""
     return 2 * (width**2 / (width**2 + 2)) ** (d / 2) * (1 - math.exp(-(distance**2) / (2 * (width**2 + 2))))
 
 
@@ -48,7 +49,8 @@ def test_mmd_of_many_samples_and_of_weighted_ones() -> None:
 
 
 def test_energy_wasserstein_of_gaussians() -> None:
-    """Energies of N(0, s^2 I) under -|x|^2/2 are s^2 times those of N(0, I): the distance is |s^2 - 1| d/2, whatever the rotation."""
+    """Energies of N(0, s^2 I) under -|x|^2/2 are s^2 times those of N(0, I): the distance is |s^2 - 1| d/2, whatever
+    the rotation."""
     log_density = lambda x: -0.5 * x.square().sum(1)  # noqa: E731
     a, b = normal(20_000, 0, d=4), 1.5 * normal(20_000, 1, d=4)
     assert sc.energy_wasserstein(a, b, log_density) == pytest.approx(1.25 * 2, rel=0.03)

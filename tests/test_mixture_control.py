@@ -121,8 +121,9 @@ def test_a_product_refuses_bad_input():
 
 
 def posterior_mean(problem, chain, states, law):
-    """``E[x_T | x_k]`` of the chain tilted to the mixture, ``(K, batch, d)``: for every component the product of the Gaussian ``p(x_T | x_k)``, the component,
-    and one over the reference's end, by dense matrices from the chain's own kernels."""
+    """``E[x_T | x_k]`` of the chain tilted to the mixture, ``(K, batch, d)``: for every component the product of the
+    Gaussian ``p(x_T | x_k)``, the component, and one over the reference's end, by dense matrices from the chain's own
+    kernels."""
     d, out = problem.dim, []
     whole = law if isinstance(law, GaussianMixture) else as_joint(law)
     scale = problem.scale.expand(d)
@@ -157,8 +158,9 @@ def posterior_mean(problem, chain, states, law):
 @pytest.mark.parametrize("reference", ["ou", "brownian"])
 @pytest.mark.parametrize("steps", [1, 7, [0.0, 0.05, 0.3, 0.31, 0.8, 1.0]])
 def test_the_shift_is_the_mean_noise_given_the_state(kind, reference, scale, steps):
-    """``c_k(x) = E[xi_k | x_k = x]`` under the chain conditioned to end in the mixture: the bridge's noise at the posterior mean of the end (it is affine in
-    the end), to 1e-10. A gain of another step, the continuous-time control or a wrong marginal of the mixture miss it."""
+    """``c_k(x) = E[xi_k | x_k = x]`` under the chain conditioned to end in the mixture: the bridge's noise at the
+    posterior mean of the end (it is affine in the end), to 1e-10. A gain of another step, the continuous-time control
+    or a wrong marginal of the mixture miss it."""
     law = {
         "product": product(),
         "joint": joint(),
@@ -201,7 +203,8 @@ def test_towards_one_gaussian_it_is_the_exact_mean_shift_control(reference):
 @pytest.mark.parametrize("scale", [1.5, [0.8, 2.5]])
 @pytest.mark.parametrize("reference", ["ou", "brownian"])
 def test_in_continuous_time_it_is_doobs_transform(law, reference, scale):
-    """``u = sigma^T grad log h``, ``h(x, t) = E[mixture/reference's end at x_T | x_t = x]`` in closed form; by autograd, to 1e-8, at the very end too."""
+    """``u = sigma^T grad log h``, ``h(x, t) = E[mixture/reference's end at x_T | x_t = x]`` in closed form; by
+    autograd, to 1e-8, at the very end too."""
     problem = gibbs(reference, scale=scale)
     control, process = MixtureControl(problem, law), problem.reference
     whole = law if isinstance(law, GaussianMixture) else as_joint(law)
@@ -247,7 +250,8 @@ def test_in_float32_the_control_at_the_end_is_that_of_float64(reference):
 @pytest.mark.parametrize("law", [product(), joint()], ids=["product", "joint"])
 @pytest.mark.parametrize("reference", ["ou", "brownian"])
 def test_where_the_target_is_the_mixture_the_gap_falls_with_the_steps(law, reference):
-    """Its mean-shift chain is optimal up to discretisation: ELBO below log Z = 0 by a gap that falls like 1/K, weights that average to 1, and ends of its law."""
+    """Its mean-shift chain is optimal up to discretisation: ELBO below log Z = 0 by a gap that falls like 1/K, weights
+    that average to 1, and ends of its law."""
     problem, control = towards(law, reference)
     gaps = []
     for K in (10, 40, 160):
@@ -316,7 +320,8 @@ def test_a_law_that_is_loaded_or_converted_replaces_the_one_in_use():
 
 
 def test_a_correction_begins_as_the_mixture_and_is_trained_beside_it():
-    """At zero output it is the base; its parameters are the network's; one step of training changes it and leaves the law alone."""
+    """At zero output it is the base; its parameters are the network's; one step of training changes it and leaves the
+    law alone."""
     law = joint()
     problem, control = towards(law, dtype=F32)
     both = corrected(problem, problem.chain(8), control, seed=0)
@@ -349,8 +354,9 @@ def fine_tuned(schedule=None, dtype=F64, reward=None):
 
 @pytest.mark.parametrize("schedule", [sc.VP(), sc.VE(sigma_max=100.0), sc.CosineVP()], ids=["vp", "ve", "cosine"])
 def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_law(schedule):
-    """Given the tilted law itself: ``g`` times the difference of scores at every time, as the closed-form solution has it, its Euler shift ``sqrt(h) u``, and
-    ``E[x_T | x_t]`` of the noised mixture; to 1e-8. Given the model's own end it is zero."""
+    """Given the tilted law itself: ``g`` times the difference of scores at every time, as the closed-form solution has
+    it, its Euler shift ``sqrt(h) u``, and ``E[x_T | x_t]`` of the noised mixture; to 1e-8. Given the model's own end it
+    is zero."""
     problem, exact = fine_tuned(schedule)
     law = exact.marginal(problem.horizon)
     control = MixtureControl(problem, law)
@@ -453,9 +459,9 @@ def test_other_problems_are_refused():
 
 @pytest.mark.parametrize("kept", ["right", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_law_that_misses_the_left_of_every_well_is_found_out(kept):
-    """many-well-32: fitted to draws right in every well, log Z^ lacks 16 log(1/0.8443) = 2.708, with a healthy reverse ESS; certify says so. Fitted to
-    all draws it raises none, though its forward ESS comes from the few draws in the valleys between wells (1e-3 of the mass), where a mixture of
-    narrow Gaussians is too thin."""
+    """many-well-32: fitted to draws right in every well, log Z^ lacks 16 log(1/0.8443) = 2.708, with a healthy reverse
+    ESS; certify says so. Fitted to all draws it raises none, though its forward ESS comes from the few draws in the
+    valleys between wells (1e-3 of the mass), where a mixture of narrow Gaussians is too thin."""
     target = sc.named_target("many-well-32")
     problem = sc.gibbs_problem(target, 32, scale=2.0, centre=0.0)
     x = target.sample(20_000, 1)

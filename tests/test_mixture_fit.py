@@ -51,12 +51,19 @@ def scales():
         (ring(), GaussianMixture, 0.03),
         (scales(), GaussianMixture, 0.04),
         (GaussianMixture(torch.ones(1, dtype=F64), randn(1, 5, seed=1), spd(5, 2).unsqueeze(0)), GaussianMixture, 0.01),
-        (ProductMixture(*(v.repeat(12, 1) for v in torch.tensor([[[0.3, 0.7]], [[-2.0, 1.5]], [[0.2, 0.1]]], dtype=F64))), ProductMixture, 0.02),
+        (
+            ProductMixture(
+                *(v.repeat(12, 1) for v in torch.tensor([[[0.3, 0.7]], [[-2.0, 1.5]], [[0.2, 0.1]]], dtype=F64))
+            ),
+            ProductMixture,
+            0.02,
+        ),
     ],
     ids=["grid", "ring", "scales", "one", "wells"],
-)  # fmt: skip
+)
 def test_a_law_is_found_again(truth, kind, most):
-    """The fit to 8000 draws lacks few nats of the truth; products are taken where coordinates are independent with many modes, joint ones where they are not."""
+    """The fit to 8000 draws lacks few nats of the truth; products are taken where coordinates are independent with many
+    modes, joint ones where they are not."""
     law = fit_mixture(draw(truth, 8000, 1), seed=0)
     assert isinstance(law, kind), law
     assert -0.01 < lacks(truth, law) < most, lacks(truth, law)
@@ -73,7 +80,8 @@ def test_one_dimension_and_more_than_sixty_four():
 
 
 def test_weights_stand_for_draws_of_the_tilted_law():
-    """Draws of a wide Gaussian with weights towards a mixture, against the mixture; and -inf weights as if the rows were not there."""
+    """Draws of a wide Gaussian with weights towards a mixture, against the mixture; and -inf weights as if the rows
+    were not there."""
     truth, n = grid([-2.0, 2.0]), 30_000
     wide = GaussianMixture(torch.ones(1, dtype=F64), torch.zeros(1, 2, dtype=F64), 9.0)
     x = draw(wide, n, 1)
@@ -114,7 +122,8 @@ def test_few_samples_are_one_component_and_many_no_more_than_most():
 
 @pytest.mark.parametrize("shift", [0.0, 1e3])
 def test_axes_of_very_different_widths_in_float32(shift):
-    """A correlated Gaussian with standard deviations 1e3, 1 and 1e-4: its covariance is singular to float32, its law is not."""
+    """A correlated Gaussian with standard deviations 1e3, 1 and 1e-4: its covariance is singular to float32, its law is
+    not."""
     widths = torch.tensor([1e3, 1.0, 1e-4], dtype=F64)
     root = widths.unsqueeze(1) * torch.linalg.cholesky(spd(3, 1))
     x = randn(6000, 3, seed=2) @ root.T
@@ -135,8 +144,9 @@ def test_constant_coordinates_and_equal_samples_stay_finite():
 
 
 def test_one_sample_does_not_choose():
-    """Four narrow clusters, and one sample far from all of them among those held out: it costs any mixture that does not expect it a bounded number of nats, so
-    that four components still say most. Unguarded likelihoods choose one wide Gaussian."""
+    """Four narrow clusters, and one sample far from all of them among those held out: it costs any mixture that does
+    not expect it a bounded number of nats, so that four components still say most. Unguarded likelihoods choose one
+    wide Gaussian."""
     corners = 3 * torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 1.0])).double()
     x = corners[torch.arange(2000) % 4] + 0.02 * randn(2000, 2, seed=1)
     order = torch.randperm(2000, generator=generator_for(x.device, 0, 6))

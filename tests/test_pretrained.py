@@ -1,4 +1,5 @@
-"""One protocol for pre-trained references: the same assertions for an SDE, a discrete sampler, and a kind of its own that the package does not know."""
+"""One protocol for pre-trained references: the same assertions for an SDE, a discrete sampler, and a kind of its own
+that the package does not know."""
 
 import math
 from itertools import pairwise
@@ -17,7 +18,8 @@ ABAR = torch.linspace(0.9995, 0.01, 60, dtype=F64).pow(1.2)
 
 
 class Exact(torch.nn.Module):
-    """What a model of N(m, v) says of ``mu x0 + std eps``, exactly: x0^, or the noise; ``m = MEAN + shift`` is its parameter.
+    """What a model of N(m, v) says of ``mu x0 + std eps``, exactly: x0^, or the noise; ``m = MEAN + shift`` is its
+    parameter.
 
     ``levels``: clock -> (mu, std). It asserts that it is called on that clock.
     """
@@ -36,7 +38,8 @@ class Exact(torch.nn.Module):
 
 
 class Annealed(PretrainedChain):
-    """A sampler of its own, with noise of standard deviation sigma, a float, as the model's clock: ``x' ~ p(x' | x, x0^)`` of the noising process."""
+    """A sampler of its own, with noise of standard deviation sigma, a float, as the model's clock:
+    ``x' ~ p(x' | x, x0^)`` of the noising process."""
 
     def __init__(self, model):
         super().__init__(model, (2,), SIGMAS, torch.zeros((), dtype=F64))
@@ -178,7 +181,8 @@ def test_any_control_becomes_a_model(kind):
 
 
 def test_guidance_takes_every_kind(kind):
-    """Classifier-free guidance with w = 0 is the conditional model's chain; Tweedie's value is the reward of the denoised state."""
+    """Classifier-free guidance with w = 0 is the conditional model's chain; Tweedie's value is the reward of the
+    denoised state."""
     reference, other = make(kind), make(kind, shift=0.1)
     p = problem(reference)
     conditional = lambda x, s, y: reference.model(x, s, y)  # noqa: E731

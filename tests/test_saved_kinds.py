@@ -1,4 +1,5 @@
-"""Every kind of control, value and solution survives its file; older, newer and foreign layouts are migrated or refused by name."""
+"""Every kind of control, value and solution survives its file; older, newer and foreign layouts are migrated or refused
+by name."""
 
 import copy
 import json
@@ -93,26 +94,40 @@ CONTROL_CASES = {
     "mixture": (gibbs, lambda p, c: mixture(p), {}),
     "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p)), {}),
     "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c), {}),
-    "path-integral": (lq, lambda p, c: PathIntegralControl(p, c, given_control(p, push), num_paths=8, seed=5), {"control": push}),
-}  # fmt: skip
+    "path-integral": (
+        lq,
+        lambda p, c: PathIntegralControl(p, c, given_control(p, push), num_paths=8, seed=5),
+        {"control": push},
+    ),
+}
 
 VALUE_CASES = {
     "network": (lq, lambda p, c: value_network(p, c, 0), {}),
     "annealed": (lambda: gibbs("annealed"), lambda p, c: AnnealedValue(p), {}),
-    "given": (lq, lambda p, c: GivenValue(lambda x, t: -x.square().sum(1) * t, p.alpha), {"value": lambda x, t: -x.square().sum(1) * t}),
+    "given": (
+        lq,
+        lambda p, c: GivenValue(lambda x, t: -x.square().sum(1) * t, p.alpha),
+        {"value": lambda x, t: -x.square().sum(1) * t},
+    ),
     "tweedie": (generative, lambda p, c: TweedieValue(p, c, logits, 1), {"value": logits}),
     "classifier": (generative, lambda p, c: ClassifierValue(p, logits, 2), {"value": logits}),
-}  # fmt: skip
+}
 
 SOLUTION_CASES = {
     "control": (lq, sc.RewardBackprop(), {"iterations": 2, **SETTINGS}),
-    "particles": (lq, sc.SMC(num_particles=16, proposal=sc.ValueGuidance(), twist="proposal"), {"iterations": 2, **SETTINGS}),
+    "particles": (
+        lq,
+        sc.SMC(num_particles=16, proposal=sc.ValueGuidance(), twist="proposal"),
+        {"iterations": 2, **SETTINGS},
+    ),
     "tempered": (gibbs, sc.TemperedSMC(num_particles=64), {}),
     "chains": (gibbs, sc.MALA(num_chains=32, warm_up=30), {}),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)])  # fmt: skip
+@pytest.mark.parametrize(
+    "registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)]
+)
 def test_every_registered_kind_has_a_case(registry, cases):
     assert set(registry._classes) == set(cases)
 
@@ -259,19 +274,31 @@ def rewritten(folder, written, change):
 
 
 UNREADABLE = {
-    "a newer schema": (lambda s: s.update(schema=migrations.SCHEMA + 1), "schema number 3.*reads 1 to 2.*version that wrote"),
+    "a newer schema": (
+        lambda s: s.update(schema=migrations.SCHEMA + 1),
+        "schema number 3.*reads 1 to 2.*version that wrote",
+    ),
     "a schema of words": (lambda s: s.update(schema="two"), "schema number 'two'"),
     "a schema that is true": (lambda s: s.update(schema=True), "schema number True"),
     "schema 0": (lambda s: s.update(schema=0), "schema number 0"),
-    "an unknown control": (lambda s: s["control"].update(kind="spline"), "control of the unknown kind 'spline'; known: .*network"),
+    "an unknown control": (
+        lambda s: s["control"].update(kind="spline"),
+        "control of the unknown kind 'spline'; known: .*network",
+    ),
     "a control without kind": (lambda s: s["control"].pop("kind"), "the control has no field 'kind'"),
     "a control without a field": (lambda s: s["control"].pop("hidden"), "the control has no field 'hidden'"),
     "a control of words": (lambda s: s.update(control="network"), "the control must say what it is"),
-    "an unknown solution": (lambda s: s["solution"].update(kind="oracle"), "solution of the unknown kind 'oracle'; known: .*tempered"),
-    "particles without settings": (lambda s: s["solution"].update(kind="particles"), "the solution has no field 'twist'"),
+    "an unknown solution": (
+        lambda s: s["solution"].update(kind="oracle"),
+        "solution of the unknown kind 'oracle'; known: .*tempered",
+    ),
+    "particles without settings": (
+        lambda s: s["solution"].update(kind="particles"),
+        "the solution has no field 'twist'",
+    ),
     "no fingerprint": (lambda s: s.pop("problem"), "no field 'problem'"),
     "another kind of file": (lambda s: s.update(kind="checkpoint"), "holds a 'checkpoint', not a 'solution'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
@@ -284,7 +311,8 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, written, what):
 
 FIRST = """{"format": "sdecontrol-1", "kind": "solution", "method": "reward-backprop", "seed": 0, "reproducible": true,
 "settings": {"time_steps": 4, "scheme": null}, "history": [], "details": {}, %s,
-"control": {"kind": "network", "hidden": [64, 64], "condition_size": 0, "classes": 0, "gate": true, "nonlinear": false}}"""
+"control": {"kind": "network", "hidden": [64, 64], "condition_size": 0, "classes": 0, "gate": true,
+"nonlinear": false}}"""
 MORE = {
     "control": '"details": {}',
     "particles": '"particles": {"num_particles": 16, "ess_threshold": 0.5, "resampling": "systematic", "selection": '
@@ -295,7 +323,8 @@ MORE = {
 
 @pytest.mark.parametrize("kind", MORE)
 def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeypatch):
-    """As the first versions wrote them, up to commit 7dae2a9: what a kind of solution has stands beside what all have."""
+    """As the first versions wrote them, up to commit 7dae2a9: what a kind of solution has stands beside what all
+    have."""
     problem, solution, tensors, settings = written
     twist = value_network(problem, problem.chain(K), 0)
     if kind == "particles":

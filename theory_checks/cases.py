@@ -142,7 +142,8 @@ class LinearCase:
         return [self._transition(h) for h in self.h]
 
     def _transition(self, h: float) -> tuple[np.ndarray, ...]:
-        """Exact transitions by quadrature: ``e^{hA}``, the shift, a root of the covariance, the effect of a held control."""
+        """Exact transitions by quadrature: ``e^{hA}``, the shift, a root of the covariance, the effect of a held
+        control."""
         flow = lambda s: expm(s * self.A)  # noqa: E731
         cov = quad_vec(lambda s: flow(s) @ self.sigma @ self.sigma.T @ flow(s).T, 0.0, h, epsabs=1e-14, epsrel=1e-13)[0]
         integral = quad_vec(flow, 0.0, h, epsabs=1e-14, epsrel=1e-13)[0]
@@ -186,7 +187,8 @@ class ChainAnswers:
         return STRETCH if self.problem.start == "controlled" else 0
 
     def kernel(self, k: int) -> Affine:
-        """The soft-optimal kernel of step k (negative: of the stretch before 0) as ``(M, b, root of the covariance)``."""
+        """The soft-optimal kernel of step k (negative: of the stretch before 0) as
+        ``(M, b, root of the covariance)``."""
         law = self.exact.kernel(torch.zeros(1, self.case.d, dtype=torch.float64), k + self.before)
         M, b = affine_map(lambda x: self.exact.kernel(x, k + self.before).mean, self.case.d)
         values, vectors = np.linalg.eigh(law.covariance_matrix[0].numpy())

@@ -55,7 +55,8 @@ def verify_command(
     ] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="List the checks and stop.")] = False,
 ) -> None:
-    """Check the theory numerically: Theorems 1-3, lemmas, corollaries, estimators and errata, each with negative controls.
+    """Check the theory numerically: Theorems 1-3, lemmas, corollaries, estimators and errata, each with negative
+    controls.
 
     Example: sdecontrol verify --only theorem-2 --seed 1
     """

@@ -1,4 +1,5 @@
-"""Expectations over paths without sampling: the library's simulator run on Gauss-Hermite nodes in place of random noise."""
+"""Expectations over paths without sampling: the library's simulator run on Gauss-Hermite nodes in place of random
+noise."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Node = Callable[[torch.Tensor], torch.Tensor]
 class NoiseNodes:
     """A tensor grid of ``nodes`` Gauss-Hermite nodes for K steps of one-dimensional noise, and for a random start.
 
-    ``simulate`` gives one path per node; ``mean`` weighs path functions: the exact expectation for polynomials of degree
-    below ``2 nodes``, and to rounding for smooth functions.
+    ``simulate`` gives one path per node; ``mean`` weighs path functions: the exact expectation for polynomials of
+    degree below ``2 nodes``, and to rounding for smooth functions.
     """
 
     def __init__(self, K: int, nodes: int = 24, start: tuple[float, float] | None = None) -> None:

@@ -149,7 +149,8 @@ def check(
 
 
 def all_checks() -> list[Check]:
-    """All checks: models, the theory on chains, of mixtures, in continuous time, paths, estimators, samples, solvers, errata."""
+    """All checks: models, the theory on chains, of mixtures, in continuous time, paths, estimators, samples, solvers,
+    errata."""
     from . import statements  # noqa: F401  (importing registers them)
 
     return sorted(_CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))
@@ -192,7 +193,8 @@ def p_value(what: str, p: float) -> Measurement:
 
 
 def order(what: str, sizes: Any, errors: Any, want: float = 1.0, tolerance: float = 0.1) -> Measurement:
-    """Distance of the measured order of convergence (log-log slope over the finest half) from the one that is claimed."""
+    """Distance of the measured order of convergence (log-log slope over the finest half) from the one that is
+    claimed."""
     x, y = np.log(as_array(sizes)), np.log(np.maximum(as_array(errors), 1e-300))
     slope = np.polyfit(x[-3:], y[-3:], 1)[0]
     return Measurement(f"{what}: order {slope:.3f}, claimed {want:g}", float(abs(slope - want)), tolerance)

@@ -94,9 +94,9 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     caught = sum(c.caught for o in outcomes for c in o.controls)
     tests = sum(m.kind == "p" for o in outcomes for m in o.measurements)
     return (
-        f"{good} of {len(outcomes)} checks pass ({sum(len(o.measurements) for o in outcomes)} comparisons, {tests} of them statistical tests "
-        f"with a family-wise error of {FAMILY_WISE_ERROR:g}); {caught} of {controls} negative controls fail as they must; "
-        f"{sum(o.seconds for o in outcomes):.0f} s of computation."
+        f"{good} of {len(outcomes)} checks pass ({sum(len(o.measurements) for o in outcomes)} comparisons, {tests} of "
+        f"them statistical tests with a family-wise error of {FAMILY_WISE_ERROR:g}); {caught} of {controls} negative "
+        f"controls fail as they must; {sum(o.seconds for o in outcomes):.0f} s of computation."
     )
 
 

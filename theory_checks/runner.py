@@ -17,7 +17,8 @@ __all__ = ["ControlOutcome", "Outcome", "run", "run_check"]
 
 @dataclass(frozen=True)
 class ControlOutcome:
-    """One negative control: its worst measurement, and whether it failed as it must (``error``: it broke down instead)."""
+    """One negative control: its worst measurement, and whether it failed as it must (``error``: it broke down
+    instead)."""
 
     defect: str
     worst: Measurement | None

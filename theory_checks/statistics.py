@@ -1,4 +1,5 @@
-"""Statistical tests of a whole law, not only of its first two moments. Each gives a p-value; thresholds are the suite's."""
+"""Statistical tests of a whole law, not only of its first two moments. Each gives a p-value; thresholds are the
+suite's."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ class Verification:
         return "\n".join(
             [
                 *lines,
-                f"{verdict}; {self.n} paths; exact answer: {self.exact}; reliable: {'yes' if self.reliable else 'no'} ({self.reliability})",
+                f"{verdict}; {self.n} paths; exact answer: {self.exact}; reliable: {'yes' if self.reliable else 'no'} "
+                f"({self.reliability})",
             ]
         )
 
@@ -97,14 +98,15 @@ class Verification:
 def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int = 0) -> Verification:
     """Check a solution of a control problem against the theory, on fresh paths.
 
-    Always: the path weights are a change of measure (``E_Q0[dP/dQ0] = 1``, ``E_P[dQ0/dP] = 1``), the KL is the mean log-ratio
-    and not negative, both estimates of Z agree, the gap is not negative. Where the exact solution of the chain is known,
-    too: Z itself, and Theorems 1 to 3 for the *weighted* paths, which must obey them within sampling error whatever the
-    control. The unweighted samples of a learned control are off by what its gap allows: their distance is reported
-    and judged against Pinsker's bound, ``distance <= sqrt(gap/2)``.
+    Always: the path weights are a change of measure (``E_Q0[dP/dQ0] = 1``, ``E_P[dQ0/dP] = 1``), the KL is the mean
+    log-ratio and not negative, both estimates of Z agree, the gap is not negative. Where the exact solution of the
+    chain is known, too: Z itself, and Theorems 1 to 3 for the *weighted* paths, which must obey them within sampling
+    error whatever the control. The unweighted samples of a learned control are off by what its gap allows: their
+    distance is reported and judged against Pinsker's bound, ``distance <= sqrt(gap/2)``.
 
     Args:
-        solution: a ``Solution``, an exact solution, or anything with a ``control`` (``control.settings`` says on which chain).
+        solution: a ``Solution``, an exact solution, or anything with a ``control`` (``control.settings`` says on which
+            chain).
         n: number of paths; the family-wise error of all tests together is 1e-6.
 
     Returns:

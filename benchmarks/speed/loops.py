@@ -1,5 +1,5 @@
-"""What is timed: ``dX = (-X + u(X, t)) dt + dW`` under a network of two hidden tanh layers, simulated and differentiated by
-the network alone, a bare loop, torchsde and this package.
+"""What is timed: ``dX = (-X + u(X, t)) dt + dW`` under a network of two hidden tanh layers, simulated and
+differentiated by the network alone, a bare loop, torchsde and this package.
 
 Every forward-and-backward pass here differentiates the same cost, ``mean( |x_K|^2/2 + sum_k h_k |u_k|^2/2 )``.
 """

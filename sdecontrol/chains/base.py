@@ -1,10 +1,11 @@
 """A chain: a process in steps, each a law that a control may change.
 
-Everything the package knows of a step is a handful of functions of the chain (``step``, ``draws``, ``log_ratio``, ``kl``, ``shift_at``); here with
-Gaussian kernels as defaults, ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``, ``xi_k ~ N(0, I)``: the control shifts the noise by ``c_k``, and
-log-ratios are exact at every step size. Such a chain writes ``kernel`` and ``gain`` alone. Others write the functions themselves: any map of the noise in the
-mean's place (:mod:`.noise_driven`), or kernels on finite sets (:mod:`.categorical`). A chain may have a reverse law (:mod:`.reverse`), and be made of
-segments, one after another (:mod:`.segments`).
+Everything the package knows of a step is a handful of functions of the chain (``step``, ``draws``, ``log_ratio``,
+``kl``, ``shift_at``); here with Gaussian kernels as defaults, ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``,
+``xi_k ~ N(0, I)``: the control shifts the noise by ``c_k``, and log-ratios are exact at every step size. Such a chain
+writes ``kernel`` and ``gain`` alone. Others write the functions themselves: any map of the noise in the mean's place
+(:mod:`.noise_driven`), or kernels on finite sets (:mod:`.categorical`). A chain may have a reverse law
+(:mod:`.reverse`), and be made of segments, one after another (:mod:`.segments`).
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Chain:
         reverse: the kernels backwards of which the target is made, where it is not made of the reference's own.
         gaussian: whether the steps are Gaussian kernels, with a mean and a scale.
         of_noise: whether a step's log-ratio and KL are functions of its noise and shift alone: states may then be None.
-        scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes first; "" for
-            chains that are not made from an SDE and a grid.
+        scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes
+            first; "" for chains that are not made from an SDE and a grid.
     """
 
     times: Tensor
@@ -78,31 +79,35 @@ class Chain:
     # ---------------------------------------------------------------- the step as a law
 
     def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
-        """``x_{k+1}`` from states ``(batch, *event)``, noise ``(batch, *noise)`` and the control's part c; None: the reference's own step."""
+        """``x_{k+1}`` from states ``(batch, *event)``, noise ``(batch, *noise)`` and the control's part c; None: the
+        reference's own step."""
         mean, scale = self.kernel(k, x, condition)
         z = xi if c is None else xi + c
         return torch.addcmul(mean, scale, z) if scale.ndim < 3 else mean + apply_scale(scale, z, self.event_ndim)
 
     def draws(self, noises: Tensor, shifts: Tensor, states: Tensor | None) -> Tensor:
-        """What log-ratios are functions of, beside the shifts of the control in question, with the steps' leading dimension: ``xi + c``, the noise that
-        would have made the step under the reference.
+        """What log-ratios are functions of, beside the shifts of the control in question, with the steps' leading
+        dimension: ``xi + c``, the noise that would have made the step under the reference.
 
         Args:
-            noises, shifts: ``(K, batch, *noise)`` of the steps. states: ``(K, batch, *event)``, those that the steps led to.
+            noises, shifts: ``(K, batch, *noise)`` of the steps. states: ``(K, batch, *event)``, those that the steps
+                led to.
         """
         return noises + shifts
 
     def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
-        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c, ``(..., batch)``."""
+        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c,
+        ``(..., batch)``."""
         return event_sum(c * torch.sub(draws, c, alpha=0.5), len(self.noise_shape))
 
     def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
-        """``KL(p^u(. | x_k) || p0(. | x_k))``, ``(K, batch)``: at states ``(K, batch, *event)`` of the given steps, c their shifts."""
+        """``KL(p^u(. | x_k) || p0(. | x_k))``, ``(K, batch)``: at states ``(K, batch, *event)`` of the given steps, c
+        their shifts."""
         return 0.5 * event_sum(c * c, len(self.noise_shape))
 
     def surprisal(self, draws: Tensor) -> Tensor:
-        """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0, ``(..., batch)``: with it the loss of a weighted
-        likelihood is reported, which no control changes by it."""
+        """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0,
+        ``(..., batch)``: with it the loss of a weighted likelihood is reported, which no control changes by it."""
         return event_sum(0.5 * draws**2, len(self.noise_shape))
 
     def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
@@ -111,7 +116,8 @@ class Chain:
         return u @ gain.mT if isinstance(gain, Tensor) else u * gain
 
     def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
-        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at stored states of the given steps."""
+        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at stored states of the given
+        steps."""
         gains = [self.gain(k) for k in steps]
         if isinstance(gains[0], Tensor):
             return u @ torch.stack(gains).mT  # type: ignore[arg-type]
@@ -134,7 +140,8 @@ class Chain:
 
     @cached_property
     def linear_steps(self) -> tuple[Tensor, list[Tensor]] | None:
-        """Where all means are affine with known matrices: these ``(K, d, d)``, and the scales, which then do not depend on x; else None."""
+        """Where all means are affine with known matrices: these ``(K, d, d)``, and the scales, which then do not depend
+        on x; else None."""
         known = [self.mean_matrix(k) for k in range(self.steps)]
         if any(m is None for m in known):
             return None

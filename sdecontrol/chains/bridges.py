@@ -1,5 +1,5 @@
-"""Bridges: the reference conditioned on its ends. In closed form for affine chains, exactly; and for generative references that forget
-their start, whose bridge to an end is the noising process from it."""
+"""Bridges: the reference conditioned on its ends. In closed form for affine chains, exactly; and for generative
+references that forget their start, whose bridge to an end is the noising process from it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ChainBridge:
     """Laws of ``x_k`` given ``(x_0, x_K)``, and of the noise ``xi_k`` given ``(x_k, x_K)``, for a chain of affine steps
     ``x_{k+1} = A x_k + b + L xi_k``; exact for the chain at every step size.
 
-    ``E[xi_k | x_k, x_K]`` is the chain's form of Doob's h-transform: ``sqrt(h) sigma^T grad log p(x_T | x_t)`` in the limit
-    (tutorial [43], [45]; for a Brownian motion ``sqrt(h) (x_T - x)/(T - t)/sigma``).
+    ``E[xi_k | x_k, x_K]`` is the chain's form of Doob's h-transform: ``sqrt(h) sigma^T grad log p(x_T | x_t)`` in the
+    limit (tutorial [43], [45]; for a Brownian motion ``sqrt(h) (x_T - x)/(T - t)/sigma``).
 
     Raises:
         ValueError: a chain whose steps are not known to be affine.
@@ -28,9 +28,9 @@ class ChainBridge:
         linear = chain.linear_steps
         if linear is None:
             raise ValueError(
-                "bridges in closed form need a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck), and a Gaussian start "
-                f"where it is controlled; this one is a {type(chain.reference).__name__}. Use cross-entropy with paths='reference', "
-                "which regresses on whole stored paths."
+                "bridges in closed form need a linear reference (LinearSDE, BrownianMotion, OrnsteinUhlenbeck), and a "
+                f"Gaussian start where it is controlled; this one is a {type(chain.reference).__name__}. Use "
+                "cross-entropy with paths='reference', which regresses on whole stored paths."
             )
         d = chain.event_shape[0]
         zero = chain.times.new_zeros(1, d)
@@ -69,14 +69,16 @@ class ChainBridge:
         self._whole = after[0]
 
     def start_given_end(self, initial: Dirac | Gaussian, end: Tensor, noise: Tensor) -> Tensor:
-        """Draws of ``x_0`` given ``x_K`` ``(batch, d)`` under the reference started from ``initial``; noise standard normal, ``(batch, d)``."""
+        """Draws of ``x_0`` given ``x_K`` ``(batch, d)`` under the reference started from ``initial``; noise standard
+        normal, ``(batch, d)``."""
         mean, cov = initial.mean.double(), initial.covariance_matrix.double()
         M, m, C = self._whole
         gain, keep, root = (v.to(end) for v in _conditioned(cov, M, C))
         return keep @ mean.to(end) + (end - m.to(end)) @ gain.mT + noise @ root.mT
 
     def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
-        """States of all steps given both ends, ``(K, batch, d)``, each of its own law (independent of the other steps').
+        """States of all steps given both ends, ``(K, batch, d)``, each of its own law (independent of the other
+        steps').
 
         Args:
             start, end: ``(batch, d)``. noise: standard normal, ``(K, batch, d)``.
@@ -103,7 +105,8 @@ class ChainBridge:
 
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``X ~ N(m, cov)`` given ``M X + c + noise = y``, the noise of covariance C: gain, keep and a root of the covariance, of mean ``keep m + gain (y - c)``."""
+    """Of ``X ~ N(m, cov)`` given ``M X + c + noise = y``, the noise of covariance C: gain, keep and a root of the
+    covariance, of mean ``keep m + gain (y - c)``."""
     gain = cov @ M.mT @ torch.linalg.pinv(symmetric(M @ cov @ M.mT + C), hermitian=True)
     keep = torch.eye(len(cov), dtype=cov.dtype, device=cov.device) - gain @ M
     values, vectors = torch.linalg.eigh(symmetric(keep @ cov @ keep.mT + gain @ C @ gain.mT))
@@ -125,13 +128,15 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
 
 
 class NoisingBridge:
-    """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end, whatever the start.
+    """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end,
+    whatever the start.
 
-    Those are laws of continuous time, O(h) from the chain's. ``E[xi | x_t, x_T]`` is ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the
-    noising kernel has beyond the model's own [26], [45].
+    Those are laws of continuous time, O(h) from the chain's. ``E[xi | x_t, x_T]`` is
+    ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the noising kernel has beyond the model's own [26], [45].
 
     Raises:
-        ValueError: another reference, a controlled start, or another noise level than that of the reversal, under which state and end have another joint law.
+        ValueError: another reference, a controlled start, or another noise level than that of the reversal, under which
+            state and end have another joint law.
     """
 
     def __init__(self, chain: Chain) -> None:
@@ -140,7 +145,8 @@ class NoisingBridge:
             raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
         if not sde.reversal:
             raise ValueError(
-                "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another level state and end have another joint law."
+                "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another "
+                "level state and end have another joint law."
             )
         c = sde.coefficients(chain.times[:-1])
         shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * chain.event_ndim)  # noqa: E731
@@ -150,7 +156,8 @@ class NoisingBridge:
         self._denoise = sde.denoiser_on_grid(chain.times)
 
     def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
-        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law; the start is forgotten."""
+        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law; the start
+        is forgotten."""
         return self._mu * end + self._std * noise
 
     @torch.no_grad()

@@ -74,8 +74,8 @@ _MAKERS: dict[type[Reference], dict[str, Callable[..., Chain]]] = {
 
 
 def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
-    """The chain of a reference on a grid, by the scheme "euler", "exact" (linear references) or "exponential" (semi-linear and
-    generative ones); or the reference, where it is a chain of its own.
+    """The chain of a reference on a grid, by the scheme "euler", "exact" (linear references) or "exponential"
+    (semi-linear and generative ones); or the reference, where it is a chain of its own.
 
     Raises:
         NoLikelihood: a scheme that samples but has no Gaussian kernels. ValueError: an unknown scheme, or one that the

@@ -1,9 +1,10 @@
-"""Categorical kernels: states are tokens, and given ``x_k`` the positions of ``x_{k+1}`` are independent, each with probabilities of its own.
+"""Categorical kernels: states are tokens, and given ``x_k`` the positions of ``x_{k+1}`` are independent, each with
+probabilities of its own.
 
-A control tilts the log-probabilities, ``p^u ~ p0 exp(u)``; its part of a step is ``c = u - log sum p0 exp(u)``, the normalised log-ratio
-``log p^u - log p0`` of every value at every position. Draws are by Gumbel-max from standard normal noise, so that a step is a function of its noise, as
-everywhere. For a single position the soft-optimal kernel is of this form, and no floor remains; a product of positions has one
-(docs/mathematics.md, section 10).
+A control tilts the log-probabilities, ``p^u ~ p0 exp(u)``; its part of a step is ``c = u - log sum p0 exp(u)``, the
+normalised log-ratio ``log p^u - log p0`` of every value at every position. Draws are by Gumbel-max from standard normal
+noise, so that a step is a function of its noise, as everywhere. For a single position the soft-optimal kernel is of
+this form, and no floor remains; a product of positions has one (docs/mathematics.md, section 10).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,8 +29,9 @@ class CategoricalChain(Reference, Chain):
     """A chain on tokens ``0 .. values-1`` at every position of ``start``, in steps of time ``1/K``.
 
     Args:
-        log_probs: ``(k, x) -> (batch, *shape, values)``, ``(k, x, y)`` with a condition: ``log p0(x_{k+1} = v | x_k)`` of every position,
-            normalised over the last dimension, -inf where a value cannot follow; x ``(batch, *shape)`` int64, k an int.
+        log_probs: ``(k, x) -> (batch, *shape, values)``, ``(k, x, y)`` with a condition: ``log p0(x_{k+1} = v | x_k)``
+            of every position, normalised over the last dimension, -inf where a value cannot follow; x
+            ``(batch, *shape)`` int64, k an int.
         steps: K. values: number of tokens. start: ``(*shape)`` int64, where all paths begin.
         dtype: of the probabilities, and of all else that is no token.
     """

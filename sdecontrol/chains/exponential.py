@@ -13,12 +13,14 @@ from .gaussian import TransitionChain
 
 
 class ExponentialChain(Chain):
-    """The exponential Euler scheme of ``dX = (A X + a + n(X, t)) dt + sigma dW``: the linear part and the noise exactly, n
-    held over each step (Jentzen & Kloeden 2009, "Overcoming the order barrier", eq. (3.1), in finite dimension)::
+    """The exponential Euler scheme of ``dX = (A X + a + n(X, t)) dt + sigma dW``: the linear part and the noise
+    exactly, n held over each step (Jentzen & Kloeden 2009, "Overcoming the order barrier", eq. (3.1), in finite
+    dimension)::
 
         x' = Phi x + int Phi (a + n(x, t_k)) dr + L (c + xi),   L L' = int Phi sigma sigma' Phi' dr,   c = C u.
 
-    Weak order 1, strong order 1 (additive noise); no bound of the step by a stiff A; with n = 0 it is ``TransitionChain``.
+    Weak order 1, strong order 1 (additive noise); no bound of the step by a stiff A; with n = 0 it is
+    ``TransitionChain``.
     """
 
     scheme = "exponential"
@@ -49,14 +51,15 @@ _NODES = 16  # of Gauss-Legendre quadrature over each step: the coefficients are
 
 
 class GenerativeExponentialChain(Chain):
-    """The exponential Euler scheme of a generative SDE: its linear part ``-(log mu)' x`` and all coefficients of time are
-    integrated exactly, the noise prediction eps is held over each step (the stochastic form of DPM-Solver-1, Lu et al.
-    2206.00927, and of the exponential integrators of Zhang & Chen 2204.13902, for any noise level)::
+    """The exponential Euler scheme of a generative SDE: its linear part ``-(log mu)' x`` and all coefficients of time
+    are integrated exactly, the noise prediction eps is held over each step (the stochastic form of DPM-Solver-1, Lu et
+    al. 2206.00927, and of the exponential integrators of Zhang & Chen 2204.13902, for any noise level)::
 
         x' = Phi x + (int Phi w dr) eps(x, t_k) + L (c + xi),  Phi = mu(s_{k+1})/mu(s_k),  w = -(g_f^2 + g^2)/(2 std).
 
-    Weak order 1. For a Gaussian the mean has no error; that of the variance is two to four times Euler's on a uniform grid under
-    the usual VP schedule, so it is for schedules whose coefficients vary fast within a step, not a better default.
+    Weak order 1. For a Gaussian the mean has no error; that of the variance is two to four times Euler's on a uniform
+    grid under the usual VP schedule, so it is for schedules whose coefficients vary fast within a step, not a better
+    default.
     """
 
     scheme = "exponential"

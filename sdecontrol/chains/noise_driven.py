@@ -1,9 +1,10 @@
 """Noise-driven chains, ``x_{k+1} = F_k(x_k, c_k + xi_k)`` with any map F: a simulator of the user's own, for instance.
 
-The noises determine the path, so log-ratios are those of the noise and exact for any F, smooth or not, invertible or not; weights towards
-``exp(R/alpha)`` are exact for laws of states, too. A control shifts the noise. Over all laws of the noise the optimum is
-``p*(z | x) ~ N(z; 0, I) exp(v_{k+1}(F(x, z))/alpha)``; the best shift is O(h) from it only where F is ``x + h b + sqrt(h) sigma z + ...``, and elsewhere
-a floor remains that no shift removes (docs/mathematics.md, section 10). Particles in the space of noises have no such floor.
+The noises determine the path, so log-ratios are those of the noise and exact for any F, smooth or not, invertible or
+not; weights towards ``exp(R/alpha)`` are exact for laws of states, too. A control shifts the noise. Over all laws of
+the noise the optimum is ``p*(z | x) ~ N(z; 0, I) exp(v_{k+1}(F(x, z))/alpha)``; the best shift is O(h) from it only
+where F is ``x + h b + sqrt(h) sigma z + ...``, and elsewhere a floor remains that no shift removes
+(docs/mathematics.md, section 10). Particles in the space of noises have no such floor.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class NoiseDrivenChain(Reference, Chain):
         check_output("step", value, x.shape, x, hint)
         if not torch.equal(value, again):
             raise ValueError(
-                "step gave two results for the same state and noise: it must draw no random numbers of its own, since log-ratios are those "
-                "of w. Make them functions of w (more noises, if need be)."
+                "step gave two results for the same state and noise: it must draw no random numbers of its own, since "
+                "log-ratios are those of w. Make them functions of w (more noises, if need be)."
             )
         leaves = [part.clone().requires_grad_(True) for part in (x, xi)]
         with torch.enable_grad():
@@ -92,14 +93,16 @@ def discrete_dynamics(
 ) -> NoiseDrivenChain:
     """A discrete-time system of your own: ``x_{k+1} = step(x_k, w_k, k)``, to be steered by shifting its noise.
 
-    Time is counted in steps: ``t = k``, ``h = 1``, and running costs ``f(x, t)`` are stage costs, which are summed. A control ``u(x, t)``,
-    ``(batch, noises)``, is added to the noise.
+    Time is counted in steps: ``t = k``, ``h = 1``, and running costs ``f(x, t)`` are stage costs, which are summed. A
+    control ``u(x, t)``, ``(batch, noises)``, is added to the noise.
 
     Args:
-        step: ``(x, w, k) -> x'`` (``(x, w, k, y)`` where the problem has a condition y): x ``(batch, dim)``, w ``(batch, noises)`` standard normal
-            without control (scale it inside), k an int. A function of these alone: no random numbers of its own.
+        step: ``(x, w, k) -> x'`` (``(x, w, k, y)`` where the problem has a condition y): x ``(batch, dim)``, w
+            ``(batch, noises)`` standard normal without control (scale it inside), k an int. A function of these alone:
+            no random numbers of its own.
         steps: K, >= 1. dim: of a state. noises: of a step.
-        numpy: hand it numpy arrays and take one back: then there is no gradient through it, and methods that need one refuse by name.
+        numpy: hand it numpy arrays and take one back: then there is no gradient through it, and methods that need one
+            refuse by name.
 
     Raises:
         TypeError, ValueError: naming the argument; what ``step`` returns is checked where a problem is made of it.

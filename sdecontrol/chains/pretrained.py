@@ -1,4 +1,5 @@
-"""Pre-trained models as chains of their own; and discrete diffusion models: DDPM ancestral steps and DDIM with eta > 0."""
+"""Pre-trained models as chains of their own; and discrete diffusion models: DDPM ancestral steps and DDIM with eta >
+0."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,15 +21,17 @@ SAMPLERS = ("ddpm", "ddim")
 
 
 class PretrainedChain(Pretrained, Chain):
-    """Base of the samplers that come with a model: chains of their own, ``t = k/K``, ``h = 1/K``, whose last, noiseless step is ``decode``: it
-    carries no likelihood and always uses the pre-trained model.
+    """Base of the samplers that come with a model: chains of their own, ``t = k/K``, ``h = 1/K``, whose last, noiseless
+    step is ``decode``: it carries no likelihood and always uses the pre-trained model.
 
-    A kind says what follows, and nothing else in the package asks which one it is (``describe()`` too, for saved files)::
+    A kind says what follows, and nothing else in the package asks which one it is (``describe()`` too, for saved
+    files)::
 
         kernel(k, x, y)                             of the pre-trained model
-        to_x0(k, x, prediction)                     x0^ at level k from a prediction of the model's own kind, clipped where the model is
-        shift_towards(k, x, prediction, y)          the shift that moves step k's law to that of another prediction
-        change_at(k, x, c)                          the change of the prediction at level k whose shift is c (without clipping)
+        to_x0(k, x, prediction)                     x0^ at level k from a prediction of the model's own kind, clipped
+        where the model is shift_towards(k, x, prediction, y)          the shift that moves step k's law to that of
+        another prediction change_at(k, x, c)                          the change of the prediction at level k whose
+        shift is c (without clipping)
 
     Args:
         model: ``model(x, n)``, or ``model(x, n, y)``; n ``(batch,)`` as in ``levels``.
@@ -198,8 +201,8 @@ def diffusion_chain(
     """A discrete diffusion model with its own ancestral sampler, as a chain of Gaussian kernels.
 
     Args:
-        model: ``model(x, n) -> (batch, *shape)`` with integer steps n ``(batch,)``, 0 the least noisy; ``model(x, n, y)``
-            for a conditional one.
+        model: ``model(x, n) -> (batch, *shape)`` with integer steps n ``(batch,)``, 0 the least noisy;
+            ``model(x, n, y)`` for a conditional one.
         alphas_cumprod: ``(N,)``, decreasing in (0, 1): ``x_n = sqrt(abar_n) x0 + sqrt(1 - abar_n) eps``.
         prediction: "noise", "sample" or "v".
         shape: shape of one state.

@@ -1,13 +1,16 @@
-"""A reverse law: kernels backwards of which the target is made, ``pi(x_K) prod_k B_k(x_k | x_{k+1})``, as annealed Langevin has them.
+"""A reverse law: kernels backwards of which the target is made, ``pi(x_K) prod_k B_k(x_k | x_{k+1})``, as annealed
+Langevin has them.
 
-With the same scale as the forward kernel, ``B_k: x_k = mean'_k(x_{k+1}) + scale_k (xi' - b_k)``, ``xi' ~ N(0, I)``; the control enters forward with +
-and backward with -, ``b_k`` being its shift at ``(x_{k+1}, t_{k+1})`` (Vargas et al. 2307.01050, Controlled Monte Carlo Diffusions; at the last step its time is
-``t_{K-1}``, the last at which a chain has a control). The target's part of a path is then the logarithm of::
+With the same scale as the forward kernel, ``B_k: x_k = mean'_k(x_{k+1}) + scale_k (xi' - b_k)``, ``xi' ~ N(0, I)``; the
+control enters forward with + and backward with -, ``b_k`` being its shift at ``(x_{k+1}, t_{k+1})`` (Vargas et al.
+2307.01050, Controlled Monte Carlo Diffusions; at the last step its time is ``t_{K-1}``, the last at which a chain has a
+control). The target's part of a path is then the logarithm of::
 
     p0(x_K) prod_k B_k(x_k | x_{k+1}) / ( p0(x_0) prod_k F^0_k(x_{k+1} | x_k) ),
 
-F^0 the forward kernels without control: 0 for a reference that is reversible with respect to p0, as Ornstein-Uhlenbeck is. With the reward
-``log rho - log p0`` the total is ``R`` with ``E[exp(R) dQ0/dP^u] = Z`` exactly, for any control and any number of steps, since all kernels are normalised.
+F^0 the forward kernels without control: 0 for a reference that is reversible with respect to p0, as Ornstein-Uhlenbeck
+is. With the reward ``log rho - log p0`` the total is ``R`` with ``E[exp(R) dQ0/dP^u] = Z`` exactly, for any control and
+any number of steps, since all kernels are normalised.
 """
 
 from collections.abc import Callable
@@ -52,7 +55,8 @@ class ReverseLaw:
         return shift(min(k + 1, len(self.ratios) - 1), end, condition) * self.ratios[k]
 
     def shifts(self, forward: Tensor, last: Tensor) -> Tensor:
-        """``b_k`` of all steps from the forward shifts ``(K, batch, *noise)`` and the last step's at ``x_K``, ``(batch, *noise)``."""
+        """``b_k`` of all steps from the forward shifts ``(K, batch, *noise)`` and the last step's at ``x_K``,
+        ``(batch, *noise)``."""
         after = torch.cat((forward[1:], last.unsqueeze(0)))
         return after * after.new_tensor(self.ratios).reshape(-1, *(1,) * (after.ndim - 1))
 
@@ -60,7 +64,8 @@ class ReverseLaw:
         """``log p0(x_{k+1}) B_k(x_k | x_{k+1}) / (p0(x_k) F^0_k(x_{k+1} | x_k))``, ``(..., batch)``.
 
         Args:
-            x, end: ``x_k`` and ``x_{k+1}``. draw: ``c_k + xi_k``. back: :meth:`draw` of it. b: the control's ``b_k``; None: without.
+            x, end: ``x_k`` and ``x_{k+1}``. draw: ``c_k + xi_k``. back: :meth:`draw` of it. b: the control's ``b_k``;
+                None: without.
         """
         back = back if b is None else back + b
         return (

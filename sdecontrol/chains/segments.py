@@ -1,4 +1,5 @@
-"""A learned start: the segment before time 0 that makes a random start part of the chain, and one chain after another."""
+"""A learned start: the segment before time 0 that makes a random start part of the chain, and one chain after
+another."""
 
 import math
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ class SegmentedChain(Chain):
         self.noise_shape = max(first.noise_shape, second.noise_shape, key=torch.Size.numel)
         if not second.of_noise:
             raise ValueError(
-                f"a learned start needs steps whose noise a control shifts, and those of a {type(second).__name__} are none."
+                f"a learned start needs steps whose noise a control shifts, and those of a {type(second).__name__} are "
+                "none."
             )
         self.scheme, self.gaussian = second.scheme, second.gaussian
         self.set_times(first.clock[:-1] + second.clock, second.times.dtype, second.times.device)

@@ -1,9 +1,9 @@
 """From controls ``u(x, t)`` to shifts ``c_k``: the one place where u is converted.
 
-A control is any callable ``(x, t) -> (batch, *control_shape)`` with t of shape ``(batch,)`` (``(x, t, y)`` where there is
-a condition). The library's own controls may offer two faster ways, which this module prefers:
-``on_chain(chain) -> (k, x, y) -> c`` with all work on times done once, and ``along(chain, states, y) -> (K, batch, ...)``,
-all stored states in one call.
+A control is any callable ``(x, t) -> (batch, *control_shape)`` with t of shape ``(batch,)`` (``(x, t, y)`` where there
+is a condition). The library's own controls may offer two faster ways, which this module prefers:
+``on_chain(chain) -> (k, x, y) -> c`` with all work on times done once, and
+``along(chain, states, y) -> (K, batch, ...)``, all stored states in one call.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ def _call(control: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Any) 
 
 
 def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = None) -> ShiftFunction:
-    """The shift of a control at step k and state x; ``tables`` where the library's own controls have made theirs already."""
+    """The shift of a control at step k and state x; ``tables`` where the library's own controls have made theirs
+    already."""
     if hasattr(control, "on_chain"):
         shift = control.on_chain(chain) if tables is None else control.on_chain(chain, tables)
         return counted_control(control, shift, lambda k, x, condition: len(x))

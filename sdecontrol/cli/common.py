@@ -35,7 +35,8 @@ FIGURES = (".png", ".pdf", ".svg")
 
 
 def handles_errors(command: Command) -> Command:
-    """Errors as one line on standard error: exit code 2 for bad input, 1 for a failure, no traceback unless ``debug``."""
+    """Errors as one line on standard error: exit code 2 for bad input, 1 for a failure, no traceback unless
+    ``debug``."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

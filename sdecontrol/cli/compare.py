@@ -43,10 +43,11 @@ def compare(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Solve one problem by several methods; one table of errors, reward, KL, gap and costs. Names and files: see solve --help.
+    """Solve one problem by several methods; one table of errors, reward, KL, gap and costs. Names and files: see solve
+    --help.
 
-    A method that refuses the problem, or diverges, is a row with its reason. Calls are rows; memory is the peak above what
-    was in use before.
+    A method that refuses the problem, or diverges, is a row with its reason. Calls are rows; memory is the peak above
+    what was in use before.
 
     Example:  [bold]sdecontrol compare ou-quadratic-easy --methods adjoint-matching,soft-ppo --iterations 100[/bold]
 

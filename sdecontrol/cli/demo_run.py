@@ -130,10 +130,10 @@ class DemoResult:
         """What the table's numbers are."""
         trained = "from the cache" if self.models.cached else f"trained in {self.seconds['models']:.0f} s"
         return [
-            f"Models {trained}; the classifier is right on {self.models.accuracy:.1%} of {1797 - _TRAINED_ON} digits it has "
-            "not seen.",
-            f"Exact tilt: {len(self.tilt.samples)} samples of the untuned model, importance weighted; its sliced W1 is the "
-            "sampling floor, between two independent halves.",
+            f"Models {trained}; the classifier is right on {self.models.accuracy:.1%} of {1797 - _TRAINED_ON} digits "
+            "it has not seen.",
+            f"Exact tilt: {len(self.tilt.samples)} samples of the untuned model, importance weighted; its sliced W1 is "
+            "the sampling floor, between two independent halves.",
             f"Gap = KL to the exactly tilted path law, reliable: {'yes' if self.after.reliable else 'no'} "
             f"({self.after.reliability}).",
             f"In all {self.seconds['total']:.0f} s.",

@@ -1,4 +1,5 @@
-"""Python objects named on the command line or in files: ``module:object``, in a module beside the file or importable."""
+"""Python objects named on the command line or in files: ``module:object``, in a module beside the file or
+importable."""
 
 import importlib
 import sys

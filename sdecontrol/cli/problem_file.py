@@ -21,8 +21,8 @@
     [solve]                        # optional: method, time_steps, iterations, batch_size, learning_rate, scheme, seed
     time_steps = 50
 
-Or, for any other problem, ``[problem] function = "module:object"`` in the place of all but [solve]: a ControlProblem, or
-a function that returns one, in a module beside the file or importable.
+Or, for any other problem, ``[problem] function = "module:object"`` in the place of all but [solve]: a ControlProblem,
+or a function that returns one, in a module beside the file or importable.
 """
 
 import contextlib

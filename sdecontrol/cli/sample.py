@@ -82,7 +82,8 @@ def sample(
         bool,
         typer.Option(
             "--reference-samples",
-            help="For a named target without an exact sampler: compare with long tempered runs (minutes, once; then cached).",
+            help="For a named target without an exact sampler: compare with long tempered runs (minutes, once; then "
+            "cached).",
         ),
     ] = False,
     seed: SeedOption = 0,
@@ -92,11 +93,12 @@ def sample(
     """Sample an unnormalised density, estimate its normalising constant, and hold both against what is known exactly.
 
     Named targets: gmm9, gmm40-2d, gmm40-50d, funnel, many-well-5,
-    many-well-32, many-well-50, dw-4, lj-13, logistic-regression, phi4-8. Or a function module:function of your own, (batch, dim) -> (batch,), the
-    log density up to a constant, in a module in this folder or importable (its code runs).
+    many-well-32, many-well-50, dw-4, lj-13, logistic-regression, phi4-8. Or a function module:function of your own,
+    (batch, dim) -> (batch,), the log density up to a constant, in a module in this folder or importable (its code
+    runs).
 
-    Log weights of samples are towards the density: the mean of their exponentials estimates Z. A .npy file holds the samples, and a
-    second one beside it, FILE-log-weights.npy, their log weights.
+    Log weights of samples are towards the density: the mean of their exponentials estimates Z. A .npy file holds the
+    samples, and a second one beside it, FILE-log-weights.npy, their log weights.
 
     Example:  [bold]sdecontrol sample gmm9 --figure gmm9.png[/bold]
 
@@ -293,7 +295,8 @@ def _particles(solution: Solution) -> bool:
 
 
 def _drawn(solution: Solution, x: Tensor, log_w: Tensor, seed: int) -> Tensor:
-    """The sampler's samples, all of the same weight: particles are drawn by theirs, the ends of paths are what they are."""
+    """The sampler's samples, all of the same weight: particles are drawn by theirs, the ends of paths are what they
+    are."""
     from ..particles.smc import resample
     from ..randomness import generator_for
 
@@ -338,7 +341,8 @@ def _certificate(
 
 
 def _distances(known: Target, exact: Any, x: Tensor, n: int, seed: int) -> dict[str, Any]:
-    """From the samples to those of the reference, and what two sets of exact samples score; the modes that are covered."""
+    """From the samples to those of the reference, and what two sets of exact samples score; the modes that are
+    covered."""
     from ..evaluation.metrics import energy_wasserstein, mode_coverage, sliced_wasserstein
 
     out: dict[str, Any] = {}

@@ -48,8 +48,8 @@ def solve(
 
     Named problems: ou-quadratic-easy, ou-quadratic-hard, ou-linear,
     double-well, double-well-1d, double-well-2d, mixture-steering,
-    ring-steering, non-symmetric-quadratic, pendulum-swing-up, unicycle. A TOML file states a linear-quadratic problem: [bold]\\[sde][/bold] A,
-    sigma, offset, horizon; [bold]\\[initial][/bold] point, or mean and cov;
+    ring-steering, non-symmetric-quadratic, pendulum-swing-up, unicycle. A TOML file states a linear-quadratic problem:
+    [bold]\\[sde][/bold] A, sigma, offset, horizon; [bold]\\[initial][/bold] point, or mean and cov;
     [bold]\\[reward][/bold] G, g; [bold]\\[running_cost][/bold] F; alpha; [bold]\\[solve][/bold] time_steps and
     other settings. Or it names a Python object that is one, or a function
     that makes one: [bold]\\[problem][/bold] function = "module:object" (its code runs).

@@ -25,8 +25,9 @@ _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds a
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _QUIET = 2  # rounds without a change, after which no more are made
 _LOST = 0.1  # nats of log Z below the population that is kept, at which a round does not take its place
-# Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that has chosen its own ladder
-# leaves out what its moves do not forget, and is several times too small where levels are many.
+# Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
+# has chosen its own ladder leaves out what its moves do not forget, and is several times too small where levels are
+# many.
 _WORSE, _WORSE_SIGMAS = 0.5, 10.0
 _FIRST = 4  # the first round's part of the particles: it only has to find something
 _SEARCHED = 4  # particles of a round for one chain of the search
@@ -34,7 +35,8 @@ _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not
 
 
 class _State(nn.Module):
-    """Two populations of particles (of the last round, and of the one before it that found most; at first, of the search), and what rounds cost."""
+    """Two populations of particles (of the last round, and of the one before it that found most; at first, of the
+    search), and what rounds cost."""
 
     z: Tensor
     log_weights: Tensor
@@ -52,9 +54,11 @@ class _State(nn.Module):
             "z": torch.zeros(2, size, problem.event_shape[0], dtype=problem.dtype, device=problem.device),
             "log_weights": torch.zeros(2, size, **numbers),
             "log_z": torch.full((2,), -math.inf, **numbers),
-            # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z to one nat
+            # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z
+            # to one nat
             "cost": torch.full((3,), math.inf, **numbers),
-            # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and of the first
+            # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and
+            # of the first
             "seen": torch.full((4,), math.nan, **numbers),
             "spent": torch.zeros((), dtype=torch.long, device=problem.device),
             "quiet": torch.zeros((), dtype=torch.long, device=problem.device),  # rounds without a change
@@ -109,22 +113,28 @@ class _State(nn.Module):
 @register
 @dataclass(frozen=True)
 class Auto(Method):
-    """For a Gibbs problem: tuned SMC first, a mixture of Gaussians learned from its particles, SMC from that mixture, and again.
+    """For a Gibbs problem: tuned SMC first, a mixture of Gaussians learned from its particles, SMC from that mixture,
+    and again.
 
-    1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`), and short chains search for modes from far out.
+    1. Particles are tempered from a wide Gaussian to the target (:class:`TemperedSMC`), and short chains search for
+       modes from far out.
     2. A mixture of Gaussians is fitted to both (``particles/mixture_fit.py``).
-    3. New particles are tempered from the mixture, a little widened, with independent draws from it among their moves. A better beginning needs fewer
-       levels, and reaches what the wide Gaussian could not: the neck of a funnel is entered a little further in every round.
+    3. New particles are tempered from the mixture, a little widened, with independent draws from it among their moves.
+       A better beginning needs fewer levels, and reaches what the wide Gaussian could not: the neck of a funnel is
+       entered a little further in every round.
 
-    Rounds end when neither log Z nor what it costs changes any more. Kept is what needs fewer evaluations for the same error of log Z: the
-    tempering from the mixture, or, where learning did not pay, that from the Gaussian; ``solution.details["report"]`` says which and why.
-    Samples and estimates then come from new particles on a fixed ladder, so that ``E Z^ = Z``. ``solution.control`` is the exact control of the
-    problem's reference towards the mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
+    Rounds end when neither log Z nor what it costs changes any more. Kept is what needs fewer evaluations for the same
+    error of log Z: the tempering from the mixture, or, where learning did not pay, that from the Gaussian;
+    ``solution.details["report"]`` says which and why. Samples and estimates then come from new particles on a fixed
+    ladder, so that ``E Z^ = Z``. ``solution.control`` is the exact control of the problem's reference towards the
+    mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
 
-    However easy the density, the search for modes costs 0.4 million evaluations with the default number of particles (2 million without a gradient).
+    However easy the density, the search for modes costs 0.4 million evaluations with the default number of particles (2
+    million without a gradient).
 
     Args:
-        num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log density at which no new round begins.
+        num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log
+            density at which no new round begins.
         components: of the mixture at most.
 
     Raises:
@@ -213,8 +223,8 @@ def _report(history: list[dict[str, float]], control: Control) -> str:
         start = "a wide Gaussian" if i == 0 else "the mixture"
         levels = int(row["levels"])
         lines.append(
-            f"round {i + 1}, from {start}: log Z {Estimate(row['log_z'], row['objective_stderr'])}, {levels} level{'s' if levels > 1 else ''}, "
-            f"{row['cost']:.3g} evaluations to know log Z to one nat"
+            f"round {i + 1}, from {start}: log Z {Estimate(row['log_z'], row['objective_stderr'])}, {levels} "
+            f"level{'s' if levels > 1 else ''}, {row['cost']:.3g} evaluations to know log Z to one nat"
         )
     if isinstance(control, MixtureControl):
         lines.append(f"kept: tempering from {control.law!r}")

@@ -58,7 +58,8 @@ class ComparisonRow:
         label: its name, with the settings that differ from their defaults.
         method: itself.
         estimates: column -> :class:`Estimate`; empty where no seed gave a solution. What does not apply is left out.
-        reason: why there is no solution: what the method refused, or where it diverged (of the first such seed); None where there is nothing to say.
+        reason: why there is no solution: what the method refused, or where it diverged (of the first such seed); None
+            where there is nothing to say.
         failed: the seeds that gave none.
         solutions: those of the other seeds, in their order.
     """
@@ -87,7 +88,8 @@ class Comparison:
         rows: one :class:`ComparisonRow` per method, in the order given.
         seeds: of the trainings. n: paths and samples of every evaluation.
         exact: which exact solution the table is against: "of the chain", "in continuous time", or None.
-        distance_floor: sliced W1 between two sets of n exact samples: what a perfect sampler scores; nan without an exact law.
+        distance_floor: sliced W1 between two sets of n exact samples: what a perfect sampler scores; nan without an
+            exact law.
         frontier: the tilted family at temperatures around the problem's; empty where its closed form is not known.
     """
 
@@ -163,7 +165,8 @@ class Comparison:
         }
 
     def figure(self) -> tuple[Any, Any]:
-        """Reward (less running cost) against KL for all methods, with the exact frontier where it is known: ``(figure, axes)``.
+        """Reward (less running cost) against KL for all methods, with the exact frontier where it is known:
+        ``(figure, axes)``.
 
         Methods whose KL is not known (particles) are horizontal lines.
         """
@@ -193,17 +196,19 @@ def compare(
     between methods. An exact solution on a grid, where there is no closed form, may take up to half a minute first.
 
     Args:
-        methods: methods or their names; or a mapping label -> method (for one method with two settings that print alike).
-        seeds: number of trainings per method (seeds ``seed, seed + 1, ...``), or the seeds themselves. With several, every number is their
-            mean with its standard error; with one, the error is the estimate's own.
+        methods: methods or their names; or a mapping label -> method (for one method with two settings that print
+            alike).
+        seeds: number of trainings per method (seeds ``seed, seed + 1, ...``), or the seeds themselves. With several,
+            every number is their mean with its standard error; with one, the error is the estimate's own.
         seed: of the first training; None draws one from torch's global generator.
-        time_steps, scheme, iterations, budget, batch_size: as in :func:`solve`, the same for all; ``iterations`` and ``budget`` are left out
-            for methods that train nothing.
+        time_steps, scheme, iterations, budget, batch_size: as in :func:`solve`, the same for all; ``iterations`` and
+            ``budget`` are left out for methods that train nothing.
         n: paths, and samples, of each evaluation, >= 64.
         progress: show each training's progress bar; None: if the terminal can.
 
     Returns:
-        :class:`Comparison`. "CPU s", calls and "peak MiB" are of training; what sampling costs stands beside it, per sample. Calls are rows.
+        :class:`Comparison`. "CPU s", calls and "peak MiB" are of training; what sampling costs stands beside it, per
+        sample. Calls are rows.
 
     Raises:
         ValueError, TypeError: bad arguments, unknown methods. Errors of other kinds inside a method are not caught.
@@ -241,7 +246,8 @@ def compare(
 
 
 def _warm_up(method: Method) -> None:
-    """One iteration on a toy problem: else the first cell would pay, in seconds and memory, for code that is loaded on its first use."""
+    """One iteration on a toy problem: else the first cell would pay, in seconds and memory, for code that is loaded on
+    its first use."""
     toy = ControlProblem(LinearSDE(-torch.eye(2), 1.0), Dirac(torch.zeros(2)), Quadratic(torch.eye(2), torch.ones(2)))
     more: dict[str, Any] = {"iterations": 1} if method.default_iterations > 0 else {}
     with contextlib.suppress(Exception), warnings.catch_warnings():

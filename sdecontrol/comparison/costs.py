@@ -22,8 +22,9 @@ class Costs(Calls):
 
     Attributes:
         seconds: CPU seconds of this process, all threads together.
-        memory: peak above what was in use at the beginning, MiB: of the allocator on CUDA; on the CPU of the process's resident memory
-            (which sees every allocation, in pages); nan where the system does not tell (it does on Linux).
+        memory: peak above what was in use at the beginning, MiB: of the allocator on CUDA; on the CPU of the process's
+            resident memory (which sees every allocation, in pages); nan where the system does not tell (it does on
+            Linux).
     """
 
     seconds: float = math.nan
@@ -44,7 +45,8 @@ def measuring(device: torch.device) -> Iterator[Costs]:
 
 
 def _peak_memory(device: torch.device) -> Callable[[], float]:
-    """What gives, later, the high-water mark of memory from here on, above what is in use now, MiB; nan where it is not known."""
+    """What gives, later, the high-water mark of memory from here on, above what is in use now, MiB; nan where it is not
+    known."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

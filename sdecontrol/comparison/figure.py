@@ -17,7 +17,8 @@ _MOST = 1.6  # times the largest KL of a method: as far as the frontier is drawn
 def reward_against_kl(
     rows: dict[str, dict[str, Estimate]], frontier: Sequence[FrontierPoint], alpha: float, running_cost: bool
 ) -> tuple[Any, Any]:
-    """``(figure, axes)`` of the estimates of each label, and the frontier around ``alpha``; see :meth:`Comparison.figure`."""
+    """``(figure, axes)`` of the estimates of each label, and the frontier around ``alpha``; see
+    :meth:`Comparison.figure`."""
     figure = Figure(figsize=(7, 4.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -12,7 +12,8 @@ from ..problems.problem import ControlProblem
 
 
 class FrontierPoint(NamedTuple):
-    """The exact tilted law at one temperature: its KL to the reference, and its total reward ``E[r - running cost]``."""
+    """The exact tilted law at one temperature: its KL to the reference, and its total reward
+    ``E[r - running cost]``."""
 
     alpha: float
     kl: float
@@ -27,13 +28,16 @@ def exact_frontier(
     factor: float = 10.0,
     points: int = 25,
 ) -> list[FrontierPoint]:
-    """KL and reward of the exact tilted laws at temperatures from ``alpha / factor`` to ``alpha factor``, for problems with a closed form.
+    """KL and reward of the exact tilted laws at temperatures from ``alpha / factor`` to ``alpha factor``, for problems
+    with a closed form.
 
-    With ``beta = 1/alpha``: ``E[R] = d log Z / d beta`` and ``KL = beta E[R] - log Z``; no law of the same KL has a larger reward. For a
-    fixed random start ``E log Z(X_0)`` takes log Z's place. The derivative is a central difference in float64, of relative error ~1e-8.
+    With ``beta = 1/alpha``: ``E[R] = d log Z / d beta`` and ``KL = beta E[R] - log Z``; no law of the same KL has a
+    larger reward. For a fixed random start ``E log Z(X_0)`` takes log Z's place. The derivative is a central difference
+    in float64, of relative error ~1e-8.
 
     Returns:
-        By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist are left out.
+        By falling temperature; empty where no closed form is known. Temperatures at which the tilted law does not exist
+        are left out.
     """
     out, step, middle = [], 1e-4, (points - 1) / 2
     for i in range(points):

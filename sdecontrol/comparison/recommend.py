@@ -1,4 +1,5 @@
-"""``recommend``: which method, and why, from what a problem offers (the tutorial's Figure 3 and Section 7, with what was measured)."""
+"""``recommend``: which method, and why, from what a problem offers (the tutorial's Figure 3 and Section 7, with what
+was measured)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,10 +94,12 @@ def recommend(
 ) -> Advice:
     """Which methods to try on a problem, in order, each with its reason.
 
-    The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the tutorial's.
+    The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the
+    tutorial's.
 
     Args:
-        one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training pays.
+        one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training
+            pays.
         time_steps, batch_size: as they will be in ``solve``.
         memory: GiB that the graph of a backward pass may take; what it would take is measured on one step.
 
@@ -126,8 +129,8 @@ def recommend(
 
 
 _FOR_DENSITIES = (
-    "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations than what is trained on paths "
-    "(docs/gibbs_table.md)."
+    "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations "
+    "than what is trained on paths (docs/gibbs_table.md)."
 )
 
 
@@ -136,24 +139,25 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     black_box = [
         Suggestion(
             LogVariance(steps=steps),
-            "no gradient of the reward; its noise vanishes towards the optimum, and it had the smallest errors of the methods for black "
-            "boxes on a linear-quadratic problem near its reference." + part,
+            "no gradient of the reward; its noise vanishes towards the optimum, and it had the smallest errors of the "
+            "methods for black boxes on a linear-quadratic problem near its reference." + part,
         ),
         Suggestion(
             CrossEntropy(trust_region=1.0, steps=steps),
-            "no gradient of the reward; mass-covering, and its trust region keeps the weights usable where the target is far from the "
-            "reference (there it had the smallest errors)." + part,
+            "no gradient of the reward; mass-covering, and its trust region keeps the weights usable where the target "
+            "is far from the reference (there it had the smallest errors)." + part,
         ),
         Suggestion(
             SoftPPO(steps=steps),
-            "no gradient of the reward; several optimiser steps on each batch, the fewest reward calls where the reward is the cost "
-            "(tutorial Section 7.2)." + part,
+            "no gradient of the reward; several optimiser steps on each batch, the fewest reward calls where the "
+            "reward is the cost (tutorial Section 7.2)." + part,
         ),
     ]
     far = Suggestion(
         ParticleMatching(),
-        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns from them: on mixture posteriors with modes far "
-        "apart, where it begins with a mixture fitted to particles, nothing else that was trained came as near to the target (docs/mixture.md).",
+        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns "
+        "from them: on mixture posteriors with modes far apart, where it begins with a mixture fitted to particles, "
+        "nothing else that was trained came as near to the target (docs/mixture.md).",
     )
     # a model that is not to be tuned itself: the control begins with a mixture
     begun = (
@@ -164,17 +168,17 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     first = [
         Suggestion(
             AdjointMatching(steps=steps),
-            "the reward has a gradient: a regression whose noise nearly vanishes at the optimum, without a graph through the simulation; on "
-            "linear-quadratic and nonlinear control problems it had the smallest errors of all methods at equal CPU time."
-            + part,
+            "the reward has a gradient: a regression whose noise nearly vanishes at the optimum, without a graph "
+            "through the simulation; on linear-quadratic and nonlinear control problems it had the smallest errors of "
+            "all methods at equal CPU time." + part,
         )
     ]
     if problem.reference.additive:
         weighted = Suggestion(
             SOCM(steps=steps),
-            "the reward has a gradient: the regression of adjoint matching, weighted towards the target, so that modes that the control has not "
-            "moved to yet count; on a Gaussian mixture it had little more than half of adjoint matching's gap at equal CPU time."
-            + part,
+            "the reward has a gradient: the regression of adjoint matching, weighted towards the target, so that modes "
+            "that the control has not moved to yet count; on a Gaussian mixture it had little more than half of "
+            "adjoint matching's gap at equal CPU time." + part,
         )
         first.insert(0 if problem.reference.pretrained else 1, weighted)
     mode = "full" if fits else "adjoint"
@@ -182,8 +186,8 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     first.append(
         Suggestion(
             RewardBackprop(gradient=mode),
-            f"the gradient of the objective itself (tutorial Section 7.1); its graph {why}. It seeks modes: on a Gaussian mixture it was "
-            "behind all others here.",
+            f"the gradient of the objective itself (tutorial Section 7.1); its graph {why}. It seeks modes: on a "
+            "Gaussian mixture it was behind all others here.",
         )
     )
     first.insert(0 if begun else 1 if problem.reference.pretrained else len(first), far)
@@ -195,11 +199,13 @@ def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
         particles = [
             Suggestion(
                 SMC(twist="tweedie"),
-                "nothing is trained; exact as the number of particles grows, with an unbiased Z, and particles are judged by their denoised state on the way.",
+                "nothing is trained; exact as the number of particles grows, with an unbiased Z, and particles are "
+                "judged by their denoised state on the way.",
             ),
             Suggestion(
                 SMC(proposal=ValueGuidance("tweedie"), twist="proposal"),
-                "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each dearer.",
+                "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each "
+                "dearer.",
             ),
         ]
     else:
@@ -209,7 +215,8 @@ def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
         *particles,
         Suggestion(
             TemperedSMC(),
-            "nothing is trained; particles tempered from the reference to the target, for rewards so narrow that weights of untempered paths degenerate.",
+            "nothing is trained; particles tempered from the reference to the target, for rewards so narrow that "
+            "weights of untempered paths degenerate.",
         ),
         Suggestion(
             BestOfN(selection="softmax"),
@@ -263,13 +270,14 @@ def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
 
 def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
     out = [
-        "whether the target has modes that the paths never reach cannot be told from the problem. A training method learns what "
-        "its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, or start from several seeds."
+        "whether the target has modes that the paths never reach cannot be told from the problem. A training method "
+        "learns what its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, "
+        "or start from several seeds."
     ]
     if problem.random_start:
         out.append(
-            "the random start keeps its law: the end has the tilted law only where it has forgotten the start (evaluate's start gap "
-            "says what is left). start='controlled' removes that."
+            "the random start keeps its law: the end has the tilted law only where it has forgotten the start "
+            "(evaluate's start gap says what is left). start='controlled' removes that."
         )
     if not one_off and problem.condition is not None:
         out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")
@@ -282,7 +290,8 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
 
 
 def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[float, int]:
-    """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's trainable parameters."""
+    """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's
+    trainable parameters."""
     control = build_control(problem, chain, seed=0)
     own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
     own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}

@@ -40,8 +40,8 @@ class Control(nn.Module):
         learning_rate: a sensible step of Adam for its parameters.
         counted: whether its evaluations are a cost (``counting.py``).
 
-    A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says how it is made again; its parameters come
-    from the file::
+    A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says
+    how it is made again; its parameters come from the file::
 
         @sc.Control.register("my-kind")
         class Mine(sc.Control):
@@ -106,8 +106,8 @@ class Control(nn.Module):
         raise NotImplementedError
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
-        """What depends on the chain's times and the parameters alone (with its graph): tensors with one row per step, or
-        with a single row for all steps."""
+        """What depends on the chain's times and the parameters alone (with its graph): tensors with one row per step,
+        or with a single row for all steps."""
         return ()
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:

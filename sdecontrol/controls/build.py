@@ -22,10 +22,12 @@ _PILOT_PATHS = 256
 def build_control(
     problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_gate: bool = True
 ) -> Control:
-    """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default network.
+    """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default
+    network.
 
     Args:
-        scale_gate: whether the default network's gate is scaled down where the reward is steep (at the price of 256 looks at its gradient).
+        scale_gate: whether the default network's gate is scaled down where the reward is steep (at the price of 256
+            looks at its gradient).
 
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
@@ -36,8 +38,9 @@ def build_control(
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     elif not problem.reference.of_noise:
         raise TypeError(
-            f"control is needed: there is no default network for a {type(problem.reference).__name__}. Pass an nn.Module control(x, t) -> "
-            f"(batch, {', '.join(map(str, problem.control_shape))}), x int64 tokens, t (batch,): the tilt of the log-probabilities."
+            f"control is needed: there is no default network for a {type(problem.reference).__name__}. Pass an "
+            f"nn.Module control(x, t) -> (batch, {', '.join(map(str, problem.control_shape))}), x int64 tokens, t "
+            "(batch,): the tilt of the log-probabilities."
         )
     else:
         main = _network(problem, chain, derive_seed(seed, 11), scale_gate=scale_gate)

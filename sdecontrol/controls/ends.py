@@ -1,7 +1,8 @@
 """What a reference says of its state given its end, ``z_t = a_t z_T + sqrt(l_t) eps``, and of its end given the state.
 
-Two kinds of reference have such a bridge to their end, whatever their start: those of Gibbs problems on a falling clock, and generative references
-that have forgotten their start, where it is the noising process. z is the state in coordinates of the end: normalised, flattened.
+Two kinds of reference have such a bridge to their end, whatever their start: those of Gibbs problems on a falling
+clock, and generative references that have forgotten their start, where it is the noising process. z is the state in
+coordinates of the end: normalised, flattened.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ..processes.time_changed import TimeChanged
 
 
 class Ends(Protocol):
-    """See the module's head. Where a law stands in the place of the reference's end, ``u = rate (score of its marginal - the reference's score)``."""
+    """See the module's head. Where a law stands in the place of the reference's end,
+    ``u = rate (score of its marginal - the reference's score)``."""
 
     def white(self, x: Tensor) -> Tensor:
         """States ``(n, *event)`` as z ``(n, d)``."""
@@ -54,7 +56,8 @@ class Ends(Protocol):
         ...
 
     def on_grid(self, chain: Chain) -> Callable[[int, Tensor, Tensor], Tensor] | None:
-        """``(k, x, E) -> c_k``, the shift of step k that an ``E[z_T | x_k]`` ``(n, d)`` makes; None: not on this chain."""
+        """``(k, x, E) -> c_k``, the shift of step k that an ``E[z_T | x_k]`` ``(n, d)`` makes; None: not on this
+        chain."""
         ...
 
     def __deepcopy__(self, memo: Any) -> Ends:
@@ -62,7 +65,8 @@ class Ends(Protocol):
 
 
 class TimeChangedEnds(Ends):
-    """Of the references "ou" and "brownian" of a Gibbs problem; ``x = centre + scale z``. On a chain of exact transitions the shift is exact."""
+    """Of the references "ou" and "brownian" of a Gibbs problem; ``x = centre + scale z``. On a chain of exact
+    transitions the shift is exact."""
 
     def __init__(self, reference: TimeChanged) -> None:
         self.reference, self.stationary = reference, reference.kind == "ou"
@@ -116,8 +120,8 @@ class TimeChangedEnds(Ends):
 
 
 class NoisingEnds(Ends):
-    """Of a memoryless generative reference: the noising process from x_T, ``a = mu_t``. Where x_T is not quite free of noise itself (``std_0`` of
-    :class:`VE`), ``l = std_t^2 - a^2 std_0^2``.
+    """Of a memoryless generative reference: the noising process from x_T, ``a = mu_t``. Where x_T is not quite free of
+    noise itself (``std_0`` of :class:`VE`), ``l = std_t^2 - a^2 std_0^2``.
 
     A law of continuous time, O(h) from a chain's, as the shift is (:class:`sdecontrol.chains.bridges.NoisingBridge`).
     """
@@ -182,6 +186,6 @@ def ends_of(problem: ControlProblem) -> Ends:
         if reference.reversal and problem.start == "memoryless":
             return NoisingEnds(reference)
     raise TypeError(
-        "a mixture's control needs a gibbs_problem with reference='ou' or 'brownian', or a memoryless generative_sde with "
-        "noise_level='reverse'; and no condition."
+        "a mixture's control needs a gibbs_problem with reference='ou' or 'brownian', or a memoryless generative_sde "
+        "with noise_level='reverse'; and no condition."
     )

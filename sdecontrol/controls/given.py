@@ -28,13 +28,13 @@ class ZeroControl(Control):
 
 @CONTROLS.register("given", lambda saved, context: given_control(context.problem, context.own_control(), "control"))
 class GivenControl(UserControl):
-    """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not hold
-    it: it is given again to ``load``."""
+    """A function ``(x, t) -> (batch, *control_shape)``, or an exact solution's control, as it is. Saved files do not
+    hold it: it is given again to ``load``."""
 
 
 def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -> Control:
-    """``given`` as a control that is not trained: None for the reference; a control, a solution or an exact solution (its
-    control), or a function ``(x, t) -> u``. Modules are copied and frozen.
+    """``given`` as a control that is not trained: None for the reference; a control, a solution or an exact solution
+    (its control), or a function ``(x, t) -> u``. Modules are copied and frozen.
 
     Raises:
         TypeError: none of these. ValueError: a control of other shapes.

@@ -113,8 +113,8 @@ class ValueControl(Control):
 
 @VALUES.register("given", lambda saved, to: GivenValue(to.own_value("value function"), to.problem.alpha))
 class GivenValue(LogValue):
-    """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files do not
-    hold it: it is given again to ``load``."""
+    """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files
+    do not hold it: it is given again to ``load``."""
 
     def __init__(self, function: Callable[..., Tensor], alpha: float) -> None:
         super().__init__()
@@ -132,7 +132,8 @@ class TweedieValue(LogValue):
     """``v(x, t) ~ r(x0^(x, t))``, ``x0^ = (x - std eps^)/mu`` the denoiser's mean of the data [31].
 
     Its error does not vanish with anything: it is zero in the gradient where r is linear and the data Gaussian, and
-    otherwise the reward of a mean stands for a log-mean of rewards. In the stretch before 0 the mean of X_0 is noised data.
+    otherwise the reward of a mean stands for a log-mean of rewards. In the stretch before 0 the mean of X_0 is noised
+    data.
 
     Args:
         classifier: ``x0 -> logits``: its ``log p(label | x0)`` in the place of ``r/alpha``.
@@ -156,8 +157,8 @@ class TweedieValue(LogValue):
             )
         if problem.running_cost_function is not None:
             raise ValueError(
-                "Tweedie's value is the reward of the denoised state and knows no running cost. Use value='monte-carlo' "
-                "or 'soft-q'."
+                "Tweedie's value is the reward of the denoised state and knows no running cost. Use "
+                "value='monte-carlo' or 'soft-q'."
             )
         self._problem, self._chain, self.label = problem, chain, label
         self._log_prob = [None if classifier is None else LogProb(classifier, label)]  # in a list: as of GivenValue
@@ -190,8 +191,8 @@ class TweedieValue(LogValue):
     "classifier", lambda saved, to: ClassifierValue(to.problem, to.own_value("classifier"), saved["label"])
 )
 class ClassifierValue(LogValue):
-    """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's model:
-    ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
+    """``v/alpha = log p(label | x_t, t)`` of a classifier of noisy states, called on the clock of the reference's
+    model: ``classifier(x, s) -> logits (batch, classes)``, s ``(batch,)``."""
 
     def __init__(self, problem: ControlProblem, classifier: Callable[..., Tensor], label: int | None) -> None:
         super().__init__()
@@ -208,8 +209,8 @@ class ClassifierValue(LogValue):
 
 @VALUES.register("network", lambda saved, to: NetworkValue.of(to.problem, to.chain, saved.settings(Layers), Scales()))
 class NetworkValue(LogValue):
-    """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers, both
-    with time features that resolve the ends of the horizon.
+    """A network for ``v/alpha``: a quadratic form in x whose coefficients are functions of time, beside hidden layers,
+    both with time features that resolve the ends of the horizon.
 
     Args:
         n: size of a state. span: first and last time.

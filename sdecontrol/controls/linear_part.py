@@ -1,8 +1,9 @@
 """The parameters in which a control is linear, and their Fisher information.
 
-With shifts ``c_k = sum_i theta_i phi_i(x_k)`` the Gram matrix ``G = E_{P^u} sum_k phi(x_k) phi(x_k)^T`` is the Fisher information of the path law in theta, and
-the Hessian of every regression ``E sum_k |c_k - y_k|^2/2``. So ``theta - G^{-1} grad`` is the least-squares solution of a regression, and ``delta^T G delta / 2`` the
-KL between the path laws before and after a step delta.
+With shifts ``c_k = sum_i theta_i phi_i(x_k)`` the Gram matrix ``G = E_{P^u} sum_k phi(x_k) phi(x_k)^T`` is the Fisher
+information of the path law in theta, and the Hessian of every regression ``E sum_k |c_k - y_k|^2/2``. So
+``theta - G^{-1} grad`` is the least-squares solution of a regression, and ``delta^T G delta / 2`` the KL between the
+path laws before and after a step delta.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from ..chains.base import Chain
 
 
 class LinearPart:
-    """Parameters in which a control is linear, seen as columns: ``groups`` systems of the same size, each for one output or for all.
+    """Parameters in which a control is linear, seen as columns: ``groups`` systems of the same size, each for one
+    output or for all.
 
     Attributes:
         parameters: in the order of ``gather`` and ``scatter``.
@@ -79,9 +81,11 @@ def gram_of_features(
     weights: Tensor | None = None,
     step_weights: Tensor | None = None,
 ) -> Tensor:
-    """``G`` of features ``[phi_f(t) modulated_i(x), plain_j(x, t)]`` for all outputs, and ``phi_f(t) own_{o,j}(x)`` for output o alone.
+    """``G`` of features ``[phi_f(t) modulated_i(x), plain_j(x, t)]`` for all outputs, and ``phi_f(t) own_{o,j}(x)`` for
+    output o alone.
 
-    The moments of the states are taken time by time, and multiplied with those of the time features: the cost is that of the moments.
+    The moments of the states are taken time by time, and multiplied with those of the time features: the cost is that
+    of the moments.
 
     Args:
         phi: ``(K, F)``; modulated: ``(K, batch, a)``; plain: ``(K, batch, h)``; own: ``(K, batch, m, j)`` or None.

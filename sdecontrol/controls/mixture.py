@@ -1,4 +1,5 @@
-"""``MixtureControl``: the control of a reference with a known end towards a mixture of Gaussians, and a network beside it."""
+"""``MixtureControl``: the control of a reference with a known end towards a mixture of Gaussians, and a network beside
+it."""
 
 from __future__ import annotations
 
@@ -26,18 +27,20 @@ _NOTHING = 1e-6  # of the end's size in a state, below which the state says noth
 
 @CONTROLS.register("mixture")
 class MixtureControl(Control):
-    """The control that carries a reference to a mixture of Gaussians instead of its own end, in closed form. It trains nothing.
+    """The control that carries a reference to a mixture of Gaussians instead of its own end, in closed form. It trains
+    nothing.
 
-    Given its end the reference is a bridge, ``z_t = a_t z_T + sqrt(l_t) eps`` (``controls/ends.py``), so that the mixture stays one at all times,
-    and ``E[z_T | z_t]`` follows from its score (Tweedie). For the references of Gibbs problems, on a chain of their exact transitions, ``c_k = E[xi_k |
-    x_k]`` is that of the chain at every step size: Doob's transform, as :class:`sdecontrol.chains.bridges.ChainBridge` has it for one end. For a
-    generative reference, whose bridge is the noising process, ``u = g (score of the noised mixture - score of the model)``: Doob's transform of
-    continuous time. It calls the model once at a state, as the reference's own step does.
+    Given its end the reference is a bridge, ``z_t = a_t z_T + sqrt(l_t) eps`` (``controls/ends.py``), so that the
+    mixture stays one at all times, and ``E[z_T | z_t]`` follows from its score (Tweedie). For the references of Gibbs
+    problems, on a chain of their exact transitions, ``c_k = E[xi_k | x_k]`` is that of the chain at every step size:
+    Doob's transform, as :class:`sdecontrol.chains.bridges.ChainBridge` has it for one end. For a generative reference,
+    whose bridge is the noising process, ``u = g (score of the noised mixture - score of the model)``: Doob's transform
+    of continuous time. It calls the model once at a state, as the reference's own step does.
 
     Args:
         problem: of :func:`gibbs_problem` on "ou" or "brownian", or with a memoryless generative reference.
-        law: of the end z_T, ``(d,)``: ``(x_T - centre)/scale`` of a Gibbs problem, the flattened state of a generative reference. A
-            :class:`GaussianMixture` or :class:`ProductMixture` in the states' dtype.
+        law: of the end z_T, ``(d,)``: ``(x_T - centre)/scale`` of a Gibbs problem, the flattened state of a generative
+            reference. A :class:`GaussianMixture` or :class:`ProductMixture` in the states' dtype.
 
     Raises:
         TypeError: another problem.

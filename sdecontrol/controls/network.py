@@ -2,8 +2,9 @@
 
 Beside its hidden layers it has an affine path in x whose coefficients are functions of time, time features that resolve
 both ends of the horizon, where the reward has a gradient a learned gate times ``sigma^T grad r / alpha`` (which is
-the exact control at the end), and, where the problem is not linear-quadratic, a function of one coordinate for each output: smooth bumps in x_i with
-coefficients that are functions of time. It starts at zero output: training starts from the reference.
+the exact control at the end), and, where the problem is not linear-quadratic, a function of one coordinate for each
+output: smooth bumps in x_i with coefficients that are functions of time. It starts at zero output: training starts from
+the reference.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _RESOLUTIONS = tuple(2.0**-j for j in range(1, 8))
 
 
 class Denoiser(Protocol):
-    """What knows the mean of the end given the state, as :class:`sdecontrol.processes.generative.GenerativeSDE` does."""
+    """What knows the mean of the end given the state, as :class:`sdecontrol.processes.generative.GenerativeSDE`
+    does."""
 
     def denoised(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor: ...
 
@@ -57,10 +59,11 @@ FEATURES = time_features(torch.zeros(1)).shape[-1]
 
 
 def bumps(z: Tensor) -> Tensor:
-    """Gaussian bumps ``(..., 10)`` in each coordinate of the normalised state z, on a uniform grid with their width as its step.
+    """Gaussian bumps ``(..., 10)`` in each coordinate of the normalised state z, on a uniform grid with their width as
+    its step.
 
-    ``exp(-(z/w - j)^2/2) = exp(-(z/w)^2/2) exp(z/w)^j exp(-j^2/2)``: two exponentials for all of them. They vanish far out, where the affine
-    path is left.
+    ``exp(-(z/w - j)^2/2) = exp(-(z/w)^2/2) exp(z/w)^j exp(-j^2/2)``: two exponentials for all of them. They vanish far
+    out, where the affine path is left.
     """
     width = 2 * _REACH / (_BUMPS - 1)
     s = z / width
@@ -78,7 +81,8 @@ class Layers:
 
     Attributes:
         hidden: their widths.
-        condition_size: size of a flattened condition that they see (0: none); ``classes`` > 0 where conditions are integer labels.
+        condition_size: size of a flattened condition that they see (0: none); ``classes`` > 0 where conditions are
+            integer labels.
     """
 
     hidden: tuple[int, ...]
@@ -98,7 +102,8 @@ class Architecture(Layers):
 
     Attributes:
         gate: whether it has a learned multiple of the reward's gradient.
-        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a step on what else it has.
+        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a
+            step on what else it has.
         nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
         denoised: whether the hidden layers see the denoised state beside x.
         start: whether it is the control of a learned start, on [-1, 0).
@@ -113,7 +118,8 @@ class Architecture(Layers):
 
 @dataclass(frozen=True)
 class Scales:
-    """What a network is normalised by: it sees ``(x - centre) / spread``, ``(*event)`` each, and a denoised state in its own; None: 0 and 1."""
+    """What a network is normalised by: it sees ``(x - centre) / spread``, ``(*event)`` each, and a denoised state in
+    its own; None: 0 and 1."""
 
     centre: Tensor | None = None
     spread: Tensor | None = None
@@ -149,9 +155,9 @@ class DefaultControl(Control):
         span: its first and last time.
         architecture: its ``gate`` and ``denoised`` follow what is given below.
         reward: what its gate multiplies; None: no gate.
-        denoiser: a generative reference (or a mixture's control) whose mean of the data given x, ``x0^(x, t)``, the hidden layers see beside x: what a control towards
-            a reward depends on most (its value is nearly a function of x0^). Inside a chain it costs nothing, since the
-            step has called the model at x.
+        denoiser: a generative reference (or a mixture's control) whose mean of the data given x, ``x0^(x, t)``, the
+            hidden layers see beside x: what a control towards a reward depends on most (its value is nearly a function
+            of x0^). Inside a chain it costs nothing, since the step has called the model at x.
     """
 
     def __init__(
@@ -362,8 +368,8 @@ class DefaultControl(Control):
 
 
 class NetworkLinearPart(LinearPart):
-    """The parameters in which a :class:`DefaultControl` is linear: affine path, last layer, and what belongs to one output alone
-    (its function of one coordinate and its gate)."""
+    """The parameters in which a :class:`DefaultControl` is linear: affine path, last layer, and what belongs to one
+    output alone (its function of one coordinate and its gate)."""
 
     def __init__(self, control: DefaultControl) -> None:
         self.control = control

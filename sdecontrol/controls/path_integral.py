@@ -24,8 +24,8 @@ _FEW = 10  # effective paths below which the average is not to be trusted
 
 
 class _Draws:
-    """Noise of the steps ``first, first+1, ...`` in that order, for ``used`` of ``rows`` paths: a function of the seed alone. All
-    rows are drawn, so that the first ones do not depend on how many are used."""
+    """Noise of the steps ``first, first+1, ...`` in that order, for ``used`` of ``rows`` paths: a function of the seed
+    alone. All rows are drawn, so that the first ones do not depend on how many are used."""
 
     def __init__(self, seed: int, first: int, rows: int, used: int, chain: Chain, antithetic: bool) -> None:
         self.seed, self.first, self.used, self.antithetic = seed, first, used, antithetic
@@ -47,15 +47,16 @@ class PathIntegralControl(Control):
 
         c_k(x) = c^v_k(x) + sum_i (w_i - b) xi_k^i,      b = 1/num_paths with the control variate, else 0
 
-    (tutorial [32], with the constants of docs/mathematics.md sections 4 and 9). The limit of many paths is the mean shift of the chain's
-    soft-optimal kernel; the error is of order 1/sqrt(num_paths), the bias of order 1/num_paths.
+    (tutorial [32], with the constants of docs/mathematics.md sections 4 and 9). The limit of many paths is the mean
+    shift of the chain's soft-optimal kernel; the error is of order 1/sqrt(num_paths), the bias of order 1/num_paths.
 
-    It is a random control: its draws are a function of the seed, the step and the row of the batch, never of the noise of the
-    paths that it drives. So the same call gives the same numbers, paths are independent of one another, and given the
-    draws it is a control like any other, whose likelihood ratios and weights are exact.
+    It is a random control: its draws are a function of the seed, the step and the row of the batch, never of the noise
+    of the paths that it drives. So the same call gives the same numbers, paths are independent of one another, and
+    given the draws it is a control like any other, whose likelihood ratios and weights are exact.
 
     Attributes:
-        ess: ``(K,)`` the effective fraction of the paths at each step, mean over the rows of the last use; nan where unused.
+        ess: ``(K,)`` the effective fraction of the paths at each step, mean over the rows of the last use; nan where
+            unused.
     """
 
     _options = ("num_paths", "antithetic", "control_variate", "seed")
@@ -122,8 +123,8 @@ class PathIntegralControl(Control):
             if few < _FEW <= self.num_paths and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"path-integral guidance has {few:.1f} effective of {self.num_paths} paths at step {k} "
-                    f"(t = {chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
+                    f"path-integral guidance has {few:.1f} effective of {self.num_paths} paths at step {k} (t = "
+                    f"{chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
                     "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",
                     RuntimeWarning,
                     stacklevel=3,

@@ -27,9 +27,10 @@ class RewardTerm:
     Attributes:
         gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape.
         sde: whose diffusion it uses; None: it is not looked at along paths.
-        fade: a function of time by which it is multiplied, 1 at the end: of a reward much rougher than its value is before it.
-        affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs nothing,
-            since it is folded into the affine path.
+        fade: a function of time by which it is multiplied, 1 at the end: of a reward much rougher than its value is
+            before it.
+        affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs
+            nothing, since it is folded into the affine path.
     """
 
     gradient: Callable[[Tensor, Any, bool], Tensor]
@@ -74,10 +75,12 @@ def _reward_gradient(problem: ControlProblem) -> Any:
 
 
 def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
-    """1 over how many times the reward's usual slope, ``|grad r| / alpha`` on the reference's paths, exceeds ``_STEEP``; 1 where it does not.
+    """1 over how many times the reward's usual slope, ``|grad r| / alpha`` on the reference's paths, exceeds
+    ``_STEEP``; 1 where it does not.
 
-    A step of Adam changes the gate by the learning rate, and the control by that times the slope: where that is hundreds, paths are thrown to where it
-    is thousands, and training diverges within a few steps. What the gate can represent stays the same.
+    A step of Adam changes the gate by the learning rate, and the control by that times the slope: where that is
+    hundreds, paths are thrown to where it is thousands, and training diverges within a few steps. What the gate can
+    represent stays the same.
     """
     steps = sorted({round(i * (len(pilot.states) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)})
     rows = slice(0, _LOOKED_AT)
@@ -92,10 +95,12 @@ def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
 
 
 def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float], float]]:
-    """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades before the end.
+    """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades
+    before the end.
 
-    Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's curvature becomes
-    ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the region where the density is a number.
+    Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's
+    curvature becomes ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the
+    region where the density is a number.
     """
     scale, rough, reference = problem.scale, problem.roughness, problem.reference
     if isinstance(reference, AnnealedLangevin):  # bounds the score itself, and has it at hand
@@ -114,7 +119,8 @@ def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float]
 
 
 def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
-    """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma constant."""
+    """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma
+    constant."""
     reward, sde = problem.reward_function, problem.reference
     sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
     if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):

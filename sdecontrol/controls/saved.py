@@ -1,7 +1,8 @@
 """What files say of controls and values, and how these are made again: a class registers the kind that its files name.
 
-A class of a kind has ``configuration``, what a file says of an object, and is registered with a function ``(saved, context) -> object``, which makes
-the object again with fresh parameters: files hold those as tensors. Without one its classmethod ``from_saved`` is that function.
+A class of a kind has ``configuration``, what a file says of an object, and is registered with a function
+``(saved, context) -> object``, which makes the object again with fresh parameters: files hold those as tensors. Without
+one its classmethod ``from_saved`` is that function.
 """
 
 from collections.abc import Callable
@@ -84,7 +85,8 @@ class Kinds:
         self._makers: dict[Any, Callable[[Saved, Context], Any]] = {}
 
     def register(self, kind: str, make: Callable[[Saved, Context], Any] | None = None) -> Callable[[type[T]], type[T]]:
-        """A decorator of classes: ``kind`` is what files call theirs. Subclasses are not of the kind: they register their own.
+        """A decorator of classes: ``kind`` is what files call theirs. Subclasses are not of the kind: they register
+        their own.
 
         Args:
             make: ``(saved, context) -> object``; default: the class's ``from_saved``.

@@ -1,4 +1,5 @@
-"""Another model's prediction in the place of the pre-trained one's as a control, a tuned copy of it above all; and any control as a model."""
+"""Another model's prediction in the place of the pre-trained one's as a control, a tuned copy of it above all; and any
+control as a model."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from .saved import CONTROLS
 class ModelControl(Control):
     """The control that moves every step's law to that of another model's prediction; nothing before time 0.
 
-    ``c = (mean of the other - mean of the reference)/scale``; for an SDE ``u = gain(t) (its prediction - pre-trained prediction)``.
+    ``c = (mean of the other - mean of the reference)/scale``; for an SDE
+    ``u = gain(t) (its prediction - pre-trained prediction)``.
     """
 
     #: how many times the shift, where it is not the shift itself
@@ -50,7 +52,8 @@ class ModelControl(Control):
 
 @CONTROLS.register("tuned", lambda saved, context: TunedControl(context.problem.reference))
 class TunedControl(ModelControl):
-    """The control that a tuned copy of the pre-trained model makes: at the start of training the two agree and u = 0."""
+    """The control that a tuned copy of the pre-trained model makes: at the start of training the two agree and u =
+    0."""
 
     learning_rate = 3e-4
 
@@ -71,8 +74,8 @@ class TunedControl(ModelControl):
 class ControlledModel(nn.Module):
     """A pre-trained model plus a control, in the model's own parametrisation and on its own clock.
 
-    Any sampler written for the model can use it in the model's place. At the noiseless last level of a discrete chain it
-    gives the pre-trained prediction, since a tuned one would escape the KL.
+    Any sampler written for the model can use it in the model's place. At the noiseless last level of a discrete chain
+    it gives the pre-trained prediction, since a tuned one would escape the KL.
     """
 
     def __init__(self, reference: Any, control: Control) -> None:

@@ -11,19 +11,21 @@ from .guidance import NetworkValue, value_network
 
 
 def learned_value(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue:
-    """A network for ``v/alpha`` to be trained by the control's optimiser: in units of one nat, whatever the spread of the reward, since
-    that is the scale to which a value must be known (larger steps make one-step consistency unstable)."""
+    """A network for ``v/alpha`` to be trained by the control's optimiser: in units of one nat, whatever the spread of
+    the reward, since that is the scale to which a value must be known (larger steps make one-step consistency
+    unstable)."""
     network = value_network(problem, chain, seed)
     network.scale[1] = 1.0
     return network
 
 
 class LearnedLogZ(nn.Module):
-    """``log Z`` (``v_0(x_0)/alpha`` where it depends on the start), as the constant that a squared loss ``(Y + log Z)^2`` asks for.
+    """``log Z`` (``v_0(x_0)/alpha`` where it depends on the start), as the constant that a squared loss
+    ``(Y + log Z)^2`` asks for.
 
-    The number is a running mean of -Y: the loss's minimiser over it, with no step size. What depends on the start is a network, trained
-    with the control. On paths of the current control it settles at the ELBO, below the chain's log Z by the floor of mean-shift
-    controls: take log Z from ``solution.evaluate``.
+    The number is a running mean of -Y: the loss's minimiser over it, with no step size. What depends on the start is a
+    network, trained with the control. On paths of the current control it settles at the ELBO, below the chain's log Z
+    by the floor of mean-shift controls: take log Z from ``solution.evaluate``.
 
     Args:
         varies: whether it is a function of the start and the condition.

@@ -1,12 +1,13 @@
 """``certify``: a sampler held against the target from both sides, so that a collapse shows.
 
-Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z from below, ``E_{P^u} log w <= log Z`` (ELBO); those of paths of the target bound
-it from above, ``log Z <= E_{Q_fine} log w`` (EUBO; Ji & Shen 1907.00824, Blessing et al. 2406.07423). A sampler that sits on some of the modes has
-excellent weights of its own, a log Z^ that lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
+Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z from below, ``E_{P^u} log w <= log Z``
+(ELBO); those of paths of the target bound it from above, ``log Z <= E_{Q_fine} log w`` (EUBO; Ji & Shen 1907.00824,
+Blessing et al. 2406.07423). A sampler that sits on some of the modes has excellent weights of its own, a log Z^ that
+lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
 
-A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the end alone; with annealed Langevin
-dynamics it is the draw run back by the backward kernels, which is what these are for. Where there are no exact draws, tempered particles stand for them, and
-are named as such.
+A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the
+end alone; with annealed Langevin dynamics it is the draw run back by the backward kernels, which is what these are for.
+Where there are no exact draws, tempered particles stand for them, and are named as such.
 """
 
 import math
@@ -47,7 +48,8 @@ class Certificate:
     Attributes:
         elbo, eubo: bounds of log Z from paths of the sampler and of the target.
         log_z: by importance weights of the sampler's paths.
-        log_z_two_sided: by the bridge estimate from both (Meng & Wong 1996; the acceptance ratio method of Bennett 1976).
+        log_z_two_sided: by the bridge estimate from both (Meng & Wong 1996; the acceptance ratio method of Bennett
+            1976).
         reverse_ess: ``E_P[w]^2 / E_P[w^2]`` from the sampler's paths; blind to what they never visit.
         forward_ess: the same number, ``Z / E_{Q_fine}[w]``, from paths of the target.
         coverage: share of each given mode among samples of the sampler, ``(modes,)``, or None.
@@ -103,12 +105,15 @@ def certify(
     n: int = 4096,
     seed: int | None = None,
 ) -> Certificate:
-    """Bounds of log Z from both sides, both effective sample sizes, and an alarm where they say that a part of the target is missed.
+    """Bounds of log Z from both sides, both effective sample sizes, and an alarm where they say that a part of the
+    target is missed.
 
     Args:
-        samples: independent draws of the target, ``(m, *event)``, where there are any (linear references without running cost: Gibbs
-            problems among them). None: tempered particles stand for them, whose own errors are then part of all that is said.
-        modes: ``(modes, *event)``; the share of samples nearest to each is reported, and one that is visited far too rarely raises the alarm.
+        samples: independent draws of the target, ``(m, *event)``, where there are any (linear references without
+            running cost: Gibbs problems among them). None: tempered particles stand for them, whose own errors are then
+            part of all that is said.
+        modes: ``(modes, *event)``; the share of samples nearest to each is reported, and one that is visited far too
+            rarely raises the alarm.
         n: paths of the sampler, and particles.
 
     Raises:
@@ -153,25 +158,27 @@ def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
     lacking = found.log_z_two_sided - found.log_z
     if lacking.value > max(_LEAST, _BEYOND * lacking.stderr):
         out.append(
-            f"the sampler's own log Z is {lacking.value:.3g} below the one from both sides: it misses about {1 - math.exp(-lacking.value):.0%} of the "
-            "target, whatever its reverse ESS says."
+            f"the sampler's own log Z is {lacking.value:.3g} below the one from both sides: it misses about "
+            f"{1 - math.exp(-lacking.value):.0%} of the target, whatever its reverse ESS says."
         )
     if _below(found.forward_ess, _FEW * found.reverse_ess.value):
         out.append(
-            f"forward ESS {found.forward_ess.value:.2g} against reverse ESS {found.reverse_ess.value:.2g}: paths of {found.source} have weights "
-            "that the sampler's never show."
+            f"forward ESS {found.forward_ess.value:.2g} against reverse ESS {found.reverse_ess.value:.2g}: paths of "
+            f"{found.source} have weights that the sampler's never show."
         )
     if found.coverage is not None and expected is not None:
         missed = found.coverage < _MISSED * expected - 4 * (expected / found.n).sqrt()
         if bool(missed.any()):
             out.append(
-                f"{int(missed.sum())} of {len(missed)} modes are (nearly) missed, with {float(expected[missed].sum()):.0%} of the target."
+                f"{int(missed.sum())} of {len(missed)} modes are (nearly) missed, with "
+                f"{float(expected[missed].sum()):.0%} of the target."
             )
     return tuple(out)
 
 
 def _below(share: Estimate, level: float) -> bool:
-    """Whether a positive number is, beyond the error of its logarithm: one draw of the target far out may make all of it."""
+    """Whether a positive number is, beyond the error of its logarithm: one draw of the target far out may make all of
+    it."""
     return share.value < level * math.exp(-_BEYOND * share.stderr / share.value) if share.value > 0 else level > 0
 
 
@@ -185,7 +192,8 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
     problem, chain = solution.problem, solution.chain
     if samples.ndim < 2 or samples.shape[1:] != problem.event_shape or len(samples) < 64:
         raise ValueError(
-            f"samples must be at least 64 draws of the target, (m, {', '.join(map(str, problem.event_shape))}); got {tuple(samples.shape)}."
+            f"samples must be at least 64 draws of the target, (m, {', '.join(map(str, problem.event_shape))}); got "
+            f"{tuple(samples.shape)}."
         )
     initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
     if problem.running_cost_function is not None or not isinstance(initial, (Dirac, Gaussian)):
@@ -214,7 +222,8 @@ def _run_backwards(solution: Solution, ends: Tensor, seed: int) -> Tensor:
 
 
 def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, states: Tensor) -> Tensor:
-    """``log w`` of stored whole paths, ``(batch,)``: the draws that made them under the reference, and the control's shifts."""
+    """``log w`` of stored whole paths, ``(batch,)``: the draws that made them under the reference, and the control's
+    shifts."""
     found = []
     for k in range(chain.steps):
         mean, scale = chain.kernel(k, states[k])
@@ -229,7 +238,8 @@ def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, stat
 
 
 def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded ends."""
+    """Log weights of tempered particles of the target, in the space of the reference's noises, and their decoded
+    ends."""
     problem, chain = solution.problem, solution.chain
     ends_alone = chain.reverse is not None  # paths depend on the control there, and ends do not
     settings = TemperedSettings("states" if ends_alone else "noises", gradient=ends_alone)

@@ -38,7 +38,8 @@ class ChainSettings:
     Attributes:
         kernel: "mala", "hmc" or "nuts". num_chains: at once, or for NUTS one after another.
         warm_up: moves of each chain before its kernel is frozen.
-        thin: moves between two draws; None: as many as make them nearly independent, by the end of the warm-up; 1 for NUTS.
+        thin: moves between two draws; None: as many as make them nearly independent, by the end of the warm-up; 1 for
+            NUTS.
         leaps: of a move of "hmc"; None: as many as turn the trajectory far enough.
         width: of the Gaussian that chains start from, in units of the reference's end.
         max_tree_depth: for NUTS.
@@ -72,15 +73,17 @@ def chain_target(problem: ControlProblem, settings: ChainSettings) -> StateTarge
 
 @SOLUTIONS.register("chains")
 class ChainSolution(Solution):
-    """A :class:`Solution` whose samples are draws of Markov chains; ``control``, ``simulate`` and ``initial`` are the reference's.
+    """A :class:`Solution` whose samples are draws of Markov chains; ``control``, ``simulate`` and ``initial`` are the
+    reference's.
 
-    Chains are warmed up once, when the solution is made. Every call goes on from their warm states with noise of its own seed and the frozen
-    kernel, so that it has the target's law as far as the warm-up had reached it: what :meth:`diagnostics` judges. Nothing tells of modes that no chain
-    has found.
+    Chains are warmed up once, when the solution is made. Every call goes on from their warm states with noise of its
+    own seed and the frozen kernel, so that it has the target's law as far as the warm-up had reached it: what
+    :meth:`diagnostics` judges. Nothing tells of modes that no chain has found.
 
     Attributes:
         warm: states and kernel after the warm-up.
-        evaluations: of the log density so far, all runs together: with its gradient in moves, without in bridge sampling.
+        evaluations: of the log density so far, all runs together: with its gradient in moves, without in bridge
+            sampling.
     """
 
     parts = ("chains",)
@@ -119,7 +122,8 @@ class ChainSolution(Solution):
     # ---------------------------------------------------------------- samples
 
     def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
-        """``(n, dim)`` draws in random order, as many of each chain as are needed. Draws of one chain depend on one another."""
+        """``(n, dim)`` draws in random order, as many of each chain as are needed. Draws of one chain depend on one
+        another."""
         if condition is not None:
             raise ValueError("condition: chains sample one density, which has none.")
         seed = fresh_seed(seed)
@@ -135,8 +139,8 @@ class ChainSolution(Solution):
         return self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
 
     def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own, and all stand for the same
-        share of the target."""
+        """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own,
+        and all stand for the same share of the target."""
         x = self.sample(n, seed, condition=condition)
         return x, torch.full_like(x[:, 0], self.log_z.value)
 
@@ -147,7 +151,8 @@ class ChainSolution(Solution):
         return diagnose(quantities, [*(f"x[{i}]" for i in range(self.target.dim)), "log density"])
 
     def diagnostics(self, n: int = 4096, seed: int | None = None) -> Diagnostics:
-        """R-hat and effective sample size of every coordinate and of the log density, from n draws and 64 of each chain at least."""
+        """R-hat and effective sample size of every coordinate and of the log density, from n draws and 64 of each chain
+        at least."""
         return self._diagnose(self.run(self._draws(n), seed))
 
     def _draws(self, n: int) -> int:
@@ -155,7 +160,8 @@ class ChainSolution(Solution):
         return max(_LEAST_DRAWS, -(-n // self.chains.num_chains))
 
     def _bridge(self, found: Draws, seed: int) -> tuple[Estimate, Tensor]:
-        """log Z between the later half of all chains and a mixture fitted to the earlier one; and the log weights of the mixture's draws."""
+        """log Z between the later half of all chains and a mixture fitted to the earlier one; and the log weights of
+        the mixture's draws."""
         half = found.z.shape[1] // 2
         later, density = found.z[:, half:], found.log_density[:, half:]
         proposal = fit_mixture(found.z[:, :half].flatten(0, 1).double(), seed=derive_seed(seed, _PLACE_FIT))
@@ -174,13 +180,15 @@ class ChainSolution(Solution):
     def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
         """As :meth:`Solution.evaluate`, from n draws and 64 of each chain at least.
 
-        ``reward`` is a mean over the chains, its error by their effective number. ``log_z`` is the bridge estimate (Meng & Wong 1996) between the
-        later half of the chains' draws and independent draws of a Gaussian mixture fitted to the earlier half (:func:`fit_mixture`); its error counts the chains' effective draws, and is
-        that of chains which have reached the target. ``ess`` is the smallest bulk effective sample size of a coordinate or the log density, as a fraction. The
-        law of a draw is not known, hence no ``kl``, ``elbo``, ``objective`` or ``gap``: nan.
+        ``reward`` is a mean over the chains, its error by their effective number. ``log_z`` is the bridge estimate
+        (Meng & Wong 1996) between the later half of the chains' draws and independent draws of a Gaussian mixture
+        fitted to the earlier half (:func:`fit_mixture`); its error counts the chains' effective draws, and is that of
+        chains which have reached the target. ``ess`` is the smallest bulk effective sample size of a coordinate or the
+        log density, as a fraction. The law of a draw is not known, hence no ``kl``, ``elbo``, ``objective`` or ``gap``:
+        nan.
 
-        Not reliable: an R-hat above 1.05, fewer than 400 effective draws, or importance weights of the fitted mixture (where those have an error) that give
-        another log Z.
+        Not reliable: an R-hat above 1.05, fewer than 400 effective draws, or importance weights of the fitted mixture
+        (where those have an error) that give another log Z.
         """
         seed = fresh_seed(seed)
         found = self.run(self._draws(n), seed)

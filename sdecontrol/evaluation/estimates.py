@@ -41,7 +41,8 @@ class Estimate:
 
 
 def as_plain(made: Any) -> Any:
-    """A dataclass of estimates and plain values, or one of its values, as JSON can hold it: numbers that are not finite as None."""
+    """A dataclass of estimates and plain values, or one of its values, as JSON can hold it: numbers that are not finite
+    as None."""
     if is_dataclass(made):
         return {field.name: as_plain(getattr(made, field.name)) for field in fields(made)}
     if isinstance(made, Tensor):
@@ -56,7 +57,8 @@ def mean_estimate(values: Tensor) -> Estimate:
 
 
 def chain_mean(values: Tensor) -> Estimate:
-    """Mean of the values ``(chains, draws)`` of a stationary Markov chain, its error by their effective number (:func:`chain_ess`)."""
+    """Mean of the values ``(chains, draws)`` of a stationary Markov chain, its error by their effective number
+    (:func:`chain_ess`)."""
     v = values.detach().double()
     return Estimate(float(v.mean()), math.sqrt(_variance_of_mean(v)))
 
@@ -103,13 +105,14 @@ def pareto_k(log_w: Tensor) -> float:
 
 
 def bridge_log_z(reverse: Tensor, forward: Tensor) -> Estimate:
-    """log Z from log weights of both sides, by the optimal bridge estimate (Meng & Wong 1996): the root c of ``sum_P s(log w - c + l) = sum_Q s(c - log w - l)``,
-    s the logistic function and l the logarithm of the ratio of their numbers.
+    """log Z from log weights of both sides, by the optimal bridge estimate (Meng & Wong 1996): the root c of
+    ``sum_P s(log w - c + l) = sum_Q s(c - log w - l)``, s the logistic function and l the logarithm of the ratio of
+    their numbers.
 
     Args:
         reverse: ``(n,)`` of the sampler's (or proposal's) independent draws; -inf where the target vanishes.
-        forward: ``(m,)`` of the target's, assumed independent; or ``(chains, draws)`` of stationary Markov chains. Then their effective number stands
-            for their number, in l and in the error.
+        forward: ``(m,)`` of the target's, assumed independent; or ``(chains, draws)`` of stationary Markov chains. Then
+            their effective number stands for their number, in l and in the error.
     """
     a, b = reverse.double(), forward.double()
     number = float(b.numel()) if b.ndim == 1 else min(float(b.numel()), max(1.0, float(chain_ess(b))))

@@ -47,8 +47,10 @@ class Evaluation:
         log_z: log Z by importance weights (its exponential is unbiased), or the exact one in ``gap``'s stead.
         ess: effective sample size of the weights, a fraction.
         gap: what the objective lacks to its maximum over controls, in units of alpha: ``KL(P^u || Q_fine)`` for a point
-            or controlled start; against ``E log Z(X_0)`` where a random start is fixed, and against ``E log Z(y)`` (of both: ``E log Z(X_0, y)``) with conditions.
-        start_gap: ``log Z - E log Z(X_0)`` (with conditions, of them too), what no control removes; 0 for a point or controlled start without conditions.
+            or controlled start; against ``E log Z(X_0)`` where a random start is fixed, and against ``E log Z(y)`` (of
+            both: ``E log Z(X_0, y)``) with conditions.
+        start_gap: ``log Z - E log Z(X_0)`` (with conditions, of them too), what no control removes; 0 for a point or
+            controlled start without conditions.
         reliable: whether ``gap`` and ``log_z`` can be trusted (see ``reliability``).
         reliability: why, in words.
         pareto_k: tail index of the weights.
@@ -192,7 +194,8 @@ def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor 
 
 
 def confirmed_by_reference(facts: str, log_z: Estimate, log_w: Tensor) -> tuple[bool, str]:
-    """Whether log weights of the reference's paths leave an estimate of log Z standing, and why, after the facts that speak for it."""
+    """Whether log weights of the reference's paths leave an estimate of log Z standing, and why, after the facts that
+    speak for it."""
     if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * len(log_w) < _ESS_FLOOR:
         return True, f"{facts}; unconfirmed: the reference's paths give no second estimate of log Z"
     other = log_mean_weight(log_w)

@@ -1,4 +1,5 @@
-"""Distances between sets of samples (POT, scipy), coverage of modes, and the error of a control against an exact one."""
+"""Distances between sets of samples (POT, scipy), coverage of modes, and the error of a control against an exact
+one."""
 
 import math
 from collections.abc import Callable
@@ -115,8 +116,8 @@ def mmd(
 ) -> float:
     """Squared maximum mean discrepancy between samples ``(n, ...)`` and ``(m, ...)``, optionally weighted.
 
-    Kernel ``exp(-|x - y|^2 / (2 bandwidth^2))``; the U-statistic of Gretton et al. (JMLR 2012, Lemma 6; pairs of a sample with itself left
-    out), so that it has mean 0 for equal laws without weights, and may be negative.
+    Kernel ``exp(-|x - y|^2 / (2 bandwidth^2))``; the U-statistic of Gretton et al. (JMLR 2012, Lemma 6; pairs of a
+    sample with itself left out), so that it has mean 0 for equal laws without weights, and may be negative.
 
     Args:
         bandwidth: None: the median distance between two samples of the pooled sets (the first 1000 of each).
@@ -161,8 +162,8 @@ def energy_wasserstein(
     log_weights_a: Tensor | None = None,
     log_weights_b: Tensor | None = None,
 ) -> float:
-    """1-Wasserstein distance between the laws of the energy ``-log_density`` of samples ``(n, ...)`` and ``(m, ...)``: the distance of their
-    energy histograms without bins (scipy). Invariant under all symmetries of the target.
+    """1-Wasserstein distance between the laws of the energy ``-log_density`` of samples ``(n, ...)`` and ``(m, ...)``:
+    the distance of their energy histograms without bins (scipy). Invariant under all symmetries of the target.
 
     Raises:
         ValueError: an energy that is not finite, with the side and the number of rows.
@@ -215,13 +216,14 @@ def mode_coverage(
 ) -> ModeCoverage:
     """Shares of the samples by mode, and how many modes are hit.
 
-    Rule: a sample belongs to the mode nearest to it in Euclidean distance, if that is within ``radius``; a mode is hit if its share of the
-    samples is at least ``least`` times its weight (and not 0). With n samples a mode of weight w is then missed by chance with probability
-    about ``P(Poisson(n w) < least n w)``: 3e-4 at n w = 10.
+    Rule: a sample belongs to the mode nearest to it in Euclidean distance, if that is within ``radius``; a mode is hit
+    if its share of the samples is at least ``least`` times its weight (and not 0). With n samples a mode of weight w is
+    then missed by chance with probability about ``P(Poisson(n w) < least n w)``: 3e-4 at n w = 10.
 
     Args:
         samples: ``(n, ...)``. modes: ``(k, ...)``, the same event.
-        radius: None: however far. For modes of standard deviation s in d dimensions, ``4 s sqrt(d)`` tells a sample of a mode from one in between.
+        radius: None: however far. For modes of standard deviation s in d dimensions, ``4 s sqrt(d)`` tells a sample of
+            a mode from one in between.
         weights: of the modes, ``(k,)``, normalised here; None: equal.
         log_weights: of the samples, ``(n,)``.
     """

@@ -29,8 +29,8 @@ _ROUNDS = 1000  # of rejection sampling
 
 @SOLUTIONS.register("particles")
 class ParticleSolution(Solution):
-    """A :class:`Solution` whose samples are chosen among weighted particles; ``control``, ``simulate``, ``initial`` and ``model`` are
-    the proposal's.
+    """A :class:`Solution` whose samples are chosen among weighted particles; ``control``, ``simulate``, ``initial`` and
+    ``model`` are the proposal's.
 
     ``sample`` and ``weighted_sample`` approach the exact law (the tilted start
     included) as ``num_particles`` grows, whatever the proposal; ``mean(exp(log_w))`` is Z without bias for any number.
@@ -102,7 +102,8 @@ class ParticleSolution(Solution):
         return self._decode(found.end.flatten(0, 1)[index], None)
 
     def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without bias.
+        """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without
+        bias.
 
         Particles of one system depend on one another. Where samples are chosen as the best, or accepted, these are the
         candidates instead, since what is chosen so has no weight.
@@ -142,8 +143,8 @@ class ParticleSolution(Solution):
             if bool((log_accept > 1e-6).any()):
                 most = float(log_accept.max()) * problem.alpha + self.particles.bound
                 raise ValueError(
-                    f"bound={self.particles.bound:g} is none: a path has the total reward {most:g}. Pass an upper bound of "
-                    "reward - running cost."
+                    f"bound={self.particles.bound:g} is none: a path has the total reward {most:g}. Pass an upper "
+                    "bound of reward - running cost."
                 )
             uniform = torch.rand(
                 count, generator=generator_for(problem.device, where, 1), dtype=torch.float64, device=problem.device
@@ -159,15 +160,15 @@ class ParticleSolution(Solution):
             if len(missing) == 0:
                 return out
         raise RuntimeError(
-            f"rejection sampling has not found {len(missing)} of {n} samples in {tried} candidates: the acceptance rate is "
-            "Z exp(-bound/alpha), which is too small here. Use a tighter bound, or SMC."
+            f"rejection sampling has not found {len(missing)} of {n} samples in {tried} candidates: the acceptance "
+            "rate is Z exp(-bound/alpha), which is too small here. Use a tighter bound, or SMC."
         )
 
     def _warn_where_few(self, effective: Any, total: int) -> None:
         if float(effective) < _FEW <= total:
             warnings.warn(
-                f"{self.method}: only {float(effective):.1f} effective of {total} particles; the samples are nearly copies of "
-                "so few and biased. Use more particles, a better proposal or a twist.",
+                f"{self.method}: only {float(effective):.1f} effective of {total} particles; the samples are nearly "
+                "copies of so few and biased. Use more particles, a better proposal or a twist.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -177,9 +178,10 @@ class ParticleSolution(Solution):
     def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
         """As :meth:`Solution.evaluate`, from n particles (and 16 systems) at least, standard errors over systems.
 
-        ``elbo`` is ``E log Z^``, a lower bound of log Z: the gap bounds the KL from a sample's law to the exact one, and ``kl`` is
-        nan. For the best of n candidates ``kl`` is known: ``log n - (n-1)/n`` above the proposal's paths (Beirami et al.
-        2401.01879; exact where no two rewards are equal), and ``elbo`` is J/alpha as ever. For rejection the law is exact.
+        ``elbo`` is ``E log Z^``, a lower bound of log Z: the gap bounds the KL from a sample's law to the exact one,
+        and ``kl`` is nan. For the best of n candidates ``kl`` is known: ``log n - (n-1)/n`` above the proposal's paths
+        (Beirami et al. 2401.01879; exact where no two rewards are equal), and ``elbo`` is J/alpha as ever. For
+        rejection the law is exact.
         """
         check_count("n", n, 64, why="particles to estimate from")
         seed, settings, alpha = fresh_seed(seed), self.particles, self.problem.alpha

@@ -35,8 +35,9 @@ def sample_figure(
 ) -> tuple[Any, Any]:
     """A solution of a Gibbs problem in three panels; ``(figure, axes)``, nothing is shown or written.
 
-    Left: samples in two coordinates, over contours of the density where it has just two, else over the exact samples, where there are any.
-    Middle: marginals of up to three coordinates. Right: the estimates of log Z, by round or iteration where the method has any.
+    Left: samples in two coordinates, over contours of the density where it has just two, else over the exact samples,
+    where there are any. Middle: marginals of up to three coordinates. Right: the estimates of log Z, by round or
+    iteration where the method has any.
 
     Args:
         samples: ``(n, dim)``, all of the same weight. exact: ``(m, dim)`` to hold them against, called ``exact_name``.
@@ -79,7 +80,8 @@ def _unlike_gaussian(x: Tensor) -> Tensor:
 
 
 def _dependence(x: Tensor) -> Tensor:
-    """Distance correlations of the coordinates' ranks (Szekely, Rizzo & Bakirov 2007), ``(d, d)`` with 0 on the diagonal."""
+    """Distance correlations of the coordinates' ranks (Szekely, Rizzo & Bakirov 2007), ``(d, d)`` with 0 on the
+    diagonal."""
     ranks = x.argsort(0).argsort(0).float().mT  # (d, n)
     apart = (ranks.unsqueeze(2) - ranks.unsqueeze(1)).abs()
     centred = apart - apart.mean(1, keepdim=True) - apart.mean(2, keepdim=True) + apart.mean((1, 2), keepdim=True)
@@ -89,8 +91,8 @@ def _dependence(x: Tensor) -> Tensor:
 
 
 def telling_coordinates(x: Tensor) -> tuple[tuple[int, int], str]:
-    """The two coordinates of ``(n, d)`` samples that say most of their law, and why: the most dependent ones where any two are clearly dependent,
-    else those least like a Gaussian. A single coordinate is returned twice."""
+    """The two coordinates of ``(n, d)`` samples that say most of their law, and why: the most dependent ones where any
+    two are clearly dependent, else those least like a Gaussian. A single coordinate is returned twice."""
     if x.shape[1] <= 2:
         return (0, x.shape[1] - 1), ""
     odd = _unlike_gaussian(x)

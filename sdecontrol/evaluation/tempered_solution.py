@@ -64,11 +64,13 @@ def tempered_target(
 
 @SOLUTIONS.register("tempered")
 class TemperedSolution(ParticleSolution):
-    """A :class:`ParticleSolution` whose systems are tempered from a Gaussian, or a mixture of them, to the target on a fixed ladder.
+    """A :class:`ParticleSolution` whose systems are tempered from a Gaussian, or a mixture of them, to the target on a
+    fixed ladder.
 
     Attributes:
         ladder: levels and kernels, chosen by a run of its own, so that ``E Z^ = Z`` for every later one.
-        evaluations: of the log density or path reward so far (with its gradient where gradients are used), all runs together.
+        evaluations: of the log density or path reward so far (with its gradient where gradients are used), all runs
+            together.
     """
 
     parts = ("twist", "ladder")

@@ -26,8 +26,9 @@ class ExactSolution:
         problem: the :class:`ControlProblem`.
         settings: ``{"time_steps", "scheme"}`` of the chain it is exact for; empty in continuous time.
         chain: that chain, or None in continuous time.
-        control: the optimal control, ``control(x, t) -> (batch, m)``; of a chain, the best mean-shift control. At times in
-            [-1, 0) of a controlled start it is the stretch's control ``(batch, d)``, in coordinates ``dX = S^(1/2) dW``.
+        control: the optimal control, ``control(x, t) -> (batch, m)``; of a chain, the best mean-shift control. At times
+            in [-1, 0) of a controlled start it is the stretch's control ``(batch, d)``, in coordinates
+            ``dX = S^(1/2) dW``.
         log_z: ``log E_{Q0}[exp(R/alpha)]``, 0-d; the expectation includes the start, fixed or controlled.
         start_log_z: ``E_nu[v(X_0, 0)]/alpha``, the largest ELBO that a fixed start allows; log_z where the start is a
             point or controlled.
@@ -115,7 +116,8 @@ class ExactSolution:
         return x, x.new_zeros(n)
 
     def evaluate(self, n: int = 4096, seed: int | None = None) -> Any:
-        """Simulate ``n`` paths with ``control`` and estimate what ``Solution.evaluate`` does, with the exact log Z beside.
+        """Simulate ``n`` paths with ``control`` and estimate what ``Solution.evaluate`` does, with the exact log Z
+        beside.
 
         In continuous time the control is simulated with 100 steps, so the gap shows the discretisation.
         """
@@ -125,7 +127,8 @@ class ExactSolution:
         return evaluate(self.problem, self.control, chain, n, seed, **self.known_values())
 
     def known_values(self) -> dict[str, Any]:
-        """What ``evaluate`` compares with: "log_z", "start_log_z" (floats or None), "start_value" (``x_0 -> log Z(x_0)``)."""
+        """What ``evaluate`` compares with: "log_z", "start_log_z" (floats or None), "start_value"
+        (``x_0 -> log Z(x_0)``)."""
         return {
             "log_z": self._known("log_z"),
             "start_log_z": self._known("start_log_z"),
@@ -162,8 +165,8 @@ class ExactSolution:
         """The law that a controlled start reaches at time 0, where it must be Gaussian."""
         if not isinstance(problem.initial, Gaussian):
             raise NoExactSolution(
-                f"initial: a controlled {type(problem.initial).__name__} start has no exact solution with a linear reference, "
-                "nor on a grid in continuous time; use a Gaussian start."
+                f"initial: a controlled {type(problem.initial).__name__} start has no exact solution with a linear "
+                "reference, nor on a grid in continuous time; use a Gaussian start."
             )
         return problem.initial
 
@@ -241,7 +244,8 @@ class ExactSolution:
 class ExactControl:
     """The control of an exact solution: ``control(x, t) -> (batch, m)``, t a float or a tensor of shape () or (batch,).
 
-    Goes wherever a control goes, e.g. ``simulate(problem, n, control=exact.control)``; ``settings`` says on which chain.
+    Goes wherever a control goes, e.g. ``simulate(problem, n, control=exact.control)``; ``settings`` says on which
+    chain.
     """
 
     def __init__(self, solution: ExactSolution) -> None:

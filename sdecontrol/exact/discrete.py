@@ -18,7 +18,8 @@ _RANK = 1e-7  # C comes from roots of covariances, which have half the digits
 
 
 def soft_step(form: Form, step: AffineStep, where: str) -> tuple[Form, Transition]:
-    """``v_k/alpha`` before running costs from ``v_{k+1}/alpha``, and the soft-optimal kernel (docs/mathematics.md section 2)."""
+    """``v_k/alpha`` before running costs from ``v_{k+1}/alpha``, and the soft-optimal kernel (docs/mathematics.md
+    section 2)."""
     M, m, L, _ = step
     average = soft_average(form, L, where)
     kernel = Transition(average.keep @ M, average.keep @ m + average.pull, average.root @ average.root.mT)
@@ -26,7 +27,8 @@ def soft_step(form: Form, step: AffineStep, where: str) -> tuple[Form, Transitio
 
 
 def shift_step(form: Form, step: AffineStep, where: str) -> tuple[Form, tuple[Tensor, Tensor]]:
-    """The same for mean-shift kernels: ``max_u E[v(y + L(Cu + xi))]/alpha - |Cu|^2/2`` at ``y = Mx + m``, and ``u* = gain x + offset``.
+    """The same for mean-shift kernels: ``max_u E[v(y + L(Cu + xi))]/alpha - |Cu|^2/2`` at ``y = Mx + m``, and
+    ``u* = gain x + offset``.
 
     The maximum over ``c = Q z``, Q an orthonormal basis of the range of C, has the quadratic part of the soft average
     over ``L Q``; its constant has ``-tr(L'PL)/2`` in place of ``-log det/2``, the covariance being kept.
@@ -44,9 +46,9 @@ def shift_step(form: Form, step: AffineStep, where: str) -> tuple[Form, tuple[Te
 class ChainSolution(LinearQuadraticSolution):
     """Exact solution of a discretised linear-quadratic problem (to rounding, at every step size).
 
-    ``value``, ``log_z``, ``kernel``, ``marginal``, ``bridge`` and ``sample`` are those of the soft-optimal chain p*, whose
-    kernels have their own covariance; ``control`` and ``elbo`` are the best mean-shift chain's. A time is matched to the
-    grid within 1e-9 of the horizon, else it means the step that contains it (its left end's state).
+    ``value``, ``log_z``, ``kernel``, ``marginal``, ``bridge`` and ``sample`` are those of the soft-optimal chain p*,
+    whose kernels have their own covariance; ``control`` and ``elbo`` are the best mean-shift chain's. A time is matched
+    to the grid within 1e-9 of the horizon, else it means the step that contains it (its left end's state).
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any], terms: Terms) -> None:
@@ -93,7 +95,8 @@ class ChainSolution(LinearQuadraticSolution):
 def _backwards(
     chain: Chain, terms: Terms, rule: Callable[[Form, AffineStep, str], tuple[Form, Any]]
 ) -> tuple[list[Form], list[Any]]:
-    """A recursion from the last step to the first: the forms ``v_0 .. v_K`` over alpha, and what the rule gives by step.
+    """A recursion from the last step to the first: the forms ``v_0 .. v_K`` over alpha, and what the rule gives by
+    step.
 
     Raises:
         NoExactSolution: a chain that is not known to be affine, or an infinite expectation.

@@ -1,4 +1,5 @@
-"""The exact solution of a chain on grids: the dynamic programmes of each coordinate, of its soft values and of the best mean-shift chain.
+"""The exact solution of a chain on grids: the dynamic programmes of each coordinate, of its soft values and of the best
+mean-shift chain.
 
 Like the HJB equation (``grid_process.py``) for ``w = v/alpha``.
 """
@@ -32,8 +33,8 @@ class ChainStep(NamedTuple):
 
 
 class ChainGrid(NamedTuple):
-    """Of each state of a one-dimensional chain, on its grid: soft value, value of the best mean-shift chain, and, for each
-    step, ``slope`` with ``c = scale * slope`` (``E V'_{k+1}`` at the shifted kernel)."""
+    """Of each state of a one-dimensional chain, on its grid: soft value, value of the best mean-shift chain, and, for
+    each step, ``slope`` with ``c = scale * slope`` (``E V'_{k+1}`` at the shifted kernel)."""
 
     grid: Grid
     soft: np.ndarray  # (K+1, N)
@@ -43,7 +44,8 @@ class ChainGrid(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Laws live on every so-many-th point: sums over a Gaussian need no finer grid than two fifths of its deviation."""
+        """Laws live on every so-many-th point: sums over a Gaussian need no finer grid than two fifths of its
+        deviation."""
         narrowest = min(float(step.scale.min()) for step in self.steps)
         return max(1, min(int(0.4 * narrowest / self.grid.spacings[0]), (self.grid.count - 1) // 512))
 
@@ -53,7 +55,8 @@ class ChainGrid(NamedTuple):
         return self.grid.points[:: self.stride, 0], float(self.grid.spacings[0]) * self.stride
 
     def optimal_kernel(self, k: int, x: np.ndarray) -> np.ndarray:
-        """The density of ``p*(. | x)`` of step k at the points of laws, ``(len(x), N)``: ``exp(w_{k+1}) p0`` normalised.
+        """The density of ``p*(. | x)`` of step k at the points of laws, ``(len(x), N)``: ``exp(w_{k+1}) p0``
+        normalised.
 
         Raises:
             NoExactSolution: the step's noise is narrower than the grid's cells.
@@ -75,7 +78,8 @@ class _Interpolation:
     """From values on a grid to values at other points, inside and beyond its ends.
 
     Beyond an end values go on along a parabola through three points a 24th of the grid apart (neighbouring points would
-    amplify rounding from step to step); where that opens upwards, along a line: ``exp`` of it would outweigh everything.
+    amplify rounding from step to step); where that opens upwards, along a line: ``exp`` of it would outweigh
+    everything.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -107,13 +111,14 @@ class _Interpolation:
 
 
 def chain_recursion(grid: Grid, steps: list[ChainStep], end: np.ndarray, refinement: int) -> ChainGrid:
-    """Both dynamic programmes of a one-dimensional chain, from the last step to the first (docs/mathematics.md sections 2, 3)::
+    """Both dynamic programmes of a one-dimensional chain, from the last step to the first (docs/mathematics.md sections
+    2, 3)::
 
         w_k(x) = -h f/alpha + log E exp w_{k+1}(mean + scale xi)
         V_k(x) = -h f/alpha + max_c { E V_{k+1}(mean + scale (c + xi)) - c^2/2 }.
 
-    Averages over xi by the trapezoidal rule, which converges faster than any power of its spacing; the maximum over c by
-    Newton's method on ``c = scale E V'_{k+1}``, after a scan where several maxima are possible.
+    Averages over xi by the trapezoidal rule, which converges faster than any power of its spacing; the maximum over c
+    by Newton's method on ``c = scale E V'_{k+1}``, after a scan where several maxima are possible.
     """
     spacing, reach = 1.0 / (2 + refinement), _REACH + refinement
     xi = np.arange(-reach, reach + 0.5 * spacing, spacing)
@@ -197,9 +202,9 @@ def _best_shift(step: ChainStep, averaged: Averaged) -> tuple[np.ndarray, np.nda
 class GridChainSolution(OnGrids):
     """Exact solution of the chain of a problem that falls apart into single coordinates (error of u* about 1e-8).
 
-    ``value``, ``log_z``, ``kernel``, ``marginal`` and ``sample`` are those of the soft-optimal chain p*; ``control``, ``elbo`` and
-    ``floor`` those of the best mean-shift chain. A time is matched to the grid of times within 1e-9 of the horizon, else it
-    means the step that contains it. :class:`GridLaw` is what laws are.
+    ``value``, ``log_z``, ``kernel``, ``marginal`` and ``sample`` are those of the soft-optimal chain p*; ``control``,
+    ``elbo`` and ``floor`` those of the best mean-shift chain. A time is matched to the grid of times within 1e-9 of the
+    horizon, else it means the step that contains it. :class:`GridLaw` is what laws are.
     """
 
     chain: Chain
@@ -212,8 +217,8 @@ class GridChainSolution(OnGrids):
             gain = chain.gain(k)
             if isinstance(gain, Tensor) and int(torch.linalg.matrix_rank(gain.double())) < gain.shape[0]:
                 raise NoExactSolution(
-                    "time_steps: the controls of this scheme do not reach all of its noise, and the best mean-shift chain is "
-                    "then not known on grids; use scheme='euler'."
+                    "time_steps: the controls of this scheme do not reach all of its noise, and the best mean-shift "
+                    "chain is then not known on grids; use scheme='euler'."
                 )
         self._times = [chain.clock[k] for k in watched(chain.steps, MOMENTS)]
         super().__init__(problem, settings, chain, chain.double())
@@ -222,8 +227,8 @@ class GridChainSolution(OnGrids):
         wide = next((b for b in blocks if len(b) > 1), None)
         if wide is not None:
             raise NoExactSolution(
-                f"time_steps: coordinates {wide[0]} and {wide[1]} act on each other, and chains are solved in single coordinates "
-                "only; leave time_steps and like out for the solution in continuous time."
+                f"time_steps: coordinates {wide[0]} and {wide[1]} act on each other, and chains are solved in single "
+                "coordinates only; leave time_steps and like out for the solution in continuous time."
             )
         return super()._group(blocks)
 

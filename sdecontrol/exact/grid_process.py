@@ -1,7 +1,7 @@
 """The exact solution of a process in continuous time on grids: the Hamilton-Jacobi-Bellman equation of each block.
 
-It is written for ``w = v/alpha``, not for ``psi = exp(w)``: w stays of moderate size and smooth where psi runs over hundreds of
-orders of magnitude.
+It is written for ``w = v/alpha``, not for ``psi = exp(w)``: w stays of moderate size and smooth where psi runs over
+hundreds of orders of magnitude.
 """
 
 import contextlib
@@ -32,11 +32,12 @@ class ContinuousGrid:
 
         -dw/dt = b.grad w + (tr(Sigma hess w) + grad w' Sigma grad w)/2 - f/alpha,   w(., T) = r/alpha,
 
-    central differences of order 6, and in time scipy's Radau with its dense output; in two dimensions its explicit RK45, with cubic Hermite interpolation between
-    193 stored times.
+    central differences of order 6, and in time scipy's Radau with its dense output; in two dimensions its explicit
+    RK45, with cubic Hermite interpolation between 193 stored times.
 
     Args:
-        coefficients: ``t ->`` drift ``(N, n)``, root of the noise ``(N, n, m)`` and running cost over alpha ``(N,)`` at the grid's points.
+        coefficients: ``t ->`` drift ``(N, n)``, root of the noise ``(N, n, m)`` and running cost over alpha ``(N,)`` at
+            the grid's points.
         span: first and last time; end: ``r/alpha`` at the grid's points.
         autonomous: the coefficients are the same at all times.
 
@@ -97,9 +98,9 @@ class ContinuousGrid:
         if found is None or found.status != 0 or not np.isfinite(found.y[:, -1]).all():
             ends = ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(grid.lows, grid.highs))
             raise NoExactSolution(
-                "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite (reward or "
-                "-running cost too convex), or reward or drift are too steep or the noise too small for the grid "
-                f"({ends}). Use a larger alpha, a less convex reward or a shorter horizon."
+                "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite "
+                "(reward or -running cost too convex), or reward or drift are too steep or the noise too small for "
+                f"the grid ({ends}). Use a larger alpha, a less convex reward or a shorter horizon."
             )
         self._dense = found.sol
         if grid.dim == 2:
@@ -114,9 +115,10 @@ class ContinuousGrid:
 class GridSolution(OnGrids):
     """Exact solution in continuous time of a problem that falls apart into blocks of one or two coordinates.
 
-    ``u* = sigma' grad w``, w on a grid for each distinct block (:class:`ContinuousGrid`); equal coordinates share one. The
-    grids are refined until ``error``, the estimated error of u* on optimal paths, is below 1e-6 (blocks of two: 1e-4, or
-    what 97 x 97 points give). ``marginal``, ``bridge`` and ``sample`` are not known: simulate with ``control``.
+    ``u* = sigma' grad w``, w on a grid for each distinct block (:class:`ContinuousGrid`); equal coordinates share one.
+    The grids are refined until ``error``, the estimated error of u* on optimal paths, is below 1e-6 (blocks of two:
+    1e-4, or what 97 x 97 points give). ``marginal``, ``bridge`` and ``sample`` are not known: simulate with
+    ``control``.
     """
 
     _margin = 2.5
@@ -168,6 +170,6 @@ class GridSolution(OnGrids):
         if self._snap(float(t)) == 0.0 and self._root is None:
             return self.problem.initial
         raise NoExactSolution(
-            "marginal(t), sample(n): the laws are not computed on grids in continuous time; simulate with control, or ask "
-            "for the laws of a chain, exact_solution(problem, time_steps=K)."
+            "marginal(t), sample(n): the laws are not computed on grids in continuous time; simulate with control, or "
+            "ask for the laws of a chain, exact_solution(problem, time_steps=K)."
         )

@@ -15,7 +15,8 @@ _LAGRANGE = np.linalg.inv(np.vander(np.arange(_POINTS) - 0.5 * (_POINTS - 1), in
 
 
 def _locate(values: Tensor, lo: float, dx: float, count: int) -> tuple[Tensor, Tensor]:
-    """Of each value, held at the ends of the axis: the first of the 6 points next to it, and its place from their middle."""
+    """Of each value, held at the ends of the axis: the first of the 6 points next to it, and its place from their
+    middle."""
     position = ((values - lo) / dx).clamp(0, count - 1)
     first = (position.floor() - (_POINTS // 2 - 1)).clamp(0, count - _POINTS)
     return first.long(), position - first - 0.5 * (_POINTS - 1)
@@ -94,7 +95,8 @@ class Grid:
 
 
 def differences(count: int) -> tuple[sparse.csr_matrix, ...]:
-    """First and second central differences for spacing 1, with three points beyond each end on the parabola through the last three."""
+    """First and second central differences for spacing 1, with three points beyond each end on the parabola through the
+    last three."""
     padded = np.zeros((count + 6, count))
     padded[3:-3] = np.eye(count)
     for j in (1, 2, 3):
@@ -107,8 +109,8 @@ def differences(count: int) -> tuple[sparse.csr_matrix, ...]:
 class GridLaw(Distribution):
     """Independent coordinates, each with a density on a uniform grid: what marginals and kernels of grid solutions are.
 
-    The density between grid points is linear in ``sample`` and interpolated to order 6 in ``log_prob``; mean and variance
-    are sums over the grid.
+    The density between grid points is linear in ``sample`` and interpolated to order 6 in ``log_prob``; mean and
+    variance are sums over the grid.
 
     Args:
         lows, spacings, densities: of each coordinate; densities ``(*batch, N)``, N of each coordinate's own.

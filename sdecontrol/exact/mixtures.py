@@ -1,8 +1,8 @@
 """The exact fine-tuning of a Gaussian-mixture model in continuous time.
 
 The reference is the time reversal of a noising process from the mixture, so its optimum is the time reversal of the
-*same* noising process from the tilted mixture (Theorems 1-3): every p*_t is a mixture, ``v`` a log-ratio of mixtures, and
-the control ``g`` times a difference of scores.
+*same* noising process from the tilted mixture (Theorems 1-3): every p*_t is a mixture, ``v`` a log-ratio of mixtures,
+and the control ``g`` times a difference of scores.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class MixtureSolution(ExactSolution):
     ``v(x, t) = alpha (log p*_t - log p0_t + log Z)``, ``u* = g(t) (score of p*_t - score of p0_t)``.
 
     For start="controlled" everything is exact. For start="memoryless" the laws are exact up to the memory that was
-    accepted (a correlation of at most 0.01): ``initial`` and ``marginal`` are those of the tilted start, which the fixed
-    start equals to that order; value and control are exact. For start="fixed" only value, control and log_z are known.
+    accepted (a correlation of at most 0.01): ``initial`` and ``marginal`` are those of the tilted start, which the
+    fixed start equals to that order; value and control are exact. For start="fixed" only value, control and log_z are
+    known.
     """
 
     kind = "Gaussian mixture"
@@ -105,8 +106,8 @@ class MixtureSolution(ExactSolution):
         terms = quadratic_terms(problem)
         if terms is None:
             raise NoExactSolution(
-                f"no exact solution is known for the reward {type(problem.reward_function).__name__}: it must be Quadratic, Linear "
-                "or None."
+                f"no exact solution is known for the reward {type(problem.reward_function).__name__}: it must be "
+                "Quadratic, Linear or None."
             )
         self._own_start = _same_law(problem.initial, reference.own_initial)
         if not self._own_start and problem.start != "fixed":

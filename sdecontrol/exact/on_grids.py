@@ -1,7 +1,8 @@
-"""What exact solutions on grids share, of processes and of chains: problems that fall apart into blocks of one or two coordinates.
+"""What exact solutions on grids share, of processes and of chains: problems that fall apart into blocks of one or two
+coordinates.
 
-Where drift, noise, reward and running cost act block by block, ``v`` is a sum of functions of one block each, and equal blocks
-share one. The functions are probed for that (``interactions.py``), and paths say where the grids must be.
+Where drift, noise, reward and running cost act block by block, ``v`` is a sum of functions of one block each, and equal
+blocks share one. The functions are probed for that (``interactions.py``), and paths say where the grids must be.
 """
 
 import math
@@ -31,10 +32,12 @@ _BAD = 1e-2  # relative error of u* above which there is no reference worth the 
 
 
 class OnGrids(ExactSolution):
-    """Values on a grid for each distinct block. A subclass says how one block is solved, and what the process does in it.
+    """Values on a grid for each distinct block. A subclass says how one block is solved, and what the process does in
+    it.
 
     Attributes:
-        error: estimated root mean square error of u* on optimal paths at its worst time, from the last refinement of the grids.
+        error: estimated root mean square error of u* on optimal paths at its worst time, from the last refinement of
+            the grids.
         bounds: ``(d, 2)``, where the grids are. Outside, value and control are those at the nearest point.
     """
 
@@ -114,7 +117,8 @@ class OnGrids(ExactSolution):
 
     @staticmethod
     def _reach(paths: list[tuple[int, Tensor]], margin: float) -> tuple[np.ndarray, np.ndarray]:
-        """The middle 99 % at all times and a margin on both sides, ``(d,)`` each; for a Gaussian 2.6 + 1.6 margin standard deviations."""
+        """The middle 99 % at all times and a margin on both sides, ``(d,)`` each; for a Gaussian 2.6 + 1.6 margin
+        standard deviations."""
         ends = []
         for _, x in paths:
             n, ordered = len(x), x.sort(0).values
@@ -144,7 +148,8 @@ class OnGrids(ExactSolution):
     # ---------------------------------------------------------------- blocks
 
     def _group(self, blocks: list[tuple[int, ...]]) -> list[Block]:
-        """Equal blocks of one coordinate together: those whose functions are the same where only they differ from the base."""
+        """Equal blocks of one coordinate together: those whose functions are the same where only they differ from the
+        base."""
         self._parts = len(blocks)
         singles = [b for b in blocks if len(b) == 1]
         groups = [Block([b]) for b in blocks if len(b) > 1]
@@ -210,7 +215,8 @@ class OnGrids(ExactSolution):
         return out
 
     def _refine(self) -> None:
-        """Solve, see where optimal paths go, widen the grids until they stay inside, and halve them until u* stands still."""
+        """Solve, see where optimal paths go, widen the grids until they stay inside, and halve them until u* stands
+        still."""
         for _ in range(8):
             solved = [self._on_grid(block, 0.0, 0) for block in self._blocks]
             walked = list(self._walk(solved))
@@ -222,8 +228,8 @@ class OnGrids(ExactSolution):
                 break
         else:
             raise NoExactSolution(
-                "optimal paths leave every grid: the reward drives them to infinity, or the noise there is too strong. Use a "
-                "bounded reward or a larger alpha."
+                "optimal paths leave every grid: the reward drives them to infinity, or the noise there is too strong. "
+                "Use a bounded reward or a larger alpha."
             )
         visited = [(k, x, self._functions.step(x, k)[1] / self._sketch.step_sizes[k] ** 0.5) for k, x in walked[:-1]]
         errors = [math.inf] * len(self._blocks)
@@ -241,12 +247,13 @@ class OnGrids(ExactSolution):
         self._solved, self.error = solved, max(errors)
         if not self.error <= _BAD * max(size, 1.0):
             raise NoExactSolution(
-                f"no grid resolves this problem: the error of u* is still about {self.error:.2g} (largest |u*|: {size:.2g}). "
-                "A reward with jumps, or a time scale far below the step of the grid, does that."
+                f"no grid resolves this problem: the error of u* is still about {self.error:.2g} (largest |u*|: "
+                f"{size:.2g}). A reward with jumps, or a time scale far below the step of the grid, does that."
             )
 
     def _change(self, block: Block, old: Any, new: Any, visited: list[Any]) -> tuple[float, float]:
-        """Between two solutions of a block: the root mean square change of u* at its worst time, and the largest |u*|."""
+        """Between two solutions of a block: the root mean square change of u* at its worst time, and the largest
+        |u*|."""
         squares, sizes = [], []
         for k, x, root in visited:
             tables = [self._slope_table(one, self._sketch.clock[k]) for one in (old, new)]
@@ -258,7 +265,8 @@ class OnGrids(ExactSolution):
         return float(torch.stack(squares).max().sqrt()), max(sizes)
 
     def _check(self, lowest: float) -> None:
-        """The mean log weight of paths that are simulated with the control (from a point) is J/alpha: compare it with the grids'.
+        """The mean log weight of paths that are simulated with the control (from a point) is J/alpha: compare it with
+        the grids'.
 
         Raises:
             NoExactSolution: they disagree, by more than five standard errors and the bias of the sketch.
@@ -275,8 +283,9 @@ class OnGrids(ExactSolution):
         apart = abs(float(log_w.mean()) - lowest)
         if not apart <= 5 * float(log_w.std()) / len(log_w) ** 0.5 + self._bias * (1 + abs(lowest)):
             raise NoExactSolution(
-                f"no grid resolves this problem: simulated with its control, paths have a mean log weight of {float(log_w.mean()):.4g}, "
-                f"where the grids say {lowest:.4g}. Steps that are too large for the drift or the reward do that."
+                "no grid resolves this problem: simulated with its control, paths have a mean log weight of "
+                f"{float(log_w.mean()):.4g}, where the grids say {lowest:.4g}. Steps that are too large for the drift "
+                "or the reward do that."
             )
 
     @property
@@ -329,8 +338,8 @@ class OnGrids(ExactSolution):
         for i, j in (cov != 0).nonzero().tolist():
             if block_of[i] != block_of[j]:
                 raise NoExactSolution(
-                    f"initial: the covariance of the start couples coordinates {i} and {j}, which the process does not; this "
-                    "quantity is known for independent blocks only. (value and control are exact.)"
+                    f"initial: the covariance of the start couples coordinates {i} and {j}, which the process does "
+                    "not; this quantity is known for independent blocks only. (value and control are exact.)"
                 )
         return mean, cov
 

@@ -1,4 +1,5 @@
-"""What grid solutions find out about a problem by asking its functions: their values, and which coordinates act on each other."""
+"""What grid solutions find out about a problem by asking its functions: their values, and which coordinates act on each
+other."""
 
 import itertools
 from collections.abc import Callable
@@ -127,7 +128,8 @@ class Interactions:
         self._link(name, pairs)
 
     def add_noise(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
-        """``function`` giving a scale, elementwise or ``(1 | rows, d, m)``: the same, and blocks have no noise in common."""
+        """``function`` giving a scale, elementwise or ``(1 | rows, d, m)``: the same, and blocks have no noise in
+        common."""
         base = function(self.x)
         if not is_matrix_scale(base, 1):
             self.add_map(name, lambda x: function(x).expand_as(x))
@@ -149,8 +151,8 @@ class Interactions:
             return
         if self.d > _PAIRS:
             raise NoExactSolution(
-                f"{name}: no exact solution is known, since it is not a sum of functions of one coordinate each (in more than "
-                f"{_PAIRS} dimensions, smaller blocks are not looked for)."
+                f"{name}: no exact solution is known, since it is not a sum of functions of one coordinate each (in "
+                f"more than {_PAIRS} dimensions, smaller blocks are not looked for)."
             )
         pairs = np.zeros((self.d, self.d), dtype=bool)
         for i, j in itertools.combinations(range(self.d), 2):

@@ -1,7 +1,7 @@
 """Quadratic forms and their soft averages over Gaussian noise: the algebra under every linear-quadratic solution.
 
-A value is ``v(x)/alpha = -x'Px/2 + q'x + c``. One function, :func:`soft_average`, is the Gaussian integral of docs/mathematics.md section
-2, written with a factor of the noise so that degenerate noise needs no case of its own.
+A value is ``v(x)/alpha = -x'Px/2 + q'x + c``. One function, :func:`soft_average`, is the Gaussian integral of
+docs/mathematics.md section 2, written with a factor of the noise so that degenerate noise needs no case of its own.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class SoftAverage(NamedTuple):
 def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
     """Average ``exp(form)`` over ``L xi``, ``xi ~ N(0, I)``; L ``(d, n)``.
 
-    With ``B = I + L'PL`` and ``T = L B^-1 L'``: ``P~ = (I - TP)'P(I - TP) + |B^-1 L'P|^2`` (Joseph's form of ``P - PTP``, which
-    cancels badly for a large P), ``q~ = (I - TP)'q``, ``c~ = c + q'Tq/2 - log det B/2``.
+    With ``B = I + L'PL`` and ``T = L B^-1 L'``: ``P~ = (I - TP)'P(I - TP) + |B^-1 L'P|^2`` (Joseph's form of
+    ``P - PTP``, which cancels badly for a large P), ``q~ = (I - TP)'q``, ``c~ = c + q'Tq/2 - log det B/2``.
 
     Raises:
         NoExactSolution: the expectation is infinite (B is not positive definite); ``where`` says at which step.
@@ -92,7 +92,8 @@ class Terms(NamedTuple):
 
 
 def quadratic_terms(problem: ControlProblem) -> Terms | None:
-    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU; None where one of them has none."""
+    """The quadratic structure of a problem's reward and running cost, in float64 on the CPU; None where one of them has
+    none."""
     reward, cost, alpha = problem.reward_function, problem.running_cost_function, problem.alpha
     if not isinstance(reward, (Quadratic, Linear, type(None))) or not isinstance(cost, (QuadraticCost, type(None))):
         return None
@@ -153,7 +154,8 @@ class LinearQuadraticSolution(ExactSolution):
         return form.at(mean) - 0.5 * (form.P * cov).sum()
 
     def _first_state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, root of the covariance, and covariance of the first state: the point before a controlled start, or nu."""
+        """Mean, root of the covariance, and covariance of the first state: the point before a controlled start, or
+        nu."""
         mean, cov = self._first_moments()
         root = factor(cov)
         return mean, root, root @ root.mT

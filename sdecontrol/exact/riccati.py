@@ -21,7 +21,8 @@ _BLOW_UP = 1e8
 def solve_riccati(linear: LinearSDE, terms: Terms) -> Any:
     """``t -> (P, q, c)`` flattened, by integrating back from the horizon.
 
-    ``P' = -A'P - PA + P Sigma P - F/alpha``, ``q' = -A'q + P a + P Sigma q``, ``c' = -a.q + tr(Sigma P)/2 - q'Sigma q/2``.
+    ``P' = -A'P - PA + P Sigma P - F/alpha``, ``q' = -A'q + P a + P Sigma q``,
+    ``c' = -a.q + tr(Sigma P)/2 - q'Sigma q/2``.
 
     Raises:
         NoExactSolution: P blows up before time 0, naming the time.

@@ -30,14 +30,16 @@ def exact_solution(
     Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
     ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; Gaussian-mixture models with
     a linear or quadratic reward, in continuous time; and, on grids, any problem that falls apart into coordinates (in
-    continuous time also into pairs of them) that do not act on each other, those of pre-trained models that compute in float64
-    among them. For that nothing is declared: drift, diffusion, reward and running cost are probed. Grid solutions say how exact they are (``error``).
+    continuous time also into pairs of them) that do not act on each other, those of pre-trained models that compute in
+    float64 among them. For that nothing is declared: drift, diffusion, reward and running cost are probed. Grid
+    solutions say how exact they are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
         like: a solution, whose chain is meant (its ``settings``: "time_steps" and "scheme").
         scheme: "euler" or "exact", with time_steps; default: the problem's own.
-        grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state up to half a minute).
+        grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state up to half a
+            minute).
 
     Raises:
         NoExactSolution: naming what is missing.
@@ -51,7 +53,8 @@ def exact_solution(
         )
     if problem.reference.reverse_target:
         raise NoExactSolution(
-            "reference: an annealed Langevin target is made of backward kernels; it has no value function, and no exact solution is known. Use reference='ou' or 'brownian'."
+            "reference: an annealed Langevin target is made of backward kernels; it has no value function, and no "
+            "exact solution is known. Use reference='ou' or 'brownian'."
         )
     reference = problem.reference
     if not isinstance(reference, SDE):
@@ -79,8 +82,8 @@ def _check_grids(problem: ControlProblem, grids: bool) -> None:
         raise NoExactSolution("grids: no closed form is known for this problem.")
     if len(problem.event_shape) != 1:
         raise NoExactSolution(
-            f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of shape "
-            f"{tuple(problem.event_shape)}; grids need vector states."
+            f"reference: no exact solution is known for a nonlinear {type(problem.reference).__name__} with states of "
+            f"shape {tuple(problem.event_shape)}; grids need vector states."
         )
     if not problem.reference.pretrained:
         return
@@ -90,12 +93,13 @@ def _check_grids(problem: ControlProblem, grids: bool) -> None:
             made = problem.reference.drift(x, torch.tensor(0.5 * problem.horizon, dtype=x.dtype))  # type: ignore[union-attr]
     except RuntimeError as error:
         raise NoExactSolution(
-            "reference: grids need a pre-trained model that computes in float64, and this one does not; pass model.double(), or a sc.GaussianMixture in "
-            f"the model's place. ({error})"
+            "reference: grids need a pre-trained model that computes in float64, and this one does not; pass "
+            f"model.double(), or a sc.GaussianMixture in the model's place. ({error})"
         ) from error
     if made.dtype != torch.float64:
         raise NoExactSolution(
-            f"reference: grids need a pre-trained model that computes in float64, and this one gives {made.dtype}; do not convert in it."
+            f"reference: grids need a pre-trained model that computes in float64, and this one gives {made.dtype}; do "
+            "not convert in it."
         )
 
 

@@ -1,8 +1,8 @@
 """Files: tensors as safetensors, settings as JSON, nothing unpickled, written so that a torn write is never read.
 
-A bundle is ``NAME.safetensors`` and ``NAME.json``. The JSON is written last, by an atomic rename, and holds the checksum
-of the tensors and its own: a bundle counts only if all agree. It also names its kind, whose fields are registered here by who writes it, and the
-schema number of its layout (:mod:`.migrations`).
+A bundle is ``NAME.safetensors`` and ``NAME.json``. The JSON is written last, by an atomic rename, and holds the
+checksum of the tensors and its own: a bundle counts only if all agree. It also names its kind, whose fields are
+registered here by who writes it, and the schema number of its layout (:mod:`.migrations`).
 """
 
 import hashlib
@@ -75,7 +75,8 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
 
     Raises:
         MissingFileError: there is none.
-        BadFileError: it is corrupt, truncated, or not of this package, this kind or a known schema; the message says which.
+        BadFileError: it is corrupt, truncated, or not of this package, this kind or a known schema; the message says
+            which.
     """
     from safetensors.torch import load
 
@@ -93,8 +94,8 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
     schema = settings.get("schema") if settings["format"] == FORMAT else 1
     if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise BadFileError(
-            f"{path} has the schema number {schema!r}, and this version of the package reads 1 to {SCHEMA}: read it with the "
-            "version that wrote it, or a later one."
+            f"{path} has the schema number {schema!r}, and this version of the package reads 1 to {SCHEMA}: read it "
+            "with the version that wrote it, or a later one."
         )
     if settings.get("kind") != kind:
         raise BadFileError(f"{path} holds a {settings.get('kind')!r}, not a {kind!r}.")

@@ -1,4 +1,5 @@
-"""What bundles hold: tensors by parts, settings as JSON can hold them, and the facts by which they know their problem."""
+"""What bundles hold: tensors by parts, settings as JSON can hold them, and the facts by which they know their
+problem."""
 
 import json
 from numbers import Integral
@@ -33,7 +34,8 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, fi
     """Fill a module from saved tensors, all names and shapes matching.
 
     Args:
-        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not be.
+        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not
+            be.
 
     Raises:
         BadFileError: naming what does not fit.

@@ -10,7 +10,8 @@ _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}
 def migrated(schema: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of the present schema, from those of an older one.
 
-    From 1 to 2 what a solution says beyond all others goes into a field of its own; networks get the fields that they came to have.
+    From 1 to 2 what a solution says beyond all others goes into a field of its own; networks get the fields that they
+    came to have.
     """
     if schema == 2:
         return settings

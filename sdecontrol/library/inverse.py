@@ -1,7 +1,8 @@
 """Linear inverse problems with a Gaussian-mixture prior: fine-tuning with everything in closed form.
 
 The setting of Cardoso et al. 2308.07983 and of the particle and guidance samplers that followed it: a diffusion model
-whose data are a mixture of 25 Gaussians, observed through a linear map with Gaussian noise. The posterior is again a mixture.
+whose data are a mixture of 25 Gaussians, observed through a linear map with Gaussian noise. The posterior is again a
+mixture.
 """
 
 import math
@@ -39,7 +40,8 @@ class MixtureObservation(NamedTuple):
 
 
 def mixture_observation(observations: int, seed: int, dim: int = 8) -> MixtureObservation:
-    """The prior and the observation of :func:`mixture_inverse_problem`, same arguments; the global generator is left alone."""
+    """The prior and the observation of :func:`mixture_inverse_problem`, same arguments; the global generator is left
+    alone."""
     for name, value, least in (("observations", observations, 1), ("seed", seed, 0), ("dim", dim, 2)):
         check_count(name, value, least)
     if dim % 2 or observations > dim:
@@ -67,18 +69,20 @@ def mixture_observation(observations: int, seed: int, dim: int = 8) -> MixtureOb
 
 
 def mixture_inverse_problem(observations: int, seed: int, dim: int = 8) -> ControlProblem:
-    """Sample from the posterior of x ~ a mixture of 25 Gaussians given ``y = A x + noise``, as the fine-tuning of a diffusion model. Version 1.
+    """Sample from the posterior of x ~ a mixture of 25 Gaussians given ``y = A x + noise``, as the fine-tuning of a
+    diffusion model. Version 1.
 
-    Prior: components ``N(mu_ij, I)``, ``mu_ij = (8i, 8j, 8i, 8j, ...)``, i, j in -2..2, weights ``randn^2`` normalised. ``A`` is
-    ``observations x dim`` with the singular vectors of a standard normal matrix and sorted singular values U(0, 1); the noise's standard
-    deviation is U(0, 1) times the largest of them; x is drawn from the prior. Reference: the reversal of ``sc.VP()`` from
-    the prior, with its exact score. Reward ``log p(y | x)`` with its constants, alpha = 1: the tilted law is the posterior,
-    log Z is ``log p(y)``, and :func:`exact_solution` knows both, and the value and control at all times.
+    Prior: components ``N(mu_ij, I)``, ``mu_ij = (8i, 8j, 8i, 8j, ...)``, i, j in -2..2, weights ``randn^2`` normalised.
+    ``A`` is ``observations x dim`` with the singular vectors of a standard normal matrix and sorted singular values
+    U(0, 1); the noise's standard deviation is U(0, 1) times the largest of them; x is drawn from the prior. Reference:
+    the reversal of ``sc.VP()`` from the prior, with its exact score. Reward ``log p(y | x)`` with its constants, alpha
+    = 1: the tilted law is the posterior, log Z is ``log p(y)``, and :func:`exact_solution` knows both, and the value
+    and control at all times.
 
     Args:
         observations: dy >= 1, at most dim; the published ones are 1, 2 and 4.
-        seed: of everything random in the definition (weights, A, noise, x, y), drawn in float64 from a generator of its own. No two seeds
-            have the same prior.
+        seed: of everything random in the definition (weights, A, noise, x, y), drawn in float64 from a generator of its
+            own. No two seeds have the same prior.
         dim: even; the published ones are 8 and 80.
 
     Returns:

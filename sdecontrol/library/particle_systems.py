@@ -1,8 +1,9 @@
 """Systems of particles that interact through their distances, without their centre of mass.
 
-A density that is invariant under translation has no integral over all positions, so it lives on the subspace of positions whose mean is 0. States are
-the coordinates of that subspace in an orthonormal basis (the rows of Helmert's matrix), ``(n - 1) * space`` numbers; the map is an isometry, so
-that log densities, distances between configurations and Wasserstein distances are those of the positions.
+A density that is invariant under translation has no integral over all positions, so it lives on the subspace of
+positions whose mean is 0. States are the coordinates of that subspace in an orthonormal basis (the rows of Helmert's
+matrix), ``(n - 1) * space`` numbers; the map is an isometry, so that log densities, distances between configurations
+and Wasserstein distances are those of the positions.
 """
 
 import math
@@ -41,13 +42,15 @@ class ParticleSystem(Target):
         return (self._basis.to(positions) @ positions).flatten(1)
 
     def distances(self, x: Tensor) -> Tensor:
-        """All distances between two particles, ``(batch, pairs)``: invariant under rotations, reflections and (sorted) permutations."""
+        """All distances between two particles, ``(batch, pairs)``: invariant under rotations, reflections and (sorted)
+        permutations."""
         p = self.positions(x)
         i, j = self._pairs.to(x.device)
         return (p[:, i] - p[:, j]).square().sum(2).clamp(min=_LEAST_SQUARE).sqrt()
 
     def distance_histogram(self, x: Tensor, bins: int = 100, upper: float | None = None) -> tuple[Tensor, Tensor]:
-        """Density ``(bins,)`` of the distances of all states, and the edges ``(bins + 1,)``; upper: the last edge (default: the largest)."""
+        """Density ``(bins,)`` of the distances of all states, and the edges ``(bins + 1,)``; upper: the last edge
+        (default: the largest)."""
         values = self.distances(x).detach().double().cpu().flatten()
         upper = float(values.max()) if upper is None else upper
         counts, edges = torch.histogram(values, bins, range=(0.0, upper))
@@ -65,16 +68,16 @@ class DoubleWellSystem(ParticleSystem):
 
 @register_target("dw-4", version=1)
 def _dw4() -> Target:
-    """4 particles in the plane, d = 6: energy sum over pairs of 0.9 (r - 4)^4 - 4 (r - 4)^2, on the subspace of centre of mass 0 with an
-    orthonormal basis; log Z is not known exactly."""
+    """4 particles in the plane, d = 6: energy sum over pairs of 0.9 (r - 4)^4 - 4 (r - 4)^2, on the subspace of centre
+    of mass 0 with an orthonormal basis; log Z is not known exactly."""
     return DoubleWellSystem(4, 2)
 
 
 class LennardJones(ParticleSystem):
     """Energy ``sum over pairs of r^-12 - 2 r^-6 + sum_i |x_i - mean|^2 / 2``.
 
-    Below r = 0.6, where a pair has the energy 416, its energy goes on as the parabola that continues it with two derivatives: 35 000 at r = 0,
-    so that values and gradients are finite in float32 everywhere.
+    Below r = 0.6, where a pair has the energy 416, its energy goes on as the parabola that continues it with two
+    derivatives: 35 000 at r = 0, so that values and gradients are finite in float32 everywhere.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class LennardJones(ParticleSystem):
 
 @register_target("lj-13", version=1)
 def _lj13() -> Target:
-    """13 particles in space, d = 36: energy sum over pairs of r^-12 - 2 r^-6, plus sum_i |x_i - mean|^2 / 2, on the subspace of centre of mass 0
-    with an orthonormal basis; below r = 0.6 a pair's energy (416 there) goes on as the parabola with the same value, slope and curvature;
-    log Z is not known exactly."""
+    """13 particles in space, d = 36: energy sum over pairs of r^-12 - 2 r^-6, plus sum_i |x_i - mean|^2 / 2, on the
+    subspace of centre of mass 0 with an orthonormal basis; below r = 0.6 a pair's energy (416 there) goes on as the
+    parabola with the same value, slope and curvature; log Z is not known exactly."""
     return LennardJones(13, 3)

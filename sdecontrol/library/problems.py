@@ -1,9 +1,9 @@
 """Named control problems: fixed, versioned definitions with their usual discretisation.
 
 The first four are the card of Domingo-Enrich et al. 2312.02027 and of its published settings:
-``dX = (b + sigma u) dt + sqrt(lam) sigma dW``, cost ``E[int (|u|^2/2 + f) dt + g(X_T)]``, T = 1, one fixed start, lam = 1. That convention
-scales the noise and leaves the control alone; this package's control has the noise's own units. With ``noise=lam`` the
-same problem is, in the convention of this package::
+``dX = (b + sigma u) dt + sqrt(lam) sigma dW``, cost ``E[int (|u|^2/2 + f) dt + g(X_T)]``, T = 1, one fixed start, lam =
+1. That convention scales the noise and leaves the control alone; this package's control has the noise's own units. With
+``noise=lam`` the same problem is, in the convention of this package::
 
     diffusion sqrt(lam) sigma,   alpha = lam,   reward -g,   running cost f,   u (published) = sqrt(lam) u (here),
 
@@ -69,8 +69,8 @@ def named_problem(name: str, noise: float = 1.0) -> ControlProblem:
     """A benchmark problem by its name (:func:`problem_names`). Definitions: ``problem_card(name).definition``.
 
     Args:
-        noise: the published lam > 0: the noise is ``sqrt(lam) sigma`` and alpha is lam, with drift and costs unchanged. The published
-            control is ``sqrt(lam)`` times the one of this package.
+        noise: the published lam > 0: the noise is ``sqrt(lam) sigma`` and alpha is lam, with drift and costs unchanged.
+            The published control is ``sqrt(lam)`` times the one of this package.
 
     Raises:
         ValueError: unknown name, with the nearest ones; or noise not positive.
@@ -104,8 +104,8 @@ def _ou_quadratic_easy(noise: float = 1.0) -> ControlProblem:
 
 @_card("ou-quadratic-hard", version=1, time_steps=50, batch_size=128)
 def _ou_quadratic_hard(noise: float = 1.0) -> ControlProblem:
-    """d = 20, b = x, sigma = I, f = |x|^2, g = 0.5 |x|^2; start 0.5 randn(20) with seed 0, |x0|^2 = 6.0257. Published on 50 steps
-    with batches of 128, and on 150 steps with batches of 64."""
+    """d = 20, b = x, sigma = I, f = |x|^2, g = 0.5 |x|^2; start 0.5 randn(20) with seed 0, |x0|^2 = 6.0257. Published
+    on 50 steps with batches of 128, and on 150 steps with batches of 64."""
     return _quadratic(1.0, 1.0, 0.5, noise)
 
 
@@ -123,8 +123,8 @@ def _ou_linear(noise: float = 1.0) -> ControlProblem:
 
 @_card("double-well", version=1, time_steps=200, batch_size=128)
 def _double_well(noise: float = 1.0) -> ControlProblem:
-    """d = 10, b = -grad sum kappa_i (x_i^2 - 1)^2, sigma = I, f = 0, g = sum nu_i (x_i^2 - 1)^2, kappa = (5, 5, 5, 1, ...),
-    nu = (3, 3, 3, 1, ...); start 0."""
+    """d = 10, b = -grad sum kappa_i (x_i^2 - 1)^2, sigma = I, f = 0, g = sum nu_i (x_i^2 - 1)^2, kappa = (5, 5, 5, 1,
+    ...), nu = (3, 3, 3, 1, ...); start 0."""
     kappa, nu = torch.ones(10), torch.ones(10)
     kappa[:3], nu[:3] = 5.0, 3.0
 
@@ -186,9 +186,9 @@ def _double_well_2d(noise: float = 1.0) -> ControlProblem:
 
 @_card("pendulum-swing-up", version=1, time_steps=100, batch_size=128)
 def _pendulum(noise: float = 1.0) -> ControlProblem:
-    """A pendulum on a cart that is pushed: state (angle from upright, angular velocity), T = 2, b = (w, 4 sin a - w/5), the cart's
-    acceleration as control and noise, sigma = (0, -3 cos a)' (d = 2, m = 1, depends on the state, vanishes at the
-    horizontal); f = 0, g = 4 (1 - cos a) + w^2/4; start hanging at rest, (pi, 0)."""
+    """A pendulum on a cart that is pushed: state (angle from upright, angular velocity), T = 2, b = (w, 4 sin a - w/5),
+    the cart's acceleration as control and noise, sigma = (0, -3 cos a)' (d = 2, m = 1, depends on the state, vanishes
+    at the horizontal); f = 0, g = 4 (1 - cos a) + w^2/4; start hanging at rest, (pi, 0)."""
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         return torch.stack((x[:, 1], 4 * x[:, 0].sin() - 0.2 * x[:, 1]), 1)
@@ -210,8 +210,9 @@ def _pendulum(noise: float = 1.0) -> ControlProblem:
 
 @_card("unicycle", version=1, time_steps=100, batch_size=128)
 def _unicycle(noise: float = 1.0) -> ControlProblem:
-    """A unicycle parks: state (x, y, heading a), T = 1, b = 0, control and noise are speed and turning, sigma = ((cos a, 0), (sin a, 0),
-    (0, 2)) (d = 3, m = 2, depends on the state); f = 0, g = 4 (x^2 + y^2) + 1 - cos a; start (0, 1, 0), beside the place."""
+    """A unicycle parks: state (x, y, heading a), T = 1, b = 0, control and noise are speed and turning, sigma = ((cos
+    a, 0), (sin a, 0), (0, 2)) (d = 3, m = 2, depends on the state); f = 0, g = 4 (x^2 + y^2) + 1 - cos a; start (0, 1,
+    0), beside the place."""
 
     def diffusion(x: Tensor, t: Tensor) -> Tensor:
         zero = torch.zeros_like(x[:, 2])
@@ -232,9 +233,9 @@ def _unicycle(noise: float = 1.0) -> ControlProblem:
 
 @_card("mixture-steering", version=1, time_steps=100, batch_size=256)
 def _mixture_steering(noise: float = 1.0) -> ControlProblem:
-    """From a Gaussian towards a mixture: d = 2, Brownian motion from N(0, I), T = 1, so that X_T ~ N(0, 2 I); reward log p - log N(0, 2 I), p the
-    equal mixture of N((+-2, +-2), I/4). At lam = 1 log Z = 0, and the tilted end is p for a controlled start; the start is
-    fixed, as in a Schroedinger bridge."""
+    """From a Gaussian towards a mixture: d = 2, Brownian motion from N(0, I), T = 1, so that X_T ~ N(0, 2 I); reward
+    log p - log N(0, 2 I), p the equal mixture of N((+-2, +-2), I/4). At lam = 1 log Z = 0, and the tilted end is p for
+    a controlled start; the start is fixed, as in a Schroedinger bridge."""
 
     def reward(x: Tensor) -> Tensor:
         both = torch.stack((-2 * (x - 2) ** 2, -2 * (x + 2) ** 2)).logsumexp(0) + math.log(0.5) - 0.5 * math.log(0.25)
@@ -250,8 +251,8 @@ def _mixture_steering(noise: float = 1.0) -> ControlProblem:
 
 @_card("ring-steering", version=1, time_steps=100, batch_size=256)
 def _ring_steering(noise: float = 1.0) -> ControlProblem:
-    """From a Gaussian towards a ring: d = 2, Brownian motion from N(0, I/4), T = 1, f = 0, g = (|x|^2 - 4)^2 / 4 (a tempered ring of radius 2); the
-    start is fixed, as in a Schroedinger bridge."""
+    """From a Gaussian towards a ring: d = 2, Brownian motion from N(0, I/4), T = 1, f = 0, g = (|x|^2 - 4)^2 / 4 (a
+    tempered ring of radius 2); the start is fixed, as in a Schroedinger bridge."""
 
     def reward(x: Tensor) -> Tensor:
         return -0.25 * ((x**2).sum(-1) - 4) ** 2
@@ -266,8 +267,9 @@ def _ring_steering(noise: float = 1.0) -> ControlProblem:
 
 @_card("non-symmetric-quadratic", version=1, time_steps=50, batch_size=128)
 def _non_symmetric_quadratic(noise: float = 1.0) -> ControlProblem:
-    """d = 50, b = (-I/2 + N) x, sigma = (I + 0.3 M) without its last ten columns (m = 40), f = |x|^2/4, g = |x|^2/2 - sum x; start
-    0.5 randn(50) with seed 0; N, M = randn(50, 50)/sqrt(50) with seeds 1, 2, neither symmetric nor normal."""
+    """d = 50, b = (-I/2 + N) x, sigma = (I + 0.3 M) without its last ten columns (m = 40), f = |x|^2/4, g = |x|^2/2 -
+    sum x; start 0.5 randn(50) with seed 0; N, M = randn(50, 50)/sqrt(50) with seeds 1, 2, neither symmetric nor
+    normal."""
     N, M = _normal(50, 50, seed=1) / math.sqrt(50), _normal(50, 50, seed=2) / math.sqrt(50)
     eye = torch.eye(50)
     return ControlProblem(

@@ -33,11 +33,13 @@ class ReferenceSamples:
     Attributes:
         x: ``(n, dim)``, all of the same weight, in random order.
         log_z: of the density.
-        log_density: mean of the log density over these samples. mean: of each coordinate, ``(dim,)``, with ``mean_stderr``. All errors are over
-            independent systems (over draws, where they are exact): what two of them share by accident they cannot see.
+        log_density: mean of the log density over these samples. mean: of each coordinate, ``(dim,)``, with
+            ``mean_stderr``. All errors are over independent systems (over draws, where they are exact): what two of
+            them share by accident they cannot see.
         exact: whether an exact sampler made them.
         spread: standard deviation of log Z^ between systems; 0 where samples are exact.
-        effective_systems: ``(sum Z^)^2 / sum Z^^2``, systems that the samples come from in effect. systems: in all (0 where samples are exact).
+        effective_systems: ``(sum Z^)^2 / sum Z^^2``, systems that the samples come from in effect. systems: in all (0
+            where samples are exact).
         evaluations: of the log density that they cost when they were made.
         cached: whether they come from the cache.
     """
@@ -95,10 +97,12 @@ def reference_samples(
 ) -> ReferenceSamples:
     """Samples of a named target: exact draws where it has them, else the ends of long tempered runs, with an error.
 
-    Without an exact sampler, ``systems`` independent systems of ``particles`` are tempered from a wide Gaussian to the target on one ladder
-    (:class:`TemperedSMC`), n of all particles are drawn, each system in proportion to its ``Z^``, and each of these goes on for
-    ``moves`` Hamiltonian moves at the target, in which copies part. Nothing is downloaded. It takes minutes for the larger targets, once: the result is kept in the
-    cache folder ($SDECONTROL_CACHE, else ~/.cache/sdecontrol) under the target's name and version and all settings, and a damaged file is reported and made again.
+    Without an exact sampler, ``systems`` independent systems of ``particles`` are tempered from a wide Gaussian to the
+    target on one ladder (:class:`TemperedSMC`), n of all particles are drawn, each system in proportion to its ``Z^``,
+    and each of these goes on for ``moves`` Hamiltonian moves at the target, in which copies part. Nothing is
+    downloaded. It takes minutes for the larger targets, once: the result is kept in the cache folder
+    ($SDECONTROL_CACHE, else ~/.cache/sdecontrol) under the target's name and version and all settings, and a damaged
+    file is reported and made again.
 
     Args:
         target: a name, or a :class:`Target` (one that is not in the library is not cached).
@@ -140,7 +144,8 @@ def reference_samples(
         found = _result(tensors, facts, systems, cached=False)
     if not found.agree:
         warnings.warn(
-            f"reference_samples: {found.source}: the systems do not agree on log Z (they vary by {found.spread:.2g}). Use more particles.",
+            f"reference_samples: {found.source}: the systems do not agree on log Z (they vary by {found.spread:.2g}). "
+            "Use more particles.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -202,7 +207,8 @@ def _result(tensors: dict[str, Tensor], facts: dict[str, Any], systems: int, cac
 
 
 def _over_systems(values: Tensor, system: Tensor, systems: int) -> tuple[Tensor, Tensor]:
-    """Means of ``(n, k)`` values and their errors over the systems that they come from: of a ratio of sums over systems (delta method)."""
+    """Means of ``(n, k)`` values and their errors over the systems that they come from: of a ratio of sums over systems
+    (delta method)."""
     mean = values.mean(0)
     beyond = values.new_zeros(systems, values.shape[1]).index_add(0, system, values - mean)
     return mean, (beyond.square().sum(0) * (systems / (systems - 1))).sqrt() / len(values)

@@ -48,7 +48,8 @@ class Target:
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         raise NoExactSolution(
-            f"{self.name or type(self).__name__} has no exact sampler; take long Monte Carlo runs as a reference and give their error."
+            f"{self.name or type(self).__name__} has no exact sampler; take long Monte Carlo runs as a reference and "
+            "give their error."
         )
 
     def _check(self, x: Tensor) -> None:
@@ -60,7 +61,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Card:
-    """A named target, or a named problem. ``version`` is raised whenever the definition changes; ``make()`` makes it."""
+    """A named target, or a named problem. ``version`` is raised whenever the definition changes; ``make()`` makes
+    it."""
 
     name: str
     version: int

@@ -1,10 +1,12 @@
 """Named targets: fixed, versioned unnormalised densities to sample, with what is known of them exactly.
 
-The names of the literature do not fix a density (there are several mixtures of 40 Gaussians, two funnels and a factor 2 between two
-Lennard-Jones clusters); a :class:`Target` does: definition, version, log Z, exact samples and modes where they exist. A target is a log
-density itself, ``target(x)``, so it goes straight into ``sc.gibbs_problem(target, target.dim)``.
+The names of the literature do not fix a density (there are several mixtures of 40 Gaussians, two funnels and a factor 2
+between two Lennard-Jones clusters); a :class:`Target` does: definition, version, log Z, exact samples and modes where
+they exist. A target is a log density itself, ``target(x)``, so it goes straight into
+``sc.gibbs_problem(target, target.dim)``.
 
-Constants are kept in float64 and follow the input's dtype and device; random parts of a definition come from a generator of their own.
+Constants are kept in float64 and follow the input's dtype and device; random parts of a definition come from a
+generator of their own.
 """
 
 import math
@@ -94,20 +96,21 @@ def _forty(dim: int) -> Tensor:
 
 @register_target("gmm40-2d", version=1)
 def _gmm40_2d() -> Target:
-    """d = 2: equal mixture of 40 Gaussians of standard deviation softplus(1) = 1.3133, means (torch.rand(40, 2) - 0.5) * 80 as
-    torch.manual_seed(0) gives them on CPU in float32, normalised; log Z = 0."""
+    """d = 2: equal mixture of 40 Gaussians of standard deviation softplus(1) = 1.3133, means (torch.rand(40, 2) - 0.5)
+    * 80 as torch.manual_seed(0) gives them on CPU in float32, normalised; log Z = 0."""
     return Mixture(_forty(2), math.log1p(math.e) ** 2)
 
 
 @register_target("gmm40-50d", version=1)
 def _gmm40_50d() -> Target:
-    """d = 50: equal mixture of 40 Gaussians of standard deviation 1, means (torch.rand(40, 50) - 0.5) * 80 as torch.manual_seed(0)
-    gives them on CPU in float32, normalised; log Z = 0."""
+    """d = 50: equal mixture of 40 Gaussians of standard deviation 1, means (torch.rand(40, 50) - 0.5) * 80 as
+    torch.manual_seed(0) gives them on CPU in float32, normalised; log Z = 0."""
     return Mixture(_forty(50), 1.0)
 
 
 class Funnel(Target):
-    """Neal's funnel, normalised. In the exponential x1 is held above -60 (20 standard deviations), so that values stay finite."""
+    """Neal's funnel, normalised. In the exponential x1 is held above -60 (20 standard deviations), so that values stay
+    finite."""
 
     log_z = 0.0
 
@@ -139,8 +142,8 @@ def _funnel() -> Target:
 class ManyWell(Target):
     """A product of equal one-dimensional double wells and of standard normal factors ``exp(-x^2/2)``, unnormalised.
 
-    log Z is a sum of one-dimensional integrals (trapezoidal rule on a fine grid, exact to rounding for such densities), samples come from
-    the inverse of the wells' distribution function on that grid (exact to 1e-8).
+    log Z is a sum of one-dimensional integrals (trapezoidal rule on a fine grid, exact to rounding for such densities),
+    samples come from the inverse of the wells' distribution function on that grid (exact to 1e-8).
 
     Args:
         wells: which coordinates are double wells.
@@ -194,8 +197,8 @@ class ManyWell(Target):
 
 @register_target("many-well-32", version=1)
 def _many_well_32() -> Target:
-    """d = 32: 16 pairs (x1, x2) with log density -x1^4 + 6 x1^2 + x1/2 - x2^2/2 each, x1 the even coordinates (from 0), unnormalised; log Z =
-    164.695675, and 0.1557 of a well's mass is on its left. 65 536 modes."""
+    """d = 32: 16 pairs (x1, x2) with log density -x1^4 + 6 x1^2 + x1/2 - x2^2/2 each, x1 the even coordinates (from 0),
+    unnormalised; log Z = 164.695675, and 0.1557 of a well's mass is on its left. 65 536 modes."""
     return ManyWell(32, torch.arange(0, 32, 2), lambda x: x * (0.5 + x * (6 - x.square())))
 
 
@@ -207,7 +210,8 @@ def _many_well_5() -> Target:
 
 @register_target("many-well-50", version=1)
 def _many_well_50() -> Target:
-    """d = 50: log density -sum_{i<=5} (x_i^2 - 2)^2 - sum_{i>5} x_i^2/2, unnormalised; log Z = 42.817243, 32 modes at +-sqrt(2)."""
+    """d = 50: log density -sum_{i<=5} (x_i^2 - 2)^2 - sum_{i>5} x_i^2/2, unnormalised; log Z = 42.817243, 32 modes at
+    +-sqrt(2)."""
     return ManyWell(50, torch.arange(5), lambda x: -(x.square() - 2).square(), (-math.sqrt(2), math.sqrt(2)))
 
 
@@ -215,7 +219,8 @@ def _many_well_50() -> Target:
 
 
 class LogisticRegression(Target):
-    """Posterior of a Bayesian logistic regression: log likelihood plus ``log N(beta; 0, I)`` with its constant, so that Z is the evidence.
+    """Posterior of a Bayesian logistic regression: log likelihood plus ``log N(beta; 0, I)`` with its constant, so that
+    Z is the evidence.
 
     Args:
         features: ``(n, dim)``, with a column of ones if there is an intercept. labels: ``(n,)`` of 0 and 1.
@@ -234,9 +239,9 @@ class LogisticRegression(Target):
 
 @register_target("logistic-regression", version=1)
 def _logistic_regression() -> Target:
-    """d = 31: posterior of a logistic regression on scikit-learn's breast cancer data (569 rows, 30 features standardised with the
-    population deviation, label 1 = benign), coefficients after the intercept, prior N(0, I) on all of them with its constant;
-    log Z is the log evidence, not known exactly."""
+    """d = 31: posterior of a logistic regression on scikit-learn's breast cancer data (569 rows, 30 features
+    standardised with the population deviation, label 1 = benign), coefficients after the intercept, prior N(0, I) on
+    all of them with its constant; log Z is the log evidence, not known exactly."""
     try:
         from sklearn.datasets import load_breast_cancer
     except ModuleNotFoundError as error:
@@ -249,7 +254,8 @@ def _logistic_regression() -> Target:
 
 
 class PhiFour(Target):
-    """Scalar field on a periodic square lattice: ``-S``, ``S = sum_x [sum_mu (phi_{x+mu} - phi_x)^2 + mass phi_x^2 + coupling phi_x^4]``.
+    """Scalar field on a periodic square lattice: ``-S``, ``S = sum_x [sum_mu (phi_{x+mu} - phi_x)^2 + mass phi_x^2 +
+    coupling phi_x^4]``.
 
     States are fields, flattened row by row.
     """
@@ -275,6 +281,7 @@ class PhiFour(Target):
 
 @register_target("phi4-8", version=1)
 def _phi4() -> Target:
-    """d = 64: phi^4 theory on a periodic 8 x 8 lattice, action sum_x [sum_mu (phi_{x+mu} - phi_x)^2 + m^2 phi_x^2 + lam phi_x^4] with m^2 = -4,
-    lam = 6.008 (ensemble E2 of Albergo, Kanwar & Shanahan 1904.12072), unnormalised; log Z is not known exactly."""
+    """d = 64: phi^4 theory on a periodic 8 x 8 lattice, action sum_x [sum_mu (phi_{x+mu} - phi_x)^2 + m^2 phi_x^2 + lam
+    phi_x^4] with m^2 = -4, lam = 6.008 (ensemble E2 of Albergo, Kanwar & Shanahan 1904.12072), unnormalised; log Z is
+    not known exactly."""
     return PhiFour(8, -4.0, 6.008)

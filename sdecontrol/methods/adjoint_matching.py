@@ -1,4 +1,5 @@
-"""``AdjointMatching``: regression of the control on the lean adjoint (Domingo-Enrich et al. 2409.08861), and its reciprocal form."""
+"""``AdjointMatching``: regression of the control on the lean adjoint (Domingo-Enrich et al. 2409.08861), and its
+reciprocal form."""
 
 import math
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ _LOOSEST = 0.1  # relative error of the own-noise solve while the loss is still 
 
 
 class _State(RegressionState):
-    """The sizes of the last loss and of the noise that was subtracted say how well the latter must be known; the residual of the first
-    guess at it, looked at now and then, whether that guess will do."""
+    """The sizes of the last loss and of the noise that was subtracted say how well the latter must be known; the
+    residual of the first guess at it, looked at now and then, whether that guess will do."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -57,29 +58,33 @@ class _State(RegressionState):
 class AdjointMatching(Method):
     """Regress every shift ``c_k(x_k)`` on ``scale_k^T a_{k+1}``, a the lean adjoint along paths of the current control.
 
-    The discretised chain's best mean-shift control is the exact fixed point, for any drift, diffusion, reward and running cost
-    (a diffusion that depends on x adds its own term to the adjoint). In the zero-variance form the reported "loss" is a residual,
-    ``E sum_k |c_k - T(c)_k|^2/2`` with T the fixed-point map: zero at the optimum only, of the order of the squared control error
-    and above it for convex costs. The parameters in which the control is linear move by least squares.
+    The discretised chain's best mean-shift control is the exact fixed point, for any drift, diffusion, reward and
+    running cost (a diffusion that depends on x adds its own term to the adjoint). In the zero-variance form the
+    reported "loss" is a residual, ``E sum_k |c_k - T(c)_k|^2/2`` with T the fixed-point map: zero at the optimum only,
+    of the order of the squared control error and above it for convex costs. The parameters in which the control is
+    linear move by least squares.
 
     Args:
-        zero_variance: subtract the own step's noise from the adjoint (``paths/lean_adjoint.py``); on a linear-quadratic chain no
-            variance is left at the optimum.
-        pairing: "chain": c_k with a_{k+1}. "continuous": with a_k, which moves the fixed point by O(h), nearer to the control in
-            continuous time.
+        zero_variance: subtract the own step's noise from the adjoint (``paths/lean_adjoint.py``); on a linear-quadratic
+            chain no variance is left at the optimum.
+        pairing: "chain": c_k with a_{k+1}. "continuous": with a_k, which moves the fixed point by O(h), nearer to the
+            control in continuous time.
         steps: regress on so many randomly drawn steps (unbiased); None: all.
-        reciprocal: draw ends from a buffer of past paths, and states between them from the reference's bridge (adjoint sampling,
-            2504.11713): one reward gradient serves many regressions. Linear references without running cost; the fixed point is O(h)
-            from the chain's optimum.
+        reciprocal: draw ends from a buffer of past paths, and states between them from the reference's bridge (adjoint
+            sampling, 2504.11713): one reward gradient serves many regressions. Linear references without running cost;
+            the fixed point is O(h) from the chain's optimum.
         buffer_size, refresh: of the reciprocal form: paths kept, and iterations between new ones.
-        clip: of the reciprocal form on a Gibbs problem: slopes of the reward longer than so many times their usual size on the target (that a pilot run has seen)
-            are shortened to it, as in 2504.11713; None: as they are. The first paths end where a density may be steep beyond any use.
-        huber: not of the reciprocal form: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count
-            linearly, as on a ridge between modes, where an adjoint grows without bound; light tails have none. The bound grows like the root of the
-            iterations since a step was taken back, so the fixed point stays. None: squares.
+        clip: of the reciprocal form on a Gibbs problem: slopes of the reward longer than so many times their usual size
+            on the target (that a pilot run has seen) are shortened to it, as in 2504.11713; None: as they are. The
+            first paths end where a density may be steep beyond any use.
+        huber: not of the reciprocal form: residuals longer than so many times their step's median (and than the slope
+            at the end alone accounts for) count linearly, as on a ridge between modes, where an adjoint grows without
+            bound; light tails have none. The bound grows like the root of the iterations since a step was taken back,
+            so the fixed point stays. None: squares.
 
     Raises:
-        NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form bridges.
+        NotDifferentiable: a black-box reward. ValueError: ``reciprocal`` with a running cost or without closed-form
+            bridges.
     """
 
     zero_variance: bool = True
@@ -108,8 +113,8 @@ class AdjointMatching(Method):
         super().check(problem)
         if self.reciprocal and problem.running_cost_function is not None:
             raise ValueError(
-                "adjoint-matching with reciprocal=True needs a problem without running cost: with one the optimum's bridges are not "
-                "the reference's. Use AdjointMatching()."
+                "adjoint-matching with reciprocal=True needs a problem without running cost: with one the optimum's "
+                "bridges are not the reference's. Use AdjointMatching()."
             )
         if self.reciprocal and problem.condition is not None:
             raise ValueError("adjoint-matching with reciprocal=True does not take conditions; use AdjointMatching().")

@@ -37,15 +37,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Regression:
-    """A loss ``E sum_k weight |c_k(x_k) - y_k|^2/2`` whose gradients a method has made: then the parameters in which the control is linear
-    are moved by least squares.
+    """A loss ``E sum_k weight |c_k(x_k) - y_k|^2/2`` whose gradients a method has made: then the parameters in which
+    the control is linear are moved by least squares.
 
     Attributes:
         states: ``(K, batch, *event)`` of all steps of the chain.
         loss: its value, by which the next steps are damped more or less.
         weights: of the paths, ``(batch,)`` with mean 1; None: all 1.
-        objective: of the paths of the current control, ``(batch,)``, where the batch has them: a step after which it has clearly fallen is
-            taken back.
+        objective: of the paths of the current control, ``(batch,)``, where the batch has them: a step after which it
+            has clearly fallen is taken back.
     """
 
     chain: Chain
@@ -66,8 +66,10 @@ class Run:
         control: the user's own control, or None.
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
-            :class:`Regression`, with least squares for the control's linear parameters. False where the last step was taken back instead.
-        take_back: put a regression's best parameters so far in place, and take smaller steps from there. What undoes it, or None where there are none.
+            :class:`Regression`, with least squares for the control's linear parameters. False where the last step was
+            taken back instead.
+        take_back: put a regression's best parameters so far in place, and take smaller steps from there. What undoes
+            it, or None where there are none.
     """
 
     problem: ControlProblem
@@ -118,11 +120,13 @@ class Method:
     averaging: ClassVar[float] = 0.99
     #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
     cools: ClassVar[bool] = False
-    #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse law
+    #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse
+    #: law
     reference_steps: ClassVar[bool] = True
     #: whether the target must not depend on the control
     fixed_target: ClassVar[bool] = True
-    #: whether steps must be Gaussian kernels, whose means a control moves; or at least functions of a noise that it shifts
+    #: whether steps must be Gaussian kernels, whose means a control moves; or at least functions of a noise that it
+    #: shifts
     gaussian: ClassVar[bool] = False
     of_noise: ClassVar[bool] = False
 
@@ -134,35 +138,38 @@ class Method:
         """Raise early where the problem is none for this method."""
         if problem.reference.reverse_target and self.reference_steps:
             raise ValueError(
-                f"{self.name} does not take reference='annealed': it uses a value function, the adjoint or bridges of the reference, and a target made of backward kernels "
-                "has none of these. Use log-variance, reward-backprop, path-consistency with n='all', reinforce or smc; or reference='ou' or 'brownian'."
+                f"{self.name} does not take reference='annealed': it uses a value function, the adjoint or bridges of "
+                "the reference, and a target made of backward kernels has none of these. Use log-variance, "
+                "reward-backprop, path-consistency with n='all', reinforce or smc; or reference='ou' or 'brownian'."
             )
         if problem.reference.controlled_target and self.fixed_target:
             raise ValueError(
-                f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the control has a part in the backward kernels. "
-                "Use log-variance or reward-backprop, or gibbs_problem(..., backward_control=False)."
+                f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the "
+                "control has a part in the backward kernels. Use log-variance or reward-backprop, or "
+                "gibbs_problem(..., backward_control=False)."
             )
         kind = type(problem.reference).__name__
         if self.gaussian and not problem.reference.gaussian:
             raise ValueError(
-                f"{self.name} moves the means of Gaussian kernels, and the steps of a {kind} are none. Use log-variance, soft-ppo, cross-entropy, "
-                "path-consistency, reinforce or smc."
+                f"{self.name} moves the means of Gaussian kernels, and the steps of a {kind} are none. Use "
+                "log-variance, soft-ppo, cross-entropy, path-consistency, reinforce or smc."
             )
         if self.of_noise and not problem.reference.of_noise:
             raise ValueError(
-                f"{self.name} shifts the noise of steps, and a {kind} has kernels of another kind. Use log-variance, soft-ppo, cross-entropy, "
-                "path-consistency, reinforce or smc."
+                f"{self.name} shifts the noise of steps, and a {kind} has kernels of another kind. Use log-variance, "
+                "soft-ppo, cross-entropy, path-consistency, reinforce or smc."
             )
         if self.needs_gradient and not problem.reference.differentiable:
             raise NotDifferentiable(
-                f"{self.name} differentiates the reference's steps, but those of this {kind} have no gradient (tokens, numpy, or a simulator that "
-                "detaches). Use a method without gradients: log-variance, soft-ppo, cross-entropy, particle-matching or smc."
+                f"{self.name} differentiates the reference's steps, but those of this {kind} have no gradient (tokens, "
+                "numpy, or a simulator that detaches). Use a method without gradients: log-variance, soft-ppo, "
+                "cross-entropy, particle-matching or smc."
             )
         if self.needs_gradient and not problem.has_gradient:
             raise NotDifferentiable(
-                f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without a "
-                "graph for an input that requires one). Use a method for black-box rewards (soft-ppo), or write the reward "
-                "in torch operations without .detach(), .item() or .numpy()."
+                f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without "
+                "a graph for an input that requires one). Use a method for black-box rewards (soft-ppo), or write the "
+                "reward in torch operations without .detach(), .item() or .numpy()."
             )
 
     def setup(self, run: Run) -> nn.Module:

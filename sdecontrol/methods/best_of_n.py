@@ -23,10 +23,11 @@ class BestOfN(Method):
 
     Args:
         n: candidates per sample.
-        selection: "best": the one of the largest total reward. Its law is not the tilted one, alpha plays no part; its KL
-            is known, at most ``log n - (n-1)/n`` (Beirami et al. 2401.01879). "softmax": one in proportion to its importance
-            weight ``exp(R/alpha) dQ0/dP^u``: the exact law as n grows (sampling-importance-resampling, Rubin 1987).
-            "rejection": candidates are accepted with probability ``exp((R - bound)/alpha)``, n at a time until one is: the exact law.
+        selection: "best": the one of the largest total reward. Its law is not the tilted one, alpha plays no part; its
+            KL is known, at most ``log n - (n-1)/n`` (Beirami et al. 2401.01879). "softmax": one in proportion to its
+            importance weight ``exp(R/alpha) dQ0/dP^u``: the exact law as n grows (sampling-importance-resampling, Rubin
+            1987). "rejection": candidates are accepted with probability ``exp((R - bound)/alpha)``, n at a time until
+            one is: the exact law.
         bound: an upper bound of reward - running cost, for "rejection".
         proposal: the candidates' control or solution; None: the reference (the only one for "rejection").
     """

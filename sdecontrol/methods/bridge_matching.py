@@ -19,19 +19,22 @@ from .on_paths import PathMethod
 @register
 @dataclass(frozen=True)
 class BridgeMatching(PathMethod):
-    """Forward ``KL(Q_fine || P^u)`` on pairs of ends: regress the control on the drift of the reference conditioned on its end.
+    """Forward ``KL(Q_fine || P^u)`` on pairs of ends: regress the control on the drift of the reference conditioned on
+    its end.
 
-    Both ends come from simulated paths, weighted to Q_fine by ``w = exp(r/alpha) dQ0/dP^v`` (normalised in log space); between them
-    states are drawn anew from the reference's bridge, since the bridges of Q_fine are the reference's where there is no running cost
-    (Theorem 3), and the target is ``E[xi_k | x_k, x_K]``. It is :class:`CrossEntropy` with the noise of the middle averaged out: the
-    same expected gradient on the chain. A baseline for control problems: the target's variance given x_k does not vanish at the optimum.
+    Both ends come from simulated paths, weighted to Q_fine by ``w = exp(r/alpha) dQ0/dP^v`` (normalised in log space);
+    between them states are drawn anew from the reference's bridge, since the bridges of Q_fine are the reference's
+    where there is no running cost (Theorem 3), and the target is ``E[xi_k | x_k, x_K]``. It is :class:`CrossEntropy`
+    with the noise of the middle averaged out: the same expected gradient on the chain. A baseline for control problems:
+    the target's variance given x_k does not vanish at the optimum.
 
-    Needs a reference whose bridges are known and no running cost: a linear one, or a memoryless generative one, whose bridge is the noising process (in continuous
-    time: the fixed point is O(h) from the chain's optimum).
+    Needs a reference whose bridges are known and no running cost: a linear one, or a memoryless generative one, whose
+    bridge is the noising process (in continuous time: the fixed point is O(h) from the chain's optimum).
 
     Args:
         paths: "current", "reference", or a control or solution whose ends to learn from.
-        trust_region: largest ``KL(weighted || unweighted ends)`` in nats, by tempering, as in :class:`CrossEntropy`; None: whole weights.
+        trust_region: largest ``KL(weighted || unweighted ends)`` in nats, by tempering, as in :class:`CrossEntropy`;
+            None: whole weights.
     """
 
     paths: Any = "current"
@@ -47,8 +50,8 @@ class BridgeMatching(PathMethod):
         super().check(problem)
         if problem.running_cost_function is not None:
             raise ValueError(
-                "bridge-matching: with a running cost the bridges of the target are not the reference's. Use cross-entropy, which "
-                "regresses on whole paths."
+                "bridge-matching: with a running cost the bridges of the target are not the reference's. Use "
+                "cross-entropy, which regresses on whole paths."
             )
 
     def setup(self, run: Run) -> Any:

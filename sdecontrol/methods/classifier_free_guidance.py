@@ -19,25 +19,29 @@ from .base import ControlState, Method, Run, register
 @register
 @dataclass(frozen=True)
 class ClassifierFreeGuidance(Method):
-    """``eps = (1 + w) eps(x, s, y) - w eps(x, s)``, as a control of the unconditional model eps(x, s); nothing is trained.
+    """``eps = (1 + w) eps(x, s, y) - w eps(x, s)``, as a control of the unconditional model eps(x, s); nothing is
+    trained.
 
-    The problem's reference is the unconditional model, so this is ``u = (1 + w) g^-1 (drift of the conditional - drift of the
-    reference)``: its KL, log-ratios and weights are towards the problem's own target, and ``SMC`` takes it as a proposal.
-    (The mean of every step is the guided model's, exactly; with ``scheme="exponential"``, which holds u and not eps, to O(h).)
-    For w = 0 the samples are the conditional model's; then and only then, with exact models, their law is ``p(x | y)``, the target of
-    ``r = log p(y | x)`` at alpha = 1. For w > 0 they are those of no tilted law in particular (of ``p(x) p(y | x)^(1+w)`` it would be if
-    noising commuted with the power: Bradley & Nakkiran 2408.09000). The start is the reference's.
+    The problem's reference is the unconditional model, so this is
+    ``u = (1 + w) g^-1 (drift of the conditional - drift of the reference)``: its KL, log-ratios and weights are towards
+    the problem's own target, and ``SMC`` takes it as a proposal. (The mean of every step is the guided model's,
+    exactly; with ``scheme="exponential"``, which holds u and not eps, to O(h).) For w = 0 the samples are the
+    conditional model's; then and only then, with exact models, their law is ``p(x | y)``, the target of
+    ``r = log p(y | x)`` at alpha = 1. For w > 0 they are those of no tilted law in particular (of
+    ``p(x) p(y | x)^(1+w)`` it would be if noising commuted with the power: Bradley & Nakkiran 2408.09000). The start is
+    the reference's.
 
     Args:
-        conditional: ``model(x, s, y) -> (batch, *shape)`` on the clock and in the parametrisation of the reference's model, y ``(batch, ...)``;
-            such as ``sc.fit_score(data, schedule, condition=labels, drop=0.1)``, which serves as the reference too. An nn.Module is
-            copied, and put into evaluation mode. Saved files do not hold it: ``sc.load(..., control=solution.control)``.
+        conditional: ``model(x, s, y) -> (batch, *shape)`` on the clock and in the parametrisation of the reference's
+            model, y ``(batch, ...)``; such as ``sc.fit_score(data, schedule, condition=labels, drop=0.1)``, which
+            serves as the reference too. An nn.Module is copied, and put into evaluation mode. Saved files do not hold
+            it: ``sc.load(..., control=solution.control)``.
         weight: w, any finite number. 0: the conditional model; -1: the reference.
         label: y, a number or a tensor (of one row); None: the problem's condition.
 
     Raises:
-        ValueError: a reference that is no pre-trained model, clips its prediction, or takes the condition itself; no label; outputs
-            of another shape. TypeError: a conditional model that cannot be called so.
+        ValueError: a reference that is no pre-trained model, clips its prediction, or takes the condition itself; no
+            label; outputs of another shape. TypeError: a conditional model that cannot be called so.
     """
 
     conditional: Callable[..., Tensor] | None = None
@@ -50,8 +54,8 @@ class ClassifierFreeGuidance(Method):
         as_float("weight", self.weight)
         if self.conditional is None or not callable(self.conditional):
             raise TypeError(
-                "conditional must be a model (x, s, y) -> (batch, *shape), such as sc.fit_score(data, schedule, condition=labels); got "
-                f"{type(self.conditional).__name__}."
+                "conditional must be a model (x, s, y) -> (batch, *shape), such as sc.fit_score(data, schedule, "
+                f"condition=labels); got {type(self.conditional).__name__}."
             )
         if positional_count(self.conditional) < 3:
             raise TypeError("conditional must take the condition as its third argument: model(x, s, y).")
@@ -60,19 +64,19 @@ class ClassifierFreeGuidance(Method):
         reference = problem.reference
         if not reference.pretrained:
             raise ValueError(
-                "classifier-free-guidance needs a pre-trained model as reference (generative_sde or diffusion_chain), got "
-                f"{type(reference).__name__}."
+                "classifier-free-guidance needs a pre-trained model as reference (generative_sde or diffusion_chain), "
+                f"got {type(reference).__name__}."
             )
         if reference.clip is not None:
             raise ValueError(
-                f"the reference clips its prediction of x0 to {reference.clip}, which does not commute with the weight. Make the "
-                "chain with clip=None."
+                f"the reference clips its prediction of x0 to {reference.clip}, which does not commute with the "
+                "weight. Make the chain with clip=None."
             )
         if problem.condition is None:
             if self.label is None:
                 raise ValueError(
-                    "label is missing: classifier-free-guidance(label=None) takes the label from the problem's condition, and this "
-                    "problem has none."
+                    "label is missing: classifier-free-guidance(label=None) takes the label from the problem's "
+                    "condition, and this problem has none."
                 )
         elif positional_count(reference.model) >= 3:
             raise ValueError(

@@ -15,16 +15,17 @@ from .base import ControlState, Method, Run, register
 @register
 @dataclass(frozen=True)
 class ClassifierGuidance(Method):
-    """``u = sigma^T grad_x log p(label | x_t)``: value guidance with ``r = log p(label | x)`` and alpha = 1; nothing is trained.
+    """``u = sigma^T grad_x log p(label | x_t)``: value guidance with ``r = log p(label | x)`` and alpha = 1; nothing is
+    trained.
 
-    The problem says what is sampled: with ``reward=sc.LogProb(classifier, label)`` and alpha = 1 the target is the conditional
-    law, and ``evaluate`` and the weights are towards the problem's own target, whatever the guidance.
+    The problem says what is sampled: with ``reward=sc.LogProb(classifier, label)`` and alpha = 1 the target is the
+    conditional law, and ``evaluate`` and the weights are towards the problem's own target, whatever the guidance.
 
     Args:
-        classifier: logits ``(batch, classes)``. With ``noisy=True`` a classifier of noisy states, ``classifier(x, s)`` on the clock of
-            the reference's model, s ``(batch,)`` (Dhariwal & Nichol 2105.05233): if it is calibrated at every time this is the
-            exact value function. With ``noisy=False`` a classifier of clean data, ``classifier(x)``, applied to the denoised
-            state, with the error of Tweedie's formula [31].
+        classifier: logits ``(batch, classes)``. With ``noisy=True`` a classifier of noisy states, ``classifier(x, s)``
+            on the clock of the reference's model, s ``(batch,)`` (Dhariwal & Nichol 2105.05233): if it is calibrated at
+            every time this is the exact value function. With ``noisy=False`` a classifier of clean data,
+            ``classifier(x)``, applied to the denoised state, with the error of Tweedie's formula [31].
             None: the classifier and label of the problem's own reward, where that is a ``LogProb``.
         label: the class; None: the problem's condition is the label.
         noisy: see above.
@@ -47,13 +48,13 @@ class ClassifierGuidance(Method):
         super().check(problem)
         if self.classifier is None and (self.noisy or not isinstance(problem.reward_function, LogProb)):
             raise ValueError(
-                "classifier is missing: without one, classifier-guidance takes that of the problem's reward, which must be "
-                "sc.LogProb(classifier, label) of clean states (noisy=False)."
+                "classifier is missing: without one, classifier-guidance takes that of the problem's reward, which "
+                "must be sc.LogProb(classifier, label) of clean states (noisy=False)."
             )
         if self.classifier is not None and self.label is None and problem.condition is None:
             raise ValueError(
-                "label is missing: classifier-guidance(label=None) takes the label from the problem's condition, and this "
-                "problem has none."
+                "label is missing: classifier-guidance(label=None) takes the label from the problem's condition, and "
+                "this problem has none."
             )
 
     def setup(self, run: Run) -> nn.Module:

@@ -1,4 +1,5 @@
-"""``CrossEntropy``: importance-weighted maximum likelihood on whole paths (Zhang et al. 2014, SIAM J. Control Optim. 52)."""
+"""``CrossEntropy``: importance-weighted maximum likelihood on whole paths (Zhang et al. 2014, SIAM J. Control Optim.
+52)."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,16 +17,16 @@ class CrossEntropy(PathMethod):
     """Minimise the forward ``KL(Q_fine || P^u)``: likelihood of paths of a control v, weighted by
     ``w = exp(R/alpha) dQ0/dP^v``. No gradient of the reward.
 
-    The weights are normalised in log space over the batch (or group). With paths of the current control the mean score, whose
-    expectation is zero, is subtracted: the gradient is then noiseless where the weights are equal, at the optimum. On the chain the
-    minimiser is the mean shift of the soft-optimal kernel, O(h) from the best mean-shift control (equal to it for linear-quadratic
-    problems).
+    The weights are normalised in log space over the batch (or group). With paths of the current control the mean score,
+    whose expectation is zero, is subtracted: the gradient is then noiseless where the weights are equal, at the
+    optimum. On the chain the minimiser is the mean shift of the soft-optimal kernel, O(h) from the best mean-shift
+    control (equal to it for linear-quadratic problems).
 
     Args:
         paths: "current", "reference", or a control or solution whose paths to learn from.
-        trust_region: largest ``KL(weighted || unweighted paths)`` in nats: the weights are tempered to it, so that every
-            iteration heads for a point between the current law and Q_fine. With other paths than the current ones the tempered target
-            is also what is learned, since those paths never get closer. None: whole weights.
+        trust_region: largest ``KL(weighted || unweighted paths)`` in nats: the weights are tempered to it, so that
+            every iteration heads for a point between the current law and Q_fine. With other paths than the current ones
+            the tempered target is also what is learned, since those paths never get closer. None: whole weights.
         group_size: normalise the weights among so many paths that share start and condition; None: in the whole batch.
         steps: take the gradient through so many randomly drawn steps of each path (unbiased); None: all.
     """

@@ -20,25 +20,27 @@ _GROUP = 8
 @register
 @dataclass(frozen=True)
 class LogVariance(PathMethod):
-    """Minimise ``Var_{P^v}[Y(u)]/2`` with ``Y(u) = log dP^u/dQ0 - R/alpha`` on stored paths of a control v; no gradient of the reward.
+    """Minimise ``Var_{P^v}[Y(u)]/2`` with ``Y(u) = log dP^u/dQ0 - R/alpha`` on stored paths of a control v; no gradient
+    of the reward.
 
-    ``Y`` is the negative log importance weight: constant at the soft-optimal law. With paths of the current control (v = u, detached)
-    the gradient of the loss is that of ``KL(P^u || Q_fine)``, and zero at the best mean-shift control; it is the score-function
-    gradient with the likelihood ratio as a control variate, so that its noise nearly vanishes at the optimum. With other paths
-    the minimiser moves by O(h) (docs/mathematics.md section 3). "moment" is ``E (Y + log Z)^2/2`` with a learned log Z: the same
-    gradient in expectation, also known as trajectory balance.
+    ``Y`` is the negative log importance weight: constant at the soft-optimal law. With paths of the current control (v
+    = u, detached) the gradient of the loss is that of ``KL(P^u || Q_fine)``, and zero at the best mean-shift control;
+    it is the score-function gradient with the likelihood ratio as a control variate, so that its noise nearly vanishes
+    at the optimum. With other paths the minimiser moves by O(h) (docs/mathematics.md section 3). "moment" is
+    ``E (Y + log Z)^2/2`` with a learned log Z: the same gradient in expectation, also known as trajectory balance.
 
-    For annealed Langevin (CMCD-LV) the control has a part in the backward kernels B of the target too. ``Y`` has both, and is constant at the optimum alone, but away from
-    it the gradient on the control's own paths, ``E[(Y - EY) d(log P - log B)]``, is no longer that of the KL, ``E[(Y - EY) d log P] - E[d log B]``.
+    For annealed Langevin (CMCD-LV) the control has a part in the backward kernels B of the target too. ``Y`` has both,
+    and is constant at the optimum alone, but away from it the gradient on the control's own paths,
+    ``E[(Y - EY) d(log P - log B)]``, is no longer that of the KL, ``E[(Y - EY) d log P] - E[d log B]``.
 
     Args:
         loss: "variance" or "moment".
         paths: "current", "reference", or a control or solution whose paths to learn from.
-        steps: take the gradient through so many randomly drawn steps of each path (unbiased: it is a sum over steps with a constant
-            coefficient); None: all.
-        group_size: paths per start and condition, for the conditional variance ``E Var[Y | X_0]``: with a random start that keeps its
-            law, or conditions, Y is constant given these only. None: 8 there ("moment" learns log Z as their function instead), else
-            the whole batch. ``batch_size`` must be a multiple of it.
+        steps: take the gradient through so many randomly drawn steps of each path (unbiased: it is a sum over steps
+            with a constant coefficient); None: all.
+        group_size: paths per start and condition, for the conditional variance ``E Var[Y | X_0]``: with a random start
+            that keeps its law, or conditions, Y is constant given these only. None: 8 there ("moment" learns log Z as
+            their function instead), else the whole batch. ``batch_size`` must be a multiple of it.
     """
 
     cools: ClassVar[bool] = True

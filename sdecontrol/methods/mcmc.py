@@ -1,4 +1,5 @@
-"""``MALA``, ``HMC``, ``NUTS``: parallel Markov chains on the density of a Gibbs problem. Nothing is learned but their kernels."""
+"""``MALA``, ``HMC``, ``NUTS``: parallel Markov chains on the density of a Gibbs problem. Nothing is learned but their
+kernels."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,14 +40,16 @@ class _Chains(Method):
     def check(self, problem: ControlProblem) -> None:
         if problem.density is None:
             raise ValueError(
-                f"{self.name} runs chains on a density, which only a gibbs_problem has; sc.TemperedSMC() moves the noises of any problem's paths."
+                f"{self.name} runs chains on a density, which only a gibbs_problem has; sc.TemperedSMC() moves the "
+                "noises of any problem's paths."
             )
         if problem.condition is not None:
             raise ValueError("condition: chains need one target; make a problem with the condition fixed.")
         if not problem.has_gradient:
             raise NotDifferentiable(
-                f"{self.name} moves by the gradient of the log density, and this one has none. sc.TemperedSMC() needs none: it moves by "
-                "preconditioned Crank-Nicolson steps. Or give score=, or write the density in torch operations."
+                f"{self.name} moves by the gradient of the log density, and this one has none. sc.TemperedSMC() needs "
+                "none: it moves by preconditioned Crank-Nicolson steps. Or give score=, or write the density in torch "
+                "operations."
             )
 
     def setup(self, run: Run) -> nn.Module:
@@ -60,10 +63,12 @@ class _Chains(Method):
 @register
 @dataclass(frozen=True)
 class MALA(_Chains):
-    """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996), many chains at once (``particles/markov.py``).
+    """The Metropolis-adjusted Langevin algorithm (Roberts & Tweedie 1996), many chains at once
+    (``particles/markov.py``).
 
-    Chains start over-dispersed. A warm-up adapts step size and a Gaussian preconditioner to all of them together, and freezes both. ``solution.diagnostics()`` says
-    whether they agree, ``solution.evaluate()`` has log Z by bridge sampling.
+    Chains start over-dispersed. A warm-up adapts step size and a Gaussian preconditioner to all of them together, and
+    freezes both. ``solution.diagnostics()`` says whether they agree, ``solution.evaluate()`` has log Z by bridge
+    sampling.
 
     Args:
         num_chains: at once.
@@ -72,8 +77,8 @@ class MALA(_Chains):
         width: of the Gaussian that chains start from, in units of the reference's end.
 
     Raises:
-        ValueError: no Gibbs problem, or one with conditions. NotDifferentiable: no gradient. NonFiniteError: a log density that is nan, +inf, or -inf at all
-            starts.
+        ValueError: no Gibbs problem, or one with conditions. NotDifferentiable: no gradient. NonFiniteError: a log
+            density that is nan, +inf, or -inf at all starts.
     """
 
 
@@ -96,7 +101,8 @@ class HMC(_Chains):
 @register
 @dataclass(frozen=True)
 class NUTS(_Chains):
-    """The no-U-turn sampler (Hoffman & Gelman 1111.4246) of pyro-ppl, which ``pip install 'sdecontrol[mcmc]'`` brings; else as :class:`MALA`.
+    """The no-U-turn sampler (Hoffman & Gelman 1111.4246) of pyro-ppl, which ``pip install 'sdecontrol[mcmc]'`` brings;
+    else as :class:`MALA`.
 
     One chain after another, state by state: for few draws of high quality, and as a yardstick.
 

@@ -1,4 +1,5 @@
-"""A mixture of Gaussians learned from particles, as the beginning of a control: what regression then has to correct is little."""
+"""A mixture of Gaussians learned from particles, as the beginning of a control: what regression then has to correct is
+little."""
 
 import math
 
@@ -22,8 +23,8 @@ _LARGEST = 1024  # numbers in a state to which a mixture is fitted
 
 
 def ends_for_a_mixture(problem: ControlProblem) -> Ends | None:
-    """The reference's end, where a mixture can stand in its place; None: a running cost counts beside the end, the state is too large, a trainable model is to
-    be tuned itself, or no such control is known."""
+    """The reference's end, where a mixture can stand in its place; None: a running cost counts beside the end, the
+    state is too large, a trainable model is to be tuned itself, or no such control is known."""
     large = problem.event_shape.numel() > _LARGEST
     if problem.running_cost_function is not None or large or problem.reference.trainable:
         return None
@@ -35,10 +36,12 @@ def ends_for_a_mixture(problem: ControlProblem) -> Ends | None:
 
 @torch.no_grad()
 def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -> MixtureControl | None:
-    """The control towards a mixture fitted to the ends of particles, in three steps that each begin with the mixture before.
+    """The control towards a mixture fitted to the ends of particles, in three steps that each begin with the mixture
+    before.
 
-    A quarter of ``size`` are tempered from the reference and find the modes; ``size`` tempered from the first mixture find their shares; and eight times as many
-    independent draws that begin with the second one, weighted, say more of all that than any of them could by moving, if their weights are even enough.
+    A quarter of ``size`` are tempered from the reference and find the modes; ``size`` tempered from the first mixture
+    find their shares; and eight times as many independent draws that begin with the second one, weighted, say more of
+    all that than any of them could by moving, if their weights are even enough.
 
     Returns:
         None where there is no such control (:func:`ends_for_a_mixture`), or the first mixture saves no evaluations.
@@ -66,7 +69,8 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
 
 
 def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None) -> StateTarget | NoiseTarget:
-    """Where particles are tempered to the ends of Q_fine: the states of a density, from the mixture where there is one; else the noises of paths, without a gradient."""
+    """Where particles are tempered to the ends of Q_fine: the states of a density, from the mixture where there is one;
+    else the noises of paths, without a gradient."""
     if problem.density is None:
         return tempered_target(problem, chain, control, TemperedSettings("noises", False))
     base = getattr(control, "base", control)

@@ -1,5 +1,5 @@
-"""What the methods that learn from stored paths share: whose paths they are, how starts are repeated, and the gradient of a
-weighted sum of log-ratios along them."""
+"""What the methods that learn from stored paths share: whose paths they are, how starts are repeated, and the gradient
+of a weighted sum of log-ratios along them."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
     """
     if group_size is not None and run.batch_size % group_size:
         raise ValueError(
-            f"batch_size must be a multiple of group_size={group_size} (paths that share a start), got {run.batch_size}."
+            f"batch_size must be a multiple of group_size={group_size} (paths that share a start), got "
+            f"{run.batch_size}."
         )
     behaviour = None
     if paths != "current":
@@ -48,7 +49,8 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
 
 
 def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Paths:
-    """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and condition."""
+    """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and
+    condition."""
     batch = run.batch(part)
     x0, condition = batch.x0, batch.condition
     if group_size is not None:
@@ -77,8 +79,8 @@ def add_scores(run: Run, log_ratios: Tensor, coefficients: Tensor) -> None:
     """Add the gradient of ``mean over paths of sum_k a_k log p^u/p0 (x_{k+1}|x_k)`` with constant coefficients a.
 
     Args:
-        log_ratios: with their graph, ``(steps, batch)``; of some of the steps: their sum stands for that of all (unbiased where they
-            were drawn uniformly).
+        log_ratios: with their graph, ``(steps, batch)``; of some of the steps: their sum stands for that of all
+            (unbiased where they were drawn uniformly).
         coefficients: ``(batch,)`` or ``(steps, batch)``.
     """
     part = run.chain.steps / log_ratios.shape[0] / run.accumulate
@@ -86,13 +88,15 @@ def add_scores(run: Run, log_ratios: Tensor, coefficients: Tensor) -> None:
 
 
 def regression_loss(paths: Paths, log_ratios: Tensor, weights: Tensor, steps: Sequence[int] | None) -> float:
-    """``-E w log p^u`` per step, ``|c_k - z_k|^2/2`` of Gaussian kernels and their draws z, from the log-ratios of these steps."""
+    """``-E w log p^u`` per step, ``|c_k - z_k|^2/2`` of Gaussian kernels and their draws z, from the log-ratios of
+    these steps."""
     draws = paths.draws if steps is None else paths.draws[list(steps)]
     return float((weights * (paths.chain.surprisal(draws) - log_ratios.detach())).mean())
 
 
 def current_metrics(state: PathState, parts: Sequence[Paths]) -> dict[str, float]:
-    """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL: nan."""
+    """Metrics of the current control, from its own paths; other paths say nothing of its objective, reward and KL:
+    nan."""
     return dict.fromkeys(METRICS, math.nan) if state.behaviour is not None else path_metrics(parts)
 
 
@@ -100,7 +104,8 @@ def current_metrics(state: PathState, parts: Sequence[Paths]) -> dict[str, float
 
 
 class PathMethod(Method):
-    """A method that learns from paths, one part of the batch after another; whose, and in what groups, are fields where they are a choice.
+    """A method that learns from paths, one part of the batch after another; whose, and in what groups, are fields where
+    they are a choice.
 
     Raises:
         ValueError: an unknown name. TypeError: no control.
@@ -141,5 +146,6 @@ class PathMethod(Method):
         return {**current_metrics(state, parts), **metrics}
 
     def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
-        """Add the gradients of the ``part``-th batch of paths; its own metrics, of weighted paths "ess" and "exponent" among them."""
+        """Add the gradients of the ``part``-th batch of paths; its own metrics, of weighted paths "ess" and "exponent"
+        among them."""
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next particles."""
+"""``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next
+particles."""
 
 import contextlib
 import math
@@ -28,12 +29,14 @@ _JUDGING, _NEW = 8, 1_000_000  # batches of new bridges on which a correction is
 
 
 class _State(RegressionState):
-    """The control, and particles of the target: both ends of their paths where bridges are known, else all of the paths."""
+    """The control, and particles of the target: both ends of their paths where bridges are known, else all of the
+    paths."""
 
     def __init__(self, run: Run, size: int) -> None:
         problem, chain = run.problem, run.chain
         super().__init__(run, _control(run, size))
-        #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known does
+        #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known
+        #: does
         self.bridge: ChainBridge | NoisingBridge | None = None
         if problem.running_cost_function is None:
             with contextlib.suppress(ValueError):
@@ -45,12 +48,14 @@ class _State(RegressionState):
         self.register_buffer("states", chain.times.new_zeros(kept, size, *chain.event_shape))
         shape = (chain.steps, size, *chain.noise_shape) if self.bridge is None else (0,)
         self.register_buffer("draws", chain.times.new_zeros(shape))
-        # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last run
+        # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last
+        # run
         self.register_buffer("facts", torch.full((7,), math.nan, dtype=torch.float64, device=chain.times.device))
 
 
 def _control(run: Run, size: int) -> Control:
-    """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to particles where that pays."""
+    """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to
+    particles where that pays."""
     problem, chain = run.problem, run.chain
     base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START)) if run.control is None else None
     if base is None:
@@ -61,21 +66,25 @@ def _control(run: Run, size: int) -> Control:
 @register
 @dataclass(frozen=True)
 class ParticleMatching(Method):
-    """Forward ``KL(Q_fine || P^u)`` on particles of Q_fine, which are run anew under the learned control every so often.
+    """Forward ``KL(Q_fine || P^u)`` on particles of Q_fine, which are run anew under the learned control every so
+    often.
 
-    0. Where the reference has a known bridge to its end (Gibbs problems, memoryless generative references) a mixture of Gaussians is fitted to first
-       particles, and the control towards it, known in closed form (:class:`MixtureControl`), is the base that a network corrects
-       (``methods/mixture_start.py``); not where the control is given, or a trainable model is to be tuned.
-    1. Particles are tempered from the paths of the current control to Q_fine (``particles/tempering.py``), in the space of their
-       noises, without a gradient of the reward; for a Gibbs problem in the states of the density, from the mixture. All modes that they find get
-       their share, however far from the current control.
-    2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends (:class:`BridgeMatching`, all weights 1; for a
-       generative reference that forgets its start, the noising process), drawn anew in every batch; where no bridge is known (a running cost,
-       a nonlinear reference) on the noises of their own paths.
+    0. Where the reference has a known bridge to its end (Gibbs problems, memoryless generative references) a mixture of
+       Gaussians is fitted to first particles, and the control towards it, known in closed form
+       (:class:`MixtureControl`), is the base that a network corrects (``methods/mixture_start.py``); not where the
+       control is given, or a trainable model is to be tuned.
+    1. Particles are tempered from the paths of the current control to Q_fine (``particles/tempering.py``), in the space
+       of their noises, without a gradient of the reward; for a Gibbs problem in the states of the density, from the
+       mixture. All modes that they find get their share, however far from the current control.
+    2. The control is regressed on ``E[xi_k | x_k, x_K]`` of the reference's bridges to their ends
+       (:class:`BridgeMatching`, all weights 1; for a generative reference that forgets its start, the noising process),
+       drawn anew in every batch; where no bridge is known (a running cost, a nonlinear reference) on the noises of
+       their own paths.
 
-    The better the control, the less is left to temper, so that particles and control improve each other; the fixed point is the mean shift of
-    the soft-optimal chain. Nothing pulls the control towards one mode, as the losses of its own paths do. Of a corrected mixture the mixture's control alone is
-    kept, unless the correction has lowered the loss on new bridges.
+    The better the control, the less is left to temper, so that particles and control improve each other; the fixed
+    point is the mean shift of the soft-optimal chain. Nothing pulls the control towards one mode, as the losses of its
+    own paths do. Of a corrected mixture the mixture's control alone is kept, unless the correction has lowered the loss
+    on new bridges.
 
     Args:
         num_particles: kept to learn from. refresh: iterations between two runs of the particles.
@@ -120,7 +129,8 @@ class ParticleMatching(Method):
 
     @torch.no_grad()
     def finish(self, state: _State, run: Run) -> Control:
-        """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is the forward KL up to a constant."""
+        """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is
+        the forward KL up to a constant."""
         control = super().finish(state, run)
         if not isinstance(control, CorrectedControl) or run.control is not None:
             return control

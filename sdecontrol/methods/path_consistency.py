@@ -21,17 +21,18 @@ class PathConsistency(PathMethod):
 
         D_j = (v_j(x_j) - v_{j+n}(x_{j+n}))/alpha + sum_{j <= k < j+n} [ log p^u/p0 (x_{k+1}|x_k) + h_k f_k/alpha ].
 
-    Algorithm 5 is n = 1 ([34], detailed balance): value and control have gradients of their own, each with the other's part
-    constant, and ``v_{j+n}`` is detached. n-step: sub-trajectory balance, windows cut at the end; the losses of the windows that a step is in are
-    averaged. "all": ``(Y + log Z)^2/2`` with a learned log Z (which [35] omits): trajectory balance, the moment form of
-    :class:`LogVariance`. With paths of the current control the expected gradient is zero at the best mean-shift control and its value;
-    with others the minimiser moves by O(h) (docs/mathematics.md section 3).
+    Algorithm 5 is n = 1 ([34], detailed balance): value and control have gradients of their own, each with the other's
+    part constant, and ``v_{j+n}`` is detached. n-step: sub-trajectory balance, windows cut at the end; the losses of
+    the windows that a step is in are averaged. "all": ``(Y + log Z)^2/2`` with a learned log Z (which [35] omits):
+    trajectory balance, the moment form of :class:`LogVariance`. With paths of the current control the expected gradient
+    is zero at the best mean-shift control and its value; with others the minimiser moves by O(h) (docs/mathematics.md
+    section 3).
 
     Args:
         n: 1, a number of steps, or "all".
         paths: "current", "reference", or a control or solution whose paths to learn from.
-        replay: keep the last so many batches and learn from a random part of all of them, of a batch's size (off-policy);
-            0: from each batch once.
+        replay: keep the last so many batches and learn from a random part of all of them, of a batch's size
+            (off-policy); 0: from each batch once.
     """
 
     cools: ClassVar[bool] = True

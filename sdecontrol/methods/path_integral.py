@@ -15,17 +15,19 @@ from .base import ControlState, Method, Run, register
 @register
 @dataclass(frozen=True)
 class PathIntegralGuidance(Method):
-    """At every step and state, ``c_k(x) = E[exp(R/alpha) xi_k | x_k = x] / E[exp(R/alpha) | x_k = x]`` over simulated paths.
+    """At every step and state, ``c_k(x) = E[exp(R/alpha) xi_k | x_k = x] / E[exp(R/alpha) | x_k = x]`` over simulated
+    paths.
 
-    Tutorial [32], with the constants of docs/mathematics.md; Kappen 2005, Zhang et al. 2014 for the importance-sampled form. No gradient of
-    the reward, nothing trained: the work is done at sampling time, ``num_paths`` paths to the end per step and sample,
-    so ``K^2 num_paths / 2`` steps for a sample. In the limit of many paths it is the mean shift of the chain's
-    soft-optimal kernel; see :class:`PathIntegralControl` for its errors. ``solution.control.ess`` has the effective fraction of
-    the paths at every step of the last use; a low one warns.
+    Tutorial [32], with the constants of docs/mathematics.md; Kappen 2005, Zhang et al. 2014 for the importance-sampled
+    form. No gradient of the reward, nothing trained: the work is done at sampling time, ``num_paths`` paths to the end
+    per step and sample, so ``K^2 num_paths / 2`` steps for a sample. In the limit of many paths it is the mean shift of
+    the chain's soft-optimal kernel; see :class:`PathIntegralControl` for its errors. ``solution.control.ess`` has the
+    effective fraction of the paths at every step of the last use; a low one warns.
 
     Args:
         num_paths: n of every average. The KL to the optimum that they cost is about ``K d / (2 n ess)``.
-        proposal: simulate the paths with this control (or solution) and weigh them by ``dQ0/dP^v``; None: the reference.
+        proposal: simulate the paths with this control (or solution) and weigh them by ``dQ0/dP^v``; None: the
+            reference.
         antithetic: paths in pairs of opposite noise: n even.
         control_variate: subtract ``E xi = 0`` as estimated from the same paths: without it the average has the noise of
             plain ``xi`` even where all weights are equal.

@@ -43,7 +43,8 @@ class EndBuffer(RegressionState):
 def reciprocal_step(
     state: EndBuffer, run: Run, refresh: int, clip: float | None, own_step: bool, steps: Sequence[int] | None
 ) -> dict[str, float]:
-    """One iteration: new ends now and then, and a regression on bridges to stored ones, whose slopes were computed once.
+    """One iteration: new ends now and then, and a regression on bridges to stored ones, whose slopes were computed
+    once.
 
     Args:
         refresh, clip: as of ``AdjointMatching``; own_step: as of ``lean_targets``; steps: to regress on, None: all.

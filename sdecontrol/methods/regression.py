@@ -1,4 +1,5 @@
-"""What the methods that regress the control on a target share: the target's noise step by step, the loss, and its step."""
+"""What the methods that regress the control on a target share: the target's noise step by step, the loss, and its
+step."""
 
 from collections.abc import Sequence
 
@@ -34,10 +35,11 @@ class RegressionState(ControlState):
         self.least_squares = bool(control.linear_parts())
 
     def step_weights(self) -> Tensor:
-        """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares has them.
+        """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares
+        has them.
 
-        The fixed point has every step's residual at its conditional mean, so weights move nothing but the noise: far from the end an
-        adjoint may be a thousand times as noisy as near it.
+        The fixed point has every step's residual at its conditional mean, so weights move nothing but the noise: far
+        from the end an adjoint may be a thousand times as noisy as near it.
         """
         if not bool(self.residuals.any()):
             return torch.ones_like(self.residuals)
@@ -45,8 +47,9 @@ class RegressionState(ControlState):
         return weights / weights.mean()
 
     def outlying(self, huber: float | None) -> float | None:
-        """How many times their median residuals may be long: bounds grow while nothing goes wrong, so that in the end the fixed point is that of squares
-        (truncation at expanding bounds: Chen 2002, Stochastic Approximation and Its Applications)."""
+        """How many times their median residuals may be long: bounds grow while nothing goes wrong, so that in the end
+        the fixed point is that of squares (truncation at expanding bounds: Chen 2002, Stochastic Approximation and Its
+        Applications)."""
         return None if huber is None else huber * (int(self.calm) + 1) ** 0.25
 
     def observe(self, residuals: Tensor) -> None:
@@ -57,8 +60,8 @@ class RegressionState(ControlState):
 def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[Paths, Tensor]:
     """Paths of the current control, without a graph, and their rewards' slopes as of :func:`reward_slope`.
 
-    Where something of them is not finite the last steps may have gone too far: the parameters go back to the best so far, if there are any. If that
-    does not help it was no step, and nothing is changed.
+    Where something of them is not finite the last steps may have gone too far: the parameters go back to the best so
+    far, if there are any. If that does not help it was no step, and nothing is changed.
     """
     try:
         return _controlled(state, run, part)
@@ -100,13 +103,15 @@ def regress(
     steps: Sequence[int] | None = None,
     most: Tensor | None = None,
 ) -> Tensor:
-    """Add the gradient of ``E sum_k weight |c_k - y_k|^2/2`` for one batch, the steps weighted by :meth:`RegressionState.step_weights`.
+    """Add the gradient of ``E sum_k weight |c_k - y_k|^2/2`` for one batch, the steps weighted by
+    :meth:`RegressionState.step_weights`.
 
     Args:
-        shifts: ``(K, batch, *noise)`` with their graph; targets: the same shape (with a graph, if they have parameters too).
+        shifts: ``(K, batch, *noise)`` with their graph; targets: the same shape (with a graph, if they have parameters
+            too).
         weights: of the paths, ``(batch,)`` with mean 1. steps: take these steps only, as an unbiased estimate of all.
-        most: :func:`longest_residuals` of every step, ``(K,)``: longer ones count linearly (Huber 1964), and those that are not
-            finite not at all.
+        most: :func:`longest_residuals` of every step, ``(K,)``: longer ones count linearly (Huber 1964), and those that
+            are not finite not at all.
 
     Returns:
         The mean of ``|c_k - y_k|^2/2`` at each step, with path weights, ``(K,)``; detached.
@@ -114,7 +119,8 @@ def regress(
     squares = _squares(shifts - targets, len(run.chain.noise_shape), most)
     means = (squares if weights is None else squares * weights).mean(1)
     if not state.least_squares and not bool(state.residuals.any()):
-        # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative to it
+        # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative
+        # to it
         state.observe(means.detach())
     by_step = state.step_weights() * means
     total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (run.chain.steps / len(steps))
@@ -142,11 +148,13 @@ def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
 def longest_residuals(
     residuals: Tensor, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float, times: float | None
 ) -> Tensor | None:
-    """How long residuals ``(K, batch, *noise)`` may be before they count as outliers, ``(K,)``: so many times their step's median, or the largest that slope
-    and running costs make of an adjoint that does not grow, whichever is more. None: no bound.
+    """How long residuals ``(K, batch, *noise)`` may be before they count as outliers, ``(K,)``: so many times their
+    step's median, or the largest that slope and running costs make of an adjoint that does not grow, whichever is more.
+    None: no bound.
 
-    The adjoint of a path that lingers on a ridge between modes grows from step to step, to 1e8 times the usual and beyond any number: squares leave the
-    regression to one path. Rewards and costs that few paths meet have a small median, too, but their adjoint is of their own size.
+    The adjoint of a path that lingers on a ridge between modes grows from step to step, to 1e8 times the usual and
+    beyond any number: squares leave the regression to one path. Rewards and costs that few paths meet have a small
+    median, too, but their adjoint is of their own size.
 
     Raises:
         NonFiniteError: a derivative that is not finite: that is no growth.
@@ -185,8 +193,8 @@ def descend(
     """One step from the gradients of all parts, least squares where the control is linear.
 
     Args:
-        parts: of the current control, if they know their target (:meth:`Paths.towards`). means: as :func:`regress` gives them. weights: of the paths of
-            all parts.
+        parts: of the current control, if they know their target (:meth:`Paths.towards`). means: as :func:`regress`
+            gives them. weights: of the paths of all parts.
 
     Returns:
         The loss, all steps alike.

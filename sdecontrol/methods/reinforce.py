@@ -18,11 +18,12 @@ BASELINES = ("none", "batch")
 @register
 @dataclass(frozen=True)
 class Reinforce(PathMethod):
-    """The gradient of ``KL(P^u || Q_fine)`` as ``E[(C - b) sum_k xi_k . dc_k + sum_k c_k . dc_k]`` with the whole path's cost
-    ``C = -R/alpha + sum_k |c_k|^2/2``, on paths of the current control; the reward may be a black box.
+    """The gradient of ``KL(P^u || Q_fine)`` as ``E[(C - b) sum_k xi_k . dc_k + sum_k c_k . dc_k]`` with the whole
+    path's cost ``C = -R/alpha + sum_k |c_k|^2/2``, on paths of the current control; the reward may be a black box.
 
-    It multiplies every step's score by the cost of all steps, so its noise does not vanish at the optimum: a yardstick. ``SoftPPO``
-    uses the cost still to come, ``LogVariance`` the likelihood ratio in the place of the KL; all have the same expected gradient.
+    It multiplies every step's score by the cost of all steps, so its noise does not vanish at the optimum: a yardstick.
+    ``SoftPPO`` uses the cost still to come, ``LogVariance`` the likelihood ratio in the place of the KL; all have the
+    same expected gradient.
 
     Args:
         baseline: b: "batch", the mean cost of the other paths; "none".

@@ -20,15 +20,16 @@ ROLL_INS = ("current", "none")
 class RewardWeightedMLE(PathMethod):
     """Regress the control on the noise of reference steps, weighted by ``exp(R/alpha)``; no gradient of the reward.
 
-    Tutorial Algorithm 3: follow the current control up to a random step k (the same for all paths of an iteration), then the
-    reference, and minimise ``sum_{j >= k} w |c_j(x_j) - xi_j|^2/2`` with ``w = exp(R_k/alpha)``, R_k the total reward from step k on,
-    normalised in log space over the batch. Given x_j the weighted mean of ``xi_j`` is the mean shift of the soft-optimal kernel, so
-    the fixed point is that, whatever the roll-in: the gradient is a sum over x_k of forward KLs of the rest of the path, weighted by
-    ``exp(v_k(x_k)/alpha)``. Printed is the loss at step k alone; the later steps of the same path are as good.
+    Tutorial Algorithm 3: follow the current control up to a random step k (the same for all paths of an iteration),
+    then the reference, and minimise ``sum_{j >= k} w |c_j(x_j) - xi_j|^2/2`` with ``w = exp(R_k/alpha)``, R_k the total
+    reward from step k on, normalised in log space over the batch. Given x_j the weighted mean of ``xi_j`` is the mean
+    shift of the soft-optimal kernel, so the fixed point is that, whatever the roll-in: the gradient is a sum over x_k
+    of forward KLs of the rest of the path, weighted by ``exp(v_k(x_k)/alpha)``. Printed is the loss at step k alone;
+    the later steps of the same path are as good.
 
-    ``|c - xi|^2/2`` is [24]'s ``|x_{k+1} - rho_u(x_k)|^2`` in the norm of the step's covariance (with the factor 1/2 that the print
-    lacks), and for a diffusion model, whose tuned prediction makes the shift, [26]'s noise prediction: one regression in three
-    notations.
+    ``|c - xi|^2/2`` is [24]'s ``|x_{k+1} - rho_u(x_k)|^2`` in the norm of the step's covariance (with the factor 1/2
+    that the print lacks), and for a diffusion model, whose tuned prediction makes the shift, [26]'s noise prediction:
+    one regression in three notations.
 
     Args:
         roll_in: "current", as above; "none", the off-policy form: whole paths of the reference. Its gradient is that of

@@ -25,20 +25,22 @@ _TWISTS = ("proposal", "tweedie")
 class SMC(Method):
     """Particles that follow a proposal, are weighted towards the exact law and resampled where weights degenerate.
 
-    Whatever the proposal and the twist, ``E Z^ = Z`` at every step size and number of particles, and samples approach the exact
-    law as the number grows. See ``particles/smc.py`` for the recursion and its sources.
+    Whatever the proposal and the twist, ``E Z^ = Z`` at every step size and number of particles, and samples approach
+    the exact law as the number grows. See ``particles/smc.py`` for the recursion and its sources.
 
     Args:
         num_particles: N of a system.
         proposal: what moves the particles: None, the reference; a control; a solution; or a method, which is run first
             (guidance, or any that trains a control): the iterations of ``solve`` are then its own.
-        twist: ``log psi_k``, what weighs particles before the end. None: only the running cost and the proposal's likelihood
-            ratio (for annealed Langevin the annealed density, so that particles are weighed towards ``pi_t``). "proposal": the value that guides the proposal. "tweedie": the reward of the denoised state. A function
-            ``v(x, t) -> (batch,)``, t ``(batch,)``: a value, divided by alpha here. It need not be exact for ``E Z^ = Z``.
+        twist: ``log psi_k``, what weighs particles before the end. None: only the running cost and the proposal's
+            likelihood ratio (for annealed Langevin the annealed density, so that particles are weighed towards
+            ``pi_t``). "proposal": the value that guides the proposal. "tweedie": the reward of the denoised state. A
+            function ``v(x, t) -> (batch,)``, t ``(batch,)``: a value, divided by alpha here. It need not be exact for
+            ``E Z^ = Z``.
         ess_threshold: effective fraction of a system's weights below which it is resampled; 0 never, 1 at every step.
         resampling: "systematic", "stratified" or "multinomial".
-        independent: draw every sample from a system of its own (independent samples, for N times the work). Otherwise n samples
-            come from n/N systems together, and samples of one system share ancestors.
+        independent: draw every sample from a system of its own (independent samples, for N times the work). Otherwise n
+            samples come from n/N systems together, and samples of one system share ancestors.
     """
 
     reference_steps: ClassVar[bool] = False

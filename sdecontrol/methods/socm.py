@@ -50,30 +50,35 @@ class _State(RegressionState):
 @register
 @dataclass(frozen=True)
 class SOCM(Method):
-    """Importance-weighted regression of every shift on ``scale_k^T a_{k+1}``, a the gradient of log psi in reparametrised form.
+    """Importance-weighted regression of every shift on ``scale_k^T a_{k+1}``, a the gradient of log psi in
+    reparametrised form.
 
-    Moving the state at step k by e and the later ones by ``M_k(j) e``, with ``M_k(k) = I`` and the noises changed to match, gives for
-    any products ``M_k(j) = N_{j-1} ... N_k`` of step matrices (adapted to the path) exactly, at every step size::
+    Moving the state at step k by e and the later ones by ``M_k(j) e``, with ``M_k(k) = I`` and the noises changed to
+    match, gives for any products ``M_k(j) = N_{j-1} ... N_k`` of step matrices (adapted to the path) exactly, at every
+    step size::
 
-        a_K = grad r(x_K)/alpha,   a_j = N_j^T a_{j+1} - (N_j - d mean_j)^T scale_j^{-T} (c_j + xi_j) - h_j grad f(x_j)/alpha,
+        a_K = grad r(x_K)/alpha,   a_j = N_j^T a_{j+1} - (N_j - d mean_j)^T scale_j^{-T} (c_j + xi_j) - h_j grad
+        f(x_j)/alpha,
 
-    and ``E[w scale_k^T a_{k+1} | x_k] / E[w | x_k]``, ``w = exp(R/alpha) dQ0/dP^v``, is the mean shift of the soft-optimal chain p* (the best mean-shift
-    control of linear-quadratic chains; O(h) from it elsewhere). The matrices change the variance only. Theorem 1 of the source has general M_t(s); as products
-    they cost K and not K^2, need no derivative in s, and contain the noiseless choice of linear-quadratic problems.
+    and ``E[w scale_k^T a_{k+1} | x_k] / E[w | x_k]``, ``w = exp(R/alpha) dQ0/dP^v``, is the mean shift of the
+    soft-optimal chain p* (the best mean-shift control of linear-quadratic chains; O(h) from it elsewhere). The matrices
+    change the variance only. Theorem 1 of the source has general M_t(s); as products they cost K and not K^2, need no
+    derivative in s, and contain the noiseless choice of linear-quadratic problems.
 
     Args:
-        matrices: "full", "diagonal", "scalar": learned with the control, by the same loss, as functions of time. "identity": M = I. "adjoint": the
-            reference's own Jacobians along the path, which gives the lean adjoint. "closed-loop": the Jacobian of the controlled
-            step, fitted over the batch, nothing to learn.
+        matrices: "full", "diagonal", "scalar": learned with the control, by the same loss, as functions of time.
+            "identity": M = I. "adjoint": the reference's own Jacobians along the path, which gives the lean adjoint.
+            "closed-loop": the Jacobian of the controlled step, fitted over the batch, nothing to learn.
         weighted: False leaves the weights out: the fixed point is the same.
-        trust_region: largest ``KL(weighted || unweighted)`` in nats, to which the weights are tempered: between the two regressions, whose
-            fixed point they share. None: whole weights.
+        trust_region: largest ``KL(weighted || unweighted)`` in nats, to which the weights are tempered: between the two
+            regressions, whose fixed point they share. None: whole weights.
         steps: regress on so many randomly drawn steps (unbiased); None: all.
-        huber: residuals longer than so many times their step's median (and than the slope at the end alone accounts for) count linearly, as in
-            adjoint matching; None: squares.
+        huber: residuals longer than so many times their step's median (and than the slope at the end alone accounts
+            for) count linearly, as in adjoint matching; None: squares.
 
     Raises:
-        NotDifferentiable: a black-box reward. ValueError: a diffusion that depends on x or has no inverse, or states that are no vectors.
+        NotDifferentiable: a black-box reward. ValueError: a diffusion that depends on x or has no inverse, or states
+            that are no vectors.
     """
 
     matrices: str = "closed-loop"
@@ -97,8 +102,8 @@ class SOCM(Method):
         super().check(problem)
         if len(problem.event_shape) != 1 or problem.control_shape != problem.event_shape:
             raise ValueError(
-                f"socm needs vector states and as many noises as states; this problem has states {tuple(problem.event_shape)} and controls "
-                f"{tuple(problem.control_shape)}. Use adjoint-matching."
+                "socm needs vector states and as many noises as states; this problem has states "
+                f"{tuple(problem.event_shape)} and controls {tuple(problem.control_shape)}. Use adjoint-matching."
             )
 
     def setup(self, run: Run) -> nn.Module:
@@ -150,8 +155,8 @@ class SOCM(Method):
         drive = jacobians.mean_products(drawn) - moved
         adjoints = linear_adjoints(slope, factors, drive if costs is None else drive - costs)[1:]
         if state.loop is not None:
-            # the step's own noise, A^{-T} (A - d mean)^T scale^{-T} xi with A the closed loop: its mean vanishes (with weights: at the fixed
-            # point), and with it all variance on a linear-quadratic chain at its optimum
+            # the step's own noise, A^{-T} (A - d mean)^T scale^{-T} xi with A the closed loop: its mean vanishes (with
+            # weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum
             own = noises - state.loop.inverse_transposed(jacobians.mean_products(noises))
             adjoints = adjoints - own
         return jacobians.scales_transposed(adjoints)

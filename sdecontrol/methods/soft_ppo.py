@@ -23,27 +23,31 @@ BASELINES = ("batch", "per-time", "value")
 @register
 @dataclass(frozen=True)
 class SoftPPO(Method):
-    """Clipped surrogate of per-step ratios on paths of the current control, several epochs on each batch; black-box rewards.
+    """Clipped surrogate of per-step ratios on paths of the current control, several epochs on each batch; black-box
+    rewards.
 
     With ``ratio_k = p^u/p^old (x_{k+1}|x_k)`` and, in units of alpha, the cost still to come after step k's noise,
     ``G_k = -r/alpha + sum_{j>k} (h_j f_j/alpha + log p^old/p0 (x_{j+1}|x_j))``, less a baseline, ``A_k``, minimise::
 
         E sum_k [ max(A_k ratio_k, A_k clip(ratio_k, 1 - clip, 1 + clip)) + |c_k(x_k)|^2/2 ].
 
-    At u = u_old its gradient is that of ``KL(P^u || Q_fine) = log Z - J/alpha``. Three departures from the print: costs want ``max``,
-    not ``min``; the KL still to come is part of the cost (a step's own KL alone has no score-function gradient); and a step's own KL
-    is differentiated directly. The KL to come is taken as its sampled log-ratio, of the same mean: then ``G_k`` is nearly
-    ``-v_{k+1}(x_{k+1})/alpha``, without the noise of later steps, near the optimum. Log-probabilities are sums over dimensions.
+    At u = u_old its gradient is that of ``KL(P^u || Q_fine) = log Z - J/alpha``. Three departures from the print: costs
+    want ``max``, not ``min``; the KL still to come is part of the cost (a step's own KL alone has no score-function
+    gradient); and a step's own KL is differentiated directly. The KL to come is taken as its sampled log-ratio, of the
+    same mean: then ``G_k`` is nearly ``-v_{k+1}(x_{k+1})/alpha``, without the noise of later steps, near the optimum.
+    Log-probabilities are sums over dimensions.
 
     Args:
         clip: largest change of a step's ratio that is rewarded.
         epochs: passes over each batch.
         minibatches: parts of the paths, drawn anew in every epoch, with an optimiser step each.
-        baseline: "batch": the mean of ``G_k`` over steps and the other paths; "per-time": over the other paths at step k; "value":
-            a learned network of ``(x_k, t_k)`` (of earlier iterations, so that the gradient stays unbiased).
-        group_size: GRPO (Shao et al. 2402.03300): so many paths share start and condition; baselines ("batch", "per-time") are
-            means within the group, and a group's whole loss is divided by the standard deviation of its path costs. (Of the advantage
-            alone it would change the temperature.) ``batch_size`` must be a multiple of it. None: no groups.
+        baseline: "batch": the mean of ``G_k`` over steps and the other paths; "per-time": over the other paths at step
+            k; "value": a learned network of ``(x_k, t_k)`` (of earlier iterations, so that the gradient stays
+            unbiased).
+        group_size: GRPO (Shao et al. 2402.03300): so many paths share start and condition; baselines ("batch",
+            "per-time") are means within the group, and a group's whole loss is divided by the standard deviation of its
+            path costs. (Of the advantage alone it would change the temperature.) ``batch_size`` must be a multiple of
+            it. None: no groups.
         steps: use so many randomly drawn steps of each path in every optimiser step (unbiased); None: all.
     """
 
@@ -136,7 +140,8 @@ class SoftPPO(Method):
 
 @dataclass(frozen=True)
 class _Batch:
-    """Paths of the old control: its log-ratios, costs to come and their advantages, ``(K, batch)``; scales ``(batch,)``."""
+    """Paths of the old control: its log-ratios, costs to come and their advantages, ``(K, batch)``; scales
+    ``(batch,)``."""
 
     paths: Paths
     log_ratios: Tensor

@@ -22,21 +22,24 @@ SPACES = ("auto", "states", "noises")
 class TemperedSMC(Method):
     """Adaptive tempering with sequential Monte Carlo: nothing is learned but the ladder of temperatures and its moves.
 
-    A first run of ``num_particles`` chooses levels, Gaussian preconditioners, step sizes and numbers of moves; every sample and estimate
-    then comes from systems run on that ladder, so that ``E Z^ = Z``. For a Gibbs problem particles live in the states of the density,
-    for all others in the noises of the paths (``particles/tempering.py``), where the target is exact on the chain at every step size and no
-    gradient is needed. The baseline that learned samplers are held against.
+    A first run of ``num_particles`` chooses levels, Gaussian preconditioners, step sizes and numbers of moves; every
+    sample and estimate then comes from systems run on that ladder, so that ``E Z^ = Z``. For a Gibbs problem particles
+    live in the states of the density, for all others in the noises of the paths (``particles/tempering.py``), where the
+    target is exact on the chain at every step size and no gradient is needed. The baseline that learned samplers are
+    held against.
 
     Args:
         num_particles: of a system.
         space: "states" or "noises"; "auto": states for Gibbs problems.
-        gradient: Hamiltonian moves by the gradient of the log density; None: in the space of states where there is one (a gradient through a
-            whole path costs more than it moves).
+        gradient: Hamiltonian moves by the gradient of the log density; None: in the space of states where there is one
+            (a gradient through a whole path costs more than it moves).
         proposal: in the space of noises, a control or solution whose paths the particles are; None: the reference.
-        width: of the Gaussian that the particles of a Gibbs problem begin with, in units of the reference's end: wide enough for all modes.
+        width: of the Gaussian that the particles of a Gibbs problem begin with, in units of the reference's end: wide
+            enough for all modes.
 
     Raises:
-        ValueError: a problem with conditions; states asked of a problem that is no Gibbs problem. NonFiniteError: a log density that is nan, +inf,
+        ValueError: a problem with conditions; states asked of a problem that is no Gibbs problem. NonFiniteError: a log
+            density that is nan, +inf,
         or -inf everywhere at the start.
     """
 

@@ -37,18 +37,18 @@ class ValueGuidance(Method):
         value: where v comes from.
 
             * "monte-carlo": regression of ``exp(v/alpha)`` on the exponential of what each path has still to come [28];
-            * "soft-q": regression on one step and the value after it, ``exp(-h f/alpha) exp(v_{k+1}/alpha)``, of a slowly
-              following copy [29]: less noise, and an error that is handed from step to step;
+            * "soft-q": regression on one step and the value after it, ``exp(-h f/alpha) exp(v_{k+1}/alpha)``, of a
+              slowly following copy [29]: less noise, and an error that is handed from step to step;
             * "tweedie": ``r`` of the denoised state [31], nothing trained, with an error that never vanishes;
             * a function ``v(x, t) -> (batch,)``, t ``(batch,)``, such as an exact solution's ``value``.
         follow: how much of the trained value its copy takes over in every iteration of "soft-q".
 
-    Both regressions minimise the Itakura-Saito divergence ``E[Y e^-g + g]``, ``g = v/alpha``, in place of the print's squares: its
-    minimiser is the same, ``e^g = E[Y | x]``, but it sees relative errors, so that states of tiny ``exp(v/alpha)`` count as others
-    do. Half of the paths follow the current guidance; a quarter are the reference's up to a random step, so that nothing it visits
-    is forgotten, and guided from there; a quarter are guided from perturbed starts, since a value at a point has no gradient. Y
-    carries ``dQ0/dP^u`` of the guided steps, which changes no expectation and leaves the less noise the better the guidance;
-    steps before a path is guided are not regressed on.
+    Both regressions minimise the Itakura-Saito divergence ``E[Y e^-g + g]``, ``g = v/alpha``, in place of the print's
+    squares: its minimiser is the same, ``e^g = E[Y | x]``, but it sees relative errors, so that states of tiny
+    ``exp(v/alpha)`` count as others do. Half of the paths follow the current guidance; a quarter are the reference's up
+    to a random step, so that nothing it visits is forgotten, and guided from there; a quarter are guided from perturbed
+    starts, since a value at a point has no gradient. Y carries ``dQ0/dP^u`` of the guided steps, which changes no
+    expectation and leaves the less noise the better the guidance; steps before a path is guided are not regressed on.
     """
 
     value: str | Callable[..., Tensor] = "monte-carlo"
@@ -117,8 +117,9 @@ class ValueGuidance(Method):
 
 
 def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
-    """Mean of ``e^d - 1 - d`` over the entries in use, of ``d = log Y - g``, ``(K, batch)``: minimal where ``e^g = E[Y | x]``. Each
-    step's part is divided by its mean of ``e^d`` where that is above 1 (far from the minimum), so that no gradient is large."""
+    """Mean of ``e^d - 1 - d`` over the entries in use, of ``d = log Y - g``, ``(K, batch)``: minimal where
+    ``e^g = E[Y | x]``. Each step's part is divided by its mean of ``e^d`` where that is above 1 (far from the minimum),
+    so that no gradient is large."""
     count = use.sum(1, keepdim=True)
     d = d.masked_fill(
         ~use, 0.0
@@ -129,8 +130,9 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
 
 
 def _roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
-    """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the first and third
-    are just that, the second has a perturbed start, the fourth is the reference's up to a random step."""
+    """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the
+    first and third are just that, the second has a perturbed start, the fourth is the reference's up to a random
+    step."""
     chain, guidance, value = run.chain, shift_function(run.chain, control), control.value
     rows, generator = len(batch.x0), generator_for("cpu", batch.seed, 51)
     begin = torch.randint(chain.steps, (rows,), generator=generator)

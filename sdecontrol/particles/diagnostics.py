@@ -1,9 +1,11 @@
-"""How far chains of a Markov sampler have mixed: rank-normalised split R-hat and bulk effective sample size (Vehtari et al. 1903.08008).
+"""How far chains of a Markov sampler have mixed: rank-normalised split R-hat and bulk effective sample size (Vehtari et
+al. 1903.08008).
 
-Chains ``(M, N, ...)``, M of them with N draws each. Each is split into its halves, so that a drift within a chain shows as a difference between
-chains. R-hat compares the variance of all draws with that within chains, of the draws' normal scores (the same for heavy tails) and of
-those of ``|x - median|`` (for scales); it is 1 where chains agree and large where they sit in different modes. The effective sample size of M N draws is ``M N / tau``
-with the integrated autocorrelation time ``tau = 1 + 2 sum_t rho_t``, summed over Geyer's initial monotone sequence, and ``rho_t`` measured
+Chains ``(M, N, ...)``, M of them with N draws each. Each is split into its halves, so that a drift within a chain shows
+as a difference between chains. R-hat compares the variance of all draws with that within chains, of the draws' normal
+scores (the same for heavy tails) and of those of ``|x - median|`` (for scales); it is 1 where chains agree and large
+where they sit in different modes. The effective sample size of M N draws is ``M N / tau`` with the integrated
+autocorrelation time ``tau = 1 + 2 sum_t rho_t``, summed over Geyer's initial monotone sequence, and ``rho_t`` measured
 against the variance over all chains, so that chains which disagree have few effective draws.
 """
 
@@ -24,7 +26,8 @@ def _split(x: Tensor) -> Tensor:
 
 
 def _normal_scores(x: Tensor) -> Tensor:
-    """``Phi^-1((rank - 3/8) / (S + 1/4))`` of all draws of a quantity together, ``(M, N, Q)``; equal draws share their mean rank."""
+    """``Phi^-1((rank - 3/8) / (S + 1/4))`` of all draws of a quantity together, ``(M, N, Q)``; equal draws share their
+    mean rank."""
     flat = x.flatten(0, 1)
     ranks = torch.empty_like(flat)
     for q in range(flat.shape[1]):
@@ -71,7 +74,8 @@ def split_rhat(x: Tensor) -> Tensor:
 
 
 def chain_ess(x: Tensor) -> Tensor:
-    """Effective number of draws for the mean of each quantity, ``(Q,)``: the error of the mean of all is ``sd / sqrt(ess)``.
+    """Effective number of draws for the mean of each quantity, ``(Q,)``: the error of the mean of all is
+    ``sd / sqrt(ess)``.
 
     0 where chains never move. Draws that cancel one another have more than their number, ``S log10 S`` at most.
     """
@@ -102,7 +106,8 @@ class Diagnostics:
 
     Attributes:
         names: of the Q quantities.
-        mean, spread, rhat, ess: ``(Q,)`` each; rhat the rank-normalised split R-hat, ess the bulk effective sample size.
+        mean, spread, rhat, ess: ``(Q,)`` each; rhat the rank-normalised split R-hat, ess the bulk effective sample
+            size.
         chains, draws: how many, and of how many draws each.
     """
 

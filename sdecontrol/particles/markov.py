@@ -1,8 +1,10 @@
-"""Parallel Markov chains on a density: the Hamiltonian moves of :mod:`.tempering` at the target itself, adapted in a warm-up and then frozen.
+"""Parallel Markov chains on a density: the Hamiltonian moves of :mod:`.tempering` at the target itself, adapted in a
+warm-up and then frozen.
 
-All chains move at once, and the Gaussian of the moves is fitted to all of them together. One leap a move is MALA (Roberts & Tweedie 1996) with the
-fitted Gaussian's linear part solved exactly; several are Hamiltonian Monte Carlo (Neal 1206.1901). A kernel that goes on adapting to its own chain keeps
-no law, so that everything is fixed before the first draw that counts.
+All chains move at once, and the Gaussian of the moves is fitted to all of them together. One leap a move is MALA
+(Roberts & Tweedie 1996) with the fitted Gaussian's linear part solved exactly; several are Hamiltonian Monte Carlo
+(Neal 1206.1901). A kernel that goes on adapting to its own chain keeps no law, so that everything is fixed before the
+first draw that counts.
 """
 
 import math
@@ -31,8 +33,8 @@ class WarmChains:
     Attributes:
         states: ``(M, dim)`` in the coordinates of the target (:class:`StateTarget`).
         steps: angle of a leap, ``()``; for NUTS step sizes ``(M,)``.
-        centre, factor: of the fitted Gaussian, ``(dim,)`` and ``(dim, dim)`` or ``(dim,)``; for NUTS ``(0,)``, and inverse mass matrices ``(M, dim, dim)`` or ``(M,
-            dim)``.
+        centre, factor: of the fitted Gaussian, ``(dim,)`` and ``(dim, dim)`` or ``(dim,)``; for NUTS ``(0,)``, and
+            inverse mass matrices ``(M, dim, dim)`` or ``(M, dim)``.
         leaps: of a move, ``()``; 0 for NUTS. apart: moves between two draws, ``()``.
     """
 
@@ -66,7 +68,8 @@ class Draws:
 
 
 def log_density_of(z: Tensor, phi: Tensor) -> Tensor:
-    """``log(N(z; 0, I) exp(phi))`` in float64: the unnormalised log density of the coordinates z, whose integral is Z."""
+    """``log(N(z; 0, I) exp(phi))`` in float64: the unnormalised log density of the coordinates z, whose integral is
+    Z."""
     return phi.double() - 0.5 * (z.double().square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))
 
 
@@ -83,7 +86,8 @@ def finite_starts(target: StateTarget, chains: int, seed: int) -> Points:
 
 
 def spacing(z: Tensor, log_density: Tensor) -> int:
-    """Moves between two draws that are nearly independent: half the autocorrelation time of the slowest coordinate, or of the log density.
+    """Moves between two draws that are nearly independent: half the autocorrelation time of the slowest coordinate, or
+    of the log density.
 
     Args:
         z: ``(M, N, dim)`` after each move. log_density: ``(M, N)``.
@@ -97,8 +101,9 @@ def warm_up_chains(
 ) -> tuple[WarmChains, int]:
     """Start chains, adapt their kernel, and freeze it.
 
-    At first each chain has a step of its own, by which it gets away from wherever it started. Then all have one, which follows their acceptance, and a
-    Gaussian fitted to all of them at a few times. The last fifth of the moves is made by the final kernel.
+    At first each chain has a step of its own, by which it gets away from wherever it started. Then all have one, which
+    follows their acceptance, and a Gaussian fitted to all of them at a few times. The last fifth of the moves is made
+    by the final kernel.
 
     Args:
         leaps: of a move; None: as many as turn the trajectory far enough.

@@ -1,4 +1,5 @@
-"""``fit_mixture``: a mixture of Gaussians fitted to (weighted) samples, its kind and size chosen on samples held out."""
+"""``fit_mixture``: a mixture of Gaussians fitted to (weighted) samples, its kind and size chosen on samples held
+out."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _BETTER = 0.01  # nats per held-out sample that a larger mixture must gain
 _ROWS = 2048  # samples whose responsibilities are held at once
 _COORDINATE_SIZES = (1, 2, 4, 8)
 
-#: products of coordinates; joint with diagonal covariances; joint with whole ones, from means spread out and from means at random samples
+#: products of coordinates; joint with diagonal covariances; joint with whole ones, from means spread out and from means
+#: at random samples
 KINDS = ("product", "diagonal", "spread", "random")
 
 
@@ -33,11 +35,13 @@ def fit_mixture(
 ) -> GaussianMixture | ProductMixture:
     """The mixture of Gaussians that says most of samples held out, by expectation and maximisation.
 
-    Candidates are joint mixtures of 1, 2, 4, ..., ``most`` components, from two kinds of start (means spread over the samples by k-means++,
-    Arthur & Vassilvitskii 2007, which finds separate modes; means at random samples, which finds scales within one) with whole covariances, shrunk
-    towards their diagonals by dimension/(effective samples of the component), or with diagonal ones (only these above 64 dimensions); and products of
-    mixtures of the single coordinates, which have few parameters where a joint mixture would need a component for every combination of modes.
-    Three quarters of (some thousands of) the samples choose by the likelihood of the last quarter; the chosen kind and size is then fitted to all.
+    Candidates are joint mixtures of 1, 2, 4, ..., ``most`` components, from two kinds of start (means spread over the
+    samples by k-means++, Arthur & Vassilvitskii 2007, which finds separate modes; means at random samples, which finds
+    scales within one) with whole covariances, shrunk towards their diagonals by dimension/(effective samples of the
+    component), or with diagonal ones (only these above 64 dimensions); and products of mixtures of the single
+    coordinates, which have few parameters where a joint mixture would need a component for every combination of modes.
+    Three quarters of (some thousands of) the samples choose by the likelihood of the last quarter; the chosen kind and
+    size is then fitted to all.
 
     Args:
         x: ``(n, d)``. log_weights: ``(n,)``, of any sum; None: all equal.
@@ -69,7 +73,8 @@ def fit_mixture(
         if found is None or score > best + _BETTER:
             best, found, chosen = score, fit, (kind, size)
     assert found is not None
-    # what was chosen, gone on with all samples; and begun anew on them, lest a mode have had its few samples among those held out
+    # what was chosen, gone on with all samples; and begun anew on them, lest a mode have had its few samples among
+    # those held out
     anew = _fit(*chosen, z, w, derive_seed(seed, 8))
     for fit in (found, anew):
         fit.improve(z, w)
@@ -86,8 +91,8 @@ def fit_mixture(
 def _best_size(
     kind: str, kept: Tensor, weights: Tensor, held: Tensor, held_weights: Tensor, most: int, seed: int
 ) -> tuple[float, _Joint | _Coordinates, int]:
-    """The best log-likelihood of held-out samples among the sizes of a kind, its fit and size. All are tried: with separate modes nothing is gained before there
-    is a component for each."""
+    """The best log-likelihood of held-out samples among the sizes of a kind, its fit and size. All are tried: with
+    separate modes nothing is gained before there is a component for each."""
     best, chosen, best_size = -math.inf, None, 1
     largest = max(1, min(most, len(kept) // 8))
     powers = (2**j for j in range((largest - 1).bit_length()))  # of two below the largest
@@ -101,7 +106,8 @@ def _best_size(
 
 
 def _guarded(level: Tensor, z: Tensor) -> Tensor:
-    """Log densities ``(n,)`` of a fit with a little of a wide Gaussian beside it: one sample that no component expects does not decide alone."""
+    """Log densities ``(n,)`` of a fit with a little of a wide Gaussian beside it: one sample that no component expects
+    does not decide alone."""
     wide = -0.5 * (z / _WIDE).square().sum(1) - z.shape[1] * math.log(_WIDE * math.sqrt(2 * math.pi))
     return torch.logaddexp(level + math.log1p(-_BESIDE), wide + math.log(_BESIDE))
 
@@ -144,7 +150,8 @@ class _Fit:
 
 
 class _Joint(_Fit):
-    """A joint mixture, for samples of mean 0 and variance 1 in every coordinate; starts with each sample at its nearest mean."""
+    """A joint mixture, for samples of mean 0 and variance 1 in every coordinate; starts with each sample at its nearest
+    mean."""
 
     def __init__(self, z: Tensor, w: Tensor, means: Tensor, full: bool) -> None:
         self.full = full
@@ -213,7 +220,8 @@ class _Coordinates(_Fit):
 
 
 def _spread(z: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` of the samples, each next one drawn in proportion to its squared distance from those before; the best of a few candidates."""
+    """``size`` of the samples, each next one drawn in proportion to its squared distance from those before; the best of
+    a few candidates."""
     tries = 2 + int(math.log(size))
     first = int(torch.randint(len(z), (1,), generator=generator, device=z.device))
     chosen = [z[first]]

@@ -1,6 +1,8 @@
-"""The no-U-turn sampler (Hoffman & Gelman 1111.4246) of pyro-ppl, on the coordinates of a :class:`StateTarget`: one chain after another.
+"""The no-U-turn sampler (Hoffman & Gelman 1111.4246) of pyro-ppl, on the coordinates of a :class:`StateTarget`: one
+chain after another.
 
-Step size and mass matrix of each chain are adapted in its warm-up as Stan does, and frozen. Installed by the extra ``sdecontrol[mcmc]``, imported when used.
+Step size and mass matrix of each chain are adapted in its warm-up as Stan does, and frozen. Installed by the extra
+``sdecontrol[mcmc]``, imported when used.
 """
 
 import contextlib
@@ -55,7 +57,8 @@ class _Potential:
 
 
 class _Energy(torch.autograd.Function):
-    """Value and gradient from one evaluation with the checks of :func:`points_at`; inf, with a gradient of 0, where the density vanishes."""
+    """Value and gradient from one evaluation with the checks of :func:`points_at`; inf, with a gradient of 0, where the
+    density vanishes."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, potential: _Potential) -> Tensor:  # type: ignore[override]
@@ -71,7 +74,8 @@ class _Energy(torch.autograd.Function):
 def warm_up_nuts(
     target: StateTarget, chains: int, iterations: int, seed: int, depth: int, apart: int | None = None
 ) -> tuple[WarmChains, int]:
-    """As :func:`warm_up_chains`, each chain with a step size and mass matrix of its own; ``depth``: of the trees at most."""
+    """As :func:`warm_up_chains`, each chain with a step size and mass matrix of its own; ``depth``: of the trees at
+    most."""
     nuts = import_nuts()
     starts = finite_starts(target, chains, seed)
     potential, states, steps, masses = _Potential(target), [], [], []

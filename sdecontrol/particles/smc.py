@@ -1,9 +1,10 @@
 """Systems of particles: the Feynman-Kac recursion on a chain, with twisting and resampling, in log space.
 
-Particles move by a proposal u. With twists ``psi_k`` (``psi_K = exp(r/alpha)``) the step from k to k+1 multiplies the weight of a
-particle by ``exp(-h_k f/alpha) (dQ0/dP^u)_k psi_{k+1}(x_{k+1}) / psi_k(x_k)``, the first weight being ``psi_0(x_0)``. The product
-telescopes to ``exp(R/alpha) dQ0/dP^u`` whatever the twists, so ``E Z^ = Z`` exactly, at every step size and with any unbiased
-resampling (Del Moral 2004; Naesseth et al. 1903.04797; twisting: Whiteley & Lee 1309.2931, Wu et al. 2306.17775).
+Particles move by a proposal u. With twists ``psi_k`` (``psi_K = exp(r/alpha)``) the step from k to k+1 multiplies the
+weight of a particle by ``exp(-h_k f/alpha) (dQ0/dP^u)_k psi_{k+1}(x_{k+1}) / psi_k(x_k)``, the first weight being
+``psi_0(x_0)``. The product telescopes to ``exp(R/alpha) dQ0/dP^u`` whatever the twists, so ``E Z^ = Z`` exactly, at
+every step size and with any unbiased resampling (Del Moral 2004; Naesseth et al. 1903.04797; twisting: Whiteley & Lee
+1309.2931, Wu et al. 2306.17775).
 """
 
 import math
@@ -61,7 +62,8 @@ class ParticleSettings:
 
     Attributes:
         num_particles: N of each system.
-        ess_threshold: a system whose effective fraction falls below it is resampled (before the last step only); 0: never.
+        ess_threshold: a system whose effective fraction falls below it is resampled (before the last step only); 0:
+            never.
         resampling: "systematic", "stratified" or "multinomial" (:func:`resample`).
         selection: "weights": in proportion to the weights. "best": the particle of the largest total reward.
             "rejection": each with probability ``exp(R/alpha - bound/alpha)``.
@@ -81,8 +83,8 @@ def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Gene
     """Indices ``(M, count)`` of particles drawn with probabilities ``softmax(log_weights)`` in each of M systems.
 
     The expected number of copies of particle i is ``count w_i`` in every scheme. "multinomial": independent draws.
-    "stratified": one uniform number in each of ``count`` equal strata. "systematic": the same number in all strata, so that
-    copies differ from ``count w_i`` by less than one.
+    "stratified": one uniform number in each of ``count`` equal strata. "systematic": the same number in all strata, so
+    that copies differ from ``count w_i`` by less than one.
     """
     edges = log_weights.double().softmax(1).cumsum(1)
     edges = edges / edges[:, -1:]

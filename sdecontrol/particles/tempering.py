@@ -1,20 +1,22 @@
-"""Tempered particles: sequential Monte Carlo from a Gaussian, or a mixture of them, to ``N(z; 0, I) exp(phi(z))``, and chains on any of its tempered laws.
+"""Tempered particles: sequential Monte Carlo from a Gaussian, or a mixture of them, to ``N(z; 0, I) exp(phi(z))``, and
+chains on any of its tempered laws.
 
-Every problem of the package has this form. A path of a chain is a function of its standard normal noises, and ``phi = R/alpha - log
-dP^u/dQ0`` of that path (:class:`NoiseTarget`): ``exp(phi)`` integrates to the chain's Z under N(0, I). A Gibbs target has it in its own
-state space (:class:`StateTarget`), z the normalised state.
+Every problem of the package has this form. A path of a chain is a function of its standard normal noises, and
+``phi = R/alpha - log dP^u/dQ0`` of that path (:class:`NoiseTarget`): ``exp(phi)`` integrates to the chain's Z under
+N(0, I). A Gibbs target has it in its own state space (:class:`StateTarget`), z the normalised state.
 
-Particles go through ``N(0, I) exp(beta_j phi)``, ``0 = beta_0 < ... < beta_J = 1``. At each level they are weighted by ``exp((beta_{j+1} -
-beta_j) phi)``, resampled, and moved by a Markov kernel that leaves the new law invariant (Neal 2001; Del Moral et al. 2006). With levels and
-kernels fixed beforehand ``E Z^ = Z`` exactly for any number of particles: :func:`adapt` chooses them on particles of its own, :func:`run_tempered` uses
-them on new ones.
+Particles go through ``N(0, I) exp(beta_j phi)``, ``0 = beta_0 < ... < beta_J = 1``. At each level they are weighted by
+``exp((beta_{j+1} - beta_j) phi)``, resampled, and moved by a Markov kernel that leaves the new law invariant (Neal
+2001; Del Moral et al. 2006). With levels and kernels fixed beforehand ``E Z^ = Z`` exactly for any number of particles:
+:func:`adapt` chooses them on particles of its own, :func:`run_tempered` uses them on new ones.
 
-The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotation of a Gaussian fitted to the particles, ``N(m, S)``, and kicks by what
-the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error in the directions where the target is that
-Gaussian, and none from their number. Particles that begin with a mixture m (``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the
-coordinates of a component drawn given its place (:class:`_Component`), and an independent draw from m is proposed after every such move
-(:meth:`Kernel.leap`). One step of the flow is a MALA move; without a gradient it is the preconditioned Crank-Nicolson move (Cotter et
-al. 1202.0709).
+The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotation of a Gaussian fitted to the particles,
+``N(m, S)``, and kicks by what the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error
+in the directions where the target is that Gaussian, and none from their number. Particles that begin with a mixture m
+(``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the coordinates of a component
+drawn given its place (:class:`_Component`), and an independent draw from m is proposed after every such move
+(:meth:`Kernel.leap`). One step of the flow is a MALA move; without a gradient it is the preconditioned Crank-Nicolson
+move (Cotter et al. 1202.0709).
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from ..randomness import SuppliedNoise, derive_seed, generator_for
 from .smc import resample
 
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
-_JITTER = 3.0  # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
+# a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
+_JITTER = 3.0
 _MOST_LEAPS, _MOST_MOVES = 16, 24
 _TURN = 1.2  # radians that a whole trajectory turns
 _ACCEPT = {True: 0.75, False: 0.35}  # wanted acceptance with and without a gradient
@@ -111,8 +114,8 @@ class StateTarget:
 class NoiseTarget:
     """The paths of a chain as functions of their noises under a proposal u: ``phi = R/alpha - log dP^u/dQ0``.
 
-    ``z`` are the noises ``(K, *noise)`` of a path, flattened, after those of its start where that is Gaussian. A start of another law is drawn
-    once for each particle and only resampled. The problem has no conditions.
+    ``z`` are the noises ``(K, *noise)`` of a path, flattened, after those of its start where that is Gaussian. A start
+    of another law is drawn once for each particle and only resampled. The problem has no conditions.
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, control: Any = None) -> None:
@@ -152,8 +155,8 @@ class Ladder:
 
     Attributes:
         betas: ``(J,)``, increasing, the last is 1.
-        centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the levels (not used by particles that
-            begin with a mixture).
+        centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the
+            levels (not used by particles that begin with a mixture).
         angles: ``(J,)`` radians turned by one leap. leaps, moves: ``(J,)`` leaps of a move, and moves.
     """
 
@@ -169,8 +172,8 @@ class Ladder:
 
     @property
     def work(self) -> int:
-        """Evaluations that one particle costs: gradients of a smooth target, values of another; without the independent draws that a mixture proposes,
-        one more for every move."""
+        """Evaluations that one particle costs: gradients of a smooth target, values of another; without the independent
+        draws that a mixture proposes, one more for every move."""
         return 1 + int((self.leaps * self.moves).sum())
 
 
@@ -201,8 +204,8 @@ class Population:
 class Points:
     """Particles ``(n, dim)`` with phi and its gradient (zero where there is none).
 
-    Where particles begin with another law m than N(0, I), phi is what the target has beyond m: the law of a level is ``N(0, I) exp(beta phi)`` or
-    ``m exp(beta phi)``.
+    Where particles begin with another law m than N(0, I), phi is what the target has beyond m: the law of a level is
+    ``N(0, I) exp(beta phi)`` or ``m exp(beta phi)``.
     """
 
     z: Tensor
@@ -247,8 +250,9 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
     if bool((phi.isnan() | (phi == math.inf)).any()):
         rows = int((phi.isnan() | (phi == math.inf)).sum())
         raise NonFiniteError(
-            f"the log density is nan or +inf in {rows} of {len(phi)} rows (largest |z|: {float(z.abs().max()):.3g} standard deviations "
-            "of the reference). It may be -inf where the density vanishes, but nothing else that is not finite.",
+            f"the log density is nan or +inf in {rows} of {len(phi)} rows (largest |z|: {float(z.abs().max()):.3g} "
+            "standard deviations of the reference). It may be -inf where the density vanishes, but nothing else that "
+            "is not finite.",
             what="log density",
             rows=rows,
         )
@@ -259,7 +263,8 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Coordinates w in which the Gaussian fitted to a level is standard normal, the same for all particles; that level is ``N(0, I) exp(beta phi)``."""
+    """Coordinates w in which the Gaussian fitted to a level is standard normal, the same for all particles; that level
+    is ``N(0, I) exp(beta phi)``."""
 
     centre: Tensor
     factor: Tensor
@@ -285,8 +290,9 @@ class _Fitted:
 class _Component:
     """Coordinates in which a component of the law is standard normal, one for each particle.
 
-    The component is drawn with its probability given z, so that z given it has the density ``m exp(beta phi) r_i(z) = weight_i N_i(z) exp(beta phi)``: a
-    Gaussian whose flow is an exact rotation, and kicks by phi alone, which vanish as the law comes near the target.
+    The component is drawn with its probability given z, so that z given it has the density
+    ``m exp(beta phi) r_i(z) = weight_i N_i(z) exp(beta phi)``: a Gaussian whose flow is an exact rotation, and kicks by
+    phi alone, which vanish as the law comes near the target.
     """
 
     centre: Tensor
@@ -314,8 +320,8 @@ class Kernel:
     """One move at one level; see the module's head.
 
     Attributes:
-        beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`; of a target whose particles begin with a
-            mixture its components are taken instead.
+        beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`; of a
+            target whose particles begin with a mixture its components are taken instead.
         leaps: of a move, each of one evaluation.
         jitter: the angle of a move is the given one times ``exp(-jitter U)``, U uniform in [0, 1].
     """
@@ -359,8 +365,9 @@ class Kernel:
         return new.where(accept, p), accept
 
     def leap(self, target: TemperedTarget, p: Points, generator: torch.Generator) -> Points:
-        """The particles after each was offered a draw of the law that they began with, however far: an independence Metropolis move, which is
-        accepted with probability ``exp(beta (phi' - phi))``. The better the law, the more are."""
+        """The particles after each was offered a draw of the law that they began with, however far: an independence
+        Metropolis move, which is accepted with probability ``exp(beta (phi' - phi))``. The better the law, the more
+        are."""
         assert target.law is not None
         new = points_at(target, _draws(target, len(p.z), generator), p.origin)
         uniform = torch.rand(len(p.z), generator=generator, dtype=p.z.dtype, device=p.z.device)
@@ -429,8 +436,8 @@ def adapt(
     while beta < 1:
         if len(found) == _MOST_LEVELS:
             raise RuntimeError(
-                f"tempering has reached beta = {beta:.3g} after {_MOST_LEVELS} levels: the reference is too far from the target. "
-                "Give a centre and a scale that cover it."
+                f"tempering has reached beta = {beta:.3g} after {_MOST_LEVELS} levels: the reference is too far from "
+                "the target. Give a centre and a scale that cover it."
             )
         new = _next_beta(beta, p.phi, log_w, fraction)
         log_w = log_w + _increment(new - beta, p.phi)
@@ -546,8 +553,8 @@ def start_points(target: TemperedTarget, n: int, seed: int) -> Points:
     p = points_at(target, _draws(target, n, generator), target.draw_origin(n, seed))
     if not bool((p.phi > -math.inf).any()):
         raise NonFiniteError(
-            f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that cover the "
-            "region where it is finite.",
+            f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that "
+            "cover the region where it is finite.",
             what="log density",
             rows=n,
         )

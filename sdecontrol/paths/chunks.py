@@ -1,4 +1,5 @@
-"""Chunks of paths, for runs that do not fit in memory: noise and starts of path i never depend on the chunk it is in."""
+"""Chunks of paths, for runs that do not fit in memory: noise and starts of path i never depend on the chunk it is
+in."""
 
 from dataclasses import replace
 from typing import Any

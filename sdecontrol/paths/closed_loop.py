@@ -1,4 +1,5 @@
-"""The closed loop's linear part, fitted over a batch of paths: what the variance reduction of adjoint methods needs to know of a control."""
+"""The closed loop's linear part, fitted over a batch of paths: what the variance reduction of adjoint methods needs to
+know of a control."""
 
 from collections.abc import Sequence
 
@@ -15,7 +16,8 @@ _FAR, _LOOKED_AT = 5.0, 64  # robust spreads, and paths that say how much these 
 
 
 class ClosedLoop(nn.Module):
-    """``I + moves_k``, the Jacobian of the affine fit of the noiseless next state: exact where everything is linear, and the identity before the first fit.
+    """``I + moves_k``, the Jacobian of the affine fit of the noiseless next state: exact where everything is linear,
+    and the identity before the first fit.
 
     No expectation depends on it, so that it may be of former paths; a fit costs as much as many a network's call.
 
@@ -72,8 +74,8 @@ class ClosedLoop(nn.Module):
 
 
 def _nearness(states: Tensor) -> Tensor:
-    """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust spreads: a path gone far says nothing of how
-    the others move. (No weights change the fit of what is affine.)"""
+    """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust
+    spreads: a path gone far says nothing of how the others move. (No weights change the fit of what is affine.)"""
     some = states[:, :_LOOKED_AT]
     centre = _median(some)
     spread = 1.5 * _median((some - centre).abs())

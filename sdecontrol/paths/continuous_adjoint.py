@@ -1,15 +1,18 @@
-"""Gradients of a path cost by an adjoint equation that is solved backwards in time, with O(1) memory in the number of steps.
+"""Gradients of a path cost by an adjoint equation that is solved backwards in time, with O(1) memory in the number of
+steps.
 
-The cost is that of ``gradients.py`` with integrals for its sums: ``mean [ terminal(X_T) + int (f/alpha + |u|^2/2) dt ]``, the
-integrals being two more states. Solvers and the adjoint equation are torchsde's (Li et al. 2001.01328; Kidger et al.
-2105.13493), stepped by our own loop for the reasons in ``solvers.py``, on the same noise as the chain's gradients.
+The cost is that of ``gradients.py`` with integrals for its sums:
+``mean [ terminal(X_T) + int (f/alpha + |u|^2/2) dt ]``, the integrals being two more states. Solvers and the adjoint
+equation are torchsde's (Li et al. 2001.01328; Kidger et al. 2105.13493), stepped by our own loop for the reasons in
+``solvers.py``, on the same noise as the chain's gradients.
 
-* ``continuous-adjoint``: states are recomputed backwards together with the adjoint, which is an approximation of the gradient
-  of no scheme in particular: biased by the discretisation, of order 1 in the step for additive noise (Euler, whose forward
-  path is then the very path of the Euler chain) and 1/2 otherwise (Stratonovich midpoint against the Euler chain). Running a
+* ``continuous-adjoint``: states are recomputed backwards together with the adjoint, which is an approximation of the
+  gradient of no scheme in particular: biased by the discretisation, of order 1 in the step for additive noise (Euler,
+  whose forward path is then the very path of the Euler chain) and 1/2 otherwise (Stratonovich midpoint against the
+  Euler chain). Running a
   contracting process backwards expands its errors: strongly mean-reverting drifts need small steps, or the other modes.
-* ``reversible-heun``: an algebraically reversible scheme with its adjoint: the exact gradient, to rounding, of that scheme's
-  own cost, which converges to the continuous one with order 1 for additive noise.
+* ``reversible-heun``: an algebraically reversible scheme with its adjoint: the exact gradient, to rounding, of that
+  scheme's own cost, which converges to the continuous one with order 1 for additive noise.
 """
 
 from collections.abc import Sequence
@@ -38,8 +41,8 @@ _EULER = Solver("euler", True, (), ())
 
 
 class _CostedSDE:
-    """A controlled SDE with ``int f dt`` and ``int |u|^2/2 dt`` as two more states, ``(batch, d + 2)``, in torchsde's protocol.
-    The two have no noise."""
+    """A controlled SDE with ``int f dt`` and ``int |u|^2/2 dt`` as two more states, ``(batch, d + 2)``, in torchsde's
+    protocol. The two have no noise."""
 
     def __init__(self, equation: ControlledSDE, running_cost: RunningCost | None, noise_type: str) -> None:
         self.equation, self.running_cost = equation, running_cost
@@ -96,8 +99,9 @@ def check_continuous(chain: Chain, mode: str) -> EulerChain:
     main = chain.main
     if not isinstance(main, EulerChain) or not isinstance(main.reference, SDE):
         raise ValueError(
-            f"gradient={mode!r} solves the adjoint of a stochastic differential equation and needs scheme='euler'; here the "
-            f"paths are those of a {type(main).__name__}. Use gradient='adjoint' (exact for every chain), or scheme='euler'."
+            f"gradient={mode!r} solves the adjoint of a stochastic differential equation and needs scheme='euler'; "
+            f"here the paths are those of a {type(main).__name__}. Use gradient='adjoint' (exact for every chain), or "
+            "scheme='euler'."
         )
     return main
 
@@ -205,7 +209,8 @@ class _Backwards:
 
     @torch.no_grad()
     def backward(self, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients by the first states ``(batch, d)`` and by the parameters, from the one by the last ``(batch, d + 2)``."""
+        """Gradients by the first states ``(batch, d)`` and by the parameters, from the one by the last
+        ``(batch, d + 2)``."""
         extra = self.extra if self.reversible else ()
         parts = [self.end, slope, *(torch.zeros_like(e) for e in extra), *map(torch.zeros_like, self.parameters)]
         shapes = [part.shape for part in parts]

@@ -16,8 +16,8 @@ class NoiseKind:
     """The noise of an SDE, in torchsde's words.
 
     Attributes:
-        name: "additive" (does not depend on the state), "diagonal" (each state has its own noise, whose strength depends on
-            that state alone), "scalar" (one noise for all states), "general".
+        name: "additive" (does not depend on the state), "diagonal" (each state has its own noise, whose strength
+            depends on that state alone), "scalar" (one noise for all states), "general".
         matrix: the diffusion is a matrix ``(batch, d, m)``; else it multiplies elementwise.
     """
 
@@ -80,8 +80,8 @@ class ControlledSDE:
 
     Args:
         control: any control, or None.
-        diagonal: give elementwise noise as ``(batch, d)`` under torchsde's name "diagonal" (which is how its products with
-            the noise are formed), whatever its kind.
+        diagonal: give elementwise noise as ``(batch, d)`` under torchsde's name "diagonal" (which is how its products
+            with the noise are formed), whatever its kind.
     """
 
     def __init__(
@@ -169,8 +169,8 @@ class ControlledSDE:
 
 
 def _column_derivatives(sigma: Tensor, x: Tensor, create: bool) -> Tensor:
-    """``sum_j (d sigma_j/dx) sigma_j`` over the columns of a matrix ``(batch, d, m)``: a Jacobian-vector product each, as the
-    derivative of a vector-Jacobian product in its vector."""
+    """``sum_j (d sigma_j/dx) sigma_j`` over the columns of a matrix ``(batch, d, m)``: a Jacobian-vector product each,
+    as the derivative of a vector-Jacobian product in its vector."""
     total: Any = 0
     for column in sigma.unbind(-1):
         v = torch.zeros_like(column, requires_grad=True)

@@ -1,8 +1,8 @@
-"""The probability flow of a generative SDE: the ordinary differential equation with the model's marginals, and with it exact
-likelihoods (Song et al. 2011.13456, section 4.3).
+"""The probability flow of a generative SDE: the ordinary differential equation with the model's marginals, and with it
+exact likelihoods (Song et al. 2011.13456, section 4.3).
 
-``dx/dt = v(x, t) = -(log mu)' x - g_f^2/(2 std) eps(x, t)`` in process time: the SDE's drift with the noise level g = 0.
-Along it ``d/dt log p_t(x_t) = -div v`` (instantaneous change of variables, Chen et al. 1806.07366, theorem 1).
+``dx/dt = v(x, t) = -(log mu)' x - g_f^2/(2 std) eps(x, t)`` in process time: the SDE's drift with the noise level g =
+0. Along it ``d/dt log p_t(x_t) = -div v`` (instantaneous change of variables, Chen et al. 1806.07366, theorem 1).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class LogLikelihood(NamedTuple):
-    """``value``: log-densities ``(n,)``; ``stderr``: their standard errors ``(n,)`` from the random divergence (0 where the
-    divergence is exact); ``latent``: where the flow brings x at time 0, ``(n, *event)``."""
+    """``value``: log-densities ``(n,)``; ``stderr``: their standard errors ``(n,)`` from the random divergence (0 where
+    the divergence is exact); ``latent``: where the flow brings x at time 0, ``(n, *event)``."""
 
     value: Tensor
     stderr: Tensor
@@ -69,8 +69,8 @@ def _integrate(rhs: Callable[[Tensor, Any], Any], start: Any, times: Tensor, tol
         return odeint(rhs, start, times, method="dopri5", rtol=tolerance, atol=tolerance)
     except AssertionError as error:  # "underflow in dt", or a NaN
         raise NonFiniteError(
-            f"the probability flow cannot be integrated to tolerance={tolerance:g} ({error}): the state is not finite, or the "
-            "tolerance is below what its dtype resolves. Use a larger tolerance, float64, or tolerance=None.",
+            f"the probability flow cannot be integrated to tolerance={tolerance:g} ({error}): the state is not finite, "
+            "or the tolerance is below what its dtype resolves. Use a larger tolerance, float64, or tolerance=None.",
             what="state",
         ) from error
 
@@ -89,8 +89,8 @@ def solve_flow(
         step = next(k for k, s in enumerate(states[1:]) if not bool(torch.isfinite(s).all()))
         rows = nonfinite_rows(states[step + 1])
         raise NonFiniteError(
-            f"state is not finite at step {step} of {len(clock) - 1} (t = {clock[step]:.4g}) of scheme='probability-flow', in "
-            f"{rows} rows. Check the model there.",
+            f"state is not finite at step {step} of {len(clock) - 1} (t = {clock[step]:.4g}) of "
+            f"scheme='probability-flow', in {rows} rows. Check the model there.",
             what="state",
             step=step,
             rows=rows,
@@ -99,8 +99,9 @@ def solve_flow(
 
 
 def _with_divergence(velocity: Velocity, probes: Tensor | None) -> Callable[[Tensor, Any], Any]:
-    """``(t, (x, l)) -> (v, div v)``: exactly (l ``(batch,)``), or ``probe . J probe`` for each probe (l ``(batch, probes)``;
-    Hutchinson's estimator, the same probes all along the flow as in FFJORD, Grathwohl et al. 1810.01367)."""
+    """``(t, (x, l)) -> (v, div v)``: exactly (l ``(batch,)``), or ``probe . J probe`` for each probe (l
+    ``(batch, probes)``; Hutchinson's estimator, the same probes all along the flow as in FFJORD, Grathwohl et al.
+    1810.01367)."""
 
     def rhs(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -1,8 +1,8 @@
 """Gradients of a path cost through the simulation: full graph, checkpointed, discrete adjoint, truncated.
 
-The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + KL_k ) ]``, ``|c_k|^2/2`` the KL of a Gaussian step (less the
-logarithm of the target's part, where the chain has a reverse law). The first three modes give the
-same gradient to rounding:
+The cost is ``mean over paths of [ terminal(x_K) + sum_k ( h_k f(x_k)/alpha + KL_k ) ]``, ``|c_k|^2/2`` the KL of a
+Gaussian step (less the logarithm of the target's part, where the chain has a reverse law). The first three modes give
+the same gradient to rounding:
 
 * ``full``: ordinary backpropagation; memory grows with the number of steps.
 * ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores every 16th state; the
@@ -10,9 +10,10 @@ same gradient to rounding:
   Memory: 16 steps' graph, plus those states. (One step at a time costs a tenth more in small networks.)
 * ``checkpoint``: the same with segments of sqrt(K) steps: memory of sqrt(K) states and of sqrt(K) steps' graph.
 * an integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): a biased gradient.
-* ``random``: ``adjoint`` that goes back a random number of segments, uniform from 1 to all S of them (AlignProp, Prabhudesai et al.
-  2310.03739, draws the number of last steps so), each weighted by 1 over the probability that it is reached (Tallec & Ollivier
-  1705.08209): the segment that is j-th from the end by S/(S - j + 1). Unbiased; half the backward pass on average.
+* ``random``: ``adjoint`` that goes back a random number of segments, uniform from 1 to all S of them (AlignProp,
+  Prabhudesai et al. 2310.03739, draws the number of last steps so), each weighted by 1 over the probability that it is
+  reached (Tallec & Ollivier 1705.08209): the segment that is j-th from the end by S/(S - j + 1). Unbiased; half the
+  backward pass on average.
 """
 
 import math
@@ -58,8 +59,8 @@ class Objective:
 
 @dataclass(frozen=True)
 class PathCost:
-    """Detached parts of the cost of each path, all ``(batch,)``: ``cost`` is the running cost, less alpha times the logarithm of a reverse law; and the
-    last states."""
+    """Detached parts of the cost of each path, all ``(batch,)``: ``cost`` is the running cost, less alpha times the
+    logarithm of a reverse law; and the last states."""
 
     terminal: Tensor
     cost: Tensor
@@ -126,14 +127,14 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
 
 
 def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None = None) -> PathCost:
-    """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment at a
-    time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
+    """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment
+    at a time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
 
-    With ``reach`` uniform in [0, 1) only the last ``1 + floor(reach S)`` of the S segments are visited, each weighted by 1 over its
-    probability; since all is linear in the adjoint, the weight is carried with it."""
+    With ``reach`` uniform in [0, 1) only the last ``1 + floor(reach S)`` of the S segments are visited, each weighted
+    by 1 over its probability; since all is linear in the adjoint, the weight is carried with it."""
     chain, control = setting.chain, setting.control
-    # what depends on time alone is computed once: each row of it is a leaf, so that going back one segment costs that segment's rows and not
-    # the whole tables; their gradient is passed on at the end
+    # what depends on time alone is computed once: each row of it is a leaf, so that going back one segment costs that
+    # segment's rows and not the whole tables; their gradient is passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
     firsts, starts = range(0, chain.steps, size), [x0]
     cost = kl = chain.times.new_zeros(x0.shape[0])
@@ -171,8 +172,8 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
 def _recompute(
     setting: _Setting, shift: ShiftFunction, x: Tensor, steps: range, scale: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The last state of a segment with its graph, and what else the cost depends on there (KLs, running costs, a reverse law) with the cost's
-    derivative by each."""
+    """The last state of a segment with its graph, and what else the cost depends on there (KLs, running costs, a
+    reverse law) with the cost's derivative by each."""
     chain, objective, law = setting.chain, setting.objective, setting.chain.reverse
     costs: list[Tensor] = []
     slopes: list[Tensor] = []

@@ -20,7 +20,8 @@ RunningCost = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class _Sums:
-    """Log-ratio and KL of paths that are not kept, reduced a few steps at a time (one reduction a step would cost more than the step)."""
+    """Log-ratio and KL of paths that are not kept, reduced a few steps at a time (one reduction a step would cost more
+    than the step)."""
 
     most = 1 << 18  # numbers held of 64 paths: as many steps whatever the batch, so that sums have the same bits
 

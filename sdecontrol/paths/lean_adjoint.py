@@ -1,15 +1,16 @@
 """The lean adjoint along stored paths, and the regression targets it gives a control.
 
-A step is ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``. With ``a = -grad V`` the best mean-shift control of the chain
-satisfies ``c_k(x) = E[scale_k^T a_{k+1} | x_k = x]``, and the envelope theorem gives the recursion in which the shift is held
-fixed (Domingo-Enrich et al. 2409.08861; here for any chain, so that the chain's own optimum is the exact fixed point)::
+A step is ``x_{k+1} = mean_k(x_k) + scale_k(x_k) (c_k + xi_k)``. With ``a = -grad V`` the best mean-shift control of the
+chain satisfies ``c_k(x) = E[scale_k^T a_{k+1} | x_k = x]``, and the envelope theorem gives the recursion in which the
+shift is held fixed (Domingo-Enrich et al. 2409.08861; here for any chain, so that the chain's own optimum is the exact
+fixed point)::
 
     a_K = grad r(x_K)/alpha,    a_k = (d x_{k+1}/d x_k at fixed c_k, xi_k)^T a_{k+1} - h_k grad f(x_k, t_k)/alpha.
 
 **Zero variance.** On a linear-quadratic chain at the optimum ``a_{k+1}`` depends on the noise of its own step through
-``z_k = J_k^{-T} (d c_k/d x)^T xi_k`` alone, ``J_k = d(mean_k + scale_k c_k)/dx`` the step's Jacobian with the control in it. Its mean given x_k
-is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursion, changes no expectation and leaves no variance at all there
-(after 2410.00345, which subtracts the later steps' part only).
+``z_k = J_k^{-T} (d c_k/d x)^T xi_k`` alone, ``J_k = d(mean_k + scale_k c_k)/dx`` the step's Jacobian with the control
+in it. Its mean given x_k is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursion, changes no
+expectation and leaves no variance at all there (after 2410.00345, which subtracts the later steps' part only).
 """
 
 import math
@@ -32,8 +33,9 @@ ENOUGH = 0.5  # of the tolerance: a first guess whose residual is below it will 
 class StepJacobians:
     """Transposed Jacobians of the chain's steps at the states of stored paths, at fixed shifts.
 
-    Known matrices where the chain is linear. Else the graph of every step's kernel is kept, of its own leaf, and products are taken: one pass backwards
-    for an adjoint through all steps, whatever the dimension, where matrices would take one for each coordinate.
+    Known matrices where the chain is linear. Else the graph of every step's kernel is kept, of its own leaf, and
+    products are taken: one pass backwards for an adjoint through all steps, whatever the dimension, where matrices
+    would take one for each coordinate.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -93,7 +95,8 @@ class StepJacobians:
     def step(self, j: int, a: Tensor, z: Tensor | None) -> Tensor:
         """``(d x_{j+1}/d x_j)^T a - (d (mean_j + scale_j c_j)/d x_j)^T z``.
 
-        Where the scale depends on x the two Jacobians differ: z is linear in the noise, and times the noise it would have a mean.
+        Where the scale depends on x the two Jacobians differ: z is linear in the noise, and times the noise it would
+        have a mean.
         """
         if self.matrices is not None:
             return (a if z is None else a - z) @ self.matrices[j]
@@ -114,7 +117,8 @@ class StepJacobians:
         return torch.stack(torch.autograd.grad(outputs, self.leaves, list(v.unbind(0)), retain_graph=True))
 
     def nonfinite_rows(self) -> int:
-        """In how many paths a derivative of some step is not finite: the products with ones say it of all its entries at once."""
+        """In how many paths a derivative of some step is not finite: the products with ones say it of all its entries
+        at once."""
         if self.matrices is not None:
             return 0
         ones = torch.ones_like(self.paths.states[1:])
@@ -124,8 +128,8 @@ class StepJacobians:
 def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tensor, condition: Any) -> Tensor:
     """The shifts, the first replaced by the next step's control at the same states where all paths start at one point.
 
-    No regression sees how a control varies around a point at which it is always taken; the next step's slope, taken there, is off by O(h) only,
-    and as much a function of the start alone.
+    No regression sees how a control varies around a point at which it is always taken; the next step's slope, taken
+    there, is off by O(h) only, and as much a function of the start alone.
     """
     first = states[0].detach()
     if len(states) < 2 or bool((first != first[:1]).any()):
@@ -143,13 +147,13 @@ def own_noise(
     tolerance: float,
     most: int,
 ) -> tuple[Tensor, float]:
-    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after it; and the relative residual
-    of the first guess (nan where it was not looked at).
+    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after
+    it; and the relative residual of the first guess (nan where it was not looked at).
 
-    The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one call.
-    The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the closed loop
-    (the exact Jacobian where everything is linear); iterates that do not lower a step's residual are not taken. z stays linear in
-    the noise given the states, whatever the number of iterations, so no stop biases anything.
+    The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one
+    call. The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the
+    closed loop (the exact Jacobian where everything is linear); iterates that do not lower a step's residual are not
+    taken. z stays linear in the noise given the states, whatever the number of iterations, so no stop biases anything.
 
     Args:
         states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
@@ -241,7 +245,8 @@ def linear_adjoints(end: Tensor, factors: Tensor, drive: Tensor | None) -> Tenso
     """``a_j = a_{j+1} N_j + drive_j`` back from ``a_K = end``, ``(K+1, batch, d)``.
 
     Args:
-        factors: N, ``(K, d, d)``, or what multiplies elementwise, ``(K, d)`` or ``(K, 1)``. drive: ``(K, batch, d)``; None: 0.
+        factors: N, ``(K, d, d)``, or what multiplies elementwise, ``(K, d)`` or ``(K, 1)``. drive: ``(K, batch, d)``;
+            None: 0.
     """
     a, found = end, [end]
     matrix, each = factors.ndim == 3, factors.unbind(0)
@@ -255,7 +260,8 @@ def linear_adjoints(end: Tensor, factors: Tensor, drive: Tensor | None) -> Tenso
 
 
 def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> Tensor | None:
-    """``grad f(x_k, t_k)`` at every stored state, ``(K, batch, *event)`` (0 before time 0), or None where there is no running cost.
+    """``grad f(x_k, t_k)`` at every stored state, ``(K, batch, *event)`` (0 before time 0), or None where there is no
+    running cost.
 
     A cost that has its gradients in closed form, as ``cost.gradients(states, times)``, is asked for them.
     """

@@ -38,7 +38,8 @@ def sum_steps(x: Tensor) -> Tensor:
 
 @dataclass
 class Record:
-    """What was kept of the steps: a list with an entry a step (of states one more), or the whole as one tensor; None where it was not kept.
+    """What was kept of the steps: a list with an entry a step (of states one more), or the whole as one tensor; None
+    where it was not kept.
 
     Attributes:
         states, noises, shifts: ``x_k``, ``xi_k``, ``c_k``.
@@ -60,7 +61,8 @@ class Totals:
 
     Attributes:
         running_cost: ``sum_k h_k f(x_k, t_k)``.
-        log_reverse: of a reverse law, the logarithm of the target's part (``chains/reverse.py``), of the law that drew the paths; else None.
+        log_reverse: of a reverse law, the logarithm of the target's part (``chains/reverse.py``), of the law that drew
+            the paths; else None.
         log_ratio, kl: of the law that drew the paths; None where noises and shifts were kept.
     """
 
@@ -82,7 +84,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class StepLaws:
-    """A control at the states of stored paths, at all steps or some: all that a path loss is made of, each ``(steps, batch)``, with its graph.
+    """A control at the states of stored paths, at all steps or some: all that a path loss is made of, each
+    ``(steps, batch)``, with its graph.
 
     Attributes:
         shifts: ``(steps, batch, *noise)``.
@@ -117,7 +120,8 @@ class StepLaws:
         return law.log_control(self._of(self.paths.back_draws), self.back_shifts)
 
     def less_reverse(self, values: Tensor) -> Tensor:
-        """``values`` less the control's part in the target: of ``log_ratio``, all of ``-log w`` that the control enters."""
+        """``values`` less the control's part in the target: of ``log_ratio``, all of ``-log w`` that the control
+        enters."""
         return values if self.log_reverse is None else values - self.log_reverse
 
 
@@ -135,8 +139,8 @@ class Paths:
         draws: ``(K, batch, *noise)``, that of which log-ratios are functions (``xi_k + c_k`` of Gaussian kernels).
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
 
-    What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need to know the target's
-    problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
+    What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need
+    to know the target's problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
     """
 
     chain: Chain
@@ -155,8 +159,8 @@ class Paths:
 
     @classmethod
     def of_states(cls, chain: Chain, states: Tensor, draws: Tensor | None = None) -> Paths:
-        """Paths of which only the states ``(K+1, batch, *event)`` are known (drawn from bridges, say, step by step), and the draws that make them
-        under the reference, if these are."""
+        """Paths of which only the states ``(K+1, batch, *event)`` are known (drawn from bridges, say, step by step),
+        and the draws that make them under the reference, if these are."""
         record = Record(states)
         if draws is not None:
             record = Record(states, draws, torch.zeros_like(draws))
@@ -255,7 +259,8 @@ class Paths:
     # ---------------------------------------------------------------- the reference's law, and any control's
 
     def under(self, control: Any = None, steps: Sequence[int] | None = None) -> StepLaws:
-        """A control at these states: its step laws, with their graph. All steps in one call of the control; or the given ones.
+        """A control at these states: its step laws, with their graph. All steps in one call of the control; or the
+        given ones.
 
         Args:
             control: None for the control that drew the paths.
@@ -298,8 +303,8 @@ class Paths:
         return steps if per_step else sum_steps(steps)
 
     def kl(self, per_step: bool = False) -> Tensor:
-        """``sum_k KL(p^u || p0)`` of each path's steps, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``, with less
-        variance than the mean of :meth:`log_ratio`."""
+        """``sum_k KL(p^u || p0)`` of each path's steps, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``,
+        with less variance than the mean of :meth:`log_ratio`."""
         if not per_step and self.totals.kl is not None:
             return self.totals.kl
         return self._own.kl if per_step else sum_steps(self._own.kl)
@@ -329,12 +334,14 @@ class Paths:
 
     @property
     def cost(self) -> Tensor:
-        """What the target takes from a path's reward, ``(batch,)``: the running cost; with a reverse law less alpha times its logarithm."""
+        """What the target takes from a path's reward, ``(batch,)``: the running cost; with a reverse law less alpha
+        times its logarithm."""
         reverse = self.totals.log_reverse
         return self.running_cost if reverse is None else self.running_cost - self.alpha * reverse
 
     def log_target(self) -> Tensor:
-        """Of every step, the logarithm of the target's law over the reference's without a control, ``(K, batch)``: ``-h_k f_k/alpha``, or the reverse law's."""
+        """Of every step, the logarithm of the target's law over the reference's without a control, ``(K, batch)``:
+        ``-h_k f_k/alpha``, or the reverse law's."""
         if self.record.noises is None and self.replay is not None:
             return self._whole.log_target()
         law, gained = self.chain.reverse, self.chain.times.new_zeros(self.steps, len(self))
@@ -347,7 +354,8 @@ class Paths:
         return gained
 
     def log_weights(self, control: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """``R/alpha - log dP^u/dQ0``, ``(batch,)``: log importance weights towards the exact law; ``mean(exp(log_w))`` is Z without bias at every step size.
+        """``R/alpha - log dP^u/dQ0``, ``(batch,)``: log importance weights towards the exact law; ``mean(exp(log_w))``
+        is Z without bias at every step size.
 
         Args:
             control: None for the control that drew the paths; else any, at the same states (with its graph).

@@ -1,15 +1,16 @@
 """torchsde's solvers on a problem's grid: higher order, Stratonovich, adaptive. Sampling only.
 
-They have no Gaussian kernels, so their paths have no likelihood ratios; asking for one is a named error. What torchsde does
-silently is done here in the open:
+They have no Gaussian kernels, so their paths have no likelihood ratios; asking for one is a named error. What torchsde
+does silently is done here in the open:
 
-* **Steps.** torchsde's own loop adds up ``t += dt`` in floating point (a float32 grid of 50 steps takes 51). Here the loop
-  is ours and torchsde's solver objects make one step each: K steps are K steps, on any grid, at float64 times.
-* **Noise.** Increments come from :class:`~sdecontrol.randomness.SeededNoise`: the same seed and grid give the very noise
-  of the Euler chain. The space-time integrals that "srk" needs come from a second stream of the same seed.
-* **Noise types** are found by looking at the diffusion (``equations.noise_kind``), not declared: torchsde believes what it is told.
-* **Milstein** runs in its derivative-free form: torchsde's other form multiplies by the transposed Jacobian where one noise
-  drives several states, and silently takes the derivative as zero where there is none.
+* **Steps.** torchsde's own loop adds up ``t += dt`` in floating point (a float32 grid of 50 steps takes 51). Here the
+  loop is ours and torchsde's solver objects make one step each: K steps are K steps, on any grid, at float64 times.
+* **Noise.** Increments come from :class:`~sdecontrol.randomness.SeededNoise`: the same seed and grid give the very
+  noise of the Euler chain. The space-time integrals that "srk" needs come from a second stream of the same seed.
+* **Noise types** are found by looking at the diffusion (``equations.noise_kind``), not declared: torchsde believes what
+  it is told.
+* **Milstein** runs in its derivative-free form: torchsde's other form multiplies by the transposed Jacobian where one
+  noise drives several states, and silently takes the derivative as zero where there is none.
 * **Stratonovich solvers** get the Ito-Stratonovich correction, so that every scheme samples the same process.
 
 ``torchsde._core`` is private, but torchsde is frozen at 0.2.6 (2023) and its public ``sdeint`` offers no way around its
@@ -46,10 +47,10 @@ class Solver:
     Attributes:
         scheme: its name here; method: torchsde's.
         ito: whether it solves Ito equations; else Stratonovich ones, with the correction of the drift.
-        kinds: kinds of noise (``equations.noise_kind``) that it is given: "milstein" and "srk" would silently fall back to
-            order 1/2 for others. Stratonovich solvers have order 1/2 for "general" noise, 1 for the others.
-        adaptive: kinds of noise for which adaptive steps converge to the right process (path-dependent steps need strong
-            order 1 at least: Gaines & Lyons 1997).
+        kinds: kinds of noise (``equations.noise_kind``) that it is given: "milstein" and "srk" would silently fall back
+            to order 1/2 for others. Stratonovich solvers have order 1/2 for "general" noise, 1 for the others.
+        adaptive: kinds of noise for which adaptive steps converge to the right process (path-dependent steps need
+            strong order 1 at least: Gaines & Lyons 1997).
         area: whether it needs the space-time integrals of the noise.
     """
 
@@ -77,7 +78,8 @@ SOLVERS = {solver.scheme: solver for solver in _ALL}
 
 
 def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequence[float]) -> tuple[Any, list[Tensor]]:
-    """One of torchsde's solver objects, and the grid's times as float64 numbers on the CPU (its ``step`` wants tensors)."""
+    """One of torchsde's solver objects, and the grid's times as float64 numbers on the CPU (its ``step`` wants
+    tensors)."""
     chosen: Any = methods.select(solver.method, equation.sde_type)
     made = chosen(
         sde=base_sde.ForwardSDE(equation),
@@ -94,8 +96,8 @@ def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequen
 
 @dataclass(eq=False, repr=False)
 class SolvedPaths(Paths):
-    """Paths of a solver without Gaussian kernels: those of :class:`Paths`, less everything that needs likelihoods, which
-    raises :class:`NoLikelihood`.
+    """Paths of a solver without Gaussian kernels: those of :class:`Paths`, less everything that needs likelihoods,
+    which raises :class:`NoLikelihood`.
 
     Attributes:
         times: ``(K+1,)``; states: ``(K+1, batch, *event)``; end, samples: ``(batch, *event)``.
@@ -114,8 +116,8 @@ class SolvedPaths(Paths):
 
     def _refuse(self, what: str) -> NoReturn:
         raise NoLikelihood(
-            f"{what}: paths of scheme={self.scheme!r} have none, since this solver has no Gaussian kernels. Simulate with "
-            "scheme='euler' (or 'exact', 'exponential') for likelihood ratios, weights and KL."
+            f"{what}: paths of scheme={self.scheme!r} have none, since this solver has no Gaussian kernels. Simulate "
+            "with scheme='euler' (or 'exact', 'exponential') for likelihood ratios, weights and KL."
         )
 
     def log_ratio(self, control: Any = None, per_step: bool = False) -> Tensor:
@@ -147,13 +149,13 @@ def check_solver(scheme: str, kind: NoiseKind, adaptive: bool) -> Solver:
     if kind.name not in solver.kinds:
         raise ValueError(
             f"scheme={scheme!r} has no order above 1/2 for {kind.name} noise (several noises drive one state, or one "
-            "state's noise depends on another): it needs Levy areas that torchsde does not give it. Use scheme='heun' or "
-            "'midpoint' (strong order 1/2 there), or 'euler'."
+            "state's noise depends on another): it needs Levy areas that torchsde does not give it. Use scheme='heun' "
+            "or 'midpoint' (strong order 1/2 there), or 'euler'."
         )
     if adaptive and kind.name not in solver.adaptive:
         raise ValueError(
-            f"tolerance: adaptive steps of scheme={scheme!r} with {kind.name} noise need not converge to the right process "
-            "(Gaines & Lyons 1997). Leave tolerance out and use more time_steps."
+            f"tolerance: adaptive steps of scheme={scheme!r} with {kind.name} noise need not converge to the right "
+            "process (Gaines & Lyons 1997). Leave tolerance out and use more time_steps."
         )
     return solver
 
@@ -239,8 +241,8 @@ def explain(
             break
     where = "" if step is None else f" at step {step} of {len(clock) - 1} (t = {clock[step]:.4g})"
     return NonFiniteError(
-        f"{what} is not finite{where} of scheme={scheme!r}, in {rows} row{'s' if rows != 1 else ''}{more}. Use more time "
-        "steps, or check the drift, the diffusion and the control there.",
+        f"{what} is not finite{where} of scheme={scheme!r}, in {rows} row{'s' if rows != 1 else ''}{more}. Use more "
+        "time steps, or check the drift, the diffusion and the control there.",
         what=what,
         step=step,
         rows=rows,
@@ -258,9 +260,9 @@ def solve_adaptively(
 ) -> tuple[list[Tensor], Tensor]:
     """torchsde's adaptive stepping from each time of the grid to the next, relative and absolute error ``tolerance``.
 
-    The noise is torchsde's ``BrownianInterval`` as a dyadic tree of this seed, so that another tolerance or grid sees the
-    same Brownian path. The step is one for the whole batch (it is the root mean square of the errors that is controlled), so
-    paths depend on the batch. Grid times are steps, never interpolated between steps.
+    The noise is torchsde's ``BrownianInterval`` as a dyadic tree of this seed, so that another tolerance or grid sees
+    the same Brownian path. The step is one for the whole batch (it is the root mean square of the errors that is
+    controlled), so paths depend on the batch. Grid times are steps, never interpolated between steps.
     """
     span = clock[-1] - clock[0]
     bm = torchsde.BrownianInterval(
@@ -302,15 +304,15 @@ def solve_adaptively(
                 )  # type: ignore[misc]
         except AssertionError as error:
             raise NonFiniteError(
-                f"state is not finite at step {k} of {len(clock) - 1} (t = {s:.4g}) of adaptive scheme={solver.scheme!r}. Check the "
-                "drift and the diffusion there.",
+                f"state is not finite at step {k} of {len(clock) - 1} (t = {s:.4g}) of adaptive "
+                f"scheme={solver.scheme!r}. Check the drift and the diffusion there.",
                 what="state",
                 step=k,
             ) from error
         except UserWarning as error:
             raise RuntimeError(
-                f"tolerance={tolerance:g} asks for steps below 1e-6 of the horizon after t = {s:.4g} with scheme={solver.scheme!r}; "
-                "use a larger tolerance, or a fixed grid."
+                f"tolerance={tolerance:g} asks for steps below 1e-6 of the horizon after t = {s:.4g} with "
+                f"scheme={solver.scheme!r}; use a larger tolerance, or a fixed grid."
             ) from error
         y = ys[-1]
         states.append(equation.state(y))
@@ -322,8 +324,8 @@ def solve_adaptively(
 
 
 def _break_cycle(bm: Any) -> None:
-    """``BrownianInterval`` is a tree whose nodes know their parents: without this its noise would stay in memory until the
-    next collection of cycles."""
+    """``BrownianInterval`` is a tree whose nodes know their parents: without this its noise would stay in memory until
+    the next collection of cycles."""
     cache = getattr(bm, "_increment_and_space_time_levy_area_cache", None)
     if hasattr(cache, "clear"):
         cache.clear()  # type: ignore[union-attr]

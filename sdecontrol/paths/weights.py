@@ -40,8 +40,9 @@ def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: 
 
     Args:
         group_size: normalise among so many consecutive paths (of one start or condition); None: among all.
-        trust_region: the largest ``KL(weighted || unweighted)`` in nats. ``beta`` is the largest exponent <= 1 that keeps to
-            it: since ``w = dQ/dP``, the tempered target ``P (dQ/dP)^beta`` is a point on the geometric path from the law P that drew
+        trust_region: the largest ``KL(weighted || unweighted)`` in nats. ``beta`` is the largest exponent <= 1 that
+            keeps to it: since ``w = dQ/dP``, the tempered target ``P (dQ/dP)^beta`` is a point on the geometric path
+            from the law P that drew
             the paths to Q. None: beta = 1.
     """
     v = log_w.detach().double()
@@ -56,7 +57,8 @@ def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: 
 
 
 def _exponents(v: np.ndarray, most: float) -> np.ndarray:
-    """The largest ``beta <= 1`` of each row with ``KL(softmax(beta v) || uniform) <= most``, ``(groups, 1)``, by bisection; rows of v have maximum 0."""
+    """The largest ``beta <= 1`` of each row with ``KL(softmax(beta v) || uniform) <= most``, ``(groups, 1)``, by
+    bisection; rows of v have maximum 0."""
     low, high = np.zeros((len(v), 1)), np.ones((len(v), 1))
     inside = _kl(v, high) <= most
     for _ in range(0 if inside.all() else _BISECTIONS):
@@ -80,16 +82,16 @@ def warn_where_few(name: str, ess: float, count: int, remedy: str) -> None:
     """Warn where hardly any of ``count`` weighted paths count."""
     if ess * count < _FEW <= count:
         warnings.warn(
-            f"{name}: only {ess * count:.1f} of {count} weighted paths are effective; what is learned from them is biased towards "
-            f"the best of them. {remedy}",
+            f"{name}: only {ess * count:.1f} of {count} weighted paths are effective; what is learned from them is "
+            f"biased towards the best of them. {remedy}",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def leave_one_out(values: Tensor, group_size: int | None = None) -> Tensor:
-    """``values`` ``(..., batch)`` less the mean of the others of their group (consecutive; None: of all): a baseline that does
-    not depend on the path itself, so that score-function gradients stay unbiased."""
+    """``values`` ``(..., batch)`` less the mean of the others of their group (consecutive; None: of all): a baseline
+    that does not depend on the path itself, so that score-function gradients stay unbiased."""
     size = values.shape[-1] if group_size is None else group_size
     v = values.unflatten(-1, (-1, size))
     return ((v - v.mean(-1, keepdim=True)) * (size / (size - 1))).flatten(-2)

@@ -14,7 +14,8 @@ from ..tensors import as_float, check_output, check_tensor
 
 @dataclass(frozen=True)
 class _Generator:
-    """``log max(0, (phi')^{-1}(y))``, elementwise: -inf where the maximum clips; infinite from ``upper`` on, the supremum of phi'."""
+    """``log max(0, (phi')^{-1}(y))``, elementwise: -inf where the maximum clips; infinite from ``upper`` on, the
+    supremum of phi'."""
 
     log_inverse: Callable[[Tensor], Tensor]
     upper: float = math.inf
@@ -27,7 +28,8 @@ def _log_positive(x: Tensor) -> Tensor:
 
 
 def _power(order: float, scale: float = 1.0) -> _Generator:
-    """``phi = scale (t^a - a t - 1 + a)/(a (a - 1))``, ``phi' = scale (t^(a-1) - 1)/(a - 1)``, with their limits at a = 0 and 1."""
+    """``phi = scale (t^a - a t - 1 + a)/(a (a - 1))``, ``phi' = scale (t^(a-1) - 1)/(a - 1)``, with their limits at a =
+    0 and 1."""
     if order == 1:
         return _Generator(lambda y: y / scale)
     upper = math.inf if order > 1 else scale / (1 - order)
@@ -39,7 +41,8 @@ def _jensen_shannon(y: Tensor) -> Tensor:
     return 2 * y - _log_positive(2 - (2 * y).exp())
 
 
-#: generators by name, each with phi(1) = phi'(1) = 0: "chi-squared" is (t-1)^2, "hellinger" (sqrt t - 1)^2/2 (up to a linear term)
+#: generators by name, each with phi(1) = phi'(1) = 0: "chi-squared" is (t-1)^2, "hellinger" (sqrt t - 1)^2/2 (up to a
+#: linear term)
 _GENERATORS = {
     "kl": _power(1.0),
     "reverse-kl": _power(0.0),
@@ -51,33 +54,37 @@ F_DIVERGENCES = (*_GENERATORS, "alpha-divergence")
 
 
 class FDivergence:
-    """The reward with which KL regularisation solves ``argmax_q E_q[r] - alpha D_phi(q || p)``, ``D_phi = E_p[phi(q/p)]``, p the reference's law at
-    the end::
+    """The reward with which KL regularisation solves ``argmax_q E_q[r] - alpha D_phi(q || p)``,
+    ``D_phi = E_p[phi(q/p)]``, p the reference's law at the end::
 
         q = p max(0, (phi')^{-1}((r - lam)/alpha)),      r~ = alpha log max(0, (phi')^{-1}((r - lam)/alpha)).
 
-    With ``ControlProblem(..., reward=FDivergence(r, ...), alpha=alpha)``, the same alpha, ``exp(r~/alpha)`` is ``q/p`` and the problem's
-    log Z is 0. As for every reward the end has the law q where the start is a point, controlled or forgotten.
+    With ``ControlProblem(..., reward=FDivergence(r, ...), alpha=alpha)``, the same alpha, ``exp(r~/alpha)`` is ``q/p``
+    and the problem's log Z is 0. As for every reward the end has the law q where the start is a point, controlled or
+    forgotten.
 
-    ``lam`` solves the normalisation ``E_p[q/p] = 1``, here over samples of the reference: an estimate, whose error is in ``multiplier_stderr``. (For
-    "kl" it only shifts the reward.)
+    ``lam`` solves the normalisation ``E_p[q/p] = 1``, here over samples of the reference: an estimate, whose error is
+    in ``multiplier_stderr``. (For "kl" it only shifts the reward.)
 
     Example::
 
         plain = sc.ControlProblem(sde, reward=my_reward, alpha=0.5)
         x = sc.simulate(plain, 65536, keep="end").samples
-        problem = sc.ControlProblem(sde, reward=sc.FDivergence(my_reward, "chi-squared", alpha=0.5, samples=x), alpha=0.5)
+        problem = sc.ControlProblem(sde, reward=sc.FDivergence(my_reward, "chi-squared", alpha=0.5, samples=x),
+        alpha=0.5)
 
     Args:
         reward: ``r(x) -> (batch,)``; with a gradient or without.
-        phi: "kl", "reverse-kl", "chi-squared", "hellinger", "jensen-shannon", "alpha-divergence" (with ``order``), or ``(phi')^{-1}`` itself:
-            an increasing function, elementwise on tensors; where it is not positive the maximum clips.
+        phi: "kl", "reverse-kl", "chi-squared", "hellinger", "jensen-shannon", "alpha-divergence" (with ``order``), or
+            ``(phi')^{-1}`` itself: an increasing function, elementwise on tensors; where it is not positive the maximum
+            clips.
         alpha: the temperature, > 0; the problem's must be the same.
         samples: ``(n, *event)``, decoded ends of the reference's paths; the more, the smaller the error of lam.
-        order: a of "alpha-divergence", ``phi = (t^a - a t - 1 + a)/(a (a-1))``: 1 is KL, 0 reverse KL, 2 half of chi-squared.
-        floor: smallest value of r~. Where q = 0, ``r~ = -inf``, which no method can take: None refuses where that happens to a sample; a
-            floor keeps r~ finite, a law ``q/p >= exp(floor/alpha)`` there (so ``floor=-20 * alpha`` changes little) and a gradient of 0: no
-            gradient leads out of the region.
+        order: a of "alpha-divergence", ``phi = (t^a - a t - 1 + a)/(a (a-1))``: 1 is KL, 0 reverse KL, 2 half of
+            chi-squared.
+        floor: smallest value of r~. Where q = 0, ``r~ = -inf``, which no method can take: None refuses where that
+            happens to a sample; a floor keeps r~ finite, a law ``q/p >= exp(floor/alpha)`` there (so
+            ``floor=-20 * alpha`` changes little) and a gradient of 0: no gradient leads out of the region.
 
     Attributes:
         multiplier, multiplier_stderr: lam and its standard error.
@@ -85,8 +92,9 @@ class FDivergence:
         normalisation_stderr: relative standard error with which ``E_p[q/p]`` is 1.
 
     Raises:
-        ValueError: an unknown name, no lam that normalises, or clipping without a floor. NonFiniteError: the reward is not finite on the samples;
-            when called, a reward so far above all samples that q/p is infinite ("reverse-kl", "hellinger", "jensen-shannon", orders < 1).
+        ValueError: an unknown name, no lam that normalises, or clipping without a floor. NonFiniteError: the reward is
+            not finite on the samples; when called, a reward so far above all samples that q/p is infinite
+            ("reverse-kl", "hellinger", "jensen-shannon", orders < 1).
     """
 
     def __init__(
@@ -126,8 +134,9 @@ class FDivergence:
         self.clipped = float((ratio == 0).double().mean())
         if self.clipped and self.floor is None:
             raise ValueError(
-                f"floor is missing: the optimum leaves out {self.clipped:.2%} of the samples (q = 0), where the changed reward is -inf. Pass "
-                f"a floor, e.g. floor={-20 * self.alpha:g}, which keeps q/p at exp(-20) there."
+                f"floor is missing: the optimum leaves out {self.clipped:.2%} of the samples (q = 0), where the "
+                f"changed reward is -inf. Pass a floor, e.g. floor={-20 * self.alpha:g}, which keeps q/p at exp(-20) "
+                "there."
             )
 
     # ---------------------------------------------------------------- the normalisation
@@ -156,7 +165,8 @@ class FDivergence:
             high, step = high + step, 2 * step
         if not self._log_mean(value, low) >= 0 >= self._log_mean(value, high):
             raise ValueError(
-                "phi: no multiplier normalises E_p[q/p] = 1; (phi')^{-1} must be increasing and take values below and above 1."
+                "phi: no multiplier normalises E_p[q/p] = 1; (phi')^{-1} must be increasing and take values below and "
+                "above 1."
             )
         for _ in range(200):
             middle = 0.5 * (low + high)
@@ -175,8 +185,9 @@ class FDivergence:
             rows = int((changed == math.inf).sum())
             largest = self.multiplier + self.alpha * self._generator.upper
             raise NonFiniteError(
-                f"FDivergence: q/p is infinite in {rows} of {len(changed)} rows: the reward reaches {float(value.detach().max()):.4g}, the limit "
-                f"is {largest:.4g}, from the largest reward of the samples. Use more samples, a bounded reward, a larger alpha, or phi='kl'.",
+                f"FDivergence: q/p is infinite in {rows} of {len(changed)} rows: the reward reaches "
+                f"{float(value.detach().max()):.4g}, the limit is {largest:.4g}, from the largest reward of the "
+                "samples. Use more samples, a bounded reward, a larger alpha, or phi='kl'.",
                 what="reward",
                 rows=rows,
             )
@@ -184,7 +195,10 @@ class FDivergence:
 
     def __repr__(self) -> str:
         name = self.phi if isinstance(self.phi, str) else getattr(self.phi, "__name__", "phi")
-        return f"FDivergence({name}, alpha={self.alpha:g}, multiplier={self.multiplier:.6g} ± {self.multiplier_stderr:.1g})"
+        return (
+            f"FDivergence({name}, alpha={self.alpha:g}, multiplier={self.multiplier:.6g} ± "
+            f"{self.multiplier_stderr:.1g})"
+        )
 
 
 def _find(phi: Any, order: float | None) -> _Generator:

@@ -1,35 +1,40 @@
 """``gibbs_problem``: sampling of an unnormalised density as a control problem (docs/mathematics.md section 6).
 
-``pi = rho / Z`` with ``rho = exp(log_density)`` known up to Z. The reference ends in a known Gaussian ``p0_T = N(centre, scale^2)``; with alpha = 1 and
-the reward ``log rho - log p0_T`` the tilted end is ``pi``, and ``E_{p0_T}[exp r] = Z``. Since the references' chains have exact
-transitions (``TimeChanged``), ``p0_T`` is the chain's own end at every step size, and so Z is the target's on every grid.
+``pi = rho / Z`` with ``rho = exp(log_density)`` known up to Z. The reference ends in a known Gaussian
+``p0_T = N(centre, scale^2)``; with alpha = 1 and the reward ``log rho - log p0_T`` the tilted end is ``pi``, and
+``E_{p0_T}[exp r] = Z``. Since the references' chains have exact transitions (``TimeChanged``), ``p0_T`` is the chain's
+own end at every step size, and so Z is the target's on every grid.
 
 Published samplers are combinations of such a reference and a method of this package:
 
-=============================================================  ==========  ===============================================================
-name                                                           reference   method
-=============================================================  ==========  ===============================================================
-path integral sampler, PIS (2111.15141)                        "brownian"  ``RewardBackprop()`` (relative entropy)
-Foellmer drift by Schroedinger-Foellmer (2106.05274)           "brownian"  ``PathIntegralGuidance()`` (nothing trained)
-denoising diffusion sampler, DDS (2302.13834)                  "ou"        ``RewardBackprop()``
-time-reversed diffusion sampler, DIS (2211.01364)              "ou"        ``RewardBackprop()``
-PIS-LV, DIS-LV: log-variance (2307.01198, 2005.05409)          either      ``LogVariance()``; ``paths="reference"`` for off-policy
-trajectory balance, TB (2210.00580, 2402.05098)                either      ``LogVariance(loss="moment")`` or ``PathConsistency(n="all")``
-sub-trajectory, detailed balance (2402.05098)                  either      ``PathConsistency(n=k)``, ``PathConsistency(n=1)``
-cross-entropy, reweighted maximum likelihood                   either      ``CrossEntropy()``
-adjoint matching (2409.08861)                                  either      ``AdjointMatching()``
-adjoint sampling (2504.11713)                                  "brownian"  ``AdjointMatching(reciprocal=True)``
-particle denoising / twisted SMC                               "ou"        ``SMC()``
-controlled Monte Carlo diffusions, CMCD (2307.01050)           "annealed"  ``RewardBackprop()`` (CMCD-KL), ``LogVariance()`` (CMCD-LV)
-annealed importance sampling, unadjusted Langevin (9803008,    "annealed"  ``BestOfN(selection="softmax")``, ``SMC(ess_threshold=0)``
-ULA; 2208.07698)                                                           (nothing trained; ``log_z`` by ``evaluate``)
-annealed sequential Monte Carlo (Del Moral et al. 2006)        "annealed"  ``SMC()``; with a learned control ``SMC(proposal=solution)`` (2412.07081)
-=============================================================  ==========  ===============================================================
+=============================================================  ==========
+=============================================================== name
+reference   method =============================================================  ==========
+=============================================================== path integral sampler, PIS (2111.15141)
+"brownian"  ``RewardBackprop()`` (relative entropy) Foellmer drift by Schroedinger-Foellmer (2106.05274)
+"brownian"  ``PathIntegralGuidance()`` (nothing trained) denoising diffusion sampler, DDS (2302.13834)
+"ou"        ``RewardBackprop()`` time-reversed diffusion sampler, DIS (2211.01364)              "ou"
+``RewardBackprop()`` PIS-LV, DIS-LV: log-variance (2307.01198, 2005.05409)          either      ``LogVariance()``;
+``paths="reference"`` for off-policy trajectory balance, TB (2210.00580, 2402.05098)                either
+``LogVariance(loss="moment")`` or ``PathConsistency(n="all")`` sub-trajectory, detailed balance (2402.05098)
+either      ``PathConsistency(n=k)``, ``PathConsistency(n=1)`` cross-entropy, reweighted maximum likelihood
+either      ``CrossEntropy()`` adjoint matching (2409.08861)                                  either
+``AdjointMatching()`` adjoint sampling (2504.11713)                                  "brownian"
+``AdjointMatching(reciprocal=True)`` particle denoising / twisted SMC                               "ou"
+``SMC()`` controlled Monte Carlo diffusions, CMCD (2307.01050)           "annealed"  ``RewardBackprop()`` (CMCD-KL),
+``LogVariance()`` (CMCD-LV) annealed importance sampling, unadjusted Langevin (9803008,    "annealed"
+``BestOfN(selection="softmax")``, ``SMC(ess_threshold=0)`` ULA; 2208.07698)
+(nothing trained; ``log_z`` by ``evaluate``) annealed sequential Monte Carlo (Del Moral et al. 2006)        "annealed"
+``SMC()``; with a learned control ``SMC(proposal=solution)`` (2412.07081)
+=============================================================  ==========
+===============================================================
 
-The published references run at constant speed (PIS) or on a schedule chosen by hand (DDS, DIS); these run at a geometrically falling one.
+The published references run at constant speed (PIS) or on a schedule chosen by hand (DDS, DIS); these run at a
+geometrically falling one.
 
-Annealed Langevin has no reference with a known end. Its target is made of backward kernels from pi, in which the control has a part too (``chains/reverse.py``): there is
-no value function of the state alone, so methods that use or learn one refuse it, as do those that use the reference's bridges or adjoint.
+Annealed Langevin has no reference with a known end. Its target is made of backward kernels from pi, in which the
+control has a part too (``chains/reverse.py``): there is no value function of the state alone, so methods that use or
+learn one refuse it, as do those that use the reference's bridges or adjoint.
 """
 
 import functools
@@ -60,7 +65,8 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class GibbsReward:
-    """``log rho(x) - log p0_T(x)``, ``(batch,)``; where ``log rho = -inf``, a constant ``floor - log p0_T(centre)`` without a gradient."""
+    """``log rho(x) - log p0_T(x)``, ``(batch,)``; where ``log rho = -inf``, a constant ``floor - log p0_T(centre)``
+    without a gradient."""
 
     def __init__(self, density: LogDensity, centre: Tensor, scale: Tensor, floor: float) -> None:
         self.density, self.centre, self.scale, self.floor = density, centre, scale, floor
@@ -90,17 +96,20 @@ class GibbsReward:
 
 
 class GibbsProblem(ControlProblem):
-    """What :func:`gibbs_problem` makes: a :class:`ControlProblem` whose tilted end is a density known up to its integral.
+    """What :func:`gibbs_problem` makes: a :class:`ControlProblem` whose tilted end is a density known up to its
+    integral.
 
     Attributes:
         dim: dimension of the states. kind: "ou", "brownian" or "annealed".
         log_density: the user's function. score: the user's, or None.
         centre: ``(dim,)``. scale: 0-d or ``(dim,)``.
-        terminal_law: the reference's end ``N(centre, scale^2)``, a :class:`Gaussian`; the chain's own, at every step size. ("annealed": its start.)
+        terminal_law: the reference's end ``N(centre, scale^2)``, a :class:`Gaussian`; the chain's own, at every step
+            size. ("annealed": its start.)
         pilot: what the pilot run found and cost (:class:`Pilot`), or None where the scale was given.
         floor: the log density that stands for -inf.
-        has_gradient: whether the log density has one; without, methods that need it refuse, and ``LogVariance``, ``PathConsistency``,
-            ``CrossEntropy``, ``SoftPPO``, ``PathIntegralGuidance`` and ``SMC`` are those that do not.
+        has_gradient: whether the log density has one; without, methods that need it refuse, and ``LogVariance``,
+            ``PathConsistency``, ``CrossEntropy``, ``SoftPPO``, ``PathIntegralGuidance`` and ``SMC`` are those that do
+            not.
     """
 
     reference: TimeChanged | AnnealedLangevin
@@ -140,8 +149,8 @@ class GibbsProblem(ControlProblem):
 
     @functools.cached_property
     def roughness(self) -> float:
-        """Size of an entry of the target's score in units of 1/scale: the pilot's root mean square at the target, or where the scale was
-        given the median over the reference's end."""
+        """Size of an entry of the target's score in units of 1/scale: the pilot's root mean square at the target, or
+        where the scale was given the median over the reference's end."""
         if self.reference.reverse_target:
             return self.reference.roughness  # type: ignore[union-attr]
         if self.pilot is not None and math.isfinite(self.pilot.roughness):
@@ -189,24 +198,30 @@ def gibbs_problem(
     """The control problem whose tilted end is ``exp(log_density) / Z``, and whose Z is that integral.
 
     Args:
-        log_density: ``(batch, dim) -> (batch,)``; ``(x, y)`` with a condition. Unnormalised; -inf where the density is 0 (a hard
-            constraint) is allowed: there the reward is that of the highest log density met while the problem was made less
-            1e4, without a gradient. NaN and +inf are errors. A function without a gradient is allowed.
-        reference: "ou": the stationary Ornstein-Uhlenbeck process with law ``N(centre, scale^2)``, from 0 to a memoryless end (correlation
-            0.005); "brownian": Brownian motion from ``centre`` to ``N(centre, scale^2)``. Both on a clock that slows down towards the end.
-            "annealed": annealed Langevin dynamics from ``N(centre, scale^2)`` along ``p0^(1-beta) rho^beta``, with the backward kernels of CMCD (:class:`AnnealedLangevin
-            <sdecontrol.processes.annealed.AnnealedLangevin>`; needs a gradient). Its reference alone is annealed importance sampling. Losses of whole weights and SMC take it.
-        scale: the reference's standard deviation: a number or ``(dim,)``, wide enough to cover the target. None: found by a pilot run
-            of about 3e4 evaluations (:mod:`sdecontrol.problems.pilot`), on the wide side ("annealed" makes it in any case, for its step sizes).
+        log_density: ``(batch, dim) -> (batch,)``; ``(x, y)`` with a condition. Unnormalised; -inf where the density is
+            0 (a hard constraint) is allowed: there the reward is that of the highest log density met while the problem
+            was made less 1e4, without a gradient. NaN and +inf are errors. A function without a gradient is allowed.
+        reference: "ou": the stationary Ornstein-Uhlenbeck process with law ``N(centre, scale^2)``, from 0 to a
+            memoryless end (correlation 0.005); "brownian": Brownian motion from ``centre`` to ``N(centre, scale^2)``.
+            Both on a clock that slows down towards the end. "annealed": annealed Langevin dynamics from
+            ``N(centre, scale^2)`` along ``p0^(1-beta) rho^beta``, with the backward kernels of CMCD
+            (:class:`AnnealedLangevin <sdecontrol.processes.annealed.AnnealedLangevin>`; needs a gradient). Its
+            reference alone is annealed importance sampling. Losses of whole weights and SMC take it.
+        scale: the reference's standard deviation: a number or ``(dim,)``, wide enough to cover the target. None: found
+            by a pilot run of about 3e4 evaluations (:mod:`sdecontrol.problems.pilot`), on the wide side ("annealed"
+            makes it in any case, for its step sizes).
         centre: a number or ``(dim,)``. None: by the pilot run, or 0 where the scale is given.
-        score: ``grad log_density`` in x, ``(batch, dim) -> (batch, dim)``, where you have a cheaper or safer one than autograd's.
-        condition: what y is drawn from, as in :class:`ControlProblem`: one control then samples all of ``exp(log_density(., y)) / Z(y)``,
-            and the reference covers their union.
+        score: ``grad log_density`` in x, ``(batch, dim) -> (batch, dim)``, where you have a cheaper or safer one than
+            autograd's.
+        condition: what y is drawn from, as in :class:`ControlProblem`: one control then samples all of
+            ``exp(log_density(., y)) / Z(y)``, and the reference covers their union.
         horizon: end time; a mere unit, since the clock's total is fixed.
         resolution: the finest detail of the target, as a fraction of the scale: how far the clock slows down.
-        backward_control: "annealed": whether the control has its part in the backward kernels (CMCD), or they are plain Langevin steps.
+        backward_control: "annealed": whether the control has its part in the backward kernels (CMCD), or they are plain
+            Langevin steps.
         seed: of the pilot run and the checks; None draws one from torch's global generator.
-        dtype, device: of the states. Default: those of ``centre`` or ``scale`` where they are tensors, else torch's dtype, on the CPU.
+        dtype, device: of the states. Default: those of ``centre`` or ``scale`` where they are tensors, else torch's
+            dtype, on the CPU.
         reward_batch_size: call the density on at most so many states at once while solving.
 
     Raises:
@@ -215,7 +230,8 @@ def gibbs_problem(
         ImproperTarget: the integral looks infinite.
 
     Warns:
-        UserWarning: the density vanishes in nearly all of the reference's end; or, where the scale was given, it looks improper.
+        UserWarning: the density vanishes in nearly all of the reference's end; or, where the scale was given, it looks
+            improper.
     """
     density = LogDensity(log_density, score)
     if isinstance(dim, bool) or not isinstance(dim, int):
@@ -247,8 +263,8 @@ def gibbs_problem(
         density.probe(x, y)
         if annealed and not density.differentiable:
             raise NotDifferentiable(
-                "reference='annealed' moves by the gradient of log_density, which has none (it returned a tensor without a graph). Pass score=, write it in "
-                "torch operations, or use reference='ou'."
+                "reference='annealed' moves by the gradient of log_density, which has none (it returned a tensor "
+                "without a graph). Pass score=, write it in torch operations, or use reference='ou'."
             )
         pilot, roughness = None, 1.0
         if width is None or annealed:
@@ -315,13 +331,14 @@ def _check_end(
     inside = values.isfinite()
     if not bool(inside.any()) and pilot is None:
         raise ValueError(
-            f"log_density is -inf at all {_CHECKED} states drawn from the reference's end, so no path could find the target: "
-            "pass another centre and scale (a law that covers the density), or leave scale out for a pilot run."
+            f"log_density is -inf at all {_CHECKED} states drawn from the reference's end, so no path could find the "
+            "target: pass another centre and scale (a law that covers the density), or leave scale out for a pilot "
+            "run."
         )
     if float(inside.double().mean()) < _RARE:
         warnings.warn(
-            f"log_density is -inf at {_CHECKED - int(inside.sum())} of {_CHECKED} states drawn from the reference's end: hard to learn "
-            "from. Give a smaller scale, or change variables so that the constraint goes away.",
+            f"log_density is -inf at {_CHECKED - int(inside.sum())} of {_CHECKED} states drawn from the reference's "
+            "end: hard to learn from. Give a smaller scale, or change variables so that the constraint goes away.",
             stacklevel=3,
         )
     if pilot is None:
@@ -336,9 +353,9 @@ def _check_end(
 
 def _bad_values(rows: int, x: Tensor) -> NonFiniteError:
     return NonFiniteError(
-        f"log_density is NaN or +inf in {rows} of {len(x)} rows (largest |x|: {float(x.detach().abs().max()):.3g}). It must be a "
-        "number wherever the process can go; where the density is 0, return -inf "
-        "(e.g. torch.where(x > 0, x.clamp(min=1e-30).log(), -math.inf)).",
+        f"log_density is NaN or +inf in {rows} of {len(x)} rows (largest |x|: {float(x.detach().abs().max()):.3g}). It "
+        "must be a number wherever the process can go; where the density is 0, return -inf (e.g. torch.where(x > 0, "
+        "x.clamp(min=1e-30).log(), -math.inf)).",
         what="log_density",
         rows=rows,
     )

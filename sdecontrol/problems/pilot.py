@@ -1,20 +1,24 @@
 """The pilot run of a Gibbs problem: where a target is and how wide, from nothing but its log density.
 
-1. *Scan.* Standard normal draws are stretched to the scales ``s = 2^-20 .. 2^20`` around the centre, and the lower bound of log Z by
-   ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that probability), picks a scale. A target
+1. *Scan.* Standard normal draws are stretched to the scales ``s = 2^-20 .. 2^20`` around the centre, and the lower
+   bound of log Z by ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that
+   probability), picks a scale. A target
    whose bound still rises at the widest scale is improper: for a proper one it falls at last.
-2. *Chains.* 128 chains start at once to 64 times that scale and run 200 steps of the Barker proposal (Livingstone & Zanella 1908.11812),
-   each with a step size of its own; without a gradient, 1000 steps of random-walk Metropolis. The Barker proposal never
-   overshoots, however steep the target, and its steps grow geometrically while a chain is far out, so that scales from
-   1e-3 to 1e3 and means far away are found in the same number of steps. The chains start overdispersed and are not run
+2. *Chains.* 128 chains start at once to 64 times that scale and run 200 steps of the Barker proposal (Livingstone &
+   Zanella 1908.11812), each with a step size of its own; without a gradient, 1000 steps of random-walk Metropolis. The
+   Barker proposal never overshoots, however steep the target, and its steps grow geometrically while a chain is far
+   out, so that scales from 1e-3 to 1e3 and means far away are found in the same number of steps. The chains start
+   overdispersed and are not run
    to convergence: what bias they have is towards a wide scale.
-3. *Spread.* Standard deviation of the chains' second half, times 1.25: without the chains whose log density is far below the others' (not
-   arrived), and each coordinate winsorised at eight half-widths of its central 68 per cent or the width of its central 96 (tails
-   without a variance). One number where the coordinates agree within a factor 1.5, else one for each.
-   Coordinates of the centre that differ from the first guess by less than a quarter of the spread keep it (symmetry).
-4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density is constant
-   along a direction, as energies of particles under translation, no score has a part in it) and some random lines: a proper density
-   is integrable along almost every line, so along none does it fall slower than 1/distance at all four.
+3. *Spread.* Standard deviation of the chains' second half, times 1.25: without the chains whose log density is far
+   below the others' (not arrived), and each coordinate winsorised at eight half-widths of its central 68 per cent or
+   the width of its central 96 (tails without a variance). One number where the coordinates agree within a factor 1.5,
+   else one for each. Coordinates of the centre that differ from the first guess by less than a quarter of the spread
+   keep it (symmetry).
+4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density
+   is constant along a direction, as energies of particles under translation, no score has a part in it) and some random
+   lines: a proper density is integrable along almost every line, so along none does it fall slower than 1/distance at
+   all four.
 """
 
 import math
@@ -51,7 +55,8 @@ class Pilot:
         highest: the largest log density met.
         values, gradients: evaluations of the log density (rows), and how many of them with a gradient.
         acceptance: of the chains' moves in their second half.
-        roughness: root mean square of a score's entry there, in units of 1/scale (1.25 for a Gaussian); nan without a gradient.
+        roughness: root mean square of a score's entry there, in units of 1/scale (1.25 for a Gaussian); nan without a
+            gradient.
     """
 
     centre: Tensor
@@ -80,14 +85,14 @@ def run_pilot(
     centre, scale = _spread(states, guess, keep_centre)
     if float(scale.max()) < _LEAST_SCALE:
         raise ImproperTarget(
-            f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks infinite at a "
-            "point), or too narrow. Rescale x, or pass centre= and scale=."
+            f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks "
+            "infinite at a point), or too narrow. Rescale x, or pass centre= and scale=."
         )
     if not float(scale.max()) < _MOST_SCALE:
         raise ImproperTarget(
-            f"log_density does not hold the pilot's chains: they run away (to {float(scale.max()):.1e}), so its integral looks infinite. "
-            "Check its sign (a log density, not an energy), or add a prior; if it is proper and that wide, rescale x or pass centre= "
-            "and scale=."
+            f"log_density does not hold the pilot's chains: they run away (to {float(scale.max()):.1e}), so its "
+            "integral looks infinite. Check its sign (a log density, not an energy), or add a prior; if it is proper "
+            "and that wide, rescale x or pass centre= and scale=."
         )
     highest = max(float(values.max()), float(ends[1].max()))
     high = ends[1].argsort(descending=True)[: _CHAINS // 2]  # the others may not have arrived
@@ -107,8 +112,9 @@ def run_pilot(
 
 
 def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int) -> Tensor:
-    """Where n of the pilot's chains end, ``(m, d)``, ``m <= n``, started at once from half of the reference's scale to eight times it: modes near the
-    centre are found from near, those around it from far. No draws of the target: each mode has the share of its basin, not its own.
+    """Where n of the pilot's chains end, ``(m, d)``, ``m <= n``, started at once from half of the reference's scale to
+    eight times it: modes near the centre are found from near, those around it from far. No draws of the target: each
+    mode has the share of its basin, not its own.
     """
     generator = generator_for(centre.device, derive_seed(seed, 7))
     u = torch.rand(n, 1, generator=generator, dtype=centre.dtype, device=centre.device)
@@ -120,7 +126,8 @@ def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int
 
 
 def _arrived(value: Tensor) -> Tensor:
-    """Which chains, by their log densities ``(n,)``, have arrived: neither far below the others nor without any density yet."""
+    """Which chains, by their log densities ``(n,)``, have arrived: neither far below the others nor without any density
+    yet."""
     found = value.isfinite()
     if bool(found.any()):
         low, high = torch.quantile(value[found], value.new_tensor([0.5, 0.84])).tolist()
@@ -149,8 +156,9 @@ def _scan(
             break
     else:
         raise ValueError(
-            f"log_density is -inf (or not finite) at all {len(scales) * _MORE_DRAWS} points tried, at scales 1e-6 to 1e6 around "
-            f"{'the centre' if bool(guess.any()) else '0'}. Pass centre= (a point where the density is positive) and scale= (its width)."
+            f"log_density is -inf (or not finite) at all {len(scales) * _MORE_DRAWS} points tried, at scales 1e-6 to "
+            f"1e6 around {'the centre' if bool(guess.any()) else '0'}. Pass centre= (a point where the density is "
+            "positive) and scale= (its width)."
         )
     share = good.double().mean(1)
     mean = torch.where(good, values, torch.zeros_like(values)).double().sum(1) / good.sum(1).clamp(min=1)
@@ -158,9 +166,10 @@ def _scan(
     best = int(bound.argmax())
     if best >= len(scales) - 2:
         raise ImproperTarget(
-            "log_density does not fall far out: the integral of exp(log_density) looks infinite (the lower bound of log Z still "
-            f"rises at scale {float(scales[-1]):.0e}), so there is no density to sample. Check its sign (a log density, not an "
-            "energy), or add a prior; if it is proper and wider than that, rescale x or pass centre= and scale=."
+            "log_density does not fall far out: the integral of exp(log_density) looks infinite (the lower bound of "
+            f"log Z still rises at scale {float(scales[-1]):.0e}), so there is no density to sample. Check its sign (a "
+            "log density, not an energy), or add a prior; if it is proper and wider than that, rescale x or pass "
+            "centre= and scale=."
         )
     near = slice(max(best - 2, 0), best + int(_DOUBLINGS) + 1)
     rows = good[near]
@@ -178,7 +187,8 @@ def _chains(
     *,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Any, float]:
-    """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States and scores ``(n, d)`` of the second half, the last states with their values, the conditions, and the acceptance."""
+    """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States and scores ``(n, d)``
+    of the second half, the last states with their values, the conditions, and the acceptance."""
     like = {"dtype": guess.dtype, "device": guess.device}
     generator = generator_for(guess.device, derive_seed(seed, 3))
     normal = lambda *shape: torch.randn(*shape, generator=generator, **like)  # noqa: E731
@@ -292,7 +302,7 @@ def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int,
             way = ways[j] / ways[j].norm()
             line = f"the direction {[round(v, 2) for v in way[:6].tolist()]}{' ...' if d > 6 else ''}"
         raise ImproperTarget(
-            f"log_density does not fall along {line}: from {_RAY_ENDS[0]:g} to {_RAY_ENDS[1]:g} scales out it changes by "
-            f"{float((far - near)[j].max()):.3g}, and a density must fall faster than 1/distance, so its integral looks infinite. "
-            "Fix what that direction lacks (a prior, a gauge, a centre of mass)."
+            f"log_density does not fall along {line}: from {_RAY_ENDS[0]:g} to {_RAY_ENDS[1]:g} scales out it changes "
+            f"by {float((far - near)[j].max()):.3g}, and a density must fall faster than 1/distance, so its integral "
+            "looks infinite. Fix what that direction lacks (a prior, a gauge, a centre of mass)."
         )

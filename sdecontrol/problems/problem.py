@@ -52,14 +52,14 @@ class ControlProblem:
 
     Args:
         reference: an :class:`SDE`, :class:`LinearSDE`, :func:`generative_sde` or :func:`diffusion_chain`.
-        initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None for
-            the reference's own (generative references).
+        initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None
+            for the reference's own (generative references).
         reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
         running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor, or None.
         alpha: temperature of the entropy (KL) cost, > 0.
-        start: "fixed" (X_0 keeps its law), "controlled" (a stretch of time before 0 makes the start part of the control),
-            "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative references:
-            memoryless if they are, else controlled; fixed for all others.
+        start: "fixed" (X_0 keeps its law), "controlled" (a stretch of time before 0 makes the start part of the
+            control), "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative
+            references: memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
         reward_batch_size: call the reward on at most so many states at once.
 
@@ -74,7 +74,8 @@ class ControlProblem:
         ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
     """
 
-    #: the unnormalised log density that a Gibbs problem is about, where it is and how wide and rough; None for all other problems
+    #: the unnormalised log density that a Gibbs problem is about, where it is and how wide and rough; None for all
+    #: other problems
     density: Any = None
     centre: Any
     scale: Any
@@ -94,8 +95,8 @@ class ControlProblem:
     ) -> None:
         if not isinstance(reference, Reference):
             raise TypeError(
-                "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...) or discrete_dynamics(...), "
-                f"got {type(reference).__name__}."
+                "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...) or "
+                f"discrete_dynamics(...), got {type(reference).__name__}."
             )
         self.reference: Any = reference
         self.event_shape, self.horizon = reference.event_shape, reference.horizon
@@ -335,7 +336,8 @@ class ControlProblem:
         return [p for p in parts if isinstance(p, nn.Module)]
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored afterwards."""
+        """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored
+        afterwards."""
         return evaluating(self.modules())
 
     def fingerprint(self) -> dict[str, Any]:

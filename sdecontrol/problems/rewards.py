@@ -21,8 +21,9 @@ def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
 
 
 class Quadratic:
-    """``r(x) = -x'Gx/2 + g'x + c``. G symmetric ``(d, d)``, not necessarily positive; g ``(d,)`` or None for zero; c a finite
-    number (0 if left out), which changes no optimum and adds ``c/alpha`` to log Z: with it r can be a log-likelihood."""
+    """``r(x) = -x'Gx/2 + g'x + c``. G symmetric ``(d, d)``, not necessarily positive; g ``(d,)`` or None for zero; c a
+    finite number (0 if left out), which changes no optimum and adds ``c/alpha`` to log Z: with it r can be a
+    log-likelihood."""
 
     def __init__(self, G: Tensor, g: Tensor | None = None, c: float = 0.0) -> None:
         self.G = _check_symmetric("G", G)

@@ -95,8 +95,8 @@ def _flow(
     sde = require_generative(problem.reference, "scheme='probability-flow'")
     if control is not None:
         raise ValueError(
-            "control: the probability flow is of the model alone (a control has no score). For a tuned model make a problem "
-            "of it: sc.ControlProblem(sc.generative_sde(solution.model, ...)), or use another scheme."
+            "control: the probability flow is of the model alone (a control has no score). For a tuned model make a "
+            "problem of it: sc.ControlProblem(sc.generative_sde(solution.model, ...)), or use another scheme."
         )
     x, condition = start
     if problem.start == "controlled":  # the stretch is there for the control; the flow starts from the law itself
@@ -136,8 +136,8 @@ def log_likelihood(
         model: a ``generative_sde(...)``, or a problem with one (whose ``initial`` is then the start's law).
         x: ``(n, *event)`` states at the end (data), n >= 1.
         condition: ``(n, ...)`` for a conditional model.
-        divergence: "exact" (a product with the Jacobian per dimension), "hutchinson" (random, unbiased, with its standard
-            error); None: exact up to 32 dimensions.
+        divergence: "exact" (a product with the Jacobian per dimension), "hutchinson" (random, unbiased, with its
+            standard error); None: exact up to 32 dimensions.
         probes: number of random directions for "hutchinson".
         tolerance: relative and absolute error of torchdiffeq's dopri5; default 1e-7 (1e-5 in float32).
         seed: of the directions; None draws one from torch's global generator.

@@ -38,21 +38,25 @@ def simulate(
     """Simulate ``num_paths`` paths of the problem's chain, or of a solver of higher order.
 
     Args:
-        control: ``(x, t) -> (batch, *control_shape)`` with t ``(batch,)``; a solution's control; None for the reference.
+        control: ``(x, t) -> (batch, *control_shape)`` with t ``(batch,)``; a solution's control; None for the
+            reference.
         time_steps, scheme: as in ``solve``; default: those that the control was solved with, else 100 and "euler".
-            ``scheme`` may also name one of torchsde's solvers, which have no likelihood ratios: "milstein" (strong order 1),
-            "srk" (3/2), "heun", "midpoint", "euler-heun", "reversible-heun" (1; Stratonovich, with the correction of
-            the drift); or "probability-flow", the ordinary differential equation of a generative reference.
+            ``scheme`` may also name one of torchsde's solvers, which have no likelihood ratios: "milstein" (strong
+            order 1), "srk" (3/2), "heun", "midpoint", "euler-heun", "reversible-heun" (1; Stratonovich, with the
+            correction of the drift); or "probability-flow", the ordinary differential equation of a generative
+            reference.
         seed: None draws one from torch's global generator.
         keep: "all"; "states" (noise and shifts are drawn again when asked for); "end" (states too).
         noise: ``(K, num_paths, *noise_shape)`` standard normal numbers of your own, e.g. another run's ``paths.noises``
-            for common random numbers; for "srk" a pair of these: for the increments, and for their space-time integrals.
+            for common random numbers; for "srk" a pair of these: for the increments, and for their space-time
+            integrals.
         antithetic: paths 2i and 2i+1 get opposite noise.
-        state, step: resume from states ``(num_paths, *event)`` at step ``step``; with the seed of an earlier run the noise
-            is that run's, so that the paths continue it.
+        state, step: resume from states ``(num_paths, *event)`` at step ``step``; with the seed of an earlier run the
+            noise is that run's, so that the paths continue it.
         condition: ``(num_paths, ...)`` conditions; default: drawn from the problem's.
         tolerance: adaptive steps between the grid's times with this relative and absolute error: torchsde's (step sizes
-            then depend on the whole batch, and the noise is a Brownian tree of its own), or torchdiffeq's "dopri5" for the
+            then depend on the whole batch, and the noise is a Brownian tree of its own), or torchdiffeq's "dopri5" for
+            the
             probability flow. None: one step per step of the grid.
         chunk: with ``keep="end"``, simulate so many paths at a time (a multiple of 64): memory no longer grows with
             ``num_paths`` beyond what is returned. The noise of a path does not depend on it.
@@ -73,8 +77,8 @@ def simulate(
         return simulate_solver(problem, chain, scheme, num_paths, control, fresh_seed(seed), launch)
     if tolerance is not None:
         raise ValueError(
-            f"tolerance: scheme={scheme or 'euler'!r} has fixed steps; use more time_steps, or an adaptive scheme such as "
-            "'srk' or 'heun'."
+            f"tolerance: scheme={scheme or 'euler'!r} has fixed steps; use more time_steps, or an adaptive scheme such "
+            "as 'srk' or 'heun'."
         )
     chain = problem.chain(time_steps, scheme)
     return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, condition=condition, launch=launch)
@@ -91,7 +95,8 @@ def simulate_chain(
     condition: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Paths:
-    """:func:`simulate` on a chain that is already made, without a graph; ``launch`` says the rest, where there is more to say."""
+    """:func:`simulate` on a chain that is already made, without a graph; ``launch`` says the rest, where there is more
+    to say."""
     launch, seed = replace(launch or Launch(), keep=keep, condition=condition), fresh_seed(seed)
     if launch.chunk is not None:
         check_chunk(launch.chunk, keep)

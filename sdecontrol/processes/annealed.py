@@ -22,12 +22,14 @@ class AnnealedLangevin(SDE):
         dX = sigma^2/2 grad log pi_t dt + sigma dW,   log pi_t = (1 - beta) log p0 + beta log rho,   X_0 ~ p0,
         beta(t) = (r^{2t/T} - 1)/(r^2 - 1),           sigma(t)^2 = relaxations/T scale^2 r^{-2t/T}.
 
-    Why this schedule. For a Gaussian rho of standard deviation ``scale/r`` the precision of ``pi_t`` grows geometrically from that of p0 to
-    that of rho: every step then changes it by the same factor, and ``sigma^2`` is the variance of ``pi_t`` times the number of relaxation times
-    in a unit of time, so that steps are as long, in units of what they move in, at the beginning as at the end. For ``r = 1`` beta is linear.
+    Why this schedule. For a Gaussian rho of standard deviation ``scale/r`` the precision of ``pi_t`` grows
+    geometrically from that of p0 to that of rho: every step then changes it by the same factor, and ``sigma^2`` is the
+    variance of ``pi_t`` times the number of relaxation times in a unit of time, so that steps are as long, in units of
+    what they move in, at the beginning as at the end. For ``r = 1`` beta is linear.
 
-    The score of rho is softly bounded (``|scale score|`` at ten times its usual size, by a factor ``(1 + (|.|/bound)^4)^{-1/4}``, which is 1 - 3e-5 at the usual
-    size): steps stay bounded where rho is steep. It is the same function of the state in all kernels.
+    The score of rho is softly bounded (``|scale score|`` at ten times its usual size, by a factor
+    ``(1 + (|.|/bound)^4)^{-1/4}``, which is 1 - 3e-5 at the usual size): steps stay bounded where rho is steep. It is
+    the same function of the state in all kernels.
 
     Args:
         score: of rho, ``(x, y) -> (batch, d)``, finite.
@@ -72,7 +74,8 @@ class AnnealedLangevin(SDE):
         return self.scale.square() * self.roughness ** (-2 * t / self.horizon)
 
     def score(self, x: Tensor, condition: Any = None) -> Tensor:
-        """Of rho, bounded, ``(batch, d)``; remembered for the last x, since backward and forward kernels (and a control's gate) ask at the same states."""
+        """Of rho, bounded, ``(batch, d)``; remembered for the last x, since backward and forward kernels (and a
+        control's gate) ask at the same states."""
 
         def bounded() -> Tensor:
             value = self.unbounded_score(x, condition)

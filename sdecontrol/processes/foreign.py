@@ -41,7 +41,8 @@ def torchsde_functions(sde: Any) -> tuple[_Term, _Term]:
     check_name("noise_type", sde.noise_type, _NOISE_TYPES)
     if sde.sde_type != "ito":
         raise ValueError(
-            f"sde_type={sde.sde_type!r}: control problems are stated for Ito equations (the chain's steps and the likelihood "
-            "ratios are Ito's). Add half of sum_j (dg_j/dy) g_j over the columns of g to f and declare sde_type='ito'."
+            f"sde_type={sde.sde_type!r}: control problems are stated for Ito equations (the chain's steps and the "
+            "likelihood ratios are Ito's). Add half of sum_j (dg_j/dy) g_j over the columns of g to f and declare "
+            "sde_type='ito'."
         )
     return _Term(sde, f), _Term(sde, g)

@@ -1,9 +1,10 @@
 """Pre-trained diffusion and flow models as SDEs: ``generative_sde``.
 
-All parametrisations are linear in the state and in one another (docs/mathematics.md section 5). With ``x = mu x0 + std eps`` at
-noising time s, ``score = -eps / std``, the forward rate ``g_f^2 = 2 std (std' - (log mu)' std)``, and any noise level g,
-generation in ``ds -> -ds`` has the drift ``-(log mu)' x - (g_f^2 + g^2) / (2 std) eps`` (ordinary reversal: g = g_f).
-Process time runs over [0, 1] with ``s = noise_end (1 - t)``.
+All parametrisations are linear in the state and in one another (docs/mathematics.md section 5). With
+``x = mu x0 + std eps`` at noising time s, ``score = -eps / std``, the forward rate
+``g_f^2 = 2 std (std' - (log mu)' std)``, and any noise level g, generation in ``ds -> -ds`` has the drift
+``-(log mu)' x - (g_f^2 + g^2) / (2 std) eps`` (ordinary reversal: g = g_f). Process time runs over [0, 1] with
+``s = noise_end (1 - t)``.
 """
 
 import math
@@ -80,8 +81,8 @@ def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> floa
 
 
 class Coefficients(NamedTuple):
-    """Of a generative SDE at given process times, ``(K,)`` float64: ``drift = -(log mu)' x + eps_part eps`` in process time,
-    with ``eps = eps_of_x x + eps_of_prediction prediction``."""
+    """Of a generative SDE at given process times, ``(K,)`` float64: ``drift = -(log mu)' x + eps_part eps`` in process
+    time, with ``eps = eps_of_x x + eps_of_prediction prediction``."""
 
     log_mu: Tensor  #: log mu
     std: Tensor  #: of the noise
@@ -272,7 +273,8 @@ class GenerativeSDE(Pretrained, SDE):
         return control(x, t.to(x.dtype), condition) * batch_like(1 / self.coefficients(t).gain.to(x), x)
 
     def prediction_at(self, k: int, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
-        """The pre-trained prediction at step k (the model's own time ``clock``): once a step, though controls ask for it too."""
+        """The pre-trained prediction at step k (the model's own time ``clock``): once a step, though controls ask for
+        it too."""
         return recall(self, k, x, lambda: call_model(self.model, x, clock, condition))
 
     def marginal(self, t: float) -> GaussianMixture:
@@ -324,15 +326,16 @@ def generative_sde(
 
     Args:
         model: any nn.Module ``model(x, s) -> (batch, *shape)`` (``model(x, s, y)`` for a conditional one) on its own
-            clock: s of shape (batch,) is the noising time, 0 = data, 1 = noise; for :class:`FlowMatching` the model's own
+            clock: s of shape (batch,) is the noising time, 0 = data, 1 = noise; for :class:`FlowMatching` the model's
+                own
             t, 1 = data. Or a :class:`GaussianMixture`: the data law itself, whose score is exact.
         schedule: :class:`VP`, :class:`CosineVP`, :class:`VE`, :class:`FlowMatching`.
         prediction: what the model predicts: "noise", "sample", "score", "v" or "velocity".
         shape: shape of one state (not needed for a mixture).
         noise_level: "reverse" (the ordinary time reversal), "memoryless" (``g^2 = 2 eta``; the same noise, since
             ``2 eta`` is the rate of the noising process, with the claim that it forgets the start, which is checked),
-            a number, or a function of process time t (0-d tensor, 0 = noise) giving g > 0. The marginals are the model's
-            for every level.
+            a number, or a function of process time t (0-d tensor, 0 = noise) giving g > 0. The marginals are the
+            model's for every level.
 
     Raises:
         ValueError: unknown prediction or noise level; "memoryless" for a schedule that keeps memory of its start.

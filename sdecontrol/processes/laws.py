@@ -1,4 +1,5 @@
-"""Laws of a state: ``Dirac``, ``Gaussian`` and ``GaussianMixture`` as torch distributions, and seeded draws from any law.
+"""Laws of a state: ``Dirac``, ``Gaussian`` and ``GaussianMixture`` as torch distributions, and seeded draws from any
+law.
 
 They serve as initial laws and as the marginals, kernels and bridges that exact solutions return. torch's own
 ``MultivariateNormal`` needs a positive definite covariance; here degenerate ones are allowed (a noise of rank m < d,
@@ -88,7 +89,8 @@ class Gaussian(Distribution):
 
     Attributes:
         is_diagonal: whether it was given by variances.
-        scale_root: the symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's shape.
+        scale_root: the symmetric root of the covariance: a ``(d, d)`` matrix, or standard deviations of the event's
+            shape.
     """
 
     def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
@@ -313,8 +315,8 @@ class GaussianMixture(_Mixture):
         return self._terms(x)[0].softmax(-1)
 
     def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For each of ``(n, d)`` a component drawn with its probability given x: mean and standard deviations ``(n, d)`` in its axes, and the axes
-        ``(n, d, d)``, or None where they are those of the coordinates."""
+        """For each of ``(n, d)`` a component drawn with its probability given x: mean and standard deviations
+        ``(n, d)`` in its axes, and the axes ``(n, d, d)``, or None where they are those of the coordinates."""
         edges = self.responsibilities(x).cumsum(1)
         u = torch.rand((len(x), 1), generator=generator, dtype=x.dtype, device=x.device) * edges[:, -1:]
         index = torch.searchsorted(edges, u).squeeze(1).clamp(max=edges.shape[1] - 1)
@@ -341,7 +343,8 @@ class GaussianMixture(_Mixture):
 
 
 class ProductMixture(_Mixture):
-    """Independent coordinates, each of a mixture of Gaussians in one dimension: ``prod_j sum_i weights_ji N(x_j; means_ji, variances_ji)``.
+    """Independent coordinates, each of a mixture of Gaussians in one dimension:
+    ``prod_j sum_i weights_ji N(x_j; means_ji, variances_ji)``.
 
     Args:
         weights: ``(d, k)``, > 0; normalised here over k. means, variances: ``(d, k)``.
@@ -384,8 +387,8 @@ class ProductMixture(_Mixture):
         return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
 
     def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, None]:
-        """For each of ``(n, d)`` a component of every coordinate drawn with its probability given x: means and standard deviations ``(n, d)``; the axes
-        are those of the coordinates."""
+        """For each of ``(n, d)`` a component of every coordinate drawn with its probability given x: means and standard
+        deviations ``(n, d)``; the axes are those of the coordinates."""
         edges = self._terms(x)[0].softmax(-1).cumsum(-1)
         u = torch.rand((*x.shape, 1), generator=generator, dtype=x.dtype, device=x.device) * edges[..., -1:]
         index = torch.searchsorted(edges, u).clamp(max=edges.shape[-1] - 1)

@@ -170,11 +170,13 @@ class LinearSDE(SDE):
         return Transition(*self.transition_and_gain(s, t)[:3])
 
     def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Transition matrix, shift, covariance, and ``int Phi(t, r) sigma(r) dr`` (d, m): the effect of a held control."""
+        """Transition matrix, shift, covariance, and ``int Phi(t, r) sigma(r) dr`` (d, m): the effect of a held
+        control."""
         return self._by_exponential(t - s) if self.autonomous else self._by_ode(s, t)
 
     def by_step(self, clock: list[float], make: Callable[[float, float], Any]) -> list[Any]:
-        """``make(s, t)`` for each step of a clock; once for all steps of equal length, where nothing depends on time."""
+        """``make(s, t)`` for each step of a clock; once for all steps of equal length, where nothing depends on
+        time."""
         once = lru_cache(maxsize=None)(make)
         return [once(0.0, round(t - s, 14)) if self.autonomous else once(s, t) for s, t in pairwise(clock)]
 
@@ -240,7 +242,8 @@ class LinearSDE(SDE):
 def integrate_linear(
     terms: Callable[[float], tuple[np.ndarray, np.ndarray, np.ndarray]], s: float, t: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Phi(t, s)``, ``int Phi(t, r) B(r) dr`` ``(d, n)`` and the covariance at t of ``dX = A X dt + noise`` with a source B.
+    """``Phi(t, s)``, ``int Phi(t, r) B(r) dr`` ``(d, n)`` and the covariance at t of ``dX = A X dt + noise`` with a
+    source B.
 
     Args:
         terms: ``r -> A (d, d), B (d, n), Sigma (d, d)``, the noise's covariance in a unit of time.

@@ -16,17 +16,21 @@ class Reference:
         dtype, device: of its coefficients, or None where it has none of its own.
         own_initial: law of X_0 that belongs to the process itself, or None.
         memory: correlation of X_0 and X_T, where it is known.
-        continuous: a process of continuous time, of which a grid and a scheme make a chain; else it is a chain of its own.
+        continuous: a process of continuous time, of which a grid and a scheme make a chain; else it is a chain of its
+            own.
         default_scheme: where no scheme is asked for.
         additive: the noise does not depend on the state, as far as that is known.
-        gaussian: its steps are Gaussian kernels. of_noise: a control shifts the noise of its steps, which alone log-ratios depend on.
+        gaussian: its steps are Gaussian kernels. of_noise: a control shifts the noise of its steps, which alone
+            log-ratios depend on.
         differentiable: a step has a gradient by state and noise.
         state_dtype: of the states, where they are tokens; else None.
         constant_diffusion: the diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None.
-        reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the control has a part in them.
+        reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the
+            control has a part in them.
         pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`).
         model, mixture: the pre-trained model, and the mixture in its place.
-        schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its exact time reversal.
+        schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its
+            exact time reversal.
     """
 
     event_shape: torch.Size

@@ -1,8 +1,8 @@
 """Noise schedules: forward noising ``x = mu(s) x_data + std(s) eps`` in noising time s, 0 = data and 1 = noise.
 
 Each schedule gives ``mu`` and ``std`` and their logarithmic slopes; from them follow, for every parametrisation, the
-score, the velocity and the memoryless noise (docs/mathematics.md section 5; Song et al. 2011.13456 for VP and VE, Nichol &
-Dhariwal 2102.09672 for the cosine, Lipman et al. 2210.02747 for flow matching).
+score, the velocity and the memoryless noise (docs/mathematics.md section 5; Song et al. 2011.13456 for VP and VE,
+Nichol & Dhariwal 2102.09672 for the cosine, Lipman et al. 2210.02747 for flow matching).
 """
 
 import math
@@ -34,7 +34,8 @@ class Schedule:
         raise NotImplementedError
 
     def forward_variance_rate(self, s: Tensor) -> Tensor:
-        """``g^2`` of the forward noising SDE ``dx = (d log mu/ds) x ds + g dw``: ``2 (std std' - (d log mu/ds) std^2)``.
+        """``g^2`` of the forward noising SDE ``dx = (d log mu/ds) x ds + g dw``:
+        ``2 (std std' - (d log mu/ds) std^2)``.
 
         It is also ``2 eta``, the memoryless noise level, and the one of the ordinary time reversal.
         """

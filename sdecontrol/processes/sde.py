@@ -74,8 +74,8 @@ class SDE(Reference):
 
     @classmethod
     def from_torchsde(cls, sde: Any, dim: int, horizon: float = 1.0) -> SDE:
-        """An SDE from an object with torchsde's protocol: methods ``f(t, y)`` and ``g(t, y)`` (or ``f_and_g``), attributes
-        ``noise_type`` and ``sde_type``.
+        """An SDE from an object with torchsde's protocol: methods ``f(t, y)`` and ``g(t, y)`` (or ``f_and_g``),
+        attributes ``noise_type`` and ``sde_type``.
 
         Args:
             sde: the object; an nn.Module keeps its parameters, which are never trained.

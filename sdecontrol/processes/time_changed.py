@@ -20,13 +20,14 @@ class TimeChanged(LinearSDE):
         "brownian":  dX = scale sqrt(b) dW,                          X_0 = centre,  int b dt = 1
         "ou":        dX = -b/2 (X - centre) dt + scale sqrt(b) dW,   stationary,    int b dt = 2 log(1/memory)
 
-    Why a falling speed. With a Gaussian target of variance ``tau^2 scale^2`` the best mean-shift chain with the reference's own
-    transitions pays ``KL = sum_k (log w_k - log w_{k+1})^2 / 4`` per dimension to leading order, ``w_k`` being ``tau^2`` plus the clock
-    time that is left: at constant speed nearly all of it falls on the last steps. It is least for equal steps of ``log w``; with
-    ``b(t) = rate (left(t) + resolution^2)`` they are equal for a target as fine as ``resolution``, and smaller for wider ones.
+    Why a falling speed. With a Gaussian target of variance ``tau^2 scale^2`` the best mean-shift chain with the
+    reference's own transitions pays ``KL = sum_k (log w_k - log w_{k+1})^2 / 4`` per dimension to leading order,
+    ``w_k`` being ``tau^2`` plus the clock time that is left: at constant speed nearly all of it falls on the last
+    steps. It is least for equal steps of ``log w``; with ``b(t) = rate (left(t) + resolution^2)`` they are equal for a
+    target as fine as ``resolution``, and smaller for wider ones.
 
-    The laws are closed forms, exact to rounding; ``scheme="exact"`` is the default of a chain of it, so that a stationary process stays
-    stationary at every step size.
+    The laws are closed forms, exact to rounding; ``scheme="exact"`` is the default of a chain of it, so that a
+    stationary process stays stationary at every step size.
 
     Args:
         kind: "brownian" or "ou".

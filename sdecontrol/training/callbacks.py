@@ -1,4 +1,5 @@
-"""Callbacks: any object with some of the methods below. One that raises gives a warning; training goes on unperturbed."""
+"""Callbacks: any object with some of the methods below. One that raises gives a warning; training goes on
+unperturbed."""
 
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
-"""The temperature of training: high at first where the reward spreads over many nats, lowered to the problem's own as the control follows."""
+"""The temperature of training: high at first where the reward spreads over many nats, lowered to the problem's own as
+the control follows."""
 
 import math
 from typing import Any
@@ -9,11 +10,13 @@ _LONGEST = 0.25  # part of the run at most
 
 
 class Cooling:
-    """``strength`` is alpha over the temperature, raised from near 0 to 1: the target ``exp(strength R/alpha) Q0`` moves by ``_MOVE^2/2`` nats an iteration.
+    """``strength`` is alpha over the temperature, raised from near 0 to 1: the target ``exp(strength R/alpha) Q0``
+    moves by ``_MOVE^2/2`` nats an iteration.
 
-    From the reference a reward of hundreds of nats is a target that no path comes near: score functions and path losses then see one path in each
-    batch, and end at the mode that it was in. A reward that spreads over less than ``_MOVE`` nats is taken whole after one iteration. The rate is that of
-    annealed importance sampling with equal distances between neighbours; what is trained at the end is the problem itself.
+    From the reference a reward of hundreds of nats is a target that no path comes near: score functions and path losses
+    then see one path in each batch, and end at the mode that it was in. A reward that spreads over less than ``_MOVE``
+    nats is taken whole after one iteration. The rate is that of annealed importance sampling with equal distances
+    between neighbours; what is trained at the end is the problem itself.
     """
 
     def __init__(self, active: bool) -> None:

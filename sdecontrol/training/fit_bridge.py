@@ -1,4 +1,5 @@
-"""``fit_bridge``: a process from one law to another, by bridge matching ([42]-[45], tutorial Section 9), and flow matching, its limit."""
+"""``fit_bridge``: a process from one law to another, by bridge matching ([42]-[45], tutorial Section 9), and flow
+matching, its limit."""
 
 from __future__ import annotations
 
@@ -33,33 +34,37 @@ def fit_bridge(
     seed: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Train the drift of a process that carries ``initial`` to the data along the reference's bridges (Peluchetti 2312.14589; Shi et al.
-    2303.16852), or a velocity along straight lines (Lipman et al. 2210.02747).
+    """Train the drift of a process that carries ``initial`` to the data along the reference's bridges (Peluchetti
+    2312.14589; Shi et al. 2303.16852), or a velocity along straight lines (Lipman et al. 2210.02747).
 
-    Pairs of ends are drawn independently, ``x_t`` from the bridge between them, and the drift is regressed on that of the reference
-    conditioned on its end ``x_T``::
+    Pairs of ends are drawn independently, ``x_t`` from the bridge between them, and the drift is regressed on that of
+    the reference conditioned on its end ``x_T``::
 
         b(x_t, t) + sigma sigma^T grad_x log p(x_T | x_t)        ((x_T - x_t)/(T - t) for Brownian motion),
 
-    whose conditional mean is the drift of a Markov process with the same marginals at all times (the minimiser of the forward KL, [45]). For a
-    point start it is the optimum of the control problem whose tilted end is the data's law. The loss is divided by the target's
-    variance left by a linear prediction, which moves nothing but the noise of training.
+    whose conditional mean is the drift of a Markov process with the same marginals at all times (the minimiser of the
+    forward KL, [45]). For a point start it is the optimum of the control problem whose tilted end is the data's law.
+    The loss is divided by the target's variance left by a linear prediction, which moves nothing but the noise of
+    training.
 
     Args:
         data: ``(n, *event)``; ``(n, d)`` for a linear SDE.
-        reference: a linear SDE (``BrownianMotion``, ``OrnsteinUhlenbeck``, ``LinearSDE``); or ``sc.FlowMatching()``, the limit of no noise, straight
-            lines ``(1-t) x_0 + t x_1`` with the target ``x_1 - x_0``.
-        initial: the law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture``, any torch distribution, or samples ``(m, *event)``. None: for
-            ``FlowMatching`` a standard Gaussian.
-        model: your own nn.Module ``model(x, t) -> (batch, *event)``, t ``(batch,)`` from 0 (start) to the horizon (data; 1 for
-            ``FlowMatching``) (a copy of it is trained); None: a residual network on top of the best linear prediction.
+        reference: a linear SDE (``BrownianMotion``, ``OrnsteinUhlenbeck``, ``LinearSDE``); or ``sc.FlowMatching()``,
+            the limit of no noise, straight lines ``(1-t) x_0 + t x_1`` with the target ``x_1 - x_0``.
+        initial: the law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture``, any torch distribution, or samples
+            ``(m, *event)``. None: for ``FlowMatching`` a standard Gaussian.
+        model: your own nn.Module ``model(x, t) -> (batch, *event)``, t ``(batch,)`` from 0 (start) to the horizon
+            (data; 1 for ``FlowMatching``) (a copy of it is trained); None: a residual network on top of the best linear
+            prediction.
         iterations, batch_size, learning_rate: of Adam, with a warm-up, a cosine decay and averaged weights.
-        seed: the same seed gives the same weights; None draws one from torch's global generator, which is otherwise left alone.
+        seed: the same seed gives the same weights; None draws one from torch's global generator, which is otherwise
+            left alone.
         progress: show a progress bar; None: if the terminal can.
 
     Returns:
-        The trained module in evaluation mode. For a linear SDE a drift: ``sc.SDE(module, diffusion=sigma, dim=d, horizon=T)`` with ``initial`` has
-        the data's law at T. For ``FlowMatching`` a velocity: ``sc.generative_sde(module, sc.FlowMatching(), prediction="velocity", shape=...)``
+        The trained module in evaluation mode. For a linear SDE a drift:
+        ``sc.SDE(module, diffusion=sigma, dim=d, horizon=T)`` with ``initial`` has the data's law at T. For
+        ``FlowMatching`` a velocity: ``sc.generative_sde(module, sc.FlowMatching(), prediction="velocity", shape=...)``
         where ``initial`` is the standard Gaussian; else the velocity of an ordinary differential equation.
 
     Raises:
@@ -200,8 +205,9 @@ def _root(cov: Tensor) -> Tensor:
 
 
 class BridgeNetwork(ResidualNetwork):
-    """A drift ``(x, t) -> (batch, *event)``: the best linear prediction for laws of the same means and covariances, plus a residual network's output
-    scaled by what that leaves. Untrained it carries a Gaussian to a Gaussian; t a float or a tensor of shape () or (batch,)."""
+    """A drift ``(x, t) -> (batch, *event)``: the best linear prediction for laws of the same means and covariances,
+    plus a residual network's output scaled by what that leaves. Untrained it carries a Gaussian to a Gaussian; t a
+    float or a tensor of shape () or (batch,)."""
 
     def __init__(self, bridge: Bridge) -> None:
         super().__init__(bridge.size)
@@ -228,22 +234,24 @@ def _start_law(data: Tensor, reference: Any, initial: Any) -> Any:
     """The start's law, or samples of it, where that and the reference suit the data."""
     if not isinstance(reference, (LinearSDE, FlowMatching)):
         raise TypeError(
-            "reference must be a linear SDE (sc.BrownianMotion, sc.OrnsteinUhlenbeck, sc.LinearSDE), whose bridges are known, or sc.FlowMatching(); "
-            f"got {type(reference).__name__}."
+            "reference must be a linear SDE (sc.BrownianMotion, sc.OrnsteinUhlenbeck, sc.LinearSDE), whose bridges "
+            f"are known, or sc.FlowMatching(); got {type(reference).__name__}."
         )
     if isinstance(reference, LinearSDE) and data.shape[1:] != reference.event_shape:
         raise ValueError(
-            f"data has events of shape {tuple(data.shape[1:])}, the reference states of shape {tuple(reference.event_shape)}."
+            f"data has events of shape {tuple(data.shape[1:])}, the reference states of shape "
+            f"{tuple(reference.event_shape)}."
         )
     if data[0].numel() > _LARGEST:
         raise ValueError(
-            f"data has events of {data[0].numel()} numbers; covariances of more than {_LARGEST} are not kept. Use sc.fit_score(data, "
-            "sc.FlowMatching(), 'velocity')."
+            f"data has events of {data[0].numel()} numbers; covariances of more than {_LARGEST} are not kept. Use "
+            "sc.fit_score(data, sc.FlowMatching(), 'velocity')."
         )
     if initial is None:
         if isinstance(reference, LinearSDE):
             raise TypeError(
-                "initial is missing: pass sc.Dirac(x0), sc.Gaussian(mean, cov), any torch distribution, or samples (m, *event)."
+                "initial is missing: pass sc.Dirac(x0), sc.Gaussian(mean, cov), any torch distribution, or samples (m, "
+                "*event)."
             )
         initial = Gaussian(torch.zeros_like(data[0]), 1.0)
     if isinstance(initial, Tensor):

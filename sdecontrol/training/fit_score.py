@@ -31,26 +31,29 @@ def fit_score(
     condition: Tensor | None = None,
     drop: float = 0.0,
 ) -> nn.Module:
-    """Train a model on data by denoising score matching (Vincent 2011; Ho et al. 2006.11239), ready for ``generative_sde``.
+    """Train a model on data by denoising score matching (Vincent 2011; Ho et al. 2006.11239), ready for
+    ``generative_sde``.
 
-    The loss is the squared error of the prediction, ``w(s) |model(mu x0 + std eps, s) - target|^2``. The weight makes it the
-    same for every parametrisation: the squared error of the noise, divided by the part of the noise's variance that cannot be
-    known from x (plus 0.05), which lifts the noisy end, where little is left to learn but decides between modes.
+    The loss is the squared error of the prediction, ``w(s) |model(mu x0 + std eps, s) - target|^2``. The weight makes
+    it the same for every parametrisation: the squared error of the noise, divided by the part of the noise's variance
+    that cannot be known from x (plus 0.05), which lifts the noisy end, where little is left to learn but decides
+    between modes.
 
     Args:
         data: ``(n, *event)``.
         schedule: ``sc.VP()``, ``sc.CosineVP()``, ``sc.VE()``, ``sc.FlowMatching()``.
         prediction: what the model predicts: "noise", "sample", "score", "v" or "velocity".
-        model: your own nn.Module ``model(x, s) -> (batch, *event)`` on its own clock, s ``(batch,)`` (a copy of it is trained);
-            None: a residual network on top of the best linear prediction, in the data's principal components.
+        model: your own nn.Module ``model(x, s) -> (batch, *event)`` on its own clock, s ``(batch,)`` (a copy of it is
+            trained); None: a residual network on top of the best linear prediction, in the data's principal components.
         iterations, batch_size, learning_rate: of Adam, with a warm-up, a cosine decay and averaged weights.
         seed: the same seed gives the same weights; None draws one from torch's global generator, which is otherwise
             left alone.
         progress: show a progress bar; None: if the terminal can.
-        condition: y of each datum: integer labels ``(n,)``, or numbers ``(n, ...)``. The model is then ``model(x, s, y)``.
-        drop: share of the data whose label is replaced by the number of classes while training, so that the same model is an
-            unconditional one too, as classifier-free guidance needs (Ho & Salimans 2207.12598): the default network is that when
-            called as ``model(x, s)``. For labels only.
+        condition: y of each datum: integer labels ``(n,)``, or numbers ``(n, ...)``. The model is then
+            ``model(x, s, y)``.
+        drop: share of the data whose label is replaced by the number of classes while training, so that the same model
+            is an unconditional one too, as classifier-free guidance needs (Ho & Salimans 2207.12598): the default
+            network is that when called as ``model(x, s)``. For labels only.
 
     Returns:
         The trained model, in evaluation mode.

@@ -23,14 +23,16 @@ def check_data(data: Any, least: int, iterations: Any, batch_size: Any) -> None:
     check_tensor("data", data, hint="data: (n, *event).")
     if data.ndim < 2 or len(data) < least:
         raise ValueError(
-            f"data must have shape (n, *event) with n >= {least}, got {tuple(data.shape)}; use data.unsqueeze(-1) for numbers."
+            f"data must have shape (n, *event) with n >= {least}, got {tuple(data.shape)}; use data.unsqueeze(-1) for "
+            "numbers."
         )
     check_count("iterations", iterations)
     check_count("batch_size", batch_size)
 
 
 def trained_copy(model: Any, called: str, x: Tensor, *rest: Tensor) -> nn.Module:
-    """A copy of a user's model to train, which gives the shape of x when it is called with x and the rest, as ``called`` says.
+    """A copy of a user's model to train, which gives the shape of x when it is called with x and the rest, as
+    ``called`` says.
 
     Raises:
         TypeError, ValueError: otherwise.
@@ -48,7 +50,8 @@ def trained_copy(model: Any, called: str, x: Tensor, *rest: Tensor) -> nn.Module
 def descend(
     network: nn.Module, loss: Callable[[int], Tensor], iterations: int, rate: Any, title: str, progress: bool | None
 ) -> nn.Module:
-    """Adam on ``loss(i)`` with a warm-up and a cosine decay, clipped gradients, and at the end an average of the weights.
+    """Adam on ``loss(i)`` with a warm-up and a cosine decay, clipped gradients, and at the end an average of the
+    weights.
 
     Returns:
         The network, in evaluation mode.
@@ -123,8 +126,8 @@ class ResidualNetwork(nn.Module):
         nn.init.zeros_(self.outlet.bias)
 
     def correction(self, z: Tensor, time: Tensor, more: Tensor | None = None) -> Tensor:
-        """At numbers ``(batch, size)`` of unit variance and a time ``(batch | 1, 1)`` within about [0, pi/2]; ``more``: features
-        ``(batch, TIME_WIDTH)`` beside those of time."""
+        """At numbers ``(batch, size)`` of unit variance and a time ``(batch | 1, 1)`` within about [0, pi/2]; ``more``:
+        features ``(batch, TIME_WIDTH)`` beside those of time."""
         angles = time * self.frequencies
         features = self.time(torch.cat((angles.sin(), angles.cos()), 1))
         features = features if more is None else features + more

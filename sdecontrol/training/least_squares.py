@@ -11,14 +11,17 @@ from ..methods.base import Regression
 
 
 class LinearSteps:
-    """Levenberg-Marquardt steps ``theta <- theta - pace/2 (G + damping D)^{-1} grad``, D the diagonal of G and a tenth of its mean.
+    """Levenberg-Marquardt steps ``theta <- theta - pace/2 (G + damping D)^{-1} grad``, D the diagonal of G and a tenth
+    of its mean.
 
-    For a regression on fixed targets a full, undamped step is its least-squares solution. The targets move with the control, and may be noisy:
+    For a regression on fixed targets a full, undamped step is its least-squares solution. The targets move with the
+    control, and may be noisy:
 
-    * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first value): cautious
-      while it is large, full least squares as it vanishes, cautious again at once where it rises;
-    * the pace grows while successive steps agree in direction (in the metric G) and falls while they do not (after Kesten 1958, Ann. Math. Statist. 29): without noise it
-      stays at 1, and where noise dominates it falls like 1/t. Other steps follow it (``slowing``);
+    * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first
+      value): cautious while it is large, full least squares as it vanishes, cautious again at once where it rises;
+    * the pace grows while successive steps agree in direction (in the metric G) and falls while they do not (after
+      Kesten 1958, Ann. Math. Statist. 29): without noise it stays at 1, and where noise dominates it falls like 1/t.
+      Other steps follow it (``slowing``);
     * no step moves the path law by more than half the control's own KL (or half a nat).
 
     The moments G are averaged over iterations.
@@ -47,7 +50,8 @@ class LinearSteps:
 
     @property
     def slowing(self) -> float:
-        """Factor for steps whose size does not vanish with the gradient (Adam's): the pace, and the root of what the loss has fallen to."""
+        """Factor for steps whose size does not vanish with the gradient (Adam's): the pace, and the root of what the
+        loss has fallen to."""
         return self.pace * math.exp(0.5 * min(0.0, self.level - self.first))
 
     def observe(self, batch: Regression) -> None:
@@ -126,7 +130,8 @@ class LinearSteps:
 
 
 def _factor(gram: Tensor, size: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of ``G + damping diag(size)`` ``(groups, p, p)``, with as much more damping as rounding makes necessary."""
+    """Cholesky factor of ``G + damping diag(size)`` ``(groups, p, p)``, with as much more damping as rounding makes
+    necessary."""
     while True:
         root, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping * size))
         if not bool(info.any()):

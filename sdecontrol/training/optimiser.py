@@ -1,4 +1,5 @@
-"""The optimiser's side of the loop: step sizes, averaged weights, finite gradients, and all of it as a state to save."""
+"""The optimiser's side of the loop: step sizes, averaged weights, finite gradients, and all of it as a state to
+save."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what 
 class Pace:
     """The factor on the learning rate, and when to stop.
 
-    With a fixed number of iterations: a short warm-up, a stretch at full step, a cosine decay to 0. Without one: at full
-    step until the objective stops improving (or 70 % of the most iterations allowed have passed), then the same decay.
+    With a fixed number of iterations: a short warm-up, a stretch at full step, a cosine decay to 0. Without one: at
+    full step until the objective stops improving (or 70 % of the most iterations allowed have passed), then the same
+    decay.
     """
 
     window = 100
@@ -38,8 +40,8 @@ class Pace:
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
     def observe(self, i: int, scores: Sequence[float]) -> None:
-        """Look at the last scores (objectives, or negative logarithms of a residual); start the decay where they have stopped
-        rising."""
+        """Look at the last scores (objectives, or negative logarithms of a residual); start the decay where they have
+        stopped rising."""
         if self.decay_from is not None:
             return
         done = i + 1
@@ -106,8 +108,9 @@ class Descent:
 
     @torch.no_grad()
     def step(self, regression: Regression | None = None) -> bool:
-        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's objective has clearly
-        fallen, or its gradient has overflowed: then the parameters go back to the best so far instead.
+        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's
+        objective has clearly fallen, or its gradient has overflowed: then the parameters go back to the best so far
+        instead.
 
         Args:
             regression: what the gradients are those of, where that is a regression of the shifts.
@@ -164,7 +167,8 @@ class Descent:
             best, _, centre, spread = self.score.tolist()
             again, _ = _cut_off(scores, centre, spread)
             if self.returned or again < best:
-                # the best of many is lucky: that is forgotten slowly, or by half where this batch is of the same parameters
+                # the best of many is lucky: that is forgotten slowly, or by half where this batch is of the same
+                # parameters
                 self.score[0] += (0.5 if self.returned else 0.1) * (again - best)
                 self.returned = False
                 return
@@ -174,9 +178,10 @@ class Descent:
     def _fallen(self, objective: Tensor) -> bool:
         """Whether the objective is clearly below the best so far, by four standard errors.
 
-        Least-squares steps go far where targets are noisy; what one has done is seen in the next batch's objective, which costs nothing. Not the last
-        one but the best is what it is compared with: many small falls make a large one. A single path may fall without bound, so objectives are cut off
-        five spreads (between the outer deciles) from the median.
+        Least-squares steps go far where targets are noisy; what one has done is seen in the next batch's objective,
+        which costs nothing. Not the last one but the best is what it is compared with: many small falls make a large
+        one. A single path may fall without bound, so objectives are cut off five spreads (between the outer deciles)
+        from the median.
         """
         if not self.kept or self.returned or not bool(self.score.isfinite().all()):
             return False
@@ -189,7 +194,8 @@ class Descent:
         """Back to the best parameters so far, and smaller steps from there. The next batch tells anew what they reach.
 
         Returns:
-            What undoes it; None, and nothing is done, where there are none, where they are in place, or where steps are tiny already.
+            What undoes it; None, and nothing is done, where there are none, where they are in place, or where steps are
+            tiny already.
         """
         if not self.kept or self.returned or self.radius < _SMALLEST:
             return None
@@ -216,8 +222,8 @@ class Descent:
         return undo
 
     def _clip(self, gradients: list[Tensor]) -> None:
-        """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at a saddle would else
-        undo a hundred steps."""
+        """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at
+        a saddle would else undo a hundred steps."""
         level = math.log(max(self.norm, 1e-300))
         if self.level is None:
             self.level = level

@@ -19,7 +19,8 @@ class ProgressBar:
     Args:
         total: iterations; None: not known, since a budget of time ends them.
         measure: the metric shown, with ``{measure}_stderr`` as its error if there is one.
-        latest: show its last value alone, for iterations that are estimates in themselves; else averaged over about ten.
+        latest: show its last value alone, for iterations that are estimates in themselves; else averaged over about
+            ten.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""The default network of ``fit_score``: the best linear prediction, corrected by a residual network, in the data's basis."""
+"""The default network of ``fit_score``: the best linear prediction, corrected by a residual network, in the data's
+basis."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ _LARGEST_BASIS = 2048  # beyond it, coordinates instead of principal components
 class ScoreNetwork(ResidualNetwork):
     """A model ``(x, clock) -> prediction`` under a schedule, in any parametrisation.
 
-    Were the data ``N(mean, Q diag(lam) Q')``, then in the basis Q, with ``y = Q'(x - mu mean)`` and ``v = mu^2 lam + std^2``,
-    the best predictions would be ``x0 = mean + mu lam y / v`` and ``eps = std y / v``. The network reads ``y / sqrt(v)`` (unit
-    variance at every noise level), and its output f, scaled by the standard deviation that is left, corrects both:
-    ``x0 - std sqrt(lam / v) f`` and ``eps + mu sqrt(lam / v) f``. Every other parametrisation is a combination of the
-    two, without cancellation at either end. Untrained (f = 0) the model samples that Gaussian.
+    Were the data ``N(mean, Q diag(lam) Q')``, then in the basis Q, with ``y = Q'(x - mu mean)`` and
+    ``v = mu^2 lam + std^2``, the best predictions would be ``x0 = mean + mu lam y / v`` and ``eps = std y / v``. The
+    network reads ``y / sqrt(v)`` (unit variance at every noise level), and its output f, scaled by the standard
+    deviation that is left, corrects both: ``x0 - std sqrt(lam / v) f`` and ``eps + mu sqrt(lam / v) f``. Every other
+    parametrisation is a combination of the two, without cancellation at either end. Untrained (f = 0) the model samples
+    that Gaussian.
     """
 
     mean: Tensor
@@ -91,9 +93,10 @@ class ConditionalScoreNetwork(ScoreNetwork):
     """A :class:`ScoreNetwork` ``(x, clock, y) -> prediction``: a condition scales and shifts the blocks, as time does.
 
     Args:
-        classes: number of labels y ``(batch,)``, integers; the label ``classes``, or no y at all, is the unconditional model
-            (where it was trained: ``unconditional``).
-        features: how many numbers the blocks see: ``classes + 1``, or those of y ``(batch, ...)`` where ``classes`` is 0.
+        classes: number of labels y ``(batch,)``, integers; the label ``classes``, or no y at all, is the unconditional
+            model (where it was trained: ``unconditional``).
+        features: how many numbers the blocks see: ``classes + 1``, or those of y ``(batch, ...)`` where ``classes`` is
+            0.
     """
 
     def __init__(

@@ -61,17 +61,18 @@ def solve(
         iterations: exactly so many; None: the method's default at most, with a stop where the objective no longer
             improves.
         batch_size: paths per gradient; ``accumulate`` such gradients make one step.
-        seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same result,
-            bit for bit, on the same machine and thread count.
+        seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same
+            result, bit for bit, on the same machine and thread count.
         control: your own nn.Module ``(x, t) -> (batch, m)`` (a copy of it is trained); None: a copy of the pre-trained
             model if it is trainable, else the default network.
         learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
-        cooling: train at higher temperatures first, where the method gains from it (``Method.cools``), the reward spreads over many nats, and no control
-            of your own is given; a quarter of the run at most. False: at the problem's own from the first iteration.
+        cooling: train at higher temperatures first, where the method gains from it (``Method.cools``), the reward
+            spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
+            problem's own from the first iteration.
         tolerance: stop once the gap is reliable and below this.
         budget: seconds, or "300s", "5m": stop there; the result is then marked as not reproducible.
-        checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with ``resume=True`` go
-            on from the newest good one, to the same numbers as an uninterrupted run.
+        checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with
+            ``resume=True`` go on from the newest good one, to the same numbers as an uninterrupted run.
         callbacks: objects with on_train_begin, on_step_end, on_evaluate, on_save, on_exception, on_train_end.
         progress: show a progress bar; None: if the terminal can.
 
@@ -385,8 +386,9 @@ class _Trainer:
 
 @contextlib.contextmanager
 def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[None]:
-    """No gradients for the parameters of the user's modules (but those that are ``trained``): a pre-trained model that is called beside its tuned copy would
-    cost a backward pass of its own. They leave with the flags and gradients they came with."""
+    """No gradients for the parameters of the user's modules (but those that are ``trained``): a pre-trained model that
+    is called beside its tuned copy would cost a backward pass of its own. They leave with the flags and gradients they
+    came with."""
     own = {id(p) for p in trained}
     before = [(p, p.grad, p.requires_grad) for module in problem.modules() for p in module.parameters()]
     try:
@@ -400,7 +402,8 @@ def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[
 
 
 def _with_exact_values(solution: Solution) -> Solution:
-    """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known in closed form."""
+    """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known in closed
+    form."""
 
     @functools.cache
     def values() -> dict[str, Any] | None:

@@ -162,7 +162,8 @@ def test_one_position_has_no_floor():
     ids=["log-variance", "two of the steps", "path-consistency", "reinforce", "soft-ppo"],
 )
 def test_score_function_gradients_are_that_of_the_kl(method):
-    """Of two positions, away from the optimum, against the exact gradient: chi-square over all entries that are visited, p >= 1e-5."""
+    """Of two positions, away from the optimum, against the exact gradient: chi-square over all entries that are
+    visited, p >= 1e-5."""
     space = Space(2)
     control = Tilts(space, 0.3, seed=6)
     (want,) = torch.autograd.grad(space.gap(control.table), control.table)

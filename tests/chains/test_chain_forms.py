@@ -1,4 +1,5 @@
-"""What a chain says of itself: its scheme, its affine steps in float64, its copy in float64; and where a problem's paths start."""
+"""What a chain says of itself: its scheme, its affine steps in float64, its copy in float64; and where a problem's
+paths start."""
 
 import pytest
 import torch

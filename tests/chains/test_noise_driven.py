@@ -1,4 +1,5 @@
-"""A user's own simulator as a chain: against the SDE that it is in another form, and against quadrature where it is none."""
+"""A user's own simulator as a chain: against the SDE that it is in another form, and against quadrature where it is
+none."""
 
 import math
 
@@ -100,7 +101,8 @@ def folded(x, w, k):
 
 
 def test_weights_of_a_map_that_is_no_kernel_are_exact_against_quadrature():
-    """``log Z`` by recursion with Gauss-Hermite nodes split at 0, where the map has its kink, for any control (4 standard errors: false alarm 6e-5 each)."""
+    """``log Z`` by recursion with Gauss-Hermite nodes split at 0, where the map has its kink, for any control (4
+    standard errors: false alarm 6e-5 each)."""
     problem = sc.ControlProblem(
         sc.discrete_dynamics(folded, steps=3, dim=1, noises=1),
         sc.Dirac(torch.tensor([0.5], dtype=F64)),
@@ -231,7 +233,8 @@ def test_counts_are_checked(name):
 
 
 def test_a_learned_start_before_a_simulator():
-    """A Gaussian start made part of the control: weights stay exact for its own law, of any control (4 standard errors)."""
+    """A Gaussian start made part of the control: weights stay exact for its own law, of any control (4 standard
+    errors)."""
     sde, _ = (p.reference for p in pair())
     start, alpha = sc.Gaussian(torch.tensor([0.2, -0.1], dtype=F64), 0.3), 0.5
     quadratic = sc.Quadratic(G=torch.eye(2, dtype=F64), g=torch.ones(2, dtype=F64))

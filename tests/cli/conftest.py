@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``run("solve", "ou-linear", ...)`` in a fresh folder; gives a result with ``exit_code``, ``stdout``, ``stderr``."""
+    """``run("solve", "ou-linear", ...)`` in a fresh folder; gives a result with ``exit_code``, ``stdout``,
+    ``stderr``."""
     from sdecontrol.cli import app
 
     monkeypatch.chdir(tmp_path)

@@ -203,7 +203,8 @@ import torch
 from sdecontrol.comparison.costs import measuring
 from sdecontrol.comparison.frontier import exact_frontier
 
-held = [torch.ones(8_000) for _ in range(6000)]  # 183 MiB in small pieces: freed, they stay with the process for their next use
+# 183 MiB in small pieces: freed, they stay with the process for their next use
+held = [torch.ones(8_000) for _ in range(6000)]
 last = held[-1]
 del held
 with measuring(torch.device("cpu")) as costs:
@@ -307,7 +308,8 @@ def brownian_linear(dtype: torch.dtype, alpha: float = 0.5) -> sc.ControlProblem
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_frontier_of_a_linear_reward_in_closed_form(dtype: torch.dtype) -> None:
-    """r = g'x on Brownian motion: ``E r = g'm + beta v``, ``KL = beta^2 v / 2`` with ``v = |g|^2 sigma^2 T``, also on chains."""
+    """r = g'x on Brownian motion: ``E r = g'm + beta v``, ``KL = beta^2 v / 2`` with ``v = |g|^2 sigma^2 T``, also on
+    chains."""
     tolerance = 1e-6 if dtype == torch.float64 else 1e-5
     v, mean = 5.0 * 0.49 * 1.5, 0.1
     for steps in (None, 10):

@@ -52,7 +52,8 @@ def test_little_memory_means_no_graph_of_all_steps() -> None:
 
 
 def test_the_graph_s_size_is_near_what_backpropagation_keeps() -> None:
-    """The estimate against all that autograd saves on one differentiable batch, each tensor once: within a factor 1.5."""
+    """The estimate against all that autograd saves on one differentiable batch, each tensor once: within a factor
+    1.5."""
     from sdecontrol.chains.shifts import shift_function
     from sdecontrol.comparison.recommend import _graph
     from sdecontrol.controls.build import build_control
@@ -117,8 +118,8 @@ def errors(problem: sc.ControlProblem, methods: list, column: str, **settings) -
 
 @pytest.mark.slow
 def test_first_choice_is_among_the_best_on_a_linear_quadratic_problem() -> None:
-    """Equal time on ou-quadratic-easy, by the control's error (a gap has the floor of the chain under it): with a gradient the first choice is
-    ten times better than two others; without, within a factor 2 of the best."""
+    """Equal time on ou-quadratic-easy, by the control's error (a gap has the floor of the chain under it): with a
+    gradient the first choice is ten times better than two others; without, within a factor 2 of the best."""
     problem = sc.named_problem("ou-quadratic-easy")
     settings = {"column": "control_error", "budget": "12s", "time_steps": 50, "batch_size": 128}
     methods = [sc.recommend(problem)[0].method, sc.RewardBackprop(), sc.LogVariance()]
@@ -132,8 +133,8 @@ def test_first_choice_is_among_the_best_on_a_linear_quadratic_problem() -> None:
 
 @pytest.mark.slow
 def test_first_choice_is_among_the_best_on_a_mixture() -> None:
-    """Equal CPU time: with a gradient the first choice has the smallest gap of three (10 % for noise); as a black box within a factor 1.5 of the best
-    of three."""
+    """Equal CPU time: with a gradient the first choice has the smallest gap of three (10 % for noise); as a black box
+    within a factor 1.5 of the best of three."""
     problem = mixture()
     methods = [sc.recommend(problem)[0].method, sc.AdjointMatching(), sc.RewardBackprop()]
     first, *others = errors(problem, methods, column="gap", budget="12s", time_steps=50)

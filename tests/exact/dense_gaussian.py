@@ -1,7 +1,7 @@
 """Independent answers for tests of exact solutions: the whole path as one Gaussian vector, and quadrature.
 
-Nothing here uses a recursion: a linear chain's path is ``X = a + N xi`` with xi all its noises (the start's included), the
-total reward one quadratic form of X, and every law a conditional of one big Gaussian.
+Nothing here uses a recursion: a linear chain's path is ``X = a + N xi`` with xi all its noises (the start's included),
+the total reward one quadratic form of X, and every law a conditional of one big Gaussian.
 """
 
 from functools import lru_cache
@@ -76,7 +76,8 @@ def steps_of(problem, time_steps, scheme):
 
 @lru_cache(maxsize=200)
 def exact_step(sde, s, t, nodes=24):
-    """Transition matrix and shift, root of the covariance, and C with ``root C = int_s^t Phi(t, r) sigma(r) dr`` (Gauss-Legendre)."""
+    """Transition matrix and shift, root of the covariance, and C with ``root C = int_s^t Phi(t, r) sigma(r) dr``
+    (Gauss-Legendre)."""
     law = sde.transition(s, t)
     root = factor(law.covariance)
     held = torch.zeros(law.matrix.shape[0], sde.control_shape[0], dtype=F64)
@@ -90,7 +91,8 @@ class DensePath:
     """The path of a chain as one Gaussian vector ``X = a + N xi``, tilted by ``exp(R/alpha)``."""
 
     def __init__(self, problem, time_steps, scheme="euler", feedback=None):
-        """``feedback``: (gain, offset) of each step's u; the path is then the controlled one, ``shift`` its stacked c."""
+        """``feedback``: (gain, offset) of each step's u; the path is then the controlled one, ``shift`` its stacked
+        c."""
         steps = steps_of(problem, time_steps, scheme)
         d, K = problem.event_shape[0], len(steps)
         fixed = problem.start != "controlled"

@@ -35,7 +35,8 @@ def reward_terms(problem):
 
 @pytest.mark.parametrize("start, varying", itertools.product(("dirac", "fixed", "controlled"), (False, True)))
 def test_log_z_and_value_are_gaussian_integrals_of_the_transition_law(start, varying):
-    """Without a running cost ``Z = E exp(r(X_T)/alpha)``, and the exact scheme's chain has the same one at every step size."""
+    """Without a running cost ``Z = E exp(r(X_T)/alpha)``, and the exact scheme's chain has the same one at every step
+    size."""
     problem = linear_quadratic(3, 4, seed=3, start=start, running=False, varying=varying)
     exact = sc.exact_solution(problem)
     want = gaussian_tilt(*terminal_law(problem), *reward_terms(problem))[2]
@@ -112,7 +113,8 @@ def hjb_terms(problem, exact, x, t):
 
 @pytest.mark.parametrize("varying", [False, True])
 def test_theorems_1_to_3_for_a_controlled_start(varying):
-    """``p*_T = p_r``; ``p*_t = p0_t exp(v_t/alpha)/Z`` at every t, the stretch's included; bridges are the reference's."""
+    """``p*_T = p_r``; ``p*_t = p0_t exp(v_t/alpha)/Z`` at every t, the stretch's included; bridges are the
+    reference's."""
     problem = linear_quadratic(3, 3, seed=4, start="controlled", running=False, varying=varying)
     exact, x = sc.exact_solution(problem), randn(6, 3, seed=0)
     mean, cov, _ = gaussian_tilt(*terminal_law(problem), *reward_terms(problem))
@@ -139,7 +141,8 @@ def conditional(mean, cov, step: Transition, x):
 
 @pytest.mark.parametrize("steps", [None, 8])
 def test_terminal_law_of_a_fixed_gaussian_start(steps):
-    """``p*_T(x) = p0_T(x) exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T = x]`` (docs/mathematics.md section 1): not p_r."""
+    """``p*_T(x) = p0_T(x) exp(r/alpha) E[exp(-v(X_0, 0)/alpha) | X_T = x]`` (docs/mathematics.md section 1): not
+    p_r."""
     problem = linear_quadratic(3, 3, seed=8, start="fixed", running=False)
     exact = sc.exact_solution(problem, steps, scheme="exact") if steps else sc.exact_solution(problem)
     x = randn(5, 3, seed=3)

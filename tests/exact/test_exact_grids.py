@@ -51,7 +51,8 @@ def ou(reward=bumps, alpha=0.8, start=0.3, horizon=1.0):
 
 
 def average(law, x, reward, alpha, points=4001):
-    """``log E exp(r(X_T)/alpha)`` from each row of x ``(n, 1)`` by quadrature of the transition law, and its derivative in x."""
+    """``log E exp(r(X_T)/alpha)`` from each row of x ``(n, 1)`` by quadrature of the transition law, and its derivative
+    in x."""
     z = torch.linspace(-12, 12, points)
     sd = law.covariance[0, 0].sqrt()
     y = (x * law.matrix[0, 0] + law.shift[0]) + sd * z
@@ -137,7 +138,8 @@ def test_mixture_models_in_one_dimension():
 
 
 def test_any_reward_by_quadrature_of_the_transition_law():
-    """``v = alpha log E exp(r(X_T)/alpha)``, ``u* = sigma v'/alpha``; and a chain of exact transitions has the same soft value."""
+    """``v = alpha log E exp(r(X_T)/alpha)``, ``u* = sigma v'/alpha``; and a chain of exact transitions has the same
+    soft value."""
     problem = ou()
     grid, chain = sc.exact_solution(problem), sc.exact_solution(problem, 5, scheme="exact")
     assert isinstance(grid, GridSolution) and isinstance(chain, GridChainSolution)
@@ -223,8 +225,8 @@ def test_two_steps_by_nested_quadrature():
 
 
 def test_log_weights_average_to_z_and_the_elbo_is_reached():
-    """``E_{P^u}[dQ_fine/dP^u] = 1`` and ``E log w = elbo`` on paths of the best mean-shift control; the optimum in continuous time is
-    approached at order one."""
+    """``E_{P^u}[dQ_fine/dP^u] = 1`` and ``E log w = elbo`` on paths of the best mean-shift control; the optimum in
+    continuous time is approached at order one."""
     problem = nonlinear()
     exact = sc.exact_solution(problem, 20)
     paths = sc.simulate(problem, 20_000, control=exact.control, time_steps=20, seed=0)
@@ -285,8 +287,8 @@ def test_double_well_in_continuous_time_has_0_635():
 
 
 def test_double_well_log_z_by_the_linear_equation(wells):
-    """``psi`` by its eigenfunctions: with ``b = -U'``, ``exp(-U) psi`` solves a Schroedinger equation of potential ``(U'^2 - U'')/2``, here
-    on sinc functions. Shares nothing with the solver."""
+    """``psi`` by its eigenfunctions: with ``b = -U'``, ``exp(-U) psi`` solves a Schroedinger equation of potential
+    ``(U'^2 - U'')/2``, here on sinc functions. Shares nothing with the solver."""
     n, dx = 241, 0.025
     x = dx * (np.arange(n) - n // 2)
     apart = np.arange(n)[:, None] - np.arange(n)[None]

@@ -15,7 +15,8 @@ close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=
 
 
 def plane(n=401, width=9.0):
-    """A fine grid of the plane ``(n^2, 2)`` and its cell's area; for smooth decaying integrands the sum is exact to rounding."""
+    """A fine grid of the plane ``(n^2, 2)`` and its cell's area; for smooth decaying integrands the sum is exact to
+    rounding."""
     axis = torch.linspace(-width, width, n, dtype=F64)
     return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
 

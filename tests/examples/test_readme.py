@@ -1,4 +1,5 @@
-"""The code of the README and of the page on densities runs as written (with one iteration of training instead of hundreds)."""
+"""The code of the README and of the page on densities runs as written (with one iteration of training instead of
+hundreds)."""
 
 from __future__ import annotations
 

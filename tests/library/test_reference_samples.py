@@ -1,4 +1,5 @@
-"""Reference samples: exact draws where there are any, long tempered runs with honest errors else, and a cache that is whole or not used."""
+"""Reference samples: exact draws where there are any, long tempered runs with honest errors else, and a cache that is
+whole or not used."""
 
 from __future__ import annotations
 

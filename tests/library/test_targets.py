@@ -1,4 +1,5 @@
-"""The named targets: constants by quadrature, exact samples, gradients, precision, and the symmetries of particle systems."""
+"""The named targets: constants by quadrature, exact samples, gradients, precision, and the symmetries of particle
+systems."""
 
 from __future__ import annotations
 
@@ -149,7 +150,8 @@ def test_particle_energies_by_hand(name: str) -> None:
 
 
 def test_logistic_regression_by_hand() -> None:
-    """Log likelihood by torch's cross entropy and the prior by its normal law; the features have mean 0 and variance 1."""
+    """Log likelihood by torch's cross entropy and the prior by its normal law; the features have mean 0 and variance
+    1."""
     target = sc.named_target("logistic-regression")
     assert isinstance(target, LogisticRegression)
     features, labels = target.features, target.labels
@@ -226,7 +228,8 @@ def test_log_z_of_the_normalised_targets_in_many_dimensions() -> None:
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_mean_score_of_exact_samples_is_zero(name: str) -> None:
-    """``E score = 0`` and ``E x_i score_i = -1`` at the target, all coordinates; 4 standard errors (false alarm below 100 x 6e-5, seed fixed)."""
+    """``E score = 0`` and ``E x_i score_i = -1`` at the target, all coordinates; 4 standard errors (false alarm below
+    100 x 6e-5, seed fixed)."""
     torch.set_default_dtype(DOUBLE)
     target = sc.named_target(name)
     n = N if target.dim < 50 else 4000

@@ -1,6 +1,8 @@
-"""Exact gradients on linear-quadratic Euler chains: Gaussian moments of an affine control, propagated in float64 and differentiated.
+"""Exact gradients on linear-quadratic Euler chains: Gaussian moments of an affine control, propagated in float64 and
+differentiated.
 
-Written from the definitions alone, with nothing of the package's own algebra: the backward recursions are done here again.
+Written from the definitions alone, with nothing of the package's own algebra: the backward recursions are done here
+again.
 """
 
 import torch
@@ -11,7 +13,8 @@ from sdecontrol.methods.base import Run
 
 
 class AffineControl(torch.nn.Module):
-    """``u_k(x) = gain_k x + offset_k``: a parameter per step, so that it can be any linear-quadratic problem's optimum."""
+    """``u_k(x) = gain_k x + offset_k``: a parameter per step, so that it can be any linear-quadratic problem's
+    optimum."""
 
     def __init__(self, gain, offset):
         super().__init__()
@@ -23,7 +26,8 @@ class AffineControl(torch.nn.Module):
 
 
 class GaussianChain:
-    """``x' = M x + m + L (c + xi)`` with ``c = sqrt(h) u``, the same at all steps; reward and cost in units of alpha."""
+    """``x' = M x + m + L (c + xi)`` with ``c = sqrt(h) u``, the same at all steps; reward and cost in units of
+    alpha."""
 
     def __init__(self, problem, K):
         sde, alpha = problem.reference, problem.alpha
@@ -37,7 +41,8 @@ class GaussianChain:
         self.mean, self.cov = problem.initial.mean.double(), problem.initial.covariance_matrix.double()
 
     def optimum(self):
-        """The best mean-shift control, by dynamic programming over ``-v/alpha = x'Px/2 - q'x``: ``max_c E v(y + L(c + xi)) - |c|^2/2``."""
+        """The best mean-shift control, by dynamic programming over ``-v/alpha = x'Px/2 - q'x``:
+        ``max_c E v(y + L(c + xi)) - |c|^2/2``."""
         P, q, gains, offsets = self.P, self.q, [], []
         for _ in range(self.K):
             inner = torch.eye(self.L.shape[1], dtype=F64) + self.L.mT @ P @ self.L
@@ -60,7 +65,8 @@ class GaussianChain:
         return out[::-1]
 
     def policy_values(self, control):
-        """``(P_k, q_k, c_k)``, k = 0..K, of the value of a control: ``V_k(x) = E[R_k/alpha - sum |c|^2/2 | x_k = x] = -x'Px/2 + q'x + c``."""
+        """``(P_k, q_k, c_k)``, k = 0..K, of the value of a control: ``V_k(x) = E[R_k/alpha - sum |c|^2/2 | x_k = x] =
+        -x'Px/2 + q'x + c``."""
         P, q, c = self.P, self.q, torch.zeros((), dtype=F64)
         out = [(P, q, c)]
         for k in reversed(range(self.K)):
@@ -102,8 +108,8 @@ class GaussianChain:
         return out
 
     def forward_kl(self, control, first=0, start=None):
-        """``KL(Q_fine || P^u)`` of the steps from ``first`` on, up to a constant, for a path that is soft-optimal from there; ``start``: mean
-        and covariance of ``x_first`` before its own tilt by ``exp(v/alpha)``."""
+        """``KL(Q_fine || P^u)`` of the steps from ``first`` on, up to a constant, for a path that is soft-optimal from
+        there; ``start``: mean and covariance of ``x_first`` before its own tilt by ``exp(v/alpha)``."""
         values, best = self.values(), self.optimum()
         mean, cov = (self.mean, self.cov) if start is None else start
         P, q = values[first]
@@ -155,8 +161,9 @@ def gradient_of(value, control):
 
 
 def agree(have, want, power=0.005):
-    """Mean of ``have`` against ``want``: along it within 4 standard errors, themselves below ``power`` of it (so that an error of 2 % is seen
-    with certainty); and every entry within 5 (of some thirty; both are wrong for about one seed in ten thousand)."""
+    """Mean of ``have`` against ``want``: along it within 4 standard errors, themselves below ``power`` of it (so that
+    an error of 2 % is seen with certainty); and every entry within 5 (of some thirty; both are wrong for about one seed
+    in ten thousand)."""
     n = len(have)
     along = have @ want / want.square().sum()
     error = float(along.std()) / n**0.5
@@ -169,7 +176,8 @@ def agree(have, want, power=0.005):
 
 
 def vanishes(have, scale):
-    """Zero in every entry within 5 standard errors, which are in all below half of ``scale``: the gradient's norm at an error worth seeing."""
+    """Zero in every entry within 5 standard errors, which are in all below half of ``scale``: the gradient's norm at an
+    error worth seeing."""
     error = have.std(0) / len(have) ** 0.5
     assert float(error.norm()) < 0.5 * scale, f"{float(error.norm()):.4g} against {scale:.4g}: no power"
     z = have.mean(0) / (error + 1e-12)

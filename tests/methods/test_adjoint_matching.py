@@ -1,4 +1,5 @@
-"""Adjoint matching and SOCM: targets, their means and their variance, against closed forms and automatic differentiation."""
+"""Adjoint matching and SOCM: targets, their means and their variance, against closed forms and automatic
+differentiation."""
 
 import math
 from functools import partial
@@ -146,8 +147,8 @@ class Affine:
 
 @pytest.mark.parametrize("make", [nonlinear, lambda: random_lq(2, seed=4)])
 def test_subtracting_the_own_noise_changes_no_mean(make):
-    """E[phi(x_k) target] is the same with and without, for any control: 4 standard errors of the paired difference, whose size is
-    1 % of the targets'. A diffusion that depends on x has the second-order trap (noise times noise)."""
+    """E[phi(x_k) target] is the same with and without, for any control: 4 standard errors of the paired difference,
+    whose size is 1 % of the targets'. A diffusion that depends on x has the second-order trap (noise times noise)."""
     problem = make()
     chain = problem.chain(6)
     control = SmallControl(2, problem.control_shape[0])
@@ -244,8 +245,8 @@ def socm_targets(problem, chain, paths, kind, seed=0):
 
 @pytest.mark.parametrize("kind", ["identity", "full", "diagonal", "scalar", "adjoint", "closed-loop"])
 def test_weighted_socm_targets_have_the_soft_optimal_mean_for_any_matrices(kind):
-    """At the start point, from paths of a wrong control: E[w y]/E[w] is the mean shift of p*, within 4.5 standard errors, which are
-    below 1 % of its size."""
+    """At the start point, from paths of a wrong control: E[w y]/E[w] is the mean shift of p*, within 4.5 standard
+    errors, which are below 1 % of its size."""
     problem = random_lq(2, seed=1, alpha=2.0)
     exact = sc.exact_solution(problem, time_steps=5)
     control = SmallControl(2, 2)
@@ -287,8 +288,9 @@ def test_unweighted_socm_with_the_references_jacobians_is_plain_adjoint_matching
 
 
 def test_unweighted_socm_with_the_closed_loops_jacobians_has_the_gradient_of_reward_backpropagation():
-    """The other class: with N_j the Jacobian of the controlled step along the path, E[d c . (c - y)] is the gradient of -J/alpha, on any
-    problem; here through the fitted closed loop of an affine control, which is exact. Paired differences, 4.5 standard errors."""
+    """The other class: with N_j the Jacobian of the controlled step along the path, E[d c . (c - y)] is the gradient of
+    -J/alpha, on any problem; here through the fitted closed loop of an affine control, which is exact. Paired
+    differences, 4.5 standard errors."""
     from gaussian_gradients import GaussianChain, gradient_of, perturbed
 
     problem = random_lq(2, seed=1, running=True)
@@ -425,7 +427,8 @@ def test_light_tails_have_no_outliers(start):
 
 @pytest.mark.parametrize("where", ["reward", "running cost"])
 def test_what_few_paths_meet_is_no_outlier(where):
-    """The gradient of one path in a hundred is not zero: the median of all residuals is, and would throw the signal away."""
+    """The gradient of one path in a hundred is not zero: the median of all residuals is, and would throw the signal
+    away."""
     bump = lambda x: 50 * torch.relu(x[:, 0] - 2.3)  # noqa: E731
     parts = {"reward": bump} if where == "reward" else {"running_cost": lambda x, t: -bump(x)}
     problem = sc.ControlProblem(
@@ -441,7 +444,8 @@ def test_what_few_paths_meet_is_no_outlier(where):
 
 
 def test_an_adjoint_that_has_grown_on_a_ridge_is_an_outlier():
-    """Paths that begin within 1e-3 of 0 are a hundred times as far apart at the end, the others hardly further than they began."""
+    """Paths that begin within 1e-3 of 0 are a hundred times as far apart at the end, the others hardly further than
+    they began."""
     problem = sc.ControlProblem(
         sc.SDE(lambda x, t: 2 * torch.tanh(10 * x), torch.tensor(0.005, dtype=F64), dim=1),
         initial=sc.Gaussian(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64)),
@@ -457,7 +461,8 @@ def test_an_adjoint_that_has_grown_on_a_ridge_is_an_outlier():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [sc.AdjointMatching(), sc.SOCM()], ids=lambda m: m.name)
 def test_a_model_of_many_modes_is_tuned_with_defaults(method):
-    """Adjoints on the ridges between 25 modes reach 1e8 times the usual: adjoint matching does not come near without bounds, nor without taking steps back."""
+    """Adjoints on the ridges between 25 modes reach 1e8 times the usual: adjoint matching does not come near without
+    bounds, nor without taking steps back."""
     problem = sc.mixture_inverse_problem(4, 1)
     solution = sc.solve(problem, method, iterations=60, time_steps=50, batch_size=256, seed=0, progress=False)
     assert solution.evaluate(2048, seed=1).elbo.value > float(sc.exact_solution(problem).log_z) - 5
@@ -501,7 +506,8 @@ def test_a_quadratic_cost_along_paths_and_its_gradients_are_those_step_by_step(m
 
 
 def test_steep_slopes_are_shortened_and_others_left_alone():
-    """The reciprocal form on a density: no slope beyond ``clip`` usual ones, directions kept, what is not finite counts for nothing; elsewhere none is touched."""
+    """The reciprocal form on a density: no slope beyond ``clip`` usual ones, directions kept, what is not finite counts
+    for nothing; elsewhere none is touched."""
     scale = torch.tensor([0.5, 2.0])
     problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, "brownian", scale=scale)
     bound = 3.0 * problem.roughness * 2**0.5
@@ -520,7 +526,8 @@ def test_steep_slopes_are_shortened_and_others_left_alone():
 
 
 def test_adjoint_sampling_of_a_steep_density_stays_finite():
-    """``exp(-10 x^8)``: its score at the ends of the first paths is a thousand times its usual size; with slopes as they are the gradient overflows."""
+    """``exp(-10 x^8)``: its score at the ends of the first paths is a thousand times its usual size; with slopes as
+    they are the gradient overflows."""
     problem = sc.gibbs_problem(lambda x: -10 * (x**8).sum(1), 3, "brownian", seed=0)
     method = sc.AdjointMatching(reciprocal=True, buffer_size=512)
     found = sc.solve(problem, method, time_steps=20, iterations=60, batch_size=128, seed=0).evaluate(2048, seed=1)

@@ -1,4 +1,5 @@
-"""``auto`` on densities with known log Z: what it finds, keeps, says and counts; and that stopping and going on changes nothing."""
+"""``auto`` on densities with known log Z: what it finds, keeps, says and counts; and that stopping and going on changes
+nothing."""
 
 import math
 
@@ -42,7 +43,11 @@ def annulus(x):
 def quadrature(density, reach=12.0, points=3001):
     line = torch.linspace(-reach, reach, points, dtype=torch.float64)
     step = float(line[1] - line[0])
-    return float(torch.stack([density(torch.stack((torch.full_like(line, float(a)), line), 1)).logsumexp(0) for a in line]).logsumexp(0)) + 2 * math.log(step)  # fmt: skip
+    return float(
+        torch.stack(
+            [density(torch.stack((torch.full_like(line, float(a)), line), 1)).logsumexp(0) for a in line]
+        ).logsumexp(0)
+    ) + 2 * math.log(step)
 
 
 def told(solution):
@@ -59,7 +64,8 @@ def close(estimate, truth, most=0.02):
     "density", [ring, unequal, *(pytest.param(f, marks=pytest.mark.slow) for f in (banana, annulus))]
 )
 def test_log_z_of_densities_in_the_plane(density):
-    """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was kept; samples lie where the density does."""
+    """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was
+    kept; samples lie where the density does."""
     problem = sc.gibbs_problem(density, 2)
     solution = sc.solve(problem, SMALL, seed=0)
     evaluation = solution.evaluate(8192, seed=1)
@@ -83,8 +89,8 @@ def annulus_mean():
 
 
 def test_all_nine_modes_and_what_that_cost():
-    """gmm9: log Z = 0, every mode with its ninth, a control whose own paths agree, and evaluations that are exactly the density's rows, spent on
-    better beginnings: no round after the first costs more than it."""
+    """gmm9: log Z = 0, every mode with its ninth, a control whose own paths agree, and evaluations that are exactly the
+    density's rows, spent on better beginnings: no round after the first costs more than it."""
     target = sc.named_target("gmm9")
     density = Counted(target)
     problem = sc.gibbs_problem(density, 2)
@@ -215,7 +221,8 @@ def test_any_scale_and_one_dimension(dim, scale):
 
 
 def test_a_support_that_hardly_any_chain_meets():
-    """A density that vanishes at the centre and nearly everywhere; and one that the search does not find at all, which is no error of the search."""
+    """A density that vanishes at the centre and nearly everywhere; and one that the search does not find at all, which
+    is no error of the search."""
 
     def speck(x):
         return torch.where((x - 3).abs().amax(1) < 0.5, 0.0, -math.inf)
@@ -228,7 +235,8 @@ def test_a_support_that_hardly_any_chain_meets():
 
 
 def test_the_search_finds_wells_from_near_and_from_far():
-    """Wells at 0.5 and at 20 reference scales from the centre: chains end in both, and each coordinate of an end is in a well."""
+    """Wells at 0.5 and at 20 reference scales from the centre: chains end in both, and each coordinate of an end is in
+    a well."""
     problem = sc.gibbs_problem(lambda x: 0.0 * x[:, 0] - x.square().sum(1), 2, scale=1.0)
     centres = torch.tensor([[0.5, 0.0], [20.0, 0.0]])
     density = LogDensity(lambda x: (-50 * torch.cdist(x, centres).square()).logsumexp(1))
@@ -240,8 +248,9 @@ def test_the_search_finds_wells_from_near_and_from_far():
 
 
 def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
-    """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond half a nat and ten errors of both; every round has a seed of its own,
-    and particles begin with the mixture a fifth wider than the control's."""
+    """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond half a nat and ten
+    errors of both; every round has a seed of its own, and particles begin with the mixture a fifth wider than the
+    control's."""
     problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=512), []
     sizes = []
     adapt = auto.adapt

@@ -1,5 +1,6 @@
-"""Classifier-free guidance against closed forms: class-conditional Gaussian mixtures in the model's place. All seeds are fixed; bounds of
-4 standard errors would be passed by a right program with probability 0.9999 each on a fresh seed."""
+"""Classifier-free guidance against closed forms: class-conditional Gaussian mixtures in the model's place. All seeds
+are fixed; bounds of 4 standard errors would be passed by a right program with probability 0.9999 each on a fresh
+seed."""
 
 import math
 
@@ -77,7 +78,8 @@ def chains(kind):
 @pytest.mark.parametrize("y", [0, 1])
 @pytest.mark.parametrize("kind", ["euler", "ddpm"])
 def test_the_shift_is_1_plus_w_times_that_to_the_conditional_chain_s_own_mean(kind, y):
-    """At every step, to rounding: so for w = 0 the controlled chain is the conditional model's chain, and for w = -1 the reference's."""
+    """At every step, to rounding: so for w = 0 the controlled chain is the conditional model's chain, and for w = -1
+    the reference's."""
     made, model, classes, grid = chains(kind)
     for w in (-1.0, 0.0, 2.0):
         solution = sc.solve(made, sc.ClassifierFreeGuidance(model, w, y), seed=0, **grid)
@@ -94,8 +96,8 @@ def test_the_shift_is_1_plus_w_times_that_to_the_conditional_chain_s_own_mean(ki
 
 
 def test_w_0_has_the_class_conditional_law_as_its_samples_and_its_kl_is_that_of_the_laws():
-    """In continuous time ``KL(P^u || Q0) = KL(p(x|y) || p(x))`` (the noising of both laws is the same), so the gap towards
-    ``r = log p(y|x)`` at alpha = 1 vanishes. On the chain both are O(h) away, with h = 0.01 here."""
+    """In continuous time ``KL(P^u || Q0) = KL(p(x|y) || p(x))`` (the noising of both laws is the same), so the gap
+    towards ``r = log p(y|x)`` at alpha = 1 vanishes. On the chain both are O(h) away, with h = 0.01 here."""
     y, n = 1, 4096
     x = _exact_draws(y, 50_000)
     want = mean_estimate(log_posterior(y)(x) - math.log(PRIOR[y]))

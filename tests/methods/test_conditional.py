@@ -1,4 +1,5 @@
-"""Conditional generation (tutorial Section 8.2): one control for all conditions, against closed forms for each of them."""
+"""Conditional generation (tutorial Section 8.2): one control for all conditions, against closed forms for each of
+them."""
 
 import math
 
@@ -40,7 +41,8 @@ def observed():
 
 
 def given(y):
-    """The problem of one observation, which has a closed form (its reward without the part that does not depend on x)."""
+    """The problem of one observation, which has a closed form (its reward without the part that does not depend on
+    x)."""
     reward = sc.Quadratic(torch.outer(H, H) / NOISE**2, H * y / NOISE**2)
     return sc.ControlProblem(SDE, START, reward=reward)
 
@@ -70,14 +72,16 @@ def relative_error(solution, y, n=2000):
 
 @pytest.fixture(scope="module")
 def learned():
-    """SOCM with the default network. (Its dependence on y is that of its hidden layers, which is what leaves an error.)"""
+    """SOCM with the default network. (Its dependence on y is that of its hidden layers, which is what leaves an
+    error.)"""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     return sc.solve(observed(), sc.SOCM(), time_steps=K, iterations=150, batch_size=256, seed=0)
 
 
 def test_the_learned_control_is_the_exact_one_for_every_condition(learned):
-    """Relative squared error at most 3e-2 for each y (1.3e-2 to 1.8e-2 measured), 0.5 and more with another y's control."""
+    """Relative squared error at most 3e-2 for each y (1.3e-2 to 1.8e-2 measured), 0.5 and more with another y's
+    control."""
     for y in YS:
         assert relative_error(learned, y) < 0.03
     other = sc.exact_solution(given(YS[0]), time_steps=K)
@@ -86,9 +90,9 @@ def test_the_learned_control_is_the_exact_one_for_every_condition(learned):
 
 
 def test_samples_given_y_have_the_conditional_law(learned):
-    """Weighted samples: mean and covariance of ``p(x | y)``, and the evidence ``p(y)``, within 4 standard errors (error rate 6e-5 each; the
-    posteriors of neighbouring y are 60 such errors apart). Unweighted ones carry the floor of mean shifts, O(h), and the training's
-    error: together below a tenth of the posterior's spread."""
+    """Weighted samples: mean and covariance of ``p(x | y)``, and the evidence ``p(y)``, within 4 standard errors (error
+    rate 6e-5 each; the posteriors of neighbouring y are 60 such errors apart). Unweighted ones carry the floor of mean
+    shifts, O(h), and the training's error: together below a tenth of the posterior's spread."""
     n = 8192
     for y in YS:
         x, log_w = learned.weighted_sample(n, seed=4, condition=torch.full((n,), y, dtype=F64))
@@ -109,8 +113,8 @@ def test_samples_given_y_have_the_conditional_law(learned):
 
 
 def test_over_all_conditions_the_samples_have_the_reference_s_law_and_the_kl_is_the_mutual_information(learned):
-    """y from its own law: ``E_y p(x | y) = p(x)``, and ``E_y KL(p(x | y) || p(x)) = I(x; y) = log(1 + H C H'/noise^2)/2``; both to the floor
-    of mean shifts. The ELBO is below ``E log p(y)``, minus the entropy of y."""
+    """y from its own law: ``E_y p(x | y) = p(x)``, and ``E_y KL(p(x | y) || p(x)) = I(x; y) = log(1 + H C
+    H'/noise^2)/2``; both to the floor of mean shifts. The ELBO is below ``E log p(y)``, minus the entropy of y."""
     n = 8192
     paths = learned.simulate(n, seed=5, keep="end")
     mean, covariance = end_law()
@@ -127,7 +131,7 @@ def test_over_all_conditions_the_samples_have_the_reference_s_law_and_the_kl_is_
     assert -entropy - 0.1 < elbo.value < -entropy + 4 * elbo.stderr
 
 
-# ------------------------------------------------------------------------------------------------ conditional pre-trained models
+# --------------------------------------------------------------------------------------- conditional pre-trained models
 
 MEANS = torch.tensor([[-1.0, 0.5], [1.5, 0.0]], dtype=F64)
 VARIANCES = torch.tensor([0.3, 0.6], dtype=F64)
@@ -171,8 +175,9 @@ def test_an_untuned_conditional_model_samples_its_classes():
     "method", [sc.RewardBackprop(), pytest.param(sc.SoftPPO(), marks=pytest.mark.slow)], ids=lambda m: m.name
 )
 def test_a_tuned_conditional_model_is_the_exactly_tilted_one(method):
-    """With ``r(x, y) = g_y x`` the target given y is ``N(m_y + v_y g_y/alpha, v_y I)``, so the tuned model is the same with other means. Relative
-    error of their move at most 0.15 (the steps are worth 0.05 of it); a move towards the other class's slope is off by more than 1."""
+    """With ``r(x, y) = g_y x`` the target given y is ``N(m_y + v_y g_y/alpha, v_y I)``, so the tuned model is the same
+    with other means. Relative error of their move at most 0.15 (the steps are worth 0.05 of it); a move towards the
+    other class's slope is off by more than 1."""
     original = Classes()
     made = tuned_problem(original)
     solution = sc.solve(made, method, time_steps=40, iterations=60, batch_size=256, learning_rate=0.05, seed=0)

@@ -49,7 +49,8 @@ def shifts(problem, method, rows, k=2, seed=0, steps=K):
 
 
 def test_the_path_integral_is_unbiased_to_order_1_over_n_for_the_mean_shift_of_the_optimal_kernel():
-    """Error of a draw ~ n^(-1/2); bias ~ 1/n. Wrong by a factor alpha, h or sigma, or without its first noise, it has neither."""
+    """Error of a draw ~ n^(-1/2); bias ~ 1/n. Wrong by a factor alpha, h or sigma, or without its first noise, it has
+    neither."""
     problem = lq()
     exact = sc.exact_solution(problem, time_steps=K)
     found = {}
@@ -195,7 +196,8 @@ def test_guidance_by_the_exact_value_samples_the_exact_law():
 
 
 def test_tweedie_is_exact_for_linear_rewards_of_gaussian_data_and_nowhere_else():
-    """v_t is then linear in x0^ up to a constant; for any other data or reward its error does not fall with the step."""
+    """v_t is then linear in x0^ up to a constant; for any other data or reward its error does not fall with the
+    step."""
     x = randn(64, 1, seed=2)
 
     def error(problem, t=0.6):
@@ -288,7 +290,7 @@ def test_classifier_guidance_takes_the_label_from_the_condition():
         sc.solve(problem, sc.ClassifierGuidance(), time_steps=10)
 
 
-# ------------------------------------------------------------------------------------------------ values that are learned
+# ---------------------------------------------------------------------------------------------- values that are learned
 
 
 def test_the_regression_is_minimal_at_the_log_mean_and_its_gradient_is_bounded():
@@ -310,7 +312,8 @@ def test_the_regression_is_minimal_at_the_log_mean_and_its_gradient_is_bounded()
 
 @pytest.mark.parametrize("start", ["dirac", "fixed", "controlled"])
 def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
-    """E[exp(aim_k - v_k/alpha) | x_k] = 1 at every step for any guidance: running cost, likelihood ratio and reward all count."""
+    """E[exp(aim_k - v_k/alpha) | x_k] = 1 at every step for any guidance: running cost, likelihood ratio and reward all
+    count."""
     problem = lq(start=start, alpha=2.0)
     chain = problem.chain(K)
     exact = sc.exact_solution(problem, time_steps=K)

@@ -104,8 +104,9 @@ def test_rhat_and_ess_are_those_of_the_paper_by_hand():
 
 @pytest.mark.parametrize("leaps", [1, 3])
 def test_moves_keep_a_law_that_is_no_gaussian(leaps):
-    """Chains from exact draws of a banana have its moments after moves with a badly fitted Gaussian and steps so large that a third and more are
-    rejected. Without rejections, or with a wrong energy, all of these are off by tens of standard errors."""
+    """Chains from exact draws of a banana have its moments after moves with a badly fitted Gaussian and steps so large
+    that a third and more are rejected. Without rejections, or with a wrong energy, all of these are off by tens of
+    standard errors."""
     n = 40_000
     x = randn(n, 2, seed=1)
     start = torch.stack((x[:, 0], (x[:, 0] ** 2) / 2 + 0.5**0.5 * x[:, 1]), 1)
@@ -162,7 +163,8 @@ def test_a_banana_in_single_precision(method):
 
 
 def test_chains_in_separate_modes_are_found_out():
-    """gmm9: no chain leaves its mode often enough; R-hat says so, by coordinate and number, and the log density alone would not."""
+    """gmm9: no chain leaves its mode often enough; R-hat says so, by coordinate and number, and the log density alone
+    would not."""
     target = sc.named_target("gmm9")
     solution = sc.solve(sc.gibbs_problem(target, 2, seed=0), sc.MALA(64, warm_up=200, thin=2), seed=0)
     facts = solution.diagnostics(seed=1)
@@ -175,7 +177,8 @@ def test_chains_in_separate_modes_are_found_out():
 
 
 def test_a_chain_far_out_comes_home():
-    """The quartic wells of many-well-5 at 5 deviations: log densities of -1e4 and worse at the start, none after the warm-up."""
+    """The quartic wells of many-well-5 at 5 deviations: log densities of -1e4 and worse at the start, none after the
+    warm-up."""
     target = sc.named_target("many-well-5")
     problem = sc.gibbs_problem(target, 5, scale=2.0)
     solution = sc.solve(problem, sc.MALA(256, warm_up=200, thin=1), seed=0)
@@ -189,7 +192,8 @@ def test_a_chain_far_out_comes_home():
 
 
 def test_the_error_of_a_bridge_counts_autocorrelation():
-    """log Z of a Gaussian from slow chains: the standard error is that of repetitions, not that of as many independent draws."""
+    """log Z of a Gaussian from slow chains: the standard error is that of repetitions, not that of as many independent
+    draws."""
     proposal = torch.distributions.Normal(torch.tensor(1.5, dtype=F64), 1.0)
     truth = torch.distributions.Normal(torch.tensor(0.0, dtype=F64), 1.0)
     ratio = lambda x: truth.log_prob(x) + 3.0 - proposal.log_prob(x)  # noqa: E731
@@ -250,7 +254,8 @@ def made(name):
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
 def test_seeds_files_and_counts(name, tmp_path):
-    """The same seed gives the same bits, from a file too; every row of the density is counted; torch's global generator is left alone."""
+    """The same seed gives the same bits, from a file too; every row of the density is counted; torch's global generator
+    is left alone."""
     density = Counted(curved)
     problem = sc.gibbs_problem(density, 2, scale=1.5, dtype=F64)
     method = made(name)

@@ -41,7 +41,8 @@ def one_gaussian():
 
 
 def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
-    """Its states and its E[xi | x_t, x_T], against the exact bridge of the same linear chain: the error falls like 1/K."""
+    """Its states and its E[xi | x_t, x_T], against the exact bridge of the same linear chain: the error falls like
+    1/K."""
     sde = one_gaussian()
     end, errors = randn(2000, 2, seed=4), []
     for K in (100, 200, 400):
@@ -65,8 +66,8 @@ def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
 
 @pytest.mark.parametrize(("start", "running"), [("dirac", False), ("controlled", True), ("dirac", True)])
 def test_linear_quadratic_controls_are_found(start, running):
-    """With bridges (no running cost) and with whole paths (a cost, a controlled start): the exact control of the chain, to 3 % in squared
-    error. Targets with the sign, scale or step of another process leave more than half of it."""
+    """With bridges (no running cost) and with whole paths (a cost, a controlled start): the exact control of the chain,
+    to 3 % in squared error. Targets with the sign, scale or step of another process leave more than half of it."""
     problem = random_lq(2, seed=1, start=start, running=running, alpha=1.0, dtype=F32)
     method = sc.ParticleMatching(num_particles=2048, refresh=100)
     solution = sc.solve(problem, method, time_steps=10, iterations=300, batch_size=512, seed=0)
@@ -79,7 +80,8 @@ def test_linear_quadratic_controls_are_found(start, running):
 
 
 def test_a_nonlinear_problem_with_its_own_paths():
-    """No bridge is known (a drift that is a plain function, noise that depends on the state): the ELBO comes near log Z of particles."""
+    """No bridge is known (a drift that is a plain function, noise that depends on the state): the ELBO comes near log Z
+    of particles."""
     problem = nonlinear(F32)
     method = sc.ParticleMatching(num_particles=1024, refresh=100)
     solution = sc.solve(problem, method, time_steps=20, iterations=200, seed=0)
@@ -89,7 +91,8 @@ def test_a_nonlinear_problem_with_its_own_paths():
 
 
 def test_both_wells_of_a_density_get_their_share():
-    """Unequal wells six standard deviations apart: shares to 5 %, where log-variance on its own paths may keep one of them."""
+    """Unequal wells six standard deviations apart: shares to 5 %, where log-variance on its own paths may keep one of
+    them."""
 
     def wells(x):
         square = lambda m: -0.5 * ((x - m) / 0.5).square().sum(1)  # noqa: E731
@@ -119,8 +122,9 @@ def small_inverse():
 
 
 def test_a_generative_reference_begins_with_the_mixture():
-    """The base is the tilted law's own control up to the fit, whatever little training adds: the shares of its modes, a gap near that of the exact control on
-    the same chain. A mixture fitted without the particles' weights, or to the reference's ends, has other shares."""
+    """The base is the tilted law's own control up to the fit, whatever little training adds: the shares of its modes, a
+    gap near that of the exact control on the same chain. A mixture fitted without the particles' weights, or to the
+    reference's ends, has other shares."""
     problem = small_inverse()
     exact = sc.exact_solution(problem)
     solution = sc.solve(problem, sc.ParticleMatching(num_particles=2048), time_steps=50, iterations=2, seed=0)
@@ -135,8 +139,8 @@ def test_a_generative_reference_begins_with_the_mixture():
 
 
 def test_each_mixture_is_fitted_to_more_and_weighted_ends(monkeypatch):
-    """A quarter of the particles, all of them, then eight times as many independent draws with weights whose mean is Z; where those are few for their weights, or
-    the first mixture saves nothing, they change nothing."""
+    """A quarter of the particles, all of them, then eight times as many independent draws with weights whose mean is Z;
+    where those are few for their weights, or the first mixture saves nothing, they change nothing."""
     problem, seen, fit = small_inverse(), [], mixture_start.fit_mixture
 
     def recorded(x, log_w, *, seed):
@@ -227,7 +231,8 @@ class Difference(Control):
 
 
 def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not():
-    """The loss on new bridges is the forward KL up to a constant: a network that is a little off is left out, one that mends a mixture a little off stays."""
+    """The loss on new bridges is the forward KL up to a constant: a network that is a little off is left out, one that
+    mends a mixture a little off stays."""
     problem = small_inverse()
     chain = problem.chain(20)
     law = sc.exact_solution(problem).marginal(problem.horizon)
@@ -309,8 +314,8 @@ def test_bad_input():
 @pytest.mark.slow
 @pytest.mark.parametrize("observations", [2, 4])
 def test_the_modes_of_an_inverse_problem_are_found_and_learnt(observations):
-    """The mixture inverse problem: after 600 iterations the shares of the posterior's modes are within 0.2 in total variation (0.8 to 0.9 before), and 95 %
-    of the reference's gap are gone; what is left lies within the modes."""
+    """The mixture inverse problem: after 600 iterations the shares of the posterior's modes are within 0.2 in total
+    variation (0.8 to 0.9 before), and 95 % of the reference's gap are gone; what is left lies within the modes."""
     problem = sc.mixture_inverse_problem(observations, 0)
     exact = sc.exact_solution(problem)
     method = sc.ParticleMatching(num_particles=2048)

@@ -1,4 +1,5 @@
-"""At u_old = u the gradient of every loss on paths is, in expectation, the exact gradient that it claims (linear-quadratic chains)."""
+"""At u_old = u the gradient of every loss on paths is, in expectation, the exact gradient that it claims
+(linear-quadratic chains)."""
 
 import pytest
 import torch
@@ -214,8 +215,8 @@ def test_on_policy_gradients_vanish_at_the_best_mean_shift_control(setting, name
 
 @pytest.mark.slow
 def test_off_policy_log_variance_is_off_by_the_order_of_the_step():
-    """The gradient on paths of the reference at the best mean-shift control, as the relative shift of the minimiser that a Newton step in the
-    metric of the reference's states makes of it: not zero, and falling with h."""
+    """The gradient on paths of the reference at the best mean-shift control, as the relative shift of the minimiser
+    that a Newton step in the metric of the reference's states makes of it: not zero, and falling with h."""
     problem = lq()
     shifts = []
     for steps in (5, 20):

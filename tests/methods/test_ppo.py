@@ -61,8 +61,8 @@ def test_ratios_are_those_of_the_densities_summed_over_dimensions():
 
 
 def test_what_is_clipped_has_no_gradient_and_the_rest_the_plain_one():
-    """``max`` for a cost: nothing is gained by going on where a cheap step became likelier than 1 + clip, or a dear one rarer than
-    1 - clip; going back is free. With ``min`` it would be the other way round."""
+    """``max`` for a cost: nothing is gained by going on where a cheap step became likelier than 1 + clip, or a dear one
+    rarer than 1 - clip; going back is free. With ``min`` it would be the other way round."""
     problem = lq()
     best = GaussianChain(problem, K).optimum()
     method = sc.SoftPPO(clip=0.1, baseline="per-time")

@@ -47,8 +47,8 @@ def close(estimate, truth, most):
 )
 @pytest.mark.parametrize(("proposal", "twist"), [(None, None), (other, None), (None, wrong), (other, wrong)])
 def test_z_is_unbiased_whatever_the_proposal_the_twist_and_the_resampling(scheme, threshold, proposal, twist):
-    """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E_p*[x_T]: a dropped increment, a normaliser left out at resampling, weights not
-    reset after it, or a biased resampling shift one or the other by far more than four standard errors."""
+    """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E_p*[x_T]: a dropped increment, a normaliser left out at resampling, weights
+    not reset after it, or a biased resampling shift one or the other by far more than four standard errors."""
     problem = lq()
     exact = sc.exact_solution(problem, time_steps=K)
     value = None if twist is None else GivenValue(twist, problem.alpha).at
@@ -148,8 +148,8 @@ def test_samples_have_the_exact_law_and_weights_the_exact_z(particles, independe
 
 
 def test_any_n_weighted_samples_estimate_z_without_bias():
-    """n = 1 of a system of 8, resampled at every step: slots of a system are not alike (the first alone has a mean weight of
-    1.37 Z here), so the one must be drawn fairly."""
+    """n = 1 of a system of 8, resampled at every step: slots of a system are not alike (the first alone has a mean
+    weight of 1.37 Z here), so the one must be drawn fairly."""
     problem = lq()
     exact = sc.exact_solution(problem, time_steps=2)
     solution = sc.solve(problem, sc.SMC(8, twist=wrong, ess_threshold=1.0), time_steps=2, seed=0)

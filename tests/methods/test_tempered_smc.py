@@ -1,4 +1,5 @@
-"""Tempered particles: unbiased Z on a fixed ladder, moves that keep their law, states and noises, against closed forms."""
+"""Tempered particles: unbiased Z on a fixed ladder, moves that keep their law, states and noises, against closed
+forms."""
 
 import math
 
@@ -46,8 +47,8 @@ def wells(smooth=True):
 
 @pytest.mark.parametrize("smooth", [True, False])
 def test_z_is_unbiased_on_a_fixed_ladder(smooth):
-    """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E x for 16 particles a system. A dropped increment, weights not reset after resampling, or a
-    move that does not keep its law shifts one or the other by far more than four standard errors."""
+    """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E x for 16 particles a system. A dropped increment, weights not reset after
+    resampling, or a move that does not keep its law shifts one or the other by far more than four standard errors."""
     target = wells(smooth)
     ladder, _ = adapt(target, 256, 0)
     assert len(ladder) > 2 and float(ladder.betas[-1]) == 1.0 and bool((ladder.betas.diff() > 0).all())
@@ -63,7 +64,8 @@ def test_z_is_unbiased_on_a_fixed_ladder(smooth):
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("beta", [0.3, 1.0])
 def test_moves_keep_their_law(smooth, beta):
-    """Exact draws of N(0, I) exp(beta phi), for phi with a Gaussian product, have its moments after moves with a badly fitted Gaussian."""
+    """Exact draws of N(0, I) exp(beta phi), for phi with a Gaussian product, have its moments after moves with a badly
+    fitted Gaussian."""
     cov, mean = spd(3, 3), randn(3, seed=4)
     law = torch.distributions.MultivariateNormal(mean, cov)
     target = StateTarget(law.log_prob, torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64), smooth)
@@ -88,8 +90,8 @@ def test_moves_keep_their_law(smooth, beta):
 
 
 def test_moves_on_a_fitted_gaussian_are_never_rejected():
-    """Where the target is the Gaussian that was fitted, the split flow has no error at any step size: the kicks vanish. A kick of the wrong size
-    or sign leaves the law alone, and shows here."""
+    """Where the target is the Gaussian that was fitted, the split flow has no error at any step size: the kicks vanish.
+    A kick of the wrong size or sign leaves the law alone, and shows here."""
     cov, mean = spd(4, 3), randn(4, seed=4)
     law = torch.distributions.MultivariateNormal(mean, cov)
     scale = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=F64)
@@ -136,7 +138,8 @@ def test_a_control_moves_the_target_and_not_z():
 
 
 def test_nonlinear_paths_agree_with_particles_on_the_way():
-    """log Z of a nonlinear problem with state-dependent noise: tempered noises against SMC, within 4 standard errors of both."""
+    """log Z of a nonlinear problem with state-dependent noise: tempered noises against SMC, within 4 standard errors of
+    both."""
     problem = nonlinear()
     tempered = sc.solve(problem, sc.TemperedSMC(256), time_steps=20, seed=0).evaluate(8192, seed=1).log_z
     other = sc.solve(problem, sc.SMC(256), time_steps=20, seed=0).evaluate(32768, seed=1).log_z
@@ -167,7 +170,8 @@ def test_the_same_seed_and_a_saved_solution_give_the_same_samples(tmp_path):
 
 
 def test_densities_that_vanish_or_fail():
-    """-inf is where the density vanishes; nan and +inf are errors with their rows; -inf everywhere says what to give."""
+    """-inf is where the density vanishes; nan and +inf are errors with their rows; -inf everywhere says what to
+    give."""
 
     def box(x):
         return torch.where((x.abs() < 1).all(1), 0.0, -math.inf)
@@ -225,8 +229,14 @@ def wrong_law(kind):
     """Covers the two wells, with the wrong shares, places and widths; of the state over the scale 2."""
     means = torch.tensor([[-0.9, 0.3], [0.5, -0.2], [1.4, 1.0]], dtype=F64)
     if kind == "product":
-        return ProductMixture(torch.ones(2, 2, dtype=F64), torch.tensor([[-0.9, 0.7], [-0.3, 0.5]], dtype=F64), torch.full((2, 2), 0.2, dtype=F64))  # fmt: skip
-    return GaussianMixture(torch.tensor([0.7, 0.1, 0.2], dtype=F64), means, torch.stack([0.2 * spd(2, i) for i in range(3)]))  # fmt: skip
+        return ProductMixture(
+            torch.ones(2, 2, dtype=F64),
+            torch.tensor([[-0.9, 0.7], [-0.3, 0.5]], dtype=F64),
+            torch.full((2, 2), 0.2, dtype=F64),
+        )
+    return GaussianMixture(
+        torch.tensor([0.7, 0.1, 0.2], dtype=F64), means, torch.stack([0.2 * spd(2, i) for i in range(3)])
+    )
 
 
 def wells_from(law, smooth=True):
@@ -236,7 +246,8 @@ def wells_from(law, smooth=True):
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("kind", ["product", "joint"])
 def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
-    """As from the Gaussian, with levels between the law and the target, leaps among the moves, and exactly as many evaluations as are told."""
+    """As from the Gaussian, with levels between the law and the target, leaps among the moves, and exactly as many
+    evaluations as are told."""
     calls = [0]
 
     def counted(x):
@@ -262,7 +273,9 @@ def test_from_the_targets_own_law_nothing_is_left_to_do():
     """phi is log Z everywhere: one level, equal weights, every leap accepted."""
     cov = torch.tensor([[0.3, 0.2], [0.2, 0.4]], dtype=F64)
     means = torch.tensor([[-1.5, 0.0], [1.5, 0.5]], dtype=F64)
-    law = GaussianMixture(torch.tensor([1.0, 2.0], dtype=F64), means / 2, torch.stack((0.2 * torch.eye(2, dtype=F64), cov)) / 4)  # fmt: skip
+    law = GaussianMixture(
+        torch.tensor([1.0, 2.0], dtype=F64), means / 2, torch.stack((0.2 * torch.eye(2, dtype=F64), cov)) / 4
+    )
     target = wells_from(law)
     ladder, found = adapt(target, 128, 0)
     assert len(ladder) == 1 and float(ladder.betas[0]) == 1.0
@@ -280,8 +293,8 @@ def test_from_the_targets_own_law_nothing_is_left_to_do():
     ("beta", "kind"), [(0.3, "one"), (1.0, "one"), (1.0, "joint"), (1.0, "diagonal"), (1.0, "product")]
 )
 def test_moves_from_a_law_keep_theirs(smooth, beta, kind, move):
-    """Exact draws of ``law^(1-beta) target^beta``, Gaussians all, have its moments after moves in the components' coordinates and after leaps; at the
-    target itself from mixtures, too, that are nothing like it."""
+    """Exact draws of ``law^(1-beta) target^beta``, Gaussians all, have its moments after moves in the components'
+    coordinates and after leaps; at the target itself from mixtures, too, that are nothing like it."""
     cov, mean, start, where = spd(2, 3), 0.7 * randn(2, seed=4), 1.5 * spd(2, 5), 0.5 * randn(2, seed=6)
     aim = torch.distributions.MultivariateNormal(mean, cov)
     law = GaussianMixture(torch.ones(1, dtype=F64), where.unsqueeze(0), start.unsqueeze(0))
@@ -317,8 +330,9 @@ def test_moves_from_a_law_keep_theirs(smooth, beta, kind, move):
 
 @pytest.mark.parametrize("frame", ["full", "diagonal", "component", "coordinates"])
 def test_kicks_are_the_gradient_of_the_energy(frame):
-    """In the coordinates w of a fitted Gaussian, or of each particle's own component: ``push`` is autograd's gradient of the energy beyond ``|w|^2/2``. A kick
-    of another size would still leave the law invariant, and only be rejected more."""
+    """In the coordinates w of a fitted Gaussian, or of each particle's own component: ``push`` is autograd's gradient
+    of the energy beyond ``|w|^2/2``. A kick of another size would still leave the law invariant, and only be rejected
+    more."""
     beta, x = 0.3, 1.5 * randn(40, 2, seed=1)
     law = {"component": wrong_law("joint"), "coordinates": wrong_law("product")}.get(frame)
     target = StateTarget(two_wells, randn(2, seed=2), torch.tensor([0.8, 1.7], dtype=F64), law=law)
@@ -342,7 +356,8 @@ def test_kicks_are_the_gradient_of_the_energy(frame):
 
 @pytest.mark.parametrize("kind", ["joint", "product"])
 def test_moves_from_the_targets_own_law_are_never_rejected(kind):
-    """Within a component the flow is an exact rotation, and phi is constant: nothing is left that kicks, however far one turns."""
+    """Within a component the flow is an exact rotation, and phi is constant: nothing is left that kicks, however far
+    one turns."""
     law = wrong_law(kind)
     target = StateTarget(law.log_prob, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), True, law)
     p = start_points(target, 200, 0)
@@ -352,7 +367,8 @@ def test_moves_from_the_targets_own_law_are_never_rejected(kind):
 
 
 def test_a_law_on_a_hard_constraint():
-    """Where the density vanishes particles never go, though the law does; a box of area 4 from a Gaussian that leaves half of its draws outside."""
+    """Where the density vanishes particles never go, though the law does; a box of area 4 from a Gaussian that leaves
+    half of its draws outside."""
 
     def box(x):
         return torch.where((x.abs() < 1).all(1), 0.0, -math.inf)
@@ -370,7 +386,8 @@ def test_a_law_on_a_hard_constraint():
 
 @pytest.mark.parametrize("law", [None, "joint"])
 def test_leaps_that_diverge_are_rejected_and_never_seen_by_the_density(law):
-    """A density so steep that one kick throws particles a million standard deviations away: they stay, no move counts as accepted, and no call is beyond."""
+    """A density so steep that one kick throws particles a million standard deviations away: they stay, no move counts
+    as accepted, and no call is beyond."""
     furthest = [0.0]
 
     def steep(x):

@@ -1,4 +1,5 @@
-"""Likelihood ratios of every kind of noise, closed-form KL, float32 against float64, and what our own tests can detect."""
+"""Likelihood ratios of every kind of noise, closed-form KL, float32 against float64, and what our own tests can
+detect."""
 
 import math
 
@@ -60,7 +61,8 @@ def test_shapes_dtypes_and_log_ratios_of_any_noise_on_any_grid(kind, d, m, dtype
 
 
 def closed_form_kl(A, B, steps):
-    """``sum_k h E|B x_k|^2 / 2`` along ``x' = x + h (A + B) x + sqrt(h) xi`` from 0: a recursion for the second moment."""
+    """``sum_k h E|B x_k|^2 / 2`` along ``x' = x + h (A + B) x + sqrt(h) xi`` from 0: a recursion for the second
+    moment."""
     d, h = len(A), 1 / steps
     second, kl, M = torch.zeros(d, d, dtype=F64), 0.0, torch.eye(d, dtype=F64) + h * (A + B)
     for _ in range(steps):
@@ -96,8 +98,9 @@ def test_likelihood_ratios_have_mean_one_for_every_kind_of_noise(kind):
 
 @pytest.mark.slow
 def test_false_alarms_come_at_the_stated_rate_and_a_bias_of_five_standard_errors_is_seen():
-    """200 fresh seeds: |z| > 1.96 in 5 % of them (binomial, 4 standard deviations), and never |z| > 4.5; a log-ratio that is
-    planted 5 % too large, five standard errors at 700 000 paths (std 0.295, KL 0.0370), is seen by |z| > 3 in at least 95 %."""
+    """200 fresh seeds: |z| > 1.96 in 5 % of them (binomial, 4 standard deviations), and never |z| > 4.5; a log-ratio
+    that is planted 5 % too large, five standard errors at 700 000 paths (std 0.295, KL 0.0370), is seen by |z| > 3 in
+    at least 95 %."""
     z = [z_of_kl(derive_seed(11, i), paths=4000) for i in range(200)]
     alarms = sum(abs(v) > 1.96 for v in z)
     assert abs(alarms - 10) < 4 * math.sqrt(200 * 0.05 * 0.95) and max(map(abs, z)) < 4.5
@@ -135,9 +138,14 @@ def test_float32_follows_float64_on_the_same_noise_to_one_in_ten_thousand(name, 
         )
         with torch.no_grad():
             paths = sc.simulate(
-                problem, 64, control=SmallControl(2, 2, dtype=dtype), time_steps=200, scheme=scheme, noise=noise.to(dtype),
+                problem,
+                64,
+                control=SmallControl(2, 2, dtype=dtype),
+                time_steps=200,
+                scheme=scheme,
+                noise=noise.to(dtype),
                 state=start.to(dtype),
-            )  # fmt: skip
+            )
         ends[dtype], ratios[dtype] = paths.end.double(), paths.log_ratio().double()
     for pair in (ends, ratios):
         assert (pair[torch.float32] - pair[F64]).norm() < 1e-4 * pair[F64].norm()

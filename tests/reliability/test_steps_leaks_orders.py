@@ -78,7 +78,8 @@ def test_training_leaves_no_objects_behind():
 
 
 def strong_errors(drift, diffusion, exact, levels, paths=4000):
-    """E|X_T - X^h_T| for grids of 2^level steps, all driven by one Brownian path (coarse increments are sums of fine ones)."""
+    """E|X_T - X^h_T| for grids of 2^level steps, all driven by one Brownian path (coarse increments are sums of fine
+    ones)."""
     problem = sc.ControlProblem(sc.SDE(drift, diffusion, dim=1), initial=sc.Dirac(torch.ones(1, dtype=F64)))
     finest = max(levels)
     noise = randn(2**finest, paths, 1, seed=7)

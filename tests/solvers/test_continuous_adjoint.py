@@ -77,8 +77,8 @@ PROBLEMS = {
 @pytest.mark.parametrize("mode", CONTINUOUS_MODES)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_error_of_the_gradient_falls_with_the_step_at_order_one(name, mode):
-    """Against the exact gradient of the Euler chain on the same Brownian paths (order 1/2 at least for the noise that depends
-    on the state; the slope is then between)."""
+    """Against the exact gradient of the Euler chain on the same Brownian paths (order 1/2 at least for the noise that
+    depends on the state; the slope is then between)."""
     make, module = PROBLEMS[name]
     problem = make()
     control = perturbed(problem, problem.chain(16), None if module is None else module())

@@ -42,7 +42,8 @@ def test_a_float32_grid_takes_exactly_its_steps(scheme, steps):
 
 @pytest.mark.parametrize("scheme", ALL)
 def test_grids_that_are_not_uniform(scheme):
-    """A deterministic part that is linear in t is integrated exactly whatever the steps; the noise has the steps' size."""
+    """A deterministic part that is linear in t is integrated exactly whatever the steps; the noise has the steps'
+    size."""
     problem = scalar(lambda x, t: torch.ones_like(x), torch.tensor(0.7, dtype=F64), x0=0.0)
     grid = [0.0, 0.1, 0.15, 0.6, 1.0]
     paths = sc.simulate(problem, 3, time_steps=grid, scheme=scheme, seed=2)
@@ -64,7 +65,8 @@ def test_with_additive_noise_the_path_is_the_euler_chains(scheme):
 
 @pytest.mark.parametrize("scheme", ALL)
 def test_every_solver_converges_to_the_same_controlled_process(scheme):
-    """Matrix noise, a control, a controlled start, a running cost: near a fine Euler path of the same Brownian motion."""
+    """Matrix noise, a control, a controlled start, a running cost: near a fine Euler path of the same Brownian
+    motion."""
     problem, u = random_lq(2, m=3, seed=1, start="controlled"), SmallControl(2, 3)
     chain = problem.chain(400)
     euler = sc.simulate(problem, 50, control=u, time_steps=400, seed=3)
@@ -201,7 +203,8 @@ def test_the_same_seed_gives_the_same_path_and_leaves_the_global_generators_alon
 
 @pytest.mark.parametrize("scheme", ["srk", "heun", "milstein"])
 def test_adaptive_steps_reach_the_tolerance(scheme):
-    """Against the same Brownian tree at a much finer tolerance; and time is never interpolated: grid times are steps."""
+    """Against the same Brownian tree at a much finer tolerance; and time is never interpolated: grid times are
+    steps."""
     problem = scalar(lambda x, t: -20 * (x - torch.cos(6 * t)), lambda x, t: 0.3 * torch.cos(x), x0=0.0)
     fine = sc.simulate(problem, 8, time_steps=5, scheme=scheme, seed=1, tolerance=1e-3)
     loose = sc.simulate(problem, 8, time_steps=5, scheme=scheme, seed=1, tolerance=3e-2)
@@ -311,7 +314,7 @@ def test_what_is_not_finite_is_located(where, keep):
     assert caught.value.step == 5
 
 
-# ------------------------------------------------------------------------------------------------ torchsde's own objects
+# ----------------------------------------------------------------------------------------------- torchsde's own objects
 
 
 class Theirs(torch.nn.Module):

@@ -40,7 +40,8 @@ def _value(answers: ChainAnswers, defect: str, k: int, x: np.ndarray) -> np.ndar
 )
 def target(setting: Setting, defect: str) -> Lines:
     """The law p_r = exp(r/alpha) p_pre / Z maximises E_q[r] - alpha KL(q || p_pre) [9], and the maximum is alpha log Z:
-    the end law of the library's optimum attains it, and every other Gaussian tried stays below by alpha KL(q || p_r)."""
+    the end law of the library's optimum attains it, and every other Gaussian tried stays below by alpha KL(q ||
+    p_r)."""
     rng = setting.rng(1)
     for case in linear_cases(setting):
         end = case.reference().of(-1)
@@ -202,8 +203,9 @@ def theorem_2(setting: Setting, defect: str) -> Lines:
     controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"],
 )
 def theorem_3(setting: Setting, defect: str) -> Lines:
-    """The backward conditionals of the optimum are those of the reference, p*(x_s | x_t) = p_pre(x_s | x_t), for adjacent
-    and for distant times: the library's bridges, and the conditionals of the path law that its kernels induce."""
+    """The backward conditionals of the optimum are those of the reference, p*(x_s | x_t) = p_pre(x_s | x_t), for
+    adjacent and for distant times: the library's bridges, and the conditionals of the path law that its kernels
+    induce."""
     for case in linear_cases(setting):
         answers, reference = spoil(case, defect).chain(), case.reference()
         induced = answers.induced()
@@ -221,8 +223,8 @@ def theorem_3(setting: Setting, defect: str) -> Lines:
     controls=["running cost left out", "alpha off by 5 %"],
 )
 def with_running_cost(setting: Setting, defect: str) -> Lines:
-    """With a running cost the optimum is Q_fine with dQ_fine/dQ0 = exp(R/alpha)/Z on whole paths: marginals, bridges, value and
-    log Z are those of the dense tilted path law (and no longer those of Theorems 1 to 3)."""
+    """With a running cost the optimum is Q_fine with dQ_fine/dQ0 = exp(R/alpha)/Z on whole paths: marginals, bridges,
+    value and log Z are those of the dense tilted path law (and no longer those of Theorems 1 to 3)."""
     for case in (*linear_cases(setting, cost=True), *linear_cases(setting, cost=True, scheme="exact")):
         answers = spoil(case, defect).chain()
         best, log_z = case.optimum()
@@ -247,9 +249,9 @@ def with_running_cost(setting: Setting, defect: str) -> Lines:
     controls=["start left fixed", "alpha off by 5 %", "covariance of the start off by 1 %"],
 )
 def controlled_start(setting: Setting, defect: str) -> Lines:
-    """A Gaussian start N(m, S) is the end of a Brownian motion of covariance S run for a time of 1 from m. Controlling it
-    there turns the start into steps of the chain: the optimal start is nu* = exp(v_0/alpha) nu / Z, reached through the
-    stretch's own soft-optimal kernels, and log Z is that of a chain that begins in the point m."""
+    """A Gaussian start N(m, S) is the end of a Brownian motion of covariance S run for a time of 1 from m. Controlling
+    it there turns the start into steps of the chain: the optimal start is nu* = exp(v_0/alpha) nu / Z, reached through
+    the stretch's own soft-optimal kernels, and log Z is that of a chain that begins in the point m."""
     for case in linear_cases(setting, cost=True):
         given = replace(case, cov=1.01 * case.cov) if defect.startswith("covariance") else spoil(case, defect)
         answers = given.chain()
@@ -301,7 +303,8 @@ def fixed_start(setting: Setting, defect: str) -> Lines:
 )
 def lemma_1(setting: Setting, defect: str) -> Lines:
     """p*_t = argmax_p E_{x ~ u, y ~ p_pre(.|x)}[exp(v_{t-1}(y)/alpha) log p(y|x)]: weighted maximum likelihood over
-    Gaussian regressions, with a roll-in law u of one's own and the library's value in the weights, gives the library's kernel."""
+    Gaussian regressions, with a roll-in law u of one's own and the library's value in the weights, gives the library's
+    kernel."""
     rng = setting.rng(6)
     for case in linear_cases(setting):
         answers = spoil(case, defect).chain()
@@ -384,8 +387,9 @@ def _kernel_log_ratio(answers, case: LinearCase, path: np.ndarray, k: int) -> fl
     controls=["alpha off by 5 %", "sign of the value flipped", "running cost left out", "Tweedie's value"],
 )
 def lemma_4(setting: Setting, defect: str) -> Lines:
-    """v_t(x_t)/alpha + log p*(x_{t-1}|x_t) = v_{t-1}(x_{t-1})/alpha + log p_pre(x_{t-1}|x_t) on every pair of states [33]
-    (with h f/alpha where there is a running cost), and its sum over n steps (the n-step form), on arbitrary paths."""
+    """v_t(x_t)/alpha + log p*(x_{t-1}|x_t) = v_{t-1}(x_{t-1})/alpha + log p_pre(x_{t-1}|x_t) on every pair of states
+    [33] (with h f/alpha where there is a running cost), and its sum over n steps (the n-step form), on arbitrary
+    paths."""
     sign = -1.0 if defect == "sign of the value flipped" else 1.0
     for case in (*linear_cases(setting), *linear_cases(setting, cost=True)):
         answers = spoil(case, defect).chain()
@@ -461,8 +465,8 @@ def _square_noise(setting: Setting, **options) -> Iterator[LinearCase]:
     controls=["KL of the start dropped", "sign of the KL flipped", "alpha off by 5 %", "running cost left out"],
 )
 def objective_identity(setting: Setting, defect: str) -> Lines:
-    """J(u) = E[R] - alpha KL(P^u || Q0) = alpha log Z - alpha KL(P^u || Q_fine) for every control u and every start: for
-    random affine u by dense laws with the library's log Z, and for the library's best mean-shift control, whose
+    """J(u) = E[R] - alpha KL(P^u || Q0) = alpha log Z - alpha KL(P^u || Q_fine) for every control u and every start:
+    for random affine u by dense laws with the library's log Z, and for the library's best mean-shift control, whose
     J/alpha is its ``elbo``, with ``floor`` = KL(P^u || Q_fine)."""
     rng = setting.rng(12)
     sign = -1.0 if defect == "sign of the KL flipped" else 1.0
@@ -534,7 +538,8 @@ def mean_shift_optimum(setting: Setting, defect: str) -> Lines:
     controls=["read one step late"],
 )
 def value_clock(setting: Setting, defect: str) -> Lines:
-    """The value and the control of a chain belong to grid times; asked with one time per row, rows keep their own step."""
+    """The value and the control of a chain belong to grid times; asked with one time per row, rows keep their own
+    step."""
     for case in linear_cases(setting, cost=True):
         answers = case.chain()
         x, late = case.points(setting.rng(14), case.K), int(defect != "")

@@ -54,7 +54,8 @@ def theorem_1(setting: Setting, defect: str) -> Lines:
     controls=["start left fixed", "alpha off by 5 %", "noise off by 1 %", "alpha missing in the value"],
 )
 def theorem_2(setting: Setting, defect: str) -> Lines:
-    """p*_t = exp(v(., t)/alpha) p0_t / C with C = Z for all t, and v(x, t) = alpha log E[exp(r(X_T)/alpha) | X_t = x]."""
+    """p*_t = exp(v(., t)/alpha) p0_t / C with C = Z for all t, and v(x, t) = alpha log E[exp(r(X_T)/alpha) | X_t =
+    x]."""
     for case in linear_cases(setting, scheme="exact"):
         exact, reference = _continuous(spoil(case, defect)), case.reference()
         _, log_z = case.optimum()
@@ -96,8 +97,8 @@ def theorem_3(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "noise off by 1 %", "sigma left out", "sign of g flipped"],
 )
 def optimal_control(setting: Setting, defect: str) -> Lines:
-    """u*(x, t) = sigma^T grad v(x, t)/alpha: the library's control against the gradient of the dense value, for constant
-    drift, and of its own value where drift varies and a running cost is paid."""
+    """u*(x, t) = sigma^T grad v(x, t)/alpha: the library's control against the gradient of the dense value, for
+    constant drift, and of its own value where drift varies and a running cost is paid."""
     for case in (*linear_cases(setting, scheme="exact"), *linear_cases(setting, cost=True)):
         exact, true = _continuous(spoil(case, defect)), _continuous(case)
         x, k = case.points(setting.rng(42)), case.K - 1
@@ -126,8 +127,8 @@ def optimal_control(setting: Setting, defect: str) -> Lines:
     ],
 )
 def hjb(setting: Setting, defect: str) -> Lines:
-    """d_t v + b.grad v + tr(sigma sigma^T hess v)/2 + |sigma^T grad v|^2/(2 alpha) - f = 0, time-dependent drift and running
-    cost included; the time derivative by differences of fourth order, hence the tolerance."""
+    """d_t v + b.grad v + tr(sigma sigma^T hess v)/2 + |sigma^T grad v|^2/(2 alpha) - f = 0, time-dependent drift and
+    running cost included; the time derivative by differences of fourth order, hence the tolerance."""
     for case in linear_cases(setting, cost=True):
         exact = _continuous(spoil(case, defect))
         sign = -1.0 if defect.startswith("sign of the running") else 1.0
@@ -164,8 +165,8 @@ def hjb(setting: Setting, defect: str) -> Lines:
     ],
 )
 def girsanov(setting: Setting, defect: str) -> Lines:
-    """At the optimum the bound is tight: log Z = E[R]/alpha - KL(nu* || nu) - E int |u*|^2/2 dt, the expectations from the
-    library's marginals and control by quadrature in time."""
+    """At the optimum the bound is tight: log Z = E[R]/alpha - KL(nu* || nu) - E int |u*|^2/2 dt, the expectations from
+    the library's marginals and control by quadrature in time."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
     for case in linear_cases(setting, cost=True):
         exact = _continuous(spoil(case, defect))

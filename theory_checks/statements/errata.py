@@ -36,8 +36,8 @@ PRINT = "as printed"
     controls=["as printed: 1 - exp(-t/2)", "as printed: mu_t contains x_0"],
 )
 def variance_of_vp(setting: Setting, defect: str) -> Lines:
-    """Integrating [1], x_t | x_0 ~ N(exp(-t/2) x_0, 1 - exp(-t)); printed is 1 - exp(-t/2), with an x_0 in mu_t that is multiplied by x_0
-    again. Against an Euler chain of [1] extrapolated to h = 0, and against the library's VP(T, T)."""
+    """Integrating [1], x_t | x_0 ~ N(exp(-t/2) x_0, 1 - exp(-t)); printed is 1 - exp(-t/2), with an x_0 in mu_t that is
+    multiplied by x_0 again. Against an Euler chain of [1] extrapolated to h = 0, and against the library's VP(T, T)."""
     x0, t = 1.7, 0.8
     mean, variance = np.exp(-0.5 * t) * x0, 1 - np.exp(-t)
     if defect.startswith("as printed: 1"):
@@ -59,8 +59,9 @@ def variance_of_vp(setting: Setting, defect: str) -> Lines:
 
 @check("erratum-21-clip", "[21]", kind=KIND, controls=["min, as printed", "no clipping"])
 def clip(setting: Setting, defect: str) -> Lines:
-    """The surrogate of a *cost* is conservative with max{c ratio, c clip(ratio)}: never below the unclipped one, and equal to it where
-    the step improves within the region; its slope is zero where a further improvement lies beyond it. Printed is min."""
+    """The surrogate of a *cost* is conservative with max{c ratio, c clip(ratio)}: never below the unclipped one, and
+    equal to it where the step improves within the region; its slope is zero where a further improvement lies beyond it.
+    Printed is min."""
     ratio = torch.linspace(0.3, 1.9, 33, dtype=torch.float64).requires_grad_()
     rule = torch.minimum if defect.startswith("min") else torch.maximum
     for cost in (2.0, -3.0):
@@ -84,8 +85,9 @@ def clip(setting: Setting, defect: str) -> Lines:
     controls=["own KL only, not differentiated", "own KL only, differentiated"],
 )
 def ppo_cost(setting: Setting, defect: str) -> Lines:
-    """The gradient of J needs the KL terms and costs still to come, besides the derivative of the step's own KL. The printed cost carries only
-    its own step's KL, which does not depend on the action; both readings of the print fail, differentiated or not."""
+    """The gradient of J needs the KL terms and costs still to come, besides the derivative of the step's own KL. The
+    printed cost carries only its own step's KL, which does not depend on the action; both readings of the print fail,
+    differentiated or not."""
     for case in one_dimensional(setting, cost=False):
         U, w = _a_policy(setting, case)
         yield compare(
@@ -101,8 +103,9 @@ def ppo_cost(setting: Setting, defect: str) -> Lines:
     controls=["0.5 g dt, as printed"],
 )
 def exponent(setting: Setting, defect: str) -> Lines:
-    """The Gaussian density of a step of variance g dt has |y - m|^2 / (2 g dt) in its exponent, where the derivation of [27] prints 0.5 g dt: only
-    then is the mean of exp(v/alpha) p_pre shifted by sigma^2 grad v/alpha. By quadrature, for a linear reward, and the library's kernel."""
+    """The Gaussian density of a step of variance g dt has |y - m|^2 / (2 g dt) in its exponent, where the derivation of
+    [27] prints 0.5 g dt: only then is the mean of exp(v/alpha) p_pre shifted by sigma^2 grad v/alpha. By quadrature,
+    for a linear reward, and the library's kernel."""
     for case in linear_cases(setting, dims=(1,), start="fixed", extra_noise=False):
         case = replace(case, G=0 * case.G, sigma=np.array([[0.7]]), growth=0.0)
         x, k = np.array([[0.4]]), case.K - 1
@@ -125,7 +128,8 @@ def exponent(setting: Setting, defect: str) -> Lines:
     "erratum-29-scale", "[29]", kind=KIND, implements=["sdecontrol.exact_solution.value"], controls=["h_t, as printed"]
 )
 def scale_of_h(setting: Setting, defect: str) -> Lines:
-    """The residual that [29] squares is h_t/alpha - log E[exp(v_{t-1}/alpha)], as the line above it has; with h_t, as printed, the exact value is no zero."""
+    """The residual that [29] squares is h_t/alpha - log E[exp(v_{t-1}/alpha)], as the line above it has; with h_t, as
+    printed, the exact value is no zero."""
     points, masses = np.polynomial.hermite_e.hermegauss(64)
     for case in one_dimensional(setting, cost=False):
         answers, x = case.chain(), np.array([[-0.5], [0.8]])
@@ -145,7 +149,8 @@ def scale_of_h(setting: Setting, defect: str) -> Lines:
     controls=["grad s, as printed", "score at T - t"],
 )
 def tweedie_score(setting: Setting, defect: str) -> Lines:
-    """Tweedie's formula is E[x_0|x_t] = (x + sigma_t^2 s(x, t))/mu_t with the score s itself, where "grad s" is printed, taken at x_t's own time."""
+    """Tweedie's formula is E[x_0|x_t] = (x + sigma_t^2 s(x, t))/mu_t with the score s itself, where "grad s" is
+    printed, taken at x_t's own time."""
     for case in mixture_cases(setting, dims=(1,)):
         x, t = setting.rng(90).normal(size=(5, 1)), 0.7
         spent = case.beta[0] * (1 - t) + 0.5 * (case.beta[1] - case.beta[0]) * (1 - t) ** 2
@@ -165,8 +170,9 @@ def tweedie_score(setting: Setting, defect: str) -> Lines:
     controls=["weights not normalised, as printed", "factor 1/2 left out, as printed"],
 )
 def weights_of_mle(setting: Setting, defect: str) -> Lines:
-    """exp(r/alpha) overflows as soon as r/alpha is large (float32: 88), so that [24] needs weights shifted by max r, which do not move its minimiser; and
-    -log p is |x - rho|^2/(2 sigma^2), up to a constant, with the 1/2 that is left out."""
+    """exp(r/alpha) overflows as soon as r/alpha is large (float32: 88), so that [24] needs weights shifted by max r,
+    which do not move its minimiser; and -log p is |x - rho|^2/(2 sigma^2), up to a constant, with the 1/2 that is left
+    out."""
     r, alpha = torch.tensor([10.0, 12.0, 11.5]), 0.1
     y = torch.tensor([0.2, 1.0, -0.4])
     w = torch.exp(r / alpha) if defect.startswith("weights") else torch.exp((r - r.max()) / alpha)
@@ -188,8 +194,8 @@ def weights_of_mle(setting: Setting, defect: str) -> Lines:
     controls=["log Z omitted, as printed", "v_0 of a fixed start omitted", "start's log-ratio omitted"],
 )
 def log_z_of_t_step(setting: Setting, defect: str) -> Lines:
-    """The T-step identity is sum log p*/p_pre = r/alpha - log Z, printed without log Z; where a random start stays fixed it is
-    r/alpha - v_0(x_0)/alpha, and no constant replaces v_0."""
+    """The T-step identity is sum log p*/p_pre = r/alpha - log Z, printed without log Z; where a random start stays
+    fixed it is r/alpha - v_0(x_0)/alpha, and no constant replaces v_0."""
     for start in ("controlled", "fixed"):
         for case in linear_cases(setting, start=start):
             answers, path = case.chain(), setting.rng(92).normal(size=(case.K + 1, case.d))
@@ -220,8 +226,8 @@ def log_z_of_t_step(setting: Setting, defect: str) -> Lines:
     controls=["1/alpha on the right, as printed", "sign of the gradient lost"],
 )
 def alpha_of_path_integral(setting: Setting, defect: str) -> Lines:
-    """sigma^2 grad v/alpha is estimated by E[exp(r/alpha) eps]/E[exp(r/alpha)], eps the noise increment, without the further 1/alpha of the print: per
-    unit of time it is the mean shift of the library's soft-optimal kernel."""
+    """sigma^2 grad v/alpha is estimated by E[exp(r/alpha) eps]/E[exp(r/alpha)], eps the noise increment, without the
+    further 1/alpha of the print: per unit of time it is the mean shift of the library's soft-optimal kernel."""
     for case in one_dimensional(setting, cost=False):
         nodes, x0 = NoiseNodes(case.K, 40), 0.6
         paths = nodes.simulate(case.problem(), state=tensor([[x0]]), time_steps=list(case.grid))
@@ -243,8 +249,8 @@ def alpha_of_path_integral(setting: Setting, defect: str) -> Lines:
     controls=["step size left out, as printed", "sigma squared, as printed", "sign of the difference"],
 )
 def step_of_noise_form(setting: Setting, defect: str) -> Lines:
-    """Put into [24], x' = rho_pre + sqrt(dt) eps leaves |eps - sqrt(dt)(eps_pre - eps_theta)/sigma_t|^2, sigma_t the marginal's deviation; [26] prints
-    (eps_pre - eps_theta)/sigma_t^2."""
+    """Put into [24], x' = rho_pre + sqrt(dt) eps leaves |eps - sqrt(dt)(eps_pre - eps_theta)/sigma_t|^2, sigma_t the
+    marginal's deviation; [26] prints (eps_pre - eps_theta)/sigma_t^2."""
     rng, dt, sigma = setting.rng(93), 0.05, 0.8
     x, eps, before, after = rng.normal(size=(4, 6, 2))
     step = lambda noise: x + (0.5 * x - noise / sigma) * dt  # noqa: E731
@@ -265,8 +271,9 @@ def step_of_noise_form(setting: Setting, defect: str) -> Lines:
     controls=["score at T - t, as printed"],
 )
 def time_of_score(setting: Setting, defect: str) -> Lines:
-    """With x_t in denoising order the score of [7] is taken at x_t's own noise level; printed is T - t. From Gaussian data of variance 0.3 the reversed Euler
-    chain (extrapolated in dt) ends at the data's variance, and so does the library's."""
+    """With x_t in denoising order the score of [7] is taken at x_t's own noise level; printed is T - t. From Gaussian
+    data of variance 0.3 the reversed Euler chain (extrapolated in dt) ends at the data's variance, and so does the
+    library's."""
     data, T, ends = 0.3, 2.0, []
     variance = lambda s: data * np.exp(-s) + 1 - np.exp(-s)  # noqa: E731
     for K in (128, 256, 512, 1024):
@@ -286,8 +293,9 @@ def time_of_score(setting: Setting, defect: str) -> Lines:
 
 @check("erratum-40-weight", "[39], [40]", kind=KIND, controls=["weight sigma_t^2, as printed", "weight 1"])
 def weight_of_score_loss(setting: Setting, defect: str) -> Lines:
-    """KL(Q_time || P_theta) [39] under [1] (unit noise) is E int |s - s_theta|^2/2 dt: weight 1/2, not sigma_t^2. On a chain it is exact: for Gaussian data and a wrong
-    affine score, the dense KL of the two path laws against the weighted loss."""
+    """KL(Q_time || P_theta) [39] under [1] (unit noise) is E int |s - s_theta|^2/2 dt: weight 1/2, not sigma_t^2. On a
+    chain it is exact: for Gaussian data and a wrong affine score, the dense KL of the two path laws against the
+    weighted loss."""
     K, T, data = 8, 1.5, np.array([[0.4]])
     h, rng = T / K, setting.rng(94)
     steps, wrong, loss = [], [], 0.0
@@ -315,8 +323,8 @@ def weight_of_score_loss(setting: Setting, defect: str) -> Lines:
     controls=["ends in the data's law, as printed"],
 )
 def end_of_q_fine(setting: Setting, defect: str) -> Lines:
-    """Q_fine couples the reference's bridges p_pre(x_{T:1}|x_0) with p_r, not with the data's law as Table 2 has it: so composed, it is the path law that the library's
-    soft-optimal kernels induce."""
+    """Q_fine couples the reference's bridges p_pre(x_{T:1}|x_0) with p_r, not with the data's law as Table 2 has it: so
+    composed, it is the path law that the library's soft-optimal kernels induce."""
     for case in linear_cases(setting, dims=(1, 2, 3)):
         reference, induced = case.reference(), case.chain().induced()
         end = reference.of(-1)

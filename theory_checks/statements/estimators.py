@@ -53,7 +53,8 @@ class Policy:
 
 
 def _draw(case: LinearCase, U: np.ndarray, w: np.ndarray, nodes: NoiseNodes):
-    """The library's paths of a control on the noise nodes, in one dimension: states, shifts, noises, costs by step, reward."""
+    """The library's paths of a control on the noise nodes, in one dimension: states, shifts, noises, costs by step,
+    reward."""
     grid = tensor(case.grid)
 
     def control(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,8 @@ def _a_policy(setting: Setting, case: LinearCase) -> tuple[np.ndarray, np.ndarra
 
 def soft_ppo_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray, reading: str = "") -> torch.Tensor:
     """Gradient of the soft-PPO surrogate at theta = theta_old [21]: ratio times the cost of step k's action, which is
-    -r + sum_{j>k} h_j f_j + alpha sum_{j>k} KL_j (over alpha here), plus the direct derivative of each step's own KL."""
+    -r + sum_{j>k} h_j f_j + alpha sum_{j>k} KL_j (over alpha here), plus the direct derivative of each step's own
+    KL."""
     nodes, policy = NoiseNodes(case.K, 8), Policy(U, w)
     x, c_old, xi, costs, reward = _draw(case, U, w, nodes)
     c = policy.shifts(x[:-1], case.h)
@@ -122,8 +124,8 @@ def soft_ppo_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray, reading: s
     ],
 )
 def soft_ppo(setting: Setting, defect: str) -> Lines:
-    """At theta = theta_old the surrogate's gradient, with the costs and KLs still to come and the direct derivative of the
-    step's own KL, is the gradient of -J/alpha (dense laws), on a linear-quadratic chain with running cost."""
+    """At theta = theta_old the surrogate's gradient, with the costs and KLs still to come and the direct derivative of
+    the step's own KL, is the gradient of -J/alpha (dense laws), on a linear-quadratic chain with running cost."""
     for case in one_dimensional(setting):
         U, w = _a_policy(setting, case)
         yield compare(
@@ -186,7 +188,8 @@ def _best(case: LinearCase) -> tuple[np.ndarray, np.ndarray]:
 )
 def fixed_points(setting: Setting, defect: str) -> Lines:
     """Mean-shift kernels cannot be p*, but the gradients of log-variance and of the T-step path-consistency loss vanish
-    exactly at the best mean-shift control, on paths of that control; E[Y] there is minus the ELBO, where a learned log Z settles."""
+    exactly at the best mean-shift control, on paths of that control; E[Y] there is minus the ELBO, where a learned log
+    Z settles."""
     for case in one_dimensional(setting):
         answers = spoil(case, defect).chain()
         U, w = answers.control()
@@ -227,8 +230,8 @@ def fixed_points(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "sign of g flipped"],
 )
 def off_policy(setting: Setting, defect: str) -> Lines:
-    """With paths of the reference the log-variance loss has its minimum O(h) away from the best mean-shift control (one step's
-    offset, the others at their best: the shift is of second order in h for a step of size h)."""
+    """With paths of the reference the log-variance loss has its minimum O(h) away from the best mean-shift control (one
+    step's offset, the others at their best: the shift is of second order in h for a step of size h)."""
     sizes, shifts = [0.2, 0.1, 0.05, 0.025], []
     case = next(iter(one_dimensional(setting, cost=False)))
     case = replace(case, slope=0 * case.slope)
@@ -258,8 +261,8 @@ def off_policy(setting: Setting, defect: str) -> Lines:
     controls=["sign of g flipped", "Tweedie's value", "last step left out", "running cost left out"],
 )
 def regression(setting: Setting, defect: str) -> Lines:
-    """The least-squares regression of exp(R/alpha) on x_t along reference paths [28] is exp(v_t/alpha): the residual of the
-    library's value, relative to exp(v_t/alpha), is orthogonal to every test function of x_t."""
+    """The least-squares regression of exp(R/alpha) on x_t along reference paths [28] is exp(v_t/alpha): the residual of
+    the library's value, relative to exp(v_t/alpha), is orthogonal to every test function of x_t."""
     for case in (drifting(start="fixed", F=0.3 * np.eye(2), sigma=0.7 * np.eye(2)),):  # a bounded reward: light tails
         answers = spoil(case, defect).chain()
         n = setting.count(100_000, 1_000_000)
@@ -283,8 +286,8 @@ def regression(setting: Setting, defect: str) -> Lines:
     controls=["h_t in place of h_t/alpha, as printed", "noise off by 1 %", "alpha off by 5 %", "last step left out"],
 )
 def soft_q(setting: Setting, defect: str) -> Lines:
-    """The fixed point of soft Q-learning, h_t(x)/alpha = log E_pre[exp(h_{t-1}(y)/alpha)] from h_0 = r, iterated from zero with a target
-    of the sweep before, reaches the library's value after K sweeps."""
+    """The fixed point of soft Q-learning, h_t(x)/alpha = log E_pre[exp(h_{t-1}(y)/alpha)] from h_0 = r, iterated from
+    zero with a target of the sweep before, reaches the library's value after K sweeps."""
     points, masses = np.polynomial.hermite_e.hermegauss(64)
     masses = masses / masses.sum()
     for case in one_dimensional(setting, cost=False):
@@ -311,8 +314,9 @@ def soft_q(setting: Setting, defect: str) -> Lines:
     controls=["1/alpha too many, as printed", "alpha off by 5 %", "noise off by 1 %", "running cost left out"],
 )
 def path_integral(setting: Setting, defect: str) -> Lines:
-    """u = E_Q0[exp(R/alpha) xi_k | x_k] / (sqrt(h) E_Q0[exp(R/alpha) | x_k]): no gradient of r. On linear-quadratic chains it is
-    exactly the best mean-shift control; with paths of another control v, xi becomes xi + sqrt(h) v and the weight carries dQ0/dP^v."""
+    """u = E_Q0[exp(R/alpha) xi_k | x_k] / (sqrt(h) E_Q0[exp(R/alpha) | x_k]): no gradient of r. On linear-quadratic
+    chains it is exactly the best mean-shift control; with paths of another control v, xi becomes xi + sqrt(h) v and the
+    weight carries dQ0/dP^v."""
     for case in one_dimensional(setting):
         problem, nodes = spoil(case, defect).problem(), NoiseNodes(case.K, 40)
         U, w = case.chain().control()
@@ -335,8 +339,9 @@ def path_integral(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "noise off by 1 %"],
 )
 def path_integral_error(setting: Setting, defect: str) -> Lines:
-    """sigma^T grad v_k/alpha differs from what path integral control estimates (the best shift) by O(h), because grad v_k = (I + h grad b)^T
-    E*[grad v_{k+1}] - h grad f; the factor, which the tutorial drops, restores equality exactly."""
+    """sigma^T grad v_k/alpha differs from what path integral control estimates (the best shift) by O(h), because grad
+    v_k = (I + h grad b)^T E*[grad v_{k+1}] - h grad f; the factor, which the tutorial drops, restores equality
+    exactly."""
     steps = (16, 32, 64, 128)
     for case in linear_cases(setting, cost=True, dims=(2,), start="fixed"):
         errors = []
@@ -363,9 +368,9 @@ def path_integral_error(setting: Setting, defect: str) -> Lines:
     controls=["Tweedie's value taken for exact", "alpha off by 5 %", "posterior covariance left out of the bias"],
 )
 def tweedie(setting: Setting, defect: str) -> Lines:
-    """r(E[x_0|x_t]) in place of v_t is biased in closed form for a Gaussian reference: with posterior N(m, C), v_t - r(m) =
-    (g - G m)' C_r (g - G m)/(2 alpha) - alpha log det(I + C G/alpha)/2, C_r = (I + C G/alpha)^{-1} C. For a linear reward that is the
-    constant g'Cg/(2 alpha): a right control all the same."""
+    """r(E[x_0|x_t]) in place of v_t is biased in closed form for a Gaussian reference: with posterior N(m, C), v_t -
+    r(m) = (g - G m)' C_r (g - G m)/(2 alpha) - alpha log det(I + C G/alpha)/2, C_r = (I + C G/alpha)^{-1} C. For a
+    linear reward that is the constant g'Cg/(2 alpha): a right control all the same."""
     for case in linear_cases(setting):
         answers = spoil(case, defect).chain()
         for k in (0, 1):
@@ -395,8 +400,8 @@ def tweedie(setting: Setting, defect: str) -> Lines:
     controls=["claimed for mixtures too", "alpha off by 5 %"],
 )
 def tweedie_mixture(setting: Setting, defect: str) -> Lines:
-    """With a linear reward Tweedie's guidance is exact for one Gaussian, and wrong for a mixture: there its control differs from
-    the library's exact one by what the dense posterior says."""
+    """With a linear reward Tweedie's guidance is exact for one Gaussian, and wrong for a mixture: there its control
+    differs from the library's exact one by what the dense posterior says."""
     for case in mixture_cases(setting, dims=(2,)):
         one = replace(case, weights=np.ones(1), means=case.means[:1], covs=case.covs[:1])
         x, t = setting.rng(83).normal(size=(4, 2)), 0.5
@@ -422,8 +427,9 @@ def tweedie_mixture(setting: Setting, defect: str) -> Lines:
     controls=["a_k in place of a_{k+1}", "sign of the running cost flipped", "alpha off by 5 %", "drift off by 1 %"],
 )
 def adjoint_matching(setting: Setting, defect: str) -> Lines:
-    """The best mean-shift control satisfies u_k(x) = sigma^T E[a_{k+1} | x_k = x] with the lean adjoint a_K = grad r/alpha,
-    a_k = (1 + h b')a_{k+1} - h grad f/alpha on its own paths: its regression is a fixed point exactly, paired with a_{k+1}."""
+    """The best mean-shift control satisfies u_k(x) = sigma^T E[a_{k+1} | x_k = x] with the lean adjoint a_K = grad
+    r/alpha, a_k = (1 + h b')a_{k+1} - h grad f/alpha on its own paths: its regression is a fixed point exactly, paired
+    with a_{k+1}."""
     sign = -1.0 if defect.startswith("sign") else 1.0
     for case in one_dimensional(setting):
         U, w = spoil(case, defect).chain().control()
@@ -448,9 +454,10 @@ def adjoint_matching(setting: Setting, defect: str) -> Lines:
     controls=["lambda left out", "maximum with 0 left out", "alpha off by 5 %", "KL's reward kept"],
 )
 def f_divergence(setting: Setting, defect: str) -> Lines:
-    """argmax E_q[r] - alpha D_phi(q || p) is q = p max(0, (phi')^{-1}((r - lambda)/alpha)), lambda by normalisation, which is the KL problem
-    with r~ = alpha log max(...): on a grid, q has mass 1, r - alpha phi'(q/p) is constant where q > 0 and lower elsewhere, and no
-    other density does better (chi-square: phi' = t - 1; Jensen-Shannon like: phi' = log(2t/(1 + t)))."""
+    """argmax E_q[r] - alpha D_phi(q || p) is q = p max(0, (phi')^{-1}((r - lambda)/alpha)), lambda by normalisation,
+    which is the KL problem with r~ = alpha log max(...): on a grid, q has mass 1, r - alpha phi'(q/p) is constant where
+    q > 0 and lower elsewhere, and no other density does better (chi-square: phi' = t - 1; Jensen-Shannon like: phi' =
+    log(2t/(1 + t)))."""
     x = np.linspace(-6, 6, 601)
     p = np.exp(-0.5 * x**2)
     p /= p.sum()

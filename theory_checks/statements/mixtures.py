@@ -1,8 +1,8 @@
 """Sections 4 and 8 on pre-trained models whose data are a Gaussian mixture: everything in closed form.
 
 The independent side is the finite-dimensional law of the noising process, component by component one dense Gaussian of
-(data, noisier, ..., noise, stretch), tilted at its data end. An Euler chain of such a model has no closed form, so that these
-statements are in continuous time.
+(data, noisier, ..., noise, stretch), tilted at its data end. An Euler chain of such a model has no closed form, so that
+these statements are in continuous time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class MixtureCase:
         return mixture_log_density(x, logs, [p.of(1) for p in parts])
 
     def value(self, t: float, x: np.ndarray) -> np.ndarray:
-        """``alpha log E[exp(r(X_1)/alpha) | X_t = x]`` point by point: posterior of the components, then the tilt of each."""
+        """``alpha log E[exp(r(X_1)/alpha) | X_t = x]`` point by point: posterior of the components, then the tilt of
+        each."""
         joints, values = self.joints((t,)), []
         for row in x:
             logs = np.log(self.weights) + np.array([j.of(1).log_prob(row) for j in joints])
@@ -185,8 +186,8 @@ EARLY = (-0.3, -0.8)
     controls=["alpha off by 5 %", "sign of g flipped", "data off by 1 %", "components' weights kept"],
 )
 def theorem_1(setting: Setting, defect: str) -> Lines:
-    """For a mixture, p_r is the mixture with tilted components and weights w_i Z_i: the library's ``marginal(T)`` has this
-    density at random points, and its ``log_z`` is the log of sum_i w_i Z_i."""
+    """For a mixture, p_r is the mixture with tilted components and weights w_i Z_i: the library's ``marginal(T)`` has
+    this density at random points, and its ``log_z`` is the log of sum_i w_i Z_i."""
     for case in mixture_cases(setting):
         x = 1.5 * setting.rng(32).normal(size=(6, case.d))
         logs, parts, log_z = case.optimum((1.0,))

@@ -19,7 +19,8 @@ from .mixtures import gradient, mixture_cases, mixture_log_density
 
 Lines = Iterator[Measurement]
 
-#: drift rate and noise rate of the forward SDE ``dx = a(s) x ds + g(s) dw`` of each schedule, written down from its source
+#: drift rate and noise rate of the forward SDE ``dx = a(s) x ds + g(s) dw`` of each schedule, written down from its
+#: source
 FORWARD = {
     "VP, beta = 1 [1]": (sc.VP(1.0, 1.0), lambda s: -0.5, lambda s: 1.0),
     "VP": (sc.VP(), lambda s: -0.5 * (0.1 + 19.9 * s), lambda s: 0.1 + 19.9 * s),
@@ -40,8 +41,8 @@ FORWARD = {
     controls=["variance 1 - exp(-t/2) as printed", "mean squared for the slope", "noise off by 1 %"],
 )
 def noising(setting: Setting, defect: str) -> Lines:
-    """Each schedule's mu and std are the moments of its forward SDE: m' = a m, V' = 2 a V + g^2 from data of mean 1, variance
-    0, integrated numerically. For [1] that is mu = exp(-t/2), std^2 = 1 - exp(-t)."""
+    """Each schedule's mu and std are the moments of its forward SDE: m' = a m, V' = 2 a V + g^2 from data of mean 1,
+    variance 0, integrated numerically. For [1] that is mu = exp(-t/2), std^2 = 1 - exp(-t)."""
     for name, (schedule, slope, rate) in FORWARD.items():
         s = np.array([0.1, 0.4, 0.75, 0.95])
         initial = [1.0, float(schedule.std(torch.zeros((), dtype=torch.float64))) ** 2]
@@ -131,8 +132,9 @@ class Frozen(torch.nn.Module):
     controls=["data off by 1 %", "noise off by 1 %"],
 )
 def marginals(setting: Setting, defect: str) -> Lines:
-    """The reversal has the marginals of the noising process, X_t = mu X + s eps, for every noise level: for one Gaussian the
-    linear SDE that ``generative_sde`` is, started from its own start, is at every t where the noising process is."""
+    """The reversal has the marginals of the noising process, X_t = mu X + s eps, for every noise level: for one
+    Gaussian the linear SDE that ``generative_sde`` is, started from its own start, is at every t where the noising
+    process is."""
     for noise in ("reverse", 0.9, lambda t: 0.5 + t):
         for case in mixture_cases(setting, dims=(1, 2)):
             one = replace(case, weights=np.ones(1), means=case.means[:1], covs=case.covs[:1])
@@ -160,8 +162,9 @@ def marginals(setting: Setting, defect: str) -> Lines:
     controls=["sign of the score flipped", "data off by 1 %", "mean squared for the slope"],
 )
 def score_matching(setting: Setting, defect: str) -> Lines:
-    """The minimiser of the score-matching losses [4], [5] is E[conditional score | x_t] = grad log q_t: the library's mixture
-    score is (mu E[x_0 | x_t] - x)/s^2 with the posterior mean by conditioning, and the gradient of the dense log q_t."""
+    """The minimiser of the score-matching losses [4], [5] is E[conditional score | x_t] = grad log q_t: the library's
+    mixture score is (mu E[x_0 | x_t] - x)/s^2 with the posterior mean by conditioning, and the gradient of the dense
+    log q_t."""
     for case in mixture_cases(setting):
         given = replace(case, means=1.01 * case.means) if defect.startswith("data") else case
         for t in (0.8, 0.3):
@@ -197,9 +200,9 @@ def _gaussian_model(mean: np.ndarray, cov: np.ndarray, abar: np.ndarray, kind: s
     controls=["noise off by 1 %", "levels one step late", "eta off by 5 %"],
 )
 def discrete(setting: Setting, defect: str) -> Lines:
-    """A DDIM step from abar to the less noisy abar+ has mean sqrt(abar+) x0^ + sqrt(1 - abar+ - eta^2 var) eps^ and variance
-    eta^2 var, var the DDPM posterior's; DDPM (eta = 1) draws from q(x+ | x, x0^) of the noising process: the law of a simulated
-    step, by its densities, for every parametrisation."""
+    """A DDIM step from abar to the less noisy abar+ has mean sqrt(abar+) x0^ + sqrt(1 - abar+ - eta^2 var) eps^ and
+    variance eta^2 var, var the DDPM posterior's; DDPM (eta = 1) draws from q(x+ | x, x0^) of the noising process: the
+    law of a simulated step, by its densities, for every parametrisation."""
     abar = np.cumprod(1 - np.linspace(0.01, 0.25, 12))
     mean, cov, late = np.array([0.5, -1.0]), np.array([[0.6, 0.1], [0.1, 0.3]]), int(defect.startswith("levels"))
     for kind, eta in (("noise", 1.0), ("sample", 0.6), ("v", 1.0), ("noise", 0.4)):
@@ -239,8 +242,8 @@ def discrete(setting: Setting, defect: str) -> Lines:
     controls=["noise level off by 1 %", "score left out of [7]"],
 )
 def ddpm_is_euler(setting: Setting, defect: str) -> Lines:
-    """With alpha_t = 1 - dt the DDPM step [Section 1.1.1] agrees with the Euler step [7] of the reversal to O(dt^2): the
-    library's discrete chain against x + (x/2 + score) dt."""
+    """With alpha_t = 1 - dt the DDPM step [Section 1.1.1] agrees with the Euler step [7] of the reversal to O(dt^2):
+    the library's discrete chain against x + (x/2 + score) dt."""
     mean, cov, x = np.array([0.8]), np.array([[0.4]]), tensor([[0.3], [-1.2]])
     sizes, errors = [0.1, 0.05, 0.025, 0.0125], []
     for dt in sizes:
@@ -271,8 +274,9 @@ def ddpm_is_euler(setting: Setting, defect: str) -> Lines:
     controls=["drift transposed", "noise off by 1 %", "offset left out", "drift off by 1 %"],
 )
 def transitions(setting: Setting, defect: str) -> Lines:
-    """X_t | X_s is Gaussian with matrix e^{(t-s)A}, shift and covariance by quadrature of the matrix exponential; the transition by
-    an ODE, for coefficients that are functions of time, says the same; so do Brownian motion and Ornstein-Uhlenbeck."""
+    """X_t | X_s is Gaussian with matrix e^{(t-s)A}, shift and covariance by quadrature of the matrix exponential; the
+    transition by an ODE, for coefficients that are functions of time, says the same; so do Brownian motion and
+    Ornstein-Uhlenbeck."""
     for case in linear_cases(setting, scheme="exact"):
         given, (s, t) = spoil(case, defect), case.grid[1:3]
         M, b, C = case.steps()[1]
@@ -308,8 +312,9 @@ def transitions(setting: Setting, defect: str) -> Lines:
     controls=["noise off by 1 %", "drift off by 1 %", "h-transform left out", "offset left out"],
 )
 def doob(setting: Setting, defect: str) -> Lines:
-    """Conditioned on its end, X_T = y, a process has the drift b + sigma sigma^T grad_x log p(y | x) (Doob); for Brownian motion
-    (y - x)/(T - t) [43]. And X_t given both ends is the regression in the dense law of (X_t, X_T) from x."""
+    """Conditioned on its end, X_T = y, a process has the drift b + sigma sigma^T grad_x log p(y | x) (Doob); for
+    Brownian motion (y - x)/(T - t) [43]. And X_t given both ends is the regression in the dense law of (X_t, X_T) from
+    x."""
     for case in linear_cases(setting, scheme="exact"):
         sde, (k, t) = spoil(case, defect).sde(), (1, case.grid[1])
         x, y = setting.rng(63).normal(size=(2, 3, case.d))
@@ -344,9 +349,10 @@ def doob(setting: Setting, defect: str) -> Lines:
     controls=["weight sigma_t^2 in place of 1/2", "weight 1", "drift at the right end"],
 )
 def table_2(setting: Setting, defect: str) -> Lines:
-    """Bridge (flow) training minimises KL(Q_doob || P_theta): for every affine model s it is E[h |g^{x_0}(z,t) - s(z,t)|^2 / 2] summed
-    over steps plus a constant, g the library's conditioned drift [43], [45]; so differences between two models agree with
-    dense KL divergences. The same for the time reversal and the score loss [39], [40]: weight 1/2."""
+    """Bridge (flow) training minimises KL(Q_doob || P_theta): for every affine model s it is E[h |g^{x_0}(z,t) -
+    s(z,t)|^2 / 2] summed over steps plus a constant, g the library's conditioned drift [43], [45]; so differences
+    between two models agree with dense KL divergences. The same for the time reversal and the score loss [39], [40]:
+    weight 1/2."""
     d, K = 2, 5
     rng, h = setting.rng(64), 1 / K
     data, sde = (
@@ -393,7 +399,8 @@ def _matching_loss(sde: sc.LinearSDE, law: Joint, k: int, U: np.ndarray, w: np.n
     controls=["covariance off by 1 %", "factor 1/2 of the quadratic dropped"],
 )
 def laws(setting: Setting, defect: str) -> Lines:
-    """Densities of Gaussians and mixtures, their moments, and r(x) = -x'Gx/2 + g'x, f(x, t) = x'Fx/2 are what they say."""
+    """Densities of Gaussians and mixtures, their moments, and r(x) = -x'Gx/2 + g'x, f(x, t) = x'Fx/2 are what they
+    say."""
     rng, size = setting.rng(65), 1.01 if defect.startswith("covariance") else 1.0
     for case in mixture_cases(setting):
         x, half = rng.normal(size=(5, case.d)), 1.0 if defect.startswith("factor") else 0.5
@@ -426,8 +433,9 @@ def laws(setting: Setting, defect: str) -> Lines:
     controls=["noise off by 1 %", "drift off by 1 %"],
 )
 def memory(setting: Setting, defect: str) -> Lines:
-    """A reference is memoryless if X_0 and X_T are independent; what is left is the largest canonical correlation of the two in
-    the dense law, and for the reversal of a noising process, with unit-variance data, mu at the noise end."""
+    """A reference is memoryless if X_0 and X_T are independent; what is left is the largest canonical correlation of
+    the two in the dense law, and for the reversal of a noising process, with unit-variance data, mu at the noise
+    end."""
     for case in linear_cases(setting, scheme="exact", start="fixed"):
         law = case.reference().of(0, case.K)
         roots = [np.linalg.cholesky(law.of(k).cov) for k in (0, 1)]
@@ -447,8 +455,9 @@ def memory(setting: Setting, defect: str) -> Lines:
     controls=["data off by 1 %", "Brownian motion in place of the Foellmer process"],
 )
 def mixture_start(setting: Setting, defect: str) -> Lines:
-    """The start of a mixture reference is a mixture: its stretch before 0 is the Foellmer process, Brownian motion conditioned to
-    end in it, with drift (E[X_0 | X_s = x] - x)/(-s): a noiseless step of the library against the dense posterior."""
+    """The start of a mixture reference is a mixture: its stretch before 0 is the Foellmer process, Brownian motion
+    conditioned to end in it, with drift (E[X_0 | X_s = x] - x)/(-s): a noiseless step of the library against the dense
+    posterior."""
     for case in mixture_cases(setting):
         given = replace(case, means=1.01 * case.means) if defect.startswith("data") else case
         problem = sc.ControlProblem(given.sde(), reward=sc.Linear(tensor(case.g)), start="controlled")

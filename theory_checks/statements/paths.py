@@ -1,4 +1,5 @@
-"""Likelihoods and weights of simulated paths, exactly: path by path, or as expectations by quadrature over the noise."""
+"""Likelihoods and weights of simulated paths, exactly: path by path, or as expectations by quadrature over the
+noise."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def _density_ratio(case: LinearCase, states: np.ndarray, control: tuple[np.ndarr
 )
 def path_log_ratio(setting: Setting, defect: str) -> Lines:
     """log dP^u/dQ0 of a simulated path is the difference of its Gaussian log-densities, to rounding and at every step
-    size: in total, step by step, for what keeps only ends, and for another control on the same paths; with Euler steps and
-    with exact transitions."""
+    size: in total, step by step, for what keeps only ends, and for another control on the same paths; with Euler steps
+    and with exact transitions."""
     cases = (
         *linear_cases(setting, extra_noise=False, start="fixed"),
         *linear_cases(setting, extra_noise=False, start="fixed", scheme="exact"),
@@ -99,8 +100,9 @@ def path_log_ratio(setting: Setting, defect: str) -> Lines:
     ],
 )
 def path_equation(setting: Setting, defect: str) -> Lines:
-    """x_{k+1} = x_k + h (b + sigma u) + sqrt(h) sigma xi_k, KL terms h |u|^2/2 [22], log-ratio sqrt(h) u.xi + h |u|^2/2 (of
-    v: sqrt(h) v.xi + h v.u - h |v|^2/2) and cost sum h f, recomputed from the stored noise; more noises than states too."""
+    """x_{k+1} = x_k + h (b + sigma u) + sqrt(h) sigma xi_k, KL terms h |u|^2/2 [22], log-ratio sqrt(h) u.xi + h |u|^2/2
+    (of v: sqrt(h) v.xi + h v.u - h |v|^2/2) and cost sum h f, recomputed from the stored noise; more noises than states
+    too."""
     for i, case in enumerate(linear_cases(setting, cost=True, start="fixed")):
         (U, w), (V, y) = (_random_control(case, setting.rng(53 + j)) for j in range(2))
         paths = _simulate(spoil(case, defect), AffineControl(U, w, case.grid), i)
@@ -132,8 +134,9 @@ def path_equation(setting: Setting, defect: str) -> Lines:
     controls=["KL of the start dropped", "noise off by 1 %", "covariance of the start off by 1 %", "alpha off by 5 %"],
 )
 def start_ratio(setting: Setting, defect: str) -> Lines:
-    """With a controlled start the log-ratio contains the start's: on the stretch x' = x + h S^(1/2) u + sqrt(h) S^(1/2) xi the
-    steps' Gaussian densities give it, added to that of the process, for the best mean-shift control of start and process."""
+    """With a controlled start the log-ratio contains the start's: on the stretch x' = x + h S^(1/2) u + sqrt(h) S^(1/2)
+    xi the steps' Gaussian densities give it, added to that of the process, for the best mean-shift control of start and
+    process."""
     for i, case in enumerate(linear_cases(setting, extra_noise=False)):
         if defect.startswith("covariance"):
             given = replace(case, cov=1.01 * case.cov)
@@ -162,8 +165,9 @@ def start_ratio(setting: Setting, defect: str) -> Lines:
     controls=["covariance of the start off by 1 %", "noise off by 1 %", "KL of the start dropped"],
 )
 def start_equation(setting: Setting, defect: str) -> Lines:
-    """The stretch before a controlled start steps as x' = x + S^(1/2) (h u + sqrt(h) xi) with the first d of the noises, where the process
-    has more; both add to log-ratio and KL, and neither running cost nor ``controls`` counts the stretch."""
+    """The stretch before a controlled start steps as x' = x + S^(1/2) (h u + sqrt(h) xi) with the first d of the
+    noises, where the process has more; both add to log-ratio and KL, and neither running cost nor ``controls`` counts
+    the stretch."""
     for i, case in enumerate(linear_cases(setting, cost=True)):
         given = replace(case, cov=1.01 * case.cov) if defect.startswith("covariance") else spoil(case, defect)
         control, h = case.chain().exact.control, 1 / STRETCH
@@ -214,8 +218,9 @@ def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     ],
 )
 def weights(setting: Setting, defect: str) -> Lines:
-    """E_{P^u}[w] = Z, E_{P^u}[w phi] = E_Q0[e^{R/alpha} phi], E_{P^u}[dQ0/dP^u] = 1 and E_Q0[dP^u/dQ0] = 1 at every step size
-    and for every control, a nonlinear one here: by quadrature over the noise of the library's simulator, no sampling."""
+    """E_{P^u}[w] = Z, E_{P^u}[w phi] = E_Q0[e^{R/alpha} phi], E_{P^u}[dQ0/dP^u] = 1 and E_Q0[dP^u/dQ0] = 1 at every
+    step size and for every control, a nonlinear one here: by quadrature over the noise of the library's simulator, no
+    sampling."""
     for case in _one_dimensional(setting):
         nodes = NoiseNodes(case.K, 40, start=None)
         x0 = tensor(case.mean[None])
@@ -250,8 +255,9 @@ def weights(setting: Setting, defect: str) -> Lines:
     ],
 )
 def objective(setting: Setting, defect: str) -> Lines:
-    """J/alpha = E[R]/alpha - E[sum h |u|^2/2] = log Z - KL(P^u || Q_fine), the left side from the library's simulated paths
-    by exact quadrature, the right side from dense laws, for a random affine control; E[log-ratio] = E[KL terms]."""
+    """J/alpha = E[R]/alpha - E[sum h |u|^2/2] = log Z - KL(P^u || Q_fine), the left side from the library's simulated
+    paths by exact quadrature, the right side from dense laws, for a random affine control; E[log-ratio] = E[KL
+    terms]."""
     for case in _one_dimensional(setting):
         parts = _random_control(case, setting.rng(56))
         nodes, point = NoiseNodes(case.K, 6), replace(case, cov=0 * case.cov)
@@ -280,8 +286,8 @@ def objective(setting: Setting, defect: str) -> Lines:
     controls=["noise off by 1 %", "alpha off by 5 %", "running cost left out", "drift off by 1 %"],
 )
 def nonlinear(setting: Setting, defect: str) -> Lines:
-    """None of this needs linear drifts: for dX = (X - X^3) dt + sigma(X) dW with a noise that depends on the state, E_{P^u}[w] is
-    the soft Bellman recursion's Z, here by nested quadrature in plain numpy."""
+    """None of this needs linear drifts: for dX = (X - X^3) dt + sigma(X) dW with a noise that depends on the state,
+    E_{P^u}[w] is the soft Bellman recursion's Z, here by nested quadrature in plain numpy."""
     K, T, alpha = 3, 0.6, 0.8
     h, scale = T / K, 1.01 if defect.startswith("noise") else 1.0
     points, masses = np.polynomial.hermite_e.hermegauss(48)

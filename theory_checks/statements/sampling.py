@@ -66,8 +66,8 @@ def _rows(states: torch.Tensor) -> np.ndarray:
     controls=["drift off by 1 %", "noise off by 1 %", "drift transposed", "offset left out"],
 )
 def reference_paths(setting: Setting, defect: str) -> Lines:
-    """Paths of the reference, from a random start, are draws of the dense law of the whole path: all times and all bridges at
-    once; with Euler steps and with exact transitions. Paths are independent of one another."""
+    """Paths of the reference, from a random start, are draws of the dense law of the whole path: all times and all
+    bridges at once; with Euler steps and with exact transitions. Paths are independent of one another."""
     n = setting.count(ENOUGH, 10 * ENOUGH)
     for scheme in ("euler", "exact"):
         case = drifting(start="fixed", F=None, scheme=scheme)
@@ -107,8 +107,8 @@ def controlled_law(case: LinearCase) -> tuple[Joint, list[float]]:
     controls=["drift off by 1 %", "noise off by 1 %", "alpha off by 5 %", "start left fixed", "last step left out"],
 )
 def controlled_paths(setting: Setting, defect: str) -> Lines:
-    """Paths of the best mean-shift control, the stretch of the controlled start included, are draws of the dense law of that
-    controlled path; so is the start that they reach."""
+    """Paths of the best mean-shift control, the stretch of the controlled start included, are draws of the dense law of
+    that controlled path; so is the start that they reach."""
     n, case = setting.count(3 * ENOUGH // 2, 10 * ENOUGH), drifting()
     law, _ = controlled_law(case)
     law = law.of(*range(STRETCH, law.blocks))
@@ -164,7 +164,8 @@ def optimum(setting: Setting, defect: str) -> Lines:
     controls=["called p_r all the same", "sign of g flipped"],
 )
 def fixed_start(setting: Setting, defect: str) -> Lines:
-    """With the start left fixed, draws of the optimum have the biased end law that is known in closed form, and not p_r."""
+    """With the start left fixed, draws of the optimum have the biased end law that is known in closed form, and not
+    p_r."""
     case = drifting(F=None, start="fixed")
     best, _ = case.optimum()
     M, b, Q = best.regression([case.K], [0])
@@ -192,8 +193,8 @@ def fixed_start(setting: Setting, defect: str) -> Lines:
     ],
 )
 def weights(setting: Setting, defect: str) -> Lines:
-    """Weighted paths of a sub-optimal control obey the theorems exactly: E[w] = Z, E[w phi(x_K)] = Z E_{Q_fine}[phi] for the events
-    {a.x_K <= c}, also for the start's; and the reference's paths satisfy E[dP^u/dQ0] = 1."""
+    """Weighted paths of a sub-optimal control obey the theorems exactly: E[w] = Z, E[w phi(x_K)] = Z E_{Q_fine}[phi]
+    for the events {a.x_K <= c}, also for the start's; and the reference's paths satisfy E[dP^u/dQ0] = 1."""
     n, case = setting.count(ENOUGH, 10 * ENOUGH), drifting()
     best, log_z = case.optimum()
     true = case.chain().exact.control
@@ -252,8 +253,8 @@ class Stretched:
     ],
 )
 def evaluation(setting: Setting, defect: str) -> Lines:
-    """``evaluate`` estimates E r, E int f, KL(P^u || Q0), J, the ELBO, log Z and the gap without bias (dense laws beside them), and its
-    standard errors are right: over 100 repetitions the squared z-scores are chi-square."""
+    """``evaluate`` estimates E r, E int f, KL(P^u || Q0), J, the ELBO, log Z and the gap without bias (dense laws
+    beside them), and its standard errors are right: over 100 repetitions the squared z-scores are chi-square."""
     case = drifting()
     law, size = controlled_law(case)
     kl = sum(size[STRETCH:] if defect.startswith("KL of the start") else size)
@@ -300,8 +301,8 @@ def evaluation(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "data off by 1 %", "the data's law called the target", "sign of g flipped"],
 )
 def mixture(setting: Setting, defect: str) -> Lines:
-    """Draws of a mixture's optimum have the tilted mixture's law at the end, and at the start; random projections against exact
-    distribution functions."""
+    """Draws of a mixture's optimum have the tilted mixture's law at the end, and at the start; random projections
+    against exact distribution functions."""
     n = setting.count(2 * ENOUGH, 10 * ENOUGH)
     for case in mixture_cases(setting, dims=(2, 3)):
         given = spoil_mixture(case, defect)

@@ -76,8 +76,9 @@ def _train(case: LinearCase, method, iterations: int, seed: int) -> sc.Solution:
     controls=["not trained", "sign of g flipped", "alpha off by 50 %"],
 )
 def learned(setting: Setting, defect: str) -> Lines:
-    """Each solver comes near the best mean-shift control of a linear-quadratic chain: relative control error below 2 %, gap to the exact log
-    Z below 0.02 plus the floor, and every statement of ``verify`` holds for it (weights, KL, gap, Theorems 1-3)."""
+    """Each solver comes near the best mean-shift control of a linear-quadratic chain: relative control error below 2 %,
+    gap to the exact log Z below 0.02 plus the floor, and every statement of ``verify`` holds for it (weights, KL, gap,
+    Theorems 1-3)."""
     case = learnable()
     names = [n for n in (ALL if setting.thorough else USUAL) if hasattr(sc, n)]
     for name in names[: 1 if defect else None]:
@@ -100,8 +101,8 @@ def learned(setting: Setting, defect: str) -> Lines:
     controls=["through the last step only"],
 )
 def gradient_modes(setting: Setting, defect: str) -> Lines:
-    """Checkpointed backpropagation and the exact adjoint of the chain have the gradient of full backpropagation: after four steps of
-    plain gradient descent the controls are the same; truncation is another gradient."""
+    """Checkpointed backpropagation and the exact adjoint of the chain have the gradient of full backpropagation: after
+    four steps of plain gradient descent the controls are the same; truncation is another gradient."""
     case, method = learnable(), cast(Any, sc.RewardBackprop)
 
     def after_four_steps(mode) -> torch.Tensor:
@@ -132,8 +133,8 @@ def gradient_modes(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "drift off by 1 %", "weights without the KL"],
 )
 def verify_catches(setting: Setting, defect: str) -> Lines:
-    """``verify`` accepts the best mean-shift control of a problem, and rejects weighted paths that belong to another problem: the
-    paths of the one, judged with the exact answer of the other."""
+    """``verify`` accepts the best mean-shift control of a problem, and rejects weighted paths that belong to another
+    problem: the paths of the one, judged with the exact answer of the other."""
     from .. import user
 
     case = drifting(F=None)
@@ -161,8 +162,9 @@ def verify_catches(setting: Setting, defect: str) -> Lines:
     controls=["control off by 1 %", "KL of the first step dropped"],
 )
 def control_error(setting: Setting, defect: str) -> Lines:
-    """``control_error`` is T^-1 E int |u - u*|^2 dt along optimal paths: a control that is 0.8 u* has the relative error 0.04 exactly,
-    and, along paths from a point, an absolute one of 0.08 KL(P* || Q0)/T within its own standard errors."""
+    """``control_error`` is T^-1 E int |u - u*|^2 dt along optimal paths: a control that is 0.8 u* has the relative
+    error 0.04 exactly, and, along paths from a point, an absolute one of 0.08 KL(P* || Q0)/T within its own standard
+    errors."""
     case = learnable()
     exact = sc.exact_solution(case.problem(), time_steps=case.K)
     size = 0.8 * (1.01 if defect.startswith("control") else 1.0)
