@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import F64, SmallControl, randn
+from cases import F64, SmallControl, randn
 from torch import nn
 
 import sdecontrol as sc

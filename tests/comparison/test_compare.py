@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from problems import F64, SmallControl, nonlinear, random_lq
+from cases import F64, SmallControl, nonlinear, random_lq
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import nonlinear, random_lq
+from cases import nonlinear, random_lq
 
 import sdecontrol as sc
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from cases import F64, randn, spd
 from dense_gaussian import DensePath, feedback_of, gaussian_tilt, linear_quadratic
-from problems import F64, randn, spd
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import F64, randn, spd
 from dense_gaussian import gaussian_tilt, linear_quadratic
-from problems import F64, randn, spd
 
 import sdecontrol as sc
 from sdecontrol.processes.linear import Transition

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import F64, randn
+from cases import F64, randn
 
 import sdecontrol as sc
 from sdecontrol.exact.grid_chain import GridChainSolution

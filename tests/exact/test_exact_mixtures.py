@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from cases import F64, randn
 from dense_gaussian import SCHEDULES, mixture_2d, mixture_problem
-from problems import F64, randn
 
 import sdecontrol as sc
 from sdecontrol.exact.mixtures import MixtureSolution

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from problems import F64, SmallControl, nonlinear, randn, random_lq
+from cases import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import F64, randn
+from cases import F64, randn
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import F64, randn, random_lq
+from cases import F64, linear, mixture, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.guidance import value_network
@@ -21,14 +21,6 @@ K = 6
 
 def lq(**options):
     return random_lq(2, seed=1, **options)
-
-
-def linear(d=2, alpha=0.7, **options):
-    """No curvature anywhere: the optimal kernels keep the reference's covariance, so mean shifts reach the optimum."""
-    sde = sc.LinearSDE(A=0.5 * randn(d, d, seed=1) - torch.eye(d, dtype=F64), sigma=torch.eye(d, dtype=F64))
-    return sc.ControlProblem(
-        sde, initial=sc.Dirac(randn(d, seed=2)), reward=sc.Linear(randn(d, seed=3)), alpha=alpha, **options
-    )
 
 
 def optimal_shift(problem, exact, k, x):
@@ -156,15 +148,6 @@ def test_a_path_integral_needs_no_gradient_and_says_when_its_weights_degenerate(
 
 
 # ------------------------------------------------------------------------------------------------ values that are given
-
-
-def mixture(reward=None, d=1, dtype=F64, alpha=1.0, components=2, start=None):
-    means = torch.tensor([[-2.0], [1.5]], dtype=dtype)[:components].expand(components, d)
-    weights = torch.tensor([0.4, 0.6], dtype=dtype)[:components]
-    covs = torch.stack([0.3 * torch.eye(d, dtype=dtype)] * components)
-    law = sc.GaussianMixture(weights / weights.sum(), means, covs)
-    reward = sc.Linear(torch.ones(d, dtype=dtype)) if reward is None else reward
-    return sc.ControlProblem(sc.generative_sde(law, schedule=sc.VP()), reward=reward, alpha=alpha, start=start)
 
 
 @pytest.mark.parametrize("start", [None, "controlled"])

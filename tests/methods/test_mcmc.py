@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from problems import F64, Counted, randn, spd
+from cases import F64, Counted, randn, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import bridge_log_z, chain_mean, mean_estimate

@@ -3,8 +3,8 @@
 
 import pytest
 import torch
+from cases import F64, SmallControl, randn, random_lq
 from gaussian_gradients import AffineControl, GaussianChain, agree, gradient_of, gradients, lq, perturbed, vanishes
-from problems import F64, SmallControl, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.chains.bridges import ChainBridge

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import F64, random_lq
 from gaussian_gradients import GaussianChain, agree, gradient_of, gradients, lq, perturbed
-from problems import F64, random_lq
 
 import sdecontrol as sc
 from sdecontrol.methods.base import Run

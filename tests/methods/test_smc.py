@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import F64, randn, random_lq
-from test_guidance import linear, mixture
+from cases import F64, linear, mixture, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.guidance import GivenValue

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import F64, nonlinear, randn, random_lq, spd
+from cases import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate

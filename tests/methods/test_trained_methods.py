@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import F64, SmallControl, nonlinear, randn, random_lq
+from cases import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.paths.weights import self_normalised

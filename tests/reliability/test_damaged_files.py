@@ -14,8 +14,8 @@ import time
 
 import pytest
 import torch
-from problems import random_lq
-from test_training import SCRIPT, quick, same
+from cases import random_lq
+from runs import SCRIPT, quick, same
 
 import sdecontrol as sc
 from sdecontrol.files import bundles as files
@@ -184,7 +184,7 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_training import quick
+from runs import quick
 import sdecontrol as sc
 quick(iterations=4, checkpoint_every=2, checkpoint_dir={folder!r})
 largest = max(p.stat().st_size for p in __import__("pathlib").Path({folder!r}).iterdir())

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from cases import F64, SmallControl, randn, random_lq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import F64, SmallControl, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.randomness import derive_seed

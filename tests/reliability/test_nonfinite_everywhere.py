@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import SmallControl
+from cases import SmallControl
 
 import sdecontrol as sc
 

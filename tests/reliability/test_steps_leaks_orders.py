@@ -8,10 +8,10 @@ import resource
 import numpy as np
 import pytest
 import torch
+from cases import F64, SmallControl, nonlinear, randn, random_lq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import F64, SmallControl, nonlinear, randn, random_lq
-from test_gradients import gradient, perturbed_default
+from runs import gradient, perturbed_default
 
 import sdecontrol as sc
 from sdecontrol.chains.build import make_grid

@@ -1,0 +1,303 @@
+"""``auto`` on densities with known log Z: what it finds, keeps, says and counts; and that stopping and going on changes
+nothing."""
+
+import math
+
+import pytest
+import torch
+from cases import Counted
+
+import sdecontrol as sc
+from sdecontrol.comparison import auto
+from sdecontrol.controls.given import ZeroControl
+from sdecontrol.controls.mixture import MixtureControl
+from sdecontrol.methods.base import Run
+from sdecontrol.problems.density import LogDensity
+from sdecontrol.problems.pilot import search
+
+SMALL = sc.Auto(num_particles=512)
+
+
+def banana(x):
+    return -0.5 * (x[:, 0] / 1.5).square() - 0.5 * ((x[:, 1] - 0.7 * x[:, 0].square() + 1) / 0.3).square()
+
+
+def ring(x):
+    return -0.5 * ((x.norm(dim=1) - 3) / 0.2).square()
+
+
+def unequal(x):
+    """Two correlated Gaussians twelve standard deviations apart, 0.9 of the mass in one."""
+    first = -0.5 * ((x - 3) / torch.tensor([0.5, 0.3]).to(x)).square().sum(1) + math.log(0.9 / (0.5 * 0.3))
+    u, v = x[:, 0] + x[:, 1] + 6, x[:, 0] - x[:, 1]
+    second = -0.5 * ((u / 0.8).square() + (v / 0.3).square()) + math.log(0.1 * 2 / (0.8 * 0.3))
+    return torch.logaddexp(first, second)
+
+
+def annulus(x):
+    """A hard constraint with no density at the centre."""
+    r = x.norm(dim=1)
+    return torch.where((r > 2) & (r < 3), -x[:, 0], -math.inf)
+
+
+def quadrature(density, reach=12.0, points=3001):
+    line = torch.linspace(-reach, reach, points, dtype=torch.float64)
+    step = float(line[1] - line[0])
+    return float(
+        torch.stack(
+            [density(torch.stack((torch.full_like(line, float(a)), line), 1)).logsumexp(0) for a in line]
+        ).logsumexp(0)
+    ) + 2 * math.log(step)
+
+
+def told(solution):
+    """All numbers of all rounds (some are nan), and the report."""
+    return repr((solution.history, solution.details))
+
+
+def close(estimate, truth, most=0.02):
+    assert estimate.stderr < most, estimate
+    assert abs(estimate.value - truth) < 4 * estimate.stderr, (estimate, truth)
+
+
+@pytest.mark.parametrize(
+    "density", [ring, unequal, *(pytest.param(f, marks=pytest.mark.slow) for f in (banana, annulus))]
+)
+def test_log_z_of_densities_in_the_plane(density):
+    """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was
+    kept; samples lie where the density does."""
+    problem = sc.gibbs_problem(density, 2)
+    solution = sc.solve(problem, SMALL, seed=0)
+    evaluation = solution.evaluate(8192, seed=1)
+    close(evaluation.log_z, quadrature(density))
+    lines = solution.details["report"].splitlines()
+    assert len(lines) == solution.iterations + 1 and lines[-1].startswith("kept: ")
+    assert "a wide Gaussian" in lines[0] and all("from the mixture" in line for line in lines[1:-1])
+    assert ("Mixture(" in lines[-1]) == isinstance(solution.control, MixtureControl) == solution.tempering.mixture
+    x = solution.sample(4096, seed=2)
+    assert bool(torch.isfinite(density(x)).all())
+    if density is unequal:
+        assert abs(float((x[:, 0] > 0).double().mean()) - 0.9) < 0.02
+    if density is annulus:
+        assert abs(float(x[:, 0].mean()) - annulus_mean()) < 0.15
+
+
+def annulus_mean():
+    line = torch.linspace(-3, 3, 1201, dtype=torch.float64)
+    x = torch.cartesian_prod(line, line)
+    return float((annulus(x).softmax(0) * x[:, 0]).sum())
+
+
+def test_all_nine_modes_and_what_that_cost():
+    """gmm9: log Z = 0, every mode with its ninth, a control whose own paths agree, and evaluations that are exactly the
+    density's rows, spent on better beginnings: no round after the first costs more than it."""
+    target = sc.named_target("gmm9")
+    density = Counted(target)
+    problem = sc.gibbs_problem(density, 2)
+    before = density.rows
+    solution = sc.solve(problem, SMALL, seed=0)
+    assert density.rows - before == int(solution.history[-1]["evaluations"]) + solution.evaluations
+    known, before = solution.evaluations, density.rows
+    x = solution.sample(4096, seed=2)
+    assert density.rows - before == solution.evaluations - known > 4096
+    shares = torch.bincount(torch.cdist(x.double(), target.modes).argmin(1), minlength=9) / 4096
+    assert float((shares - 1 / 9).abs().max()) < 0.03
+    close(solution.evaluate(8192, seed=1).log_z, 0.0)
+    assert isinstance(solution.control, MixtureControl)
+    found = sc.certify(solution, target.sample(2048, 3), modes=target.modes, n=2048, seed=4)
+    assert not found.collapsed, str(found)
+    costs = [row["cost"] for row in solution.history]
+    assert max(costs[1:]) < costs[0] and min(costs) < 0.1 * costs[0], costs
+    assert solution.iterations < SMALL.default_iterations  # two quiet rounds end it
+
+
+def test_where_learning_does_not_pay_the_gaussian_is_kept(tmp_path):
+    """A target that is nearly the Gaussian that particles begin with; and the same where only one round is made."""
+    problem = sc.gibbs_problem(lambda x: -0.5 * (x / 1.99).square().sum(1), 3, scale=1.0)
+    for settings in ({}, {"iterations": 1}):
+        solution = sc.solve(problem, SMALL, seed=0, **settings)
+        assert isinstance(solution.control, ZeroControl) and not solution.tempering.mixture
+        assert "learning did not pay" in solution.details["report"]
+        close(solution.evaluate(4096, seed=1).log_z, 3 * math.log(1.99 * math.sqrt(2 * math.pi)))
+    solution.save(tmp_path / "run")
+    loaded = sc.load(tmp_path / "run", problem)
+    assert loaded.details == solution.details
+    assert torch.equal(loaded.sample(100, seed=1), solution.sample(100, seed=1))
+
+
+def test_the_same_seed_a_saved_one_and_another_reference(tmp_path):
+    """The same numbers, bit for bit; the kind of reference matters to the control alone."""
+    problem = sc.gibbs_problem(unequal, 2, scale=4.0)
+    a, b = (sc.solve(problem, SMALL, iterations=2, seed=5) for _ in range(2))
+    assert told(a) == told(b)
+    x = a.sample(200, seed=1)
+    assert torch.equal(x, b.sample(200, seed=1))
+    a.save(tmp_path / "run")
+    loaded = sc.load(tmp_path / "run", problem)
+    assert torch.equal(x, loaded.sample(200, seed=1)) and loaded.details == a.details
+    assert torch.equal(loaded.control.means, a.control.means) and loaded.method == "auto"
+    again = loaded.evaluate(4096, seed=3)
+    assert again.log_z.value == a.evaluate(4096, seed=3).log_z.value
+    other = sc.solve(sc.gibbs_problem(unequal, 2, "brownian", 4.0), SMALL, iterations=2, seed=5)
+    assert torch.equal(x, other.sample(200, seed=1))
+    assert sc.solve(problem, SMALL, iterations=1, seed=6).history[0]["log_z"] != a.history[0]["log_z"]
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_stopped_and_resumed_it_ends_with_the_same_numbers(tmp_path, stop):
+    problem = sc.gibbs_problem(ring, 2, scale=2.5)
+    method = sc.Auto(num_particles=128)
+    whole = sc.solve(problem, method, iterations=3, seed=0)
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()])
+    resumed = sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, resume=True)
+    assert told(resumed) == told(whole)
+    assert torch.equal(whole.sample(64, seed=1), resumed.sample(64, seed=1))
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
+    """Its rounds had ended by themselves: none is added."""
+    problem = sc.gibbs_problem(unequal, 2, scale=4.0)
+    settings = {"seed": 0, "checkpoint_dir": tmp_path}
+    whole = sc.solve(problem, SMALL, **settings)
+    assert whole.iterations < SMALL.default_iterations
+    again = sc.solve(problem, SMALL, resume=True, **settings)
+    assert told(again) == told(whole)
+    assert torch.equal(whole.sample(64, seed=1), again.sample(64, seed=1))
+
+
+def test_the_budget_of_evaluations_ends_it_between_rounds():
+    problem = sc.gibbs_problem(ring, 2, scale=2.5)
+    whole = sc.solve(problem, sc.Auto(num_particles=128), iterations=5, seed=0)
+    spent = [int(row["evaluations"]) for row in whole.history]
+    for most, rounds in ((1, 1), (spent[0] + 1, 2), (spent[1], 2), (spent[2] + 1, 4)):
+        stopped = sc.solve(problem, sc.Auto(num_particles=128, evaluations=most), seed=0)
+        assert stopped.iterations == rounds, (most, spent)
+        assert [row["log_z"] for row in stopped.history] == [row["log_z"] for row in whole.history[:rounds]]
+
+
+def test_densities_without_a_gradient_or_with_a_score():
+    """A black box is moved by values alone; a user's own score is used and never autograd's."""
+
+    def black_box(x):
+        return torch.from_numpy(unequal(x.detach()).numpy().copy())
+
+    problem = sc.gibbs_problem(black_box, 2, scale=4.0)
+    assert not problem.has_gradient
+    solution = sc.solve(problem, SMALL, seed=0)
+    truth = quadrature(unequal)
+    close(solution.evaluate(8192, seed=1).log_z, truth)
+
+    def score(x):
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            return torch.autograd.grad(unequal(leaf).sum(), leaf)[0]
+
+    scored = sc.gibbs_problem(lambda x: unequal(x).detach(), 2, scale=4.0, score=score)
+    solution = sc.solve(scored, SMALL, iterations=3, seed=0)
+    close(solution.evaluate(8192, seed=1).log_z, truth)
+
+
+@pytest.mark.parametrize(("dim", "scale"), [(1, 1e3), (3, 1e-3)])
+def test_any_scale_and_one_dimension(dim, scale):
+    """Two wells in each coordinate, far from 0 and of size ``scale``, in float32, with nothing said of it."""
+
+    def wells(x):
+        z = x / scale - 20
+        return torch.logaddexp(-2 * (z - 2).square(), math.log(2) - 2 * (z + 2).square()).sum(1)
+
+    truth = dim * (math.log(3 * scale) + 0.5 * math.log(math.pi / 2))
+    solution = sc.solve(sc.gibbs_problem(wells, dim), SMALL, seed=0)
+    evaluation = solution.evaluate(8192, seed=1)
+    close(evaluation.log_z, truth)
+    x = solution.sample(4096, seed=2)
+    assert float(((x / scale > 20).double().mean(0) - 1 / 3).abs().max()) < 0.04
+
+
+def test_a_support_that_hardly_any_chain_meets():
+    """A density that vanishes at the centre and nearly everywhere; and one that the search does not find at all, which
+    is no error of the search."""
+
+    def speck(x):
+        return torch.where((x - 3).abs().amax(1) < 0.5, 0.0, -math.inf)
+
+    problem = sc.gibbs_problem(speck, 2, centre=0.0, scale=3.0)
+    solution = sc.solve(problem, sc.Auto(num_particles=1024), iterations=3, seed=0)
+    close(solution.evaluate(8192, seed=1).log_z, 0.0, 0.05)
+    x = search(LogDensity(lambda x: torch.where(x[:, 0] > 1e9, 0.0, -math.inf)), torch.zeros(2), torch.ones(()), 16, 0)
+    assert x.shape == (0, 2)
+
+
+def test_the_search_finds_wells_from_near_and_from_far():
+    """Wells at 0.5 and at 20 reference scales from the centre: chains end in both, and each coordinate of an end is in
+    a well."""
+    problem = sc.gibbs_problem(lambda x: 0.0 * x[:, 0] - x.square().sum(1), 2, scale=1.0)
+    centres = torch.tensor([[0.5, 0.0], [20.0, 0.0]])
+    density = LogDensity(lambda x: (-50 * torch.cdist(x, centres).square()).logsumexp(1))
+    density.probe(torch.randn(7, 2), None)
+    x = search(density, problem.centre, torch.tensor(1.0), 512, 0)
+    distance, nearest = torch.cdist(x, centres).min(1)
+    assert set(nearest.tolist()) == {0, 1} and float((distance < 0.5).double().mean()) > 0.9
+    assert density.values <= 1 + 512 * 202
+
+
+def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
+    """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond half a nat and ten
+    errors of both; every round has a seed of its own, and particles begin with the mixture a fifth wider than the
+    control's."""
+    problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=512), []
+    sizes = []
+    adapt = auto.adapt
+
+    def recorded(target, size, seed, **settings):
+        seeds.append(seed)
+        sizes.append(size)
+        return adapt(target, size, seed, **settings)
+
+    monkeypatch.setattr(auto, "adapt", recorded)
+    run = Run(problem, problem.chain(10), 64, 1, 0)
+    state = method.setup(run)
+    for run.iteration in range(3):
+        method.step(state, run)
+    assert len(set(seeds)) == 3 and sizes == [128, 512, 512]
+    state.cost[:] = torch.tensor([100.0, 1.0, 2.0])
+    state.seen[2:] = 0.1
+    for loss, kept in ((-1.0, True), (1.4, True), (1.45, False), (5.0, False)):  # 10 sqrt(0.02) = 1.41
+        state.seen[0] = state.log_z[0] + loss
+        assert isinstance(method.finish(state, run), MixtureControl if kept else ZeroControl), loss
+    state.seen[0], state.cost[0] = state.log_z[0], 0.5
+    assert isinstance(method.finish(state, run), ZeroControl)
+    control = MixtureControl(problem, state.law(run, 8))
+    settings = auto.TemperedSettings("states", True, mixture=True)
+    law = auto.tempered_target(problem, run.chain, control, settings).law
+    x = torch.randn(20, 2)
+    assert torch.allclose(law.log_prob(x), control.law.widened(1.2).log_prob(x))
+
+
+def test_other_problems_are_refused():
+    condition = torch.randn(5, 1)
+    conditional = sc.gibbs_problem(lambda x, y: -0.5 * (x - y).square().sum(1), 1, scale=2.0, condition=condition)
+    plain = sc.ControlProblem(sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), lambda x: -x.square().sum(1))
+    annealed = sc.gibbs_problem(ring, 2, "annealed", 2.0)
+    for problem, match in ((plain, "auto is for gibbs_problem"), (conditional, "condition"), (annealed, "annealed")):
+        with pytest.raises(ValueError, match=match):
+            sc.solve(problem, "auto")
+    for name, value in (("num_particles", 8), ("evaluations", 0), ("components", 0)):
+        with pytest.raises(ValueError, match=name):
+            sc.Auto(**{name: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gmm40-2d", "many-well-5", "many-well-32", "funnel"])
+def test_targets_of_the_library(name):
+    """log Z within 4 standard errors, or 0.1 where the error is smaller than that."""
+    target = sc.named_target(name)
+    solution = sc.solve(sc.gibbs_problem(target, target.dim), sc.Auto(num_particles=4096), seed=0)
+    found = solution.evaluate(32768, seed=1).log_z
+    assert abs(found.value - target.log_z) < max(0.1, 4 * found.stderr), (found, target.log_z)

@@ -1,0 +1,130 @@
+"""The linear parameters of the default network: their Fisher information, and steps of least squares."""
+
+import math
+
+import pytest
+import torch
+from cases import F64, nonlinear, randn, random_lq
+
+import sdecontrol as sc
+from sdecontrol.chains.shifts import shifts_along
+from sdecontrol.controls.build import build_control
+from sdecontrol.controls.network import bumps
+from sdecontrol.methods.base import Regression
+from sdecontrol.training.least_squares import LinearSteps
+
+
+def wells(dtype=F64):
+    return sc.ControlProblem(
+        sc.SDE(lambda x, t: -4 * x * (x**2 - 1), torch.tensor(0.8, dtype=dtype), dim=2),
+        initial=sc.Dirac(torch.zeros(2, dtype=dtype)),
+        reward=lambda x: -((x**2 - 1) ** 2).sum(1) + 0.1 * x.prod(1),
+        alpha=0.9,
+    )
+
+
+CASES = {
+    "affine path": lambda: random_lq(2, m=3),
+    "bumps and gate": wells,
+    "controlled start": lambda: random_lq(2, seed=3, start="controlled"),
+    "gate, as many noises as not states": nonlinear,
+}
+
+
+def setting(name, steps=4, batch=9):
+    problem = CASES[name]()
+    chain = problem.chain(steps)
+    control = build_control(problem, chain, seed=1)
+    with torch.no_grad():
+        for i, p in enumerate(control.parameters()):
+            p += 0.3 * randn(*p.shape, seed=i)
+    states = 0.7 * randn(chain.steps, batch, *chain.event_shape, seed=50)
+    return problem, chain, control, states
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gram_matrix_is_that_of_the_shifts_derivatives(name):
+    """Against every derivative by automatic differentiation, with weights of paths and of steps, for each output."""
+    _, chain, control, states = setting(name)
+    weights = torch.linspace(0.5, 1.5, states.shape[1], dtype=F64)
+    by_step = torch.linspace(0.2, 1.8, chain.steps, dtype=F64)
+    c = shifts_along(chain, control, states)
+    for part in control.linear_parts():
+        gram = part.gram(chain, states, None, weights, by_step)
+        outputs = range(c.shape[2]) if gram.shape[0] > 1 else [0]
+        for o in outputs:
+            rows = []
+            for k in range(chain.steps):
+                for b in range(states.shape[1]):
+                    grads = torch.autograd.grad(c[k, b, o], part.parameters, retain_graph=True, allow_unused=True)
+                    grads = [torch.zeros_like(p) if g is None else g for p, g in zip(part.parameters, grads)]
+                    gathered = part.gather(grads)
+                    row = gathered[o, :, 0] if gram.shape[0] > 1 else gathered[0, :, o]
+                    rows.append(row * (weights[b] * by_step[k] / states.shape[1]).sqrt())
+            want = torch.stack(rows).mT @ torch.stack(rows)
+            torch.testing.assert_close(gram[o if gram.shape[0] > 1 else 0], want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scatter_is_the_inverse_of_gather(name):
+    _, _, control, _ = setting(name)
+    for part in control.linear_parts():
+        parts = [randn(*p.shape, seed=i) for i, p in enumerate(part.parameters)]
+        for a, b in zip(part.scatter(part.gather(parts)), parts):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["affine path", "bumps and gate"])
+def test_full_steps_solve_a_regression(name):
+    """With fixed targets and hardly any damping, full steps end where the gradient vanishes."""
+    _, chain, control, states = setting(name, batch=400)
+    targets = randn(chain.steps, 400, *chain.noise_shape, seed=9)
+    steps = LinearSteps(control.linear_parts())
+    steps.decay = steps.part_kl = math.inf
+    steps.decay = 0.0
+    sizes = []
+    for _ in range(60):
+        for p in control.parameters():
+            p.grad = None
+        loss = 0.5 * ((shifts_along(chain, control, states) - targets) ** 2).sum((0, 2)).mean()
+        loss.backward()
+        sizes.append(sum(float(p.grad.square().sum()) for part in steps.parts for p in part.parameters) ** 0.5)
+        steps.observe(Regression(chain, states, None, 1.0))
+        steps.first = 100.0  # as if the loss had fallen by far
+        steps.step(1.0)
+        assert all(p.grad is None for part in steps.parts for p in part.parameters)
+    assert sizes[-1] < 1e-4 * sizes[0]
+
+
+def test_the_pace_stays_without_noise_and_falls_where_steps_disagree():
+    _, chain, control, states = setting("affine path", batch=64)
+    for noisy in (False, True):
+        steps = LinearSteps(control.linear_parts())
+        for i in range(80):
+            for j, p in enumerate(p for part in steps.parts for p in part.parameters):
+                p.grad = 1e-3 * (randn(*p.shape, seed=1000 * i + j) if noisy else torch.ones_like(p))
+            steps.observe(Regression(chain, states, None, 1.0))
+            steps.step(1.0)
+        assert steps.pace < 0.4 if noisy else steps.pace == 1.0
+
+
+def test_bumps_are_gaussians_on_a_uniform_grid():
+    z = torch.linspace(-4.7, 4.7, 25, dtype=F64)
+    centres = torch.linspace(-2.5, 2.5, 10, dtype=F64)
+    width = 5 / 9
+    want = torch.exp(-0.5 * ((z[:, None] - centres) / width) ** 2)
+    torch.testing.assert_close(bumps(z), want, rtol=1e-4, atol=1e-7)
+    assert float(bumps(torch.tensor([-8.0, 8.0], dtype=F64)).max()) < 1e-3
+    assert bool(torch.isfinite(bumps(torch.tensor([-1e30, 1e30]))).all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_stored_states_at_once_give_what_single_steps_do(name):
+    _, chain, control, states = setting(name)
+    shift = control.on_chain(chain)
+    want = torch.stack([shift(k, x, None) for k, x in enumerate(states)])
+    torch.testing.assert_close(control.along(chain, states), want, rtol=1e-10, atol=1e-12)
+    for first in (2, chain.steps - 1):
+        torch.testing.assert_close(
+            control.along(chain, states[first:], None, first), want[first:], rtol=1e-10, atol=1e-12
+        )

@@ -1,0 +1,371 @@
+"""Every kind of control, value and solution survives its file; older, newer and foreign layouts are migrated or refused
+by name."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import SmallControl, random_lq
+
+import sdecontrol as sc
+from sdecontrol.controls.base import Control
+from sdecontrol.controls.build import build_control, corrected
+from sdecontrol.controls.given import given_control
+from sdecontrol.controls.guidance import (
+    AnnealedValue,
+    ClassifierValue,
+    GivenValue,
+    TweedieValue,
+    ValueControl,
+    value_network,
+)
+from sdecontrol.controls.mixture import MixtureControl
+from sdecontrol.controls.path_integral import PathIntegralControl
+from sdecontrol.controls.saved import CONTROLS, VALUES, Kinds
+from sdecontrol.evaluation.particle_solution import ParticleSettings, ParticleSolution
+from sdecontrol.evaluation.solution import SOLUTIONS, Solution
+from sdecontrol.files import bundles, migrations
+from sdecontrol.files.bundles import read_bundle, write_bundle
+from sdecontrol.processes.laws import ProductMixture
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
+
+F32, K = torch.float32, 4
+SETTINGS = {"time_steps": K, "scheme": None}
+
+
+def lq(**options):
+    return random_lq(2, seed=1, dtype=F32, **options)
+
+
+def gibbs(reference="ou"):
+    return sc.gibbs_problem(lambda x: -(x - 1).square().sum(1), 2, reference)
+
+
+class Denoiser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x, s):
+        return self.linear(x) * s.reshape(-1, 1)
+
+
+def generative():
+    sde = sc.generative_sde(Denoiser(), sc.VP(), prediction="noise", shape=(2,))
+    return sc.ControlProblem(sde, reward=lambda x: -x.square().sum(1), alpha=0.5)
+
+
+def shaken(module, seed=3):
+    """With parameters of its own: at its start a control may be zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return module
+
+
+def push(x, t):
+    return 0.3 - x
+
+
+def logits(x, *s):
+    return torch.cat((x, -x), 1)
+
+
+def mixture(problem):
+    return MixtureControl(problem, ProductMixture(torch.rand(2, 3) + 0.1, torch.randn(2, 3), torch.rand(2, 3) + 0.5))
+
+
+def user():
+    return SmallControl(2, 2, seed=7, dtype=F32)
+
+
+# kind -> problem, its control, and what is given again
+CONTROL_CASES = {
+    "zero": (lq, lambda p, c: given_control(p, None), {}),
+    "given": (lq, lambda p, c: given_control(p, push), {"control": push}),
+    "user": (lq, lambda p, c: build_control(p, c, user()), {"control": user()}),
+    "network": (lq, lambda p, c: build_control(p, c), {}),
+    "started": (lambda: lq(start="controlled"), lambda p, c: build_control(p, c), {}),
+    "tuned": (generative, lambda p, c: build_control(p, c), {}),
+    "mixture": (gibbs, lambda p, c: mixture(p), {}),
+    "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p)), {}),
+    "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c), {}),
+    "path-integral": (
+        lq,
+        lambda p, c: PathIntegralControl(p, c, given_control(p, push), num_paths=8, seed=5),
+        {"control": push},
+    ),
+}
+
+VALUE_CASES = {
+    "network": (lq, lambda p, c: value_network(p, c, 0), {}),
+    "annealed": (lambda: gibbs("annealed"), lambda p, c: AnnealedValue(p), {}),
+    "given": (
+        lq,
+        lambda p, c: GivenValue(lambda x, t: -x.square().sum(1) * t, p.alpha),
+        {"value": lambda x, t: -x.square().sum(1) * t},
+    ),
+    "tweedie": (generative, lambda p, c: TweedieValue(p, c, logits, 1), {"value": logits}),
+    "classifier": (generative, lambda p, c: ClassifierValue(p, logits, 2), {"value": logits}),
+}
+
+SOLUTION_CASES = {
+    "control": (lq, sc.RewardBackprop(), {"iterations": 2, **SETTINGS}),
+    "particles": (
+        lq,
+        sc.SMC(num_particles=16, proposal=sc.ValueGuidance(), twist="proposal"),
+        {"iterations": 2, **SETTINGS},
+    ),
+    "tempered": (gibbs, sc.TemperedSMC(num_particles=64), {}),
+    "chains": (gibbs, sc.MALA(num_chains=32, warm_up=30), {}),
+}
+
+
+@pytest.mark.parametrize(
+    "registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)]
+)
+def test_every_registered_kind_has_a_case(registry, cases):
+    assert set(registry._classes) == set(cases)
+
+
+@pytest.mark.parametrize("kind", CONTROLS._classes)
+def test_controls_survive_their_files(tmp_path, kind):
+    make, build, given = CONTROL_CASES[kind]
+    problem = make()
+    control = shaken(build(problem, problem.chain(K)))
+    solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
+    solution.save(tmp_path)
+    again = sc.load(tmp_path, problem, **given)
+    assert type(again.control) is type(control) and CONTROLS.describe(again.control) == CONTROLS.describe(control)
+    assert CONTROLS.describe(control)["kind"] == kind
+    assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+    if given:
+        with pytest.raises(TypeError, match=r"give it again as load\(..., control=module\)"):
+            sc.load(tmp_path, problem)
+
+
+@pytest.mark.parametrize("kind", VALUES._classes)
+def test_values_survive_their_files(tmp_path, kind):
+    make, build, given = VALUE_CASES[kind]
+    problem = make()
+    value = shaken(build(problem, problem.chain(K)))
+    plain = given_control(problem, None)
+    facts = {"particles": ParticleSettings(8, bound=1.5), "method": "as it is", "settings": SETTINGS}
+    ParticleSolution(problem, plain, twist=value, **facts).save(tmp_path)
+    again = sc.load(tmp_path, problem, **given)
+    assert isinstance(again, ParticleSolution) and again.particles == facts["particles"]
+    assert again.twist is not None and type(again.twist) is type(value)
+    assert VALUES.describe(again.twist) == VALUES.describe(value)
+    x, t = torch.randn(5, 2), torch.tensor(0.4)
+    assert torch.equal(again.twist.at(x, t), value.at(x, t))
+    if given:
+        with pytest.raises(TypeError, match=r"give it again as load\(..., value=function\)"):
+            sc.load(tmp_path, problem)
+
+
+@pytest.mark.parametrize("kind", SOLUTIONS._classes)
+def test_solutions_survive_their_files(tmp_path, kind):
+    make, method, options = SOLUTION_CASES[kind]
+    problem = make()
+    solution = sc.solve(problem, method, batch_size=64, seed=0, progress=False, **options)
+    solution.save(tmp_path)
+    again = sc.load(tmp_path, problem)
+    assert type(again) is type(solution) and SOLUTIONS.describe(again) == SOLUTIONS.describe(solution)
+    assert SOLUTIONS.describe(solution)["kind"] == kind
+    assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+    assert again.history == solution.history and type(again.settings) is dict
+
+
+# ------------------------------------------------------------------------------------------------ a user's own
+
+
+class Pull(Control):
+    """Of a user: towards a point that is trained."""
+
+    def __init__(self, problem, strength):
+        super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
+        self.strength, self.point = strength, torch.nn.Parameter(torch.zeros(2))
+
+    @property
+    def configuration(self):
+        return {"strength": self.strength}
+
+    @classmethod
+    def from_saved(cls, saved, context):
+        return cls(context.problem, saved["strength"])
+
+    def at(self, x, t, y=None):
+        return self.strength * (self.point - x)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(CONTROLS, "_classes", dict(CONTROLS._classes))
+
+
+def trained(problem, control):
+    return sc.solve(problem, control=control, time_steps=K, iterations=2, batch_size=64, seed=0, progress=False)
+
+
+def test_a_registered_class_of_a_user_needs_not_be_given_again(tmp_path, registries):
+    problem = lq()
+    unregistered = trained(problem, Pull(problem, 0.5))
+    unregistered.save(tmp_path / "given")
+    with pytest.raises(TypeError, match=r"load\(..., control=module\)"):
+        sc.load(tmp_path / "given", problem)
+    given = sc.load(tmp_path / "given", problem, control=Pull(problem, 0.5))
+    assert sc.Control.register("pull")(Pull) is Pull
+    solution = trained(problem, Pull(problem, 0.5))
+    solution.save(tmp_path / "made")
+    again = sc.load(tmp_path / "made", problem)
+    assert isinstance(again.control, Pull) and again.control.strength == 0.5
+    assert isinstance(solution.control, Pull) and again.control.point.any()
+    assert torch.equal(again.control.point, solution.control.point)
+    for loaded in (again, given):
+        assert torch.equal(loaded.sample(32, seed=2), solution.sample(32, seed=2))
+
+
+def test_a_subclass_of_a_registered_class_is_not_taken_for_it(tmp_path, registries):
+    sc.Control.register("pull")(Pull)
+
+    class Push(Pull):
+        def at(self, x, t, y=None):
+            return -super().at(x, t, y)
+
+    problem = lq()
+    trained(problem, Push(problem, 0.5)).save(tmp_path)
+    with pytest.raises(TypeError, match=r"load\(..., control=module\)"):
+        sc.load(tmp_path, problem)
+
+
+def test_a_kind_has_one_class_that_can_be_made_again(registries):
+    with pytest.raises(ValueError, match="'network' of control is that of DefaultControl"):
+        sc.Control.register("network")(Pull)
+    with pytest.raises(TypeError, match="Bare needs a classmethod from_saved"):
+        sc.Control.register("bare")(type("Bare", (Control,), {}))
+    for _ in range(2):  # as a cell of a notebook does
+        sc.Control.register("pull")(Pull)
+    with pytest.raises(TypeError, match="a list cannot be saved: its class is no registered kind of thing"):
+        Kinds("thing").describe([])
+
+
+# ------------------------------------------------------------------------------------------------ other layouts
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    problem, folder = lq(), tmp_path_factory.mktemp("written")
+    solution = trained(problem, None)
+    solution.save(folder)
+    return problem, solution, *read_bundle(folder, "solution", "solution")
+
+
+def rewritten(folder, written, change):
+    """The bundle with its settings changed, and right checksums."""
+    _, _, tensors, settings = written
+    settings = copy.deepcopy({k: v for k, v in settings.items() if k not in ("tensors", "sha256", "settings_sha256")})
+    change(settings)
+    write_bundle(folder, "solution", tensors, settings)
+
+
+UNREADABLE = {
+    "a newer schema": (
+        lambda s: s.update(schema=migrations.SCHEMA + 1),
+        "schema number 3.*reads 1 to 2.*version that wrote",
+    ),
+    "a schema of words": (lambda s: s.update(schema="two"), "schema number 'two'"),
+    "a schema that is true": (lambda s: s.update(schema=True), "schema number True"),
+    "schema 0": (lambda s: s.update(schema=0), "schema number 0"),
+    "an unknown control": (
+        lambda s: s["control"].update(kind="spline"),
+        "control of the unknown kind 'spline'; known: .*network",
+    ),
+    "a control without kind": (lambda s: s["control"].pop("kind"), "the control has no field 'kind'"),
+    "a control without a field": (lambda s: s["control"].pop("hidden"), "the control has no field 'hidden'"),
+    "a control of words": (lambda s: s.update(control="network"), "the control must say what it is"),
+    "an unknown solution": (
+        lambda s: s["solution"].update(kind="oracle"),
+        "solution of the unknown kind 'oracle'; known: .*tempered",
+    ),
+    "particles without settings": (
+        lambda s: s["solution"].update(kind="particles"),
+        "the solution has no field 'twist'",
+    ),
+    "no fingerprint": (lambda s: s.pop("problem"), "no field 'problem'"),
+    "another kind of file": (lambda s: s.update(kind="checkpoint"), "holds a 'checkpoint', not a 'solution'"),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, written, what):
+    change, message = UNREADABLE[what]
+    rewritten(tmp_path, written, change)
+    with pytest.raises(sc.BadFileError, match=message):
+        sc.load(tmp_path, written[0])
+
+
+FIRST = """{"format": "sdecontrol-1", "kind": "solution", "method": "reward-backprop", "seed": 0, "reproducible": true,
+"settings": {"time_steps": 4, "scheme": null}, "history": [], "details": {}, %s,
+"control": {"kind": "network", "hidden": [64, 64], "condition_size": 0, "classes": 0, "gate": true,
+"nonlinear": false}}"""
+MORE = {
+    "control": '"details": {}',
+    "particles": '"particles": {"num_particles": 16, "ess_threshold": 0.5, "resampling": "systematic", "selection": '
+    '"weights", "independent": false, "bound": null}, "twist": {"kind": "network", "hidden": [64, 64], '
+    '"condition_size": 0, "classes": 0}',
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeypatch):
+    """As the first versions wrote them, up to commit 7dae2a9: what a kind of solution has stands beside what all
+    have."""
+    problem, solution, tensors, settings = written
+    twist = value_network(problem, problem.chain(K), 0)
+    if kind == "particles":
+        tensors = tensors | {f"twist.{name}": value for name, value in twist.state_dict().items()}
+    body = {**json.loads(FIRST % MORE[kind]), "problem": settings["problem"]}
+    monkeypatch.setattr(bundles, "SCHEMA", 1)
+    write_bundle(tmp_path, "solution", tensors, body)
+    monkeypatch.undo()
+    path = tmp_path / "solution.json"
+    body = json.loads(path.read_text())
+    del body["schema"]
+    body["settings_sha256"] = bundles._checksum(body)
+    path.write_text(json.dumps(body))
+    again = sc.load(tmp_path, problem)
+    if kind == "control":
+        assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+    else:
+        x, t = torch.randn(5, 2), torch.tensor(0.4)
+        assert isinstance(again, ParticleSolution) and again.twist is not None and again.particles.num_particles == 16
+        assert torch.equal(again.twist.at(x, t), twist.at(x, t))
+        assert torch.equal(again.control(x, t), solution.control(x, t))
+    again.save(tmp_path / "anew")
+    assert json.loads((tmp_path / "anew" / "solution.json").read_text())["schema"] == migrations.SCHEMA
+    assert type(sc.load(tmp_path / "anew", problem)) is type(again)
+
+
+def test_checkpoints_without_a_schema_number_are_resumed(tmp_path):
+    def run(folder, iterations, **more):
+        options = {"time_steps": K, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_dir": folder}
+        return sc.solve(lq(), iterations=iterations, checkpoint_every=2, **options, **more)
+
+    def age(folder):
+        for path in Path(folder).glob("checkpoint-*.json"):
+            body = json.loads(path.read_text())
+            del body["schema"], body["identity"]["cooling"]
+            body["format"] = "sdecontrol-1"
+            body["settings_sha256"] = bundles._checksum(body)
+            path.write_text(json.dumps(body))
+
+    for name in ("old", "new"):
+        run(tmp_path / name, 4)
+    age(tmp_path / "old")
+    old, new = (run(tmp_path / name, 6, resume=True) for name in ("old", "new"))
+    assert old.iterations == 6 and torch.equal(old.sample(32, seed=2), new.sample(32, seed=2))
