@@ -21,6 +21,7 @@ import torch
 import typer
 
 import sdecontrol as sc
+from sdecontrol.evaluation.solution import Solution
 from sdecontrol.library.problems import problem_card
 
 from .cells import store, versions
@@ -64,7 +65,7 @@ class _Curve:
         if self.seconds >= self.next:
             self.measure(state.solution())
 
-    def measure(self, solution: sc.Solution, n: int = 512) -> None:
+    def measure(self, solution: Solution, n: int = 512) -> None:
         spent, start = self.seconds, time.process_time()
         errors = {name: sc.control_error(solution, exact, n=n).absolute.value for name, exact in self.exact.items()}
         self.points.append({"cpu_seconds": spent, "iterations": self.iterations, **errors})

@@ -25,6 +25,7 @@ from sdecontrol.comparison.costs import measuring
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.particle_solution import ParticleSolution
+from sdecontrol.evaluation.solution import Solution
 
 from . import digits_problem as digit
 from .cells import store, versions
@@ -144,7 +145,7 @@ def _stamp(arguments: str) -> dict[str, Any]:
     }
 
 
-def _measure(solution: sc.Solution, n: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
+def _measure(solution: Solution, n: int, seed: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """``n`` samples, and reward, KL, ELBO and log Z from these very samples."""
     problem, alpha = solution.problem, solution.problem.alpha
     if not isinstance(solution, ParticleSolution):

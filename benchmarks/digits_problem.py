@@ -230,7 +230,7 @@ def properties(x: Tensor, tilt: Tilt) -> dict[str, Any]:
         "class_entropy": float(torch.special.entr(shares).sum()),
         "nearest_other": _number(_nearest_other(x)),
         "nearest_training": _number(mean_estimate(_to_training(x))),
-        "sliced_wasserstein": sc.sliced_wasserstein(x, target, directions=200),
+        "sliced_wasserstein": sc.metrics.sliced_wasserstein(x, target, directions=200),
     }
 
 

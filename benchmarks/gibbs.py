@@ -25,6 +25,7 @@ from sdecontrol.evaluation.chain_solution import ChainSolution
 from sdecontrol.evaluation.tempered_solution import TemperedSolution
 from sdecontrol.library.target_base import Target
 from sdecontrol.methods.base import Run
+from sdecontrol.problems.gibbs import GibbsProblem
 from sdecontrol.randomness import derive_seed
 
 from .cells import store, versions
@@ -96,7 +97,7 @@ ROWS: dict[str, Row] = {
 CORE_ROWS = ("smc", "auto", "path integral sampler", "log-variance, ou", "adjoint sampling")
 
 
-def _train(problem: sc.GibbsProblem, row: Row, budget: float, seed: int) -> tuple[Any, dict[str, Any]]:
+def _train(problem: GibbsProblem, row: Row, budget: float, seed: int) -> tuple[Any, dict[str, Any]]:
     """Solve within the budget: rounds of auto end by time; trained methods get the number of iterations that ten of
     them promise."""
     settings: dict[str, Any] = {"seed": seed, "progress": False}
@@ -136,7 +137,7 @@ def _estimate(solution: Any, left: float, seed: int) -> Any:
 
 def run_cell(label: str, name: str, seed: int, budget: float) -> dict[str, Any]:
     """Solve one target by one row, and measure; ``failed`` says why there is nothing to measure."""
-    row, target = ROWS[label], sc.named_target(name)
+    row, target = ROWS[label], sc.library.named_target(name)
     counted = Counted(target)
     out: dict[str, Any] = {
         "row": label,
@@ -183,7 +184,7 @@ def _measured(solution: Any, target: Any, seed: int) -> dict[str, Any]:
     samples = solution.sample(_DRAWN, seed=derive_seed(seed, _SAMPLES)).double()
     exact = target.sample(_DRAWN, seed=derive_seed(seed, _EXACT)) if target.has_samples else None
     if exact is not None:
-        out["sliced_w1"] = sc.sliced_wasserstein(samples, exact, seed=seed)
+        out["sliced_w1"] = sc.metrics.sliced_wasserstein(samples, exact, seed=seed)
     if target.modes is not None:
         nearest = torch.cdist(samples, target.modes).argmin(1)
         out["modes"] = [len(nearest.unique()), len(target.modes)]

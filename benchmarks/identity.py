@@ -32,6 +32,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.evaluation.solution import Solution
+from sdecontrol.paths.paths import Paths
+from sdecontrol.problems.gibbs import GibbsProblem
 
 F32, F64 = torch.float32, torch.float64
 STEPS, BATCH, PATHS, SAMPLES = 4, 32, 128, 16
@@ -197,7 +201,7 @@ def chain_problem(
     return sc.ControlProblem(reference, reward=options.pop("reward", well), alpha=0.8, **options)
 
 
-def gibbs(reference: str = "ou", dtype: torch.dtype = F64, **options: Any) -> sc.GibbsProblem:
+def gibbs(reference: str = "ou", dtype: torch.dtype = F64, **options: Any) -> GibbsProblem:
     options = {"scale": 1.8, "centre": 0.2, **options}
     log_density = options.pop("density", density)
     return sc.gibbs_problem(log_density, options.pop("dim", 2), reference, dtype=dtype, **options)
@@ -297,7 +301,7 @@ def push(problem: sc.ControlProblem) -> Callable[..., Tensor]:
 # ---------------------------------------------------------------- simulation
 
 
-def of_paths(paths: sc.Paths, other: Any = None) -> dict[str, Any]:
+def of_paths(paths: Paths, other: Any = None) -> dict[str, Any]:
     """All that is asked of paths with likelihoods."""
     out = {
         "times": paths.times,
@@ -323,10 +327,10 @@ def simulated(problem: sc.ControlProblem, scheme: str | None = None) -> dict[str
     control, steps = push(problem), steps_of(problem)
     given: dict[str, Any] = {"time_steps": steps, "scheme": scheme, "seed": 1}
 
-    def run(n: int = SAMPLES, control: Any = control, **options: Any) -> sc.Paths:
+    def run(n: int = SAMPLES, control: Any = control, **options: Any) -> Paths:
         return sc.simulate(problem, n, control, **{**given, **options})
 
-    weights = lambda paths: sc.log_weights(problem, paths)  # noqa: E731
+    weights = lambda paths: log_weights(problem, paths)  # noqa: E731
     whole, ends, reference = run(), run(keep="end"), run(control=None)
     out: dict[str, Any] = {
         "all": of_paths(whole, lambda x, t, *y: 0.5 * control(x, t)),
@@ -403,7 +407,7 @@ _solvers()
 # ---------------------------------------------------------------- solutions
 
 
-def history_of(solution: sc.Solution) -> dict[str, Any]:
+def history_of(solution: Solution) -> dict[str, Any]:
     names = sorted({name for row in solution.history for name in row if not _LEFT_OUT.search(name)})
     return {n: torch.tensor([row.get(n, math.nan) for row in solution.history], dtype=F64) for n in names}
 
@@ -422,7 +426,7 @@ def file_of(folder: Path) -> dict[str, Any]:
     }
 
 
-def of_solution(solution: sc.Solution, brief: bool = False) -> dict[str, Any]:
+def of_solution(solution: Solution, brief: bool = False) -> dict[str, Any]:
     problem = solution.problem
     out: dict[str, Any] = {
         "facts": [solution.method, solution.iterations, solution.seed, solution.reproducible, dict(solution.settings)],
@@ -933,7 +937,7 @@ EXACT: dict[str, Callable[[], Any]] = {
             STEPS,
         )
     ),
-    "inverse": lambda: of_exact(sc.exact_solution(sc.mixture_inverse_problem(1, 0, 2))),
+    "inverse": lambda: of_exact(sc.exact_solution(sc.library.mixture_inverse_problem(1, 0, 2))),
 }
 for _name, _way in EXACT.items():
     CASES[f"exact/{_name}"] = _way
@@ -1037,17 +1041,17 @@ def _metrics() -> Any:
     a, b, w = normal(40, 2, seed=1), 0.8 * normal(30, 2, seed=2) + 0.3, normal(40, seed=3)
     modes = torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=F64)
     return {
-        "wasserstein": [sc.wasserstein(a, b), sc.wasserstein(a, b, w)],
-        "sinkhorn": sc.sinkhorn(a, b),
+        "wasserstein": [sc.metrics.wasserstein(a, b), sc.metrics.wasserstein(a, b, w)],
+        "sinkhorn": sc.metrics.sinkhorn(a, b),
         "sliced": [
-            sc.sliced_wasserstein(a, b, directions=50),
-            sc.sliced_wasserstein(a, b, order=2, seed=1, log_weights_a=w),
+            sc.metrics.sliced_wasserstein(a, b, directions=50),
+            sc.metrics.sliced_wasserstein(a, b, order=2, seed=1, log_weights_a=w),
         ],
-        "mmd": [sc.mmd(a, b), sc.mmd(a, b, 0.7, w)],
-        "energy": [sc.energy_wasserstein(a, b, density), sc.energy_wasserstein(a, b, density, w)],
+        "mmd": [sc.metrics.mmd(a, b), sc.metrics.mmd(a, b, 0.7, w)],
+        "energy": [sc.metrics.energy_wasserstein(a, b, density), sc.metrics.energy_wasserstein(a, b, density, w)],
         "coverage": [
-            sc.mode_coverage(a, modes, radius=1.0),
-            sc.mode_coverage(a, modes, log_weights=w, weights=modes[:, 1] + 1),
+            sc.metrics.mode_coverage(a, modes, radius=1.0),
+            sc.metrics.mode_coverage(a, modes, log_weights=w, weights=modes[:, 1] + 1),
         ],
     }
 
@@ -1205,7 +1209,7 @@ def _processes() -> Any:
         problem = make()
         out.append([name, problem.memory, problem.start, problem.reference.describe(), problem.draw_start(3, 1)])
         out.append([problem.has_gradient, str(problem.dtype), problem.horizon, repr(problem)])
-        if isinstance(problem, sc.GibbsProblem):
+        if isinstance(problem, GibbsProblem):
             out.append(
                 [
                     problem.centre,
@@ -1290,10 +1294,10 @@ def _foreign() -> Any:
 
 @case("library/problems")
 def _library() -> Any:
-    out: dict[str, Any] = {"names": sc.problem_names()}
-    for name in sc.problem_names():
+    out: dict[str, Any] = {"names": sc.library.problem_names()}
+    for name in sc.library.problem_names():
         for noise in (1.0, 0.5):
-            problem = sc.named_problem(name, noise)
+            problem = sc.library.named_problem(name, noise)
             paths = sc.simulate(problem, 8, None, STEPS, seed=1)
             out[f"{name} {noise}"] = [paths.states, paths.running_cost, problem.reward(paths.samples), problem.alpha]
     return out
@@ -1301,13 +1305,13 @@ def _library() -> Any:
 
 @case("library/targets")
 def _targets() -> Any:
-    out: dict[str, Any] = {"names": sc.target_names()}
-    for name in sc.target_names():
-        target, card = sc.named_target(name), sc.target_card(name)
+    out: dict[str, Any] = {"names": sc.library.target_names()}
+    for name in sc.library.target_names():
+        target, card = sc.library.named_target(name), sc.library.target_card(name)
         x = normal(6, target.dim, seed=2)
         out[name] = [target(x), target(x.float()), target.dim, target.log_z, card.definition, card.version]
     for name in ("gmm9", "many-well-5"):
-        found = sc.reference_samples(name, 50, 1, systems=4, particles=64, moves=2)
+        found = sc.library.reference_samples(name, 50, 1, systems=4, particles=64, moves=2)
         out[f"samples of {name}"] = [found.x, found.mean, found.mean_stderr, found.log_density, found.log_z]
     return out
 
@@ -1315,8 +1319,8 @@ def _targets() -> Any:
 @case("library/solved")
 def _library_solved() -> Any:
     names = ("ou-linear", "double-well-1d", "pendulum-swing-up", "unicycle", "ring-steering")
-    out = {name: solved(sc.named_problem(name), sc.RewardBackprop("adjoint")) for name in names}
-    target = sc.named_target("funnel")
+    out = {name: solved(sc.library.named_problem(name), sc.RewardBackprop("adjoint")) for name in names}
+    target = sc.library.named_target("funnel")
     return {**out, "funnel": solved(sc.gibbs_problem(target, target.dim, seed=0), sc.LogVariance())}
 
 

@@ -25,6 +25,7 @@ import sdecontrol as sc
 from sdecontrol.comparison.costs import measuring
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.saved import CONTROLS
+from sdecontrol.evaluation.solution import Solution
 from sdecontrol.exact.mixtures import MixtureSolution
 from sdecontrol.library.inverse import mixture_observation
 from sdecontrol.processes.generative import GenerativeSDE
@@ -74,7 +75,7 @@ def _exact(problem: sc.ControlProblem, budget: float, seed: int) -> Any:
     return sc.exact_solution(problem)
 
 
-def _exact_value(problem: sc.ControlProblem, budget: float, seed: int) -> sc.Solution:
+def _exact_value(problem: sc.ControlProblem, budget: float, seed: int) -> Solution:
     value = sc.exact_solution(problem).value
     return sc.solve(problem, sc.ValueGuidance(value), time_steps=TIME_STEPS, seed=seed, progress=False)
 
@@ -96,7 +97,7 @@ class _Classifier(nn.Module):
         return torch.cat((torch.zeros_like(logit), logit), 1)
 
 
-def _classifier_guidance(problem: sc.ControlProblem, budget: float, seed: int) -> sc.Solution:
+def _classifier_guidance(problem: sc.ControlProblem, budget: float, seed: int) -> Solution:
     """A classifier of noisy states is trained on noised draws of the prior, then guides. Its label is "accepted", of
     probability ``p(y | x) / max p(y | .)``: the classifier that is right at every time has the exact value, up to a
     constant, as its log-probability."""
@@ -171,7 +172,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int, scheme: Any = None) -> sc.Solution:
+def _particle_matching(problem: sc.ControlProblem, budget: float, seed: int, scheme: Any = None) -> Solution:
     """With its defaults, and as many iterations as the budget pays for: a run of few particles and one of ten
     iterations more are timed."""
     method, few, costs = sc.ParticleMatching(), 256, []
@@ -209,9 +210,9 @@ def _distances(samples: Tensor, exact: MixtureSolution, seed: int) -> dict[str, 
     resp, own = posterior.responsibilities(samples).nan_to_num(0.0), posterior.responsibilities(truth)
     residual = samples - posterior.means[resp.argmax(1)]
     return {
-        "sliced_w1": sc.sliced_wasserstein(samples, truth, seed=seed),
+        "sliced_w1": sc.metrics.sliced_wasserstein(samples, truth, seed=seed),
         "modes_tv": 0.5 * float((resp.mean(0) - posterior.weights).abs().sum()),
-        "within_w1": sc.sliced_wasserstein(residual, truth - posterior.means[own.argmax(1)], seed=seed),
+        "within_w1": sc.metrics.sliced_wasserstein(residual, truth - posterior.means[own.argmax(1)], seed=seed),
         "escaped": float((samples.abs().amax(1) > _FAR).float().mean()),
         "shares": {
             str(i): [float(posterior.weights[i]), float(resp.mean(0)[i])]
@@ -224,7 +225,7 @@ def _distances(samples: Tensor, exact: MixtureSolution, seed: int) -> dict[str, 
 def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[str, Any]:
     """Solve one problem by one row, and measure; ``failed`` says why there is nothing to measure."""
     row = ROWS[label]
-    problem = sc.mixture_inverse_problem(observations, seed)
+    problem = sc.library.mixture_inverse_problem(observations, seed)
     exact = sc.exact_solution(problem)
     assert isinstance(exact, MixtureSolution)
     method = row.run if isinstance(row.run, sc.Method) else None
@@ -289,11 +290,11 @@ def _cell_path(results: Path, label: str, observations: int, seed: int, budget: 
 
 def _warm_up() -> None:
     """Else the first cell would pay for code that is loaded on its first use."""
-    problem = sc.mixture_inverse_problem(1, 0)
+    problem = sc.library.mixture_inverse_problem(1, 0)
     with contextlib.suppress(ValueError, RuntimeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         samples = sc.solve(problem, sc.ValueGuidance("tweedie"), time_steps=2, seed=0, progress=False).sample(64, 0)
-        sc.sliced_wasserstein(samples, samples)
+        sc.metrics.sliced_wasserstein(samples, samples)
 
 
 def mixture(

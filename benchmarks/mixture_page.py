@@ -193,8 +193,8 @@ def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
         "",
         "A pre-trained diffusion model whose data are 25 Gaussians on a grid (d = 8, distance 8 in every coordinate) "
         "is tuned to, or guided towards, the posterior given `dy` noisy linear observations: reward `log p(y | x)`, "
-        "alpha = 1 (`sc.mixture_inverse_problem(dy, seed)`). Everything is closed form, so all distances are to the "
-        "truth. Twenty problems for each dy; rows that train have fewer, as the number in brackets says.",
+        "alpha = 1 (`sc.library.mixture_inverse_problem(dy, seed)`). Everything is closed form, so all distances are "
+        "to the truth. Twenty problems for each dy; rows that train have fewer, as the number in brackets says.",
         "",
         "## Distance to the exact posterior",
         "",

@@ -52,7 +52,7 @@ def main(quick: bool = False) -> None:
         torch.manual_seed(3)
         exact, again = posterior(y).sample((4096,)), posterior(y).sample((4096,))
         tuned = solution.sample(4096, seed=4, condition=y)
-        distances = (sc.sliced_wasserstein(x, exact) for x in (untuned, tuned, again))
+        distances = (sc.metrics.sliced_wasserstein(x, exact) for x in (untuned, tuned, again))
         print(f"  y = {y:<31g}" + "".join(f"{d:10.3f}" for d in distances))
 
 

@@ -30,7 +30,7 @@ def main(quick: bool = False) -> None:
         ("tuned", solution.sample(4096, seed=3)),
         ("exact", exact.sample(4096, seed=4)),
     ):
-        print(f"sliced W1 to the exact tilt, {name:<8} {sc.sliced_wasserstein(x, target):.3f}")
+        print(f"sliced W1 to the exact tilt, {name:<8} {sc.metrics.sliced_wasserstein(x, target):.3f}")
 
 
 if __name__ == "__main__":

@@ -2,33 +2,25 @@
 
 Fine-tuning a diffusion model, driving a stochastic system and sampling an unnormalised density are one problem,
 ``min_u KL(P^u || Q_fine)``: state it as a :class:`ControlProblem`, then :func:`solve` it.
+
+Flat names are what users write: problems, processes, rewards, methods, verbs and errors. Distances between samples are
+in ``sc.metrics``, named problems and targets in ``sc.library``; types that are only returned live where they are made.
 """
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from .chains.noise_driven import discrete_dynamics
 from .chains.pretrained import diffusion_chain
 from .comparison.auto import Auto
-from .comparison.compare import Comparison, compare
-from .comparison.recommend import Advice, recommend
+from .comparison.compare import compare
+from .comparison.recommend import recommend
 from .controls.base import Control
 from .errors import BadFileError, ImproperTarget, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
-from .evaluation.certificates import Certificate, certify
-from .evaluation.estimates import Estimate
-from .evaluation.evaluate import Evaluation, log_weights
-from .evaluation.metrics import (
-    control_error,
-    energy_wasserstein,
-    mmd,
-    mode_coverage,
-    sinkhorn,
-    sliced_wasserstein,
-    wasserstein,
-)
-from .evaluation.solution import Solution
+from .evaluation.certificates import certify
+from .evaluation.metrics import control_error
 from .exact import exact_solution
-from .library.inverse import mixture_inverse_problem
-from .library.problems import named_problem, problem_names
-from .library.reference_samples import ReferenceSamples, reference_samples
-from .library.targets import named_target, target_card, target_names
 from .methods import (
     HMC,
     MALA,
@@ -53,10 +45,8 @@ from .methods import (
     TemperedSMC,
     ValueGuidance,
 )
-from .paths.paths import Paths
-from .paths.solvers import SolvedPaths
 from .problems.f_divergence import FDivergence
-from .problems.gibbs import GibbsProblem, gibbs_problem
+from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
 from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
 from .problems.sampling import log_likelihood
@@ -72,6 +62,9 @@ from .training.fit_bridge import fit_bridge
 from .training.fit_score import fit_score
 from .training.solve import load, solve
 
+if TYPE_CHECKING:
+    from . import library, metrics
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -84,29 +77,23 @@ __all__ = [
     "VE",
     "VP",
     "AdjointMatching",
-    "Advice",
     "Auto",
     "BadFileError",
     "BestOfN",
     "BridgeMatching",
     "BrownianMotion",
     "Callback",
-    "Certificate",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
-    "Comparison",
     "Control",
     "ControlProblem",
     "CosineVP",
     "CrossEntropy",
     "Dirac",
-    "Estimate",
-    "Evaluation",
     "FDivergence",
     "FlowMatching",
     "Gaussian",
     "GaussianMixture",
-    "GibbsProblem",
     "ImproperTarget",
     "Linear",
     "LinearSDE",
@@ -121,17 +108,13 @@ __all__ = [
     "ParticleMatching",
     "PathConsistency",
     "PathIntegralGuidance",
-    "Paths",
     "Quadratic",
     "QuadraticCost",
-    "ReferenceSamples",
     "Reinforce",
     "RewardBackprop",
     "RewardWeightedMLE",
     "SemilinearSDE",
     "SoftPPO",
-    "Solution",
-    "SolvedPaths",
     "TemperedSMC",
     "ValueGuidance",
     "certify",
@@ -139,28 +122,60 @@ __all__ = [
     "control_error",
     "diffusion_chain",
     "discrete_dynamics",
-    "energy_wasserstein",
     "exact_solution",
     "fit_bridge",
     "fit_score",
     "generative_sde",
     "gibbs_problem",
+    "library",
     "load",
     "log_likelihood",
-    "log_weights",
-    "mixture_inverse_problem",
-    "mmd",
-    "mode_coverage",
-    "named_problem",
-    "named_target",
-    "problem_names",
+    "metrics",
     "recommend",
-    "reference_samples",
     "simulate",
-    "sinkhorn",
-    "sliced_wasserstein",
     "solve",
-    "target_card",
-    "target_names",
-    "wasserstein",
 ]
+
+_LATER = ("library", "metrics")  # modules that are imported when they are used
+
+#: names that were flat in 0.1.0 -> the module that has them now
+_MOVED = {
+    "Advice": "sdecontrol.comparison.recommend",
+    "Certificate": "sdecontrol.evaluation.certificates",
+    "Comparison": "sdecontrol.comparison.compare",
+    "Estimate": "sdecontrol.evaluation.estimates",
+    "Evaluation": "sdecontrol.evaluation.evaluate",
+    "GibbsProblem": "sdecontrol.problems.gibbs",
+    "Paths": "sdecontrol.paths.paths",
+    "ReferenceSamples": "sdecontrol.library",
+    "Solution": "sdecontrol.evaluation.solution",
+    "SolvedPaths": "sdecontrol.paths.solvers",
+    "energy_wasserstein": "sdecontrol.metrics",
+    "log_weights": "sdecontrol.evaluation.evaluate",
+    "mixture_inverse_problem": "sdecontrol.library",
+    "mmd": "sdecontrol.metrics",
+    "mode_coverage": "sdecontrol.metrics",
+    "named_problem": "sdecontrol.library",
+    "named_target": "sdecontrol.library",
+    "problem_names": "sdecontrol.library",
+    "reference_samples": "sdecontrol.library",
+    "sinkhorn": "sdecontrol.metrics",
+    "sliced_wasserstein": "sdecontrol.metrics",
+    "target_card": "sdecontrol.library",
+    "target_names": "sdecontrol.library",
+    "wasserstein": "sdecontrol.metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _MOVED:
+        place = _MOVED[name]
+        warnings.warn(f"sdecontrol.{name} has moved: use {place}.{name}.", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(place), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

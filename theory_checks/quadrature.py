@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import sdecontrol as sc
+from sdecontrol.paths.paths import Paths
 
 __all__ = ["Node", "NoiseNodes"]
 
@@ -33,7 +34,7 @@ class NoiseNodes:
         if start is not None:
             self.state = torch.as_tensor(start[0] + np.sqrt(start[1]) * grid[K])[:, None].contiguous()
 
-    def simulate(self, problem: sc.ControlProblem, control=None, **options) -> sc.Paths:
+    def simulate(self, problem: sc.ControlProblem, control=None, **options) -> Paths:
         state = self.state if "state" not in options else options.pop("state")
         count = self.noise.shape[1]
         if state is not None and state.shape[0] == 1:

@@ -13,6 +13,8 @@ from scipy import stats
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import effective_sample_size, pareto_k
+from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.paths.paths import Paths
 
 from .registry import FAMILY_WISE_ERROR
 
@@ -189,9 +191,7 @@ def _heavy(log_w: torch.Tensor) -> bool:
     return not pareto_k(log_w) < _HEAVY or effective_sample_size(log_w) * len(log_w) < 100
 
 
-def _weights(
-    problem: sc.ControlProblem, control: Any, paths: sc.Paths, reference: sc.Paths, exact: Any
-) -> Iterator[Finding]:
+def _weights(problem: sc.ControlProblem, control: Any, paths: Paths, reference: Paths, exact: Any) -> Iterator[Finding]:
     ratio, other = paths.log_ratio().double(), None
     yield _mean_is("change of measure", "E_P[dQ0/dP]", (-ratio).exp(), 1.0, _heavy(-ratio))
     with torch.no_grad():
@@ -202,7 +202,7 @@ def _weights(
     yield Finding(
         "KL >= 0", "smallest KL term", float(kl.min()), 0.0, min(0.0, float(kl.min())), None, bool(kl.min() >= 0)
     )
-    log_w, log_v = sc.log_weights(problem, paths).double(), sc.log_weights(problem, reference).double()
+    log_w, log_v = log_weights(problem, paths).double(), log_weights(problem, reference).double()
     level = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))
     both_heavy = _heavy(log_w) or _heavy(log_v)
     yield _mean_is(
@@ -235,9 +235,9 @@ def _directions(d: int) -> list[np.ndarray]:
     return rows
 
 
-def _theorems(problem: sc.ControlProblem, paths: sc.Paths, exact: Any) -> Iterator[Finding]:
+def _theorems(problem: sc.ControlProblem, paths: Paths, exact: Any) -> Iterator[Finding]:
     """Theorems 1 to 3 for the weighted paths."""
-    log_w = sc.log_weights(problem, paths).double()
+    log_w = log_weights(problem, paths).double()
     w, heavy = (log_w - float(exact.log_z)).exp(), _heavy(log_w)
     clock = [float(t) for t in paths.times]
     steps = [k for k, t in enumerate(clock) if t >= -1e-9]
@@ -269,7 +269,7 @@ def _theorems(problem: sc.ControlProblem, paths: sc.Paths, exact: Any) -> Iterat
         )
 
 
-def _gap(problem: sc.ControlProblem, paths: sc.Paths, exact: Any, evaluation: Any) -> Iterator[Finding]:
+def _gap(problem: sc.ControlProblem, paths: Paths, exact: Any, evaluation: Any) -> Iterator[Finding]:
     gap, error = evaluation.gap.value, max(evaluation.gap.stderr, 1e-12)
     p = float(stats.norm.sf(-gap / error))
     yield Finding("J <= alpha log Z", f"gap, {'exact' if evaluation.exact else 'estimated'}", gap, None, gap, p, True)

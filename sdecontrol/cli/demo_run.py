@@ -13,20 +13,17 @@ from torch import Tensor, nn
 from .. import (
     VP,
     ControlProblem,
-    Estimate,
-    Evaluation,
     LogProb,
     RewardBackprop,
     fit_score,
     generative_sde,
-    log_weights,
     simulate,
-    sliced_wasserstein,
     solve,
 )
 from ..errors import BadFileError
-from ..evaluation.estimates import effective_sample_size, log_mean_weight, mean_estimate
-from ..evaluation.evaluate import evaluate
+from ..evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
+from ..evaluation.evaluate import Evaluation, evaluate, log_weights
+from ..evaluation.metrics import sliced_wasserstein
 from ..files.bundles import register_bundle
 from ..files.contents import load_tensors, part_of, with_part
 from ..library.cache import read_cached, write_cached

@@ -307,7 +307,7 @@ def _drawn(solution: Solution, x: Tensor, log_w: Tensor, seed: int) -> Tensor:
 
 def _reference(known: Target | None, n: int, seed: int, long_runs: bool) -> Any:
     """Samples to compare with, or None."""
-    from ..library.reference_samples import reference_samples
+    from ..library.samples import reference_samples
 
     if known is None or not (known.has_samples or long_runs):
         return None

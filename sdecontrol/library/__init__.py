@@ -1,0 +1,34 @@
+"""``sc.library``: named problems and targets, fixed and versioned, with what is known of them exactly.
+
+* :func:`named_problem` makes a control problem by its name; :func:`problem_names` lists them, :func:`problem_card` says
+  what one is: its definition, version, usual steps and batch.
+* :func:`named_target` makes an unnormalised density by its name (a :class:`Target`, to give to ``sc.gibbs_problem``);
+  :func:`target_names` lists them, :func:`target_card` says what one is.
+* :func:`reference_samples` draws samples of a target to hold a sampler against: exact ones, or those of long tempered
+  runs, which the package's cache keeps (:class:`ReferenceSamples`).
+* :func:`mixture_inverse_problem` makes linear inverse problems with a Gaussian-mixture prior, of any number and
+  dimension; :func:`mixture_observation` says what was observed.
+* ``sdecontrol.library.digits`` has scikit-learn's 8x8 digits and a classifier of them.
+"""
+
+from .inverse import mixture_inverse_problem, mixture_observation
+from .problems import ProblemCard, named_problem, problem_card, problem_names
+from .samples import ReferenceSamples, reference_samples
+from .target_base import Card, Target
+from .targets import named_target, target_card, target_names
+
+__all__ = [
+    "Card",
+    "ProblemCard",
+    "ReferenceSamples",
+    "Target",
+    "mixture_inverse_problem",
+    "mixture_observation",
+    "named_problem",
+    "named_target",
+    "problem_card",
+    "problem_names",
+    "reference_samples",
+    "target_card",
+    "target_names",
+]

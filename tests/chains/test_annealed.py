@@ -20,6 +20,7 @@ from sdecontrol.methods.base import Run, find_method, method_names
 from sdecontrol.methods.on_paths import collect
 from sdecontrol.paths.gradients import Objective, backpropagate
 from sdecontrol.paths.integrator import integrate
+from sdecontrol.problems.gibbs import GibbsProblem
 from sdecontrol.problems.simulate import roll_out
 from sdecontrol.randomness import SuppliedNoise, derive_seed
 
@@ -35,7 +36,7 @@ def mixture(x: Tensor) -> Tensor:
 
 def annealed(
     density: Any = mixture, dim: int = 2, scale: Any = 1.8, dtype: torch.dtype = F64, **options: Any
-) -> sc.GibbsProblem:
+) -> GibbsProblem:
     return sc.gibbs_problem(density, dim, reference="annealed", scale=scale, centre=0.2, dtype=dtype, **options)
 
 
@@ -61,7 +62,7 @@ class Affine(nn.Module):
 
 
 def by_hand_weights(
-    problem: sc.GibbsProblem,
+    problem: GibbsProblem,
     times: list[float],
     states: Tensor,
     forward: Any,
@@ -180,7 +181,7 @@ def test_gaussian_weights_are_a_ratio_of_joint_densities(both: bool) -> None:
 # ------------------------------------------------------------------ gradients
 
 
-def _by_hand_paths(problem: sc.GibbsProblem, chain: Any, control: Any, x: Tensor, noise: Tensor) -> Tensor:
+def _by_hand_paths(problem: GibbsProblem, chain: Any, control: Any, x: Tensor, noise: Tensor) -> Tensor:
     states = [x]
     for k in range(chain.steps):
         mean, scale = chain.kernel(k, states[-1])
@@ -224,7 +225,7 @@ def test_backprop_has_the_gradient_of_the_elbo_by_hand(both: bool) -> None:
     assert len(by_hand) == 2 and all(float(g.norm()) > 0.01 for g in by_hand)
 
 
-def _cost(problem: sc.GibbsProblem, chain: Any, control: Any, x0: Tensor, noise: Tensor) -> Tensor:
+def _cost(problem: GibbsProblem, chain: Any, control: Any, x0: Tensor, noise: Tensor) -> Tensor:
     with torch.no_grad():
         paths = integrate(chain, x0, SuppliedNoise(noise), control.on_chain(chain))
         return paths.towards(problem).cost - problem.reward(paths.end) + paths.kl()
@@ -252,7 +253,7 @@ def test_log_variance_has_the_gradient_of_the_variance_of_hand_made_weights(meth
 
 
 def _run(
-    problem: sc.GibbsProblem, method: Any, control: Any, paths: str = "current", batch: int = 64, seed: int = 7
+    problem: GibbsProblem, method: Any, control: Any, paths: str = "current", batch: int = 64, seed: int = 7
 ) -> Run:
     if paths == "other":
         object.__setattr__(method, "paths", push)
@@ -308,7 +309,7 @@ def test_stored_paths_give_the_weights_of_any_control() -> None:
 
 
 def test_training_improves_on_annealed_importance_sampling_and_saves(tmp_path: Any) -> None:
-    target = sc.named_target("gmm9")
+    target = sc.library.named_target("gmm9")
     problem = sc.gibbs_problem(target, 2, reference="annealed", seed=0)
     solution = sc.solve(problem, sc.LogVariance(), time_steps=20, iterations=25, batch_size=256, seed=0, progress=False)
     plain = sc.solve(problem, sc.BestOfN(n=64, selection="softmax"), time_steps=20, seed=0)

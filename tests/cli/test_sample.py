@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sdecontrol as sc
+from sdecontrol.evaluation.estimates import Estimate
 from sdecontrol.evaluation.sample_figure import sample_figure, telling_coordinates
 
 from .conftest import only_json
@@ -150,7 +151,7 @@ def test_a_target_of_ones_own_knows_its_dimension(run) -> None:
 
 
 def test_long_runs_stand_for_exact_samples_when_asked(run, monkeypatch) -> None:
-    from sdecontrol.library import reference_samples as module
+    from sdecontrol.library import samples as module
 
     short = module.reference_samples
     monkeypatch.setattr(
@@ -198,7 +199,7 @@ def test_errors_are_one_line(run, arguments: tuple[str, ...], code: int, part: s
 def test_help_names_all_targets_and_has_examples(run) -> None:
     text = run("sample", "--help").stdout
     assert "Example:  sdecontrol sample" in text
-    for name in sc.target_names():
+    for name in sc.library.target_names():
         assert name in text
 
 
@@ -207,7 +208,8 @@ def test_help_names_all_targets_and_has_examples(run) -> None:
 
 def test_auto_learns_from_its_search_and_its_particles() -> None:
     """The second round begins with a mixture of what the first found: nearly no tempering is left on nine Gaussians."""
-    solution = sc.solve(sc.gibbs_problem(sc.named_target("gmm9"), 2, seed=0), sc.Auto(512), iterations=2, seed=0)
+    problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
+    solution = sc.solve(problem, sc.Auto(512), iterations=2, seed=0)
     assert abs(solution.history[1]["log_z"]) < 0.05 and solution.history[1]["levels"] <= 2
     assert solution.history[1]["cost"] < 0.2 * solution.history[0]["cost"]
 
@@ -216,12 +218,12 @@ def test_the_bar_shows_the_last_round_and_no_total_under_a_budget(capsys, monkey
     from sdecontrol.training import progress
 
     monkeypatch.setattr(progress, "_PLAIN_EVERY", 0.0)
-    problem = sc.gibbs_problem(sc.named_target("gmm9"), 2, seed=0)
+    problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
     solution = sc.solve(problem, sc.Auto(256), budget="0.3s", seed=0, progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == solution.iterations and not solution.reproducible
     for k, (line, row) in enumerate(zip(lines, solution.history), 1):
-        assert line.startswith(f"auto {k}, log_z {sc.Estimate(row['log_z'], row['log_z_stderr'])}, ")
+        assert line.startswith(f"auto {k}, log_z {Estimate(row['log_z'], row['log_z_stderr'])}, ")
 
 
 # ---------------------------------------------------------------- the figure
@@ -239,16 +241,16 @@ def test_telling_coordinates() -> None:
     assert pair == (1, 7) and "most dependent" in why
     x[:, 3], x[:, 4] = x[:, 3].sign() * x[:, 3].abs().exp() ** 4, x[:, 4].sign() * x[:, 4].abs().exp() ** 4
     assert telling_coordinates(x)[0] == (1, 7)  # tails are no dependence
-    x = sc.named_target("funnel").sample(2000, 1).double()
+    x = sc.library.named_target("funnel").sample(2000, 1).double()
     assert telling_coordinates(x)[0][0] == 0  # the neck's coordinate, which all others depend on
     assert telling_coordinates(x[:, :2])[0] == (0, 1) and telling_coordinates(x[:, :1])[0] == (0, 0)
 
 
 def test_the_figure_shows_what_it_is_given() -> None:
-    problem = sc.gibbs_problem(sc.named_target("gmm9"), 2, seed=0)
+    problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
     solution = sc.solve(problem, "tempered-smc", seed=0, time_steps=5)
     solution.history = [{"levels": 2.0, "log_z": z, "objective_stderr": 0.1} for z in (-9.0, -0.3, -0.1, 0.02)]
-    x = sc.named_target("gmm9").sample(500, 1)
+    x = sc.library.named_target("gmm9").sample(500, 1)
     figure, (plane, margins, bounds) = sample_figure(
         solution, x, exact=x + 1, log_z=0.0, evaluation=solution.evaluate(256, seed=1), title="gmm9"
     )

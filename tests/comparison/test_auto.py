@@ -91,7 +91,7 @@ def annulus_mean():
 def test_all_nine_modes_and_what_that_cost():
     """gmm9: log Z = 0, every mode with its ninth, a control whose own paths agree, and evaluations that are exactly the
     density's rows, spent on better beginnings: no round after the first costs more than it."""
-    target = sc.named_target("gmm9")
+    target = sc.library.named_target("gmm9")
     density = Counted(target)
     problem = sc.gibbs_problem(density, 2)
     before = density.rows
@@ -297,7 +297,7 @@ def test_other_problems_are_refused():
 @pytest.mark.parametrize("name", ["gmm40-2d", "many-well-5", "many-well-32", "funnel"])
 def test_targets_of_the_library(name):
     """log Z within 4 standard errors, or 0.1 where the error is smaller than that."""
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     solution = sc.solve(sc.gibbs_problem(target, target.dim), sc.Auto(num_particles=4096), seed=0)
     found = solution.evaluate(32768, seed=1).log_z
     assert abs(found.value - target.log_z) < max(0.1, 4 * found.stderr), (found, target.log_z)

@@ -120,7 +120,7 @@ def errors(problem: sc.ControlProblem, methods: list, column: str, **settings) -
 def test_first_choice_is_among_the_best_on_a_linear_quadratic_problem() -> None:
     """Equal time on ou-quadratic-easy, by the control's error (a gap has the floor of the chain under it): with a
     gradient the first choice is ten times better than two others; without, within a factor 2 of the best."""
-    problem = sc.named_problem("ou-quadratic-easy")
+    problem = sc.library.named_problem("ou-quadratic-easy")
     settings = {"column": "control_error", "budget": "12s", "time_steps": 50, "batch_size": 128}
     methods = [sc.recommend(problem)[0].method, sc.RewardBackprop(), sc.LogVariance()]
     first, *others = errors(problem, methods, **settings)

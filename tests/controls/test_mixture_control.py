@@ -462,7 +462,7 @@ def test_a_law_that_misses_the_left_of_every_well_is_found_out(kept):
     """many-well-32: fitted to draws right in every well, log Z^ lacks 16 log(1/0.8443) = 2.708, with a healthy reverse
     ESS; certify says so. Fitted to all draws it raises none, though its forward ESS comes from the few draws in the
     valleys between wells (1e-3 of the mass), where a mixture of narrow Gaussians is too thin."""
-    target = sc.named_target("many-well-32")
+    target = sc.library.named_target("many-well-32")
     problem = sc.gibbs_problem(target, 32, scale=2.0, centre=0.0)
     x = target.sample(20_000, 1)
     if kept == "right":  # coordinates are independent

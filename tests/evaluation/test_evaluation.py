@@ -154,12 +154,12 @@ def test_solution_weights_are_those_of_its_paths_and_unbiased():
 
 def test_distances_between_samples():
     a, b = randn(400, 2, seed=1), randn(400, 2, seed=2) + torch.tensor([3.0, 0.0], dtype=F64)
-    assert sc.wasserstein(a, a + 1.0) == pytest.approx(math.sqrt(2.0), rel=1e-9)
-    assert sc.wasserstein(a, b) == pytest.approx(3.0, abs=0.25)
-    assert sc.sliced_wasserstein(a, a) == pytest.approx(0.0, abs=1e-12)
+    assert sc.metrics.wasserstein(a, a + 1.0) == pytest.approx(math.sqrt(2.0), rel=1e-9)
+    assert sc.metrics.wasserstein(a, b) == pytest.approx(3.0, abs=0.25)
+    assert sc.metrics.sliced_wasserstein(a, a) == pytest.approx(0.0, abs=1e-12)
     both = torch.cat((a, b))
     only_a = torch.cat((torch.zeros(400), torch.full((400,), -60.0)))
-    assert sc.sliced_wasserstein(both, a, log_weights_a=only_a) == pytest.approx(0.0, abs=1e-9)
+    assert sc.metrics.sliced_wasserstein(both, a, log_weights_a=only_a) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_an_evaluation_prints_as_a_table_with_errors():

@@ -106,8 +106,8 @@ def test_a_fine_tuned_mixture_has_the_exact_tilt_as_its_terminal_law(start, sche
     allowed = 4 * (want.variance / 8192).sqrt() + 2 * want.variance.sqrt() * math.sqrt(max(ev.gap.value, 0) / 2)
     assert (error < allowed).all()
     truth = exact.sample(8192, seed=6)
-    floor = sc.sliced_wasserstein(truth, exact.sample(8192, seed=7))
-    assert sc.sliced_wasserstein(x, truth) < 4 * floor + 0.02
+    floor = sc.metrics.sliced_wasserstein(truth, exact.sample(8192, seed=7))
+    assert sc.metrics.sliced_wasserstein(x, truth) < 4 * floor + 0.02
 
 
 def test_the_bias_of_a_fixed_start_is_its_closed_form():

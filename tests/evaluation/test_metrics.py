@@ -26,7 +26,7 @@ def gaussian_mmd(distance: float, width: float, d: int) -> float:
 @pytest.mark.parametrize("mean, width", [(0.0, 1.0), (0.5, 1.0), (1.0, 2.0)])
 def test_mmd_of_gaussians_is_unbiased(mean: float, width: float) -> None:
     """Mean over 200 pairs of small samples, within 4 standard errors; the V-statistic's bias (0.04) would be more."""
-    values = torch.tensor([sc.mmd(normal(30, 2 * s), normal(40, 2 * s + 1, mean), width) for s in range(200)])
+    values = torch.tensor([sc.metrics.mmd(normal(30, 2 * s), normal(40, 2 * s + 1, mean), width) for s in range(200)])
     truth = gaussian_mmd(mean * 2**0.5, width, 2)
     error = float(values.std()) / 200**0.5
     assert abs(float(values.mean()) - truth) < 4 * error < 0.025
@@ -34,18 +34,18 @@ def test_mmd_of_gaussians_is_unbiased(mean: float, width: float) -> None:
 
 def test_mmd_of_many_samples_and_of_weighted_ones() -> None:
     a, b = normal(1500, 0), normal(1200, 1, 1.0)
-    assert sc.mmd(a, b, 1.0) == pytest.approx(gaussian_mmd(2**0.5, 1.0, 2), abs=0.03)
-    assert sc.mmd(a, b) > 0.05 > abs(sc.mmd(a, normal(1200, 2)))
+    assert sc.metrics.mmd(a, b, 1.0) == pytest.approx(gaussian_mmd(2**0.5, 1.0, 2), abs=0.03)
+    assert sc.metrics.mmd(a, b) > 0.05 > abs(sc.metrics.mmd(a, normal(1200, 2)))
     tilt = (a - 0.5).sum(1)  # weights from N(0, I) to N(1, I)
-    assert abs(sc.mmd(a, b, 1.0, tilt)) < 0.03
+    assert abs(sc.metrics.mmd(a, b, 1.0, tilt)) < 0.03
     flat = torch.zeros(1500)
-    assert sc.mmd(a, b, 1.0, flat) == pytest.approx(sc.mmd(a, b, 1.0), rel=1e-9)
+    assert sc.metrics.mmd(a, b, 1.0, flat) == pytest.approx(sc.metrics.mmd(a, b, 1.0), rel=1e-9)
     with pytest.raises(ValueError, match="samples of one size"):
-        sc.mmd(a, b[:, :1])
+        sc.metrics.mmd(a, b[:, :1])
     with pytest.raises(ValueError, match="at least two samples"):
-        sc.mmd(a, b[:1])
+        sc.metrics.mmd(a, b[:1])
     with pytest.raises(ValueError, match="bandwidth must be > 0"):
-        sc.mmd(a, b, 0.0)
+        sc.metrics.mmd(a, b, 0.0)
 
 
 def test_energy_wasserstein_of_gaussians() -> None:
@@ -53,24 +53,24 @@ def test_energy_wasserstein_of_gaussians() -> None:
     the rotation."""
     log_density = lambda x: -0.5 * x.square().sum(1)  # noqa: E731
     a, b = normal(20_000, 0, d=4), 1.5 * normal(20_000, 1, d=4)
-    assert sc.energy_wasserstein(a, b, log_density) == pytest.approx(1.25 * 2, rel=0.03)
-    assert sc.energy_wasserstein(a, a.flip(1), log_density) < 1e-12
+    assert sc.metrics.energy_wasserstein(a, b, log_density) == pytest.approx(1.25 * 2, rel=0.03)
+    assert sc.metrics.energy_wasserstein(a, a.flip(1), log_density) < 1e-12
     ratio = -0.5 * b.square().sum(1) * (1 - 1 / 1.5**2)
-    assert sc.energy_wasserstein(a, b, log_density, None, ratio) < 0.1  # reweighted to the law of a
+    assert sc.metrics.energy_wasserstein(a, b, log_density, None, ratio) < 0.1  # reweighted to the law of a
     with pytest.raises(ValueError, match="not finite in 1 of the 3 samples b"):
-        sc.energy_wasserstein(a.abs(), torch.tensor([[1.0], [0.0], [2.0]]), lambda x: x[:, 0].log())
+        sc.metrics.energy_wasserstein(a.abs(), torch.tensor([[1.0], [0.0], [2.0]]), lambda x: x[:, 0].log())
 
 
 def test_mode_coverage_counts_by_the_nearest_mode() -> None:
     modes = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
     x = torch.tensor([[0.1, 0.2], [1.0, 0.0], [9.0, 1.0], [5.1, 0.0]])
-    found = sc.mode_coverage(x, modes)
+    found = sc.metrics.mode_coverage(x, modes)
     assert found.shares.tolist() == [0.5, 0.5, 0.0] and found.hit == 2 and found.missed == [2] and found.far == 0
-    near = sc.mode_coverage(x, modes, radius=1.5)
+    near = sc.metrics.mode_coverage(x, modes, radius=1.5)
     assert (
         near.shares.tolist() == [0.5, 0.25, 0.0] and near.far == 0.25 and str(near) == "2/3 modes, 25.0% far from all"
     )
-    weighted = sc.mode_coverage(x, modes, log_weights=torch.tensor([0.0, 0.0, math.log(8.0), -math.inf]))
+    weighted = sc.metrics.mode_coverage(x, modes, log_weights=torch.tensor([0.0, 0.0, math.log(8.0), -math.inf]))
     torch.testing.assert_close(weighted.shares, torch.tensor([0.2, 0.8, 0.0], dtype=DOUBLE))
 
 
@@ -80,21 +80,21 @@ def test_a_mode_is_hit_by_a_tenth_of_its_weight() -> None:
     for rows, weights, hit in ((49, None, 1), (50, None, 2), (9, [0.9, 0.1], 1), (10, [0.9, 0.1], 2)):
         y = x.clone()
         y[:rows] = 1.0
-        found = sc.mode_coverage(y, modes, weights=None if weights is None else torch.tensor(weights))
+        found = sc.metrics.mode_coverage(y, modes, weights=None if weights is None else torch.tensor(weights))
         assert found.hit == hit and found.missed == [1] * (2 - hit)
-    assert sc.mode_coverage(x, modes, least=0.0).hit == 1  # a mode without any sample is never hit
+    assert sc.metrics.mode_coverage(x, modes, least=0.0).hit == 1  # a mode without any sample is never hit
 
 
 def test_mode_coverage_of_a_collapsed_sampler() -> None:
-    target = sc.named_target("gmm9")
+    target = sc.library.named_target("gmm9")
     assert target.modes is not None
     x = target.sample(2000, seed=0)
-    assert sc.mode_coverage(x, target.modes, radius=4 * 0.3**0.5 * 2**0.5).hit == 9
+    assert sc.metrics.mode_coverage(x, target.modes, radius=4 * 0.3**0.5 * 2**0.5).hit == 9
     one = x[(x - target.modes[4]).norm(dim=1) < 2]
-    assert sc.mode_coverage(one, target.modes).hit == 1
+    assert sc.metrics.mode_coverage(one, target.modes).hit == 1
     with pytest.raises(ValueError, match="samples and modes must have one size"):
-        sc.mode_coverage(x[:, :1], target.modes)
+        sc.metrics.mode_coverage(x[:, :1], target.modes)
     with pytest.raises(ValueError, match=r"weights must be \(9,\) positive"):
-        sc.mode_coverage(x, target.modes, weights=torch.ones(3))
+        sc.metrics.mode_coverage(x, target.modes, weights=torch.ones(3))
     with pytest.raises(ValueError, match="radius must be > 0"):
-        sc.mode_coverage(x, target.modes, radius=-1.0)
+        sc.metrics.mode_coverage(x, target.modes, radius=-1.0)

@@ -10,6 +10,7 @@ from dense_gaussian import DensePath, feedback_of, gaussian_tilt, linear_quadrat
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along
+from sdecontrol.evaluation.evaluate import log_weights
 
 close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=tol)  # noqa: E731
 
@@ -205,7 +206,7 @@ def test_simulated_optimum_has_the_closed_forms():
     problem = linear_quadratic(3, 4, seed=2, start="controlled")
     exact = sc.exact_solution(problem, 20, scheme="exact")
     paths = sc.simulate(problem, 20_000, control=exact.control, seed=1)
-    log_w = sc.log_weights(problem, paths)
+    log_w = log_weights(problem, paths)
     assert abs(float(log_w.mean() - exact.elbo)) < 4 * float(log_w.std()) / 20_000**0.5
     assert (
         abs(float((log_w - exact.log_z).exp().mean()) - 1) < 4 * float((log_w - exact.log_z).exp().std()) / 20_000**0.5
@@ -231,7 +232,7 @@ def test_times_off_the_grid_mean_their_step_and_float32_times_mean_the_grid():
 
 
 def test_outputs_have_the_problems_dtype():
-    exact = sc.exact_solution(sc.named_problem("ou-quadratic-easy"), 10)
+    exact = sc.exact_solution(sc.library.named_problem("ou-quadratic-easy"), 10)
     x = torch.zeros(3, 20)
     outputs = (
         exact.log_z,

@@ -10,6 +10,7 @@ from cases import F64, randn, spd
 from dense_gaussian import gaussian_tilt, linear_quadratic
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.processes.linear import Transition
 
 close = lambda a, b, tol=1e-10: torch.testing.assert_close(a, b, rtol=tol, atol=tol)  # noqa: E731
@@ -173,7 +174,7 @@ def test_the_continuous_control_drives_any_chain():
     problem = linear_quadratic(2, 3, seed=6, start="controlled")
     exact = sc.exact_solution(problem)
     paths = sc.simulate(problem, 4096, control=exact.control, time_steps=200, seed=0)
-    log_w = sc.log_weights(problem, paths)
+    log_w = log_weights(problem, paths)
     chain = sc.exact_solution(problem, 200)
     assert abs(float(log_w.mean() - chain.elbo)) < 4 * float(log_w.std()) / 64 + 1e-3
     x = randn(5, 2, seed=0)

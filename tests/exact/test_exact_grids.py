@@ -8,6 +8,7 @@ import torch
 from cases import F64, randn
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.exact.grid_chain import GridChainSolution
 from sdecontrol.exact.grid_process import GridSolution
 from sdecontrol.exact.grids import GridLaw
@@ -230,7 +231,7 @@ def test_log_weights_average_to_z_and_the_elbo_is_reached():
     problem = nonlinear()
     exact = sc.exact_solution(problem, 20)
     paths = sc.simulate(problem, 20_000, control=exact.control, time_steps=20, seed=0)
-    log_w = sc.log_weights(problem, paths)
+    log_w = log_weights(problem, paths)
     ratio = (log_w - exact.log_z).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / 20_000**0.5 and float(ratio.std()) < 0.5
     assert abs(float(log_w.mean() - exact.elbo)) < 4 * float(log_w.std()) / 20_000**0.5
@@ -248,7 +249,7 @@ def test_log_weights_average_to_z_and_the_elbo_is_reached():
 def wells():
     before = torch.get_default_dtype()
     torch.set_default_dtype(F64)
-    problem = sc.named_problem("double-well")
+    problem = sc.library.named_problem("double-well")
     made = problem, sc.exact_solution(problem), sc.exact_solution(problem, 200)
     torch.set_default_dtype(before)
     return made
@@ -276,7 +277,7 @@ def test_double_well_published_figures(wells):
 @pytest.mark.slow
 def test_double_well_in_continuous_time_has_0_635():
     """On fine Euler paths, extrapolated: E|u*|^2 is that of the process itself."""
-    problem = sc.named_problem("double-well")
+    problem = sc.library.named_problem("double-well")
     exact = sc.exact_solution(problem)
     sizes = []
     for steps in (400, 1600):

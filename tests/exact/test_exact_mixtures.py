@@ -8,6 +8,7 @@ from cases import F64, randn
 from dense_gaussian import SCHEDULES, mixture_2d, mixture_problem
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.exact.mixtures import MixtureSolution
 from sdecontrol.exact.riccati import RiccatiSolution
 
@@ -135,7 +136,7 @@ def test_the_simulated_optimum_ends_in_the_tilted_mixture(start, schedule):
     )
     exact = sc.exact_solution(problem)
     paths = sc.simulate(problem, 4096, control=exact.control, time_steps=150, seed=0)
-    log_w = sc.log_weights(problem, paths)
+    log_w = log_weights(problem, paths)
     assert (
         abs(float(log_w.mean() - exact.log_z)) < 0.02 and float(log_w.std()) < 0.2
     )  # the discretisation is what is left
@@ -297,7 +298,7 @@ def test_laws_of_a_chain_whose_mixture_start_is_learned():
     )
     exact = sc.exact_solution(problem, 8)
     paths = sc.simulate(problem, 20_000, control=exact.control, time_steps=8, seed=0)
-    weights = sc.log_weights(problem, paths).softmax(0)
+    weights = log_weights(problem, paths).softmax(0)
     law, x = exact.marginal(1.0), paths.end[:, 0]
     for want, value in ((law.mean[0], x), (law.variance[0], (x - law.mean[0]) ** 2)):
         error = float((weights**2 * (value - want) ** 2).sum()) ** 0.5

@@ -32,12 +32,12 @@ def test_reward_is_the_log_likelihood(observations: int, seed: int, dim: int) ->
     _, A, noise, y, x = mixture_observation(observations, seed, dim)
     states = x + torch.randn(64, dim)
     direct = MultivariateNormal(states @ A.mT, noise**2 * torch.eye(observations)).log_prob(y)
-    torch.testing.assert_close(sc.mixture_inverse_problem(observations, seed, dim).reward(states), direct)
+    torch.testing.assert_close(sc.library.mixture_inverse_problem(observations, seed, dim).reward(states), direct)
 
 
 @pytest.mark.parametrize(("observations", "seed", "dim"), CASES)
 def test_log_z_is_log_p_of_y(observations: int, seed: int, dim: int) -> None:
-    exact = sc.exact_solution(sc.mixture_inverse_problem(observations, seed, dim))
+    exact = sc.exact_solution(sc.library.mixture_inverse_problem(observations, seed, dim))
     torch.testing.assert_close(exact.log_z, evidence(observations, seed, dim).logsumexp(0), rtol=1e-8, atol=1e-8)
 
 
@@ -45,7 +45,7 @@ def test_log_z_is_log_p_of_y(observations: int, seed: int, dim: int) -> None:
 def test_tilted_end_is_the_posterior(observations: int, seed: int, dim: int) -> None:
     prior, A, noise, y, _ = mixture_observation(observations, seed, dim)
     gain = A.mT @ torch.linalg.inv(A @ A.mT + noise**2 * torch.eye(observations))
-    posterior = sc.exact_solution(sc.mixture_inverse_problem(observations, seed, dim)).marginal(1.0)
+    posterior = sc.exact_solution(sc.library.mixture_inverse_problem(observations, seed, dim)).marginal(1.0)
     weights = evidence(observations, seed, dim).softmax(0)
     torch.testing.assert_close(posterior.weights, weights, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(posterior.means, prior.means + (y - prior.means @ A.mT) @ gain.mT, rtol=1e-7, atol=1e-7)
@@ -64,7 +64,7 @@ def test_value_is_the_log_likelihood_of_the_noised_state(t: float) -> None:
     spread = (1 - shrink * mu) * A @ A.mT + noise**2 * torch.eye(2)
     shares = prior.noised(mu, std).responsibilities(x).log()
     direct = (shares + MultivariateNormal(means @ A.mT, spread).log_prob(y)).logsumexp(1)
-    exact = sc.exact_solution(sc.mixture_inverse_problem(2, 5))
+    exact = sc.exact_solution(sc.library.mixture_inverse_problem(2, 5))
     torch.testing.assert_close(exact.value(x, t), direct, rtol=1e-6, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_definition_by_its_numbers() -> None:
     singular = torch.linalg.svdvals(A)
     assert 0 < noise < float(singular[0]) < 1
     assert [round(v, 4) for v in (*singular.tolist(), noise)] == [0.7412, 0.0045, 0.4326]
-    exact = sc.exact_solution(sc.mixture_inverse_problem(2, 0))
+    exact = sc.exact_solution(sc.library.mixture_inverse_problem(2, 0))
     assert float(exact.log_z) == pytest.approx(-3.902698, abs=1e-5)
 
 
@@ -84,16 +84,16 @@ def test_definition_by_its_numbers() -> None:
 def test_same_every_time_and_global_generator_untouched(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
     state = torch.get_rng_state()
-    problem, again = sc.mixture_inverse_problem(4, 7), sc.mixture_inverse_problem(4, 7)
+    problem, again = sc.library.mixture_inverse_problem(4, 7), sc.library.mixture_inverse_problem(4, 7)
     assert torch.equal(state, torch.get_rng_state())
-    assert problem.fingerprint() == again.fingerprint() != sc.mixture_inverse_problem(4, 8).fingerprint()
+    assert problem.fingerprint() == again.fingerprint() != sc.library.mixture_inverse_problem(4, 8).fingerprint()
     assert problem.dtype == dtype and problem.alpha == 1 and problem.start == "memoryless"
 
 
 def test_log_z_of_a_rounded_problem_is_near() -> None:
     """In float32 G and g are rounded, and the exact solution is that of the rounded problem."""
     torch.set_default_dtype(torch.float32)
-    exact = sc.exact_solution(sc.mixture_inverse_problem(2, 1))
+    exact = sc.exact_solution(sc.library.mixture_inverse_problem(2, 1))
     assert math.isclose(float(exact.log_z), float(evidence(2, 1, 8).logsumexp(0)), abs_tol=5e-3)
 
 
@@ -103,4 +103,4 @@ def test_log_z_of_a_rounded_problem_is_near() -> None:
 )
 def test_bad_arguments(arguments: tuple, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        sc.mixture_inverse_problem(*arguments)
+        sc.library.mixture_inverse_problem(*arguments)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.library.problems import problem_card
 
 CARD = ["double-well", "ou-linear", "ou-quadratic-easy", "ou-quadratic-hard"]
@@ -21,15 +22,15 @@ OTHERS = [
 
 
 def test_names() -> None:
-    assert sc.problem_names() == sorted([*CARD, *OTHERS])
+    assert sc.library.problem_names() == sorted([*CARD, *OTHERS])
     with pytest.raises(ValueError, match="unknown problem 'ou-quadratic-eazy'; did you mean 'ou-quadratic-easy'"):
-        sc.named_problem("ou-quadratic-eazy")
+        sc.library.named_problem("ou-quadratic-eazy")
 
 
 @pytest.mark.parametrize("name", [*CARD, *OTHERS])
 def test_global_generator_untouched_and_same_every_time(name: str) -> None:
     state = torch.get_rng_state()
-    problem, again = sc.named_problem(name), sc.named_problem(name)
+    problem, again = sc.library.named_problem(name), sc.library.named_problem(name)
     assert torch.equal(state, torch.get_rng_state())
     assert problem.fingerprint() == again.fingerprint()
     assert problem.alpha == 1 and problem_card(name).version == 1 and problem_card(name).definition
@@ -39,7 +40,7 @@ def test_global_generator_untouched_and_same_every_time(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_start_is_that_of_the_published_seed(dtype: torch.dtype) -> None:
     torch.set_default_dtype(dtype)
-    start = sc.named_problem("ou-quadratic-hard").initial.mean
+    start = sc.library.named_problem("ou-quadratic-hard").initial.mean
     torch.manual_seed(0)
     assert start.dtype == dtype
     assert torch.equal(start, 0.5 * torch.randn(20, dtype=torch.float32).to(dtype))
@@ -53,7 +54,7 @@ def test_start_is_that_of_the_published_seed(dtype: torch.dtype) -> None:
 def test_mean_square_of_the_optimal_control(name: str, steps: int, size: float) -> None:
     """``E T^-1 int |u*|^2 dt`` of the continuous-time control on its Euler paths, as published."""
     torch.set_default_dtype(torch.float64)
-    problem = sc.named_problem(name)
+    problem = sc.library.named_problem(name)
     exact = sc.exact_solution(problem)
     paths = sc.simulate(problem, 8192, control=exact.control, time_steps=steps, seed=0)
     per_path = (paths.shifts**2).sum((0, 2))  # sum_k h |u|^2
@@ -62,7 +63,7 @@ def test_mean_square_of_the_optimal_control(name: str, steps: int, size: float) 
 
 
 def test_double_well_by_hand() -> None:
-    problem = sc.named_problem("double-well")
+    problem = sc.library.named_problem("double-well")
     x = torch.full((1, 10), 2.0)
     assert float(problem.reward(x)) == -9 * (3 * 3 + 7)
     drift = problem.reference.drift(x, torch.zeros(()))
@@ -83,7 +84,7 @@ def scalar_riccati(drift: float, running: float, terminal: float, square: float)
 )
 def test_log_z_of_the_quadratic_cards(name: str, parts: tuple[float, ...]) -> None:
     torch.set_default_dtype(torch.float64)
-    problem = sc.named_problem(name)
+    problem = sc.library.named_problem(name)
     want = scalar_riccati(*parts, float(problem.initial.mean.square().sum()))
     assert float(sc.exact_solution(problem).log_z) == pytest.approx(want, abs=1e-8)
 
@@ -91,7 +92,7 @@ def test_log_z_of_the_quadratic_cards(name: str, parts: tuple[float, ...]) -> No
 def test_log_z_of_the_linear_card() -> None:
     """``E exp(-sum X_T)`` of a Gaussian."""
     torch.set_default_dtype(torch.float64)
-    problem = sc.named_problem("ou-linear")
+    problem = sc.library.named_problem("ou-linear")
     law = problem.reference.transition(0.0, 1.0)
     assert float(sc.exact_solution(problem).log_z) == pytest.approx(0.5 * float(law.covariance.sum()), abs=1e-8)
 
@@ -99,7 +100,7 @@ def test_log_z_of_the_linear_card() -> None:
 def test_log_z_of_the_steering_problem_is_zero() -> None:
     """In continuous time, and on chains with exact transitions, whatever the step."""
     torch.set_default_dtype(torch.float64)
-    problem = sc.named_problem("mixture-steering")
+    problem = sc.library.named_problem("mixture-steering")
     assert float(sc.exact_solution(problem).log_z) == pytest.approx(0, abs=1e-8)
     assert float(sc.exact_solution(problem, 7).log_z) == pytest.approx(
         0, abs=1e-8
@@ -111,7 +112,7 @@ def test_noise_is_the_published_lam(name: str) -> None:
     """With noise lam and control ``u`` in published units the process moves by ``sigma u`` and pays ``|u|^2/2``."""
     torch.set_default_dtype(torch.float64)
     lam = 0.36
-    one, other = sc.named_problem(name), sc.named_problem(name, lam)
+    one, other = sc.library.named_problem(name), sc.library.named_problem(name, lam)
     x, t = torch.randn(4, *one.event_shape, generator=torch.Generator().manual_seed(0)), torch.zeros(())
     u = torch.randn(4, *one.control_shape, generator=torch.Generator().manual_seed(1))
     push = lambda p, v: sc.simulate(p, 4, control=lambda x, t: v, time_steps=1, seed=0, state=x).states[1]  # noqa: E731
@@ -120,14 +121,14 @@ def test_noise_is_the_published_lam(name: str) -> None:
     assert other.alpha == lam and torch.equal(other.reward(x), one.reward(x))
     assert torch.equal(one.reference.drift(x, t), other.reference.drift(x, t))
     with pytest.raises(ValueError, match="noise must be > 0"):
-        sc.named_problem(name, 0.0)
+        sc.library.named_problem(name, 0.0)
 
 
 @pytest.mark.parametrize("name", ["pendulum-swing-up", "unicycle"])
 def test_problems_without_an_exact_solution_simulate_and_say_so(name: str) -> None:
-    problem, card = sc.named_problem(name), problem_card(name)
+    problem, card = sc.library.named_problem(name), problem_card(name)
     assert problem.control_shape[0] < problem.event_shape[0]  # fewer noises than states
     paths = sc.simulate(problem, 256, time_steps=card.time_steps, seed=0)
-    assert torch.isfinite(sc.log_weights(problem, paths)).all()
+    assert torch.isfinite(log_weights(problem, paths)).all()
     with pytest.raises(sc.NoExactSolution):
         sc.exact_solution(problem, card.time_steps)

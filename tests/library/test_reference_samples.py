@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import sdecontrol as sc
-from sdecontrol.library.reference_samples import _over_systems
+from sdecontrol.evaluation.estimates import Estimate
+from sdecontrol.library.samples import _over_systems
 from sdecontrol.library.target_base import Target
 
 TINY: dict = {"systems": 6, "particles": 64, "moves": 2}
@@ -36,17 +37,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_exact_draws_where_there_are_any(folder):
-    target = sc.named_target("funnel")
-    found = sc.reference_samples("funnel", 400, seed=3)
+    target = sc.library.named_target("funnel")
+    found = sc.library.reference_samples("funnel", 400, seed=3)
     assert torch.equal(found.x, target.sample(400, 3))
-    assert found.exact and found.agree and found.log_z == sc.Estimate(0.0, 0.0) and found.evaluations == 0
+    assert found.exact and found.agree and found.log_z == Estimate(0.0, 0.0) and found.evaluations == 0
     assert found.log_density.value == pytest.approx(float(target(found.x).mean()), rel=1e-5)
     assert not list(folder.iterdir())  # nothing to keep
 
 
 def test_long_runs_of_a_gaussian_are_within_their_stated_errors():
     bell = Bell()
-    found = sc.reference_samples(bell, 2000, systems=12, particles=256, moves=4)
+    found = sc.library.reference_samples(bell, 2000, systems=12, particles=256, moves=4)
     assert not found.exact and found.agree and found.x.shape == (2000, 2)
     assert len(found.x.unique(dim=0)) == 2000  # copies have parted
     assert abs(found.log_z.value - 3) < 5 * found.log_z.stderr < 0.2
@@ -79,29 +80,30 @@ def test_errors_are_over_systems_not_over_draws():
 
 
 def test_the_cache_gives_the_same_samples_for_the_same_settings_only(folder):
-    first = sc.reference_samples(Bell(), 100, **TINY)
-    again = sc.reference_samples(Bell(), 100, **TINY)
+    first = sc.library.reference_samples(Bell(), 100, **TINY)
+    again = sc.library.reference_samples(Bell(), 100, **TINY)
     assert not first.cached and again.cached
     assert torch.equal(first.x, again.x) and str(first) == str(again) and first.evaluations == again.evaluations > 0
-    assert torch.equal(sc.reference_samples(Bell(), 100, **TINY, cache=False).x, first.x)  # the seed decides
+    assert torch.equal(sc.library.reference_samples(Bell(), 100, **TINY, cache=False).x, first.x)  # the seed decides
     for other in ({"seed": 1}, {"n": 101}, {"moves": 3}, {"particles": 65}, {"systems": 7}):
-        found = sc.reference_samples(Bell(), **{"n": 100, **TINY, **other})
+        found = sc.library.reference_samples(Bell(), **{"n": 100, **TINY, **other})
         assert not found.cached and not torch.equal(found.x[:100], first.x)
     assert len(list(folder.glob("*.json"))) == 6
 
 
 def test_a_named_target_without_a_sampler(folder):
-    found = sc.reference_samples("dw-4", 64, systems=4, particles=32, moves=1)
+    found = sc.library.reference_samples("dw-4", 64, systems=4, particles=32, moves=1)
     assert found.x.shape == (64, 6) and not found.exact and "tempered particles" in found.source
     (file,) = folder.glob("*.json")
-    assert file.name.startswith("dw-4-1-") and sc.reference_samples("dw-4", 64, systems=4, particles=32, moves=1).cached
+    again = sc.library.reference_samples("dw-4", 64, systems=4, particles=32, moves=1)
+    assert file.name.startswith("dw-4-1-") and again.cached
 
 
 def test_another_version_of_a_target_is_another_file():
     old, new = Bell(), Bell()
     new.version, new.mean = 2, torch.tensor([5.0, 5.0])
-    sc.reference_samples(old, 200, **TINY)
-    found = sc.reference_samples(new, 200, **TINY)
+    sc.library.reference_samples(old, 200, **TINY)
+    found = sc.library.reference_samples(new, 200, **TINY)
     assert not found.cached and float((found.x.mean(0) - new.mean).abs().max()) < 1
 
 
@@ -117,20 +119,20 @@ def _another(path: Path) -> None:
     ("pattern", "damage"), [("*.safetensors", _cut), ("*.json", _cut), ("*.safetensors", _another)]
 )
 def test_a_damaged_cache_is_reported_and_made_again(folder, pattern, damage):
-    first = sc.reference_samples(Bell(), 100, **TINY)
+    first = sc.library.reference_samples(Bell(), 100, **TINY)
     (path,) = folder.glob(pattern)
     damage(path)
     with pytest.warns(RuntimeWarning, match="cache is damaged"):
-        again = sc.reference_samples(Bell(), 100, **TINY)
+        again = sc.library.reference_samples(Bell(), 100, **TINY)
     assert not again.cached and torch.equal(first.x, again.x)
-    assert sc.reference_samples(Bell(), 100, **TINY).cached
+    assert sc.library.reference_samples(Bell(), 100, **TINY).cached
 
 
 def test_a_whole_file_of_something_else_is_no_cache(folder):
     """Checksums fit, but samples are missing, not finite, or of another target: never silently partial."""
     from sdecontrol.files.bundles import read_bundle, write_bundle
 
-    first = sc.reference_samples(Bell(), 100, **TINY)
+    first = sc.library.reference_samples(Bell(), 100, **TINY)
     (path,) = folder.glob("*.json")
     tensors, settings = read_bundle(folder, path.stem, "reference samples")
     settings = {k: v for k, v in settings.items() if k not in ("format", "tensors", "sha256", "settings_sha256")}
@@ -145,7 +147,7 @@ def test_a_whole_file_of_something_else_is_no_cache(folder):
     ):
         write_bundle(folder, path.stem, {**tensors, **changed}, {**settings, **other})
         with pytest.warns(RuntimeWarning, match="cache is damaged"):
-            again = sc.reference_samples(Bell(), 100, **TINY)
+            again = sc.library.reference_samples(Bell(), 100, **TINY)
         assert not again.cached and torch.equal(again.x, first.x)
     assert json.loads(path.read_text())["version"] == 1
 
@@ -153,7 +155,7 @@ def test_a_whole_file_of_something_else_is_no_cache(folder):
 @pytest.mark.parametrize(("spread", "agree"), [(0.1, True), (3.0, False)])
 def test_systems_that_disagree_are_said_to(monkeypatch, spread, agree):
     """One system with all of Z: its samples are returned, and called no truth."""
-    module = "sdecontrol.library.reference_samples._make"
+    module = "sdecontrol.library.samples._make"
     tensors = {
         "x": torch.randn(100, 2),
         "system": torch.arange(100) % 6,
@@ -163,7 +165,7 @@ def test_systems_that_disagree_are_said_to(monkeypatch, spread, agree):
     monkeypatch.setattr(module, lambda *a: (tensors, {"evaluations": 1}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = sc.reference_samples(Bell(), 100, **TINY, cache=False)
+        found = sc.library.reference_samples(Bell(), 100, **TINY, cache=False)
     assert found.agree == agree and bool(caught) != agree and ("do not agree" in str(found)) != agree
     assert found.spread == pytest.approx(float(tensors["log_z"].std()))
 
@@ -182,6 +184,6 @@ def test_systems_that_disagree_are_said_to(monkeypatch, spread, agree):
 def test_bad_input(arguments, what):
     more = arguments[3] if len(arguments) > 3 else {}
     with pytest.raises(ValueError, match=what):
-        sc.reference_samples(*arguments[:3], **more)
+        sc.library.reference_samples(*arguments[:3], **more)
     with pytest.raises(TypeError, match="a name or a Target"):
-        sc.reference_samples(lambda x: -x.square().sum(1))
+        sc.library.reference_samples(lambda x: -x.square().sum(1))

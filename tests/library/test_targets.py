@@ -13,6 +13,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.library.particle_systems import DoubleWellSystem, LennardJones, ParticleSystem
 from sdecontrol.library.targets import Funnel, LogisticRegression, ManyWell, Mixture, PhiFour
 
@@ -38,7 +39,7 @@ N = 40_000
 
 def states(name: str, n: int = 20, seed: int = 0) -> Tensor:
     """States of all kinds in float64: near the bulk of every target and around it."""
-    target, generator = sc.named_target(name), torch.Generator().manual_seed(seed)
+    target, generator = sc.library.named_target(name), torch.Generator().manual_seed(seed)
     x = torch.randn(n, target.dim, generator=generator, dtype=DOUBLE)
     return x * torch.linspace(0.3, 2.0, n, dtype=DOUBLE).unsqueeze(1)
 
@@ -47,23 +48,23 @@ def states(name: str, n: int = 20, seed: int = 0) -> Tensor:
 
 
 def test_names() -> None:
-    assert sc.target_names() == NAMES
+    assert sc.library.target_names() == NAMES
     with pytest.raises(ValueError, match="unknown target 'many-well-31'; did you mean 'many-well-32'"):
-        sc.named_target("many-well-31")
-    assert sc.named_target("gmm40").name == "gmm40-2d"
+        sc.library.named_target("many-well-31")
+    assert sc.library.named_target("gmm40").name == "gmm40-2d"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_global_generator_untouched_and_same_every_time(name: str) -> None:
     state = torch.get_rng_state()
-    one, again = sc.named_target(name), sc.named_target(name)
+    one, again = sc.library.named_target(name), sc.library.named_target(name)
     x = states(name)
     assert torch.equal(one(x), again(x))
     if one.has_samples:
         assert torch.equal(one.sample(5, seed=3), again.sample(5, seed=3))
         assert not torch.equal(one.sample(5, seed=3), one.sample(5, seed=4))
     assert torch.equal(state, torch.get_rng_state())
-    card = sc.target_card(name)
+    card = sc.library.target_card(name)
     assert (one.name, one.version, one.definition) == (name, 1, card.definition) and card.definition
     assert one.dim == DIMENSIONS[name]
 
@@ -72,24 +73,24 @@ def test_forty_means_are_those_of_the_published_seed() -> None:
     for name, dim in (("gmm40-2d", 2), ("gmm40-50d", 50)):
         torch.manual_seed(0)
         means = (torch.rand(40, dim) - 0.5) * 80
-        modes = sc.named_target(name).modes
+        modes = sc.library.named_target(name).modes
         assert modes is not None and torch.equal(modes.float(), means)
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"'logistic-regression' needs scikit-learn: pip install .*examples"):
-        sc.named_target("logistic-regression")
+        sc.library.named_target("logistic-regression")
 
 
 def test_wrong_shapes_and_missing_samples_are_named() -> None:
-    target = sc.named_target("gmm9")
+    target = sc.library.named_target("gmm9")
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 2\)"):
         target(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="n must be an int >= 1"):
         target.sample(0, seed=0)
     with pytest.raises(sc.NoExactSolution, match="dw-4 has no exact sampler"):
-        sc.named_target("dw-4").sample(3, seed=0)
+        sc.library.named_target("dw-4").sample(3, seed=0)
 
 
 # ------------------------------------------------------------------ definitions by hand
@@ -98,11 +99,11 @@ def test_wrong_shapes_and_missing_samples_are_named() -> None:
 def test_definitions_at_states_computed_by_hand() -> None:
     """Each log density against its definition written out for one state, in plain Python."""
     log_2pi = math.log(2 * math.pi)
-    gmm9 = sc.named_target("gmm9")(torch.tensor([[1.0, -4.0]], dtype=DOUBLE))
+    gmm9 = sc.library.named_target("gmm9")(torch.tensor([[1.0, -4.0]], dtype=DOUBLE))
     total = sum(math.exp(-((1 - a) ** 2 + (-4 - b) ** 2) / 0.6) for a in (-5, 0, 5) for b in (-5, 0, 5))
     assert float(gmm9) == pytest.approx(math.log(total / 9 / (2 * math.pi * 0.3)))
     for name, sd in (("gmm40-2d", 1.3132617), ("gmm40-50d", 1.0)):  # at a mode that is 15 deviations from all others
-        target = sc.named_target(name)
+        target = sc.library.named_target(name)
         assert target.modes is not None
         alone = torch.cdist(target.modes, target.modes).fill_diagonal_(math.inf).amin(1).argmax()
         want = -math.log(40) - target.dim * (0.5 * log_2pi + math.log(sd))
@@ -110,15 +111,15 @@ def test_definitions_at_states_computed_by_hand() -> None:
     x = [0.7 - 0.1 * i for i in range(10)]
     funnel = -(x[0] ** 2) / 18 - 0.5 * math.log(9) - 0.5 * log_2pi
     funnel += sum(-0.5 * v**2 * math.exp(-x[0]) - 0.5 * x[0] - 0.5 * log_2pi for v in x[1:])
-    assert float(sc.named_target("funnel")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(funnel)
+    assert float(sc.library.named_target("funnel")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(funnel)
     x = [1.5 * math.sin(3 * i + 1) for i in range(32)]
     wells = sum(-(a**4) + 6 * a**2 + a / 2 - b**2 / 2 for a, b in zip(x[::2], x[1::2]))
-    assert float(sc.named_target("many-well-32")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(wells)
+    assert float(sc.library.named_target("many-well-32")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(wells)
     x = [1.5 * math.sin(3 * i + 1) for i in range(50)]
     five = -sum((v**2 - 4) ** 2 for v in x[:5])
-    assert float(sc.named_target("many-well-5")(torch.tensor([x[:5]], dtype=DOUBLE))) == pytest.approx(five)
+    assert float(sc.library.named_target("many-well-5")(torch.tensor([x[:5]], dtype=DOUBLE))) == pytest.approx(five)
     fifty = -sum((v**2 - 2) ** 2 for v in x[:5]) - sum(v**2 / 2 for v in x[5:])
-    assert float(sc.named_target("many-well-50")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(fifty)
+    assert float(sc.library.named_target("many-well-50")(torch.tensor([x], dtype=DOUBLE))) == pytest.approx(fifty)
     phi = [[math.sin(3 * i + j) for j in range(8)] for i in range(8)]
     action = sum(
         (phi[(i + 1) % 8][j] - phi[i][j]) ** 2
@@ -129,12 +130,12 @@ def test_definitions_at_states_computed_by_hand() -> None:
         for j in range(8)
     )
     flat = torch.tensor(phi, dtype=DOUBLE).reshape(1, 64)
-    assert float(sc.named_target("phi4-8")(flat)) == pytest.approx(-action)
+    assert float(sc.library.named_target("phi4-8")(flat)) == pytest.approx(-action)
 
 
 @pytest.mark.parametrize("name", PARTICLES)
 def test_particle_energies_by_hand(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     assert isinstance(target, ParticleSystem)
     generator = torch.Generator().manual_seed(1)
     p = 4.0 * torch.randn(target.particles, target.space, generator=generator, dtype=DOUBLE)
@@ -152,7 +153,7 @@ def test_particle_energies_by_hand(name: str) -> None:
 def test_logistic_regression_by_hand() -> None:
     """Log likelihood by torch's cross entropy and the prior by its normal law; the features have mean 0 and variance
     1."""
-    target = sc.named_target("logistic-regression")
+    target = sc.library.named_target("logistic-regression")
     assert isinstance(target, LogisticRegression)
     features, labels = target.features, target.labels
     assert features.shape == (569, 31) and int(labels.sum()) == 357  # benign
@@ -187,7 +188,7 @@ def one_well(name: str) -> tuple[float, float]:
     [("many-well-32", 16, 16, 164.695675), ("many-well-5", 5, 0, -0.541056), ("many-well-50", 5, 45, 42.817243)],
 )
 def test_log_z_of_the_wells(name: str, wells: int, normals: int, value: float) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     assert isinstance(target, ManyWell) and target.log_z is not None
     integral, left = one_well(name)
     want = wells * math.log(integral) + 0.5 * normals * math.log(2 * math.pi)
@@ -200,7 +201,7 @@ def test_log_z_of_the_wells(name: str, wells: int, normals: int, value: float) -
 
 @pytest.mark.parametrize("name", ["gmm9", "gmm40-2d"])
 def test_log_z_of_the_mixtures_by_quadrature(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     reach, step = (
         (10, 0.05) if name == "gmm9" else (50, 0.25)
     )  # the trapezoidal rule is exact to rounding for wider Gaussians
@@ -214,13 +215,13 @@ def test_log_z_of_the_normalised_targets_in_many_dimensions() -> None:
     x = states("funnel")
     given = torch.distributions.Normal(torch.zeros(20, 9, dtype=DOUBLE), (0.5 * x[:, :1]).exp())
     first = torch.distributions.Normal(0.0, 3.0).log_prob(x[:, 0])
-    torch.testing.assert_close(sc.named_target("funnel")(x), first + given.log_prob(x[:, 1:]).sum(1))
-    target = sc.named_target("gmm40-50d")
+    torch.testing.assert_close(sc.library.named_target("funnel")(x), first + given.log_prob(x[:, 1:]).sum(1))
+    target = sc.library.named_target("gmm40-50d")
     assert target.modes is not None
     law = sc.GaussianMixture(torch.ones(40, dtype=DOUBLE), target.modes, 1.0)
     x = states("gmm40-50d") + target.modes[:20]
     torch.testing.assert_close(target(x), law.log_prob(x))
-    assert target.log_z == 0 and sc.named_target("funnel").log_z == 0
+    assert target.log_z == 0 and sc.library.named_target("funnel").log_z == 0
 
 
 # ------------------------------------------------------------------ exact samples
@@ -231,7 +232,7 @@ def test_mean_score_of_exact_samples_is_zero(name: str) -> None:
     """``E score = 0`` and ``E x_i score_i = -1`` at the target, all coordinates; 4 standard errors (false alarm below
     100 x 6e-5, seed fixed)."""
     torch.set_default_dtype(DOUBLE)
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     n = N if target.dim < 50 else 4000
     x = target.sample(n, seed=0).requires_grad_()
     score = torch.autograd.grad(target(x).sum(), x)[0]
@@ -243,12 +244,12 @@ def test_mean_score_of_exact_samples_is_zero(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gmm9", "gmm40-2d", "gmm40-50d", "many-well-5", "many-well-50"])
 def test_modes_have_equal_shares_of_exact_samples(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     assert target.modes is not None
     x = target.sample(N, seed=1)
     deep = target.modes[:, :5] if isinstance(target, ManyWell) else target.modes
     near = x[:, :5] if isinstance(target, ManyWell) else x
-    found = sc.mode_coverage(near, deep)
+    found = sc.metrics.mode_coverage(near, deep)
     k = len(target.modes)
     assert found.hit == k == len(found.shares)
     if name != "gmm40-2d":  # whose modes overlap
@@ -258,7 +259,7 @@ def test_modes_have_equal_shares_of_exact_samples(name: str) -> None:
 
 def test_modes_are_maxima() -> None:
     for name in ("gmm9", "gmm40-50d", "many-well-5", "many-well-50"):
-        target = sc.named_target(name)
+        target = sc.library.named_target(name)
         assert target.modes is not None
         x = target.modes.clone().requires_grad_()
         score = torch.autograd.grad(target(x).sum(), x)[0]
@@ -269,7 +270,7 @@ def test_modes_are_maxima() -> None:
 
 def test_wells_of_exact_samples() -> None:
     """Left shares within 4 standard errors, all 16 wells; moments of one well against quadrature."""
-    target = sc.named_target("many-well-32")
+    target = sc.library.named_target("many-well-32")
     assert isinstance(target, ManyWell)
     x = target.sample(N, seed=2)
     error = math.sqrt(0.1557 * 0.8443 / N)
@@ -284,11 +285,11 @@ def test_wells_of_exact_samples() -> None:
 
 
 def test_funnel_samples() -> None:
-    x = sc.named_target("funnel").sample(N, seed=3).double()
+    x = sc.library.named_target("funnel").sample(N, seed=3).double()
     assert abs(float(x[:, 0].std()) - 3) < 4 * 3 / math.sqrt(2 * N)
     white = x[:, 1:] * (-0.5 * x[:, :1]).exp()
     assert abs(float(white.var()) - 1) < 4 * math.sqrt(2 / (9 * N))
-    assert x.dtype == DOUBLE and sc.named_target("funnel").sample(2, seed=0).dtype == torch.float32
+    assert x.dtype == DOUBLE and sc.library.named_target("funnel").sample(2, seed=0).dtype == torch.float32
 
 
 # ------------------------------------------------------------------ numbers
@@ -296,7 +297,7 @@ def test_funnel_samples() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_is_that_of_finite_differences(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     x = states(name, 4)
     assert torch.autograd.gradcheck(lambda v: target(v), x.requires_grad_(), eps=1e-6, atol=1e-4, rtol=1e-5)
 
@@ -304,7 +305,7 @@ def test_gradient_is_that_of_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_is_that_of_double_precision(name: str) -> None:
     """Values and scores, relative to the largest, where double precision has the same input."""
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     x = (target.sample(200, seed=0) if target.has_samples else states(name, 200)).float()
     results = []
     for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
@@ -322,7 +323,7 @@ def test_single_precision_is_that_of_double_precision(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_far_out(name: str, dtype: torch.dtype) -> None:
     """At +-1e3 in all coordinates and in one, at 0, and where all particles sit on one spot."""
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     rows = [torch.full((target.dim,), v, dtype=dtype) for v in (0.0, 1e3, -1e3, 1e-4)]
     for j in (0, target.dim - 1):
         for v in (-1e3, 1e3):
@@ -343,7 +344,7 @@ def rotation(space: int, generator: torch.Generator) -> Tensor:
 
 @pytest.mark.parametrize("name", PARTICLES)
 def test_coordinates_are_an_isometry_onto_mean_zero(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     assert isinstance(target, ParticleSystem)
     x = states(name)
     p = target.positions(x)
@@ -356,7 +357,7 @@ def test_coordinates_are_an_isometry_onto_mean_zero(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARTICLES)
 def test_rotations_and_permutations_change_nothing(name: str) -> None:
-    target, generator = sc.named_target(name), torch.Generator().manual_seed(4)
+    target, generator = sc.library.named_target(name), torch.Generator().manual_seed(4)
     assert isinstance(target, ParticleSystem)
     x = 1.5 * states(name)
     p, value, distances = target.positions(x), target(x), target.distances(x).sort(1).values
@@ -373,7 +374,7 @@ def test_rotations_and_permutations_change_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", PARTICLES)
 def test_distance_histogram(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     assert isinstance(target, ParticleSystem)
     x = states(name, 50)
     density, edges = target.distance_histogram(x, 30)
@@ -415,7 +416,7 @@ def test_two_wells_of_a_pair_of_particles() -> None:
 
 
 def test_field_symmetries() -> None:
-    target = sc.named_target("phi4-8")
+    target = sc.library.named_target("phi4-8")
     assert isinstance(target, PhiFour)
     x = states("phi4-8")
     phi = target.field(x)
@@ -430,10 +431,10 @@ def test_field_symmetries() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_makes_a_problem_with_its_own_pilot(name: str) -> None:
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     problem = sc.gibbs_problem(target, target.dim)
     paths = sc.simulate(problem, 64, time_steps=10, seed=0)
-    assert torch.isfinite(sc.log_weights(problem, paths)).all()
+    assert torch.isfinite(log_weights(problem, paths)).all()
     if target.has_samples:  # all of them within the reference's reach
         x = target.sample(2000, seed=0)
         z = (x - problem.centre) / problem.scale
@@ -442,7 +443,7 @@ def test_every_target_makes_a_problem_with_its_own_pilot(name: str) -> None:
 
 def test_scale_of_the_particle_clusters_is_the_same_in_all_directions() -> None:
     for name in PARTICLES:
-        target = sc.named_target(name)
+        target = sc.library.named_target(name)
         problem = sc.gibbs_problem(target, target.dim)
         assert torch.equal(problem.centre, torch.zeros(target.dim))
 

@@ -463,7 +463,7 @@ def test_an_adjoint_that_has_grown_on_a_ridge_is_an_outlier():
 def test_a_model_of_many_modes_is_tuned_with_defaults(method):
     """Adjoints on the ridges between 25 modes reach 1e8 times the usual: adjoint matching does not come near without
     bounds, nor without taking steps back."""
-    problem = sc.mixture_inverse_problem(4, 1)
+    problem = sc.library.mixture_inverse_problem(4, 1)
     solution = sc.solve(problem, method, iterations=60, time_steps=50, batch_size=256, seed=0, progress=False)
     assert solution.evaluate(2048, seed=1).elbo.value > float(sc.exact_solution(problem).log_z) - 5
 

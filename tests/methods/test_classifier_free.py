@@ -10,6 +10,7 @@ from cases import F64, randn
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.processes.generative import MixtureNoise
 
 SHARES = torch.tensor([0.3, 0.5, 0.2], dtype=F64)  # of the three components; class 1 has the second and third
@@ -103,16 +104,16 @@ def test_w_0_has_the_class_conditional_law_as_its_samples_and_its_kl_is_that_of_
     want = mean_estimate(log_posterior(y)(x) - math.log(PRIOR[y]))
     solution = sc.solve(problem(y), sc.ClassifierFreeGuidance(conditional, 0.0, y), time_steps=100, seed=0)
     paths = solution.simulate(n, seed=1, keep="end")
-    kl, log_w = mean_estimate(paths.kl()), sc.log_weights(solution.problem, paths)
+    kl, log_w = mean_estimate(paths.kl()), log_weights(solution.problem, paths)
     assert abs(kl.value - want.value) < 4 * math.hypot(want.stderr, kl.stderr) + 0.02
     ratio = mean_estimate(paths.log_ratio() - paths.kl())  # of mean 0: sum c xi
     assert abs(ratio.value) < 4 * ratio.stderr
     z, elbo = mean_estimate(log_w.exp()), mean_estimate(log_w)
     assert abs(z.value - PRIOR[y]) < 4 * z.stderr + 0.02
     assert abs(elbo.value - math.log(PRIOR[y])) < 4 * elbo.stderr + 0.04
-    floor = sc.sliced_wasserstein(_exact_draws(y, n, seed=5), x[:n])
-    assert sc.sliced_wasserstein(paths.samples, x[:n]) < 0.02 + 2 * floor
-    assert sc.sliced_wasserstein(_exact_draws(0, n, seed=5), x[:n]) > 0.5  # what the other class would score
+    floor = sc.metrics.sliced_wasserstein(_exact_draws(y, n, seed=5), x[:n])
+    assert sc.metrics.sliced_wasserstein(paths.samples, x[:n]) < 0.02 + 2 * floor
+    assert sc.metrics.sliced_wasserstein(_exact_draws(0, n, seed=5), x[:n]) > 0.5  # what the other class would score
 
 
 def _exact_draws(y, n, seed=7):
@@ -127,8 +128,8 @@ def test_smc_over_it_has_the_conditional_law_whatever_the_weight():
     alone = sc.solve(problem(y), guidance, time_steps=40, seed=0)
     particles = sc.solve(problem(y), sc.SMC(256, proposal=guidance), time_steps=40, seed=0)
     exact = _exact_draws(y, 2048)
-    near = sc.sliced_wasserstein(particles.sample(2048, seed=1), exact)
-    assert near < 0.06 < 0.12 < sc.sliced_wasserstein(alone.sample(2048, seed=1), exact)
+    near = sc.metrics.sliced_wasserstein(particles.sample(2048, seed=1), exact)
+    assert near < 0.06 < 0.12 < sc.metrics.sliced_wasserstein(alone.sample(2048, seed=1), exact)
     log_z = particles.evaluate(4096, seed=2).log_z
     assert abs(log_z.value - math.log(PRIOR[y])) < 4 * log_z.stderr + 0.03
     _, log_w = alone.weighted_sample(4096, seed=3)

@@ -10,6 +10,7 @@ from cases import F64, randn
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function
 from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.evaluate import log_weights
 
 K = 20
 H, NOISE = torch.tensor([1.0, 0.5], dtype=F64), 0.5
@@ -127,7 +128,7 @@ def test_over_all_conditions_the_samples_have_the_reference_s_law_and_the_kl_is_
     information = 0.5 * math.log1p(float(H @ covariance @ H) / NOISE**2)
     kl = mean_estimate(paths.kl())
     assert abs(kl.value - information) < 4 * kl.stderr + 0.05
-    elbo, entropy = mean_estimate(sc.log_weights(learned.problem, paths)), float(law_of_y().entropy())
+    elbo, entropy = mean_estimate(log_weights(learned.problem, paths)), float(law_of_y().entropy())
     assert -entropy - 0.1 < elbo.value < -entropy + 4 * elbo.stderr
 
 

@@ -8,7 +8,8 @@ from cases import F64, linear, mixture, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.guidance import value_network
-from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.estimates import Estimate, mean_estimate
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.value_guidance import ValueState, _roll, itakura_saito
 
@@ -174,7 +175,7 @@ def test_guidance_by_the_exact_value_samples_the_exact_law():
     solution = sc.solve(problem, sc.ValueGuidance(exact.value), time_steps=100, seed=0)
     ours, theirs = solution.sample(4000, seed=0)[:, 0], exact.sample(4000, seed=1)[:, 0]
     assert abs((ours > 0).double().mean() - (theirs > 0).double().mean()) < 4 * math.sqrt(2 * 0.25 / 4000)
-    assert sc.wasserstein(ours[:1000, None], theirs[:1000, None]) < 0.15
+    assert sc.metrics.wasserstein(ours[:1000, None], theirs[:1000, None]) < 0.15
     assert solution.evaluate(2048, seed=1).gap.value < 0.05
 
 
@@ -214,7 +215,7 @@ def test_guided_diffusion_chains_have_exact_weights():
     chain = sc.diffusion_chain(Gaussian(), abar, prediction="noise", shape=(1,), steps=20)
     problem = sc.ControlProblem(chain, reward=lambda x: x[:, 0], alpha=0.5)
     plain = sc.simulate(problem, 200_000, seed=0, keep="end")
-    truth = sc.Estimate(*_log_mean(sc.log_weights(problem, plain)))
+    truth = Estimate(*_log_mean(log_weights(problem, plain)))
     twisted = sc.SMC(32, sc.ValueGuidance("tweedie"), twist="tweedie")
     for method in (sc.ValueGuidance("tweedie"), sc.PathIntegralGuidance(num_paths=8), twisted):
         solution = sc.solve(problem, method, seed=0)

@@ -165,7 +165,7 @@ def test_a_banana_in_single_precision(method):
 def test_chains_in_separate_modes_are_found_out():
     """gmm9: no chain leaves its mode often enough; R-hat says so, by coordinate and number, and the log density alone
     would not."""
-    target = sc.named_target("gmm9")
+    target = sc.library.named_target("gmm9")
     solution = sc.solve(sc.gibbs_problem(target, 2, seed=0), sc.MALA(64, warm_up=200, thin=2), seed=0)
     facts = solution.diagnostics(seed=1)
     assert facts.worst_rhat[0].startswith("x[") and facts.worst_rhat[1] > 1.2
@@ -179,7 +179,7 @@ def test_chains_in_separate_modes_are_found_out():
 def test_a_chain_far_out_comes_home():
     """The quartic wells of many-well-5 at 5 deviations: log densities of -1e4 and worse at the start, none after the
     warm-up."""
-    target = sc.named_target("many-well-5")
+    target = sc.library.named_target("many-well-5")
     problem = sc.gibbs_problem(target, 5, scale=2.0)
     solution = sc.solve(problem, sc.MALA(256, warm_up=200, thin=1), seed=0)
     begun = 4 * torch.randn(1000, 5)
@@ -222,7 +222,7 @@ def test_log_z_of_a_box():
 
 @pytest.mark.slow
 def test_log_z_of_a_posterior_agrees_with_tempered_particles():
-    target = sc.named_target("logistic-regression")
+    target = sc.library.named_target("logistic-regression")
     problem = sc.gibbs_problem(target, target.dim, seed=0)
     other = sc.solve(problem, sc.TemperedSMC(), seed=0).evaluate(32768, seed=1).log_z
     for method in (sc.MALA(), sc.HMC()):
@@ -234,7 +234,7 @@ def test_log_z_of_a_posterior_agrees_with_tempered_particles():
 @pytest.mark.slow
 def test_a_funnel_is_reported_for_what_it_is():
     """Its neck is not reached: log Z is too low, by more than its error, and the evaluation says not reliable."""
-    problem = sc.gibbs_problem(sc.named_target("funnel"), 10, seed=0)
+    problem = sc.gibbs_problem(sc.library.named_target("funnel"), 10, seed=0)
     for method in (sc.MALA(), sc.HMC()):
         found = sc.solve(problem, method, seed=0).evaluate(seed=1)
         assert not found.reliable and "R-hat" in found.reliability and -3 < found.log_z.value < 0.1

@@ -316,7 +316,7 @@ def test_bad_input():
 def test_the_modes_of_an_inverse_problem_are_found_and_learnt(observations):
     """The mixture inverse problem: after 600 iterations the shares of the posterior's modes are within 0.2 in total
     variation (0.8 to 0.9 before), and 95 % of the reference's gap are gone; what is left lies within the modes."""
-    problem = sc.mixture_inverse_problem(observations, 0)
+    problem = sc.library.mixture_inverse_problem(observations, 0)
     exact = sc.exact_solution(problem)
     method = sc.ParticleMatching(num_particles=2048)
     solution = sc.solve(problem, method, time_steps=50, iterations=600, batch_size=64, seed=0)

@@ -216,8 +216,8 @@ def test_particles_of_a_mixture_with_a_tweedie_twist():
     solution = sc.solve(problem, sc.SMC(64, sc.ValueGuidance("tweedie"), twist="tweedie"), time_steps=50, seed=0)
     plain = sc.solve(problem, sc.ValueGuidance("tweedie"), time_steps=50, seed=0)
     truth = exact.sample(4000, seed=5)
-    assert sc.wasserstein(solution.sample(1500, seed=1), truth[:1500]) < 0.2
-    assert sc.wasserstein(plain.sample(1500, seed=1), truth[:1500]) > 0.25
+    assert sc.metrics.wasserstein(solution.sample(1500, seed=1), truth[:1500]) < 0.2
+    assert sc.metrics.wasserstein(plain.sample(1500, seed=1), truth[:1500]) > 0.25
     assert abs(solution.evaluate(8192, seed=1).log_z.value - float(exact.log_z)) < 0.1
 
 

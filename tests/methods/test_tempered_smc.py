@@ -9,6 +9,7 @@ from cases import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.particles.tempering import (
     Kernel,
     NoiseTarget,
@@ -219,7 +220,7 @@ def test_the_target_of_noises_is_the_log_weight_of_their_paths():
     with torch.no_grad():
         paths = sc.simulate(problem, 50, control=control, time_steps=6, noise=noise)
         phi = target.log_ratio(z, origin)
-    assert torch.allclose(phi, sc.log_weights(problem, paths), atol=1e-12)
+    assert torch.allclose(phi, log_weights(problem, paths), atol=1e-12)
 
 
 # ---------------------------------------------------------------- particles that begin with a law

@@ -198,7 +198,7 @@ def test_bad_input(x, log_w, match):
 @pytest.mark.parametrize("name", ["gmm9", "gmm40-2d", "many-well-5", "many-well-32"])
 def test_targets_of_the_library(name):
     """20 000 exact draws: the fit lacks at most a few hundredths of a nat for each dimension."""
-    target = sc.named_target(name)
+    target = sc.library.named_target(name)
     law = fit_mixture(target.sample(20_000, 1), seed=0)
     y = target.sample(20_000, 2)
     kl = float((target(y) - target.log_z - law.log_prob(y)).mean())

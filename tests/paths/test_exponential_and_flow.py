@@ -152,10 +152,10 @@ def test_the_flow_has_the_models_marginals_and_its_two_integrators_agree():
     fixed = sc.simulate(problem, 4000, time_steps=200, scheme="probability-flow", seed=1)
     adaptive = sc.simulate(problem, 4000, time_steps=200, scheme="probability-flow", seed=1, tolerance=1e-6, keep="end")
     assert (fixed.end - adaptive.end).abs().max() < 1e-3
-    assert sc.sliced_wasserstein(fixed.end, MIXTURE.sample((4000,)), directions=50) < 0.1
+    assert sc.metrics.sliced_wasserstein(fixed.end, MIXTURE.sample((4000,)), directions=50) < 0.1
     for k in (50, 150):
         law = problem.reference.marginal(float(fixed.times[k]))
-        assert sc.sliced_wasserstein(fixed.states[k], law.sample((4000,)), directions=50) < 0.1
+        assert sc.metrics.sliced_wasserstein(fixed.states[k], law.sample((4000,)), directions=50) < 0.1
     assert torch.isfinite(fixed.running_cost).all() and (fixed.running_cost - adaptive.running_cost).abs().max() < 1e-2
     with pytest.raises(sc.NoLikelihood):
         fixed.log_ratio()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sdecontrol as sc
 from sdecontrol.chains.build import make_grid
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.randomness import SeededNoise
 
 Z_FOUR = 4.0  # four standard errors: two-sided false alarm 6e-5 a comparison
@@ -86,7 +87,7 @@ def test_z_is_unbiased_at_a_coarse_grid_for_a_wrong_control(scheme):
     problem = random_lq(2, seed=7)
     exact = sc.exact_solution(problem, time_steps=5, scheme=scheme)
     paths = sc.simulate(problem, 200_000, control=SmallControl(2, 2), time_steps=5, scheme=scheme, seed=1, keep="end")
-    within(sc.log_weights(problem, paths).exp(), float(exact.log_z.exp()))
+    within(log_weights(problem, paths).exp(), float(exact.log_z.exp()))
 
 
 def test_exact_transitions_give_the_closed_form_marginals():
@@ -139,7 +140,7 @@ def test_the_stretch_of_a_mixture_start_converges_to_the_mixture():
     for steps in (40, 160):
         chain = problem.chain(steps)
         x = sc.simulate(problem, 50_000, time_steps=steps, seed=4).states[chain.start]
-        errors.append(sc.sliced_wasserstein(x, law.sample((50_000,)), directions=50))
+        errors.append(sc.metrics.sliced_wasserstein(x, law.sample((50_000,)), directions=50))
     assert errors[1] < 0.035 and errors[1] < errors[0]
 
 

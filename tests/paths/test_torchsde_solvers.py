@@ -8,6 +8,7 @@ import torch
 from cases import F64, SmallControl, nonlinear, randn, random_lq
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.paths.brownian import GridBrownian, coarsen
 from sdecontrol.paths.equations import ControlledSDE, noise_kind
 from sdecontrol.paths.solvers import SOLVERS
@@ -251,7 +252,7 @@ def test_likelihoods_are_refused_by_name():
         with pytest.raises(sc.NoLikelihood, match=r"srk.*scheme='euler'"):
             ask()
     with pytest.raises(TypeError, match="srk"):
-        sc.log_weights(random_lq(2, seed=1), paths)
+        log_weights(random_lq(2, seed=1), paths)
     for scheme in ("srk", "probability-flow"):
         with pytest.raises(TypeError, match=f"{scheme}.*no Gaussian kernels.*simulate"):
             sc.solve(random_lq(2, seed=1), scheme=scheme, iterations=1)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.exact import exact_solution
 from sdecontrol.problems.density import LogDensity
-from sdecontrol.problems.gibbs import FLOOR_DEPTH
+from sdecontrol.problems.gibbs import FLOOR_DEPTH, GibbsProblem
 from sdecontrol.problems.pilot import run_pilot
 from sdecontrol.processes.linear import LinearSDE
 from sdecontrol.processes.time_changed import TimeChanged
@@ -54,7 +55,7 @@ def gamma(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------ the reference
 
 
-def chain_end(problem: sc.GibbsProblem, steps: int) -> tuple[Tensor, Tensor]:
+def chain_end(problem: GibbsProblem, steps: int) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the chain's own end, by its kernels in float64."""
     from sdecontrol.processes.linear import moments
 
@@ -141,7 +142,7 @@ def test_mean_weight_is_z_on_five_steps(reference: str) -> None:
 
     for control in (None, push):
         paths = sc.simulate(problem, 100_000, control=control, time_steps=5, seed=1)
-        w = sc.log_weights(problem, paths).exp() / z
+        w = log_weights(problem, paths).exp() / z
         error = float(w.std()) / math.sqrt(len(w))
         assert error < 0.006
         assert abs(float(w.mean()) - 1) < 4 * error
@@ -267,7 +268,7 @@ def test_hard_constraints_are_floored_and_z_is_right(reference: str) -> None:
     assert float(slope[1]) == pytest.approx(float(inside))
     paths = sc.simulate(problem, 50_000, time_steps=8, seed=0)
     assert bool((paths.end < 0).any())
-    w = sc.log_weights(problem, paths).exp()
+    w = log_weights(problem, paths).exp()
     assert abs(float(w.mean()) - 1) < 4 * float(w.std()) / len(w) ** 0.5 < 0.08
     everywhere_outside = problem.reward(torch.full((3, 1), -1.0, dtype=DOUBLE, requires_grad=True))
     assert (everywhere_outside == value[0]).all()
@@ -318,7 +319,7 @@ def test_conditional_target(reference: str) -> None:
     assert 0.8 < float(problem.scale) < 2.5  # the union of the posteriors: mean 0.8 y, variance 0.2
     y = torch.full((40_000, 1), 1.5)
     paths = sc.simulate(problem, 40_000, time_steps=5, seed=0, condition=y)
-    w = sc.log_weights(problem, paths).exp()
+    w = log_weights(problem, paths).exp()
     evidence = math.exp(-0.5 * 1.5**2 / 1.25) / math.sqrt(2 * math.pi * 1.25)
     assert abs(float(w.mean()) - evidence) < 4 * float(w.std()) / 200 < 0.05 * evidence
     sc.solve(problem, sc.LogVariance(), time_steps=5, iterations=2, batch_size=64, seed=0).sample(3, condition=y[:3])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sdecontrol as sc
+from sdecontrol.paths.paths import Paths
 from theory_checks import verify
 
 DOUBLE = torch.float64
@@ -58,8 +59,8 @@ def test_an_unbounded_black_box_has_no_exact_answer():
 def test_wrong_weights_are_found(monkeypatch):
     problem = _problem()
     exact = sc.exact_solution(problem, time_steps=10)
-    true = sc.Paths.log_ratio
-    monkeypatch.setattr(sc.Paths, "log_ratio", lambda self, *a, **k: 0.5 * true(self, *a, **k))
+    true = Paths.log_ratio
+    monkeypatch.setattr(Paths, "log_ratio", lambda self, *a, **k: 0.5 * true(self, *a, **k))
     report = verify(problem, exact, n=4096)
     assert not report.passed
     assert {f.statement for f in report.findings if f.passed is False} >= {"Theorem 1", "KL = E[log dP/dQ0]"}

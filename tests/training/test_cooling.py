@@ -173,7 +173,7 @@ def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):
 @pytest.mark.slow
 def test_cooling_pays_where_the_reward_is_steep():
     """ou-quadratic-hard, 150 iterations of log-variance: control error with and without (measured 0.007 and 0.038)."""
-    problem = sc.named_problem("ou-quadratic-hard")
+    problem = sc.library.named_problem("ou-quadratic-hard")
     exact = sc.exact_solution(problem, 50)
     errors = []
     for cooling in (True, False):

@@ -204,7 +204,8 @@ def test_it_carries_a_point_to_a_mixture_as_an_sde_and_noise_as_a_flow() -> None
     )
     for problem in problems:
         x = sc.simulate(problem, 2048, time_steps=50, seed=0, keep="end").samples
-        assert sc.sliced_wasserstein(x, data) < 0.15  # untrained (one Gaussian): above 0.3; two sets of samples: 0.05
+        # untrained (one Gaussian): above 0.3; two sets of samples: 0.05
+        assert sc.metrics.sliced_wasserstein(x, data) < 0.15
         assert float((x[:, 0] > 0).double().mean()) == pytest.approx(0.5, abs=0.06)
 
 

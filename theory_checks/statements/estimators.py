@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import brentq
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
 
 from ..cases import LinearCase, linear_cases, spoil, tensor
 from ..gaussian import gaussian_kl
@@ -323,7 +324,7 @@ def path_integral(setting: Setting, defect: str) -> Lines:
         for x0 in (-0.7, 0.9):
             for name, v in (("the reference", None), ("another control", lambda x, t: 0.5 * x - 0.3)):
                 paths = nodes.simulate(problem, v, state=tensor([[x0]]), time_steps=list(case.grid))
-                weight = sc.log_weights(problem, paths).exp()
+                weight = log_weights(problem, paths).exp()
                 shifted = paths.noises[0, :, 0] + paths.shifts[0, :, 0]
                 u = nodes.mean(weight * shifted) / (np.sqrt(case.h[0]) * nodes.mean(weight))
                 if defect.startswith("1/alpha"):

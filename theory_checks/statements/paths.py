@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.paths.paths import Paths
 
 from ..cases import STRETCH, AffineControl, LinearCase, affine_map, linear_cases, spoil, tensor
 from ..gaussian import gaussian_kl, log_density
@@ -24,7 +26,7 @@ def _random_control(case: LinearCase, rng: np.random.Generator) -> tuple[np.ndar
     return 0.7 * rng.normal(size=(case.K, case.m, case.d)), rng.normal(size=(case.K, case.m))
 
 
-def _simulate(case: LinearCase, control, seed: int, n: int = 70, **options) -> sc.Paths:
+def _simulate(case: LinearCase, control, seed: int, n: int = 70, **options) -> Paths:
     return sc.simulate(
         case.problem(), n, control=control, time_steps=list(case.grid), scheme=case.scheme, seed=seed, **options
     )
@@ -122,9 +124,7 @@ def path_equation(setting: Setting, defect: str) -> Lines:
         yield compare(f"log ratio of another control, {label}", paths.log_ratio(AffineControl(V, y, case.grid)), other)
         yield compare(f"running cost, {label}", paths.running_cost, cost)
         reward = -0.5 * np.einsum("ni,ij,nj->n", x, case.G, x) + x @ case.g
-        yield compare(
-            f"log weights, {label}", sc.log_weights(case.problem(), paths), (reward - cost) / case.alpha - ratio
-        )
+        yield compare(f"log weights, {label}", log_weights(case.problem(), paths), (reward - cost) / case.alpha - ratio)
 
 
 @check(
@@ -232,7 +232,7 @@ def weights(setting: Setting, defect: str) -> Lines:
         if defect.startswith("last"):
             ratio = paths.log_ratio(per_step=True)[:-1].sum(0)
         problem = spoil(point, defect).problem()
-        log_w = sc.log_weights(problem, paths) + paths.log_ratio() - ratio
+        log_w = log_weights(problem, paths) + paths.log_ratio() - ratio
         log_z = case.value(0, case.mean[None])[0] / case.alpha
         best = case.reference(0, case.mean).tilted(*case.total_reward())[0]
         yield compare("log E[w]", nodes.mean(log_w.exp()).log(), log_z)
@@ -316,5 +316,5 @@ def nonlinear(setting: Setting, defect: str) -> Lines:
         ("a nonlinear control", lambda x, t: 0.4 * torch.tanh(x) - 0.3 * t[:, None]),
     ):
         paths = nodes.simulate(problem, control, state=tensor([[0.4]]), time_steps=K)
-        log_w = sc.log_weights(problem, paths)
+        log_w = log_weights(problem, paths)
         yield compare(f"log E[w] under {name}", nodes.mean(log_w.exp()).log(), np.log(value(0, np.array(0.4))))

@@ -14,6 +14,8 @@ import torch
 from scipy import stats
 
 import sdecontrol as sc
+from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.paths.paths import Paths
 
 from ..cases import STRETCH, LinearCase, affine_map, spoil, tensor
 from ..gaussian import Joint, path_law
@@ -46,7 +48,7 @@ def drifting(**changes) -> LinearCase:
     return replace(case, **changes)
 
 
-def _simulate(case: LinearCase, n: int, seed: int, control=None, **options) -> sc.Paths:
+def _simulate(case: LinearCase, n: int, seed: int, control=None, **options) -> Paths:
     return sc.simulate(
         case.problem(), n, control=control, time_steps=list(case.grid), scheme=case.scheme, seed=seed, **options
     )
@@ -200,7 +202,7 @@ def weights(setting: Setting, defect: str) -> Lines:
     true = case.chain().exact.control
     problem = spoil(case, defect).problem()
     paths = sc.simulate(problem, n, control=Stretched(true, 0.8), time_steps=list(case.grid), seed=setting.seed + 5)
-    log_w = sc.log_weights(problem, paths).numpy()
+    log_w = log_weights(problem, paths).numpy()
     if defect.startswith("KL of the start"):
         log_w = log_w + paths.log_ratio(per_step=True)[:STRETCH].sum(0).numpy()
     if defect.startswith("half"):

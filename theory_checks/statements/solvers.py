@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sdecontrol as sc
+from sdecontrol.evaluation.solution import Solution
 
 from ..cases import LinearCase, spoil, tensor
 from ..registry import Measurement, Setting, check, compare, within
@@ -54,7 +55,7 @@ def learnable(**changes) -> LinearCase:
     return drifting(cov=np.zeros((2, 2)), start="fixed", alpha=1.0, grid=tuple(np.linspace(0, 1, 6)), **changes)
 
 
-def _train(case: LinearCase, method, iterations: int, seed: int) -> sc.Solution:
+def _train(case: LinearCase, method, iterations: int, seed: int) -> Solution:
     return sc.solve(
         case.problem(),
         method,
@@ -84,7 +85,7 @@ def learned(setting: Setting, defect: str) -> Lines:
     for name in names[: 1 if defect else None]:
         given = replace(case, alpha=1.5 * case.alpha) if defect.startswith("alpha") else spoil(case, defect)
         trained = _train(given, getattr(sc, name)(), 1 if defect == "not trained" else 200, setting.seed)
-        solution = sc.Solution(case.problem(), trained.control, method=trained.method, settings=trained.settings)
+        solution = Solution(case.problem(), trained.control, method=trained.method, settings=trained.settings)
         exact = sc.exact_solution(case.problem(), like=solution)
         yield within(f"{name}: relative control error", sc.control_error(solution, exact, n=1024).relative.value, 0.02)
         gap = float(exact.log_z) - solution.evaluate(4096, seed=1).elbo.value
