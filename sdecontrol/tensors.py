@@ -127,11 +127,21 @@ def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like
 
 
 @contextlib.contextmanager
-def probing(name: str, called_as: str) -> Iterator[None]:
-    """Name a user's function that fails at its first call, and say how it was called."""
+def probing(name: str, called_as: str, unconditional: str = "") -> Iterator[None]:
+    """Name a user's function that fails at its first call, and say how it was called.
+
+    Args:
+        unconditional: the arguments beside a condition that it was called with ("x, t"); empty where there was none.
+    """
     try:
         yield
     except TypeError as error:
-        raise TypeError(f"{name} failed when called as {called_as}: {error}") from error
+        remedy = (
+            f" The problem has a condition y, which every function of it is given; where {name} has no use for it, "
+            f"pass lambda {unconditional}, y: {name}({unconditional})."
+            if unconditional
+            else ""
+        )
+        raise TypeError(f"{name} failed when called as {called_as}: {error}.{remedy}") from error
     except RuntimeError as error:
         raise RuntimeError(f"{name} failed when called as {called_as}: {error}") from error

@@ -172,7 +172,7 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     t = chain.times[0].expand(3)
     y = problem.draw_condition(3, 0)
     called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
-    with torch.no_grad(), probing("control", called):
+    with torch.no_grad(), probing("control", called, "" if y is None else "x, t"):
         u = control(x, t) if y is None else control(x, t, y)
     check_output("control", u, (3, *problem.control_shape), t, "A control is called as control(x, t), t (batch,).")
     if not any(p.requires_grad for p in control.parameters()):

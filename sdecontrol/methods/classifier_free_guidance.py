@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..controls.tuned import ModelControl
 from ..problems.problem import ControlProblem
 from ..processes.pretrained import call_model
-from ..processes.sde import positional_count
 from ..tensors import as_float, check_output, probing
 from .base import ControlState, Method, Run, register
 
@@ -34,8 +33,9 @@ class ClassifierFreeGuidance(Method):
     Args:
         conditional: ``model(x, s, y) -> (batch, *shape)`` on the clock and in the parametrisation of the reference's
             model, y ``(batch, ...)``; such as ``sc.fit_score(data, schedule, condition=labels, drop=0.1)``, which
-            serves as the reference too. An nn.Module is copied, and put into evaluation mode. Saved files do not hold
-            it: ``sc.load(..., control=solution.control)``.
+            serves as the reference too (as ``lambda x, s, y: model(x, s)`` in a problem with a condition). An nn.Module
+            is copied, and put into evaluation mode. Saved files do not hold it: ``sc.load(...,
+            control=solution.control)``.
         weight: w, any finite number. 0: the conditional model; -1: the reference.
         label: y, a number or a tensor (of one row); None: the problem's condition.
 
@@ -57,8 +57,6 @@ class ClassifierFreeGuidance(Method):
                 "conditional must be a model (x, s, y) -> (batch, *shape), such as sc.fit_score(data, schedule, "
                 f"condition=labels); got {type(self.conditional).__name__}."
             )
-        if positional_count(self.conditional) < 3:
-            raise TypeError("conditional must take the condition as its third argument: model(x, s, y).")
 
     def check(self, problem: ControlProblem) -> None:
         reference = problem.reference
@@ -72,16 +70,10 @@ class ClassifierFreeGuidance(Method):
                 f"the reference clips its prediction of x0 to {reference.clip}, which does not commute with the "
                 "weight. Make the chain with clip=None."
             )
-        if problem.condition is None:
-            if self.label is None:
-                raise ValueError(
-                    "label is missing: classifier-free-guidance(label=None) takes the label from the problem's "
-                    "condition, and this problem has none."
-                )
-        elif positional_count(reference.model) >= 3:
+        if problem.condition is None and self.label is None:
             raise ValueError(
-                "the reference must be the unconditional model, but it takes the problem's condition: pass "
-                "generative_sde(lambda x, s: model(x, s), ...)."
+                "label is missing: classifier-free-guidance(label=None) takes the label from the problem's "
+                "condition, and this problem has none."
             )
 
     def setup(self, run: Run) -> nn.Module:
@@ -102,6 +94,22 @@ class _Guided(ModelControl):
         with torch.no_grad(), probing("conditional", called):
             out = self.reference.predict(self.predicted, x, 0.5, y)
         check_output("conditional", out, x.shape, x, f"It is called as {called}.")
+        if y is not None:
+            self._check_unconditional(x, y, out)
+
+    @torch.no_grad()
+    def _check_unconditional(self, x: Tensor, y: Tensor, conditional: Tensor) -> None:
+        """Raise where the reference depends on y, or is the conditional model itself.
+
+        Raises:
+            ValueError: saying how to pass the model without its condition.
+        """
+        plain, moved = (self.reference.predict(self.reference.model, x, 0.5, z) for z in (y, y.roll(1, 0)))
+        if torch.equal(plain, conditional) or not torch.equal(plain, moved):
+            raise ValueError(
+                "the reference must be the unconditional model, but it depends on the problem's condition: pass "
+                "generative_sde(lambda x, s, y: model(x, s), ...)."
+            )
 
     def _condition(self, x: Tensor, y: Any) -> Any:
         if self.label is None:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processes.sde import positional_count
 from ..tensors import check_output, probing
 
 _SHAPE = "A log density gives one number per row, shape (batch,)."
@@ -45,7 +44,7 @@ class LogDensity:
 
     @staticmethod
     def _call(function: Callable[..., Tensor], x: Tensor, y: Any) -> Tensor:
-        return function(x) if y is None or positional_count(function) < 2 else function(x, y)
+        return function(x) if y is None else function(x, y)
 
     def probe(self, x: Tensor, y: Any) -> None:
         """Call it once: check what it returns and find out whether it has a gradient.
@@ -53,11 +52,12 @@ class LogDensity:
         Raises:
             TypeError, ValueError: naming the function, what it returned and what it should.
         """
-        called = f"log_density(x{'' if y is None else ', y'}), x {tuple(x.shape)}"
+        more, alone = ("", "") if y is None else (", y", "x")
+        called = f"log_density(x{more}), x {tuple(x.shape)}"
         leaf = x.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             try:
-                with probing("log_density", called):
+                with probing("log_density", called, alone):
                     value = self._call(self.function, leaf, y)
             except RuntimeError as error:
                 if "requires grad" not in str(error) and "detach()" not in str(error):
@@ -72,7 +72,7 @@ class LogDensity:
                 hint += " Do not sum or average over the batch."
             check_output("log_density", value, (x.shape[0],), x, hint)
             if self.score is not None:
-                with probing("score", called.replace("log_density", "score")):
+                with probing("score", called.replace("log_density", "score"), alone):
                     score = self._call(self.score, x, y)
                 check_output("score", score, x.shape, x, "It is the gradient of log_density in x.")
                 self.differentiable = True

@@ -19,7 +19,7 @@ from ..counting import count_reward
 from ..errors import NonFiniteError, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
-from ..processes.sde import MEMORYLESS, check_memoryless, positional_count
+from ..processes.sde import MEMORYLESS, check_memoryless
 from ..randomness import derive_seed
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
@@ -55,12 +55,13 @@ class ControlProblem:
         initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None
             for the reference's own (generative references).
         reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
-        running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor, or None.
+        running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor (``f(x, t, y)`` with a condition), or None.
         alpha: temperature of the entropy (KL) cost, > 0.
         start: "fixed" (X_0 keeps its law), "controlled" (a stretch of time before 0 makes the start part of the
             control), "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative
             references: memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
+            Reward, running cost, drift, model and control are then all given y, as their last positional argument.
         reward_batch_size: call the reward on at most so many states at once.
 
     Attributes:
@@ -189,7 +190,8 @@ class ControlProblem:
                         "running_cost must be a function (x, t) -> (batch,) or None, got "
                         f"{type(self.running_cost_function).__name__}."
                     )
-                with probing("running_cost", f"running_cost(x, t), x {tuple(x.shape)}, t 0-d"):
+                more, alone = ("", "") if y is None else (", y", "x, t")
+                with probing("running_cost", f"running_cost(x, t{more}), x {tuple(x.shape)}, t 0-d", alone):
                     cost = self.running_cost(x, t, y)
                 check_output("running_cost", cost, (rows,), t, "One number per row.")
         self.has_gradient = self._probe_reward(decoded, y)
@@ -215,7 +217,8 @@ class ControlProblem:
         with torch.enable_grad():
             leaf = x.clone().requires_grad_(smooth)
             try:
-                with probing("reward", f"reward(x{'' if y is None else ', y'}), x {tuple(x.shape)}"):
+                more, alone = ("", "") if y is None else (", y", "x")
+                with probing("reward", f"reward(x{more}), x {tuple(x.shape)}", alone):
                     value = self._call_reward(leaf, y)
             except RuntimeError as error:
                 if "requires grad" not in str(error) and "detach()" not in str(error):
@@ -277,8 +280,7 @@ class ControlProblem:
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
-        alone = condition is None or positional_count(self.reward_function) < 2
-        value = self.reward_function(x) if alone else self.reward_function(x, condition)
+        value = self.reward_function(x) if condition is None else self.reward_function(x, condition)
         count_reward(value, len(x))
         return value
 
@@ -318,7 +320,7 @@ class ControlProblem:
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``f(x, t)``, ``(batch,)``."""
         f: Any = self.running_cost_function
-        return f(x, t) if condition is None or positional_count(f) < 3 else f(x, t, condition)
+        return f(x, t) if condition is None else f(x, t, condition)
 
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:

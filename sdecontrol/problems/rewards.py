@@ -32,7 +32,7 @@ class Quadratic:
             raise TypeError(f"g has dtype {self.g.dtype}, G has {G.dtype}; make them agree.")
         self.c = as_float("c", c)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Any = None) -> Tensor:  # whatever the condition
         return ((self.g - 0.5 * (x @ self.G)) * x).sum(-1) + self.c
 
 
@@ -44,7 +44,7 @@ class Linear:
         if g.ndim == 0:
             raise ValueError("g must have the shape of a state; got a 0-d tensor.")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, y: Any = None) -> Tensor:  # whatever the condition
         return (x * self.g).flatten(x.ndim - self.g.ndim).sum(-1)
 
 

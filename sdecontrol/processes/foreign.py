@@ -18,7 +18,7 @@ class _Term(nn.Module):
         super().__init__()
         self.owner, self.call = owner, call
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:  # the protocol knows no condition
         return self.call(t, x)
 
 

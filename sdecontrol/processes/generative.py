@@ -48,13 +48,14 @@ def noise_coefficients(
 
 
 class MixtureNoise(nn.Module):
-    """The exact noise prediction of a Gaussian mixture under a schedule: ``(x, s) -> -std score``. No parameters."""
+    """The exact noise prediction of a Gaussian mixture under a schedule: ``(x, s) -> -std score``, whatever the
+    condition. No parameters."""
 
     def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
         super().__init__()
         self.mixture, self.schedule = mixture, schedule
 
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         s0 = self.schedule.noising_time(s.reshape(-1)[0].double().cpu())
         if s.numel() > 1 and bool((s != s.reshape(-1)[0]).any()):
             return torch.stack([self(row[None], time[None])[0] for row, time in zip(x, s)])

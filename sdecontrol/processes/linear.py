@@ -74,7 +74,6 @@ class LinearSDE(SDE):
         self.event_shape = torch.Size((d,))
         self.control_shape = torch.Size((root.shape[1],))
         self.dtype, self.device = probe.dtype, probe.device
-        self.drift_takes_condition = False
         self.autonomous = not any(callable(c) for c in (A, sigma, offset))
         #: sigma ``(1, d, m)`` where it does not depend on time; a diagonal one saves a matrix product a step
         self.constant_matrix = None if callable(sigma) else root.unsqueeze(0)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..tensors import check_output, probing
 from .reference import Reference
-from .sde import positional_count
 
 #: ``model(x, s)`` or ``model(x, s, y)``, s ``(batch,)``.
 Model = Callable[..., Tensor]
@@ -17,9 +16,9 @@ ControlFunction = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 def call_model(model: Model, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
-    """``model(x, clock)`` with the clock expanded to ``(batch,)``, and the condition where the model takes one."""
+    """``model(x, clock)`` with the clock expanded to ``(batch,)``; ``(x, clock, condition)`` where there is one."""
     clock = clock.expand(x.shape[0])
-    return model(x, clock) if condition is None or positional_count(model) < 3 else model(x, clock, condition)
+    return model(x, clock) if condition is None else model(x, clock, condition)
 
 
 class Pretrained(Reference):
@@ -50,7 +49,6 @@ class Pretrained(Reference):
     """
 
     pretrained = True
-    drift_takes_condition = True
     clip: float | None = None
     decodes: bool = False
     called: tuple[str, str] = ("s", "s (batch,)")
@@ -70,6 +68,6 @@ class Pretrained(Reference):
         name, kind = self.called
         called = f"model(x, {name}), x (batch, *shape), {kind}" if y is None else f"model(x, {name}, y)"
         with torch.no_grad():
-            with probing("model", f"{called}, x {tuple(x.shape)}"):
+            with probing("model", f"{called}, x {tuple(x.shape)}", "" if y is None else f"x, {name}"):
                 value = self.predict(self.model, x, 0.5 * self.horizon, y)
             check_output("model", value, x.shape, x, f"It is called as {called}.")

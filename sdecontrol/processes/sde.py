@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +59,6 @@ class SDE(Reference):
             raise TypeError(f"drift must be callable (x, t) -> (batch, *event), got {type(drift).__name__}.")
         self.horizon = as_float("horizon", horizon, positive=True)
         self._drift = drift
-        self.drift_takes_condition = positional_count(drift) >= 3
         self.dtype: torch.dtype | None = None
         self.device: torch.device | None = None
         if callable(diffusion):
@@ -127,8 +125,8 @@ class SDE(Reference):
         y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
         t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
         with torch.no_grad():
-            condition_too = ", y" if y is not None and self.drift_takes_condition else ""
-            with probing(self._term, f"{self._term}(x, t{condition_too}), x {tuple(x.shape)}, t 0-d"):
+            more, alone = (", y", "x, t") if y is not None else ("", "")
+            with probing(self._term, f"{self._term}(x, t{more}), x {tuple(x.shape)}, t 0-d", alone):
                 value = getattr(self, self._term)(x, t, y)
             check_output(self._term, value, x.shape, x, "Its first dimension is the batch.")
             if self._diffusion_function is not None:
@@ -154,7 +152,7 @@ class SDE(Reference):
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``b(x, t)``, ``(batch, *event)``."""
-        return self._drift(x, t, condition) if self.drift_takes_condition else self._drift(x, t)
+        return self._drift(x, t) if condition is None else self._drift(x, t, condition)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """``sigma(x, t)``: elementwise (0-d, event or batch of events) or a matrix ``(1 | batch, d, m)``."""
@@ -177,19 +175,6 @@ class SDE(Reference):
 
     def __deepcopy__(self, memo: Any) -> SDE:
         return self  # a process is a definition: a copied control refers to the same one
-
-
-def positional_count(function: Callable[..., Any]) -> int:
-    """How many positional arguments a function takes (its ``forward`` for a module)."""
-    target = getattr(function, "forward", function)
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):
-        return 2
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(
-        p.kind in kinds and (p.default is inspect.Parameter.empty or p.name in ("y", "condition")) for p in parameters
-    )
 
 
 def check_memoryless(memory: float | None) -> None:

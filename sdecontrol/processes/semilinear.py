@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .linear import Coefficient, LinearSDE
-from .sde import SDE, positional_count
+from .sde import SDE
 
 
 class SemilinearSDE(SDE):
@@ -50,7 +50,6 @@ class SemilinearSDE(SDE):
         self.constant_diffusion = linear.constant_matrix
         self.additive = linear.constant_matrix is not None
         self._drift = nonlinearity  # where ControlProblem looks for the user's modules
-        self.drift_takes_condition = positional_count(nonlinearity) >= 3
 
     def nonlinearity(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``n(x, t)``, ``(batch, d)``."""

@@ -201,7 +201,7 @@ def conditional_reference():
     ("make", "options", "kind", "match"),
     [
         (problem, {"conditional": None}, TypeError, "conditional must be a model"),
-        (problem, {"conditional": lambda x, s: x}, TypeError, "third argument"),
+        (problem, {"conditional": lambda x, s: x}, TypeError, r"called as conditional\(x, s, y\)"),
         (problem, {"conditional": lambda x, s, y: x[:, :1]}, ValueError, r"conditional must return shape \(3, 2\)"),
         (problem, {"conditional": lambda x, s, y: x.float()}, TypeError, "conditional returned dtype"),
         (problem, {"conditional": lambda x, s, y: x @ x}, RuntimeError, "conditional failed when called as"),
