@@ -681,9 +681,9 @@ WAYS: dict[str, Callable[[], Any]] = {
         lq(), sc.LogVariance(), optimizer=lambda p: torch.optim.SGD(p, 0.05), learning_rate=0.05, iterations=3
     ),
     "optimizer-adjoint": lambda: solved(plain(), sc.AdjointMatching(), optimizer=torch.optim.Adam, iterations=3),
-    "no-cooling": lambda: solved(plain(reward=lambda x: 40 * well(x)), sc.LogVariance(), cooling=False, iterations=3),
-    "cooling": lambda: solved(plain(reward=lambda x: 40 * well(x)), sc.LogVariance(), iterations=12),
-    "cooling-gibbs": lambda: solved(gibbs(scale=6.0), sc.RewardBackprop(), iterations=12),
+    "no-annealing": lambda: solved(plain(reward=lambda x: 40 * well(x)), sc.LogVariance(), anneal=False, iterations=3),
+    "annealing": lambda: solved(plain(reward=lambda x: 40 * well(x)), sc.LogVariance(), iterations=12),
+    "annealing-gibbs": lambda: solved(gibbs(scale=6.0), sc.RewardBackprop(), iterations=12),
     "many-iterations": lambda: solved(lq(), sc.AdjointMatching(), iterations=40),
     "many-iterations-nonlinear": lambda: solved(plain(), sc.AdjointMatching(), iterations=25),
     "many-iterations-ppo": lambda: solved(plain(), sc.SoftPPO(epochs=2), iterations=15),

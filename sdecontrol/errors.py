@@ -1,8 +1,11 @@
 """The errors of the package. Each is a ValueError, TypeError or RuntimeError, so that ordinary handlers catch them."""
 
 import difflib
-from collections.abc import Collection, Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class NonFiniteError(RuntimeError):
@@ -57,3 +60,18 @@ def check_name(kind: str, name: object, known: Collection[str]) -> None:
     """Raise :func:`unknown_name` unless the name is known."""
     if name not in known:
         raise unknown_name(kind, name, known)
+
+
+def renamed(**names: str) -> Callable[[F], F]:
+    """A decorator: a call by an argument's former name is a TypeError that gives the present one (former=present)."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for former in names.keys() & kwargs.keys():
+                raise TypeError(f"{function.__name__}: {former}= is now called {names[former]}=.")
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate

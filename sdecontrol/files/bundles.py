@@ -116,7 +116,7 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
         tensors = load(content)
     except Exception as error:  # safetensors raises its own kinds
         raise BadFileError(f"{tensor_file} is not a safetensors file ({error}).") from error
-    settings = migrated(schema, settings)
+    tensors, settings = migrated(schema, tensors, settings)
     for field in _FIELDS[kind]:
         if field not in settings:
             raise BadFileError(f"{path} has no field {field!r}: it was not written by this version of the package.")

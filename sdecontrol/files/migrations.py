@@ -2,19 +2,27 @@
 
 from typing import Any
 
-SCHEMA = 2  # of files as they are written now; without a number: 1
+from torch import Tensor
+
+SCHEMA = 3  # of files as they are written now; without a number: 1
 
 _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
 
 
-def migrated(schema: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the present schema, from those of an older one.
+def migrated(
+    schema: int, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and settings of the present schema, from those of an older one."""
+    if schema < 2:
+        _own_fields(settings)
+    if schema < 3:
+        _field_names(settings)
+    return tensors, settings
 
-    From 1 to 2 what a solution says beyond all others goes into a field of its own; networks get the fields that they
-    came to have.
-    """
-    if schema == 2:
-        return settings
+
+def _own_fields(settings: dict[str, Any]) -> None:
+    """From 1 to 2: what a solution says beyond all others goes into a field of its own, networks and checkpoints get
+    the fields that they came to have."""
     if settings["kind"] == "solution":
         own = {name: settings.pop(name) for name in (*_SORTS, "twist") if name in settings}
         sort = next((sort for name, sort in _SORTS.items() if name in own), "control")
@@ -24,7 +32,6 @@ def migrated(schema: int, settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(settings.get("identity"), dict):
             settings["identity"].setdefault("cooling", True)
         settings.setdefault("cooling", {"strength": 1.0, "first": None, "ended": 0})
-    return settings
 
 
 def _complete_networks(saved: Any, start: bool = False) -> None:
@@ -35,3 +42,19 @@ def _complete_networks(saved: Any, start: bool = False) -> None:
                 saved.setdefault(name, value)
         for name, part in saved.items():
             _complete_networks(part, name == "start")
+
+
+def _field_names(settings: dict[str, Any]) -> None:
+    """From 2 to 3: the field's names."""
+    if settings["kind"] == "checkpoint":
+        _rename(settings, pace="schedule", cooling="annealing")
+        _rename(settings.get("annealing"), strength="beta", ended="iterations")
+        _rename(settings.get("identity"), cooling="anneal")
+
+
+def _rename(saved: Any, **names: str) -> None:
+    """Rename fields (former=present) of what is a dictionary, where they are."""
+    if isinstance(saved, dict):
+        for former, present in names.items():
+            if former in saved:
+                saved[present] = saved.pop(former)

@@ -119,7 +119,7 @@ class Method:
     #: decay of the average of the parameters over iterations
     averaging: ClassVar[float] = 0.99
     #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
-    cools: ClassVar[bool] = False
+    anneals: ClassVar[bool] = False
     #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse
     #: law
     reference_steps: ClassVar[bool] = True

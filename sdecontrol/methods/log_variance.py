@@ -43,7 +43,7 @@ class LogVariance(PathMethod):
             their function instead), else the whole batch. ``batch_size`` must be a multiple of it.
     """
 
-    cools: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
     loss: str = "variance"

@@ -35,7 +35,7 @@ class PathConsistency(PathMethod):
             (off-policy); 0: from each batch once.
     """
 
-    cools: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
 
     n: int | str = "all"
     paths: Any = "current"

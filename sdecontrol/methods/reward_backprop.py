@@ -36,7 +36,7 @@ class RewardBackprop(Method):
             Both replace sums over steps by integrals, need scheme="euler", and are slower than "adjoint".
     """
 
-    cools: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
     gradient: str | int = "full"

@@ -78,8 +78,8 @@ class SMC(Method):
         return (self.proposal if isinstance(self.proposal, Method) else Method).averaging
 
     @property
-    def cools(self) -> bool:  # type: ignore[override]
-        return isinstance(self.proposal, Method) and self.proposal.cools
+    def anneals(self) -> bool:  # type: ignore[override]
+        return isinstance(self.proposal, Method) and self.proposal.anneals
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

@@ -51,7 +51,7 @@ class SoftPPO(Method):
         steps: use so many randomly drawn steps of each path in every optimiser step (unbiased); None: all.
     """
 
-    cools: ClassVar[bool] = True
+    anneals: ClassVar[bool] = True
     clip: float = 0.2
     epochs: int = 4
     minibatches: int = 1

@@ -10,7 +10,7 @@ from ..errors import BadFileError
 from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint
 
-_KIND = register_bundle("checkpoint", "identity", "done", "pace", "cooling", "optimizer", "history", "problem")
+_KIND = register_bundle("checkpoint", "identity", "done", "schedule", "annealing", "optimizer", "history", "problem")
 _KEPT = 2
 
 

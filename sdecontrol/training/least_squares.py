@@ -11,17 +11,17 @@ from ..methods.base import Regression
 
 
 class LinearSteps:
-    """Levenberg-Marquardt steps ``theta <- theta - pace/2 (G + damping D)^{-1} grad``, D the diagonal of G and a tenth
-    of its mean.
+    """Levenberg-Marquardt steps ``theta <- theta - s/2 (G + damping D)^{-1} grad``, s the step size, D the diagonal of
+    G and a tenth of its mean.
 
     For a regression on fixed targets a full, undamped step is its least-squares solution. The targets move with the
     control, and may be noisy:
 
     * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first
       value): cautious while it is large, full least squares as it vanishes, cautious again at once where it rises;
-    * the pace grows while successive steps agree in direction (in the metric G) and falls while they do not (after
+    * the step size grows while successive steps agree in direction (in the metric G) and falls while they do not (after
       Kesten 1958, Ann. Math. Statist. 29): without noise it stays at 1, and where noise dominates it falls like 1/t.
-      Other steps follow it (``slowing``);
+      Other steps follow it (``adam_scale``);
     * no step moves the path law by more than half the control's own KL (or half a nat).
 
     The moments G are averaged over iterations.
@@ -29,7 +29,7 @@ class LinearSteps:
 
     decay = 0.8
     least, most = 1e-8, 10.0  # damping
-    gain, agreement = 0.5, 0.2  # the pace is 1/(1 + n), n moving by gain (agreement - cosine)
+    gain, agreement = 0.5, 0.2  # the step size is 1/(1 + n), n moving by gain (agreement - cosine)
     part_kl = 0.5
 
     def __init__(self, parts: Sequence[LinearPart]) -> None:
@@ -41,7 +41,7 @@ class LinearSteps:
         self.count = 0
 
     @property
-    def pace(self) -> float:
+    def step_size(self) -> float:
         return 1 / (1 + self.disagreements)
 
     @property
@@ -49,10 +49,10 @@ class LinearSteps:
         return min(self.most, max(self.least, math.exp(min(100.0, 2 * (self.level - self.first)))))
 
     @property
-    def slowing(self) -> float:
-        """Factor for steps whose size does not vanish with the gradient (Adam's): the pace, and the root of what the
-        loss has fallen to."""
-        return self.pace * math.exp(0.5 * min(0.0, self.level - self.first))
+    def adam_scale(self) -> float:
+        """Factor for steps whose size does not vanish with the gradient (Adam's): the step size, and the root of what
+        the loss has fallen to."""
+        return self.step_size * math.exp(0.5 * min(0.0, self.level - self.first))
 
     def observe(self, batch: Regression) -> None:
         """Take in the states of a batch and the loss there."""
@@ -85,7 +85,7 @@ class LinearSteps:
             directions.append(direction.contiguous())  # as a checkpoint gives it back: sums have an order
         self._follow(directions)
         for part, gram, direction in zip(self.parts, self.grams, directions):
-            step = 0.5 * self.pace * factor * direction
+            step = 0.5 * self.step_size * factor * direction
             now = part.gather(part.parameters).double()
             kl, own = (0.5 * float((v * (gram @ v)).sum()) for v in (step, now))
             most = radius * self.part_kl * max(1.0, own)
@@ -97,7 +97,7 @@ class LinearSteps:
                 p.grad = None
 
     def _follow(self, directions: list[Tensor]) -> None:
-        """Set the pace by the cosine between this direction and the last, in the metric G."""
+        """Set the step size by the cosine between this direction and the last, in the metric G."""
         if self.directions:
             products = [
                 sum(float((a * (g @ b)).sum()) for a, g, b in zip(one, self.grams, other))

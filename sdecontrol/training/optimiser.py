@@ -16,12 +16,11 @@ from .least_squares import LinearSteps
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
 
 
-class Pace:
+class LearningRateSchedule:
     """The factor on the learning rate, and when to stop.
 
-    With a fixed number of iterations: a short warm-up, a stretch at full step, a cosine decay to 0. Without one: at
-    full step until the objective stops improving (or 70 % of the most iterations allowed have passed), then the same
-    decay.
+    With a fixed number of iterations: a short warm-up, a constant rate, a cosine decay to 0. Without one: the constant
+    rate until the objective stops improving (or 70 % of the most iterations allowed have passed), then the same decay.
     """
 
     window = 100
@@ -151,7 +150,7 @@ class Descent:
             self.linear.observe(regression)
             self.linear.step(self.factor, self.radius)  # leaves its parameters without gradient
             for group in self.optimizer.param_groups:
-                group["lr"] *= self.linear.slowing
+                group["lr"] *= self.linear.adam_scale
         self.optimizer.step()
         torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
         self.weight += (1 - self.decay) * (1 - self.weight)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.base import Control
-from ..errors import NoExactSolution, NonFiniteError
+from ..errors import NoExactSolution, NonFiniteError, renamed
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
@@ -22,14 +22,15 @@ from ..methods.base import Method, Run, find_method, parameters_of
 from ..problems.problem import ControlProblem
 from ..randomness import derive_seed, fresh_seed
 from ..tensors import check_count
+from .annealing import Annealing
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
-from .cooling import Cooling
 from .least_squares import LinearSteps
-from .optimiser import Descent, Pace
+from .optimiser import Descent, LearningRateSchedule
 from .progress import ProgressBar
 
 
+@renamed(cooling="anneal")
 def solve(
     problem: ControlProblem,
     method: Method | str = "reward-backprop",
@@ -43,7 +44,7 @@ def solve(
     learning_rate: float | None = None,
     optimizer: Any = None,
     accumulate: int = 1,
-    cooling: bool = True,
+    anneal: bool = True,
     tolerance: float | None = None,
     budget: str | float | None = None,
     checkpoint_dir: Any = None,
@@ -66,7 +67,7 @@ def solve(
         control: your own nn.Module ``(x, t) -> (batch, m)`` (a copy of it is trained); None: a copy of the pre-trained
             model if it is trainable, else the default network.
         learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
-        cooling: train at higher temperatures first, where the method gains from it (``Method.cools``), the reward
+        anneal: train at higher temperatures first, where the method gains from it (``Method.anneals``), the reward
             spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
             problem's own from the first iteration.
         tolerance: stop once the gap is reliable and below this.
@@ -102,7 +103,7 @@ def solve(
         control=control,
         learning_rate=learning_rate,
         optimizer=optimizer,
-        cooling=bool(cooling),
+        anneal=bool(anneal),
         iterations=iterations,
         tolerance=tolerance,
         budget=_seconds(budget),
@@ -154,7 +155,7 @@ class _Plan:
     control: nn.Module | None
     learning_rate: float | None
     optimizer: Any
-    cooling: bool
+    anneal: bool
     iterations: int | None
     tolerance: float | None
     budget: float | None
@@ -166,12 +167,14 @@ class _Plan:
     def by_time(self) -> bool:
         return self.iterations is None and self.budget is not None
 
-    def pace(self, method: Method) -> Pace:
+    def schedule(self, method: Method) -> LearningRateSchedule:
         most = 10**7 if self.by_time else method.default_iterations if self.iterations is None else self.iterations
-        pace = Pace(most, adaptive=self.iterations is None and self.budget is None and not method.steady)
+        schedule = LearningRateSchedule(
+            most, adaptive=self.iterations is None and self.budget is None and not method.steady
+        )
         if self.by_time:
-            pace.decay_from = None
-        return pace
+            schedule.decay_from = None
+        return schedule
 
     def descent(self, method: Method, state: nn.Module, like: Tensor) -> Descent:
         control = getattr(state, "control", None)
@@ -202,11 +205,11 @@ class _Trainer:
         control = copy.deepcopy(plan.control)
         self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
         self.state = method.setup(self.run)
-        self.descent, self.pace = plan.descent(method, self.state, chain.times), plan.pace(method)
+        self.descent, self.schedule = plan.descent(method, self.state, chain.times), plan.schedule(method)
         self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
-        self.cooling = Cooling(
-            plan.cooling and method.cools and control is None and not problem.reference.reverse_target
+        self.annealing = Annealing(
+            plan.anneal and method.anneals and control is None and not problem.reference.reverse_target
         )
         self.history: list[dict[str, float]] = []
         self.done = 0
@@ -227,7 +230,7 @@ class _Trainer:
             "seed": self.seed,
             "batch_size": self.run.batch_size,
             "accumulate": self.run.accumulate,
-            "cooling": self.plan.cooling,
+            "anneal": self.plan.anneal,
         }
 
     def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -250,8 +253,8 @@ class _Trainer:
             {
                 "identity": self.identity,
                 "done": self.done,
-                "pace": self.pace.state(),
-                "cooling": self.cooling.state(),
+                "schedule": self.schedule.state(),
+                "annealing": self.annealing.state(),
                 "optimizer": plain,
                 "history": self.history,
                 "problem": self.fingerprint,
@@ -270,8 +273,8 @@ class _Trainer:
         assert self.checkpoints is not None
         load_tensors(self.state, part_of(tensors, "state"), self.checkpoints.folder, finite_buffers=False)
         self.descent.restore(tensors, saved["optimizer"])
-        self.pace.restore(saved["pace"])
-        self.cooling.restore(saved["cooling"])
+        self.schedule.restore(saved["schedule"])
+        self.annealing.restore(saved["annealing"])
         self.history, self.done = saved["history"], saved["done"]
         self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 
@@ -282,18 +285,18 @@ class _Trainer:
         began = time.monotonic()
         try:
             # by time alone, no number of iterations is known
-            known = None if self.plan.by_time else self.pace.last
+            known = None if self.plan.by_time else self.schedule.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.plan.progress, measure, latest=fresh)
             with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
-                while self.done < self.pace.last and not finished:
+                while self.done < self.schedule.last and not finished:
                     elapsed = (time.monotonic() - began) / self.plan.budget if self.plan.budget is not None else 0.0
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
                     self._iterate(elapsed)
-                    bar.update(self.done, known if known is None else self.pace.last, self.history[-1])
+                    bar.update(self.done, known if known is None else self.schedule.last, self.history[-1])
                     finished = self.method.finished(self.state, self.run) or self._good_enough()
         except BaseException as error:
             self._stop(error)
@@ -306,33 +309,33 @@ class _Trainer:
     def _iterate(self, elapsed: float) -> None:
         self.run.iteration = self.done
         self.whole = False
-        self.descent.begin(self.pace.factor(self.done, elapsed))
-        cooling = self.cooling.active
-        self.run.problem = self.problem.at_temperature(self.problem.alpha / self.cooling.strength)
+        self.descent.begin(self.schedule.factor(self.done, elapsed))
+        annealing = self.annealing.active
+        self.run.problem = self.problem.at_temperature(self.problem.alpha / self.annealing.beta)
         metrics = self.method.step(self.state, self.run)
-        if cooling:
-            self._cool(metrics, elapsed)
+        if annealing:
+            self._lower_temperature(metrics, elapsed)
         metrics["gradient_norm"] = self.descent.norm
         if self.method.residual:
             metrics["taken_back"] = float(self.descent.taken_back)
         self.history.append(metrics)
-        if not cooling:
-            first = max(self.cooling.ended, len(self.history) - 2 * self.pace.window)
-            self.pace.observe(self.done, [self._score(m) for m in self.history[first:]])
+        if not annealing:
+            first = max(self.annealing.iterations, len(self.history) - 2 * self.schedule.window)
+            self.schedule.observe(self.done, [self._score(m) for m in self.history[first:]])
         self.done += 1
         self.whole = True
         self._notify("on_step_end")
         if self.checkpoints is not None and self.done % self.plan.checkpoint_every == 0:
             self._save()
 
-    def _cool(self, metrics: dict[str, float], elapsed: float) -> None:
-        """Lower the temperature, and let the metrics of the iteration be those of the problem's own."""
+    def _lower_temperature(self, metrics: dict[str, float], elapsed: float) -> None:
+        """Anneal, and let the metrics of the iteration be those at the problem's own temperature."""
         alpha, paths = self.problem.alpha, self.run.batch_size * self.run.accumulate
         spread = metrics["objective_stderr"] * math.sqrt(paths) / alpha
-        metrics["temperature"] = alpha / self.cooling.strength
+        metrics["temperature"] = alpha / self.annealing.beta
         metrics["objective"] = metrics["reward"] - metrics["running_cost"] - alpha * metrics["kl"]
-        self.cooling.observe(spread, max(elapsed, (self.done + 1) / self.pace.last))
-        if self.cooling.ended == 1:  # gradients are as much larger as the reward is
+        self.annealing.observe(spread, max(elapsed, (self.done + 1) / self.schedule.last))
+        if self.annealing.iterations == 1:  # gradients are as much larger as the reward is
             self.descent.level = None
 
     def _score(self, metrics: dict[str, float]) -> float:
@@ -361,7 +364,7 @@ class _Trainer:
 
     def _notify(self, event: str, **more: Any) -> None:
         latest = self.history[-1] if self.history else {}
-        state = TrainingState(self.done, self.pace.last, latest, self.history, self._solution, **more)
+        state = TrainingState(self.done, self.schedule.last, latest, self.history, self._solution, **more)
         notify(self.plan.callbacks, event, state)
 
     def _solution(self) -> Solution:

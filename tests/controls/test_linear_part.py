@@ -105,7 +105,7 @@ def test_the_pace_stays_without_noise_and_falls_where_steps_disagree():
                 p.grad = 1e-3 * (randn(*p.shape, seed=1000 * i + j) if noisy else torch.ones_like(p))
             steps.observe(Regression(chain, states, None, 1.0))
             steps.step(1.0)
-        assert steps.pace < 0.4 if noisy else steps.pace == 1.0
+        assert steps.step_size < 0.4 if noisy else steps.step_size == 1.0
 
 
 def test_bumps_are_gaussians_on_a_uniform_grid():

@@ -40,6 +40,18 @@ def lq(**options):
     return random_lq(2, seed=1, dtype=F32, **options)
 
 
+def steep(start="fixed"):
+    """A reward that spreads over many nats: annealed, with a scaled Langevin term."""
+    problem = lq()
+    return sc.ControlProblem(
+        problem.reference,
+        sc.Gaussian(torch.zeros(2), torch.eye(2)),
+        reward=lambda x: -200 * (x - 2).square().sum(1),
+        alpha=0.5,
+        start=start,
+    )
+
+
 def gibbs(reference="ou"):
     return sc.gibbs_problem(lambda x: -(x - 1).square().sum(1), 2, reference)
 
@@ -276,7 +288,7 @@ def rewritten(folder, written, change):
 UNREADABLE = {
     "a newer schema": (
         lambda s: s.update(schema=migrations.SCHEMA + 1),
-        "schema number 3.*reads 1 to 2.*version that wrote",
+        "schema number 4.*reads 1 to 3.*version that wrote",
     ),
     "a schema of words": (lambda s: s.update(schema="two"), "schema number 'two'"),
     "a schema that is true": (lambda s: s.update(schema=True), "schema number True"),
@@ -351,7 +363,29 @@ def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeyp
     assert type(sc.load(tmp_path / "anew", problem)) is type(again)
 
 
-def test_checkpoints_without_a_schema_number_are_resumed(tmp_path):
+#: names of fields and of tensors, up to commit e12b0aa (schema number 2)
+FORMER = {"schedule": "pace", "annealing": "cooling", "anneal": "cooling", "beta": "strength", "iterations": "ended"}
+
+
+def in_former_names(folder, monkeypatch):
+    """Write the bundles of a folder anew, as schema number 2 had them."""
+
+    def former(saved):
+        if isinstance(saved, dict):
+            return {FORMER.get(name, name): former(part) for name, part in saved.items()}
+        return saved
+
+    own = ("format", "schema", "tensors", "sha256", "settings_sha256")
+    for path in Path(folder).glob("*.json"):
+        tensors, settings = read_bundle(folder, path.stem, json.loads(path.read_text())["kind"])
+        tensors = {".".join(FORMER.get(p, p) for p in name.split(".")): value for name, value in tensors.items()}
+        settings = former({name: value for name, value in settings.items() if name not in own})
+        with monkeypatch.context() as patch:
+            patch.setattr(bundles, "SCHEMA", 2)
+            write_bundle(folder, path.stem, tensors, settings)
+
+
+def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
     def run(folder, iterations, **more):
         options = {"time_steps": K, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_dir": folder}
         return sc.solve(lq(), iterations=iterations, checkpoint_every=2, **options, **more)
@@ -366,6 +400,34 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path):
 
     for name in ("old", "new"):
         run(tmp_path / name, 4)
+    in_former_names(tmp_path / "old", monkeypatch)
     age(tmp_path / "old")
     old, new = (run(tmp_path / name, 6, resume=True) for name in ("old", "new"))
     assert old.iterations == 6 and torch.equal(old.sample(32, seed=2), new.sample(32, seed=2))
+
+
+RESUMED = {
+    "annealed": (lambda: steep(), sc.LogVariance(), 40),
+    "least squares": (lambda: steep(), sc.AdjointMatching(), 6),
+    "with a learned start": (lambda: steep(start="controlled"), sc.RewardBackprop(), 6),
+    "rounds": (gibbs, sc.Auto(num_particles=64), 3),
+}
+
+
+@pytest.mark.parametrize("what", RESUMED)
+def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
+    make, method, iterations = RESUMED[what]
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == 2:
+                raise KeyboardInterrupt
+
+    options = {"iterations": iterations, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_every": 1}
+    whole = sc.solve(make(), method, **options)
+    with pytest.raises(KeyboardInterrupt):
+        sc.solve(make(), method, **options, checkpoint_dir=tmp_path, callbacks=[Stop()])
+    in_former_names(tmp_path, monkeypatch)
+    resumed = sc.solve(make(), method, **options, checkpoint_dir=tmp_path, resume=True)
+    assert repr(resumed.history) == repr(whole.history)  # nan where there is no gradient
+    assert torch.equal(resumed.sample(32, seed=2), whole.sample(32, seed=2))

@@ -33,7 +33,9 @@ def test_training_does_not_touch_the_global_generator():
 def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, iterations, monkeypatch):
     from sdecontrol.training import optimiser
 
-    monkeypatch.setattr(optimiser.Pace, "window", 5)  # so that the adaptive pace decides something within the test
+    monkeypatch.setattr(
+        optimiser.LearningRateSchedule, "window", 5
+    )  # so that the adaptive schedule decides something within the test
     monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
 
     class Stop:

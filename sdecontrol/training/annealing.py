@@ -1,17 +1,16 @@
-"""The temperature of training: high at first where the reward spreads over many nats, lowered to the problem's own as
-the control follows."""
+"""Annealing of the temperature: high at first where the reward spreads over many nats, lowered as training goes on."""
 
 import math
 from typing import Any
 
-_FIRST = 1e-3  # strength of the first iteration, which sees how far the reward spreads
+_FIRST = 1e-3  # beta of the first iteration, which sees how far the reward spreads
 _MOVE = 0.3  # of the target between two iterations: standard deviation of its log-ratio on the current paths
 _LONGEST = 0.25  # part of the run at most
 
 
-class Cooling:
-    """``strength`` is alpha over the temperature, raised from near 0 to 1: the target ``exp(strength R/alpha) Q0``
-    moves by ``_MOVE^2/2`` nats an iteration.
+class Annealing:
+    """The inverse temperature ``beta``, in units of ``1/alpha``, is raised from near 0 to 1: the target
+    ``exp(beta R/alpha) Q0`` moves by ``_MOVE^2/2`` nats an iteration.
 
     From the reference a reward of hundreds of nats is a target that no path comes near: score functions and path losses
     then see one path in each batch, and end at the mode that it was in. A reward that spreads over less than ``_MOVE``
@@ -20,13 +19,13 @@ class Cooling:
     """
 
     def __init__(self, active: bool) -> None:
-        self.strength = _FIRST if active else 1.0
+        self.beta = _FIRST if active else 1.0
         self.first: float | None = None
-        self.ended = 0  # iterations that were not at strength 1
+        self.iterations = 0  # with beta below 1
 
     @property
     def active(self) -> bool:
-        return self.strength < 1
+        return self.beta < 1
 
     def observe(self, spread: float, part: float) -> None:
         """Lower the temperature after an iteration.
@@ -35,16 +34,16 @@ class Cooling:
             spread: standard deviation of R/alpha on its paths; nan: unknown, then the reward is taken whole.
             part: of the run that is over.
         """
-        self.ended += 1
+        self.iterations += 1
         move = _MOVE / max(spread, 1e-300) if math.isfinite(spread) else 1.0
         if self.first is None:
-            self.strength = self.first = min(1.0, move)
+            self.beta = self.first = min(1.0, move)
             return
         due = self.first ** max(0.0, 1 - part / _LONGEST)
-        self.strength = min(1.0, max(self.strength + move, due))
+        self.beta = min(1.0, max(self.beta + move, due))
 
     def state(self) -> dict[str, Any]:
-        return {"strength": self.strength, "first": self.first, "ended": self.ended}
+        return {"beta": self.beta, "first": self.first, "iterations": self.iterations}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.strength, self.first, self.ended = state["strength"], state["first"], state["ended"]
+        self.beta, self.first, self.iterations = state["beta"], state["first"], state["iterations"]

@@ -1,4 +1,4 @@
-"""Training at higher temperatures first: how the temperature falls, that it ends at the problem's own, and what it is
+"""Annealing of the temperature: how it falls, that it ends at the problem's own, and what it is
 good for."""
 
 import dataclasses
@@ -12,7 +12,7 @@ import torch
 from cases import SmallControl, random_lq
 
 import sdecontrol as sc
-from sdecontrol.training.cooling import Cooling
+from sdecontrol.training.annealing import Annealing
 
 QUICK = {"time_steps": 8, "batch_size": 64, "seed": 3, "progress": False}
 
@@ -45,37 +45,37 @@ def temperatures(solution):
 
 
 def test_the_target_moves_by_the_same_distance_every_time():
-    """Between neighbours ``strength R/alpha`` has a standard deviation of 0.3: half its square in nats."""
-    cooling = Cooling(True)
-    cooling.observe(spread=50.0, part=0.0)
-    assert cooling.strength == pytest.approx(0.3 / 50)
-    before = cooling.strength
-    cooling.observe(spread=20.0, part=0.0)
-    assert (cooling.strength - before) * 20.0 == pytest.approx(0.3)
+    """Between neighbours ``beta R/alpha`` has a standard deviation of 0.3: half its square in nats."""
+    annealing = Annealing(True)
+    annealing.observe(spread=50.0, part=0.0)
+    assert annealing.beta == pytest.approx(0.3 / 50)
+    before = annealing.beta
+    annealing.observe(spread=20.0, part=0.0)
+    assert (annealing.beta - before) * 20.0 == pytest.approx(0.3)
 
 
 def test_a_mild_reward_is_taken_whole_after_one_iteration():
-    cooling = Cooling(True)
-    cooling.observe(0.2, 0.0)
-    assert cooling.strength == 1.0 and not cooling.active and cooling.ended == 1
+    annealing = Annealing(True)
+    annealing.observe(0.2, 0.0)
+    assert annealing.beta == 1.0 and not annealing.active and annealing.iterations == 1
 
 
 @pytest.mark.parametrize("spread", [1e3, 1e9, math.inf])
 def test_cooling_ends_with_the_first_quarter_whatever_the_spread(spread):
-    cooling, strengths = Cooling(True), []
+    annealing, betas = Annealing(True), []
     for i in range(400):
-        if cooling.active:
-            cooling.observe(spread, (i + 1) / 400)
-        strengths.append(cooling.strength)
-    assert strengths == sorted(strengths) and strengths[99] == 1.0
-    assert math.isinf(spread) or strengths[90] < 1.0
+        if annealing.active:
+            annealing.observe(spread, (i + 1) / 400)
+        betas.append(annealing.beta)
+    assert betas == sorted(betas) and betas[99] == 1.0
+    assert math.isinf(spread) or betas[90] < 1.0
 
 
 def test_an_unknown_spread_takes_the_reward_whole():
     """Paths that are not the control's own say nothing of it."""
-    cooling = Cooling(True)
-    cooling.observe(math.nan, 0.0)
-    assert cooling.strength == 1.0
+    annealing = Annealing(True)
+    annealing.observe(math.nan, 0.0)
+    assert annealing.beta == 1.0
 
 
 def test_what_is_trained_in_the_end_is_the_problem_itself():
@@ -96,29 +96,34 @@ def test_history_is_of_the_problem_at_its_own_temperature():
 
 
 @pytest.mark.parametrize("method", ["log-variance", "path-consistency", "soft-ppo", "reinforce", "reward-backprop"])
-def test_methods_that_see_the_target_through_few_paths_cool(method):
+def test_methods_that_see_the_target_through_few_paths_anneal(method):
     assert temperatures(sc.solve(steep(), method, iterations=6, **QUICK))
 
 
-def test_nothing_cools_unasked():
-    """Regressions do not need it, a control that is given may be near its optimum, and ``cooling=False`` says no."""
+def test_nothing_is_annealed_unasked():
+    """Regressions do not need it, a control that is given may be near its optimum, and ``anneal=False`` says no."""
     problem = steep()
     assert not temperatures(sc.solve(problem, sc.AdjointMatching(), iterations=3, **QUICK))
     assert not temperatures(
         sc.solve(problem, sc.LogVariance(), iterations=3, control=SmallControl(2, 2, dtype=torch.float32), **QUICK)
     )
-    assert not temperatures(sc.solve(problem, sc.LogVariance(), iterations=3, cooling=False, **QUICK))
+    assert not temperatures(sc.solve(problem, sc.LogVariance(), iterations=3, anneal=False, **QUICK))
     annealed = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, reference="annealed", scale=1.0)
     assert not temperatures(sc.solve(annealed, sc.LogVariance(), iterations=3, **QUICK))
 
 
-def test_off_policy_paths_cool_for_one_iteration_only():
+def test_the_former_name_of_the_option_leads_to_the_present_one():
+    with pytest.raises(TypeError, match="solve: cooling= is now called anneal="):
+        sc.solve(steep(), sc.LogVariance(), cooling=False)  # type: ignore[call-arg]
+
+
+def test_off_policy_paths_anneal_for_one_iteration_only():
     solution = sc.solve(steep(), sc.LogVariance(paths="reference"), iterations=4, **QUICK)
     assert len(temperatures(solution)) == 1
 
 
 @pytest.mark.parametrize("stop", [3, 9])
-def test_a_run_stopped_while_it_cools_resumes_to_the_same_numbers(tmp_path, stop):
+def test_a_run_stopped_while_it_anneals_resumes_to_the_same_numbers(tmp_path, stop):
     class Stop:
         def on_step_end(self, state):
             if state.iteration == stop:
@@ -130,12 +135,12 @@ def test_a_run_stopped_while_it_cools_resumes_to_the_same_numbers(tmp_path, stop
         sc.solve(steep(), sc.LogVariance(), **options, checkpoint_dir=tmp_path, callbacks=[Stop()])
     resumed = sc.solve(steep(), sc.LogVariance(), **options, checkpoint_dir=tmp_path, resume=True)
     assert resumed.history == whole.history and len(temperatures(whole)) == 10
-    with pytest.raises(ValueError, match="cooling=False"):
-        sc.solve(steep(), sc.LogVariance(), **options, checkpoint_dir=tmp_path, resume=True, cooling=False)
+    with pytest.raises(ValueError, match="anneal=False"):
+        sc.solve(steep(), sc.LogVariance(), **options, checkpoint_dir=tmp_path, resume=True, anneal=False)
 
 
 class _Halves:
-    """Where the pace may first decide."""
+    """Where the decay may first begin."""
 
     window: ClassVar[int] = 5
 
@@ -144,13 +149,15 @@ def test_a_plateau_is_looked_for_after_cooling_only(monkeypatch):
     """The objective falls while a hot target moves: that is no reason to stop."""
     from sdecontrol.training import optimiser
 
-    monkeypatch.setattr(optimiser.Pace, "window", _Halves.window)
+    monkeypatch.setattr(optimiser.LearningRateSchedule, "window", _Halves.window)
     seen = []
-    monkeypatch.setattr(optimiser.Pace, "observe", lambda self, i, scores: seen.append((i, len(scores))))
+    monkeypatch.setattr(
+        optimiser.LearningRateSchedule, "observe", lambda self, i, scores: seen.append((i, len(scores)))
+    )
     monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
     solution = sc.solve(steep(), sc.RewardBackprop(), **QUICK)
-    cooled = len(temperatures(solution))
-    assert seen[0] == (cooled, 1) and max(n for _, n in seen) == 2 * _Halves.window
+    annealed = len(temperatures(solution))
+    assert seen[0] == (annealed, 1) and max(n for _, n in seen) == 2 * _Halves.window
 
 
 def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):
@@ -176,8 +183,8 @@ def test_cooling_pays_where_the_reward_is_steep():
     problem = sc.library.named_problem("ou-quadratic-hard")
     exact = sc.exact_solution(problem, 50)
     errors = []
-    for cooling in (True, False):
+    for anneal in (True, False):
         options = {"time_steps": 50, "iterations": 150, "seed": 0, "progress": False}
-        solution = sc.solve(problem, sc.LogVariance(), cooling=cooling, **options)
+        solution = sc.solve(problem, sc.LogVariance(), anneal=anneal, **options)
         errors.append(sc.control_error(solution, exact, n=4096, seed=1).relative.value)
     assert errors[0] < 0.5 * errors[1]
