@@ -97,13 +97,16 @@ class Grid:
 def differences(count: int) -> tuple[sparse.csr_matrix, ...]:
     """First and second central differences for spacing 1, with three points beyond each end on the parabola through the
     last three."""
-    padded = np.zeros((count + 6, count))
-    padded[3:-3] = np.eye(count)
+    padded = sparse.eye(count + 6, count, k=-3).tolil()
     for j in (1, 2, 3):
         parabola = [(j + 1) * (j + 2) / 2, -j * (j + 2), j * (j + 1) / 2]
         padded[3 - j, :3] = parabola
-        padded[count + 2 + j, -1:-4:-1] = parabola
-    return tuple(sparse.csr_matrix(sum(c * padded[k : k + count] for k, c in enumerate(s))) for s in (_FIRST, _SECOND))
+        padded[count + 2 + j, -3:] = parabola[::-1]
+    rows = padded.tocsr()
+    made = tuple(sparse.csr_matrix(sum(c * rows[k : k + count] for k, c in enumerate(s))) for s in (_FIRST, _SECOND))
+    for matrix in made:
+        matrix.eliminate_zeros()
+    return made
 
 
 class GridLaw(Distribution):

@@ -19,7 +19,7 @@ def test_the_face_control_problem():
         running_cost=sc.QuadraticCost(F=0.1 * torch.eye(2)),
         alpha=0.5,
     )
-    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=50, iterations=100, batch_size=128, seed=0)
+    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=50, iterations=60, batch_size=128, seed=0)
     x = torch.randn(7, 2)
     for t in (0.3, torch.tensor(0.3), torch.full((7,), 0.3)):
         assert solution.control(x, t).shape == (7, 2)
@@ -55,9 +55,9 @@ def test_the_face_control_problem():
     assert sc.solve(other, "reward-backprop", iterations=2, time_steps=5).sample(4).shape == (4, 1)
 
 
-def near_the_floor(d, seed, start):
+def near_the_floor(d, seed, start, time_steps=50, **options):
     problem = random_lq(d, seed=seed, start=start)
-    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=50, iterations=400, seed=seed)
+    solution = sc.solve(problem, sc.RewardBackprop(), time_steps=time_steps, seed=seed, **options)
     exact = sc.exact_solution(problem, like=solution)
     ev = solution.evaluate(16_384, seed=1)
     assert ev.exact
@@ -70,11 +70,11 @@ def near_the_floor(d, seed, start):
 @pytest.mark.parametrize("seed", [11, 23])
 @pytest.mark.parametrize("d", [2, 5])
 def test_reward_backprop_reaches_twice_the_floor_on_random_linear_quadratic_problems(d, seed, start):
-    near_the_floor(d, seed, start)
+    near_the_floor(d, seed, start, iterations=400)
 
 
 def test_reward_backprop_reaches_twice_the_floor():
-    near_the_floor(2, 31, "dirac")
+    near_the_floor(2, 31, "dirac", time_steps=20, iterations=150, batch_size=128)
 
 
 # ------------------------------------------------------------------------------------------------ mixtures

@@ -226,8 +226,7 @@ def test_two_steps_by_nested_quadrature():
 
 
 def test_log_weights_average_to_z_and_the_elbo_is_reached():
-    """``E_{P^u}[dQ_fine/dP^u] = 1`` and ``E log w = elbo`` on paths of the best mean-shift control; the optimum in
-    continuous time is approached at order one."""
+    """``E_{P^u}[dQ_fine/dP^u] = 1`` and ``E log w = elbo`` on paths of the best mean-shift control."""
     problem = nonlinear()
     exact = sc.exact_solution(problem, 20)
     paths = sc.simulate(problem, 20_000, control=exact.control, time_steps=20, seed=0)
@@ -236,10 +235,15 @@ def test_log_weights_average_to_z_and_the_elbo_is_reached():
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / 20_000**0.5 and float(ratio.std()) < 0.5
     assert abs(float(log_w.mean() - exact.elbo)) < 4 * float(log_w.std()) / 20_000**0.5
     assert 0 < exact.floor < 0.1
-    continuous = sc.exact_solution(problem)
-    gaps = [abs(float(sc.exact_solution(problem, K).log_z - continuous.log_z)) for K in (20, 80)]
-    assert 1.8 < math.log2(gaps[0] / gaps[1]) < 2.2  # a quarter of the step, a quarter of the error
     assert exact.evaluate(256, seed=0).exact
+
+
+@pytest.mark.parametrize("make", [ou, pytest.param(nonlinear, marks=pytest.mark.slow)])
+def test_chains_approach_the_process_at_order_one(make):
+    problem = make()
+    continuous = sc.exact_solution(problem)
+    gaps = [abs(float(sc.exact_solution(problem, K, scheme="euler").log_z - continuous.log_z)) for K in (20, 80)]
+    assert 1.8 < math.log2(gaps[0] / gaps[1]) < 2.2  # a quarter of the step, a quarter of the error
 
 
 # ---------------------------------------------------------------- the double well of the card
