@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sdecontrol as sc
 from sdecontrol.evaluation.tempered_solution import TemperedSolution
-from sdecontrol.randomness import derive_seed
+from sdecontrol.randomness import Place, derive_seed
 
 from .cells import store, versions
 
@@ -64,7 +64,7 @@ def _of_particles(y: Tensor, seed: int) -> dict[str, float]:
     problem = sc.gibbs_problem(counted, 3, scale=1.25, centre=0.0, seed=seed)
     solution = sc.solve(problem, sc.TemperedSMC(SAMPLES), seed=seed, progress=False)
     assert isinstance(solution, TemperedSolution)
-    found = solution.run(4, derive_seed(seed, 1))
+    found = solution.run(4, derive_seed(seed, Place.OUTSIDE, 1))
     log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
     ess = float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
     return {
@@ -94,13 +94,13 @@ def amortised(
     solution = sc.solve(problem, sc.LogVariance(), iterations=iterations, **settings)
     training = time.process_time() - began
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, 7) % 2**31)
+        torch.manual_seed(derive_seed(seed, Place.OUTSIDE, 2))
         family = observations(POSTERIORS)
     rows = []
     for i, y in enumerate(family):
         control, particles = (
-            _of_control(solution, y, derive_seed(seed, 8, i)),
-            _of_particles(y, derive_seed(seed, 9, i)),
+            _of_control(solution, y, derive_seed(seed, Place.OUTSIDE, 3, i)),
+            _of_particles(y, derive_seed(seed, Place.OUTSIDE, 4, i)),
         )
         rows.append({"y": y.tolist(), "control": control, "particles": particles})
         print(

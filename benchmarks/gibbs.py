@@ -26,7 +26,7 @@ from sdecontrol.evaluation.tempered_solution import TemperedSolution
 from sdecontrol.library.target_base import Target
 from sdecontrol.methods.base import Run
 from sdecontrol.problems.gibbs import GibbsProblem
-from sdecontrol.randomness import derive_seed
+from sdecontrol.randomness import Place, derive_seed
 
 from .cells import store, versions
 from .gibbs_page import write_figure, write_page
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "gibbs"
 SECONDS, SEEDS = 60.0, 2
 TIME_STEPS = 100
 VERSION = 1  # of what a cell holds
-_SAMPLES, _EXACT, _EVALUATE, _CERTIFY, _RUNS = 91, 92, 93, 94, 95  # places of seeds
+_SAMPLES, _EXACT, _EVALUATE, _CERTIFY, _RUNS = range(1, 6)  # indices of Place.OUTSIDE
 _DRAWN, _PATHS = 4096, 4096
 _ROUNDS = 0.6  # of the budget for auto's rounds; the rest is for the particles of its estimate
 _MOST_SYSTEMS = 64
@@ -129,10 +129,10 @@ def _estimate(solution: Any, left: float, seed: int) -> Any:
     n = _PATHS
     if isinstance(solution, TemperedSolution):
         began = time.process_time()
-        solution.run(1, derive_seed(seed, _RUNS))
+        solution.run(1, derive_seed(seed, Place.OUTSIDE, _RUNS))
         each = time.process_time() - began
         n = solution.particles.num_particles * max(16, min(_MOST_SYSTEMS, int((left - each) / max(each, 1e-6))))
-    return solution.evaluate(n, seed=derive_seed(seed, _EVALUATE))
+    return solution.evaluate(n, seed=derive_seed(seed, Place.OUTSIDE, _EVALUATE))
 
 
 def run_cell(label: str, name: str, seed: int, budget: float) -> dict[str, Any]:
@@ -181,15 +181,15 @@ def _costs(counted: Counted, began: float) -> dict[str, float]:
 def _measured(solution: Any, target: Any, seed: int) -> dict[str, Any]:
     """What samples say, and the certificate of the control where exact samples are known."""
     out: dict[str, Any] = {}
-    samples = solution.sample(_DRAWN, seed=derive_seed(seed, _SAMPLES)).double()
-    exact = target.sample(_DRAWN, seed=derive_seed(seed, _EXACT)) if target.has_samples else None
+    samples = solution.sample(_DRAWN, seed=derive_seed(seed, Place.OUTSIDE, _SAMPLES)).double()
+    exact = target.sample(_DRAWN, seed=derive_seed(seed, Place.OUTSIDE, _EXACT)) if target.has_samples else None
     if exact is not None:
         out["sliced_w1"] = sc.metrics.sliced_wasserstein(samples, exact, seed=seed)
     if target.modes is not None:
         nearest = torch.cdist(samples, target.modes).argmin(1)
         out["modes"] = [len(nearest.unique()), len(target.modes)]
     if hasattr(target, "left_shares"):
-        x, log_w = solution.weighted_sample(8 * _DRAWN, seed=derive_seed(seed, _SAMPLES, 1))
+        x, log_w = solution.weighted_sample(8 * _DRAWN, seed=derive_seed(seed, Place.OUTSIDE, _SAMPLES, 1))
         w = log_w.double().softmax(0)
         left = (x[:, target.wells] < 0).double()
         share = w @ left
@@ -198,7 +198,7 @@ def _measured(solution: Any, target: Any, seed: int) -> dict[str, Any]:
     control = getattr(solution, "control", None)
     paths = not isinstance(solution, (TemperedSolution, ChainSolution)) or isinstance(control, MixtureControl)
     if exact is not None and paths:
-        draws, seed = exact.to(solution.problem.dtype), derive_seed(seed, _CERTIFY)
+        draws, seed = exact.to(solution.problem.dtype), derive_seed(seed, Place.OUTSIDE, _CERTIFY)
         out["certificate"] = sc.certify(solution, draws, modes=target.modes, n=_PATHS, seed=seed).as_dict()
         out["certificate"].pop("coverage")
     return out

@@ -29,7 +29,7 @@ from sdecontrol.evaluation.solution import Solution
 from sdecontrol.exact.mixtures import MixtureSolution
 from sdecontrol.library.inverse import mixture_observation
 from sdecontrol.processes.generative import GenerativeSDE
-from sdecontrol.randomness import derive_seed
+from sdecontrol.randomness import Place, derive_seed, generator_for
 
 from .cells import store, versions
 from .mixture_page import write_figure, write_page
@@ -41,7 +41,7 @@ VERSION = 1  # of the problem's definition
 SECONDS = 60.0
 TIME_STEPS = 100
 _FAR = 30.0  # of a coordinate: the outermost means are at 16, with unit covariance
-_SAMPLES, _EXACT, _EVALUATE, _METHOD = 81, 82, 83, 84  # places of seeds
+_SAMPLES, _EXACT, _EVALUATE, _METHOD = range(1, 5)  # indices of Place.OUTSIDE
 
 #: (problem, CPU-seconds or nan, seed) -> a solution: what has ``sample`` and ``evaluate``
 Pipeline = Callable[[sc.ControlProblem, float, int], Any]
@@ -104,14 +104,14 @@ def _classifier_guidance(problem: sc.ControlProblem, budget: float, seed: int) -
     reference, reward, d = problem.reference, problem.reward_function, problem.event_shape[0]
     assert isinstance(reference, GenerativeSDE) and reference.mixture is not None and isinstance(reward, sc.Quadratic)
     prior, schedule = reference.mixture, reference.schedule
-    generator = torch.Generator().manual_seed(derive_seed(seed, _METHOD))
+    generator = generator_for("cpu", seed, Place.OUTSIDE, _METHOD)
     data = prior._draw_block(100_000, generator)
     # the largest log-likelihood that any x has: r is -|y - Ax|^2/(2 noise^2) + c
     best = torch.linalg.lstsq(reward.G.double(), reward.g.double()).solution
     top = float(problem.reward(best.to(data).unsqueeze(0)))
     label = (problem.reward(data) - top).exp().clamp(max=1.0)
     with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, _METHOD, 1))
+        torch.manual_seed(derive_seed(seed, Place.OUTSIDE, _METHOD, 1))
         classifier = _Classifier(d, data.mean(0), data.std(0))
     optimiser = torch.optim.Adam(classifier.parameters(), lr=2e-3)
     began, loss_of = time.process_time(), nn.functional.binary_cross_entropy_with_logits
@@ -206,7 +206,7 @@ def _distances(samples: Tensor, exact: MixtureSolution, seed: int) -> dict[str, 
     """
     posterior = exact.marginal(exact.problem.horizon)
     assert isinstance(posterior, sc.GaussianMixture)
-    truth = exact.sample(len(samples), seed=derive_seed(seed, _EXACT))
+    truth = exact.sample(len(samples), seed=derive_seed(seed, Place.OUTSIDE, _EXACT))
     resp, own = posterior.responsibilities(samples).nan_to_num(0.0), posterior.responsibilities(truth)
     residual = samples - posterior.means[resp.argmax(1)]
     return {
@@ -263,7 +263,7 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
             if isinstance(control := getattr(solution, "control", None), Control):
                 out["control"] = CONTROLS.describe(control)
             with measuring(problem.device) as sampling:
-                samples = solution.sample(row.samples, seed=derive_seed(seed, _SAMPLES))
+                samples = solution.sample(row.samples, seed=derive_seed(seed, Place.OUTSIDE, _SAMPLES))
             out["sampling"] = asdict(sampling)
             if not bool(torch.isfinite(samples).all()):
                 raise RuntimeError("samples are not finite.")
@@ -272,7 +272,7 @@ def run_cell(label: str, observations: int, seed: int, budget: float) -> dict[st
             out["failed"] = " ".join(str(error).split())
         else:
             try:
-                evaluation = solution.evaluate(row.paths, seed=derive_seed(seed, _EVALUATE))
+                evaluation = solution.evaluate(row.paths, seed=derive_seed(seed, Place.OUTSIDE, _EVALUATE))
                 out["evaluation"] = evaluation.as_dict()
                 gap = out["exact_log_z"] - evaluation.elbo.value
                 out["gap"] = {"value": gap, "stderr": evaluation.elbo.stderr}  # to the log Z of continuous time

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import sdecontrol as sc
 from sdecontrol.paths.brownian import coarsen
-from sdecontrol.randomness import SeededNoise, derive_seed
+from sdecontrol.randomness import Place, SeededNoise, derive_seed
 
 RESULTS = Path(__file__).parent / "results" / "orders"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "orders.png"
@@ -136,7 +136,7 @@ def _coarsen_linear(problem: sc.ControlProblem, scheme: str, steps: int, noise: 
 def _levels(problem: sc.ControlProblem, scheme: str, finest: int, count: int, n: int, seed: int) -> list[Tensor]:
     """Ends ``(n,)`` on grids of finest, finest/2, ... steps, of the same Brownian paths."""
     make = lambda s: SeededNoise(s, n, finest, (1,), dtype=F64, device="cpu").all()  # noqa: E731
-    xi, areas, ends, steps = make(seed), make(derive_seed(seed, 1)), [], finest
+    xi, areas, ends, steps = make(seed), make(derive_seed(seed, Place.OUTSIDE, 1)), [], finest
     for _ in range(count):
         noise: Any = (xi, areas) if scheme == "srk" else xi
         paths = sc.simulate(problem, n, time_steps=steps, scheme=scheme, noise=noise, keep="end")
@@ -161,7 +161,9 @@ def _weak(case: Case, scheme: str, paths: int, finest: int, levels: int, seed: i
     problem, done = case.make(1.0), 0
     sums, final = torch.zeros(levels - 1, 2, dtype=F64), torch.zeros(2, dtype=F64)
     while done < paths:
-        values = [x**2 for x in _levels(problem, scheme, finest, levels, CHUNK, derive_seed(seed, done))]
+        values = [
+            x**2 for x in _levels(problem, scheme, finest, levels, CHUNK, derive_seed(seed, Place.OUTSIDE, 2, done))
+        ]
         for j, (fine, coarse) in enumerate(pairwise(values)):
             sums[j] += torch.stack(((coarse - fine).sum(), ((coarse - fine) ** 2).sum()))
         final += torch.stack((values[0].sum(), (values[0] ** 2).sum()))

@@ -1,5 +1,8 @@
 """Seeds and noise: every random number of the package comes from a seed and a place, never from a hidden state.
 
+A place (:class:`Place`) names what numbers are for, and indices (iteration, block, ...) tell its draws apart. Seed,
+place and indices are hashed together, so that two purposes share no draw under one seed, however they are numbered.
+
 Noise is drawn in blocks of 64 paths, each block in segments of steps, each segment from a generator of its own whose
 seed is derived from (seed, block, segment). So the noise of path i at step k does not depend on the batch size, on
 chunking in multiples of 64, on what is kept, or on the order in which steps are asked for; and it can be drawn again
@@ -9,6 +12,9 @@ at any place, which is how a backward pass and a resumed run find the noise of t
 from __future__ import annotations
 
 import contextlib
+import enum
+import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,37 +25,228 @@ BLOCK = 64
 _SEGMENT_NUMBERS = 1 << 16
 
 
+@enum.unique
+class Place(enum.IntEnum):
+    """What random numbers are for, each written at one call; in brackets its indices.
+
+    The numbers go into the seeds: a new place takes a new number, and none is used again for another purpose.
+    """
+
+    OUTSIDE = 0  # code outside of the package, such as benchmarks and tests, which numbers its own places [any]
+
+    # randomness, processes, chains
+    NOISE = 1  # of paths [block, segment]
+    LAW = 2  # draws from a law [block]
+    PROBE_STATES = 3  # states to try functions with
+    PROBE_TOKENS = 4  # the same, tokens
+
+    # paths
+    REPLAY = 101  # stored paths that are learned from again [iteration, part]
+    SOLVER_TREE = 102  # Brownian paths of adaptive solvers
+    SOLVER_PROBE = 103  # what torchsde draws to try functions with
+    FLOW_DIRECTIONS = 104  # of Hutchinson's estimate of a divergence
+    DIFFUSION_ENTRIES = 105  # entries of the state that are moved to see which the diffusion depends on
+
+    # problems
+    START = 201  # of paths
+    CONDITION = 202
+    SPACE_TIME_INTEGRALS = 203  # of the Brownian paths whose increments are NOISE
+    FLOW_START = 204  # of the probability flow of a problem with a learned start
+    GIBBS_PROBE = 210  # states to try a log density with
+    GIBBS_PROBE_CONDITION = 211
+    GIBBS_PILOT = 212  # the pilot run of a Gibbs problem
+    GIBBS_END = 213  # draws of the reference's end at which the density is tried
+    GIBBS_END_CONDITION = 214
+    PILOT_SCAN = 220  # [count]
+    PILOT_SCAN_CONDITION = 221  # [count]
+    PILOT_CHAINS = 222
+    PILOT_CHAINS_CONDITION = 223
+    PILOT_LINES = 224  # along which a density must fall
+    PILOT_AXES = 225
+    SEARCH = 226  # distances at which the chains of a search for modes begin
+
+    # controls
+    CONTROL_WEIGHTS = 301  # of the default network
+    VALUE_WEIGHTS = 302  # of a value network
+    CONTROL_NETWORK = 303  # weights and pilot paths of the default network
+    CONTROL_START = 304  # weights of the control of a learned start
+    CORRECTION = 305  # weights and pilot paths of a network beside a mixture's control
+    MIXTURE_ENDS = 306
+    PATH_INTEGRAL = 307  # paths that a path-integral control averages [step, group of rows]
+
+    # particles
+    SYSTEMS = 401  # of sequential Monte Carlo: starts, conditions, noise, resampling [group]
+    RESAMPLING = 402
+    POINTS = 410  # what tempered particles and chains begin with
+    POINTS_START = 411  # the same, where the start of their paths is not among the coordinates
+    LADDER = 412  # moves and resampling while a ladder is chosen
+    LADDER_POINTS = 413
+    TEMPERED = 414  # moves and resampling on a given ladder
+    TEMPERED_GROUP = 415  # systems that are run at once [first]
+    WARM_UP = 420  # moves of Markov chains while their kernel is adapted
+    WARM_UP_POINTS = 421
+    CHAINS = 422  # moves of warm chains
+    NUTS_WARM_UP = 423  # [chain]
+    NUTS_WARM_UP_POINTS = 424
+    NUTS = 425  # [chain]
+    MIXTURE_SPLIT = 430  # which samples choose a mixture and which judge it
+    MIXTURE_FIT = 431  # means to begin with [size, kind]
+    MIXTURE_LAST_FIT = 432
+
+    # evaluation
+    EVALUATION_REFERENCE = 501  # the reference's paths, a second estimate of log Z
+    EVALUATION_STARTS = 502  # starts and conditions from which several paths are run
+    EVALUATION_REPLICAS = 503  # these paths
+    PARTICLE_PICK = 510  # the sample of each system
+    PARTICLE_RESAMPLING = 511  # samples among all particles
+    PARTICLE_ORDER = 512
+    PARTICLE_REFERENCE = 513  # as EVALUATION_REFERENCE
+    CANDIDATES = 514  # of rejection sampling [round]
+    ACCEPTANCE = 515  # [round]
+    CHAIN_ORDER = 520  # of draws of Markov chains
+    CHAIN_LOG_Z = 521  # a run for log Z alone
+    BRIDGE_FIT = 522  # the mixture of bridge sampling
+    BRIDGE_DRAWS = 523
+    CERTIFICATE_BRIDGES = 530  # paths to given ends
+    CERTIFICATE_BACKWARDS = 531  # the same, by backward kernels
+    CERTIFICATE_PARTICLES = 532  # tempered particles in place of samples
+    CERTIFICATE_ENDS = 533  # ends among these particles
+    CERTIFICATE_PARTICLES_BACKWARDS = 534
+
+    # exact
+    EXACT_SAMPLES = 551
+    GRID_WALK = 552  # paths that show where a grid must reach
+    GRID_PROBES = 553
+    GRID_CHECK = 554  # paths on which a solution is tried
+
+    # methods
+    BATCH = 601  # starts, noise and conditions of a batch of training [iteration, part]
+    LEARNED_STEPS = 602  # the steps of a batch that are learned from [iteration, part]
+    ROLL_IN = 603  # of reward-weighted MLE [iteration, part]
+    LOG_VARIANCE_LOG_Z = 604
+    CONSISTENCY_VALUE = 605  # of path consistency: the value or log Z
+    PPO_VALUE = 606
+    PPO_ORDER = 607  # [iteration, epoch, part]
+    RECIPROCAL = 608  # ends and bridges of reciprocal adjoint matching [iteration]
+    BACKPROP_REACH = 609  # [iteration, part]
+    BRIDGES = 610  # of bridge matching [iteration, part]
+    PATH_INTEGRAL_CONTROL = 611  # the seed of a path-integral control
+    GUIDANCE_VALUE = 612
+    GUIDANCE_ROLL = 613  # perturbed starts and guided steps of value guidance
+    MATCHING_START = 620  # particle matching: the first mixture
+    MATCHING_PARTICLES = 621  # [iteration]
+    MATCHING_PICK = 622
+    MATCHING_OWN = 623  # own paths of the control
+    MATCHING_OWN_START = 624
+    MATCHING_BATCH = 625  # [iteration, part]
+    MATCHING_JUDGE = 626  # bridges on which a correction is judged [iteration, part]
+    FIRST_MIXTURE = 630  # particles of the first mixtures [turn]
+    FIRST_MIXTURE_FIT = 631  # [turn]
+    FIRST_MIXTURE_DRAWS = 632  # independent draws that begin with the second one [block]
+    FIRST_MIXTURE_LAST_FIT = 633
+
+    # training
+    GOOD_ENOUGH = 701  # evaluations that may end a run [iteration]
+    SCORE_NETWORK = 710  # fit_score: weights and dropout
+    SCORE_BATCH = 711
+    BRIDGE_NETWORK = 720  # fit_bridge: weights, dropout and times
+    BRIDGE_BATCH = 721
+    BRIDGE_MOMENTS = 722
+    BRIDGE_STARTS = 723  # [iteration]
+
+    # library
+    TARGET_SAMPLES = 801
+    REFERENCE_PROBLEM = 802  # long runs for reference samples
+    REFERENCE_LADDER = 803
+    REFERENCE_PARTICLES = 804
+    REFERENCE_MOVES = 805
+    CLASSIFIER_WEIGHTS = 810
+    CLASSIFIER_BATCH = 811
+
+    # comparison
+    COMPARISON_EVALUATION = 901  # compare
+    COMPARISON_SAMPLES = 902
+    COMPARISON_EXACT = 903
+    COMPARISON_FLOOR = 904  # a second set of exact samples
+    AUTO_SEARCH = 910  # auto: for modes, before the first round
+    AUTO_ROUND = 911  # [iteration]
+    AUTO_FIT = 912  # [iteration]
+
+    # cli
+    SAMPLE_EVALUATION = 1001  # sdecontrol sample
+    SAMPLE_WEIGHTED = 1002
+    SAMPLE_DRAWN = 1003  # samples of equal weight among weighted ones
+    SAMPLE_EXACT = 1004
+    SAMPLE_FLOOR = 1005  # a second set of exact samples
+    SAMPLE_FIGURE = 1006
+    SAMPLE_CERTIFICATE = 1007
+    SAMPLE_CERTIFICATE_EXACT = 1008
+    DEMO_SPLIT = 1020  # sdecontrol demo: digits to train on and to test with
+    DEMO_CLASSIFIER = 1021
+    DEMO_MODEL = 1022
+    DEMO_SOLVE = 1023
+    DEMO_BEFORE = 1024
+    DEMO_AFTER = 1025
+    DEMO_TILT = 1026
+    DEMO_TILT_PATHS = 1027  # [chunk]
+    DEMO_TUNED = 1028
+    DEMO_UNTUNED = 1029
+    DEMO_RESAMPLED = 1030
+    DEMO_RESAMPLING = 1031
+
+
 def fresh_seed(seed: int | None) -> int:
     """The seed itself, or a new one from torch's global generator where it is None (so ``torch.manual_seed`` fixes
-    it)."""
+    it).
+
+    Raises:
+        TypeError, ValueError: it is not an int from 0 to 2^64 - 1.
+    """
     if seed is None:
         return int(torch.randint(2**63 - 1, ()).item())
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}; pass e.g. seed=0.")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}.")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be from 0 to 2^64 - 1, got {seed}.")
     return int(seed)
 
 
-def derive_seed(seed: int, *place: int) -> int:
-    """A 63-bit seed for one place (iteration, block, segment, ...) under ``seed``; different places are independent."""
-    return int(np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0] >> 1)
+def derive_seed(seed: int, place: Place, *index: int) -> int:
+    """A 63-bit seed for one place under ``seed``; different seeds, places and indices give independent ones.
+
+    It is a hash (BLAKE2b) of all of them as 64-bit integers, so that their number counts too: ``(5, 1)`` and
+    ``(5, 1, 0)`` are different messages.
+    """
+    if not isinstance(place, Place):
+        raise TypeError(f"place must be a Place, got {place!r}; code outside of the package has Place.OUTSIDE.")
+    message = struct.pack(f"<{2 + len(index)}Q", seed, place, *index)
+    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 1
 
 
-def generator_for(device: torch.device | str, seed: int, *place: int) -> torch.Generator:
-    """A generator on ``device`` for one place under ``seed``."""
-    return torch.Generator(device=device).manual_seed(derive_seed(seed, *place) if place else seed)
+def generator_for(device: torch.device | str, seed: int, place: Place, *index: int) -> torch.Generator:
+    """A generator on ``device`` for one place under ``seed``.
+
+    On the CPU torch's Mersenne twister takes 32 bits of its seed: two of n generators agree by chance with probability
+    n^2/2^33, whatever they are for.
+    """
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, place, *index))
 
 
 @contextlib.contextmanager
-def global_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Run code that draws from torch's global generator (a user's distribution or sampler) from a seed, and leave the
-    global state as it was."""
+def global_rng(device: torch.device | str, seed: int, place: Place, *index: int) -> Iterator[None]:
+    """Run code that draws from torch's global generator (a user's distribution or sampler) from a seed and a place,
+    and leave the global state as it was."""
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(derive_seed(seed, place, *index))
         yield
+
+
+def published_generator(seed: int) -> torch.Generator:
+    """A CPU generator with torch's own seed, as published definitions of problems have it
+    (``torch.manual_seed(seed)``): for numbers that define a problem, never for those that solve one."""
+    return torch.Generator().manual_seed(seed)
 
 
 class SeededNoise:
@@ -88,7 +285,7 @@ class SeededNoise:
             rows = BLOCK // 2 if self.antithetic else BLOCK
             parts = []
             for block in range(-(-self.batch // BLOCK)):
-                generator = generator_for(self.device, self.seed, self.first_block + block, index)
+                generator = generator_for(self.device, self.seed, Place.NOISE, self.first_block + block, index)
                 part = torch.randn(
                     (self.segment, rows, *self.shape), generator=generator, dtype=self.dtype, device=self.device
                 )

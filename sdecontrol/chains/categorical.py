@@ -16,6 +16,7 @@ from torch import Tensor
 from ..memory import recall
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
+from ..randomness import Place, generator_for
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
 
@@ -97,7 +98,7 @@ class CategoricalChain(Reference, Chain):
     # ---------------------------------------------------------------- what a problem asks of a reference
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_for("cpu", seed, Place.PROBE_TOKENS)
         return torch.randint(self.values, (rows, *self.event_shape), generator=generator).to(device)
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:

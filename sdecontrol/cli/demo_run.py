@@ -28,11 +28,11 @@ from ..files.bundles import register_bundle
 from ..files.contents import load_tensors, part_of, with_part
 from ..library.cache import read_cached, write_cached
 from ..library.digits import DIGIT_SHAPE, DigitClassifier, digits, fit_digit_classifier
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed, generator_for
 from ..training.score_network import ScoreNetwork
 from .common import note
 
-RECIPE = 1  # raised whenever the models' training changes: older caches are then passed over
+RECIPE = 2  # raised whenever the models' training changes: older caches are then passed over
 _KIND = register_bundle("demo models", "accuracy")
 _TRAINED_ON = 1400  # digits that the classifier is trained on; the others test it
 _CHUNK = 4096
@@ -87,7 +87,7 @@ class Tilt:
 
     def resampled(self, n: int, seed: int) -> Tensor:
         """``(n, ...)`` samples of the tilted law."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_for("cpu", seed, Place.DEMO_RESAMPLING)
         return self.samples[torch.multinomial(self.log_w.softmax(0), n, generator=generator)]
 
 
@@ -192,18 +192,19 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
         iterations=settings.iterations,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        seed=derive_seed(seed, 1),
+        seed=derive_seed(seed, Place.DEMO_SOLVE),
         progress=True,
     )
     tuning = time.monotonic() - mark
     note("evaluating ...")
     n = settings.evaluation_paths
-    before = evaluate(problem, None, solution.chain, n, derive_seed(seed, 2))
-    after = solution.evaluate(n, seed=derive_seed(seed, 3))
+    before = evaluate(problem, None, solution.chain, n, derive_seed(seed, Place.DEMO_BEFORE))
+    after = solution.evaluate(n, seed=derive_seed(seed, Place.DEMO_AFTER))
     note("importance sampling the exactly tilted law ...")
-    tilt = _tilt(problem, models.classifier, label, settings, derive_seed(seed, 4))
-    tuned = solution.sample(n, seed=derive_seed(seed, 5))
-    untuned = simulate(problem, n, time_steps=settings.times, seed=derive_seed(seed, 6), keep="end").samples
+    tilt = _tilt(problem, models.classifier, label, settings, derive_seed(seed, Place.DEMO_TILT))
+    tuned = solution.sample(n, seed=derive_seed(seed, Place.DEMO_TUNED))
+    place = derive_seed(seed, Place.DEMO_UNTUNED)
+    untuned = simulate(problem, n, time_steps=settings.times, seed=place, keep="end").samples
     shares = (_share(models.classifier, untuned, label), _share(models.classifier, tuned, label))
     return DemoResult(
         label,
@@ -215,7 +216,7 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
         tilt,
         shares,
         _distances(untuned, tuned, tilt),
-        (untuned, tuned, tilt.resampled(256, derive_seed(seed, 7))),
+        (untuned, tuned, tilt.resampled(256, derive_seed(seed, Place.DEMO_RESAMPLED))),
         solution.history,
         {"models": models.seconds, "tuning": tuning, "total": time.monotonic() - began},
     )
@@ -239,20 +240,19 @@ def demo_models(seed: int, settings: DemoSettings) -> DemoModels:
         except (BadFileError, KeyError, TypeError) as error:
             note(f"the cache is damaged and will be made again: {error}")
     images, labels = digits()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive_seed(seed, 11)))
+    order = torch.randperm(len(images), generator=generator_for("cpu", seed, Place.DEMO_SPLIT))
     train, test = order[:_TRAINED_ON], order[_TRAINED_ON:]
     classifier = fit_digit_classifier(
         images[train],
         labels[train],
         iterations=settings.classifier_iterations,
-        seed=derive_seed(seed, 12),
+        seed=derive_seed(seed, Place.DEMO_CLASSIFIER),
         progress=True,
     )
     with torch.no_grad():
         accuracy = float((classifier(images[test]).argmax(1) == labels[test]).double().mean())
-    noise = fit_score(
-        images, VP(), "noise", iterations=settings.model_iterations, seed=derive_seed(seed, 13), progress=True
-    )
+    place = derive_seed(seed, Place.DEMO_MODEL)
+    noise = fit_score(images, VP(), "noise", iterations=settings.model_iterations, seed=place, progress=True)
     tensors = with_part("noise", noise.state_dict()) | with_part("classifier", classifier.state_dict())
     write_cached(name, _KIND, tensors, {"accuracy": accuracy, "recipe": RECIPE, "seed": seed}, note)
     return DemoModels(noise, classifier, accuracy, time.monotonic() - began, False)
@@ -281,7 +281,8 @@ def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: 
     samples, log_ws = [], []
     for i in range(-(-settings.tilt_paths // _CHUNK)):
         n = min(_CHUNK, settings.tilt_paths - i * _CHUNK)
-        paths = simulate(problem, n, time_steps=settings.times, seed=derive_seed(seed, i), keep="end")
+        place = derive_seed(seed, Place.DEMO_TILT_PATHS, i)
+        paths = simulate(problem, n, time_steps=settings.times, seed=place, keep="end")
         samples.append(paths.samples)
         log_ws.append(log_weights(problem, paths))
     x, log_w = torch.cat(samples), torch.cat(log_ws).double()

@@ -197,10 +197,11 @@ class _Judged:
 
     def figure(self, title: str, seed: int) -> Any:
         from ..evaluation.sample_figure import sample_figure
+        from ..randomness import Place, derive_seed
 
         exact, name = None if self.exact is None else self.exact.x, "long tempered runs"
         if self.known is not None and self.known.has_samples:
-            exact, name = self.known.sample(_DENSE, seed + 7), "exact samples"
+            exact, name = self.known.sample(_DENSE, derive_seed(seed, Place.SAMPLE_FIGURE)), "exact samples"
         more: dict[str, Any] = {"evaluation": self.evaluation, "certificate": self.certificate, "title": title}
         return sample_figure(self.solution, self.own, exact=exact, exact_name=name, log_z=self.log_z, **more)[0]
 
@@ -239,9 +240,11 @@ class _Judged:
 def _judge(
     solution: Solution, known: Target | None, n: int, seed: int, certificate: bool | None, long_runs: bool
 ) -> _Judged:
+    from ..randomness import Place, derive_seed
+
     note("evaluating ...")
-    evaluation = solution.evaluate(n, seed=seed + 1)
-    x, log_w = solution.weighted_sample(n, seed=seed + 2)
+    evaluation = solution.evaluate(n, seed=derive_seed(seed, Place.SAMPLE_EVALUATION))
+    x, log_w = solution.weighted_sample(n, seed=derive_seed(seed, Place.SAMPLE_WEIGHTED))
     exact = _reference(known, n, seed, long_runs)
     certified, why_not = _certificate(solution, known, n, seed, certificate)
     own = _drawn(solution, x, log_w, seed)
@@ -298,23 +301,25 @@ def _drawn(solution: Solution, x: Tensor, log_w: Tensor, seed: int) -> Tensor:
     """The sampler's samples, all of the same weight: particles are drawn by theirs, the ends of paths are what they
     are."""
     from ..particles.smc import resample
-    from ..randomness import generator_for
+    from ..randomness import Place, generator_for
 
     if not _particles(solution):
         return x
-    return x[resample(log_w.unsqueeze(0), len(x), "systematic", generator_for(log_w.device, seed, 91))[0]]
+    generator = generator_for(log_w.device, seed, Place.SAMPLE_DRAWN)
+    return x[resample(log_w.unsqueeze(0), len(x), "systematic", generator)[0]]
 
 
 def _reference(known: Target | None, n: int, seed: int, long_runs: bool) -> Any:
     """Samples to compare with, or None."""
     from ..library.samples import reference_samples
+    from ..randomness import Place, derive_seed
 
     if known is None or not (known.has_samples or long_runs):
         return None
     if not known.has_samples:
         note("reference samples: from the cache, or made now by long tempered runs (minutes, once) ...")
         return reference_samples(known)
-    return reference_samples(known, n, seed + 4)
+    return reference_samples(known, n, derive_seed(seed, Place.SAMPLE_EXACT))
 
 
 def _certificate(
@@ -323,6 +328,7 @@ def _certificate(
     """The certificate, or why there is none."""
     from ..controls.given import ZeroControl
     from ..evaluation.certificates import certify
+    from ..randomness import Place, derive_seed
 
     if wanted is False:
         return None, ""
@@ -335,19 +341,22 @@ def _certificate(
     if wanted is None and not exact and noises > _MOST_NOISES:
         return None, f"without exact samples it needs particles in {noises} dimensions; --certificate makes one"
     note("certificate ...")
-    samples = known.sample(n, seed + 5) if known is not None and exact else None
+    place = derive_seed(seed, Place.SAMPLE_CERTIFICATE_EXACT)
+    samples = known.sample(n, place) if known is not None and exact else None
     modes = None if known is None or known.modes is None else known.modes.to(solution.problem.dtype)
-    return certify(solution, samples, modes=modes, n=n, seed=seed + 3), ""
+    return certify(solution, samples, modes=modes, n=n, seed=derive_seed(seed, Place.SAMPLE_CERTIFICATE)), ""
 
 
 def _distances(known: Target, exact: Any, x: Tensor, n: int, seed: int) -> dict[str, Any]:
     """From the samples to those of the reference, and what two sets of exact samples score; the modes that are
     covered."""
     from ..evaluation.metrics import energy_wasserstein, mode_coverage, sliced_wasserstein
+    from ..randomness import Place, derive_seed
 
     out: dict[str, Any] = {}
     if exact is not None:
-        other = known.sample(n, seed + 6) if known.has_samples else exact.x[len(exact.x) // 2 :]
+        place = derive_seed(seed, Place.SAMPLE_FLOOR)
+        other = known.sample(n, place) if known.has_samples else exact.x[len(exact.x) // 2 :]
         truth = exact.x if known.has_samples else exact.x[: len(exact.x) // 2]
         out["reference"] = exact.source
         for name, distance in (

@@ -71,7 +71,7 @@ def solve(
     began = time.monotonic()
     solution = training.solve(made, progress=True, **settings)
     seconds = time.monotonic() - began
-    evaluation = solution.evaluate(paths, seed=settings["seed"] + 1)
+    evaluation = solution.evaluate(paths, seed=settings["seed"])
     exact = _exact(solution, paths)
     if save is not None:
         solution.save(save)

@@ -18,7 +18,7 @@ from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import Ladder, Population, adapt
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from ..tensors import check_count
 
 _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
@@ -67,7 +67,8 @@ class _State(nn.Module):
             self.register_buffer(name, value)
         self._law: Any = None
         before = problem.density.values
-        ends = search(problem.density, problem.centre, problem.scale, size // _SEARCHED, derive_seed(run.seed, 73))
+        place = derive_seed(run.seed, Place.AUTO_SEARCH)
+        ends = search(problem.density, problem.centre, problem.scale, size // _SEARCHED, place)
         self.spent += problem.density.values - before
         self.z[1, : len(ends)] = (ends - problem.centre) / problem.scale
         self.log_weights[1] = -math.inf
@@ -79,7 +80,7 @@ class _State(nn.Module):
             self._law = fit_mixture(
                 self.z.flatten(0, 1),
                 self.log_weights.flatten(),
-                seed=derive_seed(run.seed, 72, run.iteration),
+                seed=derive_seed(run.seed, Place.AUTO_FIT, run.iteration),
                 most=most,
             )
         return self._law
@@ -174,7 +175,7 @@ class Auto(Method):
         control = None if law is None else MixtureControl(problem, law)
         settings = TemperedSettings("states", problem.has_gradient, mixture=law is not None)
         target: Any = tempered_target(problem, run.chain, control, settings)
-        seed = derive_seed(run.seed, 71, run.iteration)
+        seed = derive_seed(run.seed, Place.AUTO_ROUND, run.iteration)
         if law is None:
             ladder, found = adapt(target, max(64, self.num_particles // _FIRST), seed, last_moves=1)
         else:

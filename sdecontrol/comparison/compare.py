@@ -22,7 +22,7 @@ from ..problems.problem import ControlProblem
 from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
 from ..processes.linear import LinearSDE
-from ..randomness import derive_seed, fresh_seed
+from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import check_count
 from ..training.solve import solve
 from .costs import Costs, measuring
@@ -47,7 +47,6 @@ COLUMNS = {
     "sampling_seconds": "CPU s/1000 samples",
 }
 _COUNTS = ("reward_calls", "gradient_calls", "network_calls", "sampling_reward_calls", "sampling_network_calls")
-_PLACE_EVALUATE, _PLACE_SAMPLE, _PLACE_EXACT = 61, 62, 63
 
 
 @dataclass
@@ -229,8 +228,8 @@ def compare(
     reference, floor = None, math.nan
     if exact is not None:
         with contextlib.suppress(NoExactSolution):
-            reference = exact.sample(n, derive_seed(trainings[0], _PLACE_EXACT))
-            other = exact.sample(n, derive_seed(trainings[0], _PLACE_EXACT, 1))
+            reference = exact.sample(n, derive_seed(trainings[0], Place.COMPARISON_EXACT))
+            other = exact.sample(n, derive_seed(trainings[0], Place.COMPARISON_FLOOR))
             floor = sliced_wasserstein(reference, other)
     rows = []
     for label, method in named.items():
@@ -292,8 +291,9 @@ def _measure(
 ) -> dict[str, Estimate]:
     """All columns of one solution."""
     with measuring(solution.problem.device) as sampling:
-        samples = solution.sample(n, seed=derive_seed(seed, _PLACE_SAMPLE))
-    evaluation = solution.evaluate(n, seed=derive_seed(seed, _PLACE_EVALUATE))
+        samples = solution.sample(n, seed=derive_seed(seed, Place.COMPARISON_SAMPLES))
+    place = derive_seed(seed, Place.COMPARISON_EVALUATION)
+    evaluation = solution.evaluate(n, seed=place)
     out = {name: getattr(evaluation, name) for name in ("reward", "kl", "gap", "ess")}
     if solution.problem.running_cost_function is not None:
         out["running_cost"] = evaluation.running_cost
@@ -302,7 +302,7 @@ def _measure(
     if exact is not None and not isinstance(
         solution, ParticleSolution
     ):  # a particle solution's control is its proposal's
-        out["control_error"] = control_error(solution, exact, n=n, seed=derive_seed(seed, _PLACE_EVALUATE)).relative
+        out["control_error"] = control_error(solution, exact, n=n, seed=place).relative
     for name in ("reward_calls", "gradient_calls", "network_calls", "seconds", "memory"):
         out[name] = Estimate(float(getattr(training, name)))
     out["sampling_reward_calls"] = Estimate(sampling.reward_calls / n)

@@ -9,7 +9,7 @@ from ..chains.base import Chain
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from .base import Control, StartedControl, as_control
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
@@ -43,18 +43,19 @@ def build_control(
             "(batch,): the tilt of the log-probabilities."
         )
     else:
-        main = _network(problem, chain, derive_seed(seed, 11), scale_gate=scale_gate)
+        main = _network(problem, chain, derive_seed(seed, Place.CONTROL_NETWORK), scale_gate=scale_gate)
     if not chain.start or isinstance(main, StartedControl):
         return main
     law = problem.initial
     scales = Scales(law.mean, law.variance.sqrt().clamp(min=1e-12))
     architecture = Architecture(**asdict(layers_for(problem)), start=True)
-    return StartedControl(DefaultControl.of(problem, architecture, scales, seed=derive_seed(seed, 12)), main)
+    place = derive_seed(seed, Place.CONTROL_START)
+    return StartedControl(DefaultControl.of(problem, architecture, scales, seed=place), main)
 
 
 def corrected(problem: ControlProblem, chain: Chain, base: MixtureControl, *, seed: int = 0) -> CorrectedControl:
     """A default network beside a mixture's control, at zero output; it sees the mixture's ``E[x_T | x_t]``."""
-    return CorrectedControl(base, _network(problem, chain, derive_seed(seed, 11), base))
+    return CorrectedControl(base, _network(problem, chain, derive_seed(seed, Place.CORRECTION), base))
 
 
 def _network(

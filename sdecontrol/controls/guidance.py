@@ -20,7 +20,7 @@ from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from ..problems.simulate import simulate_chain
-from ..randomness import generator_for
+from ..randomness import Place, generator_for
 from ..tensors import apply_scale_transposed, check_output
 from .base import Control, at_each_time
 from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
@@ -254,7 +254,8 @@ class NetworkValue(LogValue):
     ) -> NetworkValue:
         """The network for a problem, in its dtype and on its device; ``unit``: ``level`` and ``size``."""
         n, span = problem.event_shape.numel(), (chain.clock[0], chain.clock[-1])
-        network = cls(n, span, architecture, scales, **unit, generator=generator_for("cpu", seed))
+        generator = generator_for("cpu", seed, Place.VALUE_WEIGHTS)
+        network = cls(n, span, architecture, scales, **unit, generator=generator)
         return network.to(device=problem.device, dtype=problem.dtype)
 
     @property

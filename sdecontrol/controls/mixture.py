@@ -15,7 +15,7 @@ from ..chains.shifts import ShiftFunction
 from ..memory import recall
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from .base import Control, at_each_time
 from .ends import ends_of
 from .linear_part import LinearPart
@@ -120,7 +120,7 @@ class MixtureControl(Control):
 
     def ends(self, n: int, seed: int) -> Tensor:
         """Draws of the mixture, ``(n, *event)``."""
-        return self._ends.coloured(draw(self.law, n, derive_seed(seed, 51)))
+        return self._ends.coloured(draw(self.law, n, derive_seed(seed, Place.MIXTURE_ENDS)))
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> E[x_T | x_k]``; what was asked last is remembered, since control and network both ask."""

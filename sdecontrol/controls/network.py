@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
-from ..randomness import generator_for
+from ..randomness import Place, generator_for
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .linear_part import LinearPart, gram_of_features
@@ -227,7 +227,7 @@ class DefaultControl(Control):
             scales,
             reward=RewardTerm.of(problem) if architecture.gate else None,
             denoiser=problem.reference if denoiser is None and architecture.denoised else denoiser,  # type: ignore[arg-type]
-            generator=generator_for("cpu", seed),
+            generator=generator_for("cpu", seed, Place.CONTROL_WEIGHTS),
         )
         return network.to(device=problem.device, dtype=problem.dtype)
 

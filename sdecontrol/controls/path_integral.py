@@ -14,7 +14,7 @@ from ..chains.shifts import ShiftFunction, shift_function
 from ..paths.integrator import integrate
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from .base import Control
 from .given import ZeroControl
 from .saved import CONTROLS, Context, Saved
@@ -25,16 +25,18 @@ _FEW = 10  # effective paths below which the average is not to be trusted
 
 class _Draws:
     """Noise of the steps ``first, first+1, ...`` in that order, for ``used`` of ``rows`` paths: a function of the seed
-    alone. All rows are drawn, so that the first ones do not depend on how many are used."""
+    and the group of rows alone. All rows are drawn, so that the first ones do not depend on how many are used."""
 
-    def __init__(self, seed: int, first: int, rows: int, used: int, chain: Chain, antithetic: bool) -> None:
-        self.seed, self.first, self.used, self.antithetic = seed, first, used, antithetic
+    def __init__(self, seed: int, group: int, first: int, rows: int, used: int, chain: Chain, antithetic: bool) -> None:
+        self.seed, self.group, self.first, self.used, self.antithetic = seed, group, first, used, antithetic
         self.shape = (rows // 2 if antithetic else rows, *chain.noise_shape)
         self.options: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device}
 
     def __getitem__(self, k: int) -> Tensor:
         if k == self.first:
-            self.generator = generator_for(self.options["device"], self.seed)
+            self.generator = generator_for(
+                self.options["device"], self.seed, Place.PATH_INTEGRAL, self.first, self.group
+            )
         z = torch.randn(self.shape, generator=self.generator, **self.options)
         return (torch.stack((z, -z), 1).flatten(0, 1) if self.antithetic else z)[: self.used]
 
@@ -113,8 +115,8 @@ class PathIntegralControl(Control):
             for index, low in enumerate(range(0, len(x), size)):
                 part = x[low : low + size]
                 y_part = None if y is None else y[low : low + size]
-                n, place = self.num_paths, derive_seed(self.seed, k, index)
-                noise = _Draws(place, k, size * n, len(part) * n, chain, self.antithetic)
+                n = self.num_paths
+                noise = _Draws(self.seed, index, k, size * n, len(part) * n, chain, self.antithetic)
                 c, ess = self._average(chain, k, part, y_part, noise, ahead)
                 parts.append(c)
                 effective += float(ess.sum())

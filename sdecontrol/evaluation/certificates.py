@@ -27,7 +27,7 @@ from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian
-from ..randomness import SeededNoise, derive_seed, fresh_seed, generator_for
+from ..randomness import Place, SeededNoise, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count, is_matrix_scale
 from .estimates import Estimate, as_plain, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
@@ -127,9 +127,9 @@ def certify(
     with torch.no_grad(), problem.evaluating():
         reverse, ends = log_weights(problem, paths).double(), paths.samples
         if samples is not None:
-            forward, truth = _of_samples(solution, samples, derive_seed(seed, 1)), samples
+            forward, truth = _of_samples(solution, samples, seed), samples
         else:
-            forward, truth = _of_particles(solution, n, derive_seed(seed, 2))
+            forward, truth = _of_particles(solution, n, derive_seed(seed, Place.CERTIFICATE_PARTICLES))
     if not bool(torch.isfinite(forward).all()):
         raise NonFiniteError(
             "the target's paths have weights that are not finite: are samples where the log density is finite?",
@@ -202,8 +202,8 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
         )
     end = samples.to(chain.times)
     if chain.reverse is not None:
-        return _run_backwards(solution, end, seed)
-    bridge, generator = ChainBridge(chain), generator_for(end.device, seed)
+        return _run_backwards(solution, end, derive_seed(seed, Place.CERTIFICATE_BACKWARDS))
+    bridge, generator = ChainBridge(chain), generator_for(end.device, seed, Place.CERTIFICATE_BRIDGES)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
     start = bridge.start_given_end(initial, end, draw(*end.shape))
     states = bridge.path_given_end(start, end, draw(chain.steps, len(end), *chain.noise_shape))
@@ -245,13 +245,14 @@ def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor
     settings = TemperedSettings("states" if ends_alone else "noises", gradient=ends_alone)
     target = tempered_target(problem, chain, None, settings)
     ladder, _ = adapt(target, _PARTICLES, seed)
-    found = run_tempered(target, ladder, max(1, -(-n // _PARTICLES)), _PARTICLES, derive_seed(seed, 1))
+    found = run_tempered(target, ladder, max(1, -(-n // _PARTICLES)), _PARTICLES, seed)
     log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
-    generator = generator_for(chain.times.device, seed, 2)
+    generator = generator_for(chain.times.device, seed, Place.CERTIFICATE_ENDS)
     rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
     if isinstance(target, StateTarget):
         ends = target.states(found.z.flatten(0, 1)[rows])
-        return _run_backwards(solution, ends, derive_seed(seed, 3)), ends
+        place = derive_seed(seed, Place.CERTIFICATE_PARTICLES_BACKWARDS)
+        return _run_backwards(solution, ends, place), ends
     paths = target.paths(found.z.flatten(0, 1)[rows], found.origin.flatten(0, 1)[rows])
     total = (problem.reward(paths.samples) - paths.running_cost) / problem.alpha
     return (total - paths.log_ratio(solution.control)).double(), paths.samples

@@ -18,7 +18,7 @@ from ..particles.nuts import run_nuts, warm_up_nuts
 from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
-from ..randomness import derive_seed, fresh_seed, generator_for
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
 from .evaluate import Evaluation, agree
@@ -28,7 +28,6 @@ from .tempered_solution import TemperedSettings, tempered_target
 _LEAST_DRAWS = 64  # of each chain, where they are judged
 _MOST_RHAT = 1.05
 _FEW = 400.0  # effective draws below which means and R-hat itself are not to be trusted (Vehtari et al. 1903.08008)
-_PLACE_PICK, _PLACE_FIT, _PLACE_PROPOSAL, _PLACE_LOG_Z = 51, 52, 53, 54
 
 
 @dataclass(frozen=True)
@@ -129,13 +128,13 @@ class ChainSolution(Solution):
         seed = fresh_seed(seed)
         found = self.run(-(-n // self.chains.num_chains), seed)
         flat = found.z.flatten(0, 1)
-        generator = generator_for(flat.device, seed, _PLACE_PICK)
+        generator = generator_for(flat.device, seed, Place.CHAIN_ORDER)
         return self.target.states(flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:n]])
 
     @cached_property
     def log_z(self) -> Estimate:
         """log Z by bridge sampling (:meth:`evaluate`), from a run of its own at the solution's seed, made once."""
-        seed = derive_seed(fresh_seed(self.seed), _PLACE_LOG_Z)
+        seed = derive_seed(fresh_seed(self.seed), Place.CHAIN_LOG_Z)
         return self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
 
     def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
@@ -164,8 +163,8 @@ class ChainSolution(Solution):
         the mixture's draws."""
         half = found.z.shape[1] // 2
         later, density = found.z[:, half:], found.log_density[:, half:]
-        proposal = fit_mixture(found.z[:, :half].flatten(0, 1).double(), seed=derive_seed(seed, _PLACE_FIT))
-        z = draw(proposal, density.numel(), derive_seed(seed, _PLACE_PROPOSAL)).to(found.z)
+        proposal = fit_mixture(found.z[:, :half].flatten(0, 1).double(), seed=derive_seed(seed, Place.BRIDGE_FIT))
+        z = draw(proposal, density.numel(), derive_seed(seed, Place.BRIDGE_DRAWS)).to(found.z)
         target = StateTarget(self.target.log_density, self.target.centre, self.target.scale, smooth=False)
         with self.problem.evaluating():
             phi = points_at(target, z, target.draw_origin(len(z), seed)).phi

@@ -14,7 +14,7 @@ from ..paths.weights import effective_number
 from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
-from ..randomness import derive_seed, fresh_seed
+from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
@@ -129,7 +129,7 @@ def evaluate(
     tail = pareto_k(log_w)
     second = None
     if control is not None:
-        reference = simulate_chain(problem, chain, n, seed=derive_seed(seed, 1), keep="end")
+        reference = simulate_chain(problem, chain, n, seed=derive_seed(seed, Place.EVALUATION_REFERENCE), keep="end")
         second = log_weights(problem, reference).double()
     reliable, why = _reliability(log_w, tail, estimated, second)
     start_gap = Estimate(0.0, 0.0)
@@ -215,15 +215,16 @@ def _per_start(
     """``E_nu log Z(X_0)`` and ``E_nu[log Z(X_0) - E log w]`` from replicated paths per start, and the mean effective
     number of paths per start. The bias of the logarithm is removed by the jackknife, to second order."""
     starts = max(8, n // _REPLICAS)
-    x0 = problem.draw_start(starts, derive_seed(seed, 2)).repeat_interleave(_REPLICAS, 0)
-    y = problem.draw_condition(starts, derive_seed(seed, 2))
+    place = derive_seed(seed, Place.EVALUATION_STARTS)
+    x0 = problem.draw_start(starts, place).repeat_interleave(_REPLICAS, 0)
+    y = problem.draw_condition(starts, place)
     y = None if y is None else y.repeat_interleave(_REPLICAS, 0)
     paths = simulate_chain(
         problem,
         chain,
         starts * _REPLICAS,
         control,
-        seed=derive_seed(seed, 3),
+        seed=derive_seed(seed, Place.EVALUATION_REPLICAS),
         keep="end",
         condition=y,
         launch=Launch(state=x0),

@@ -14,7 +14,7 @@ from ..errors import NonFiniteError
 from ..files.contents import load_tensors, part_of, with_part
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
-from ..randomness import derive_seed, fresh_seed, generator_for
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, confirmed_by_reference, log_weights
@@ -23,7 +23,6 @@ from .solution import SOLUTIONS, Solution
 _FEW = 10  # effective particles below which samples are not to be trusted
 _SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems
 _SPREAD = 1.0  # standard deviation of log Z^ above which its mean over so few systems is not to be trusted
-_PLACE_PICK, _PLACE_ROUND = 41, 42
 _ROUNDS = 1000  # of rejection sampling
 
 
@@ -73,11 +72,11 @@ class ParticleSolution(Solution):
         """The particle of each system that is its sample, ``(M,)``."""
         if self.particles.selection == "best":
             return (found.reward - found.running_cost).argmax(1)
-        generator = generator_for(found.log_z.device, seed, _PLACE_PICK)
+        generator = generator_for(found.log_z.device, seed, Place.PARTICLE_PICK)
         return resample(found.log_weights, 1, "multinomial", generator)[:, 0]
 
     def _shuffled(self, count: int, seed: int, device: torch.device) -> Tensor:
-        return torch.randperm(count, generator=generator_for(device, seed, _PLACE_PICK), device=device)
+        return torch.randperm(count, generator=generator_for(device, seed, Place.PARTICLE_ORDER), device=device)
 
     def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
         """``(n, *event)`` decoded samples, all of the same weight.
@@ -96,7 +95,7 @@ class ParticleSolution(Solution):
             return self._decode(found.end[rows, self._pick(found, seed)], found.condition)
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         self._warn_where_few(effective_sample_size(log_w) * len(log_w), len(log_w))
-        generator = generator_for(log_w.device, seed, _PLACE_PICK, 1)
+        generator = generator_for(log_w.device, seed, Place.PARTICLE_RESAMPLING)
         index = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         index = index[self._shuffled(n, seed, index.device)]  # copies of a particle are neighbours before
         return self._decode(found.end.flatten(0, 1)[index], None)
@@ -135,9 +134,9 @@ class ParticleSolution(Solution):
         out: Tensor | None = None
         tried = 0
         for turn in range(_ROUNDS):
-            where, count = derive_seed(seed, _PLACE_ROUND, turn), len(missing) * self.particles.num_particles
+            place, count = derive_seed(seed, Place.CANDIDATES, turn), len(missing) * self.particles.num_particles
             repeated = None if y is None else y[missing].repeat_interleave(self.particles.num_particles, 0)
-            paths = simulate_chain(problem, chain, count, None, seed=where, keep="end", condition=repeated)
+            paths = simulate_chain(problem, chain, count, None, seed=place, keep="end", condition=repeated)
             tried += count
             log_accept = log_weights(problem, paths).double() - self.particles.bound / problem.alpha
             if bool((log_accept > 1e-6).any()):
@@ -146,9 +145,8 @@ class ParticleSolution(Solution):
                     f"bound={self.particles.bound:g} is none: a path has the total reward {most:g}. Pass an upper "
                     "bound of reward - running cost."
                 )
-            uniform = torch.rand(
-                count, generator=generator_for(problem.device, where, 1), dtype=torch.float64, device=problem.device
-            )
+            generator = generator_for(problem.device, seed, Place.ACCEPTANCE, turn)
+            uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=problem.device)
             accepted = (uniform.log() < log_accept).reshape(len(missing), -1)
             # the first that is accepted, of each sample's own candidates
             has, index = accepted.any(1), accepted.int().argmax(1)
@@ -245,7 +243,8 @@ class ParticleSolution(Solution):
                 False,
                 f"log Z^ varies by {spread:.2f} between systems (at most {_SPREAD:g} wanted): use more particles",
             )
-        reference = simulate_chain(self.problem, self.chain, n, None, seed=derive_seed(seed, 1), keep="end")
+        place = derive_seed(seed, Place.PARTICLE_REFERENCE)
+        reference = simulate_chain(self.problem, self.chain, n, None, seed=place, keep="end")
         log_w = log_weights(self.problem, reference).double()
         return confirmed_by_reference(f"log Z^ varies by {spread:.2g} between systems", log_z, log_w)
 

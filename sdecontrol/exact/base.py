@@ -14,7 +14,7 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.linear import moments
-from ..randomness import fresh_seed
+from ..randomness import Place, derive_seed, fresh_seed
 
 
 class ExactSolution:
@@ -108,7 +108,7 @@ class ExactSolution:
 
     def sample(self, n: int, seed: int | None = None) -> Tensor:
         """``n`` exact draws of X_T under the optimum, ``(n, d)``."""
-        return draw(self.marginal(self.problem.horizon), n, fresh_seed(seed))
+        return draw(self.marginal(self.problem.horizon), n, derive_seed(fresh_seed(seed), Place.EXACT_SAMPLES))
 
     def weighted_sample(self, n: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """:meth:`sample` with its log importance weights, all 0: the draws are exact."""

@@ -19,6 +19,7 @@ from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, draw
+from ..randomness import Place, generator_for
 from ..tensors import apply_scale, apply_scale_transposed
 from .base import ExactSolution
 from .grids import Grid, Table
@@ -102,7 +103,7 @@ class OnGrids(ExactSolution):
     def _walk(self, solved: list[Any] | None) -> Iterator[tuple[int, Tensor]]:
         """States of a few paths, of the reference or controlled by blocks' solutions, at the watched steps."""
         chain = self._sketch
-        generator = torch.Generator().manual_seed(0)
+        generator = generator_for("cpu", 0, Place.GRID_WALK)
         x = draw(self.problem.origin, _PATHS, 0).to("cpu", torch.float64)
         seen = set(watched(chain.steps + 1, _WATCHED))
         for k in range(chain.steps):
@@ -134,7 +135,7 @@ class OnGrids(ExactSolution):
         if not (highs > lows).all():
             still = np.flatnonzero(~(highs > lows)).tolist()
             raise NoExactSolution(f"diffusion: coordinates {still} have no noise and do not move; grids need both.")
-        generator = torch.Generator().manual_seed(1)
+        generator = generator_for("cpu", 0, Place.GRID_PROBES)
         uniform = torch.rand(PROBES, len(lows), generator=generator, dtype=torch.float64)
         wide = torch.from_numpy(lows) + torch.from_numpy(highs - lows) * uniform
         middle, end = paths[len(paths) // 2][1], paths[-1][1]
@@ -272,7 +273,7 @@ class OnGrids(ExactSolution):
             NoExactSolution: they disagree, by more than five standard errors and the bias of the sketch.
         """
         f, chain = self._functions, self._sketch
-        generator = torch.Generator().manual_seed(2)
+        generator = generator_for("cpu", 0, Place.GRID_CHECK)
         x = draw(self.problem.origin, _PATHS, 1).to("cpu", torch.float64)
         log_w: Any = 0.0
         for k, t in enumerate(chain.clock[:-1]):

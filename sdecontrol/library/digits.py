@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..randomness import derive_seed, fresh_seed, global_rng
+from ..randomness import Place, fresh_seed, generator_for, global_rng
 from ..training.progress import ProgressBar
 
 DIGIT_SHAPE = (1, 8, 8)
@@ -66,9 +66,9 @@ def fit_digit_classifier(
     Noise and label smoothing keep the log-probabilities tame off the data, where a reward is asked too.
     """
     seed = fresh_seed(seed)
-    with global_rng(derive_seed(seed, 1)):
+    with global_rng("cpu", seed, Place.CLASSIFIER_WEIGHTS):
         network = DigitClassifier().to(images)
-    generator = torch.Generator().manual_seed(derive_seed(seed, 2))
+    generator = generator_for("cpu", seed, Place.CLASSIFIER_BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     with ProgressBar(iterations, "classifier", progress, measure="loss") as bar:

@@ -16,6 +16,7 @@ from ..problems.rewards import Quadratic
 from ..processes.generative import generative_sde
 from ..processes.laws import GaussianMixture
 from ..processes.schedules import VP
+from ..randomness import published_generator
 from ..tensors import check_count
 
 _SIDE = 8.0  # distance between neighbouring means, in each coordinate
@@ -49,7 +50,7 @@ def mixture_observation(observations: int, seed: int, dim: int = 8) -> MixtureOb
             "dim must be even (means repeat in pairs of coordinates) and at least the number of observations; got "
             f"dim={dim}, observations={observations}."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = published_generator(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -26,6 +26,7 @@ from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Dirac, Gaussian
 from ..processes.linear import BrownianMotion, LinearSDE
 from ..processes.sde import SDE
+from ..randomness import published_generator
 from ..tensors import as_float
 from .target_base import Card, register
 
@@ -80,7 +81,7 @@ def named_problem(name: str, noise: float = 1.0) -> ControlProblem:
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers of a definition, the ones that ``torch.manual_seed(seed)`` gives on CPU."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = published_generator(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float32).to(torch.get_default_dtype())
 
 

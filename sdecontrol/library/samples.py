@@ -15,13 +15,13 @@ from ..files.bundles import register_bundle
 from ..particles.smc import resample
 from ..particles.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
 from ..problems.gibbs import gibbs_problem
-from ..randomness import derive_seed, fresh_seed, generator_for
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count, check_tensor
 from .cache import read_cached, write_cached
 from .target_base import Target
 from .targets import named_target
 
-RECIPE = 1  # raised whenever the way samples are made changes: older caches are then passed over
+RECIPE = 2  # raised whenever the way samples are made changes: older caches are then passed over
 _KIND = register_bundle("reference samples")
 _FEW = 0.5  # of the systems: fewer effective ones, and they do not agree
 
@@ -166,13 +166,13 @@ def _make(
     target: Target, n: int, seed: int, systems: int, particles: int, moves: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Samples, the systems that they come from, and log Z^ of each system."""
-    problem = gibbs_problem(target, target.dim, seed=derive_seed(seed, 81))
+    problem = gibbs_problem(target, target.dim, seed=derive_seed(seed, Place.REFERENCE_PROBLEM))
     tempered = tempered_target(problem, problem.chain(), None, TemperedSettings("states", problem.has_gradient))
     assert isinstance(tempered, StateTarget)
     with torch.no_grad():
-        ladder, chosen = adapt(tempered, particles, derive_seed(seed, 82))
-        found = run_tempered(tempered, ladder, systems, particles, derive_seed(seed, 83))
-        generator = generator_for(problem.device, seed, 84)
+        ladder, chosen = adapt(tempered, particles, derive_seed(seed, Place.REFERENCE_LADDER))
+        found = run_tempered(tempered, ladder, systems, particles, derive_seed(seed, Place.REFERENCE_PARTICLES))
+        generator = generator_for(problem.device, seed, Place.REFERENCE_MOVES)
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         rows = rows[torch.randperm(n, generator=generator, device=rows.device)]

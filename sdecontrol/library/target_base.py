@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoExactSolution
+from ..randomness import Place, generator_for
 from ..tensors import check_count, check_tensor
 
 
@@ -44,7 +45,7 @@ class Target:
             NoExactSolution: there is no exact sampler.
         """
         check_count("n", n)
-        return self._draw(n, torch.Generator().manual_seed(seed)).to(torch.get_default_dtype())
+        return self._draw(n, generator_for("cpu", seed, Place.TARGET_SAMPLES)).to(torch.get_default_dtype())
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         raise NoExactSolution(

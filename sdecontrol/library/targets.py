@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import check_name
+from ..randomness import published_generator
 from . import particle_systems  # noqa: F401  (adds its targets to the library)
 from .target_base import CARDS, Card, Target, register_target
 
@@ -90,7 +91,7 @@ def _gmm9() -> Target:
 
 
 def _forty(dim: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = published_generator(0)
     return ((torch.rand(40, dim, generator=generator, dtype=torch.float32) - 0.5) * 80).double()
 
 

@@ -19,7 +19,7 @@ from ..controls.build import build_control
 from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
-from ..randomness import SeededNoise, derive_seed
+from ..randomness import Place, SeededNoise, derive_seed
 
 #: what every method on paths of the current control reports
 METRICS = ("objective", "objective_stderr", "reward", "running_cost", "kl")
@@ -84,7 +84,7 @@ class Run:
 
     def batch(self, part: int = 0) -> Batch:
         """The ``part``-th batch of this iteration."""
-        seed = derive_seed(self.seed, 2, self.iteration, part)
+        seed = derive_seed(self.seed, Place.BATCH, self.iteration, part)
         chain, problem = self.chain, self.problem
         noise = SeededNoise(
             seed, self.batch_size, chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device

@@ -10,7 +10,7 @@ from ..chains.shifts import shifts_along
 from ..paths.paths import Paths
 from ..paths.weights import self_normalised
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from ..tensors import check_positive, event_sum
 from .base import Run, register
 from .on_paths import PathMethod
@@ -62,7 +62,7 @@ class BridgeMatching(PathMethod):
     def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
         weights, exponent, ess = self_normalised(paths.log_weights(), None, self.trust_region)
         start, end = paths.states[0], paths.end
-        generator = generator_for(end.device, derive_seed(run.seed, 48, run.iteration, part))
+        generator = generator_for(end.device, run.seed, Place.BRIDGES, run.iteration, part)
         noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
         states = state.bridge.between(start, end, noise)
         target = state.bridge.noise_given_end(states, end, paths.condition)

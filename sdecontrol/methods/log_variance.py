@@ -8,7 +8,7 @@ import torch
 from ..controls.values import LearnedLogZ
 from ..errors import check_name
 from ..paths.weights import leave_one_out, self_normalised
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from ..tensors import check_count
 from .base import Run, register
 from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, starts_differ, steps_of
@@ -64,7 +64,8 @@ class LogVariance(PathMethod):
     def setup(self, run: Run) -> Any:
         state = path_state(run, self.paths, self._group(run))
         if self.loss == "moment":
-            state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), derive_seed(run.seed, 42))
+            place = derive_seed(run.seed, Place.LOG_VARIANCE_LOG_Z)
+            state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), place)
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:

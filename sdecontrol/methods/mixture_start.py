@@ -15,7 +15,7 @@ from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 
 _FIRST = 4  # the first particles' part: they only have to find the modes
 _DRAWS = 8  # times ``size``: independent draws for the last mixture
@@ -51,20 +51,20 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
         return None
     control, work = None, math.inf
     for part, n in enumerate((max(64, size // _FIRST), size)):
-        place = derive_seed(seed, part)
         with problem.evaluating():
             target = tempered_ends(problem, chain, control)
-            _, found = adapt(target, n, place)
+            _, found = adapt(target, n, derive_seed(seed, Place.FIRST_MIXTURE, part))
             end = _ends(target, found.z[0], found.origin[0])
         if found.evaluations / n >= work:
             return None
-        law = fit_mixture(ends.white(end), found.log_weights[0], seed=derive_seed(place, 1))
+        place = derive_seed(seed, Place.FIRST_MIXTURE_FIT, part)
+        law = fit_mixture(ends.white(end), found.log_weights[0], seed=place)
         control, work = MixtureControl(problem, law), found.evaluations / n
-    place = derive_seed(seed, 2)
     with problem.evaluating():
-        end, log_w = _weighted(tempered_ends(problem, chain, control), size, place)
+        end, log_w = _weighted(tempered_ends(problem, chain, control), size, seed)
     if float(effective_number(log_w)) > size:
-        control = MixtureControl(problem, fit_mixture(ends.white(end), log_w, seed=derive_seed(place, 1)))
+        place = derive_seed(seed, Place.FIRST_MIXTURE_LAST_FIT)
+        control = MixtureControl(problem, fit_mixture(ends.white(end), log_w, seed=place))
     return control
 
 
@@ -81,7 +81,7 @@ def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None
 
 def _weighted(target: StateTarget | NoiseTarget, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Ends of independent draws of what particles begin with, and their log weights."""
-    drawn = [start_points(target, size, derive_seed(seed, 3, block)) for block in range(_DRAWS)]
+    drawn = [start_points(target, size, derive_seed(seed, Place.FIRST_MIXTURE_DRAWS, block)) for block in range(_DRAWS)]
     return torch.cat([_ends(target, p.z, p.origin) for p in drawn]), torch.cat([p.phi.double() for p in drawn])
 
 

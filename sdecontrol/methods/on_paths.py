@@ -16,11 +16,10 @@ from ..paths.paths import Paths
 from ..paths.weights import warn_where_few
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from .base import METRICS, ControlState, Method, Run, path_metrics
 
 PATHS = ("current", "reference")
-_PLACE_STEPS = 41
 
 
 class PathState(ControlState):
@@ -71,7 +70,7 @@ def steps_of(run: Run, count: int | None, part: int = 0) -> list[int] | None:
     """``count`` different steps of the chain, drawn anew in every iteration; None: all."""
     if count is None or count >= run.chain.steps:
         return None
-    generator = generator_for("cpu", derive_seed(run.seed, _PLACE_STEPS, run.iteration, part))
+    generator = generator_for("cpu", run.seed, Place.LEARNED_STEPS, run.iteration, part)
     return sorted(torch.randperm(run.chain.steps, generator=generator)[:count].tolist())
 
 

@@ -18,14 +18,13 @@ from ..particles.smc import resample
 from ..particles.tempering import NoiseTarget, adapt
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
 from .base import Method, Run, path_metrics, register
 from .mixture_start import first_mixture, tempered_ends
 from .regression import RegressionState, regress
 
-_PLACE_PARTICLES, _PLACE_BATCH, _PLACE_PICK, _PLACE_START = 61, 62, 63, 64
-_JUDGING, _NEW = 8, 1_000_000  # batches of new bridges on which a correction is judged, and the place of their seeds
+_JUDGING = 8  # batches of new bridges on which a correction is judged
 
 
 class _State(RegressionState):
@@ -57,7 +56,8 @@ def _control(run: Run, size: int) -> Control:
     """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to
     particles where that pays."""
     problem, chain = run.problem, run.chain
-    base = first_mixture(problem, chain, size, derive_seed(run.seed, _PLACE_START)) if run.control is None else None
+    place = derive_seed(run.seed, Place.MATCHING_START)
+    base = first_mixture(problem, chain, size, place) if run.control is None else None
     if base is None:
         return build_control(problem, chain, run.control, seed=run.seed)
     return corrected(problem, chain, base, seed=run.seed)
@@ -117,7 +117,7 @@ class ParticleMatching(Method):
             self._run_particles(state, run)
         chain, means = run.chain, []
         for part in range(run.accumulate):
-            states, targets = self._draw(state, run, part)
+            states, targets = self._draw(state, run, Place.MATCHING_BATCH, part)
             shifts = shifts_along(chain, state.control, states)
             means.append(regress(state, run, shifts, targets))
         mean = torch.stack(means).mean(0)
@@ -138,7 +138,7 @@ class ParticleMatching(Method):
             return control.base
         gains = []
         for part in range(_JUDGING):
-            states, targets = self._draw(state, run, _NEW + part)
+            states, targets = self._draw(state, run, Place.MATCHING_JUDGE, part)
             with_it, alone = (shifts_along(run.chain, c, states) - targets for c in (control, control.base))
             gains.append((alone.square() - with_it.square()).flatten(2).sum((0, 2)))
         return control if float(torch.cat(gains).mean()) > 0 else control.base
@@ -148,10 +148,10 @@ class ParticleMatching(Method):
     @torch.no_grad()
     def _run_particles(self, state: _State, run: Run) -> None:
         problem, chain, N = run.problem, run.chain, self.num_particles
-        seed = derive_seed(run.seed, _PLACE_PARTICLES, run.iteration)
+        seed = derive_seed(run.seed, Place.MATCHING_PARTICLES, run.iteration)
         target = tempered_ends(problem, chain, state.control)
         _, found = adapt(target, N, seed)
-        generator = generator_for(chain.times.device, seed, _PLACE_PICK)
+        generator = generator_for(chain.times.device, seed, Place.MATCHING_PICK)
         rows = resample(found.log_weights, N, "systematic", generator)[0]
         z, origin = found.z[0, rows], found.origin[0, rows]
         if isinstance(target, NoiseTarget):
@@ -171,23 +171,19 @@ class ParticleMatching(Method):
 
     def _observe(self, state: _State, run: Run, target: NoiseTarget, log_z: float) -> None:
         """How good the control is now, from paths of its own."""
-        batch = run.batch()
-        z = torch.randn(
-            (run.batch_size, target.dim),
-            generator=generator_for(state.facts.device, batch.seed, 1),
-            dtype=target.dtype,
-            device=target.device,
-        )
-        paths = target.paths(z, target.draw_origin(run.batch_size, batch.seed))
+        generator = generator_for(target.device, run.seed, Place.MATCHING_OWN, run.iteration)
+        z = torch.randn((run.batch_size, target.dim), generator=generator, dtype=target.dtype, device=target.device)
+        place = derive_seed(run.seed, Place.MATCHING_OWN_START, run.iteration)
+        paths = target.paths(z, target.draw_origin(run.batch_size, place))
         metrics, log_w = path_metrics([paths]), paths.log_weights()
         ess = float(effective_number(log_w)) / len(log_w)
         names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
         state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
 
-    def _draw(self, state: _State, run: Run, part: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, state: _State, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
         """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends."""
         chain = run.chain
-        generator = generator_for(chain.times.device, derive_seed(run.seed, _PLACE_BATCH, run.iteration, part))
+        generator = generator_for(chain.times.device, run.seed, place, run.iteration, part)
         size, device = state.states.shape[1], chain.times.device
         rows = torch.randint(size, (run.batch_size,), generator=generator, device=device)
         if state.bridge is None:

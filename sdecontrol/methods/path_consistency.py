@@ -8,7 +8,7 @@ import torch
 from ..controls.values import LearnedLogZ, learned_value
 from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
 from .base import Run, register
 from .on_paths import PathMethod, add_scores, collect, current_metrics, starts_differ
@@ -60,7 +60,7 @@ class PathConsistency(PathMethod):
 
     def setup(self, run: Run) -> Any:
         state = super().setup(run)
-        seed = derive_seed(run.seed, 46)
+        seed = derive_seed(run.seed, Place.CONSISTENCY_VALUE)
         if self.n == "all":
             state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), seed)
         else:
@@ -78,7 +78,8 @@ class PathConsistency(PathMethod):
             parts.append(paths)
             if self.replay:
                 state.replay.add(paths)
-                paths = state.replay.draw(run.batch_size, derive_seed(run.seed, 47, run.iteration, part), run.problem)
+                generator = generator_for("cpu", run.seed, Place.REPLAY, run.iteration, part)
+                paths = state.replay.draw(run.batch_size, generator, run.problem)
             loss += self._learn(state, run, paths) / run.accumulate
         run.descend()
         metrics = {**current_metrics(state, parts), "loss": loss}

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..controls.given import given_control
 from ..controls.path_integral import PathIntegralControl
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from ..tensors import check_count
 from .base import ControlState, Method, Run, register
 
@@ -55,6 +55,6 @@ class PathIntegralGuidance(Method):
                 num_paths=self.num_paths,
                 antithetic=self.antithetic,
                 control_variate=self.control_variate,
-                seed=derive_seed(run.seed, 21),
+                seed=derive_seed(run.seed, Place.PATH_INTEGRAL_CONTROL),
             )
         )

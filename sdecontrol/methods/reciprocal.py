@@ -11,7 +11,7 @@ from ..chains.shifts import shifts_along
 from ..paths.lean_adjoint import StepJacobians, lean_targets
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from .base import METRICS, Run, path_metrics
 from .regression import RegressionState, controlled_paths, descend, regress
 
@@ -54,7 +54,7 @@ def reciprocal_step(
         paths, slope = controlled_paths(state, run)
         state.add(paths, clipped(problem, slope, clip))
         state.metrics.copy_(torch.tensor(list(path_metrics([paths]).values()), dtype=torch.float64))
-    generator = generator_for(chain.times.device, derive_seed(run.seed, 43, run.iteration))
+    generator = generator_for(chain.times.device, run.seed, Place.RECIPROCAL, run.iteration)
     stored = min(int(state.count), len(state.starts))
     rows = torch.randint(stored, (run.batch_size,), generator=generator, device=generator.device)
     end = state.ends[rows]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from .base import ControlState, Method, Run, metrics_of, parameters_of, register
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
@@ -69,7 +69,7 @@ class RewardBackprop(Method):
             backward: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
             options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient}
             if self.gradient == "random":
-                generator = generator_for("cpu", derive_seed(run.seed, 40, run.iteration, part))
+                generator = generator_for("cpu", run.seed, Place.BACKPROP_REACH, run.iteration, part)
                 options["reach"] = float(torch.rand((), generator=generator, dtype=torch.float64))
             objective = Objective(
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate

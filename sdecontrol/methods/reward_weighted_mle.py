@@ -8,7 +8,7 @@ import torch
 
 from ..errors import check_name
 from ..paths.weights import self_normalised, warn_where_few
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, generator_for
 from .base import METRICS, Run, register
 from .on_paths import PathMethod, collect, regression_loss
 
@@ -47,7 +47,7 @@ class RewardWeightedMLE(PathMethod):
         """The first step of the reference."""
         if self.roll_in == "none":
             return 0
-        generator = generator_for("cpu", derive_seed(run.seed, 43, run.iteration, part))
+        generator = generator_for("cpu", run.seed, Place.ROLL_IN, run.iteration, part)
         return int(torch.randint(run.chain.steps, (), generator=generator))
 
     def step(self, state: Any, run: Run) -> dict[str, float]:

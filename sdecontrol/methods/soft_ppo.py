@@ -12,7 +12,7 @@ from ..controls.values import learned_value
 from ..errors import check_name
 from ..paths.paths import Paths
 from ..paths.weights import leave_one_out
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count, check_positive
 from .base import Method, Run, register
 from .on_paths import collect, current_metrics, path_state, steps_of
@@ -76,7 +76,7 @@ class SoftPPO(Method):
             )
         state = path_state(run, group_size=self.group_size)
         if self.baseline == "value":
-            state.value = learned_value(run.problem, run.chain, derive_seed(run.seed, 44))
+            state.value = learned_value(run.problem, run.chain, derive_seed(run.seed, Place.PPO_VALUE))
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
@@ -103,7 +103,7 @@ class SoftPPO(Method):
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 
     def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
-        generator = generator_for("cpu", derive_seed(run.seed, 45, run.iteration, epoch, part))
+        generator = generator_for("cpu", run.seed, Place.PPO_ORDER, run.iteration, epoch, part)
         return torch.randperm(run.batch_size, generator=generator).to(run.problem.device).tensor_split(self.minibatches)
 
     def _advantages(self, state: Any, run: Run, paths: Paths) -> _Batch:

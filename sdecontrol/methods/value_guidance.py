@@ -14,7 +14,7 @@ from ..errors import NotDifferentiable, check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, derive_seed, generator_for
 from .base import Batch, ControlState, Method, Run, path_metrics, register
 
 _VALUES = ("monte-carlo", "soft-q", "tweedie")
@@ -85,7 +85,7 @@ class ValueGuidance(Method):
         elif callable(self.value):
             value = GivenValue(self.value, run.problem.alpha)
         else:
-            value = value_network(run.problem, run.chain, derive_seed(run.seed, 13))
+            value = value_network(run.problem, run.chain, derive_seed(run.seed, Place.GUIDANCE_VALUE))
         control = ValueControl(value, run.problem, run.chain)
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
@@ -134,7 +134,7 @@ def _roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     first and third are just that, the second has a perturbed start, the fourth is the reference's up to a random
     step."""
     chain, guidance, value = run.chain, shift_function(run.chain, control), control.value
-    rows, generator = len(batch.x0), generator_for("cpu", batch.seed, 51)
+    rows, generator = len(batch.x0), generator_for("cpu", batch.seed, Place.GUIDANCE_ROLL)
     begin = torch.randint(chain.steps, (rows,), generator=generator)
     begin[torch.arange(rows) % 4 != 3] = 0
     guided = (torch.arange(chain.steps).unsqueeze(1) >= begin).to(batch.x0.device)

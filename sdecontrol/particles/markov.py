@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..randomness import generator_for
+from ..randomness import Place, derive_seed, generator_for
 from .diagnostics import chain_ess
 from .tempering import Kernel, Points, StateTarget, fit_gaussian, leaps_of, points_at, start_points
 
@@ -112,8 +112,8 @@ def warm_up_chains(
     Returns:
         The chains, and the evaluations that this took: ``chains (1 + sum of leaps)``.
     """
-    generator = generator_for(target.device, seed, 1)
-    p, work = finite_starts(target, chains, seed), chains
+    generator = generator_for(target.device, seed, Place.WARM_UP)
+    p, work = finite_starts(target, chains, derive_seed(seed, Place.WARM_UP_POINTS)), chains
     centre, factor = torch.zeros_like(p.z[0]), torch.ones_like(p.z[0])
     frozen = max(8, round(_FROZEN * iterations))
     last = iterations - frozen
@@ -152,8 +152,9 @@ def warm_up_chains(
 
 
 def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> Draws:
-    """Go on from the warm states: ``draws`` of each chain, ``warm.apart`` moves before each."""
-    generator = generator_for(target.device, seed, 1)
+    """Go on from the warm states: ``draws`` of each chain, ``warm.apart`` moves before each. A :func:`warm_up_chains`
+    with the same seed shares no draw with it."""
+    generator = generator_for(target.device, seed, Place.CHAINS)
     chains, leaps, apart = len(warm.states), int(warm.leaps), int(warm.apart)
     p = points_at(target, warm.states, target.draw_origin(chains, seed))
     kernel = Kernel(1.0, warm.centre, warm.factor, leaps, _JITTER)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import GaussianMixture, ProductMixture
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, derive_seed, generator_for
 
 _FULL = 64  # largest dimension with whole covariances
 _HELD_OUT = 0.25
@@ -63,7 +63,7 @@ def fit_mixture(
     mean = (w.unsqueeze(1) * v).sum(0) / w.sum()
     scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
     z = (v - mean) / scale
-    order = torch.randperm(len(z), generator=generator_for(x.device, seed, 6), device=x.device)
+    order = torch.randperm(len(z), generator=generator_for(x.device, seed, Place.MIXTURE_SPLIT), device=x.device)
     order = order[: min(_HIGHEST, max(_LEAST, _NUMBERS // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
     held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
@@ -75,7 +75,7 @@ def fit_mixture(
     assert found is not None
     # what was chosen, gone on with all samples; and begun anew on them, lest a mode have had its few samples among
     # those held out
-    anew = _fit(*chosen, z, w, derive_seed(seed, 8))
+    anew = _fit(*chosen, z, w, derive_seed(seed, Place.MIXTURE_LAST_FIT))
     for fit in (found, anew):
         fit.improve(z, w)
     found = max((found, anew), key=lambda fit: float((w * _guarded(fit.log_prob(z), z)).mean()))
@@ -115,7 +115,7 @@ def _guarded(level: Tensor, z: Tensor) -> Tensor:
 def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:
     if kind == "product":
         return _Coordinates(z, w, size)
-    generator = generator_for(z.device, derive_seed(seed, size, KINDS.index(kind)))
+    generator = generator_for(z.device, seed, Place.MIXTURE_FIT, size, KINDS.index(kind))
     if kind == "random":
         return _Joint(z, w, z[torch.randperm(len(z), generator=generator, device=z.device)[:size]], full=True)
     return _Joint(z, w, _spread(z, size, generator), full=kind != "diagonal")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..randomness import derive_seed, global_rng
+from ..randomness import Place, derive_seed, global_rng
 from .markov import Draws, WarmChains, finite_starts
 from .tempering import StateTarget, points_at
 
@@ -38,9 +38,9 @@ def import_nuts() -> Any:
 
 
 @contextlib.contextmanager
-def _undisturbed(seed: int, device: torch.device) -> Iterator[None]:
+def _undisturbed(device: torch.device, seed: int, place: Place, chain: int) -> Iterator[None]:
     """pyro draws from torch's global generator and warns of its own affairs."""
-    with warnings.catch_warnings(), global_rng(seed, device):
+    with warnings.catch_warnings(), global_rng(device, seed, place, chain):
         warnings.filterwarnings("ignore", module="pyro")
         yield
 
@@ -77,10 +77,10 @@ def warm_up_nuts(
     """As :func:`warm_up_chains`, each chain with a step size and mass matrix of its own; ``depth``: of the trees at
     most."""
     nuts = import_nuts()
-    starts = finite_starts(target, chains, seed)
+    starts = finite_starts(target, chains, derive_seed(seed, Place.NUTS_WARM_UP_POINTS))
     potential, states, steps, masses = _Potential(target), [], [], []
     for m in range(chains):
-        with _undisturbed(derive_seed(seed, 2, m), target.device):
+        with _undisturbed(target.device, seed, Place.NUTS_WARM_UP, m):
             kernel = nuts(potential_fn=potential, full_mass=target.dim <= _FULL_COVARIANCE, max_tree_depth=depth)
             kernel.initial_params = {_SITE: starts.z[m].clone()}
             kernel.setup(iterations)
@@ -106,7 +106,7 @@ def run_nuts(target: StateTarget, warm: WarmChains, draws: int, seed: int, depth
     nuts = import_nuts()
     potential, z, phi = _Potential(target), [], []
     for m, start in enumerate(warm.states):
-        with _undisturbed(derive_seed(seed, 2, m), target.device):
+        with _undisturbed(target.device, seed, Place.NUTS, m):
             kernel = nuts(
                 potential_fn=potential,
                 step_size=float(warm.steps[m]),

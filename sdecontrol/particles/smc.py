@@ -21,11 +21,10 @@ from ..controls.given import ZeroControl
 from ..paths.integrator import integrate
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
-from ..randomness import SeededNoise, derive_seed, generator_for
+from ..randomness import Place, SeededNoise, derive_seed, generator_for
 
 RESAMPLING = ("systematic", "stratified", "multinomial")
 _ROWS = 8192  # particles moved at once
-_PLACE_NOISE, _PLACE_RESAMPLE = 31, 32
 
 #: ``(x, t, y) -> log psi``, ``(batch,)``, t 0-d.
 Twist = Callable[[Tensor, Tensor, Any], Tensor]
@@ -117,7 +116,7 @@ def run_particles(
     parts = []
     with problem.evaluating():
         for index, low in enumerate(range(0, systems, size)):
-            count, where = min(size, systems - low), derive_seed(seed, _PLACE_NOISE, index)
+            count, where = min(size, systems - low), derive_seed(seed, Place.SYSTEMS, index)
             y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
             parts.append(_run(problem, chain, control, count, settings, where, y, twist))
     if len(parts) == 1:
@@ -148,7 +147,7 @@ def _run(
     alpha, K, N = problem.alpha, chain.steps, settings.num_particles
     shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
     noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
-    generator = generator_for(chain.times.device, seed, _PLACE_RESAMPLE)
+    generator = generator_for(chain.times.device, seed, Place.RESAMPLING)
     x, y = problem.draw_start(M * N, seed), None if condition is None else condition.repeat_interleave(N, 0)
     psi = x.new_zeros(M * N).double() if twist is None else twist(x, chain.times[0], y).double()
     log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)

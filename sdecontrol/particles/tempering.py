@@ -37,7 +37,7 @@ from ..paths.paths import Paths
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
-from ..randomness import SuppliedNoise, derive_seed, generator_for
+from ..randomness import Place, SuppliedNoise, derive_seed, generator_for
 from .smc import resample
 
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
@@ -425,11 +425,13 @@ def adapt(
     Returns:
         The ladder, and the particles themselves: their Z^ has a bias of order 1/particles, since they chose the ladder.
 
+    A :func:`run_tempered` with the same seed shares no draw with it.
+
     Raises:
         NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels.
     """
-    generator = generator_for(target.device, seed, 1)
-    p = start_points(target, particles, seed)
+    generator = generator_for(target.device, seed, Place.LADDER)
+    p = start_points(target, particles, derive_seed(seed, Place.LADDER_POINTS))
     log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
     beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
     found: list[tuple] = []
@@ -491,7 +493,8 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
     size = max(1, _ROWS // N)
     if size < M:
         parts = [
-            run_tempered(target, ladder, min(size, M - low), N, derive_seed(seed, 2, low)) for low in range(0, M, size)
+            run_tempered(target, ladder, min(size, M - low), N, derive_seed(seed, Place.TEMPERED_GROUP, low))
+            for low in range(0, M, size)
         ]
         joined = {
             name: torch.cat([getattr(q, name) for q in parts])
@@ -500,7 +503,7 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
         share = torch.tensor([len(q.log_z) / M for q in parts], dtype=torch.float64, device=parts[0].ess.device)
         means = {name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "resampled")}
         return Population(**joined, **means, evaluations=sum(q.evaluations for q in parts))
-    generator = generator_for(target.device, seed, 1)
+    generator = generator_for(target.device, seed, Place.TEMPERED)
     p = start_points(target, M * N, seed)
     log_w = p.phi.new_full((M, N), -math.log(N), dtype=torch.float64)
     log_z = log_w.new_zeros(M)
@@ -549,8 +552,9 @@ def start_points(target: TemperedTarget, n: int, seed: int) -> Points:
     Raises:
         NonFiniteError: the log density is -inf at all of them, or as :func:`points_at`.
     """
-    generator = generator_for(target.device, seed, 0)
-    p = points_at(target, _draws(target, n, generator), target.draw_origin(n, seed))
+    generator = generator_for(target.device, seed, Place.POINTS)
+    origin = target.draw_origin(n, derive_seed(seed, Place.POINTS_START))
+    p = points_at(target, _draws(target, n, generator), origin)
     if not bool((p.phi > -math.inf).any()):
         raise NonFiniteError(
             f"the log density is -inf at all {n} points that the search begins with. Give a centre and a scale that "

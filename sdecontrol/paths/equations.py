@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..counting import counted_control
 from ..processes.sde import SDE
+from ..randomness import Place, generator_for
 from ..tensors import apply_scale, check_output, is_matrix_scale
 
 
@@ -54,7 +55,7 @@ def _own(sde: SDE, x: Tensor, t: Tensor) -> bool:
     base = sde.diffusion(x, t)
     if base.shape != x.shape:
         return x[0].numel() == 1
-    generator = torch.Generator(device=x.device).manual_seed(0)
+    generator = generator_for(x.device, 0, Place.DIFFUSION_ENTRIES)
     for _ in range(8):
         moved = torch.rand(x.shape, generator=generator, device=x.device) < 0.5
         there = sde.diffusion(torch.where(moved, x + 0.1 * (1 + x.abs()), x), t)

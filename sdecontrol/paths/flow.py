@@ -15,7 +15,7 @@ from ..errors import NonFiniteError
 from ..processes.generative import GenerativeSDE
 from ..processes.pretrained import call_model
 from ..processes.sde import SDE
-from ..randomness import SeededNoise, fresh_seed
+from ..randomness import Place, SeededNoise, derive_seed, fresh_seed
 from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
 
 _EXACT = 32  # largest state whose divergence is exact by default: it costs one product per dimension
@@ -145,7 +145,8 @@ def flow_log_likelihood(
         divergence = "exact" if sde.event_shape.numel() <= _EXACT else "hutchinson"
     signs, batch = None, x.shape[0]
     if divergence == "hutchinson":
-        noise = SeededNoise(fresh_seed(seed), batch, probes, sde.event_shape, dtype=x.dtype, device=x.device)
+        seed = derive_seed(fresh_seed(seed), Place.FLOW_DIRECTIONS)
+        noise = SeededNoise(seed, batch, probes, sde.event_shape, dtype=x.dtype, device=x.device)
         signs = noise.all().sign()  # Rademacher: the least variance among independent entries
     start_sum = x.new_zeros(batch) if signs is None else x.new_zeros(batch, probes)
     times = torch.tensor([sde.horizon, 0.0], dtype=torch.float64, device=x.device)

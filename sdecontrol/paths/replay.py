@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
-from ..randomness import generator_for
 from .paths import Paths, Record, Target, Totals
 
 
@@ -56,10 +55,10 @@ class ReplayBuffer(nn.Module):
             getattr(self, name).index_copy_(1, where, paths.recorded(name))
         self.count += len(paths)
 
-    def draw(self, n: int, seed: int, target: Target) -> Paths:
+    def draw(self, n: int, generator: torch.Generator, target: Target) -> Paths:
         """``n`` of the stored paths, uniformly, without repetition (n is at most what was stored)."""
         stored = min(int(self.count), self.size)
-        index = torch.randperm(stored, generator=generator_for("cpu", seed))[:n].to(self.chain.times.device)
+        index = torch.randperm(stored, generator=generator)[:n].to(self.chain.times.device)
         record = Record(**{name: getattr(self, name)[:, index] for name in self.record})
         reverse = None if self.chain.reverse is None else self.log_reverse[index]  # type: ignore[index]
         totals = Totals(self.running_cost[index], reverse)  # type: ignore[index]

@@ -29,14 +29,13 @@ from torch import Tensor
 from torchsde._core import base_sde, methods
 
 from ..errors import NoLikelihood, NonFiniteError
-from ..randomness import derive_seed, global_rng
+from ..randomness import Place, derive_seed, global_rng
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
 from .equations import ControlledSDE, NoiseKind
 from .integrator import RunningCost
 from .paths import Paths
 
-_PLACE_TREE = 9
 _KINDS = ("additive", "diagonal", "scalar", "general")
 
 
@@ -271,7 +270,7 @@ def solve_adaptively(
         size=(x.shape[0], equation.sde.control_shape.numel()),
         dtype=x.dtype,
         device=x.device,
-        entropy=derive_seed(seed, _PLACE_TREE) % 2**31,
+        entropy=derive_seed(seed, Place.SOLVER_TREE) % 2**31,
         levy_area_approximation="space-time" if solver.area else "none",
         halfway_tree=True,
         tol=1e-8 * span,
@@ -283,7 +282,7 @@ def solve_adaptively(
     # sdeint probes with torch.randn: the global generator is to be left alone
     for k, (s, t) in enumerate(pairwise(clock)):
         try:
-            with global_rng(seed, x.device), warnings.catch_warnings():
+            with global_rng(x.device, seed, Place.SOLVER_PROBE), warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Hitting minimum")
                 ys, extra = torchsde.sdeint(  # pyright: ignore[reportAssignmentType]
                     equation,

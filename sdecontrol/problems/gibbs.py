@@ -50,7 +50,7 @@ from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_na
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.time_changed import KINDS, TimeChanged
-from ..randomness import derive_seed, fresh_seed
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import as_float, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
@@ -253,11 +253,11 @@ def gibbs_problem(
     conditions = functools.partial(draw_conditions, condition)
     with evaluating(density.modules()):
         rows = next(n for n in range(6, 64) if n != dim)
-        generator = torch.Generator().manual_seed(derive_seed(seed, 20))
+        generator = generator_for("cpu", seed, Place.GIBBS_PROBE)
         around = 1.0 if width is None else width
         x = middle + around * torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(device, dtype)
         with probing("condition", "condition(n)"):
-            y = conditions(rows, derive_seed(seed, 21))
+            y = conditions(rows, derive_seed(seed, Place.GIBBS_PROBE_CONDITION))
         if condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
             raise ValueError("condition must draw a tensor (n, ...) of n conditions.")
         density.probe(x, y)
@@ -268,7 +268,8 @@ def gibbs_problem(
             )
         pilot, roughness = None, 1.0
         if width is None or annealed:
-            pilot = run_pilot(density, middle, centre is not None, conditions, derive_seed(seed, 22))
+            place = derive_seed(seed, Place.GIBBS_PILOT)
+            pilot = run_pilot(density, middle, centre is not None, conditions, place)
             if width is None:
                 middle, width = pilot.centre, pilot.scale
             roughness = pilot.roughness * float((width.double() / pilot.scale.double()).log().mean().exp())
@@ -322,8 +323,8 @@ def _check_end(
     Raises:
         NonFiniteError, ValueError, ImproperTarget: see :func:`gibbs_problem`.
     """
-    x = draw(Gaussian(centre, scale.square()), _CHECKED, derive_seed(seed, 23))
-    y = conditions(_CHECKED, derive_seed(seed, 24))
+    x = draw(Gaussian(centre, scale.square()), _CHECKED, derive_seed(seed, Place.GIBBS_END))
+    y = conditions(_CHECKED, derive_seed(seed, Place.GIBBS_END_CONDITION))
     values = density.value(x, y)
     bad = int((values.isnan() | (values == math.inf)).sum())
     if bad:

@@ -8,11 +8,9 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..errors import check_name
 from ..paths.integrator import KEEP
-from ..randomness import SeededNoise, SuppliedNoise, derive_seed
+from ..randomness import Place, SeededNoise, SuppliedNoise, derive_seed
 from ..tensors import check_tensor
 from .problem import ControlProblem
-
-_PLACE_AREA = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Launch:
         if self.noise is None:
             shape = num_paths, chain.steps, chain.noise_shape
             like: dict[str, Any] = {"dtype": chain.times.dtype, "device": chain.times.device}
-            seeds = (seed, derive_seed(seed, _PLACE_AREA))[:count]
+            seeds = (seed, derive_seed(seed, Place.SPACE_TIME_INTEGRALS))[:count]
             return [SeededNoise(s, *shape, antithetic=self.antithetic, **like) for s in seeds]
         if self.antithetic:
             raise ValueError("antithetic does not go with supplied noise; negate half of the noise yourself.")

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ImproperTarget
-from ..randomness import derive_seed, generator_for
+from ..randomness import Place, derive_seed, generator_for
 from .density import LogDensity
 
 _EXPONENTS = range(-20, 21)
@@ -116,7 +116,7 @@ def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int
     eight times it: modes near the centre are found from near, those around it from far. No draws of the target: each
     mode has the share of its basin, not its own.
     """
-    generator = generator_for(centre.device, derive_seed(seed, 7))
+    generator = generator_for(centre.device, seed, Place.SEARCH)
     u = torch.rand(n, 1, generator=generator, dtype=centre.dtype, device=centre.device)
     start = float(scale.max()) * 2 ** (4 * u - 1)
     inside = centre.unsqueeze(0)
@@ -147,9 +147,9 @@ def _scan(
     d = guess.numel()
     scales = torch.tensor([2.0**j for j in _EXPONENTS], dtype=guess.dtype, device=guess.device)
     for count in (_DRAWS, _MORE_DRAWS):
-        generator = generator_for(guess.device, derive_seed(seed, 1, count))
+        generator = generator_for(guess.device, seed, Place.PILOT_SCAN, count)
         z = torch.randn(count, d, generator=generator, dtype=guess.dtype, device=guess.device)
-        y = conditions(count, derive_seed(seed, 2, count))
+        y = conditions(count, derive_seed(seed, Place.PILOT_SCAN_CONDITION, count))
         values = _finite(torch.stack([density.value(guess + s * z, y) for s in scales]))
         good = values.isfinite()
         if bool(good.any()):
@@ -190,13 +190,13 @@ def _chains(
     """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States and scores ``(n, d)``
     of the second half, the last states with their values, the conditions, and the acceptance."""
     like = {"dtype": guess.dtype, "device": guess.device}
-    generator = generator_for(guess.device, derive_seed(seed, 3))
+    generator = generator_for(guess.device, seed, Place.PILOT_CHAINS)
     normal = lambda *shape: torch.randn(*shape, generator=generator, **like)  # noqa: E731
     uniform = lambda *shape: torch.rand(*shape, generator=generator, **like)  # noqa: E731
     n, d, smooth = _CHAINS if start is None else len(start), guess.numel(), density.differentiable
     if start is None:
         start = scan_scale * 2 ** (_DOUBLINGS * uniform(n, 1))
-    x, y = guess + start * normal(n, d), conditions(n, derive_seed(seed, 4))
+    x, y = guess + start * normal(n, d), conditions(n, derive_seed(seed, Place.PILOT_CHAINS_CONDITION))
     value = _finite(density.value(x, y))
     outside = value.isinf().nonzero().flatten()
     if len(outside):  # start these at points of the scan that have density
@@ -274,8 +274,8 @@ def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int,
     n, d = x.shape
     if n == 0:
         return
-    generator = generator_for(x.device, derive_seed(seed, 5))
-    axes = torch.randperm(d, generator=torch.Generator().manual_seed(derive_seed(seed, 6)))[:_RAY_AXES].sort().values
+    generator = generator_for(x.device, seed, Place.PILOT_LINES)
+    axes = torch.randperm(d, generator=generator_for("cpu", seed, Place.PILOT_AXES))[:_RAY_AXES].sort().values
     unit = torch.eye(d, dtype=x.dtype, device=x.device)[axes.to(x.device)]
     lines = torch.randn(_RAY_LINES, d, generator=generator, dtype=x.dtype, device=x.device)
     ways = torch.cat((unit, -unit, lines / lines.norm(dim=1, keepdim=True))) * scale

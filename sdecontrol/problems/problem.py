@@ -20,13 +20,12 @@ from ..errors import NonFiniteError, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
-from ..randomness import derive_seed
+from ..randomness import Place, derive_seed
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
 DEFAULT_TIME_STEPS = 100
 STARTS = ("fixed", "controlled", "memoryless")
-_PLACE_CONDITION = 7
 
 
 @contextlib.contextmanager
@@ -44,7 +43,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def draw_conditions(condition: Any, n: int, seed: int) -> Any:
     """``n`` conditions, or None."""
-    return None if condition is None else draw(condition, n, derive_seed(seed, _PLACE_CONDITION))
+    return None if condition is None else draw(condition, n, derive_seed(seed, Place.CONDITION))
 
 
 class ControlProblem:
@@ -270,9 +269,9 @@ class ControlProblem:
             self._chains[key] = main
         return self._chains[key]
 
-    def draw_start(self, n: int, seed: int, first_block: int = 0) -> Tensor:
+    def draw_start(self, n: int, seed: int) -> Tensor:
         """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
-        return draw(self.origin, n, seed, first_block=first_block)
+        return draw(self.origin, n, derive_seed(seed, Place.START))
 
     def draw_condition(self, n: int, seed: int) -> Any:
         """``n`` conditions, or None."""

@@ -19,6 +19,7 @@ from ..paths.solvers import SolvedPaths, check_solver, solve_adaptively, solve_o
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
+from ..randomness import Place, derive_seed
 from ..tensors import as_float
 from .launch import Launch
 from .problem import ControlProblem
@@ -100,7 +101,7 @@ def _flow(
         )
     x, condition = start
     if problem.start == "controlled":  # the stretch is there for the control; the flow starts from the law itself
-        x = draw(problem.initial, len(x), seed)
+        x = draw(problem.initial, len(x), derive_seed(seed, Place.FLOW_START))
     main = chain.main
     cost = x.new_zeros(x.shape[0])
     with torch.no_grad(), problem.evaluating():

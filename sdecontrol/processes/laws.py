@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..randomness import BLOCK, derive_seed, generator_for, global_rng
+from ..randomness import BLOCK, Place, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 
 _LOG_2PI = 1.8378770664093453
@@ -407,7 +407,7 @@ class ProductMixture(_Mixture):
         return (self.means.gather(1, index) + self.variances.gather(1, index).sqrt() * z).mT.contiguous()
 
 
-def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -> Tensor:
+def draw(law: Any, n: int, seed: int) -> Tensor:
     """``n`` seeded draws from a law, ``(n, *event)``: block by block, so that row i does not depend on n.
 
     A law is one of this module, any ``torch.distributions.Distribution``, a tensor ``(N, *event)`` of values to draw
@@ -416,15 +416,15 @@ def draw(law: Any, n: int, seed: int, *, place: int = 0, first_block: int = 0) -
     if isinstance(law, Dirac):
         return law.sample((n,))
     parts = []
-    for block in range(first_block, first_block + -(-n // BLOCK)):
-        where = derive_seed(seed, 1_000_003 + place, block)
+    device = law.device if isinstance(law, Tensor) else _device_of(law)
+    for block in range(-(-n // BLOCK)):
+        place = device, seed, Place.LAW, block
         if isinstance(law, (Gaussian, GaussianMixture, ProductMixture)):
-            parts.append(law._draw_block(BLOCK, generator_for(_device_of(law), where)))
+            parts.append(law._draw_block(BLOCK, generator_for(*place)))
         elif isinstance(law, Tensor):
-            generator = generator_for(law.device, where)
-            parts.append(law[torch.randint(law.shape[0], (BLOCK,), generator=generator, device=law.device)])
+            parts.append(law[torch.randint(law.shape[0], (BLOCK,), generator=generator_for(*place), device=device)])
         else:
-            with global_rng(where, _device_of(law)):
+            with global_rng(*place):
                 parts.append(law.sample((BLOCK,)) if isinstance(law, Distribution) else law(BLOCK))
     return torch.cat(parts)[:n]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..randomness import generator_for
+from ..randomness import Place, generator_for
 
 
 class Reference:
@@ -82,7 +82,8 @@ class Reference:
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
         """States ``(rows, *event)`` to try functions with."""
-        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", seed), dtype=torch.float64)
+        generator = generator_for("cpu", seed, Place.PROBE_STATES)
+        x = torch.randn((rows, *self.event_shape), generator=generator, dtype=torch.float64)
         return x.to(device=device, dtype=dtype)
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:

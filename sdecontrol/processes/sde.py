@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..randomness import generator_for
 from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
 from .reference import Reference
 
@@ -120,8 +119,7 @@ class SDE(Reference):
         rows = _PROBE
         while rows in self.event_shape or (condition is None and rows == self.control_shape[0]):
             rows += 1
-        x = torch.randn((rows, *self.event_shape), generator=generator_for("cpu", 0), dtype=torch.float64)
-        x = x.to(device=device, dtype=dtype)
+        x = self.probe_states(rows, dtype, device)
         y = None if condition is None else condition[torch.arange(rows, device=condition.device) % len(condition)]
         t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
         with torch.no_grad():

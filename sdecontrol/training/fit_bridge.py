@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE
 from ..processes.schedules import FlowMatching
-from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
+from ..randomness import Place, derive_seed, fresh_seed, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 from .fitting import ResidualNetwork, check_data, descend, trained_copy
 
@@ -73,11 +73,11 @@ def fit_bridge(
     check_data(data, 2, iterations, batch_size)
     law = _start_law(data, reference, initial)
     seed = fresh_seed(seed)
-    generator = generator_for(data.device, derive_seed(seed, 2))
+    generator = generator_for(data.device, seed, Place.BRIDGE_BATCH)
 
     def loss(i: int) -> Tensor:
         rows = torch.randint(len(data), (batch_size,), generator=generator, device=data.device)
-        x0 = _starts(law, batch_size, derive_seed(seed, 4, i), generator).to(data)
+        x0 = _starts(law, batch_size, derive_seed(seed, Place.BRIDGE_STARTS, i), generator).to(data)
         index = torch.randint(_TIMES, (batch_size,), generator=generator, device=data.device)
         noise = torch.randn(batch_size, bridge.size, generator=generator, dtype=data.dtype, device=data.device)
         at = Moments(*(part[index] for part in table))
@@ -86,8 +86,9 @@ def fit_bridge(
         found = network.at(x, at) if isinstance(network, BridgeNetwork) else network(x, at.time)
         return (at.weight.unsqueeze(1) * (found.flatten(1) - target) ** 2).mean()
 
-    with global_rng(derive_seed(seed, 1), data.device):
-        bridge = Bridge(reference, *_moments(law, data, derive_seed(seed, 3)), *_empirical(data))
+    with global_rng(data.device, seed, Place.BRIDGE_NETWORK):
+        moments = _moments(law, data, derive_seed(seed, Place.BRIDGE_MOMENTS))
+        bridge = Bridge(reference, *moments, *_empirical(data))
         network = _network(data, bridge, model)
         times = (torch.arange(_TIMES, dtype=torch.float64) + torch.rand(_TIMES, dtype=torch.float64)) / _TIMES
         table = bridge.table((times * bridge.horizon * (1 - _LAST)).tolist(), data)

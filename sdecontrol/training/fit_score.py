@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import check_name
 from ..processes.generative import PREDICTIONS, noise_coefficients
 from ..processes.schedules import Schedule
-from ..randomness import derive_seed, fresh_seed, generator_for, global_rng
+from ..randomness import Place, fresh_seed, generator_for, global_rng
 from ..tensors import as_float, batch_like, check_tensor
 from .fitting import check_data, descend, trained_copy
 from .score_network import ConditionalScoreNetwork, ScoreNetwork
@@ -68,7 +68,7 @@ def fit_score(
     drop = _check_condition(data, condition, drop)
     seed = fresh_seed(seed)
     variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
-    generator = generator_for(data.device, derive_seed(seed, 2))
+    generator = generator_for(data.device, seed, Place.SCORE_BATCH)
     strata = torch.arange(batch_size, device=data.device, dtype=torch.float64) / batch_size
 
     def loss(i: int) -> Tensor:
@@ -89,7 +89,7 @@ def fit_score(
         error = (network(x, clock) if y is None else network(x, clock, y)) - (eps - a * x) / b
         return (weight * error**2).mean()
 
-    with global_rng(derive_seed(seed, 1), data.device):  # initial weights, and dropout in a user's model
+    with global_rng(data.device, seed, Place.SCORE_NETWORK):  # initial weights, and dropout in a user's model
         network = _network(data, schedule, prediction, model, condition, drop)
         return descend(network, loss, iterations, learning_rate, "fit-score", progress)
 

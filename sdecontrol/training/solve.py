@@ -20,7 +20,7 @@ from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of
 from ..problems.problem import ControlProblem
-from ..randomness import derive_seed, fresh_seed
+from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import check_count
 from .annealing import Annealing
 from .callbacks import TrainingState, notify
@@ -344,7 +344,7 @@ class _Trainer:
     def _good_enough(self) -> bool:
         if self.plan.tolerance is None or self.done % self.evaluate_every:
             return False
-        evaluation = self._solution().evaluate(seed=derive_seed(self.seed, 5, self.done))
+        evaluation = self._solution().evaluate(seed=derive_seed(self.seed, Place.GOOD_ENOUGH, self.done))
         self._notify("on_evaluate", evaluation=evaluation)
         return evaluation.reliable and evaluation.gap.value < self.plan.tolerance
 

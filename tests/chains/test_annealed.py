@@ -22,7 +22,7 @@ from sdecontrol.paths.gradients import Objective, backpropagate
 from sdecontrol.paths.integrator import integrate
 from sdecontrol.problems.gibbs import GibbsProblem
 from sdecontrol.problems.simulate import roll_out
-from sdecontrol.randomness import SuppliedNoise, derive_seed
+from sdecontrol.randomness import Place, SuppliedNoise, derive_seed
 
 F64 = torch.float64
 MEANS = torch.tensor([[-1.5, 0.5], [1.0, -0.5], [0.5, 2.0]], dtype=F64)
@@ -271,7 +271,7 @@ def test_score_function_gradients_are_those_of_the_kl_in_expectation(method: Any
     found: dict[str, list[Tensor]] = {"score": [], "path": []}
     for part in range(60):
         for name, chosen in (("score", method), ("path", sc.RewardBackprop())):
-            run = _run(problem, chosen, Affine(), batch=256, seed=derive_seed(11, part, name == "path"))
+            run = _run(problem, chosen, Affine(), batch=256, seed=derive_seed(11, Place.OUTSIDE, part, name == "path"))
             state: Any = chosen.setup(run)
             chosen.step(state, run)
             found[name].append(torch.cat([g.flatten() for g in _gradients(state.control.module)]))

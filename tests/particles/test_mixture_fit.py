@@ -10,7 +10,7 @@ import sdecontrol as sc
 from sdecontrol.particles import mixture_fit
 from sdecontrol.particles.mixture_fit import fit_mixture
 from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
-from sdecontrol.randomness import generator_for
+from sdecontrol.randomness import Place, generator_for
 
 
 def lacks(truth, law, n=20_000):
@@ -149,7 +149,7 @@ def test_one_sample_does_not_choose():
     wide Gaussian."""
     corners = 3 * torch.cartesian_prod(torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, 1.0])).double()
     x = corners[torch.arange(2000) % 4] + 0.02 * randn(2000, 2, seed=1)
-    order = torch.randperm(2000, generator=generator_for(x.device, 0, 6))
+    order = torch.randperm(2000, generator=generator_for(x.device, 0, Place.MIXTURE_SPLIT))
     x[order[0]] = torch.tensor([0.0, 30.0], dtype=F64)
     law = fit_mixture(x, seed=0)
     y = corners[torch.arange(400) % 4] + 0.02 * randn(400, 2, seed=2)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdecontrol as sc
-from sdecontrol.randomness import derive_seed
+from sdecontrol.randomness import Place, derive_seed
 
 
 def noise_of(kind, d, m, dtype):
@@ -101,10 +101,10 @@ def test_false_alarms_come_at_the_stated_rate_and_a_bias_of_five_standard_errors
     """200 fresh seeds: |z| > 1.96 in 5 % of them (binomial, 4 standard deviations), and never |z| > 4.5; a log-ratio
     that is planted 5 % too large, five standard errors at 700 000 paths (std 0.295, KL 0.0370), is seen by |z| > 3 in
     at least 95 %."""
-    z = [z_of_kl(derive_seed(11, i), paths=4000) for i in range(200)]
+    z = [z_of_kl(derive_seed(11, Place.OUTSIDE, i), paths=4000) for i in range(200)]
     alarms = sum(abs(v) > 1.96 for v in z)
     assert abs(alarms - 10) < 4 * math.sqrt(200 * 0.05 * 0.95) and max(map(abs, z)) < 4.5
-    seen = [abs(z_of_kl(derive_seed(12, i), bug=1.05, paths=700_000)) > 3 for i in range(20)]
+    seen = [abs(z_of_kl(derive_seed(12, Place.OUTSIDE, i), bug=1.05, paths=700_000)) > 3 for i in range(20)]
     assert sum(seen) >= 19
 
 
