@@ -258,8 +258,8 @@ def test_a_model_of_one_coordinate_is_solved_on_a_grid_and_agrees_with_the_mixtu
 
 @pytest.mark.parametrize("scheme", ["euler", "exponential"])
 def test_the_chain_of_a_tuned_mixture_is_solved_by_dynamic_programming(scheme):
-    """Its log Z is the mean weight of the chain's paths, under its own control so that few of them tell; that of another
-    chain is not."""
+    """Its log Z is the mean weight of the chain's paths, under its own control (few paths are enough); that of
+    another chain is not."""
     problem = tuned_1d(TWO)
     chain = sc.exact_solution(problem, 10, scheme=scheme)
     paths = sc.simulate(problem, 2**17, control=chain.control, time_steps=10, scheme=scheme, seed=1, keep="end")

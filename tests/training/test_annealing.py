@@ -3,8 +3,6 @@ good for."""
 
 import dataclasses
 import math
-import os
-import signal
 from typing import ClassVar
 
 import pytest
@@ -127,7 +125,7 @@ def test_a_run_stopped_while_it_anneals_resumes_to_the_same_numbers(tmp_path, st
     class Stop:
         def on_step_end(self, state):
             if state.iteration == stop:
-                os.kill(os.getpid(), signal.SIGINT)
+                raise KeyboardInterrupt
 
     options = {**QUICK, "iterations": 40, "checkpoint_every": 2}
     whole = sc.solve(steep(), sc.LogVariance(), **options)
