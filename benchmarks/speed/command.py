@@ -64,7 +64,7 @@ def measure_setting(setting: Setting, rounds: int) -> dict[str, Any]:
             "ours, checkpoint": case.gradient_of(case.net, "checkpoint"),
             "ours, adjoint": case.gradient_of(case.net, "adjoint"),
             "ours, default network": case.gradient_of(case.default),
-            "ours, default network with a gate": case.gradient_of(case.gated),
+            "ours, default network with a Langevin term": case.gradient_of(case.langevin),
             "ours, default network, adjoint": case.gradient_of(case.default, "adjoint"),
         },
         rounds,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import sdecontrol as sc
+from sdecontrol.controls.langevin_term import LangevinTerm
 from sdecontrol.controls.network import Architecture, DefaultControl
-from sdecontrol.controls.reward_term import RewardTerm
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.gradients import Objective, backpropagate
 
@@ -110,17 +110,17 @@ class Case:
 
     @cached_property
     def default(self) -> DefaultControl:
-        """The default network with the same hidden layers, without its gate (which is timed apart)."""
+        """The default network with the same hidden layers, without its Langevin term (which is timed apart)."""
         return self._default(False)
 
     @cached_property
-    def gated(self) -> DefaultControl:
+    def langevin(self) -> DefaultControl:
         return self._default(True)
 
-    def _default(self, gate: bool) -> DefaultControl:
+    def _default(self, langevin: bool) -> DefaultControl:
         d, hidden = self.setting.d, self.setting.hidden
-        reward = RewardTerm.of(self.problem) if gate else None
-        return DefaultControl((d,), (d,), (0.0, 1.0), Architecture((hidden, hidden)), reward=reward)
+        term = LangevinTerm.of(self.problem) if langevin else None
+        return DefaultControl((d,), (d,), (0.0, 1.0), Architecture((hidden, hidden)), term=term)
 
     # ------------------------------------------------------------ forward
 

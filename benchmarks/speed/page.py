@@ -8,6 +8,8 @@ from typing import Any
 __all__ = ["bars", "bars_table", "write_figure", "write_page"]
 
 MEMORY_STEPS = ("50", "200", "800", "6400")
+#: of rows in kept results -> as they are called now
+LABELS = {"ours, default network with a gate": "ours, default network with a Langevin term"}
 Bar = tuple[str, float, float, str]  # what, measured, bar, unit
 
 
@@ -58,7 +60,9 @@ def _times(data: dict[str, Any], kind: str) -> str:
     lines = ["| ns per step and path | " + " | ".join(settings) + " |", "|---|" + "---|" * len(settings)]
     for row in next(iter(settings.values()))[kind]:
         cells = [settings[s][kind][row] for s in settings]
-        lines.append(f"| {row} | " + " | ".join(f"{c['median']:.0f} ({c['ratio']:.2f}×)" for c in cells) + " |")
+        lines.append(
+            f"| {LABELS.get(row, row)} | " + " | ".join(f"{c['median']:.0f} ({c['ratio']:.2f}×)" for c in cells) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -103,8 +107,9 @@ network alone.
 ## Gradients
 
 All rows differentiate `mean(|x_K|²/2 + Σ h|u|²/2)`; in brackets the ratio to the bare loop. The default network has
-hidden layers of the same widths (SiLU); its gate costs nothing for quadratic and linear rewards with constant noise,
-where it is folded into the affine path, and one gradient of the reward per step for all others ("with a gate").
+hidden layers of the same widths (SiLU); its Langevin term costs nothing for quadratic and linear rewards with constant
+noise, where it is folded into the affine path, and one gradient of the reward per step for all others ("with a Langevin
+term").
 
 {gradient}
 
@@ -128,8 +133,8 @@ d = 10, hidden 64, K = 50, batch 512 but for the one that varies.
   and ten small tensor operations a step, which is what the overhead at batch 1 measures; only a compiler would remove
   those.
 * Gradients with any module: automatic differentiation of the module. With the default network: SiLU instead of tanh,
-  and the time part of the first layer computed once for all steps. A gate with a general reward asks for the reward's
-  gradient at every step, with its graph: with small networks this costs more than the rest saves.
+  and the time part of the first layer computed once for all steps. A Langevin term with a general reward asks for the
+  reward's gradient at every step, with its graph: with small networks this costs more than the rest saves.
 * Discrete adjoint: it runs the network forward twice and backward once, so 1.4 times the full graph is its floor.
 * Memory of the adjoint: every 16th state. What else grows with K is the time-dependent tables of the default network.
 """

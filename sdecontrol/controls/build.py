@@ -11,23 +11,23 @@ from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed
 from .base import Control, StartedControl, as_control
+from .langevin_term import langevin_scale
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
-from .reward_term import gate_scale
 from .tuned import TunedControl
 
 _PILOT_PATHS = 256
 
 
 def build_control(
-    problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_gate: bool = True
+    problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_langevin: bool = True
 ) -> Control:
     """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default
     network.
 
     Args:
-        scale_gate: whether the default network's gate is scaled down where the reward is steep (at the price of 256
-            looks at its gradient).
+        scale_langevin: whether the default network's Langevin term is scaled down where the reward is steep (at the
+            price of 256 calls of its gradient).
 
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
@@ -43,7 +43,7 @@ def build_control(
             "(batch,): the tilt of the log-probabilities."
         )
     else:
-        main = _network(problem, chain, derive_seed(seed, Place.CONTROL_NETWORK), scale_gate=scale_gate)
+        main = _network(problem, chain, derive_seed(seed, Place.CONTROL_NETWORK), scale_langevin=scale_langevin)
     if not chain.start or isinstance(main, StartedControl):
         return main
     law = problem.initial
@@ -63,20 +63,20 @@ def _network(
     chain: Chain,
     seed: int,
     denoiser: Any = None,
-    scale_gate: bool = True,
+    scale_langevin: bool = True,
 ) -> DefaultControl:
     """The default network, normalised by a few paths of the reference."""
     sde = problem.reference
-    gated = problem.has_gradient and problem.reward_function is not None and sde.continuous
+    langevin = problem.has_gradient and problem.reward_function is not None and sde.continuous
     if sde.pretrained and sde.continuous:
         # a mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off
-        gated, denoiser = gated and denoiser is None, denoiser or sde
+        langevin, denoiser = langevin and denoiser is None, denoiser or sde
     with torch.no_grad():
         pilot = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
         flat = pilot.states.flatten(0, 1)
         scales = {"centre": flat.mean(0), "spread": floored(flat.std(0))}
-        looks = gated and scale_gate and problem.density is None
-        scale = gate_scale(problem, pilot) if looks else 1.0
+        scaled = langevin and scale_langevin and problem.density is None
+        scale = langevin_scale(problem, pilot) if scaled else 1.0
         if isinstance(denoiser, MixtureControl):
             ends = denoiser.ends(_PILOT_PATHS, seed)
             scales |= {"data_centre": ends.mean(0), "data_spread": ends.std(0).clamp(min=1e-12)}
@@ -90,9 +90,9 @@ def _network(
     )
     architecture = Architecture(
         **asdict(layers_for(problem)),
-        gate=gated,
-        gate_scale=scale,
-        nonlinear=not affine,
+        langevin=langevin,
+        langevin_scale=scale,
+        radial_basis=not affine,
         denoised=denoiser is not None,
     )
     return DefaultControl.of(problem, architecture, Scales(**scales), denoiser, seed)

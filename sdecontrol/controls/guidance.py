@@ -274,9 +274,9 @@ class NetworkValue(LogValue):
         for layer in self.layers:
             hidden = nn.functional.silu(layer(hidden))
         square = torch.einsum("kf,f...->k...", phi, self.square)
-        bent = (z @ square) * z if square.ndim == 3 else square.unsqueeze(1) * z * z
+        quadratic = (z @ square) * z if square.ndim == 3 else square.unsqueeze(1) * z * z
         value = (phi @ self.constant).unsqueeze(1) + hidden @ self.last
-        value = value + (z * (phi @ self.slope).unsqueeze(1)).sum(2) + 0.5 * bent.sum(2)
+        value = value + (z * (phi @ self.slope).unsqueeze(1)).sum(2) + 0.5 * quadratic.sum(2)
         return self.scale[0] + self.scale[1] * value
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:

@@ -1,10 +1,10 @@
 """The default network of a control.
 
 Beside its hidden layers it has an affine path in x whose coefficients are functions of time, time features that resolve
-both ends of the horizon, where the reward has a gradient a learned gate times ``sigma^T grad r / alpha`` (which is
-the exact control at the end), and, where the problem is not linear-quadratic, a function of one coordinate for each
-output: smooth bumps in x_i with coefficients that are functions of time. It starts at zero output: training starts from
-the reference.
+both ends of the horizon, where the reward has a gradient a Langevin term, a learned multiple of
+``sigma^T grad r / alpha`` (which is the exact control at the end), and, where the problem is not linear-quadratic, a
+function of one coordinate for each output: radial basis functions of x_i with coefficients that are functions of time.
+It starts at zero output: training starts from the reference.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
+from .langevin_term import LangevinTerm
 from .linear_part import LinearPart, gram_of_features
-from .reward_term import RewardTerm
 from .saved import CONTROLS
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
-_MOST_BUMPED = 32  # largest state that gets a function per coordinate
-_BUMPS = 10  # per coordinate
-_REACH = 2.5  # spreads from the centre to the outermost bump
+_MOST_RADIAL = 32  # largest state that gets a function per coordinate
+_CENTRES = 10  # radial basis functions per coordinate
+_OUTERMOST = 2.5  # spreads from the centre to the outermost of them
 _RESOLUTIONS = tuple(2.0**-j for j in range(1, 8))
 
 
@@ -58,20 +58,22 @@ def time_features(s: Tensor) -> Tensor:
 FEATURES = time_features(torch.zeros(1)).shape[-1]
 
 
-def bumps(z: Tensor) -> Tensor:
-    """Gaussian bumps ``(..., 10)`` in each coordinate of the normalised state z, on a uniform grid with their width as
-    its step.
+def radial_basis(z: Tensor) -> Tensor:
+    """Gaussian radial basis functions ``(..., 10)`` of each coordinate of the standardised state z, their centres on a
+    uniform grid whose step is their width.
 
     ``exp(-(z/w - j)^2/2) = exp(-(z/w)^2/2) exp(z/w)^j exp(-j^2/2)``: two exponentials for all of them. They vanish far
     out, where the affine path is left.
     """
-    width = 2 * _REACH / (_BUMPS - 1)
+    width = 2 * _OUTERMOST / (_CENTRES - 1)
     s = z / width
-    value = torch.exp(-0.5 * (s + _REACH / width) ** 2)
-    ratio = s.clamp(-8.5, 8.5).exp()  # beyond, every bump is below 1e-3 and falls faster still
+    value = torch.exp(-0.5 * (s + _OUTERMOST / width) ** 2)
+    ratio = s.clamp(-8.5, 8.5).exp()  # beyond, every function is below 1e-3 and falls faster still
     out = [value]
-    for j in range(1, _BUMPS):
-        out.append(out[-1] * ratio * math.exp(0.5 * ((j - 1 - _REACH / width) ** 2 - (j - _REACH / width) ** 2)))
+    for j in range(1, _CENTRES):
+        out.append(
+            out[-1] * ratio * math.exp(0.5 * ((j - 1 - _OUTERMOST / width) ** 2 - (j - _OUTERMOST / width) ** 2))
+        )
     return torch.stack(out, dim=-1)
 
 
@@ -101,17 +103,17 @@ class Architecture(Layers):
     """What a file says of a :class:`DefaultControl`.
 
     Attributes:
-        gate: whether it has a learned multiple of the reward's gradient.
-        gate_scale: by which the gate is multiplied, so that one step of Adam on it moves the control no further than a
+        langevin: whether it has a Langevin term, a learned multiple of the reward's gradient.
+        langevin_scale: by which that is multiplied, so that one step of Adam on it moves the control no further than a
             step on what else it has.
-        nonlinear: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
+        radial_basis: add a function of x_i to output i (where controls have the shape of states, at most 32 of them).
         denoised: whether the hidden layers see the denoised state beside x.
         start: whether it is the control of a learned start, on [-1, 0).
     """
 
-    gate: bool = False
-    gate_scale: float = 1.0
-    nonlinear: bool = False
+    langevin: bool = False
+    langevin_scale: float = 1.0
+    radial_basis: bool = False
     denoised: bool = False
     start: bool = False
 
@@ -153,8 +155,8 @@ class DefaultControl(Control):
 
     Args:
         span: its first and last time.
-        architecture: its ``gate`` and ``denoised`` follow what is given below.
-        reward: what its gate multiplies; None: no gate.
+        architecture: its ``langevin`` and ``denoised`` follow what is given below.
+        term: what the Langevin coefficients multiply; None: no Langevin term.
         denoiser: a generative reference (or a mixture's control) whose mean of the data given x, ``x0^(x, t)``, the
             hidden layers see beside x: what a control towards a reward depends on most (its value is nearly a function
             of x0^). Inside a chain it costs nothing, since the step has called the model at x.
@@ -168,17 +170,17 @@ class DefaultControl(Control):
         architecture: Architecture,
         scales: Scales = Scales(),
         *,
-        reward: RewardTerm | None = None,
+        term: LangevinTerm | None = None,
         denoiser: Denoiser | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), *span)
         n, m = self.event_shape.numel(), self.control_shape.numel()
-        self.nonlinear = architecture.nonlinear and n == m and n <= _MOST_BUMPED
+        self.has_radial = architecture.radial_basis and n == m and n <= _MOST_RADIAL
         self.architecture = replace(
-            architecture, gate=reward is not None, nonlinear=self.nonlinear, denoised=denoiser is not None
+            architecture, langevin=term is not None, radial_basis=self.has_radial, denoised=denoiser is not None
         )
-        self.reward, self.denoiser, self.gate_scale = reward, denoiser, architecture.gate_scale
+        self.term, self.denoiser, self.langevin_scale = term, denoiser, architecture.langevin_scale
         self.full = n <= _FULL_AFFINE and m <= _FULL_AFFINE
         self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
         self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
@@ -193,16 +195,15 @@ class DefaultControl(Control):
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
         self.affine = nn.Parameter(torch.zeros(FEATURES, m, n) if self.full else torch.zeros(FEATURES, m))
         self.offset = nn.Parameter(torch.zeros(FEATURES, m))
-        self.gate = nn.Parameter(torch.zeros(FEATURES, m)) if reward is not None else None
-        self.bent = nn.Parameter(torch.zeros(FEATURES, m, _BUMPS)) if self.nonlinear else None
-        affine = reward.affine if reward is not None and self.full else None
-        pull, push = affine or (None, None)
-        self.pull: Tensor | None
-        self.push: Tensor | None
-        self.register_buffer("pull", pull, persistent=False)
-        self.register_buffer("push", push, persistent=False)
-        # whether the gate asks for the reward's gradient at every step
-        self._looks_at_reward = reward is not None and reward.sde is not None and pull is None
+        self.langevin = nn.Parameter(torch.zeros(FEATURES, m)) if term is not None else None
+        self.radial = nn.Parameter(torch.zeros(FEATURES, m, _CENTRES)) if self.has_radial else None
+        matrix, offset = (term.affine if term is not None and self.full else None) or (None, None)
+        self.langevin_matrix: Tensor | None
+        self.langevin_offset: Tensor | None
+        self.register_buffer("langevin_matrix", matrix, persistent=False)
+        self.register_buffer("langevin_offset", offset, persistent=False)
+        # whether the reward's gradient is asked for at every step
+        self._uses_gradient = term is not None and term.sde is not None and matrix is None
 
     @classmethod
     def of(
@@ -225,7 +226,7 @@ class DefaultControl(Control):
             (-1.0, 0.0) if start else (0.0, problem.horizon),
             architecture,
             scales,
-            reward=RewardTerm.of(problem) if architecture.gate else None,
+            term=LangevinTerm.of(problem) if architecture.langevin else None,
             denoiser=problem.reference if denoiser is None and architecture.denoised else denoiser,  # type: ignore[arg-type]
             generator=generator_for("cpu", seed, Place.CONTROL_WEIGHTS),
         )
@@ -254,12 +255,12 @@ class DefaultControl(Control):
         affine = torch.einsum("kf,f...->k...", phi, self.affine) * inverse[: self.affine.shape[-1]]
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
-        gate = phi @ self.gate * self.gate_scale if self.gate is not None else t.new_zeros(len(t), 1)
-        if self.pull is not None and self.push is not None and self.gate is not None:
-            affine = affine + gate.unsqueeze(2) * self.pull
-            offset = offset + gate * self.push
-        bent = torch.einsum("kf,fij->kij", phi, self.bent) if self.bent is not None else t.new_zeros(len(t), 1, 1)
-        return first.unsqueeze(0), time_part, affine, offset, gate, bent
+        langevin = phi @ self.langevin * self.langevin_scale if self.langevin is not None else t.new_zeros(len(t), 1)
+        if self.langevin_matrix is not None and self.langevin_offset is not None and self.langevin is not None:
+            affine = affine + langevin.unsqueeze(2) * self.langevin_matrix
+            offset = offset + langevin * self.langevin_offset
+        radial = torch.einsum("kf,fij->kij", phi, self.radial) if self.radial is not None else t.new_zeros(len(t), 1, 1)
+        return first.unsqueeze(0), time_part, affine, offset, langevin, radial
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return self.tables_at(chain.times[:-1])
@@ -284,19 +285,19 @@ class DefaultControl(Control):
             z = torch.nn.functional.silu(torch.nn.functional.linear(z, W, b))
         return z
 
-    def _gate_scales(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """``sigma(x, t_k)`` of the gate at given times, faded."""
-        assert self.reward is not None and self.reward.sde is not None
-        diffusion = self.reward.sde.diffusion_on_grid(times)
-        if self.reward.fade is None:
+    def _langevin_diffusion(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """``sigma(x, t_k)`` of the Langevin term at given times, faded."""
+        assert self.term is not None and self.term.sde is not None
+        diffusion = self.term.sde.diffusion_on_grid(times)
+        if self.term.fade is None:
             return diffusion
-        factors = [self.reward.fade(t) for t in times.tolist()]
+        factors = [self.term.fade(t) for t in times.tolist()]
         return lambda k, x: diffusion(k, x) * factors[k]
 
     def _value(
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
     ) -> Tensor:
-        first, time_part, affine, offset, gate, bent = (p[k if len(p) > 1 else 0] for p in tables)
+        first, time_part, affine, offset, langevin, radial = (p[k if len(p) > 1 else 0] for p in tables)
         flat = x.flatten(1)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
         u = (
@@ -305,11 +306,11 @@ class DefaultControl(Control):
             else torch.addcmul(offset, flat[:, : affine.shape[0]], affine)
         )
         u = torch.addmm(u, self._hidden(z, y), self.last.mT)
-        if self.nonlinear:
-            u = u + (bumps((flat - self.centre) / self.spread) * bent).sum(-1)
-        if sigma is not None and self.reward is not None:
-            gradient = self.reward.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
-            u = u + gate * apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
+        if self.has_radial:
+            u = u + (radial_basis((flat - self.centre) / self.spread) * radial).sum(-1)
+        if sigma is not None and self.term is not None:
+            gradient = self.term.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
+            u = u + langevin * apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
         return u.unflatten(1, self.control_shape)
 
     # ------------------------------------------------------------ linear parameters
@@ -322,7 +323,7 @@ class DefaultControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
-        sigma = self._gate_scales(t.reshape(1))(0, x) if self._looks_at_reward else None
+        sigma = self._langevin_diffusion(t.reshape(1))(0, x) if self._uses_gradient else None
         x0 = None if self.denoiser is None else self.denoiser.denoised(x, t, y)
         return self._value(x, self.tables_at(t.reshape(1)), 0, sigma, y, x0)
 
@@ -330,7 +331,7 @@ class DefaultControl(Control):
         tables = self.tables(chain) if tables is None or len(tables) == 0 else tables
         # one unbind: indexing step by step would cost K^2 in backward
         rows = [p.unbind(0) if isinstance(p, Tensor) else p for p in tables]
-        diffusion = self._gate_scales(chain.times) if self._looks_at_reward else None
+        diffusion = self._langevin_diffusion(chain.times) if self._uses_gradient else None
         denoise = self.denoiser.denoiser_on_grid(chain.times) if self.denoiser is not None else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
@@ -342,7 +343,7 @@ class DefaultControl(Control):
 
     def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
         W, *rest = self.tables(chain)
-        time_part, affine, offset, gate, bent = (p[first : first + len(states)] for p in rest)
+        time_part, affine, offset, langevin, radial = (p[first : first + len(states)] for p in rest)
         flat = states.flatten(2)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
         if self.full:
@@ -350,35 +351,35 @@ class DefaultControl(Control):
         else:
             u = offset.unsqueeze(1) + flat[..., : affine.shape[1]] * affine.unsqueeze(1)
         u = u + self._hidden(z, y) @ self.last.mT
-        if self.nonlinear:
-            u = u + (bumps((flat - self.centre) / self.spread) * bent.unsqueeze(1)).sum(-1)
-        if self._looks_at_reward:
-            u = u + gate.unsqueeze(1) * self._pull_along(chain, states, y, first)
+        if self.has_radial:
+            u = u + (radial_basis((flat - self.centre) / self.spread) * radial.unsqueeze(1)).sum(-1)
+        if self._uses_gradient:
+            u = u + langevin.unsqueeze(1) * self._langevin_along(chain, states, y, first)
         return chain.shifts_at(range(first, first + len(states)), states, u.unflatten(2, self.control_shape), y)
 
-    def _pull_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
+    def _langevin_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
-        assert self.reward is not None
+        assert self.term is not None
         many = None if y is None else y.repeat(len(states), *(1 for _ in y.shape[1:]))
-        gradient = self.reward.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
-        diffusion, ndim = self._gate_scales(chain.times), len(self.event_shape)
+        gradient = self.term.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
+        diffusion, ndim = self._langevin_diffusion(chain.times), len(self.event_shape)
         pairs = enumerate(zip(states, gradient.unflatten(0, states.shape[:2])))
-        pulls = [apply_scale_transposed(diffusion(first + k, x), g, ndim).flatten(1) for k, (x, g) in pairs]
-        return torch.stack(pulls)
+        terms = [apply_scale_transposed(diffusion(first + k, x), g, ndim).flatten(1) for k, (x, g) in pairs]
+        return torch.stack(terms)
 
 
 class NetworkLinearPart(LinearPart):
     """The parameters in which a :class:`DefaultControl` is linear: affine path, last layer, and what belongs to one
-    output alone (its function of one coordinate and its gate)."""
+    output alone (its function of one coordinate and its Langevin coefficients)."""
 
     def __init__(self, control: DefaultControl) -> None:
         self.control = control
-        self.gated = control._looks_at_reward
-        own = [p for p in (control.bent, control.gate if self.gated else None) if p is not None]
+        self.langevin = control._uses_gradient
+        own = [p for p in (control.radial, control.langevin if self.langevin else None) if p is not None]
         self.own = bool(own)
         self.parameters = [control.offset, control.affine, control.last, *own]
-        # a gate that is folded into the affine path adds nothing to it
-        self.redundant = [control.gate] if control.gate is not None and not self.gated else []
+        # a Langevin term that is folded into the affine path adds nothing to it
+        self.redundant = [control.langevin] if control.langevin is not None and not self.langevin else []
 
     def features(self, chain: Chain, states: Tensor, y: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         control = self.control
@@ -387,9 +388,9 @@ class NetworkLinearPart(LinearPart):
         W, time_part, *_ = control.tables(chain)
         seen = control._seen(states, control._denoised_along(chain, states, y))
         hidden = control._hidden(seen @ W[0].mT + time_part.unsqueeze(1), y)
-        parts = [bumps(normal)] if control.nonlinear else []
-        if self.gated:
-            parts.append(control.gate_scale * control._pull_along(chain, states, y, 0).unsqueeze(3))
+        parts = [radial_basis(normal)] if control.has_radial else []
+        if self.langevin:
+            parts.append(control.langevin_scale * control._langevin_along(chain, states, y, 0).unsqueeze(3))
         own = torch.cat(parts, 3) if parts else None
         modulated = torch.cat((torch.ones_like(normal[..., :1]), normal), 2)
         return control._features(chain.times[:-1]), modulated, hidden, own
@@ -423,9 +424,9 @@ class NetworkLinearPart(LinearPart):
         out = [first[:, :, 0], first[:, :, 1:], shared[-h:].mT]
         if self.own:
             mine = values[:, size:, 0].reshape(m, FEATURES, -1).permute(1, 0, 2)
-            if control.nonlinear:
-                out.append(mine[..., :_BUMPS])
-            if self.gated:
+            if control.has_radial:
+                out.append(mine[..., :_CENTRES])
+            if self.langevin:
                 out.append(mine[..., -1])
         return out
 

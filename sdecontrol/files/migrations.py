@@ -6,6 +6,7 @@ from torch import Tensor
 
 SCHEMA = 3  # of files as they are written now; without a number: 1
 
+_PARAMETERS = (("gate", "langevin"), ("bent", "radial"))  # of networks, which alone have a time_weight
 _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
 
 
@@ -16,7 +17,7 @@ def migrated(
     if schema < 2:
         _own_fields(settings)
     if schema < 3:
-        _field_names(settings)
+        tensors = _standard_names(tensors, settings)
     return tensors, settings
 
 
@@ -44,12 +45,26 @@ def _complete_networks(saved: Any, start: bool = False) -> None:
             _complete_networks(part, name == "start")
 
 
-def _field_names(settings: dict[str, Any]) -> None:
-    """From 2 to 3: the field's names."""
+def _standard_names(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """From 2 to 3: the standard names of the field."""
     if settings["kind"] == "checkpoint":
         _rename(settings, pace="schedule", cooling="annealing")
         _rename(settings.get("annealing"), strength="beta", ended="iterations")
         _rename(settings.get("identity"), cooling="anneal")
+    elif settings["kind"] == "solution":
+        _rename_networks(settings.get("control"))
+    networks = {name.removesuffix("time_weight") for name in tensors if name.endswith("time_weight")}
+    renamed = {f"{network}{former}": f"{network}{present}" for network in networks for former, present in _PARAMETERS}
+    return {renamed.get(name, name): value for name, value in tensors.items()}
+
+
+def _rename_networks(saved: Any) -> None:
+    """The fields of networks, at any depth."""
+    if isinstance(saved, dict):
+        if saved.get("kind") == "network":
+            _rename(saved, gate="langevin", gate_scale="langevin_scale", nonlinear="radial_basis")
+        for part in saved.values():
+            _rename_networks(part)
 
 
 def _rename(saved: Any, **names: str) -> None:

@@ -25,8 +25,8 @@ class RegressionState(ControlState):
     def __init__(self, run: Run, control: Control | None = None) -> None:
         chain = run.chain
         if control is None:
-            # least squares is damped relative to each feature; with a scaled gate single paths went astray
-            control = build_control(run.problem, chain, run.control, seed=run.seed, scale_gate=False)
+            # least squares is damped relative to each feature; with a scaled Langevin term single paths go astray
+            control = build_control(run.problem, chain, run.control, seed=run.seed, scale_langevin=False)
         super().__init__(control)
         self.residuals: Tensor
         self.calm: Tensor

@@ -75,7 +75,7 @@ class AnnealedLangevin(SDE):
 
     def score(self, x: Tensor, condition: Any = None) -> Tensor:
         """Of rho, bounded, ``(batch, d)``; remembered for the last x, since backward and forward kernels (and a
-        control's gate) ask at the same states."""
+        control's Langevin term) ask at the same states."""
 
         def bounded() -> Tensor:
             value = self.unbounded_score(x, condition)

@@ -504,7 +504,10 @@ def test_a_step_costs_one_score_and_one_control() -> None:
     from sdecontrol.comparison.costs import measuring
 
     problem, settings = annealed(), {"time_steps": 5, "batch_size": 64, "seed": 0, "iterations": 1}
-    for own, scores in ((Affine(), 5), (None, 6)):  # the default control's gate looks at the score at the start, too
+    for own, scores in (
+        (Affine(), 5),
+        (None, 6),
+    ):  # the default control's Langevin term needs the score at the start, too
         solution = sc.solve(problem, sc.LogVariance(), control=own, **settings)
         with measuring(problem.device) as costs:
             solution.simulate(64, seed=1)

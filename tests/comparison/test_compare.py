@@ -49,7 +49,7 @@ def test_calls_are_counted_in_rows_and_nothing_changes(method: Method, gradients
 
 
 def test_the_default_network_s_own_reward_gradients_are_counted() -> None:
-    """Its gate takes ``grad r`` at every state of every step, on the paths and again at the stored states."""
+    """Its Langevin term takes ``grad r`` at every state of every step, on the paths and again at the stored states."""
     problem = nonlinear()
     with measuring(problem.device) as costs:
         sc.solve(problem, sc.LogVariance(), iterations=I, batch_size=B, time_steps=K, seed=0)

@@ -9,7 +9,7 @@ from cases import F64, nonlinear, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
-from sdecontrol.controls.network import bumps
+from sdecontrol.controls.network import radial_basis
 from sdecontrol.methods.base import Regression
 from sdecontrol.training.least_squares import LinearSteps
 
@@ -25,9 +25,9 @@ def wells(dtype=F64):
 
 CASES = {
     "affine path": lambda: random_lq(2, m=3),
-    "bumps and gate": wells,
+    "radial basis and Langevin term": wells,
     "controlled start": lambda: random_lq(2, seed=3, start="controlled"),
-    "gate, as many noises as not states": nonlinear,
+    "Langevin term, as many noises as not states": nonlinear,
 }
 
 
@@ -74,7 +74,7 @@ def test_scatter_is_the_inverse_of_gather(name):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", ["affine path", "bumps and gate"])
+@pytest.mark.parametrize("name", ["affine path", "radial basis and Langevin term"])
 def test_full_steps_solve_a_regression(name):
     """With fixed targets and hardly any damping, full steps end where the gradient vanishes."""
     _, chain, control, states = setting(name, batch=400)
@@ -113,9 +113,9 @@ def test_bumps_are_gaussians_on_a_uniform_grid():
     centres = torch.linspace(-2.5, 2.5, 10, dtype=F64)
     width = 5 / 9
     want = torch.exp(-0.5 * ((z[:, None] - centres) / width) ** 2)
-    torch.testing.assert_close(bumps(z), want, rtol=1e-4, atol=1e-7)
-    assert float(bumps(torch.tensor([-8.0, 8.0], dtype=F64)).max()) < 1e-3
-    assert bool(torch.isfinite(bumps(torch.tensor([-1e30, 1e30]))).all())
+    torch.testing.assert_close(radial_basis(z), want, rtol=1e-4, atol=1e-7)
+    assert float(radial_basis(torch.tensor([-8.0, 8.0], dtype=F64)).max()) < 1e-3
+    assert bool(torch.isfinite(radial_basis(torch.tensor([-1e30, 1e30]))).all())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -389,7 +389,7 @@ def test_a_step_of_a_generative_chain_calls_the_model_once():
     model.register_forward_hook(lambda *args: calls.append(1))
     sc.simulate(problem, 16, control=both, time_steps=5, seed=0)
     assert len(calls) == 5
-    assert both.correction.gate is None and both.correction.denoiser is control
+    assert both.correction.langevin is None and both.correction.denoiser is control
 
 
 def test_the_gap_of_a_tuned_mixture_falls_with_the_steps():

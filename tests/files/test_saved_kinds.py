@@ -364,7 +364,17 @@ def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeyp
 
 
 #: names of fields and of tensors, up to commit e12b0aa (schema number 2)
-FORMER = {"schedule": "pace", "annealing": "cooling", "anneal": "cooling", "beta": "strength", "iterations": "ended"}
+FORMER = {
+    "schedule": "pace",
+    "annealing": "cooling",
+    "anneal": "cooling",
+    "beta": "strength",
+    "iterations": "ended",
+    "langevin": "gate",
+    "langevin_scale": "gate_scale",
+    "radial_basis": "nonlinear",
+    "radial": "bent",
+}
 
 
 def in_former_names(folder, monkeypatch):

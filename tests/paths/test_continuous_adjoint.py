@@ -23,8 +23,8 @@ def perturbed(problem, chain, control=None):
     with torch.no_grad():
         for name, p in control.named_parameters():
             size = (
-                0.1 / p.shape[1] ** 0.5 if name.endswith("gate") else 0.1
-            )  # one gate an output, of the same size together
+                0.1 / p.shape[1] ** 0.5 if name.endswith("langevin") else 0.1
+            )  # one Langevin coefficient an output, of the same size together
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=F64).to(p.dtype))
     return control
 

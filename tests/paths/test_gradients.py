@@ -119,7 +119,7 @@ def test_default_network_evaluated_along_stored_states_equals_its_step_by_step_s
     problem = random_lq(3, m=2, seed=2)
     chain = problem.chain(6)
     control = perturbed_default(problem, chain)
-    control.gate = None
+    control.langevin = None
     states = torch.randn(6, 5, 3, dtype=F64)
     step = control.on_chain(chain)
     want = torch.stack([step(k, states[k], None) for k in range(6)])

@@ -59,7 +59,7 @@ def test_a_mild_reward_is_taken_whole_after_one_iteration():
 
 
 @pytest.mark.parametrize("spread", [1e3, 1e9, math.inf])
-def test_cooling_ends_with_the_first_quarter_whatever_the_spread(spread):
+def test_annealing_ends_with_the_first_quarter_whatever_the_spread(spread):
     annealing, betas = Annealing(True), []
     for i in range(400):
         if annealing.active:
@@ -143,7 +143,7 @@ class _Halves:
     window: ClassVar[int] = 5
 
 
-def test_a_plateau_is_looked_for_after_cooling_only(monkeypatch):
+def test_a_plateau_is_looked_for_after_annealing_only(monkeypatch):
     """The objective falls while a hot target moves: that is no reason to stop."""
     from sdecontrol.training import optimiser
 
@@ -176,7 +176,7 @@ def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):
 
 
 @pytest.mark.slow
-def test_cooling_pays_where_the_reward_is_steep():
+def test_annealing_pays_where_the_reward_is_steep():
     """ou-quadratic-hard, 150 iterations of log-variance: control error with and without (measured 0.007 and 0.038)."""
     problem = sc.library.named_problem("ou-quadratic-hard")
     exact = sc.exact_solution(problem, 50)

@@ -16,20 +16,20 @@ from ..problems.rewards import Linear, Quadratic
 from ..processes.annealed import AnnealedLangevin
 from ..processes.sde import SDE
 
-_LOOKS, _LOOKED_AT = 8, 32  # times, and paths, at which the reward's slope is looked at
+_SLOPE_TIMES, _SLOPE_PATHS = 8, 32  # at which the reward's slope is measured
 _STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
 
 
 @dataclass(frozen=True)
-class RewardTerm:
-    """What the gate multiplies.
+class LangevinTerm:
+    """What the network's Langevin coefficients multiply.
 
     Attributes:
         gradient: ``(x, y, create_graph) -> sigma-free grad r / alpha`` of x's shape.
-        sde: whose diffusion it uses; None: it is not looked at along paths.
+        sde: whose diffusion it uses; None: the term is not used along paths.
         fade: a function of time by which it is multiplied, 1 at the end: of a reward much rougher than its value is
             before it.
-        affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the gate then costs
+        affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the term then costs
             nothing, since it is folded into the affine path.
     """
 
@@ -39,13 +39,13 @@ class RewardTerm:
     affine: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, problem: ControlProblem) -> RewardTerm:
+    def of(cls, problem: ControlProblem) -> LangevinTerm:
         """Of a problem whose reward has a gradient."""
         gradient, fade = _reward_gradient(problem), None
         if isinstance(problem, GibbsProblem):
             gradient, fade = _damped(problem, gradient)
         sde = problem.reference
-        return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_pull(problem))
+        return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_term(problem))
 
 
 def _reward_gradient(problem: ControlProblem) -> Any:
@@ -58,7 +58,7 @@ def _reward_gradient(problem: ControlProblem) -> Any:
             return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
 
     def finite_gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
-        # before its end a path may be where the reward is not finite (a logarithm): there the gate is closed
+        # before its end a path may be where the reward is not finite (a logarithm): there the term is 0
         value = gradient(x, y, create_graph)
         if bool(torch.isfinite(value.detach().sum())):
             return value
@@ -74,16 +74,16 @@ def _reward_gradient(problem: ControlProblem) -> Any:
     return finite_gradient
 
 
-def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
+def langevin_scale(problem: ControlProblem, pilot: Paths) -> float:
     """1 over how many times the reward's usual slope, ``|grad r| / alpha`` on the reference's paths, exceeds
     ``_STEEP``; 1 where it does not.
 
-    A step of Adam changes the gate by the learning rate, and the control by that times the slope: where that is
-    hundreds, paths are thrown to where it is thousands, and training diverges within a few steps. What the gate can
+    A step of Adam changes the coefficients by the learning rate, and the control by that times the slope: where that is
+    hundreds, paths are thrown to where it is thousands, and training diverges within a few steps. What the term can
     represent stays the same.
     """
-    steps = sorted({round(i * (len(pilot.states) - 1) / (_LOOKS - 1)) for i in range(_LOOKS)})
-    rows = slice(0, _LOOKED_AT)
+    steps = sorted({round(i * (len(pilot.states) - 1) / (_SLOPE_TIMES - 1)) for i in range(_SLOPE_TIMES)})
+    rows = slice(0, _SLOPE_PATHS)
     x = pilot.states[steps, rows].flatten(0, 1)
     y = (
         None
@@ -95,12 +95,12 @@ def gate_scale(problem: ControlProblem, pilot: Paths) -> float:
 
 
 def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float], float]]:
-    """The gate of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how it fades
-    before the end.
+    """The Langevin term of a Gibbs problem: its reward's gradient, softly bounded at five times its usual size, and how
+    it fades before the end.
 
     Far from the end the value is smoother than the density by the noise that is left: ``rho^2`` of a Gaussian's
-    curvature becomes ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the gate can throw paths out of the
-    region where the density is a number.
+    curvature becomes ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the coefficients can throw paths out
+    of the region where the density is a number.
     """
     scale, rough, reference = problem.scale, problem.roughness, problem.reference
     if isinstance(reference, AnnealedLangevin):  # bounds the score itself, and has it at hand
@@ -118,7 +118,7 @@ def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float]
     return bounded, lambda t: 1 / (1 + max(0.0, float(reference.left(t))) * rough**2)
 
 
-def _affine_pull(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
+def _affine_term(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma
     constant."""
     reward, sde = problem.reward_function, problem.reference
