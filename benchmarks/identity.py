@@ -1259,7 +1259,9 @@ def _errors() -> Any:
         "gradient": lambda: plain(reward=lambda x: -(x - x).norm(dim=1)),
     }
     calls: dict[str, Callable[[Any], Any]] = {
-        "solve": lambda p: sc.solve(p, time_steps=STEPS, iterations=2, batch_size=BATCH, seed=5, progress=False),
+        "solve": lambda p: sc.solve(
+            p, "reward-backprop", time_steps=STEPS, iterations=2, batch_size=BATCH, seed=5, progress=False
+        ),
         "adjoint": lambda p: sc.solve(
             p, sc.AdjointMatching(), time_steps=STEPS, iterations=2, batch_size=BATCH, seed=5, progress=False
         ),

@@ -32,7 +32,7 @@ from cases import random_lq
 import sdecontrol as sc
 problem = random_lq(2, seed=1, dtype=torch.float32)
 saving = dict(checkpoint_dir={folder!r}, checkpoint_every=2, resume=True)
-s = sc.solve(problem, time_steps=8, batch_size=64, seed=3, iterations=150, **saving)
+s = sc.solve(problem, "reward-backprop", time_steps=8, batch_size=64, seed=3, iterations=150, **saving)
 s.save({folder!r} + "/done")
 """
 

@@ -23,7 +23,7 @@ from .common import (
 def compare(
     problem: ProblemArgument,
     methods: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Methods by name.", show_default="those that recommend names")
+        str | None, typer.Option(metavar="A,B,...", help="Methods by name.", show_default="recommend's first three")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per method; errors are then between them.")] = 1,
     iterations: Annotated[
@@ -54,7 +54,6 @@ def compare(
     Example:  [bold]sdecontrol compare problem.toml --seeds 3 --budget 30s --figure frontier.png --json[/bold]
     """
     from ..comparison.compare import compare as put_side_by_side
-    from ..comparison.recommend import recommend
     from .solve import problem_of
 
     made, defaults, name = problem_of(problem)
@@ -62,11 +61,7 @@ def compare(
     settings: dict[str, Any] = {key: v for key, v in defaults.items() if key in shared}
     settings.update(given(iterations=iterations, budget=budget, time_steps=time_steps, batch_size=batch_size))
     first = seed if seed is not None else int(defaults.get("seed", 0))
-    chosen: list[Any] = [m.strip() for m in methods.split(",") if m.strip()] if methods is not None else []
-    if methods is None:
-        advice = recommend(made, time_steps=settings.get("time_steps"), batch_size=settings.get("batch_size", 256))
-        note(str(advice))
-        chosen = advice.methods
+    chosen = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     result = put_side_by_side(made, chosen, seeds=seeds, seed=first, n=paths, progress=None, **settings)
     if figure is not None:
         result.figure()[0].savefig(figure)

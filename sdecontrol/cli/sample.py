@@ -44,7 +44,7 @@ def sample(
     dim: Annotated[
         int | None, typer.Option(min=1, help="Dimension of the states; needed for a function of your own.")
     ] = None,
-    method: Annotated[str, typer.Option(help="The method.")] = "auto",
+    method: Annotated[str | None, typer.Option(help="The method.", show_default="recommend's first: auto")] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +136,8 @@ def sample(
                 "target": name,
                 "version": None if known is None else known.version,
                 "dim": dim,
-                "settings": {**settings, "reference": reference, "scale": scale},
+                "settings": {**settings, "method": solution.method, "reference": reference, "scale": scale},
+                "reason": solution.details.get("reason"),
                 "iterations": solution.iterations,
                 "reproducible": solution.reproducible,
                 "seconds": seconds,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @handles_errors
 def solve(
     problem: ProblemArgument,
-    method: Annotated[str | None, typer.Option(help="The method.", show_default="reward-backprop")] = None,
+    method: Annotated[str | None, typer.Option(help="The method.", show_default="recommend's first choice")] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many; else until it stops improving.")
     ] = None,
@@ -62,7 +62,6 @@ def solve(
 
     made, defaults, name = problem_of(problem)
     settings: dict[str, Any] = {
-        "method": "reward-backprop",
         "seed": 0,
         **defaults,
         **given(method=method, iterations=iterations, time_steps=time_steps, batch_size=batch_size),
@@ -79,7 +78,8 @@ def solve(
         print_json(
             {
                 "problem": name,
-                "settings": settings,
+                "settings": {"method": solution.method, **settings},
+                "reason": solution.details.get("reason"),
                 "iterations": solution.iterations,
                 "seconds": seconds,
                 "evaluation": evaluation.as_dict(),

@@ -17,7 +17,7 @@ from ..evaluation.metrics import control_error, sliced_wasserstein
 from ..evaluation.particle_solution import ParticleSolution
 from ..evaluation.solution import Solution
 from ..exact.base import ExactSolution
-from ..methods.base import Method, find_method
+from ..methods.base import Method, find_method, suggested
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
@@ -47,6 +47,7 @@ COLUMNS = {
     "sampling_seconds": "CPU s/1000 samples",
 }
 _COUNTS = ("reward_calls", "gradient_calls", "network_calls", "sampling_reward_calls", "sampling_network_calls")
+_SUGGESTED = 3  # methods that are compared where none are named
 
 
 @dataclass
@@ -57,6 +58,7 @@ class ComparisonRow:
         label: its name, with the settings that differ from their defaults.
         method: itself.
         estimates: column -> :class:`Estimate`; empty where no seed gave a solution. What does not apply is left out.
+        chosen: why ``recommend`` chose it; None where the caller named it.
         reason: why there is no solution: what the method refused, or where it diverged (of the first such seed); None
             where there is nothing to say.
         failed: the seeds that gave none.
@@ -66,6 +68,7 @@ class ComparisonRow:
     label: str
     method: Method
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    chosen: str | None = None
     reason: str | None = None
     failed: list[int] = field(default_factory=list)
     solutions: list[Solution] = field(default_factory=list)
@@ -76,7 +79,13 @@ class ComparisonRow:
             name: {part: v if math.isfinite(v := getattr(e, part)) else None for part in ("value", "stderr")}
             for name, e in self.estimates.items()
         }
-        return {"method": self.label, "reason": self.reason, "failed_seeds": self.failed, **numbers}
+        return {
+            "method": self.label,
+            "chosen": self.chosen,
+            "reason": self.reason,
+            "failed_seeds": self.failed,
+            **numbers,
+        }
 
 
 @dataclass
@@ -130,6 +139,7 @@ class Comparison:
                 out[-1] += f" Two sets of {self.n} exact samples are {self.distance_floor:.3g} apart."
         else:
             out.append("No exact solution is known: gaps are estimates, blind to modes that were never visited.")
+        out += [f"{row.label}, chosen by recommend: {row.chosen}" for row in self.rows if row.chosen is not None]
         for row in self.rows:
             if row.reason is not None:
                 which = f" ({len(row.failed)} of {len(self.seeds)} seeds)" if several else ""
@@ -177,7 +187,7 @@ class Comparison:
 
 def compare(
     problem: ControlProblem,
-    methods: Iterable[Method | str] | Mapping[str, Method | str],
+    methods: Iterable[Method | str] | Mapping[str, Method | str] | None = None,
     *,
     seeds: int | Sequence[int] = 1,
     seed: int | None = None,
@@ -196,7 +206,7 @@ def compare(
 
     Args:
         methods: methods or their names; or a mapping label -> method (for one method with two settings that print
-            alike).
+            alike). None: the first three choices of :func:`recommend`, whose reasons stand below the table.
         seeds: number of trainings per method (seeds ``seed, seed + 1, ...``), or the seeds themselves. With several,
             every number is their mean with its standard error; with one, the error is the estimate's own.
         seed: of the first training; None draws one from torch's global generator.
@@ -214,12 +224,17 @@ def compare(
     """
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
-    named = _labelled(methods)
     trainings = _seeds(seeds, seed)
     check_count("n", n, 64)
     check_count("batch_size", batch_size)
     check_count("iterations", iterations, optional=True)
     settings = {"time_steps": time_steps, "scheme": scheme}
+    chosen: dict[str, str] = {}
+    if methods is None:
+        advice = suggested(problem, time_steps=time_steps, batch_size=batch_size)[:_SUGGESTED]
+        chosen = {method_label(s.method): s.reason for s in advice}
+        methods = [s.method for s in advice]
+    named = _labelled(methods)
     problem.chain(**settings)  # a bad grid is the caller's error, not every method's
     try:
         exact, kind = nearest_exact(problem, **settings)
@@ -238,6 +253,7 @@ def compare(
             more.update(iterations=iterations, budget=budget)
         _warm_up(method)
         rows.append(_row(problem, label, method, trainings, n, exact, reference, more))
+        rows[-1].chosen = chosen.get(label)
     return Comparison(problem, rows, trainings, n, kind, floor, exact_frontier(problem, **settings))
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
-from ..controls.build import build_control
+from ..controls.build import build_control, has_default
 from ..errors import NoExactSolution
 from ..exact import exact_solution
 from ..memory import remembering
@@ -30,6 +30,7 @@ from ..methods import (
     TemperedSMC,
     ValueGuidance,
 )
+from ..methods.base import Suggestion, advises
 from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
@@ -39,14 +40,6 @@ from .compare import method_label
 
 _GIB = 2.0**30
 _ROWS = 4  # of the probe that measures the graph
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A method and why."""
-
-    method: Method
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -84,15 +77,18 @@ class Advice:
         return "\n".join(lines)
 
 
+@advises
 def recommend(
     problem: ControlProblem,
     *,
     one_off: bool = False,
     time_steps: Any = None,
     batch_size: int = 256,
+    control: nn.Module | None = None,
     memory: float = 4.0,
 ) -> Advice:
-    """Which methods to try on a problem, in order, each with its reason.
+    """Which methods to try on a problem, in order, each with its reason. Where none is named, ``solve`` takes the first
+    and ``compare`` the first three.
 
     The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the
     tutorial's.
@@ -100,7 +96,8 @@ def recommend(
     Args:
         one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training
             pays.
-        time_steps, batch_size: as they will be in ``solve``.
+        time_steps, batch_size, control: as they will be in ``solve``. With a control of your own, methods that train
+            it; without one, where there is no default network (tokens), methods that train nothing.
         memory: GiB that the graph of a backward pass may take; what it would take is measured on one step.
 
     Returns:
@@ -110,18 +107,19 @@ def recommend(
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
     limit = as_float("memory", memory, positive=True)
     chain = problem.chain(time_steps)
-    graph, parameters = _graph(problem, chain, batch_size)
+    trains = control is not None or has_default(problem)
+    graph, parameters = _graph(problem, chain, batch_size, control) if trains else (0.0, 0)
     fits = graph <= limit
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
-    found = _one_off(problem, chain) if one_off else _trained(problem, chain, fits, steps)
-    if problem.density is not None:
+    found = _trained(problem, chain, fits, steps) if trains and not one_off else _one_off(problem, chain)
+    if problem.density is not None and control is None:
         found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
         (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
         tuple(kept),
-        tuple(_warnings(problem, one_off)),
+        tuple(_warnings(problem, one_off, trains)),
     )
 
 
@@ -268,7 +266,7 @@ def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
     return facts
 
 
-def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
+def _warnings(problem: ControlProblem, one_off: bool, trains: bool) -> list[str]:
     out = [
         "whether the target has modes that the paths never reach cannot be told from the problem. A training method "
         "learns what its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, "
@@ -279,7 +277,9 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
             "the random start keeps its law: the end has the tilted law only where it has forgotten the start "
             "(evaluate's start gap says what is left). start='controlled' removes that."
         )
-    if not one_off and problem.condition is not None:
+    if not trains:
+        out.append("there is no default network for steps of this kind: a module of yours, control=, can be trained.")
+    elif not one_off and problem.condition is not None:
         out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")
     try:
         exact_solution(problem, grids=False)
@@ -289,10 +289,10 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
     return out
 
 
-def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[float, int]:
+def _graph(problem: ControlProblem, chain: Chain, batch_size: int, given: Any = None) -> tuple[float, int]:
     """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's
     trainable parameters."""
-    control = build_control(problem, chain, seed=0)
+    control = build_control(problem, chain, given, seed=0)
     own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
     own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}
     k = chain.start  # of the process itself, after the stretch of a controlled start
@@ -306,7 +306,8 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int) -> tuple[floa
                 kept[x.untyped_storage().data_ptr()] = x
             return x
 
-        x = draw(problem.initial, rows, 0).clone().requires_grad_(True)
+        x = draw(problem.initial, rows, 0).clone()
+        x.requires_grad_(x.is_floating_point())
         y = problem.draw_condition(rows, 0)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), remembering():
             held = [value for _, value in chain.blame(k, x, y)] + [shift(k, x, y)]

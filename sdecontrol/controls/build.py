@@ -36,7 +36,7 @@ def build_control(
         main = as_control(problem, chain.main, control)
     elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
-    elif not problem.reference.of_noise:
+    elif not has_default(problem):
         raise TypeError(
             f"control is needed: there is no default network for a {type(problem.reference).__name__}. Pass an "
             f"nn.Module control(x, t) -> (batch, {', '.join(map(str, problem.control_shape))}), x int64 tokens, t "
@@ -51,6 +51,12 @@ def build_control(
     architecture = Architecture(**asdict(layers_for(problem)), start=True)
     place = derive_seed(seed, Place.CONTROL_START)
     return StartedControl(DefaultControl.of(problem, architecture, scales, seed=place), main)
+
+
+def has_default(problem: ControlProblem) -> bool:
+    """Whether the problem has a control to train where the user gives none: a copy of its model, or a default
+    network, which shifts noise."""
+    return problem.reference.trainable or problem.reference.of_noise
 
 
 def corrected(problem: ControlProblem, chain: Chain, base: MixtureControl, *, seed: int = 0) -> CorrectedControl:

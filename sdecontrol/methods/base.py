@@ -6,7 +6,7 @@ changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(s
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -221,6 +221,37 @@ def find_method(method: Any) -> Method:
         check_name("method", method, _REGISTRY)
         return _REGISTRY[method]()
     raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A method and why."""
+
+    method: Method
+    reason: str
+
+
+_ADVISERS: list[Callable[..., Iterable[Suggestion]]] = []
+_A = TypeVar("_A", bound=Callable[..., Iterable[Suggestion]])
+
+
+def advises(function: _A) -> _A:
+    """Let ``function(problem, time_steps=..., batch_size=..., control=...)`` suggest methods where a user names none;
+    the one registered last."""
+    _ADVISERS.append(function)
+    return function
+
+
+def suggested(problem: ControlProblem, **settings: Any) -> list[Suggestion]:
+    """Methods for a problem by the adviser that is registered, the first choice first.
+
+    Raises:
+        ValueError: there is none that the problem's methods accept.
+    """
+    found = list(_ADVISERS[-1](problem, **settings)) if _ADVISERS else []
+    if not found:
+        raise ValueError("method is missing, and no method is known to suit this problem by itself; name one.")
+    return found
 
 
 def path_metrics(parts: Sequence[Paths]) -> dict[str, float]:

@@ -170,8 +170,9 @@ def _inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:
     """
     scales = jacobians.scales
     if not is_matrix_scale(scales[0], 1):
-        # as (K, 1 | batch, 1 | d)
-        stacked = torch.stack([s.reshape(*(1,) * (2 - s.ndim), *s.shape) for s in scales])
+        # as (K, 1 | batch, 1 | d); a learned start may have a scale per coordinate where the process has one for all
+        rows = [s.reshape(*(1,) * (2 - s.ndim), *s.shape) for s in scales]
+        stacked = torch.stack(torch.broadcast_tensors(*rows))
         if bool((stacked == 0).any()):
             raise ValueError(
                 "diffusion: socm needs an invertible one; this one is 0 in a coordinate. Use adjoint-matching."

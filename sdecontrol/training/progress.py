@@ -65,6 +65,13 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
 
+    def note(self, line: str) -> None:
+        """One line above the bar, where progress is shown."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif self._plain:
+            print(line, file=sys.stderr, flush=True)
+
     def update(self, done: int, total: int | None, metrics: dict[str, float]) -> None:
         """Show how far it is, and the measure."""
         if self._bar is None and not self._plain:

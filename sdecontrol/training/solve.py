@@ -18,7 +18,7 @@ from ..errors import NoExactSolution, NonFiniteError, renamed
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
-from ..methods.base import Method, Run, find_method, parameters_of
+from ..methods.base import Method, Run, find_method, parameters_of, suggested
 from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import check_count
@@ -33,7 +33,7 @@ from .progress import ProgressBar
 @renamed(cooling="anneal")
 def solve(
     problem: ControlProblem,
-    method: Method | str = "reward-backprop",
+    method: Method | str | None = None,
     *,
     time_steps: Any = None,
     scheme: str | None = None,
@@ -56,7 +56,8 @@ def solve(
     """Solve a control problem, ``min_u KL(P^u || Q_fine)``.
 
     Args:
-        method: a method such as ``sc.RewardBackprop()``, or its name in kebab case.
+        method: a method such as ``sc.RewardBackprop()``, or its name in kebab case; None: the first choice of
+            ``recommend``, with its reason in ``solution.details["reason"]`` and above the progress bar.
         time_steps: number of steps (default 100) or a grid from 0 to the horizon; not with a chain.
         scheme: "euler" (default) or "exact" (linear references).
         iterations: exactly so many; None: the method's default at most, with a stop where the objective no longer
@@ -85,12 +86,17 @@ def solve(
     """
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
-    chosen = find_method(method)
     check_count("batch_size", batch_size)
     check_count("accumulate", accumulate)
     check_count("checkpoint_every", checkpoint_every)
     check_count("iterations", iterations, optional=True)
     training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
+    reason = None
+    if method is None:
+        first = suggested(problem, time_steps=time_steps, batch_size=batch_size, control=control)[0]
+        chosen, reason = first.method, first.reason
+    else:
+        chosen = find_method(method)
     for name, value in training.items():
         if value is not None and chosen.default_iterations == 0:
             raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")
@@ -110,6 +116,7 @@ def solve(
         checkpoint_every=checkpoint_every,
         callbacks=callbacks,
         progress=progress,
+        reason=reason,
     )
     trainer = _Trainer(problem, chosen, plan, checkpoint_dir, resume)
     with problem.evaluating():
@@ -146,7 +153,8 @@ def _seconds(budget: str | float | None) -> float | None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a run goes and when it ends; fields as :func:`solve` has them, ``budget`` in seconds."""
+    """How a run goes and when it ends; fields as :func:`solve` has them, ``budget`` in seconds; ``reason``: why the
+    method was chosen, where the user named none."""
 
     settings: dict[str, Any]
     batch_size: int
@@ -162,6 +170,7 @@ class _Plan:
     checkpoint_every: int
     callbacks: Sequence[Any]
     progress: bool | None
+    reason: str | None
 
     @property
     def by_time(self) -> bool:
@@ -289,6 +298,8 @@ class _Trainer:
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.plan.progress, measure, latest=fresh)
             with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
+                if self.plan.reason is not None:
+                    bar.note(f"{self.method.name}, chosen by recommend: {self.plan.reason}")
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.schedule.last and not finished:
                     elapsed = (time.monotonic() - began) / self.plan.budget if self.plan.budget is not None else 0.0
@@ -384,6 +395,8 @@ class _Trainer:
             seed=self.seed,
             reproducible=not self.out_of_time,
         )
+        if self.plan.reason is not None:
+            made.details["reason"] = self.plan.reason
         return _with_exact_values(made)
 
 

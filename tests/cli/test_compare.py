@@ -33,7 +33,7 @@ def test_table_seeds_and_the_default_methods(run) -> None:
     result = run("compare", "ou-linear", *SMALL, "--seeds", "2", "--seed", "3")
     assert result.exit_code == 0, result.stderr
     assert "adjoint-matching" in result.stdout and "over 2 seeds" in result.stdout
-    assert "1. adjoint-matching:" in result.stderr  # the advice
+    assert "adjoint-matching, chosen by recommend: the reward has a gradient" in result.stdout
 
 
 def test_problem_file_of_a_function(run) -> None:

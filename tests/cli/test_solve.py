@@ -67,7 +67,7 @@ def test_toml_file_and_save(run, tmp_path: Path) -> None:
     Path("problem.toml").write_text(GOOD)
     result = only_json(run("solve", "problem.toml", "--save", "kept", "--json"))
     assert result["settings"] == {
-        "method": "reward-backprop",
+        "method": "adjoint-matching",
         "seed": 0,
         "time_steps": 10,
         "iterations": 3,

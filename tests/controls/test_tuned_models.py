@@ -41,7 +41,9 @@ def sde_problem(prediction="noise", schedule=None, **options):
 def test_a_tuned_model_in_the_references_place_is_the_controlled_process(prediction, schedule):
     """Foreign samplers may use solution.model: its own reverse SDE is the controlled one, step by step."""
     problem = sde_problem(prediction, schedule)
-    solution = sc.solve(problem, time_steps=6, iterations=3, batch_size=64, seed=0, learning_rate=1e-2)
+    solution = sc.solve(
+        problem, "reward-backprop", time_steps=6, iterations=3, batch_size=64, seed=0, learning_rate=1e-2
+    )
     tuned = sc.ControlProblem(
         sc.generative_sde(solution.model, schedule, prediction=prediction, shape=(3,)),
         reward=REWARD,
@@ -59,7 +61,7 @@ def test_any_control_becomes_a_model_in_the_models_parametrisation():
     """A model without parameters (a mixture): solution.model is it plus the control."""
     gm = sc.GaussianMixture(torch.ones(2, dtype=F64), randn(2, 3, seed=4), 0.5)
     problem = sc.ControlProblem(sc.generative_sde(gm, sc.VP()), reward=REWARD)
-    solution = sc.solve(problem, time_steps=6, iterations=3, batch_size=64, seed=0)
+    solution = sc.solve(problem, "reward-backprop", time_steps=6, iterations=3, batch_size=64, seed=0)
     model = solution.model
     assert isinstance(model, ControlledModel)
     tuned = sc.ControlProblem(
@@ -76,7 +78,7 @@ def test_a_tuned_discrete_model_is_the_controlled_chain_and_decodes_with_the_ref
     net = Net(integer=True)
     make = lambda model: sc.diffusion_chain(model, ABAR, prediction, shape=(3,), eta=0.8, steps=8, clip=clip)  # noqa: E731
     problem = sc.ControlProblem(make(net), reward=REWARD, start="fixed")
-    solution = sc.solve(problem, iterations=3, batch_size=64, seed=0, learning_rate=1e-2)
+    solution = sc.solve(problem, "reward-backprop", iterations=3, batch_size=64, seed=0, learning_rate=1e-2)
     ours = solution.simulate(8, seed=1)
     theirs = sc.simulate(
         sc.ControlProblem(make(solution.model), reward=REWARD, start="fixed"),
@@ -99,7 +101,7 @@ def test_log_ratios_of_a_tuned_chain_are_ratios_of_gaussian_kernels():
     net = Net(integer=True)
     chain = sc.diffusion_chain(net, ABAR, "noise", shape=(3,), eta=1.0, steps=8, clip=1.0)
     problem = sc.ControlProblem(chain, reward=REWARD, start="fixed")
-    solution = sc.solve(problem, iterations=3, batch_size=64, seed=0, learning_rate=1e-2)
+    solution = sc.solve(problem, "reward-backprop", iterations=3, batch_size=64, seed=0, learning_rate=1e-2)
     tuned = sc.diffusion_chain(solution.model, ABAR, "noise", shape=(3,), eta=1.0, steps=8, clip=1.0)
     with torch.no_grad():
         paths, total = solution.simulate(8, seed=1), 0.0
@@ -130,7 +132,7 @@ def test_the_memory_of_a_chain_is_the_correlation_of_its_ends_for_gaussian_data(
 @pytest.mark.parametrize("start", ["controlled", "memoryless"])
 def test_saving_a_tuned_model(tmp_path, start):
     problem = sde_problem(start=start)
-    solution = sc.solve(problem, time_steps=8, iterations=2, batch_size=64, seed=0)
+    solution = sc.solve(problem, "reward-backprop", time_steps=8, iterations=2, batch_size=64, seed=0)
     solution.save(tmp_path)
     again = sc.load(tmp_path, problem)
     assert torch.equal(again.sample(50, seed=3), solution.sample(50, seed=3))
@@ -156,7 +158,7 @@ def test_conditional_models_take_their_condition():
         reward=sc.LogProb(classifier, None),
         condition=torch.arange(4),
     )
-    solution = sc.solve(problem, time_steps=5, iterations=2, batch_size=64, seed=0)
+    solution = sc.solve(problem, "reward-backprop", time_steps=5, iterations=2, batch_size=64, seed=0)
     assert solution.sample(10, condition=2).shape == (10, 3)
     assert solution.sample(10, condition=torch.arange(10) % 4).shape == (10, 3)
     assert math.isfinite(solution.evaluate(128, seed=0).gap.value)
@@ -182,6 +184,6 @@ def test_models_in_float32_and_images():
         steps = {} if reference is not problem.reference or hasattr(reference, "levels") else {"time_steps": 5}
         for start in ("fixed", "controlled"):
             problem = sc.ControlProblem(reference, reward=lambda x: x.flatten(1).sum(1), alpha=0.1, start=start)
-            solution = sc.solve(problem, iterations=2, batch_size=64, seed=0, **steps)
+            solution = sc.solve(problem, "reward-backprop", iterations=2, batch_size=64, seed=0, **steps)
             assert solution.sample(3).shape == (3, 1, 8, 8)
             assert solution.model(torch.randn(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)

@@ -123,7 +123,7 @@ def test_weight_estimates():
 def test_control_error_of_a_control_with_a_known_error():
     problem = random_lq(2, m=3, seed=3)
     exact = sc.exact_solution(problem, time_steps=10)
-    solution = sc.solve(problem, time_steps=10, iterations=1, seed=0, batch_size=64)
+    solution = sc.solve(problem, "reward-backprop", time_steps=10, iterations=1, seed=0, batch_size=64)
     offset = torch.tensor([0.1, -0.2, 0.3], dtype=F64)
 
     class Off(torch.nn.Module):
@@ -139,7 +139,7 @@ def test_control_error_of_a_control_with_a_known_error():
 
 def test_solution_weights_are_those_of_its_paths_and_unbiased():
     problem = random_lq(2, seed=3)
-    solution = sc.solve(problem, time_steps=6, iterations=20, seed=0, batch_size=64)
+    solution = sc.solve(problem, "reward-backprop", time_steps=6, iterations=20, seed=0, batch_size=64)
     exact = sc.exact_solution(problem, like=solution)
     x, log_w = solution.weighted_sample(50_000, seed=1)
     w = log_w.exp()

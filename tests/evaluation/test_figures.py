@@ -145,7 +145,7 @@ def test_training_with_a_fixed_start_ends_at_the_biased_law_and_reports_the_star
         reward=sc.Quadratic(torch.eye(2), torch.tensor([0.0, 1.0])),
         start="fixed",
     )
-    solution = sc.solve(problem, time_steps=100, iterations=300, seed=0)
+    solution = sc.solve(problem, "reward-backprop", time_steps=100, iterations=300, seed=0)
     chain, target = sc.exact_solution(problem, like=solution), sc.exact_solution(problem).marginal(1.0)
     x = solution.sample(16_384, seed=1)
     z = (x.mean(0) - chain.marginal(1.0).mean).abs() / (target.variance / len(x)).sqrt()

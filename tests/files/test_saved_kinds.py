@@ -221,7 +221,9 @@ def registries(monkeypatch):
 
 
 def trained(problem, control):
-    return sc.solve(problem, control=control, time_steps=K, iterations=2, batch_size=64, seed=0, progress=False)
+    return sc.solve(
+        problem, "reward-backprop", control=control, time_steps=K, iterations=2, batch_size=64, seed=0, progress=False
+    )
 
 
 def test_a_registered_class_of_a_user_needs_not_be_given_again(tmp_path, registries):
@@ -398,7 +400,7 @@ def in_former_names(folder, monkeypatch):
 def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
     def run(folder, iterations, **more):
         options = {"time_steps": K, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_dir": folder}
-        return sc.solve(lq(), iterations=iterations, checkpoint_every=2, **options, **more)
+        return sc.solve(lq(), "reward-backprop", iterations=iterations, checkpoint_every=2, **options, **more)
 
     def age(folder):
         for path in Path(folder).glob("checkpoint-*.json"):

@@ -376,7 +376,7 @@ def test_guidance_is_saved_and_loads_to_the_same_numbers(tmp_path):
     def proposal(x, t):
         return -x
 
-    trained = sc.solve(problem, time_steps=K, iterations=3, batch_size=64, seed=0)
+    trained = sc.solve(problem, "reward-backprop", time_steps=K, iterations=3, batch_size=64, seed=0)
     cases = {
         "plain": (sc.PathIntegralGuidance(num_paths=8), {}),
         "trained": (sc.PathIntegralGuidance(num_paths=8, proposal=trained, antithetic=True), {}),

@@ -349,7 +349,7 @@ def test_paths_to_learn_from_are_those_of_simulate():
     assert bool((stored.log_target()[: chain.start] == 0).all()) and bool(
         (stored.log_target()[chain.start :] < 0).any()
     )
-    other = sc.solve(problem, time_steps=8, iterations=2, batch_size=64, seed=0).control
+    other = sc.solve(problem, "reward-backprop", time_steps=8, iterations=2, batch_size=64, seed=0).control
     some = stored.under(other, [0, 3, 9])
     assert torch.allclose(some.log_ratio, paths.log_ratio(other, per_step=True)[[0, 3, 9]], atol=1e-12)
     assert torch.allclose(some.kl, stored.under(other).kl[[0, 3, 9]], atol=1e-12)

@@ -23,7 +23,7 @@ def first_batch(method, problem, control, K=K, batch=256):
 @pytest.mark.parametrize("start", ["dirac", "controlled"])
 def test_ratios_of_the_unchanged_control_are_one(start):
     problem = random_lq(2, m=3, seed=1, start=start)
-    control = sc.solve(problem, time_steps=8, iterations=3, batch_size=64, seed=0).control
+    control = sc.solve(problem, "reward-backprop", time_steps=8, iterations=3, batch_size=64, seed=0).control
     state, run, _ = first_batch(sc.SoftPPO(), problem, None, 8)
     state.control.load_state_dict(control.state_dict())
     batch = sc.SoftPPO()._advantages(state, run, collect(state, run, 0))

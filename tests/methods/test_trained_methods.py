@@ -182,7 +182,9 @@ def test_paths_that_are_no_control_are_refused():
     with pytest.raises(TypeError, match="paths"):
         sc.LogVariance(paths=3)
     problem = random_lq(2, seed=1, dtype=F32)
-    other = sc.solve(random_lq(3, seed=1, dtype=F32), time_steps=4, iterations=1, batch_size=64, seed=0)
+    other = sc.solve(
+        random_lq(3, seed=1, dtype=F32), "reward-backprop", time_steps=4, iterations=1, batch_size=64, seed=0
+    )
     with pytest.raises(ValueError, match="paths maps"):
         sc.solve(problem, sc.CrossEntropy(paths=other), time_steps=4, iterations=1)
 

@@ -61,7 +61,9 @@ def test_its_weights_are_those_of_an_exact_chain():
 
 def test_methods_run_on_it():
     problem = semilinear(reward=sc.Linear(torch.ones(2, dtype=F64)), alpha=0.5)
-    solution = sc.solve(problem, time_steps=5, scheme="exponential", iterations=30, batch_size=64, seed=0)
+    solution = sc.solve(
+        problem, "reward-backprop", time_steps=5, scheme="exponential", iterations=30, batch_size=64, seed=0
+    )
     assert solution.evaluate(4096, seed=1).objective.value > float(
         problem.reward(sc.simulate(problem, 4096, time_steps=5, scheme="exponential", seed=1).end).mean()
     )
@@ -110,7 +112,7 @@ def test_a_tuned_models_weights_on_the_exponential_chain(schedule):
         sc.generative_sde(Predict(), schedule, shape=(2,)), reward=lambda x: -(x**2).sum(1), start="fixed"
     )
     options = {"time_steps": 10, "scheme": "exponential"}
-    solution = sc.solve(problem, iterations=5, batch_size=64, seed=0, **options)
+    solution = sc.solve(problem, "reward-backprop", iterations=5, batch_size=64, seed=0, **options)
     paths = sc.simulate(problem, 200, control=solution.control, seed=1)
     assert torch.isfinite(paths.log_ratio()).all() and paths.kl().mean() > 0
     assert torch.allclose(paths.log_ratio(solution.control), paths.log_ratio(), atol=1e-10)
@@ -165,7 +167,7 @@ def test_the_flow_has_the_models_marginals_and_its_two_integrators_agree():
 
 def test_the_flow_of_a_tuned_model_and_its_likelihoods():
     problem = sc.ControlProblem(sc.generative_sde(MIXTURE, sc.VP()), reward=sc.Linear(torch.ones(2, dtype=F64)))
-    solution = sc.solve(problem, time_steps=10, iterations=3, batch_size=64, seed=0)
+    solution = sc.solve(problem, "reward-backprop", time_steps=10, iterations=3, batch_size=64, seed=0)
     tuned = sc.ControlProblem(sc.generative_sde(solution.model, sc.VP(), shape=(2,)), initial=problem.initial)
     x = sc.simulate(tuned, 5, time_steps=20, scheme="probability-flow", seed=0).samples
     result = sc.log_likelihood(tuned, x.detach(), tolerance=1e-4)

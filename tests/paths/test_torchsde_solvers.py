@@ -238,7 +238,7 @@ def test_conditions_and_generative_references():
     assert torch.equal(mine.condition, euler.condition) and (mine.end - euler.end).abs().max() < 0.1
     mixture = sc.GaussianMixture(torch.ones(2, dtype=F64), torch.eye(2, dtype=F64), 0.5)
     tuned = sc.ControlProblem(sc.generative_sde(mixture, sc.VP()), reward=sc.Linear(torch.ones(2, dtype=F64)))
-    solution = sc.solve(tuned, time_steps=10, iterations=2, batch_size=64, seed=0)
+    solution = sc.solve(tuned, "reward-backprop", time_steps=10, iterations=2, batch_size=64, seed=0)
     paths = sc.simulate(tuned, 10, control=solution.control, scheme="heun", seed=0)
     assert paths.states.shape == (11, 10, 2)  # the steps that it was solved with
 
@@ -255,7 +255,7 @@ def test_likelihoods_are_refused_by_name():
         log_weights(random_lq(2, seed=1), paths)
     for scheme in ("srk", "probability-flow"):
         with pytest.raises(TypeError, match=f"{scheme}.*no Gaussian kernels.*simulate"):
-            sc.solve(random_lq(2, seed=1), scheme=scheme, iterations=1)
+            sc.solve(random_lq(2, seed=1), "reward-backprop", scheme=scheme, iterations=1)
         with pytest.raises(TypeError, match=scheme):
             sc.exact_solution(random_lq(2, seed=1), time_steps=5, scheme=scheme)
 

@@ -149,7 +149,9 @@ def test_shifts_towards_a_model_are_differences_of_kernels(kind):
 
 def test_a_tuned_copy_is_trained_and_its_model_is_the_controlled_process(kind):
     reference = make(kind)
-    solution = sc.solve(problem(reference), iterations=5, batch_size=64, seed=0, learning_rate=0.05, **kind[3])
+    solution = sc.solve(
+        problem(reference), "reward-backprop", iterations=5, batch_size=64, seed=0, learning_rate=0.05, **kind[3]
+    )
     assert isinstance(solution.control, TunedControl)
     assert isinstance(solution.model, ControlledModel) == reference.decodes
     with torch.no_grad():
@@ -166,7 +168,7 @@ def test_any_control_becomes_a_model(kind):
     reference = make(kind)
     reference.model.requires_grad_(False)
     p = problem(reference)
-    solution = sc.solve(p, iterations=3, batch_size=64, seed=0, **kind[3])
+    solution = sc.solve(p, "reward-backprop", iterations=3, batch_size=64, seed=0, **kind[3])
     chain, x = p.chain(**kind[3]), randn(6, 2, seed=3)
     with torch.no_grad():
         for k in range(chain.steps):
@@ -209,7 +211,7 @@ def test_guidance_takes_every_kind(kind):
 @pytest.mark.parametrize("start", ["fixed", "controlled"])
 def test_a_solution_of_a_kind_of_its_own_is_saved(start, tmp_path):
     p = problem(make(KINDS["own"]), start=start)
-    solution = sc.solve(p, iterations=2, batch_size=64, seed=0)
+    solution = sc.solve(p, "reward-backprop", iterations=2, batch_size=64, seed=0)
     solution.save(tmp_path)
     assert torch.equal(sc.load(tmp_path, p).sample(9, seed=1), solution.sample(9, seed=1))
     assert math.isfinite(solution.evaluate(128, seed=0).elbo.value)

@@ -173,7 +173,14 @@ def control_error(setting: Setting, defect: str) -> Lines:
     U, w = case.chain().control()
     module.U.data, module.w.data = tensor(size * U), tensor(size * w)
     solution = sc.solve(
-        case.problem(), time_steps=case.K, iterations=1, control=module, learning_rate=1e-14, seed=0, progress=False
+        case.problem(),
+        "reward-backprop",
+        time_steps=case.K,
+        iterations=1,
+        control=module,
+        learning_rate=1e-14,
+        seed=0,
+        progress=False,
     )
     error = sc.control_error(solution, exact, n=4096, seed=setting.seed)
     yield compare("relative error of 0.8 u*", error.relative.value, 0.04, 1e-7)
