@@ -81,6 +81,20 @@ def check_positive(name: str, value: Any, below: float = math.inf, optional: boo
         raise ValueError(f"{name} must be a finite number > 0{top}{' or None' if optional else ''}, got {value!r}.")
 
 
+def check_tolerance(tolerance: Any, dtype: torch.dtype) -> float:
+    """A tolerance of adaptive steps as float: their errors are differences of numbers of ``dtype``, and below its
+    rounding they would shrink for hours.
+
+    Raises:
+        TypeError, ValueError: no number > 0; or one below what the dtype resolves.
+    """
+    tolerance, least = as_float("tolerance", tolerance, positive=True), 8 * torch.finfo(dtype).eps
+    if tolerance < least:
+        other = " or double precision" if dtype != torch.float64 else ""
+        raise ValueError(f"tolerance={tolerance:g} is below what {dtype} resolves; use {least:.0e} or more{other}.")
+    return tolerance
+
+
 def check_tensor(
     name: str,
     value: Any,

@@ -16,8 +16,9 @@ from ..processes.generative import GenerativeSDE
 from ..processes.pretrained import call_model
 from ..processes.sde import SDE
 from ..randomness import Place, SeededNoise, derive_seed, fresh_seed
-from ..tensors import as_float, check_count, check_tensor, nonfinite_rows
+from ..tensors import check_count, check_tensor, check_tolerance, nonfinite_rows
 
+_MOST_STEPS = 1000  # from one time to the next; a smooth model takes 300 at a tolerance of 1e-14
 _EXACT = 32  # largest state whose divergence is exact by default: it costs one product per dimension
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -66,11 +67,12 @@ def _integrate(rhs: Callable[[Tensor, Any], Any], start: Any, times: Tensor, tol
     if tolerance is None:
         return odeint(rhs, start, times, method="rk4")  # fixed-grid methods: exactly one step per interval
     try:
-        return odeint(rhs, start, times, method="dopri5", rtol=tolerance, atol=tolerance)
-    except AssertionError as error:  # "underflow in dt", or a NaN
+        bounded = {"max_num_steps": _MOST_STEPS}
+        return odeint(rhs, start, times, method="dopri5", rtol=tolerance, atol=tolerance, options=bounded)
+    except AssertionError as error:  # "underflow in dt", a NaN, or too many steps
         raise NonFiniteError(
             f"the probability flow cannot be integrated to tolerance={tolerance:g} ({error}): the state is not finite, "
-            "or the tolerance is below what its dtype resolves. Use a larger tolerance, float64, or tolerance=None.",
+            "or the tolerance is below what the model resolves. Use a larger tolerance, float64, or tolerance=None.",
             what="state",
         ) from error
 
@@ -140,7 +142,7 @@ def flow_log_likelihood(
         raise ValueError(f"divergence must be 'exact', 'hutchinson' or None, got {divergence!r}.")
     check_count("probes", probes, 2, why="a standard error needs two")
     default = 1e-5 if x.dtype == torch.float32 else 1e-7
-    tolerance = default if tolerance is None else as_float("tolerance", tolerance, positive=True)
+    tolerance = check_tolerance(default if tolerance is None else tolerance, x.dtype)
     if divergence is None:
         divergence = "exact" if sde.event_shape.numel() <= _EXACT else "hutchinson"
     signs, batch = None, x.shape[0]

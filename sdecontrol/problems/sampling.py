@@ -20,7 +20,7 @@ from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
 from ..randomness import Place, derive_seed
-from ..tensors import as_float
+from ..tensors import check_tolerance
 from .launch import Launch
 from .problem import ControlProblem
 
@@ -30,7 +30,7 @@ def simulate_solver(
 ) -> SolvedPaths:
     """:func:`simulate` with a scheme that is no chain; ``chain`` is the Euler chain of the same grid."""
     step, resumed, tolerance = launch.step, launch.state is not None, launch.tolerance
-    tolerance = None if tolerance is None else as_float("tolerance", tolerance, positive=True)
+    tolerance = None if tolerance is None else check_tolerance(tolerance, problem.dtype)
     if (tolerance is not None or scheme == "probability-flow") and (
         launch.noise is not None or launch.antithetic or resumed
     ):

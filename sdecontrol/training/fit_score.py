@@ -1,5 +1,6 @@
 """``fit_score``: a diffusion or flow model from data, by denoising score matching."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .score_network import ConditionalScoreNetwork, ScoreNetwork
 
 _FIRST_TIME = 1e-3  # noising times are drawn from here on: below, every prediction of noise is singular
 _FLOOR = 0.05
+_APART = 0.02  # nats between the noised data and the law that generation starts from: more is said
 
 
 def fit_score(
@@ -60,12 +62,17 @@ def fit_score(
 
     Raises:
         ValueError, TypeError: each naming the argument. NonFiniteError: a loss that is not finite.
+
+    Warns:
+        UserWarning: the noised data's law is not the one that generation starts from (data far from mean 0 and unit
+            variance, for the schedule's noise).
     """
     check_data(data, 1, iterations, batch_size)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
     check_name("prediction", prediction, PREDICTIONS)
     drop = _check_condition(data, condition, drop)
+    _warn_where_starts_differ(data, schedule)
     seed = fresh_seed(seed)
     variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
     generator = generator_for(data.device, seed, Place.SCORE_BATCH)
@@ -92,6 +99,23 @@ def fit_score(
     with global_rng(data.device, seed, Place.SCORE_NETWORK):  # initial weights, and dropout in a user's model
         network = _network(data, schedule, prediction, model, condition, drop)
         return descend(network, loss, iterations, learning_rate, "fit-score", progress)
+
+
+def _warn_where_starts_differ(data: Tensor, schedule: Schedule) -> None:
+    """Generation starts from ``N(0, start_std^2)``, that of noised data of mean 0 and unit variance; say where these
+    data's is another one: what they differ by stays in the samples (for the probability flow all of it)."""
+    x, s = data.flatten(1).double(), torch.tensor(schedule.noise_end, dtype=torch.float64)
+    mu, std, start = float(schedule.mu(s)), float(schedule.std(s)), schedule.start_std()
+    mean, ratio = mu * x.mean(0) / start, (mu**2 * x.var(0, correction=0) + std**2) / start**2
+    apart = 0.5 * float((mean.square() + ratio - 1 - ratio.log()).sum())
+    if apart > _APART:
+        warnings.warn(
+            f"data (mean {float(x.mean()):.3g}, standard deviation {float(x.std(correction=0)):.3g}) do not suit the "
+            f"schedule: noised, their law is {apart:.2g} nats from N(0, {start:.3g}^2), which generation starts from, "
+            "and samples keep what that is off. Standardise the data, use a schedule with more noise, or start "
+            f"problems from initial=sc.Gaussian({mu:.3g} * data.mean(0), {mu:.3g}**2 * data.var(0) + {std:.3g}**2).",
+            stacklevel=3,
+        )
 
 
 def _check_condition(data: Tensor, condition: Any, drop: Any) -> float:

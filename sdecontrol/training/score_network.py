@@ -43,10 +43,11 @@ class ScoreNetwork(ResidualNetwork):
         x = data.flatten(1).double()
         self.mean.copy_(x.mean(0))
         if self.basis.numel():
-            variances, basis = torch.linalg.eigh(torch.cov(x.mT).reshape(x.shape[1], x.shape[1]))
+            spread = torch.cov(x.mT, correction=min(1, len(x) - 1))  # of one datum: 0
+            variances, basis = torch.linalg.eigh(spread.reshape(x.shape[1], x.shape[1]))
             self.basis.copy_(basis)
         else:
-            variances = x.var(0)
+            variances = x.var(0, correction=min(1, len(x) - 1))
         self.lam.copy_(variances.clamp_min(1e-5 * float(variances.max()) + 1e-12))
 
     def forward(self, x: Tensor, clock: Tensor) -> Tensor:

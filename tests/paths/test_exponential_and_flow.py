@@ -176,6 +176,33 @@ def test_the_flow_of_a_tuned_model_and_its_likelihoods():
     assert ((moved.value - result.value) / moved.stderr.clamp(min=1e-3)).abs().max() < 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_tolerance_below_what_the_dtype_resolves_is_refused(dtype):
+    law = sc.GaussianMixture(torch.ones(1, dtype=dtype), torch.ones(1, 2, dtype=dtype), 0.5)
+    problem = sc.ControlProblem(sc.generative_sde(law, sc.VP()))
+    x, eps = torch.ones(3, 2, dtype=dtype), torch.finfo(dtype).eps
+    exact = law.log_prob(x)
+    if dtype == torch.float32:  # what is allowed ends, and is right
+        assert torch.allclose(sc.log_likelihood(problem, x, tolerance=9 * eps).value, exact, atol=1e-3)
+    for small in (1e-2 * eps, 1e-14 * eps):
+        with pytest.raises(ValueError, match=rf"below what {dtype} resolves"):
+            sc.log_likelihood(problem, x, tolerance=small)
+        for scheme in ("probability-flow", "srk"):
+            with pytest.raises(ValueError, match=rf"below what {dtype} resolves"):
+                sc.simulate(problem, 4, scheme=scheme, tolerance=small, seed=0)
+
+
+@pytest.mark.slow
+def test_a_flow_too_stiff_for_its_tolerance_ends_with_an_error():
+    class Stiff(torch.nn.Module):
+        def forward(self, x, s):
+            return 1e3 * torch.sin(1e3 * x)
+
+    problem = sc.ControlProblem(sc.generative_sde(Stiff(), sc.VP(), shape=(1,)), start="fixed")
+    with pytest.raises(sc.NonFiniteError, match=r"cannot be integrated to tolerance=1e-06 .*max_num_steps"):
+        sc.log_likelihood(problem, torch.ones(1, 1), tolerance=1e-6)
+
+
 def test_float32_and_wrong_arguments():
     law = sc.GaussianMixture(torch.ones(1), torch.zeros(1, 3), 1.0)
     x = law.sample((4,))

@@ -53,6 +53,45 @@ def test_default_model_recovers_the_noise_of_a_gaussian(schedule: str, predictio
     assert error_against_exact(model, SCHEDULES[schedule], prediction) < 0.1
 
 
+@pytest.mark.parametrize("prediction", ["noise", "sample", "score", "v", "velocity"])
+@pytest.mark.parametrize("copies", [1, 7])
+def test_one_datum_is_what_its_model_samples(prediction: str, copies: int) -> None:
+    data = torch.tensor([[1.0, -2.0]]).expand(copies, 2)
+    model = sc.fit_score(data, sc.VP(), prediction, iterations=2, seed=0)
+    problem = sc.ControlProblem(sc.generative_sde(model, sc.VP(), prediction, shape=(2,)))
+    x = sc.simulate(problem, 256, seed=1, keep="end").samples
+    # the last of 100 steps adds noise of variance beta_min/100 = 0.03^2 and of its slope
+    assert float((x - data[0]).mean(0).abs().max()) < 0.02 and float(x.std()) > 0.01
+    assert float((x - data[0]).abs().max()) < 0.4
+
+
+@pytest.mark.parametrize("schedule, mean, sd", [("ve", 50.0, 1.0), ("vp", -2e3, 1e2), ("flow", 500.0, 60.0)])
+def test_data_that_do_not_suit_the_schedule_are_named(schedule: str, mean: float, sd: float) -> None:
+    """Generation starts from N(0, start_std^2); with the start that the warning names samples are right."""
+    noise, kind = SCHEDULES[schedule], "velocity" if schedule == "flow" else "noise"
+    data = mean + sd * torch.randn(1024, 2, generator=torch.Generator().manual_seed(3))
+    with pytest.warns(UserWarning, match=r"do not suit the schedule.*nats from N\(0, "):
+        model = sc.fit_score(data, noise, kind, iterations=1, seed=0)  # the Gaussian of mean and covariance
+    sde = sc.generative_sde(model, noise, kind, shape=(2,))
+    end = torch.tensor(noise.noise_end, dtype=torch.float64)
+    mu, std = float(noise.mu(end)), float(noise.std(end))
+    start = sc.Gaussian(mu * data.mean(0), mu**2 * data.var(0) + std**2)
+    off = {}
+    for name, initial in (("own", None), ("named", start)):
+        problem = sc.ControlProblem(sde, initial, start="fixed")
+        x = sc.simulate(problem, 1024, time_steps=50, scheme="probability-flow", seed=1, keep="end").samples
+        off[name] = max(float((x.mean(0) - mean).abs().max()) / sd, float((x.std(0) / sd - 1).abs().max()))
+    assert off["named"] < 0.15 < off["own"]  # 1024 draws: 0.15 is 4.8 standard errors of a mean
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_data_that_suit_the_schedule_are_not(schedule: str, recwarn: pytest.WarningsRecorder) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for data in (gaussian_data(64), torch.rand(64, 1, 8, 8, generator=generator), torch.zeros(2, 3)):
+        sc.fit_score(data, SCHEDULES[schedule], iterations=1, seed=0)
+    assert not [w for w in recwarn if "do not suit" in str(w.message)]
+
+
 class Plain(nn.Module):
     """A network without any preconditioning, as a user might write it."""
 
