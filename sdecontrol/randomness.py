@@ -170,7 +170,7 @@ class Place(enum.IntEnum):
     COMPARISON_FLOOR = 904  # a second set of exact samples
     AUTO_SEARCH = 910  # auto: for modes, before the first round
     AUTO_ROUND = 911  # [iteration]
-    AUTO_FIT = 912  # [iteration]
+    AUTO_FIT = 912  # [rounds]
 
     # cli
     SAMPLE_EVALUATION = 1001  # sdecontrol sample

@@ -74,13 +74,13 @@ class _State(nn.Module):
         self.log_weights[1] = -math.inf
         self.log_weights[1, : len(ends)] = -math.log(max(1, len(ends)))
 
-    def law(self, run: Run, most: int) -> Any:
-        """The mixture fitted to both populations; None before the first round."""
+    def law(self, run: Run, rounds: int, most: int) -> Any:
+        """The mixture fitted to both populations after so many rounds; None before the first."""
         if self._law is None and bool(self.log_z[0] > -math.inf):
             self._law = fit_mixture(
                 self.z.flatten(0, 1),
                 self.log_weights.flatten(),
-                seed=derive_seed(run.seed, Place.AUTO_FIT, run.iteration),
+                seed=derive_seed(run.seed, Place.AUTO_FIT, rounds),
                 most=most,
             )
         return self._law
@@ -171,7 +171,7 @@ class Auto(Method):
     def step(self, state: nn.Module, run: Run) -> dict[str, float]:
         assert isinstance(state, _State)
         problem = run.problem
-        law = state.law(run, self.components)
+        law = state.law(run, run.iteration, self.components)
         control = None if law is None else MixtureControl(problem, law)
         settings = TemperedSettings("states", problem.has_gradient, mixture=law is not None)
         target: Any = tempered_target(problem, run.chain, control, settings)
@@ -200,7 +200,7 @@ class Auto(Method):
 
     def finish(self, state: nn.Module, run: Run) -> Control:
         assert isinstance(state, _State)
-        law = state.law(run, self.components)
+        law = state.law(run, run.iteration + 1, self.components)
         lost = float(state.seen[0] - state.log_z[0]) > max(_WORSE, _WORSE_SIGMAS * float(state.seen[2:].norm()))
         if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)

@@ -52,6 +52,9 @@ class Solution:
         history: one dict of metrics per iteration of training.
         seed, iterations, reproducible: of the run; not reproducible where a time budget ended it.
         parts: of a file's tensors that are not the control's, as their names begin.
+
+    With one seed :meth:`simulate`, :meth:`sample`, :meth:`weighted_sample`, :meth:`evaluate` and :func:`certify` look
+    at the same paths, which share no draw with the training, whatever its seed.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()

@@ -70,7 +70,8 @@ def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
             raise BadFileError(
                 f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
             )
-    numbers = saved.get("numbers", {})
+    if (numbers := saved.get("numbers", {})) is None:  # a file of before schema 3
+        return
     for name, now in current["numbers"].items():
         if (then := numbers.get(name)) is None:
             raise BadFileError(f"{path} belongs to another problem: it had no {name}.")

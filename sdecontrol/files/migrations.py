@@ -18,6 +18,7 @@ def migrated(
         _own_fields(settings)
     if schema < 3:
         tensors = _standard_names(tensors, settings)
+        _no_numbers(settings)
     return tensors, settings
 
 
@@ -65,6 +66,12 @@ def _rename_networks(saved: Any) -> None:
             _rename(saved, gate="langevin", gate_scale="langevin_scale", nonlinear="radial_basis")
         for part in saved.values():
             _rename_networks(part)
+
+
+def _no_numbers(settings: dict[str, Any]) -> None:
+    """From 2 to 3: numbers of a problem were taken at other random states, and cannot be compared."""
+    if isinstance(settings.get("problem"), dict):
+        settings["problem"]["numbers"] = None
 
 
 def _rename(saved: Any, **names: str) -> None:

@@ -397,6 +397,26 @@ def in_former_names(folder, monkeypatch):
             write_bundle(folder, path.stem, tensors, settings)
 
 
+def test_a_file_of_schema_2_knows_its_problem_by_facts_alone(tmp_path, written):
+    """Its numbers were taken at other random states; those of now are compared."""
+    problem, solution, tensors, settings = written
+    other = {**settings, "problem": {**settings["problem"], "numbers": {"drift": [1.0]}}}
+
+    def rewrite(schema, **facts):
+        write_bundle(tmp_path, "solution", tensors, {**other, "problem": {**other["problem"], **facts}})
+        path = tmp_path / "solution.json"
+        body = {**json.loads(path.read_text()), "schema": schema}
+        body["settings_sha256"] = bundles._checksum(body)
+        path.write_text(json.dumps(body))
+
+    rewrite(2)
+    assert torch.equal(sc.load(tmp_path, problem).sample(32, seed=2), solution.sample(32, seed=2))
+    for schema, facts in ((2, {"alpha": 7.0}), (migrations.SCHEMA, {})):
+        rewrite(schema, **facts)
+        with pytest.raises(sc.BadFileError, match="belongs to another problem"):
+            sc.load(tmp_path, problem)
+
+
 def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
     def run(folder, iterations, **more):
         options = {"time_steps": K, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_dir": folder}
