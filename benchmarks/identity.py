@@ -529,7 +529,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "best-of-n/rejection": lambda: sc.BestOfN(8, "rejection", bound=2.0),
     "auto": lambda: sc.Auto(64, 200_000, 4),
     "mala": lambda: sc.MALA(16, 20, 1),
-    "hmc": lambda: sc.HMC(16, 20, None, leaps=3),
+    "hmc": lambda: sc.HMC(16, 20, None, leapfrog_steps=3),
     "nuts": lambda: sc.NUTS(2, 20, 1, max_tree_depth=3),
 }
 

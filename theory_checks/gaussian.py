@@ -19,8 +19,8 @@ Affine = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def log_density(x: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> np.ndarray:
     """``log N(x; mean, cov)`` for x ``(..., n)``."""
-    white = np.linalg.solve(np.linalg.cholesky(cov), (x - mean)[..., None])[..., 0]
-    return -0.5 * (white**2).sum(-1) - 0.5 * np.linalg.slogdet(2 * np.pi * cov)[1]
+    standard = np.linalg.solve(np.linalg.cholesky(cov), (x - mean)[..., None])[..., 0]
+    return -0.5 * (standard**2).sum(-1) - 0.5 * np.linalg.slogdet(2 * np.pi * cov)[1]
 
 
 def gaussian_kl(p: Joint, q: Joint) -> float:

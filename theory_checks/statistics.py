@@ -53,11 +53,11 @@ def gaussian_law(
     """Whether the rows of x ``(n, d)`` are independent draws of N(mean, cov): three projections, the mean (chi-square),
     the scale (sum of squared Mahalanobis distances, chi-square with n d degrees) and the distances' law."""
     x = as_array(x)
-    white = np.linalg.solve(np.linalg.cholesky(cov), (x - mean).T).T
-    n, d = white.shape
-    yield from projections(what, white, lambda v, _: stats.norm.cdf(v), rng)
-    yield p_value(f"{what}: mean (chi-square)", float(stats.chi2.sf(n * (white.mean(0) ** 2).sum(), d)))
-    squares = (white**2).sum(-1)
+    standard = np.linalg.solve(np.linalg.cholesky(cov), (x - mean).T).T
+    n, d = standard.shape
+    yield from projections(what, standard, lambda v, _: stats.norm.cdf(v), rng)
+    yield p_value(f"{what}: mean (chi-square)", float(stats.chi2.sf(n * (standard.mean(0) ** 2).sum(), d)))
+    squares = (standard**2).sum(-1)
     total = squares.sum()
     yield p_value(
         f"{what}: scale (chi-square)", float(2 * min(stats.chi2.sf(total, n * d), stats.chi2.cdf(total, n * d)))

@@ -23,7 +23,7 @@ from ..tensors import check_count
 
 _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
 _GAIN = 0.8  # of the cost, below which a round was worth it
-_QUIET = 2  # rounds without a change, after which no more are made
+_MOST_UNCHANGED = 2  # rounds without a change, after which no more are made
 _LOST = 0.1  # nats of log Z below the population that is kept, at which a round does not take its place
 # Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
 # has chosen its own ladder leaves out what its moves do not forget, and is several times too small where levels are
@@ -44,7 +44,7 @@ class _State(nn.Module):
     cost: Tensor
     seen: Tensor
     spent: Tensor
-    quiet: Tensor
+    unchanged: Tensor
 
     def __init__(self, run: Run, size: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _State(nn.Module):
             # of the first
             "seen": torch.full((4,), math.nan, **numbers),
             "spent": torch.zeros((), dtype=torch.long, device=problem.device),
-            "quiet": torch.zeros((), dtype=torch.long, device=problem.device),  # rounds without a change
+            "unchanged": torch.zeros((), dtype=torch.long, device=problem.device),  # rounds without a change
         }
         for name, value in buffers.items():
             self.register_buffer(name, value)
@@ -107,7 +107,7 @@ class _State(nn.Module):
         self._law = None
         same = abs(float(self.log_z[0] - self.seen[1])) < max(_SAME, _SIGMAS * float(self.seen[2]))
         settled = same and float(self.cost[1]) > _GAIN * float(self.cost[2])
-        self.quiet.fill_(int(self.quiet) + 1 if settled else 0)
+        self.unchanged.fill_(int(self.unchanged) + 1 if settled else 0)
         return variance
 
 
@@ -196,7 +196,7 @@ class Auto(Method):
 
     def finished(self, state: nn.Module, run: Run) -> bool:
         assert isinstance(state, _State)
-        return int(state.spent) >= self.evaluations or int(state.quiet) >= _QUIET
+        return int(state.spent) >= self.evaluations or int(state.unchanged) >= _MOST_UNCHANGED
 
     def finish(self, state: nn.Module, run: Run) -> Control:
         assert isinstance(state, _State)

@@ -2,7 +2,7 @@
 
 Two kinds of reference have such a bridge to their end, whatever their start: those of Gibbs problems on a falling
 clock, and generative references that have forgotten their start, where it is the noising process. z is the state in
-coordinates of the end: normalised, flattened.
+coordinates of the end: standardised, flattened.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Ends(Protocol):
     """See the module's head. Where a law stands in the place of the reference's end,
     ``u = rate (score of its marginal - the reference's score)``."""
 
-    def white(self, x: Tensor) -> Tensor:
+    def standardised(self, x: Tensor) -> Tensor:
         """States ``(n, *event)`` as z ``(n, d)``."""
         ...
 
-    def coloured(self, z: Tensor) -> Tensor:
-        """The other way."""
+    def states(self, z: Tensor) -> Tensor:
+        """The inverse."""
         ...
 
     def between(self, t: float) -> tuple[float, float]:
@@ -43,7 +43,7 @@ class Ends(Protocol):
         """Of a difference of scores in z, for the control."""
         ...
 
-    def pull(self, t: float) -> float:
+    def end_rate(self, t: float) -> float:
         """Of a difference of expected ends in z, for the control: ``rate a_t/l_t``."""
         ...
 
@@ -71,10 +71,10 @@ class TimeChangedEnds(Ends):
     def __init__(self, reference: TimeChanged) -> None:
         self.reference, self.stationary = reference, reference.kind == "ou"
 
-    def white(self, x: Tensor) -> Tensor:
+    def standardised(self, x: Tensor) -> Tensor:
         return (x - self.reference.centre) / self.reference.scale
 
-    def coloured(self, z: Tensor) -> Tensor:
+    def states(self, z: Tensor) -> Tensor:
         return self.reference.centre + self.reference.scale * z
 
     def _left(self, t: float) -> float:
@@ -91,16 +91,16 @@ class TimeChangedEnds(Ends):
     def rate(self, t: float) -> float:
         return math.sqrt(float(self.reference.speed(t)))
 
-    def pull(self, t: float) -> float:
+    def end_rate(self, t: float) -> float:
         decay, variance = self._onwards(self._left(t))
         return self.rate(t) * decay / variance
 
     def score(self, x: Tensor, t: float) -> Tensor:
-        z = self.white(x)
+        z = self.standardised(x)
         return -z if self.stationary else -z / (1 - self._left(t))
 
     def expected(self, x: Tensor, t: float) -> Tensor:
-        return self._onwards(self._left(t))[0] * self.white(x)
+        return self._onwards(self._left(t))[0] * self.standardised(x)
 
     def on_grid(self, chain: Chain) -> Callable[[int, Tensor, Tensor], Tensor] | None:
         if not isinstance(chain, TransitionChain) or chain.reference is not self.reference:
@@ -114,7 +114,7 @@ class TimeChangedEnds(Ends):
 
         def shift(k: int, x: Tensor, expected: Tensor) -> Tensor:
             gain, decay = rows[k]
-            return gain * (expected - decay * self.white(x))
+            return gain * (expected - decay * self.standardised(x))
 
         return shift
 
@@ -130,10 +130,10 @@ class NoisingEnds(Ends):
         self.reference = reference
         self._first = float(reference.schedule.std(torch.zeros((), dtype=torch.float64)))
 
-    def white(self, x: Tensor) -> Tensor:
+    def standardised(self, x: Tensor) -> Tensor:
         return x.flatten(1)
 
-    def coloured(self, z: Tensor) -> Tensor:
+    def states(self, z: Tensor) -> Tensor:
         return z.unflatten(1, self.reference.event_shape)
 
     def between(self, t: float) -> tuple[float, float]:
@@ -143,7 +143,7 @@ class NoisingEnds(Ends):
     def rate(self, t: float) -> float:
         return self.reference.at(t).level
 
-    def pull(self, t: float) -> float:
+    def end_rate(self, t: float) -> float:
         a, variance = self.between(t)
         return self.rate(t) * a / variance
 
@@ -156,7 +156,7 @@ class NoisingEnds(Ends):
 
     def expected(self, x: Tensor, t: float) -> Tensor:
         a, variance = self.between(t)
-        return (self.white(x) + variance * self.score(x, t)) / a
+        return (self.standardised(x) + variance * self.score(x, t)) / a
 
     def on_grid(self, chain: Chain) -> Callable[[int, Tensor, Tensor], Tensor] | None:
         if chain.start or chain.reference is not self.reference:
@@ -167,8 +167,8 @@ class NoisingEnds(Ends):
 
         def shift(k: int, x: Tensor, expected: Tensor) -> Tensor:
             a, variance = between[k]
-            score = (a * expected - self.white(x)) / variance
-            return self.coloured(gains[k] * (score - self._score(x, denoise(k, x, None), times[k])))
+            score = (a * expected - self.standardised(x)) / variance
+            return self.states(gains[k] * (score - self._score(x, denoise(k, x, None), times[k])))
 
         return shift
 

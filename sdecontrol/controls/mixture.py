@@ -98,9 +98,9 @@ class MixtureControl(Control):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
-        ends, time, z = self._ends, float(t), self._ends.white(x)
+        ends, time, z = self._ends, float(t), self._ends.standardised(x)
         if ends.between(time)[0] < _NOTHING:
-            u = ends.pull(time) * (self._expected(z, time) - ends.expected(x, time))
+            u = ends.end_rate(time) * (self._expected(z, time) - ends.expected(x, time))
         else:  # E[z_T | z_t] - z_t would drown in rounding at the end
             u = ends.rate(time) * (self._law_at(time).score(z) - ends.score(x, time))
         return u.reshape(x.shape)
@@ -110,17 +110,17 @@ class MixtureControl(Control):
         if shift is None:
             return super().on_chain(chain, tables)
         denoise = self.denoiser_on_grid(chain.times)
-        return lambda k, x, y: shift(k, x, self._ends.white(denoise(k, x, y)))
+        return lambda k, x, y: shift(k, x, self._ends.standardised(denoise(k, x, y)))
 
     # ------------------------------------------------------------ E[x_T | x_t], as networks see it
 
     def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         """``E[x_T | x_t]`` at a 0-d t, of x's shape."""
-        return self._ends.coloured(self._expected(self._ends.white(x), float(t)))
+        return self._ends.states(self._expected(self._ends.standardised(x), float(t)))
 
     def ends(self, n: int, seed: int) -> Tensor:
         """Draws of the mixture, ``(n, *event)``."""
-        return self._ends.coloured(draw(self.law, n, derive_seed(seed, Place.MIXTURE_ENDS)))
+        return self._ends.states(draw(self.law, n, derive_seed(seed, Place.MIXTURE_ENDS)))
 
     def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> E[x_T | x_k]``; what was asked last is remembered, since control and network both ask."""

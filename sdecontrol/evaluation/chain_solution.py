@@ -39,7 +39,7 @@ class ChainSettings:
         warm_up: moves of each chain before its kernel is frozen.
         thin: moves between two draws; None: as many as make them nearly independent, by the end of the warm-up; 1 for
             NUTS.
-        leaps: of a move of "hmc"; None: as many as turn the trajectory far enough.
+        leapfrog_steps: of a move of "hmc"; None: as many as turn the trajectory far enough.
         width: of the Gaussian that chains start from, in units of the reference's end.
         max_tree_depth: for NUTS.
     """
@@ -48,7 +48,7 @@ class ChainSettings:
     num_chains: int
     warm_up: int
     thin: int | None = None
-    leaps: int | None = None
+    leapfrog_steps: int | None = None
     width: float = 2.0
     max_tree_depth: int = 10
 
@@ -99,8 +99,10 @@ class ChainSolution(Solution):
                         target, chains.num_chains, chains.warm_up, seed, chains.max_tree_depth, chains.thin
                     )
                 else:
-                    leaps = 1 if chains.kernel == "mala" else chains.leaps
-                    warm, work = warm_up_chains(target, chains.num_chains, chains.warm_up, seed, leaps, chains.thin)
+                    leapfrog_steps = 1 if chains.kernel == "mala" else chains.leapfrog_steps
+                    warm, work = warm_up_chains(
+                        target, chains.num_chains, chains.warm_up, seed, leapfrog_steps, chains.thin
+                    )
             self.evaluations += work
         self.warm = warm
 

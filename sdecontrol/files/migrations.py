@@ -6,6 +6,13 @@ from torch import Tensor
 
 SCHEMA = 3  # of files as they are written now; without a number: 1
 
+_SAMPLERS = {  # tensors of solutions that are ways of sampling
+    "chains.steps": "chains.step_size",
+    "chains.leaps": "chains.leapfrog_steps",
+    "chains.apart": "chains.thin",
+    "ladder.leaps": "ladder.leapfrog_steps",
+}
+_ROUNDS = {"state.quiet": "state.unchanged"}  # of a checkpoint of Auto
 _PARAMETERS = (("gate", "langevin"), ("bent", "radial"))  # of networks, which alone have a time_weight
 _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
 
@@ -54,8 +61,11 @@ def _standard_names(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dic
         _rename(settings.get("identity"), cooling="anneal")
     elif settings["kind"] == "solution":
         _rename_networks(settings.get("control"))
+        own = settings.get("solution")
+        _rename(own.get("chains") if isinstance(own, dict) else None, leaps="leapfrog_steps")
     networks = {name.removesuffix("time_weight") for name in tensors if name.endswith("time_weight")}
     renamed = {f"{network}{former}": f"{network}{present}" for network in networks for former, present in _PARAMETERS}
+    renamed |= _SAMPLERS if settings["kind"] == "solution" else _ROUNDS
     return {renamed.get(name, name): value for name, value in tensors.items()}
 
 

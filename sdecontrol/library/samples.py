@@ -177,13 +177,13 @@ def _make(
         rows = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         rows = rows[torch.randperm(n, generator=generator, device=rows.device)]
         p = points_at(tempered, found.z.flatten(0, 1)[rows], tempered.draw_origin(n, seed))
-        kernel = Kernel(1.0, ladder.centres[-1], ladder.factors[-1], int(ladder.leaps[-1]))
+        kernel = Kernel(1.0, ladder.centres[-1], ladder.factors[-1], int(ladder.leapfrog_steps[-1]))
         for _ in range(moves):
             p, _ = kernel.move(tempered, p, float(ladder.angles[-1]), generator)
         x = tempered.states(p.z)
         tensors = {"x": x, "system": rows // particles, "log_z": found.log_z, "log_density": target(x).double()}
     assert problem.pilot is not None
-    work = problem.pilot.values + chosen.evaluations + found.evaluations + n * (1 + moves * kernel.leaps)
+    work = problem.pilot.values + chosen.evaluations + found.evaluations + n * (1 + moves * kernel.leapfrog_steps)
     return tensors, {"evaluations": work}
 
 

@@ -85,17 +85,17 @@ class MALA(_Chains):
 @register
 @dataclass(frozen=True)
 class HMC(_Chains):
-    """Hamiltonian Monte Carlo (Neal 1206.1901), as :class:`MALA` with several leaps a move.
+    """Hamiltonian Monte Carlo (Neal 1206.1901), as :class:`MALA` with several leapfrog steps a move.
 
     Args:
-        leaps: of a move; None: as many as turn its trajectory far enough, 16 at most.
+        leapfrog_steps: of a move; None: as many as turn its trajectory far enough, 16 at most.
     """
 
-    leaps: int | None = None
+    leapfrog_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("leaps", self.leaps, 1, optional=True)
+        check_count("leapfrog_steps", self.leapfrog_steps, 1, optional=True)
 
 
 @register
@@ -108,7 +108,7 @@ class NUTS(_Chains):
 
     Args:
         num_chains, warm_up: each chain adapts its own step size and mass matrix.
-        max_tree_depth: a move has at most 2 to this power leaps.
+        max_tree_depth: a move has at most 2 to this power leapfrog steps.
 
     Raises:
         ModuleNotFoundError: pyro-ppl is missing; besides those of :class:`MALA`.

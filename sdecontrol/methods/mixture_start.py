@@ -58,13 +58,13 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
         if found.evaluations / n >= work:
             return None
         place = derive_seed(seed, Place.FIRST_MIXTURE_FIT, part)
-        law = fit_mixture(ends.white(end), found.log_weights[0], seed=place)
+        law = fit_mixture(ends.standardised(end), found.log_weights[0], seed=place)
         control, work = MixtureControl(problem, law), found.evaluations / n
     with problem.evaluating():
         end, log_w = _weighted(tempered_ends(problem, chain, control), size, seed)
     if float(effective_number(log_w)) > size:
         place = derive_seed(seed, Place.FIRST_MIXTURE_LAST_FIT)
-        control = MixtureControl(problem, fit_mixture(ends.white(end), log_w, seed=place))
+        control = MixtureControl(problem, fit_mixture(ends.standardised(end), log_w, seed=place))
     return control
 
 

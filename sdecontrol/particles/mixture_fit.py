@@ -167,14 +167,14 @@ class _Joint(_Fit):
             half = 0.5 * (self.cov.log() + self.means.square() * precision).sum(1)
             level = self.weights.log() - half - 0.5 * d * math.log(2 * math.pi)
             return level - 0.5 * z.square() @ precision.mT + z @ (self.means * precision).mT
-        # all components whiten a sample by one product of matrices
+        # all components standardise a sample by one product of matrices
         eye = torch.eye(d, dtype=z.dtype, device=z.device).expand(k, d, d)
         inverse = torch.linalg.solve_triangular(self.root, eye, upper=False)
-        white = inverse.flatten(0, 1).mT
+        factors = inverse.flatten(0, 1).mT
         offset = (inverse @ self.means.unsqueeze(2)).flatten()
         half = self.root.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * d * math.log(2 * math.pi)
         for part in z.split(_ROWS):
-            square = (part @ white - offset).square().unflatten(1, (k, d)).sum(2)
+            square = (part @ factors - offset).square().unflatten(1, (k, d)).sum(2)
             out.append(self.weights.log() - half - 0.5 * square)
         return torch.cat(out)
 

@@ -72,7 +72,7 @@ class _Energy(torch.autograd.Function):
 
 
 def warm_up_nuts(
-    target: StateTarget, chains: int, iterations: int, seed: int, depth: int, apart: int | None = None
+    target: StateTarget, chains: int, iterations: int, seed: int, depth: int, thin: int | None = None
 ) -> tuple[WarmChains, int]:
     """As :func:`warm_up_chains`, each chain with a step size and mass matrix of its own; ``depth``: of the trees at
     most."""
@@ -96,7 +96,7 @@ def warm_up_nuts(
         starts.z.new_zeros(0),
         torch.stack(masses),
         torch.tensor(0),
-        torch.tensor(1 if apart is None else apart),
+        torch.tensor(1 if thin is None else thin),
     )
     return warm, chains + potential.calls
 
@@ -109,7 +109,7 @@ def run_nuts(target: StateTarget, warm: WarmChains, draws: int, seed: int, depth
         with _undisturbed(target.device, seed, Place.NUTS, m):
             kernel = nuts(
                 potential_fn=potential,
-                step_size=float(warm.steps[m]),
+                step_size=float(warm.step_size[m]),
                 adapt_step_size=False,
                 adapt_mass_matrix=False,
                 full_mass=warm.factor.ndim == 3,
@@ -120,7 +120,7 @@ def run_nuts(target: StateTarget, warm: WarmChains, draws: int, seed: int, depth
             kernel.mass_matrix_adapter.inverse_mass_matrix = {(_SITE,): warm.factor[m]}
             state = kernel.initial_params
             for _ in range(draws):
-                for _ in range(int(warm.apart)):
+                for _ in range(int(warm.thin)):
                     state = kernel.sample(state)
                 z.append(state[_SITE].detach().clone())
                 energy = (

@@ -15,8 +15,8 @@ The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotatio
 in the directions where the target is that Gaussian, and none from their number. Particles that begin with a mixture m
 (``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the coordinates of a component
 drawn given its place (:class:`_Component`), and an independent draw from m is proposed after every such move
-(:meth:`Kernel.leap`). One step of the flow is a MALA move; without a gradient it is the preconditioned Crank-Nicolson
-move (Cotter et al. 1202.0709).
+(:meth:`Kernel.independence_move`). One leapfrog step, of this flow, is a MALA move; without a gradient it is the
+preconditioned Crank-Nicolson move (Cotter et al. 1202.0709).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .smc import resample
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
 # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
 _JITTER = 3.0
-_MOST_LEAPS, _MOST_MOVES = 16, 24
+_MOST_LEAPFROG, _MOST_MOVES = 16, 24
 _TURN = 1.2  # radians that a whole trajectory turns
 _ACCEPT = {True: 0.75, False: 0.35}  # wanted acceptance with and without a gradient
 _ROUGHEST, _COARSEST = 1e-4, math.pi / 2  # angles
@@ -51,7 +51,7 @@ _MOST_LEVELS = 500
 _CORRELATION = 0.3  # of phi before and after the moves of a level, at which they are enough
 _RESAMPLE = 0.6  # effective fraction below which a system is resampled
 _FAR = 100.0  # standard deviations of the reference
-_GONE = 1e6  # and beyond which a leap has diverged
+_GONE = 1e6  # and beyond which a trajectory has diverged
 _ROWS = 16384  # particles moved at once
 _HELD = 1 << 19  # numbers of a mixture's terms held at once
 
@@ -157,14 +157,15 @@ class Ladder:
         betas: ``(J,)``, increasing, the last is 1.
         centres: ``(J, dim)``; factors: ``(J, dim, dim)``, or ``(J, dim)`` of a diagonal: the Gaussians fitted to the
             levels (not used by particles that begin with a mixture).
-        angles: ``(J,)`` radians turned by one leap. leaps, moves: ``(J,)`` leaps of a move, and moves.
+        angles: ``(J,)`` radians turned by one leapfrog step.
+        leapfrog_steps, moves: ``(J,)`` steps of a move, and moves.
     """
 
     betas: Tensor
     centres: Tensor
     factors: Tensor
     angles: Tensor
-    leaps: Tensor
+    leapfrog_steps: Tensor
     moves: Tensor
 
     def __len__(self) -> int:
@@ -174,7 +175,7 @@ class Ladder:
     def work(self) -> int:
         """Evaluations that one particle costs: gradients of a smooth target, values of another; without the independent
         draws that a mixture proposes, one more for every move."""
-        return 1 + int((self.leaps * self.moves).sum())
+        return 1 + int((self.leapfrog_steps * self.moves).sum())
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
         phi = phi + normal - torch.cat([p[0] for p in pairs])
         if target.smooth:
             slope = slope - z - torch.cat([p[1] for p in pairs])
-    # leaps that diverge end far outside, where a density may well be inf - inf: those moves are rejected
+    # trajectories that diverge end far outside, where a density may well be inf - inf: those moves are rejected
     far = z.abs().amax(1) > _FAR
     phi = torch.where(far & ~phi.isfinite(), -math.inf, phi)
     if bool((phi.isnan() | (phi == math.inf)).any()):
@@ -269,18 +270,18 @@ class _Fitted:
     centre: Tensor
     factor: Tensor
 
-    def whiten(self, z: Tensor) -> Tensor:
+    def standardise(self, z: Tensor) -> Tensor:
         if self.factor.ndim == 1:
             return (z - self.centre) / self.factor
         return torch.linalg.solve_triangular(self.factor, (z - self.centre).mT, upper=False).mT
 
-    def colour(self, w: Tensor) -> Tensor:
+    def unstandardise(self, w: Tensor) -> Tensor:
         return self.centre + (w * self.factor if self.factor.ndim == 1 else w @ self.factor.mT)
 
     def energy(self, p: Points, w: Tensor, v: Tensor, beta: float) -> Tensor:
         return 0.5 * (p.z.double().square().sum(1) + v.double().square().sum(1)) - beta * p.phi.double()
 
-    def push(self, p: Points, w: Tensor, beta: float) -> Tensor:
+    def residual_gradient(self, p: Points, w: Tensor, beta: float) -> Tensor:
         """Gradient in w of what the potential has beyond ``|w|^2/2``."""
         slope = p.z - beta * p.slope
         return (slope * self.factor if self.factor.ndim == 1 else slope @ self.factor) - w
@@ -299,18 +300,18 @@ class _Component:
     widths: Tensor
     axes: Tensor | None
 
-    def whiten(self, z: Tensor) -> Tensor:
+    def standardise(self, z: Tensor) -> Tensor:
         d = z - self.centre
         return (d if self.axes is None else (d.unsqueeze(1) @ self.axes).squeeze(1)) / self.widths
 
-    def colour(self, w: Tensor) -> Tensor:
+    def unstandardise(self, w: Tensor) -> Tensor:
         d = w * self.widths
         return self.centre + (d if self.axes is None else (self.axes @ d.unsqueeze(2)).squeeze(2))
 
     def energy(self, p: Points, w: Tensor, v: Tensor, beta: float) -> Tensor:
         return 0.5 * (w.double().square().sum(1) + v.double().square().sum(1)) - beta * p.phi.double()
 
-    def push(self, p: Points, w: Tensor, beta: float) -> Tensor:
+    def residual_gradient(self, p: Points, w: Tensor, beta: float) -> Tensor:
         slope = -beta * p.slope
         return (slope if self.axes is None else (slope.unsqueeze(1) @ self.axes).squeeze(1)) * self.widths
 
@@ -322,14 +323,14 @@ class Kernel:
     Attributes:
         beta: the level; 1 for the target itself. centre, factor: the fitted Gaussian, as in :class:`Ladder`; of a
             target whose particles begin with a mixture its components are taken instead.
-        leaps: of a move, each of one evaluation.
+        leapfrog_steps: of a move, each of one evaluation.
         jitter: the angle of a move is the given one times ``exp(-jitter U)``, U uniform in [0, 1].
     """
 
     beta: float
     centre: Tensor
     factor: Tensor
-    leaps: int
+    leapfrog_steps: int
     jitter: float = _JITTER
 
     def move(
@@ -346,25 +347,25 @@ class Kernel:
             if target.law is None
             else _Component(*target.law.component(p.z, generator))
         )
-        w, new = frame.whiten(p.z), p
+        w, new = frame.standardise(p.z), p
         before = frame.energy(p, w, v, self.beta)
         lost = torch.zeros(
             n, 1, dtype=torch.bool, device=p.z.device
-        )  # leaps that diverge are not followed, and rejected
-        for _ in range(self.leaps):
+        )  # trajectories that diverge are not followed, and rejected
+        for _ in range(self.leapfrog_steps):
             if target.smooth:
-                v = v - 0.5 * turn * frame.push(new, w, self.beta)
+                v = v - 0.5 * turn * frame.residual_gradient(new, w, self.beta)
             w, v = w * turn.cos() + v * turn.sin(), v * turn.cos() - w * turn.sin()
-            z = frame.colour(w)
+            z = frame.unstandardise(w)
             lost = lost | ~(z.abs().amax(1, keepdim=True) < _GONE)  # nan too
             new = points_at(target, torch.where(lost, p.z, z), p.origin)
             if target.smooth:
-                v = v - 0.5 * turn * frame.push(new, w, self.beta)
+                v = v - 0.5 * turn * frame.residual_gradient(new, w, self.beta)
         change = torch.where(lost.squeeze(1), -math.inf, before - frame.energy(new, w, v, self.beta))
         accept = uniform.double().log() < torch.nan_to_num(change, nan=-math.inf)
         return new.where(accept, p), accept
 
-    def leap(self, target: TemperedTarget, p: Points, generator: torch.Generator) -> Points:
+    def independence_move(self, target: TemperedTarget, p: Points, generator: torch.Generator) -> Points:
         """The particles after each was offered a draw of the law that they began with, however far: an independence
         Metropolis move, which is accepted with probability ``exp(beta (phi' - phi))``. The better the law, the more
         are."""
@@ -451,27 +452,31 @@ def adapt(
             p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
             log_w = torch.full_like(log_w, -math.log(particles))
         began, moves = p.phi, 0
-        leaps = leaps_of(angle, target.smooth)
+        leapfrog_steps = leapfrog_steps_for(angle, target.smooth)
         while moves < most_moves:
-            kernel = Kernel(beta, centre, factor, leaps)
+            kernel = Kernel(beta, centre, factor, leapfrog_steps)
             p, accept = kernel.move(target, p, angle, generator)
             rate = float(accept.double().mean())
             angle = min(_COARSEST, max(_ROUGHEST, angle * math.exp(rate - _ACCEPT[target.smooth])))
-            moves, work, leaps = moves + 1, work + particles * leaps, leaps_of(angle, target.smooth)
+            moves, work, leapfrog_steps = (
+                moves + 1,
+                work + particles * leapfrog_steps,
+                leapfrog_steps_for(angle, target.smooth),
+            )
             if target.law is not None:
-                p, work = kernel.leap(target, p, generator), work + particles
+                p, work = kernel.independence_move(target, p, generator), work + particles
             enough = last_moves if beta == 1 else 1
             if moves >= enough and _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
                 break
-        found.append((beta, centre, factor, angle, leaps, moves, ess, float(resampled)))
-    betas, centres, factors, angles, leap_counts, move_counts, fractions, resamplings = zip(*found)
+        found.append((beta, centre, factor, angle, leapfrog_steps, moves, ess, float(resampled)))
+    betas, centres, factors, angles, leapfrog_counts, move_counts, fractions, resamplings = zip(*found)
     as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=p.z.device)  # noqa: E731
     ladder = Ladder(
         as_double(betas),
         torch.stack(centres),
         torch.stack(factors),
         as_double(angles),
-        torch.tensor(leap_counts),
+        torch.tensor(leapfrog_counts),
         torch.tensor(move_counts),
     )
     population = Population(
@@ -520,11 +525,11 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
             chosen = own[:, :1] + resample(log_w, N, "systematic", generator)
             p = p.rows(torch.where(poor, chosen, own).flatten())
             log_w = torch.where(poor, -math.log(N), log_w)
-        kernel = Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leaps[j]))
+        kernel = Kernel(beta, ladder.centres[j], ladder.factors[j], int(ladder.leapfrog_steps[j]))
         for _ in range(int(ladder.moves[j])):
             p, _ = kernel.move(target, p, float(ladder.angles[j]), generator)
             if target.law is not None:
-                p = kernel.leap(target, p, generator)
+                p = kernel.independence_move(target, p, generator)
         facts.append((float(ess.mean()), float(poor.double().mean())))
     all_facts = torch.tensor(facts, dtype=torch.float64, device=p.z.device)
     return Population(
@@ -569,9 +574,9 @@ def _increment(step: float, phi: Tensor) -> Tensor:
     return torch.where(phi > -math.inf, step * phi.double(), -math.inf)
 
 
-def leaps_of(angle: float, smooth: bool) -> int:
-    """Leaps of a move whose trajectory turns far enough; one where there is no gradient."""
-    return max(1, min(_MOST_LEAPS, round(_TURN / angle))) if smooth else 1
+def leapfrog_steps_for(angle: float, smooth: bool) -> int:
+    """Leapfrog steps of a move whose trajectory turns far enough; one where there is no gradient."""
+    return max(1, min(_MOST_LEAPFROG, round(_TURN / angle))) if smooth else 1
 
 
 def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> float:

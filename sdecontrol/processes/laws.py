@@ -171,9 +171,9 @@ class Gaussian(Distribution):
         root, info = torch.linalg.cholesky_ex(self._cov)
         if bool((info != 0).any()):
             raise ValueError("this Gaussian is degenerate (its covariance is singular) and has no density.")
-        white = torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).squeeze(-1)
+        standard = torch.linalg.solve_triangular(root, difference.unsqueeze(-1), upper=False).squeeze(-1)
         half_log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (white**2).sum(-1) - half_log_det - 0.5 * difference.shape[-1] * _LOG_2PI
+        return -0.5 * (standard**2).sum(-1) - half_log_det - 0.5 * difference.shape[-1] * _LOG_2PI
 
     def entropy(self) -> Tensor:
         n = self.event_shape.numel()

@@ -88,8 +88,8 @@ class LinearSDE(SDE):
         _, cov = moments(initial)
         law = self.transition(0.0, self.horizon)
         end = law.matrix @ cov @ law.matrix.mT + law.covariance
-        white = [torch.linalg.pinv(factor(c), hermitian=True) for c in (cov, end)]
-        return float(torch.linalg.matrix_norm(white[0] @ cov @ law.matrix.mT @ white[1], 2))
+        inverses = [torch.linalg.pinv(factor(c), hermitian=True) for c in (cov, end)]
+        return float(torch.linalg.matrix_norm(inverses[0] @ cov @ law.matrix.mT @ inverses[1], 2))
 
     def _at(self, name: str, c: Any, t: float | Tensor) -> Tensor:
         if isinstance(c, Tensor):

@@ -112,7 +112,7 @@ class Moments(NamedTuple):
     slope: Tensor
     level: Tensor
     centre: Tensor  #: mean of x_t
-    whiten: Tensor  #: ``whiten (x_t - centre)`` has unit variances (0 where x_t has none)
+    standardiser: Tensor  #: ``standardiser (x_t - centre)`` has unit variances (0 where x_t has none)
     left: Tensor
     weight: Tensor  #: 1 / mean variance of the target given x_t
 
@@ -168,8 +168,8 @@ class Bridge:
         )
         values, vectors = torch.linalg.eigh(symmetric(path @ self.cov @ path.mT + cov))
         good = values > 1e-12 * values.max().clamp(min=1e-300)
-        whiten = (vectors * torch.where(good, values.clamp(min=1e-300).rsqrt(), 0.0)) @ vectors.mT
-        gain = self.cov @ path.mT @ whiten @ whiten
+        standardiser = (vectors * torch.where(good, values.clamp(min=1e-300).rsqrt(), 0.0)) @ vectors.mT
+        gain = self.cov @ path.mT @ standardiser @ standardiser
         kept = torch.eye(2 * self.size, dtype=torch.float64) - gain @ path
         left_z = kept @ self.cov @ kept.mT + gain @ cov @ gain.mT
         left = symmetric(ends @ left_z @ ends.mT)
@@ -177,7 +177,7 @@ class Bridge:
         slope = here + ends @ gain
         level = ends @ (self.mean - gain @ centre) + more
         weight = 1 / left.diagonal().mean().clamp(min=1e-12)
-        return path, shift, _root(cov), here, ends, more, slope, level, centre, whiten, _root(left), weight
+        return path, shift, _root(cov), here, ends, more, slope, level, centre, standardiser, _root(left), weight
 
     def _flow(self, t: float) -> tuple[Tensor, ...]:
         eye = torch.eye(self.size, dtype=torch.float64)
@@ -224,7 +224,7 @@ class BridgeNetwork(ResidualNetwork):
     def at(self, x: Tensor, at: Moments) -> Tensor:
         """The drift at states whose closed forms are known."""
         flat = x.flatten(1)
-        left = self.correction(_apply(at.whiten, flat - at.centre), at.time.unsqueeze(1) / self.bridge.horizon)
+        left = self.correction(_apply(at.standardiser, flat - at.centre), at.time.unsqueeze(1) / self.bridge.horizon)
         return (_apply(at.slope, flat) + at.level + _apply(at.left, left)).reshape(x.shape)
 
 

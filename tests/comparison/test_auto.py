@@ -108,7 +108,7 @@ def test_all_nine_modes_and_what_that_cost():
     assert not found.collapsed, str(found)
     costs = [row["cost"] for row in solution.history]
     assert max(costs[1:]) < costs[0] and min(costs) < 0.1 * costs[0], costs
-    assert solution.iterations < SMALL.default_iterations  # two quiet rounds end it
+    assert solution.iterations < SMALL.default_iterations  # two rounds without a change end it
 
 
 def test_where_learning_does_not_pay_the_gaussian_is_kept(tmp_path):

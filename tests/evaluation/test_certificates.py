@@ -86,9 +86,9 @@ def test_paths_to_exact_ends_have_the_law_of_the_exact_chain():
     states = bridge.path_given_end(start, end, randn(6, n, 3, seed=3))
     for k in range(7):
         law = target.marginal(k / 6)
-        white = torch.linalg.solve(torch.linalg.cholesky(law.covariance_matrix), (states[k] - law.mean).T).T
-        assert float(white.mean(0).abs().max()) < 5 / math.sqrt(n)
-        assert float((white.T @ white / n - torch.eye(2, dtype=F64)).abs().max()) < 5 * math.sqrt(2 / n)
+        standard = torch.linalg.solve(torch.linalg.cholesky(law.covariance_matrix), (states[k] - law.mean).T).T
+        assert float(standard.mean(0).abs().max()) < 5 / math.sqrt(n)
+        assert float((standard.T @ standard / n - torch.eye(2, dtype=F64)).abs().max()) < 5 * math.sqrt(2 / n)
     pairs = torch.cat((states[2], states[3]), 1)
     mean, scale = chain.kernel(2, states[2])
     rest = states[3] - mean

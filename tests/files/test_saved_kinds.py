@@ -365,7 +365,7 @@ def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeyp
     assert type(sc.load(tmp_path / "anew", problem)) is type(again)
 
 
-#: names of fields and of tensors, up to commit e12b0aa (schema number 2)
+#: names up to commit e12b0aa (schema number 2), of fields and of tensors
 FORMER = {
     "schedule": "pace",
     "annealing": "cooling",
@@ -373,10 +373,13 @@ FORMER = {
     "beta": "strength",
     "iterations": "ended",
     "langevin": "gate",
+    "leapfrog_steps": "leaps",
+    "unchanged": "quiet",
     "langevin_scale": "gate_scale",
     "radial_basis": "nonlinear",
     "radial": "bent",
 }
+FORMER_TENSORS = FORMER | {"step_size": "steps", "thin": "apart"}
 
 
 def in_former_names(folder, monkeypatch):
@@ -390,7 +393,9 @@ def in_former_names(folder, monkeypatch):
     own = ("format", "schema", "tensors", "sha256", "settings_sha256")
     for path in Path(folder).glob("*.json"):
         tensors, settings = read_bundle(folder, path.stem, json.loads(path.read_text())["kind"])
-        tensors = {".".join(FORMER.get(p, p) for p in name.split(".")): value for name, value in tensors.items()}
+        tensors = {
+            ".".join(FORMER_TENSORS.get(p, p) for p in name.split(".")): value for name, value in tensors.items()
+        }
         settings = former({name: value for name, value in settings.items() if name not in own})
         with monkeypatch.context() as patch:
             patch.setattr(bundles, "SCHEMA", 2)
@@ -436,6 +441,31 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
     age(tmp_path / "old")
     old, new = (run(tmp_path / name, 6, resume=True) for name in ("old", "new"))
     assert old.iterations == 6 and torch.equal(old.sample(32, seed=2), new.sample(32, seed=2))
+
+
+@pytest.mark.parametrize("kind", ["network", "started", "corrected", "user"])
+def test_controls_in_former_names_are_read(tmp_path, monkeypatch, kind):
+    make, build, given = CONTROL_CASES[kind]
+    problem = steep(start="controlled") if kind == "started" else make()
+    control = shaken(build(problem, problem.chain(K)))
+    solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
+    solution.save(tmp_path)
+    in_former_names(tmp_path, monkeypatch)
+    again = sc.load(tmp_path, problem, **given)
+    assert CONTROLS.describe(again.control) == CONTROLS.describe(control)
+    assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+
+
+@pytest.mark.parametrize("kind", SOLUTIONS._classes)
+def test_solutions_in_former_names_are_read(tmp_path, monkeypatch, kind):
+    make, method, options = SOLUTION_CASES[kind]
+    problem = make()
+    solution = sc.solve(problem, method, batch_size=64, seed=0, progress=False, **options)
+    solution.save(tmp_path)
+    in_former_names(tmp_path, monkeypatch)
+    again = sc.load(tmp_path, problem)
+    assert SOLUTIONS.describe(again) == SOLUTIONS.describe(solution)
+    assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
 
 
 RESUMED = {

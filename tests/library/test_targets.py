@@ -287,8 +287,8 @@ def test_wells_of_exact_samples() -> None:
 def test_funnel_samples() -> None:
     x = sc.library.named_target("funnel").sample(N, seed=3).double()
     assert abs(float(x[:, 0].std()) - 3) < 4 * 3 / math.sqrt(2 * N)
-    white = x[:, 1:] * (-0.5 * x[:, :1]).exp()
-    assert abs(float(white.var()) - 1) < 4 * math.sqrt(2 / (9 * N))
+    standard = x[:, 1:] * (-0.5 * x[:, :1]).exp()
+    assert abs(float(standard.var()) - 1) < 4 * math.sqrt(2 / (9 * N))
     assert x.dtype == DOUBLE and sc.library.named_target("funnel").sample(2, seed=0).dtype == torch.float32
 
 

@@ -102,8 +102,8 @@ def test_rhat_and_ess_are_those_of_the_paper_by_hand():
 # ---------------------------------------------------------------- the kernels
 
 
-@pytest.mark.parametrize("leaps", [1, 3])
-def test_moves_keep_a_law_that_is_no_gaussian(leaps):
+@pytest.mark.parametrize("leapfrog_steps", [1, 3])
+def test_moves_keep_a_law_that_is_no_gaussian(leapfrog_steps):
     """Chains from exact draws of a banana have its moments after moves with a badly fitted Gaussian and steps so large
     that a third and more are rejected. Without rejections, or with a wrong energy, all of these are off by tens of
     standard errors."""
@@ -117,7 +117,7 @@ def test_moves_keep_a_law_that_is_no_gaussian(leaps):
         number(1.5),
         randn(2, seed=4) / 4,
         torch.linalg.cholesky(spd(2, 5)),
-        torch.tensor(leaps),
+        torch.tensor(leapfrog_steps),
         torch.tensor(3),
     )
     found = run_chains(target, warm, 2, 7)
@@ -127,10 +127,10 @@ def test_moves_keep_a_law_that_is_no_gaussian(leaps):
     for value, truth in ((end[:, 0], 0), (end[:, 0] ** 2, 1), (across, 0), (across**2, 1), (across * end[:, 0], 0)):
         close(mean_estimate(value), truth, 0.02)
     assert torch.allclose(found.log_density[:, -1], curved(end) + target.scale.log().sum(), atol=1e-10)
-    assert found.evaluations == n * (1 + 2 * 3 * leaps)
+    assert found.evaluations == n * (1 + 2 * 3 * leapfrog_steps)
 
 
-@pytest.mark.parametrize("method", [sc.MALA(64, 200), sc.HMC(64, 200, leaps=3)])
+@pytest.mark.parametrize("method", [sc.MALA(64, 200), sc.HMC(64, 200, leapfrog_steps=3)])
 def test_moments_and_log_z_of_a_correlated_gaussian(method):
     problem, mean, cov = gaussian()
     solution = sc.solve(problem, method, seed=0)
@@ -149,7 +149,7 @@ def test_moments_and_log_z_of_a_correlated_gaussian(method):
     assert "by bridge sampling" in str(evaluation)
 
 
-@pytest.mark.parametrize("method", [sc.MALA(128, 300), sc.HMC(128, 300, leaps=5)])
+@pytest.mark.parametrize("method", [sc.MALA(128, 300), sc.HMC(128, 300, leapfrog_steps=5)])
 def test_a_banana_in_single_precision(method):
     problem = sc.gibbs_problem(curved, 2, seed=0)
     solution = sc.solve(problem, method, seed=1)
@@ -321,8 +321,8 @@ def test_what_is_refused(method, monkeypatch):
     for name, bad in (("num_chains", 1), ("warm_up", 3), ("thin", 0), ("width", -1.0)):
         with pytest.raises(ValueError, match=name):
             method(**{name: bad})
-    with pytest.raises(ValueError, match="leaps"):
-        sc.HMC(leaps=0)
+    with pytest.raises(ValueError, match="leapfrog_steps"):
+        sc.HMC(leapfrog_steps=0)
     with pytest.raises(ValueError, match="max_tree_depth"):
         sc.NUTS(max_tree_depth=0)
     good = sc.gibbs_problem(curved, 2, scale=1.0)

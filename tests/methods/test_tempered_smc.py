@@ -83,11 +83,11 @@ def test_moves_keep_their_law(smooth, beta):
         p, accept = kernel.move(target, p, 0.9, generator)
     assert 0.1 < float(accept.double().mean()) < 0.999  # rejections happen, and moves too
     assert float((began - p.z).abs().mean()) > 0.1
-    white = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
+    standard = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
     for i in range(3):
-        close(mean_estimate(white[:, i]), 0.0, 0.02)
+        close(mean_estimate(standard[:, i]), 0.0, 0.02)
         for j in range(i + 1):
-            close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
+            close(mean_estimate(standard[:, i] * standard[:, j]), float(i == j), 0.02)
 
 
 def test_moves_on_a_fitted_gaussian_are_never_rejected():
@@ -247,8 +247,8 @@ def wells_from(law, smooth=True):
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize("kind", ["product", "joint"])
 def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
-    """As from the Gaussian, with levels between the law and the target, leaps among the moves, and exactly as many
-    evaluations as are told."""
+    """As from the Gaussian, with levels between the law and the target, draws from the law among the moves, and
+    exactly as many evaluations as are told."""
     calls = [0]
 
     def counted(x):
@@ -271,7 +271,7 @@ def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
 
 
 def test_from_the_targets_own_law_nothing_is_left_to_do():
-    """phi is log Z everywhere: one level, equal weights, every leap accepted."""
+    """phi is log Z everywhere: one level, equal weights, every draw accepted."""
     cov = torch.tensor([[0.3, 0.2], [0.2, 0.4]], dtype=F64)
     means = torch.tensor([[-1.5, 0.0], [1.5, 0.5]], dtype=F64)
     law = GaussianMixture(
@@ -283,19 +283,21 @@ def test_from_the_targets_own_law_nothing_is_left_to_do():
     assert torch.allclose(found.phi, torch.full_like(found.phi, math.log(3)), atol=1e-9)
     assert abs(float(found.log_z) - math.log(3)) < 1e-9
     p = start_points(target, 500, 1)
-    q = Kernel(1.0, *fit_gaussian(p.z, torch.full((500,), 0.002)), 1).leap(target, p, torch.Generator().manual_seed(0))
+    q = Kernel(1.0, *fit_gaussian(p.z, torch.full((500,), 0.002)), 1).independence_move(
+        target, p, torch.Generator().manual_seed(0)
+    )
     assert bool((q.z != p.z).any(1).all())
     assert torch.allclose(p.slope, torch.zeros_like(p.slope), atol=1e-9)
 
 
-@pytest.mark.parametrize("move", ["move", "leap"])
+@pytest.mark.parametrize("move", ["move", "independence_move"])
 @pytest.mark.parametrize("smooth", [True, False])
 @pytest.mark.parametrize(
     ("beta", "kind"), [(0.3, "one"), (1.0, "one"), (1.0, "joint"), (1.0, "diagonal"), (1.0, "product")]
 )
 def test_moves_from_a_law_keep_theirs(smooth, beta, kind, move):
     """Exact draws of ``law^(1-beta) target^beta``, Gaussians all, have its moments after moves in the components'
-    coordinates and after leaps; at the target itself from mixtures, too, that are nothing like it."""
+    coordinates and after draws from the law; at the target itself from mixtures, too, that are nothing like it."""
     cov, mean, start, where = spd(2, 3), 0.7 * randn(2, seed=4), 1.5 * spd(2, 5), 0.5 * randn(2, seed=6)
     aim = torch.distributions.MultivariateNormal(mean, cov)
     law = GaussianMixture(torch.ones(1, dtype=F64), where.unsqueeze(0), start.unsqueeze(0))
@@ -317,23 +319,27 @@ def test_moves_from_a_law_keep_theirs(smooth, beta, kind, move):
     kernel = Kernel(beta, 0.4 * randn(2, seed=6), 1.2 * torch.linalg.cholesky(spd(2, 7)), 3 if smooth else 1)
     generator = torch.Generator().manual_seed(8)
     for _ in range(6):
-        p = kernel.move(target, p, 0.9, generator)[0] if move == "move" else kernel.leap(target, p, generator)
+        p = (
+            kernel.move(target, p, 0.9, generator)[0]
+            if move == "move"
+            else kernel.independence_move(target, p, generator)
+        )
     again = points_at(target, p.z, p.origin)  # what is kept of a particle is what belongs to it
     for name in ("phi", "slope"):
         assert torch.allclose(getattr(p, name), getattr(again, name), atol=1e-12), name
     assert float((began - p.z).abs().mean()) > 0.1
-    white = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
+    standard = torch.linalg.solve_triangular(root, (p.z - centre).T, upper=False).T
     for i in range(2):
-        close(mean_estimate(white[:, i]), 0.0, 0.02)
+        close(mean_estimate(standard[:, i]), 0.0, 0.02)
         for j in range(i + 1):
-            close(mean_estimate(white[:, i] * white[:, j]), float(i == j), 0.02)
+            close(mean_estimate(standard[:, i] * standard[:, j]), float(i == j), 0.02)
 
 
 @pytest.mark.parametrize("frame", ["full", "diagonal", "component", "coordinates"])
 def test_kicks_are_the_gradient_of_the_energy(frame):
-    """In the coordinates w of a fitted Gaussian, or of each particle's own component: ``push`` is autograd's gradient
-    of the energy beyond ``|w|^2/2``. A kick of another size would still leave the law invariant, and only be rejected
-    more."""
+    """In the coordinates w of a fitted Gaussian, or of each particle's own component: ``residual_gradient`` is
+    autograd's gradient of the energy beyond ``|w|^2/2``. A kick of another size would still leave the law invariant,
+    and only be rejected more."""
     beta, x = 0.3, 1.5 * randn(40, 2, seed=1)
     law = {"component": wrong_law("joint"), "coordinates": wrong_law("product")}.get(frame)
     target = StateTarget(two_wells, randn(2, seed=2), torch.tensor([0.8, 1.7], dtype=F64), law=law)
@@ -342,8 +348,8 @@ def test_kicks_are_the_gradient_of_the_energy(frame):
         coordinates = _Fitted(randn(2, seed=4), factor)
     else:
         coordinates = _Component(*law.component(x, torch.Generator().manual_seed(0)))
-    w, v, origin = coordinates.whiten(x).requires_grad_(True), randn(40, 2, seed=5), x.new_zeros(40, 0)
-    z = coordinates.colour(w)
+    w, v, origin = coordinates.standardise(x).requires_grad_(True), randn(40, 2, seed=5), x.new_zeros(40, 0)
+    z = coordinates.unstandardise(w)
     assert torch.allclose(z, x, atol=1e-12)
     phi = target.log_ratio(z, origin)
     if law is not None:
@@ -352,7 +358,7 @@ def test_kicks_are_the_gradient_of_the_energy(frame):
     assert torch.allclose(points.phi, phi.detach(), atol=1e-10)
     beyond = coordinates.energy(Points(z, phi, points.slope, origin), w, v, beta) - 0.5 * w.square().sum(1)
     slope = torch.autograd.grad(beyond.sum(), w)[0]
-    assert torch.allclose(coordinates.push(points, w.detach(), beta), slope, atol=1e-9)
+    assert torch.allclose(coordinates.residual_gradient(points, w.detach(), beta), slope, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["joint", "product"])
@@ -386,7 +392,7 @@ def test_a_law_on_a_hard_constraint():
 
 
 @pytest.mark.parametrize("law", [None, "joint"])
-def test_leaps_that_diverge_are_rejected_and_never_seen_by_the_density(law):
+def test_trajectories_that_diverge_are_rejected_and_never_seen_by_the_density(law):
     """A density so steep that one kick throws particles a million standard deviations away: they stay, no move counts
     as accepted, and no call is beyond."""
     furthest = [0.0]

@@ -99,12 +99,14 @@ def test_the_untrained_drift_of_gaussians_is_the_conditional_mean_and_carries_on
     result = solve_ivp(slope, (first, last), begin, rtol=1e-8, atol=1e-10)
     at = bridge.table([last], torch.zeros(1, dtype=F64))
     assert torch.allclose(torch.from_numpy(result.y[:D, -1]), at.centre[0], atol=1e-5)
-    spread = torch.linalg.inv(at.whiten[0] @ at.whiten[0])
+    spread = torch.linalg.inv(at.standardiser[0] @ at.standardiser[0])
     assert torch.allclose(torch.from_numpy(result.y[D:, -1]).reshape(D, D), spread, atol=1e-5)
     # and what x_t is near the end: the data, but for what is left of the bridge
     near = bridge.table([sde.horizon * (1 - 1e-5)], torch.zeros(1, dtype=F64))
     assert torch.allclose(near.centre[0], end.mean, atol=1e-3)
-    assert torch.allclose(torch.linalg.inv(near.whiten[0] @ near.whiten[0]), end.covariance_matrix, atol=1e-3)
+    assert torch.allclose(
+        torch.linalg.inv(near.standardiser[0] @ near.standardiser[0]), end.covariance_matrix, atol=1e-3
+    )
 
 
 def test_for_a_point_start_it_is_the_optimum_of_the_control_problem() -> None:
@@ -152,7 +154,7 @@ def test_a_short_training_keeps_the_closed_form_of_gaussians() -> None:
     for t in (0.1, 0.5, 0.9):
         at = exact.table([t], torch.zeros(1))
         x = at.centre[0] + torch.randn(500, D, generator=torch.Generator().manual_seed(1)) @ torch.linalg.inv(
-            at.whiten[0]
+            at.standardiser[0]
         )
         with torch.no_grad():
             error = model(x, t) - (x @ at.slope[0].mT + at.level[0])
