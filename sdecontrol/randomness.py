@@ -64,6 +64,8 @@ class Place(enum.IntEnum):
     PILOT_LINES = 224  # along which a density must fall
     PILOT_AXES = 225
     SEARCH = 226  # distances at which the chains of a search for modes begin
+    GRADIENT_DIRECTIONS = 230  # along which gradients are compared with values
+    GRADIENT_STATES = 231  # where those of a log density are
 
     # controls
     CONTROL_WEIGHTS = 301  # of the default network

@@ -149,7 +149,11 @@ CASES = {
         TypeError,
         "has no gradient",
     ),
-    "step reward": (lambda: solve(made=problem(reward=lambda x: (x[:, 0] > 0).float())), TypeError, "black-box"),
+    "step reward": (
+        lambda: solve(made=problem(reward=lambda x: (x[:, 0] > 0).float())),
+        TypeError,
+        r"needs none \(log-variance",
+    ),
     # solve
     "no problem": (lambda: sc.solve(3), TypeError, "problem must be a ControlProblem"),
     "unknown method": (

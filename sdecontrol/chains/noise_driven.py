@@ -79,6 +79,10 @@ class NoiseDrivenChain(Reference, Chain):
                 g is not None for g in torch.autograd.grad(value.sum(), leaves, allow_unused=True)
             )
 
+    def differentiated(self, t: float) -> dict[str, Callable[..., Tensor]]:
+        k = min(int(t), self.steps - 1)
+        return {"step": lambda x, y=None: self.step(k, x, x.new_zeros(len(x), *self.noise_shape), None, y)}
+
     def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
         k = min(int(t), self.steps - 1)
         return {"step": self.step(k, x, x[:, :1].expand(-1, self.noise_shape[0]), None, condition)}

@@ -32,6 +32,7 @@ from ..methods import (
 )
 from ..methods.base import Suggestion, advises
 from ..methods.mixture_start import ends_for_a_mixture
+from ..problems.differentiability import missing_gradients
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..tensors import as_float
@@ -137,17 +138,17 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     black_box = [
         Suggestion(
             LogVariance(steps=steps),
-            "no gradient of the reward; its noise vanishes towards the optimum, and it had the smallest errors of the "
+            "no gradient is asked for; its noise vanishes towards the optimum, and it had the smallest errors of the "
             "methods for black boxes on a linear-quadratic problem near its reference." + part,
         ),
         Suggestion(
             CrossEntropy(trust_region=1.0, steps=steps),
-            "no gradient of the reward; mass-covering, and its trust region keeps the weights usable where the target "
+            "no gradient is asked for; mass-covering, and its trust region keeps the weights usable where the target "
             "is far from the reference (there it had the smallest errors)." + part,
         ),
         Suggestion(
             SoftPPO(steps=steps),
-            "no gradient of the reward; several optimiser steps on each batch, the fewest reward calls where the "
+            "no gradient is asked for; several optimiser steps on each batch, the fewest reward calls where the "
             "reward is the cost (tutorial Section 7.2)." + part,
         ),
     ]
@@ -161,7 +162,7 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
     begun = (
         problem.reference.pretrained and problem.event_shape.numel() <= 64 and ends_for_a_mixture(problem) is not None
     )
-    if not problem.has_gradient:
+    if missing_gradients(problem):
         return [far, *black_box] if begun else [*black_box, far]
     first = [
         Suggestion(
@@ -244,8 +245,11 @@ def _accepts(method: Method, problem: ControlProblem) -> bool:
 
 
 def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
-    reward = "the reward has a gradient" if problem.has_gradient else "the reward is a black box"
+    missing = missing_gradients(problem)
+    name = "reward" if problem.density is None else "log_density"
+    reward = "the reward has a gradient" if name not in missing else "the reward is a black box"
     facts = [reward if problem.reward_function is not None else "no terminal reward"]
+    facts += [f"no gradient of {name} ({why})" for name, why in missing.items()]
     if problem.reference.pretrained:
         facts.append(
             "a pre-trained model with trainable parameters"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
+from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
 from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
@@ -155,6 +156,7 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
 
     Raises:
         TypeError, ValueError: no module, nothing to train in it, or a wrong output size, shape or dtype.
+        NotDifferentiable: its output has no graph to its parameters.
     """
     if isinstance(control, Control):
         if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
@@ -175,8 +177,17 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     with torch.no_grad(), probing("control", called, "" if y is None else "x, t"):
         u = control(x, t) if y is None else control(x, t, y)
     check_output("control", u, (3, *problem.control_shape), t, "A control is called as control(x, t), t (batch,).")
-    if not any(p.requires_grad for p in control.parameters()):
+    parameters = [p for p in control.parameters() if p.requires_grad]
+    if not parameters:
         raise ValueError("control has no trainable parameters.")
+    with torch.enable_grad():
+        u = control(x, t) if y is None else control(x, t, y)
+        reached = u.requires_grad and torch.autograd.grad(u.sum(), parameters, allow_unused=True)
+    if not reached or all(g is None for g in reached):
+        raise NotDifferentiable(
+            "control has trainable parameters, but returned a tensor without a graph to them (.detach(), numpy or "
+            "no_grad inside?): no method could train it."
+        )
     return UserControl(control, problem.event_shape, problem.control_shape, problem.horizon)
 
 

@@ -4,9 +4,10 @@ It meets the training loop in three calls: ``setup(run)`` makes its state, an nn
 changes; ``step(state, run)`` does one iteration and returns metrics; ``finish(state, run)`` gives the control.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +19,7 @@ from ..controls.base import Control
 from ..controls.build import build_control
 from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
+from ..problems.differentiability import missing_gradients
 from ..problems.problem import ControlProblem
 from ..randomness import Place, SeededNoise, derive_seed
 
@@ -108,7 +110,7 @@ class Method:
 
     #: iterations at most, where the user gives none
     default_iterations: ClassVar[int] = 2000
-    #: whether the reward must have a gradient
+    #: whether reward, running cost and steps must have gradients
     needs_gradient: ClassVar[bool] = False
     #: whether progress shows in the loss, a residual that is 0 at the optimum, rather than in the objective
     residual: ClassVar[bool] = False
@@ -159,18 +161,8 @@ class Method:
                 f"{self.name} shifts the noise of steps, and a {kind} has kernels of another kind. Use log-variance, "
                 "soft-ppo, cross-entropy, path-consistency, reinforce or smc."
             )
-        if self.needs_gradient and not problem.reference.differentiable:
-            raise NotDifferentiable(
-                f"{self.name} differentiates the reference's steps, but those of this {kind} have no gradient (tokens, "
-                "numpy, or a simulator that detaches). Use a method without gradients: log-variance, soft-ppo, "
-                "cross-entropy, particle-matching or smc."
-            )
-        if self.needs_gradient and not problem.has_gradient:
-            raise NotDifferentiable(
-                f"{self.name} differentiates the reward, but this reward has no gradient (it returned a tensor without "
-                "a graph for an input that requires one). Use a method for black-box rewards (soft-ppo), or write the "
-                "reward in torch operations without .detach(), .item() or .numpy()."
-            )
+        if self.needs_gradient and (missing := missing_gradients(problem)):
+            raise not_differentiable(self.name, problem, missing)
 
     def setup(self, run: Run) -> nn.Module:
         return ControlState(build_control(run.problem, run.chain, run.control, seed=run.seed))
@@ -187,6 +179,31 @@ class Method:
 
 
 _REGISTRY: dict[str, type[Method]] = {}
+
+#: methods that need no gradient, in the order of their measured errors (docs/methods.md); "auto" for densities alone
+GRADIENT_FREE = ("auto", "log-variance", "cross-entropy", "soft-ppo", "particle-matching")
+
+
+def gradient_free(problem: ControlProblem) -> list[str]:
+    """Those of :data:`GRADIENT_FREE` that take the problem."""
+    found = []
+    for name in GRADIENT_FREE:
+        if name in _REGISTRY and (name != "auto" or problem.density is not None):
+            with contextlib.suppress(ValueError, TypeError):
+                find_method(name).check(problem)
+                found.append(name)
+    return found
+
+
+def not_differentiable(asking: str, problem: ControlProblem, missing: Mapping[str, str]) -> NotDifferentiable:
+    """The error of a method that needs gradients where some are ``missing`` (name -> why)."""
+    listed = "; ".join(f"{name} has no gradient to go by: {why}" for name, why in missing.items())
+    free = gradient_free(problem)
+    return NotDifferentiable(
+        f"{asking} needs gradients, but {listed}. Use a method that needs none"
+        + (f" ({', '.join(free)}; sc.recommend says which)" if free else " (sc.recommend says which)")
+        + f", or write {' and '.join(missing)} in smooth torch operations."
+    )
 
 
 def kebab(name: str) -> str:

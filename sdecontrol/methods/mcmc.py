@@ -13,7 +13,7 @@ from ..evaluation.chain_solution import ChainSettings, ChainSolution, chain_targ
 from ..particles.nuts import import_nuts
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive
-from .base import ControlState, Method, Run, register
+from .base import ControlState, Method, Run, gradient_free, register
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class _Chains(Method):
             raise ValueError("condition: chains need one target; make a problem with the condition fixed.")
         if not problem.has_gradient:
             raise NotDifferentiable(
-                f"{self.name} moves by the gradient of the log density, and this one has none. sc.TemperedSMC() needs "
-                "none: it moves by preconditioned Crank-Nicolson steps. Or give score=, or write the density in torch "
-                "operations."
+                f"{self.name} moves by the gradient of the log density, and this one has none. Use a method that needs "
+                f"none ({', '.join(gradient_free(problem))}), or sc.TemperedSMC(), which then moves by preconditioned "
+                "Crank-Nicolson steps. Or give score=, or write the density in torch operations."
             )
 
     def setup(self, run: Run) -> nn.Module:

@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_name
+from ..controls.base import Control
+from ..errors import NotDifferentiable, check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
+from ..problems.differentiability import JUMPS, gradient_fault, process_states
 from ..randomness import Place, generator_for
-from .base import ControlState, Method, Run, metrics_of, parameters_of, register
+from .base import ControlState, Method, Run, gradient_free, metrics_of, parameters_of, register
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
 
@@ -54,7 +56,25 @@ class RewardBackprop(Method):
     def setup(self, run: Run) -> nn.Module:
         if self.gradient in CONTINUOUS_MODES:
             check_continuous(run.chain, str(self.gradient))
-        return super().setup(run)
+        state = super().setup(run)
+        if run.control is not None:
+            self._check_control(run, state.control)  # type: ignore[arg-type]
+        return state
+
+    def _check_control(self, run: Run, control: Control) -> None:
+        """The gradient goes through a control of the user's by its states too, from step to step.
+
+        Raises:
+            NotDifferentiable: it has no gradient by them, or another than its values have.
+        """
+        t, x = process_states(run.problem)[0]
+        y = run.problem.draw_condition(len(x), 1)
+        fault = gradient_fault(lambda z: control.at(z, z.new_tensor(t), y), x)
+        if fault is not None and fault != JUMPS:
+            raise NotDifferentiable(
+                f"{self.name} differentiates the control by the state, and cannot here: {fault}. Use adjoint-matching, "
+                f"which does not, or one of {', '.join(gradient_free(run.problem))}; or mend the control."
+            )
 
     def step(self, state: ControlState, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..chains.shifts import shift_function
 from ..controls.guidance import GivenValue, TweedieValue, ValueControl, value_network
-from ..errors import NotDifferentiable, check_name
+from ..errors import check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
+from ..problems.differentiability import gradient_fault, missing_gradients, process_states
 from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed, generator_for
-from .base import Batch, ControlState, Method, Run, path_metrics, register
+from .base import Batch, ControlState, Method, Run, not_differentiable, path_metrics, register
 
 _VALUES = ("monte-carlo", "soft-q", "tweedie")
 
@@ -73,17 +74,15 @@ class ValueGuidance(Method):
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
-        if self.value == "tweedie" and not problem.has_gradient:
-            raise NotDifferentiable(
-                "value-guidance with value='tweedie' differentiates the reward, but this reward has no gradient. Use "
-                "value='monte-carlo' or 'soft-q', or path-integral-guidance."
-            )
+        if self.value == "tweedie" and (missing := missing_gradients(problem)):
+            raise not_differentiable("value-guidance with value='tweedie'", problem, missing)
 
     def setup(self, run: Run) -> nn.Module:
         if self.value == "tweedie":
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):
             value = GivenValue(self.value, run.problem.alpha)
+            _check_value(self, run.problem, value)
         else:
             value = value_network(run.problem, run.chain, derive_seed(run.seed, Place.GUIDANCE_VALUE))
         control = ValueControl(value, run.problem, run.chain)
@@ -114,6 +113,19 @@ class ValueGuidance(Method):
                 for theirs, ours in zip(state.target.parameters(), value.parameters()):
                     theirs.lerp_(ours, self.follow)
         return {**path_metrics(parts), "loss": sum(losses) / len(losses)}
+
+
+def _check_value(method: ValueGuidance, problem: ControlProblem, value: GivenValue) -> None:
+    """Raise where a given value has no gradient, or another than its values have.
+
+    Raises:
+        NotDifferentiable: with what is wrong, and the methods that need none.
+    """
+    t, x = process_states(problem)[0]
+    y = problem.draw_condition(len(x), 1)
+    fault = gradient_fault(lambda z: value.at(z, z.new_tensor(t), y), x)
+    if fault is not None:
+        raise not_differentiable(method.name, problem, {"value": fault})
 
 
 def itakura_saito(d: Tensor, use: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
-from ..errors import NonFiniteError, check_name
+from ..errors import NonFiniteError, NotDifferentiable, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
@@ -68,7 +68,8 @@ class ControlProblem:
         origin: the law of the chain's first state: the point before a controlled start, else ``initial``.
         from_point: whether all paths leave from one point.
         random_start: whether the start is random and keeps its law, so that log Z differs from path to path.
-        has_gradient: whether the reward has one.
+        has_gradient: whether the reward has one, as far as its graph says; ``missing_gradients`` compares it with its
+            values (``problems/differentiability.py``).
 
     Raises:
         ValueError, TypeError: each naming the argument, what was wrong with it, and what to do.
@@ -290,8 +291,7 @@ class ControlProblem:
             NonFiniteError: with the number of rows.
         """
         if self.reward_function is None:
-            none = self._number(x).new_zeros(x.shape[0])
-            return none + 0.0 * x.flatten(1).sum(1) if x.requires_grad else none
+            return self._with_graph("reward", x, self._number(x).new_zeros(x.shape[0]))
         size = self.reward_batch_size or x.shape[0]
         pieces = []
         for i in range(0, x.shape[0], size):
@@ -300,7 +300,7 @@ class ControlProblem:
             pieces.append(
                 check_output("reward", piece, (min(size, x.shape[0] - i),), self._number(x), "One number per row.")
             )
-        value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        value = self._with_graph("reward", x, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         if not bool(torch.isfinite(value).all()):
             rows = nonfinite_rows(value)
             large = float(x.detach().abs().max())
@@ -312,6 +312,21 @@ class ControlProblem:
             )
         return value
 
+    def _with_graph(self, name: str, x: Tensor, value: Tensor) -> Tensor:
+        """A value that is the same in all rows has gradient 0; where rows differ, a value without a graph has none.
+
+        Raises:
+            NotDifferentiable: it was asked for with a gradient, and has none here.
+        """
+        if value.requires_grad or not (x.requires_grad and torch.is_grad_enabled()):
+            return value
+        if bool((value != value[:1]).any()):
+            raise NotDifferentiable(
+                f"{name} was asked for with its gradient, but returned a tensor without a graph whose rows differ. "
+                "Write it in torch operations, or use a method without gradients (sc.recommend says which)."
+            )
+        return value + 0.0 * x.flatten(1).sum(1)
+
     def _number(self, x: Tensor) -> Tensor:
         """Of the dtype and on the device that functions of states x return numbers in."""
         return x if x.is_floating_point() else torch.zeros((), dtype=self.dtype, device=x.device)
@@ -319,7 +334,7 @@ class ControlProblem:
     def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``f(x, t)``, ``(batch,)``."""
         f: Any = self.running_cost_function
-        return f(x, t) if condition is None else f(x, t, condition)
+        return self._with_graph("running_cost", x, f(x, t) if condition is None else f(x, t, condition))
 
     @property
     def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:

@@ -50,12 +50,16 @@ class Pretrained(Reference):
 
     pretrained = True
     clip: float | None = None
-    decodes: bool = False
     called: tuple[str, str] = ("s", "s (batch,)")
     model: Model
 
     def predict(self, model: Model, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         return call_model(model, x, self.model_time(float(t), x), condition)
+
+    def differentiated(self, t: float) -> dict[str, Callable[..., Tensor]]:
+        if self.mixture is not None:
+            return {}
+        return {"model": lambda x, y=None: self.predict(self.model, x, t, y)}
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         """Call the model once on random states and check what it returns.

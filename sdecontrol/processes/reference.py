@@ -1,5 +1,6 @@
 """What a problem asks of its reference, with the answers of a process that has nothing more to say."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class Reference:
         constant_diffusion: the diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None.
         reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the
             control has a part in them.
-        pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`).
+        pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`). decodes: its
+            ``decode`` calls the model.
         model, mixture: the pre-trained model, and the mixture in its place.
         schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its
             exact time reversal.
@@ -50,6 +52,7 @@ class Reference:
     reverse_target: bool = False
     controlled_target: bool = False
     pretrained: bool = False
+    decodes: bool = False
     model: Any = None
     mixture: Any = None
     schedule: Any = None
@@ -88,6 +91,11 @@ class Reference:
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         """Call the user's functions once and check what they return; raises by name."""
+
+    def differentiated(self, t: float) -> dict[str, Callable[..., Tensor]]:
+        """The user's functions that a gradient through a step at time t goes through, by name:
+        ``(x) -> (batch, ...)``, ``(x, y)`` with a condition."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Plain facts for a saved file."""

@@ -161,6 +161,19 @@ class SDE(Reference):
             return torch.as_tensor(value, dtype=x.dtype, device=x.device)
         return value.unsqueeze(0) if self._shared_matrix else value
 
+    def differentiated(self, t: float) -> dict[str, Callable[..., Tensor]]:
+        def diffusion(x: Tensor, y: Any = None) -> Tensor:
+            value = self.diffusion(x, x.new_tensor(t))
+            value = value if value.ndim > self.event_ndim else value.unsqueeze(0)
+            return value.expand(len(x), *value.shape[1:])
+
+        found: dict[str, Callable[..., Tensor]] = {}
+        if self._drift is not None:
+            found[self._term] = lambda x, y=None: getattr(self, self._term)(x, x.new_tensor(t), y)
+        if self._diffusion_function is not None:
+            found["diffusion"] = diffusion
+        return found
+
     def on_grid(self, times: Tensor) -> StepFunction:
         """Drift and diffusion at each of ``times``, with whatever depends on time alone computed once."""
         clock = list(times)

@@ -540,7 +540,7 @@ def test_refusals_name_the_reason():
         sc.BrownianMotion(2), sc.Dirac(torch.zeros(2)), lambda x: (x.detach() > 0).float().sum(1), alpha=1.0
     )
     for method in ("adjoint-matching", "socm"):
-        with pytest.raises(sc.NotDifferentiable, match=f"{method} differentiates the reward"):
+        with pytest.raises(sc.NotDifferentiable, match=f"{method} needs gradients, but reward has .*returns a tensor"):
             sc.solve(black_box, method, iterations=1)
     with pytest.raises(ValueError, match="without running cost"):
         sc.solve(random_lq(2), sc.AdjointMatching(reciprocal=True), iterations=1)
