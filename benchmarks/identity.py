@@ -154,7 +154,7 @@ def plain(diffusion: Any = 0.7, dtype: torch.dtype = F64, reward: Any = well, di
     )
 
 
-def stretched(noises: int) -> sc.ControlProblem:
+def learned_start(noises: int) -> sc.ControlProblem:
     """A controlled start before a process with more or fewer noises than states."""
     sde = sc.SDE(drift, 0.6 * normal(2, noises, seed=4), 2, 0.9)
     start = sc.Gaussian(torch.tensor([0.2, -0.1], dtype=F64), 0.4)
@@ -237,8 +237,8 @@ PROBLEMS: dict[str, Callable[[], sc.ControlProblem]] = {
     "diagonal": lambda: plain(torch.tensor([0.5, 0.9], dtype=F64)),
     "matrix": lambda: plain(torch.tensor([[0.7, 0.1, 0.0], [0.0, 0.5, 0.3]], dtype=F64)),
     "by-state": lambda: plain(_by_state),
-    "wide-controlled": lambda: stretched(3),
-    "narrow-controlled": lambda: stretched(1),
+    "wide-controlled": lambda: learned_start(3),
+    "narrow-controlled": lambda: learned_start(1),
     "matrix-by-state": lambda: plain(_matrix_by_state),
     "matrix-by-time": lambda: plain(_matrix_by_time),
     "number-by-time": lambda: plain(lambda x, t: 0.5 + 0.4 * float(t)),
@@ -698,7 +698,7 @@ WAYS: dict[str, Callable[[], Any]] = {
         gibbs("annealed"), sc.LogVariance(), control=Affine(), loaded_control=Affine()
     ),
     "own-control-ppo": lambda: solved(gibbs(), sc.SoftPPO(epochs=2), control=Affine(), loaded_control=Affine()),
-    "own-control-stretch": lambda: solved(
+    "own-control-learned-start": lambda: solved(
         lq(start="controlled"), "cross-entropy", control=Affine(), loaded_control=Affine()
     ),
     "reward-batch-size": lambda: solved(plain(reward_batch_size=10), sc.RewardBackprop()),

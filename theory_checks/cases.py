@@ -24,7 +24,7 @@ from .registry import Setting
 
 __all__ = ["SPOILED", "AffineControl", "ChainAnswers", "LinearCase", "affine_map", "linear_cases", "spoil", "tensor"]
 
-STRETCH = 5  #: steps of the stretch before 0 of a controlled start, for chains of at most 23 steps
+START_STEPS = 5  #: steps of a learned start, for chains of at most 23 steps
 
 
 def tensor(x: Any) -> torch.Tensor:
@@ -184,10 +184,10 @@ class ChainAnswers:
     @property
     def before(self) -> int:
         """Steps before time 0."""
-        return STRETCH if self.problem.start == "controlled" else 0
+        return START_STEPS if self.problem.start == "controlled" else 0
 
     def kernel(self, k: int) -> Affine:
-        """The soft-optimal kernel of step k (negative: of the stretch before 0) as
+        """The soft-optimal kernel of step k (negative: of the learned start) as
         ``(M, b, root of the covariance)``."""
         law = self.exact.kernel(torch.zeros(1, self.case.d, dtype=torch.float64), k + self.before)
         M, b = affine_map(lambda x: self.exact.kernel(x, k + self.before).mean, self.case.d)

@@ -13,7 +13,7 @@ from .base import AffineStep, Chain
 
 
 class LearnedStart(Chain):
-    """The stretch [-1, 0) that turns a random start into part of the chain.
+    """The learned start, on [-1, 0): it turns a random start into part of the chain.
 
     From the mean of the start's law a Brownian motion of covariance S reaches N(mean, S) at time 0 (the idea of
     ELEGANT, Uehara et al. 2402.15194). For a Gaussian mixture the same Brownian motion, conditioned to end in the

@@ -40,7 +40,7 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
         if not want or want[0] != x.shape[0]:
             want = torch.Size((x.shape[0], *chain.control_shape))
             rows = times.unsqueeze(1).expand(-1, x.shape[0]).unbind(0)
-        if k < start:  # a control of the process says nothing of the stretch before it
+        if k < start:  # a control of the process says nothing of the learned start
             return nothing.expand(x.shape[0], *chain.noise_shape)
         u = _call(control, x, rows[k], condition)
         if type(u) is not Tensor or u.shape != want or u.dtype is not times.dtype or u.device != x.device:

@@ -299,7 +299,7 @@ def _graph(problem: ControlProblem, chain: Chain, batch_size: int, given: Any = 
     control = build_control(problem, chain, given, seed=0)
     own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
     own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}
-    k = chain.start  # of the process itself, after the stretch of a controlled start
+    k = chain.start  # of the process itself, after the learned start
     shift = shift_function(chain, control)
 
     def bytes_of(rows: int) -> int:

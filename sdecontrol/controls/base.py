@@ -193,7 +193,7 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
 
 @CONTROLS.register("started")
 class StartedControl(Control):
-    """A control of the stretch [-1, 0) that makes the start, and one of the process after it."""
+    """A control of the learned start, on [-1, 0), and one of the process after it."""
 
     def __init__(self, start: Control, main: Control) -> None:
         super().__init__(main.event_shape, main.control_shape, -1.0, main.last_time)

@@ -59,8 +59,8 @@ class AnnealedValue(LogValue):
 class ValueControl(Control):
     """``u(x, t) = sigma(x, t)^T grad v(x, t) / alpha``, by automatic differentiation of a value.
 
-    On a discrete diffusion model and in the stretch of a controlled start the scale of the step stands for
-    ``sqrt(h) sigma``. On a chain it differs from the best mean shift, ``E*[grad v_{k+1}]``, by O(h).
+    On a discrete diffusion model and in the learned start the scale of the step stands for ``sqrt(h) sigma``. On a
+    chain it differs from the best mean shift, ``E*[grad v_{k+1}]``, by O(h).
     """
 
     def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
@@ -132,7 +132,7 @@ class TweedieValue(LogValue):
     """``v(x, t) ~ r(x0^(x, t))``, ``x0^ = (x - std eps^)/mu`` the denoiser's mean of the data [31].
 
     Its error does not vanish with anything: it is zero in the gradient where r is linear and the data Gaussian, and
-    otherwise the reward of a mean stands for a log-mean of rewards. In the stretch before 0 the mean of X_0 is noised
+    otherwise the reward of a mean stands for a log-mean of rewards. In the learned start the mean of X_0 is noised
     data.
 
     Args:

@@ -32,7 +32,7 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     """Mean squared error of a solution's control, on paths of the exact control (Euler paths of the solution's grid).
 
     Args:
-        solution: a :class:`Solution`; only the process after time 0 enters (not the stretch of a controlled start).
+        solution: a :class:`Solution`; only the process after time 0 enters (not the learned start).
         exact: an exact solution: in continuous time, or of the chain (``exact_solution(problem, like=solution)``).
     """
     problem, chain = solution.problem, solution.chain

@@ -26,7 +26,7 @@ _KIND = register_bundle("solution", *_FACTS, "control", "solution", "problem")
 
 
 class TiltedStart:
-    """The start that a controlled stretch has learned; ``sample((n,), seed=None)`` gives ``(n, *event)``."""
+    """The law of the learned start; ``sample((n,), seed=None)`` gives ``(n, *event)``."""
 
     def __init__(self, solution: Solution) -> None:
         self._solution = solution

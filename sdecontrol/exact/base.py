@@ -27,7 +27,7 @@ class ExactSolution:
         settings: ``{"time_steps", "scheme"}`` of the chain it is exact for; empty in continuous time.
         chain: that chain, or None in continuous time.
         control: the optimal control, ``control(x, t) -> (batch, m)``; of a chain, the best mean-shift control. At times
-            in [-1, 0) of a controlled start it is the stretch's control ``(batch, d)``, in coordinates
+            in [-1, 0) of a controlled start it is the learned start's control ``(batch, d)``, in coordinates
             ``dX = S^(1/2) dW``.
         log_z: ``log E_{Q0}[exp(R/alpha)]``, 0-d; the expectation includes the start, fixed or controlled.
         start_log_z: ``E_nu[v(X_0, 0)]/alpha``, the largest ELBO that a fixed start allows; log_z where the start is a

@@ -108,7 +108,7 @@ def _backwards(
     for k in reversed(range(chain.steps)):
         t = chain.clock[k]
         form, extra = rule(forms[-1], steps[k], f"at step {k} of {chain.steps} (t = {t:.4g})")
-        if terms.F is not None and t >= 0:  # nothing is to pay in the stretch before 0
+        if terms.F is not None and t >= 0:  # nothing is to pay in the learned start
             form = form._replace(P=form.P + chain.step_sizes[k] * terms.F(t))
         forms.append(form)
         found.append(extra)

@@ -22,7 +22,7 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
 
-_PAST = 1e-12  # stands for the start of the stretch, where all paths are in one point and the laws have no density
+_PAST = 1e-12  # stands for time -1 of the learned start, where all paths are in one point and laws have no density
 
 
 class _Pair(NamedTuple):

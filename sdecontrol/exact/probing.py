@@ -54,7 +54,7 @@ class Functions:
         return self._call("reward", self.problem.reward, x) / self.problem.alpha
 
     def cost(self, x: Tensor, t: float) -> Tensor:
-        """``f/alpha``, ``(rows,)``; 0 in the stretch before time 0."""
+        """``f/alpha``, ``(rows,)``; 0 in the learned start."""
         if t < 0 or self.problem.running_cost_function is None:
             return torch.zeros(len(x), dtype=torch.float64)
         cost = self._call("running_cost", lambda y: self.problem.running_cost(y, self._time(t, y)), x)

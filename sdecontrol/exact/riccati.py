@@ -72,8 +72,8 @@ def solve_riccati(linear: LinearSDE, terms: Terms) -> Any:
 class RiccatiSolution(LinearQuadraticSolution):
     """Exact solution of a linear-quadratic problem in continuous time (relative error about 1e-11).
 
-    ``u* = sigma'(q - P x)``. The stretch before a controlled start is a Brownian motion of covariance S, for which the
-    same soft average as over one step is exact: ``v(., t)/alpha`` averaged over ``sqrt(-t) S^(1/2) xi``.
+    ``u* = sigma'(q - P x)``. The learned start is a Brownian motion of covariance S, for which the same soft average as
+    over one step is exact: ``v(., t)/alpha`` averaged over ``sqrt(-t) S^(1/2) xi``.
     """
 
     def __init__(self, problem: ControlProblem, linear: LinearSDE, terms: Terms) -> None:
@@ -107,10 +107,10 @@ class RiccatiSolution(LinearQuadraticSolution):
 
     def _transition(self, s: float, t: float) -> Transition:
         if s < 0 < t:
-            return compose(self._stretch(s, 0.0), self._flow(0.0, t))
-        return self._stretch(s, t) if s < 0 else self._flow(s, t)
+            return compose(self._start(s, 0.0), self._flow(0.0, t))
+        return self._start(s, t) if s < 0 else self._flow(s, t)
 
-    def _stretch(self, s: float, t: float) -> Transition:
+    def _start(self, s: float, t: float) -> Transition:
         """The law of X_t given X_s under the optimum, s <= t <= 0."""
         average = soft_average(self._form(t), (t - s) ** 0.5 * self._start_root, "over the controlled start")
         return Transition(average.keep, average.pull, average.root @ average.root.mT)

@@ -81,7 +81,7 @@ class ClassifierFreeGuidance(Method):
 
 
 class _Guided(ModelControl):
-    """The shift towards the conditional model's mean, times 1 + w; nothing on the stretch of a controlled start."""
+    """The shift towards the conditional model's mean, times 1 + w; nothing on the learned start."""
 
     def __init__(self, problem: ControlProblem, conditional: Any, weight: float, label: Any) -> None:
         super().__init__(problem.reference)

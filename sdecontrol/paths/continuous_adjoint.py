@@ -91,7 +91,7 @@ class _Narrow:
 
 
 def check_continuous(chain: Chain, mode: str) -> EulerChain:
-    """The Euler chain (after a stretch, where there is one) whose equation the adjoint solves.
+    """The Euler chain (after a learned start, where there is one) whose equation the adjoint solves.
 
     Raises:
         ValueError: another chain, which stands for no stochastic differential equation that could be solved backwards.
@@ -118,7 +118,7 @@ def backpropagate_continuous(
 ) -> PathCost:
     """:func:`sdecontrol.paths.gradients.backpropagate` with mode "continuous-adjoint" or "reversible-heun".
 
-    The stretch of a controlled start is run as the chain it is, with its exact discrete adjoint.
+    The learned start is run as the chain it is, with its exact discrete adjoint.
     """
     main = check_continuous(chain, mode)
     x, early = x0, None

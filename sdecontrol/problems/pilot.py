@@ -1,9 +1,8 @@
 """The pilot run of a Gibbs problem: where a target is and how wide, from nothing but its log density.
 
-1. *Scan.* Standard normal draws are stretched to the scales ``s = 2^-20 .. 2^20`` around the centre, and the lower
-   bound of log Z by ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that
-   probability), picks a scale. A target
-   whose bound still rises at the widest scale is improper: for a proper one it falls at last.
+1. *Scan.* Standard normal draws are scaled to ``s = 2^-20 .. 2^20`` around the centre, and the lower bound of log Z by
+   ``N(centre, s^2 I)``, ``E[log rho] + d log s`` (restricted to where rho > 0, with the log of that probability), picks
+   a scale. A target whose bound still rises at the widest scale is improper: for a proper one it falls at last.
 2. *Chains.* 128 chains start at once to 64 times that scale and run 200 steps of the Barker proposal (Livingstone &
    Zanella 1908.11812), each with a step size of its own; without a gradient, 1000 steps of random-walk Metropolis. The
    Barker proposal never overshoots, however steep the target, and its steps grow geometrically while a chain is far

@@ -56,7 +56,7 @@ class ControlProblem:
         reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
         running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor (``f(x, t, y)`` with a condition), or None.
         alpha: temperature of the entropy (KL) cost, > 0.
-        start: "fixed" (X_0 keeps its law), "controlled" (a stretch of time before 0 makes the start part of the
+        start: "fixed" (X_0 keeps its law), "controlled" (a learned start: time before 0 makes it part of the
             control), "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative
             references: memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
@@ -246,7 +246,7 @@ class ControlProblem:
         return other
 
     def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
-        """The chain that simulates this problem: the reference's, after the stretch of a controlled start.
+        """The chain that simulates this problem: the reference's, after the learned start.
 
         Args:
             time_steps: number of steps (default 100), or a grid of times from 0 to the horizon.
@@ -265,8 +265,8 @@ class ControlProblem:
         if key not in self._chains:
             main = chain_of(reference, time_steps, scheme or "own", self.dtype, self.device)
             if self.start == "controlled":
-                stretch = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
-                main = SegmentedChain(stretch, main)
+                learned = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
+                main = SegmentedChain(learned, main)
             self._chains[key] = main
         return self._chains[key]
 

@@ -100,7 +100,7 @@ def _flow(
             "problem of it: sc.ControlProblem(sc.generative_sde(solution.model, ...)), or use another scheme."
         )
     x, condition = start
-    if problem.start == "controlled":  # the stretch is there for the control; the flow starts from the law itself
+    if problem.start == "controlled":  # the learned start is there for the control; the flow starts from the law itself
         x = draw(problem.initial, len(x), derive_seed(seed, Place.FLOW_START))
     main = chain.main
     cost = x.new_zeros(x.shape[0])

@@ -197,7 +197,7 @@ def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
     chain = problem.chain(20)
     best = lambda x, t, y: -2 * (x - y) / (1 + 2 * (1 - t.unsqueeze(1)))  # noqa: E731
     found = evaluate(problem, best, chain, n=2048, seed=3)
-    if start == "fixed":  # else a control of the process says nothing of the stretch before it
+    if start == "fixed":  # else a control of the process says nothing of the learned start
         # what no shift of the mean can do: the optimum's steps are narrower
         bent = [2 / (1 + 2 * (1 - t)) / 20 for t in chain.clock[1:]]
         assert off_by(found.gap, sum(0.5 * (b - math.log1p(b)) for b in bent)) < 4

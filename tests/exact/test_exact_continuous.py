@@ -114,7 +114,7 @@ def hjb_terms(problem, exact, x, t):
 
 @pytest.mark.parametrize("varying", [False, True])
 def test_theorems_1_to_3_for_a_controlled_start(varying):
-    """``p*_T = p_r``; ``p*_t = p0_t exp(v_t/alpha)/Z`` at every t, the stretch's included; bridges are the
+    """``p*_T = p_r``; ``p*_t = p0_t exp(v_t/alpha)/Z`` at every t, the learned start's included; bridges are the
     reference's."""
     problem = linear_quadratic(3, 3, seed=4, start="controlled", running=False, varying=varying)
     exact, x = sc.exact_solution(problem), randn(6, 3, seed=0)
@@ -130,7 +130,7 @@ def test_theorems_1_to_3_for_a_controlled_start(varying):
         want = conditional(prior.mean, prior.covariance_matrix, step, x)
         close(exact.bridge(s, t, x).mean, want[0], 1e-9)
         close(exact.bridge(s, t, x).covariance_matrix, want[1].expand(6, 3, 3), 1e-9)
-    brownian = exact.bridge(-0.6, -0.2, x)  # the stretch: a Brownian bridge from the mean
+    brownian = exact.bridge(-0.6, -0.2, x)  # the learned start: a Brownian bridge from the mean
     close(brownian.mean, nu.mean + 0.5 * (x - nu.mean), 1e-9)
     close(brownian.covariance_matrix, (0.4 * 0.4 / 0.8 * nu.covariance_matrix).expand(6, 3, 3), 1e-9)
 
@@ -276,7 +276,7 @@ def test_misuse_is_named():
         chain.bridge(0.01, 0.02, x)
 
 
-def test_the_stretch_has_its_own_control_shape():
+def test_the_learned_start_has_its_own_control_shape():
     exact = sc.exact_solution(linear_quadratic(2, 3, start="controlled"))
     x = randn(4, 2, seed=0)
     assert exact.control(x, -0.5).shape == (4, 2) and exact.control(x, 0.5).shape == (4, 3)

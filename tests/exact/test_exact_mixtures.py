@@ -37,7 +37,7 @@ def test_log_z_and_terminal_law_by_quadrature(schedule, reward):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_marginals_are_the_references_times_exp_value(schedule):
-    """``p*_t = p0_t exp(v/alpha)/Z`` with one Z (Theorem 2), each p*_t integrating to one; on the stretch too."""
+    """``p*_t = p0_t exp(v/alpha)/Z`` with one Z (Theorem 2), each p*_t integrating to one; on the learned start too."""
     problem = mixture_problem(schedule)
     exact = sc.exact_solution(problem)
     x, area = plane(301, 30.0 if schedule == "ve" else 9.0)
@@ -63,7 +63,7 @@ def test_value_solves_the_hjb_equation_and_the_control_is_its_gradient(schedule)
         close(exact.control(x, t), g * gradient / problem.alpha, 1e-9)
 
 
-def test_value_on_the_stretch_solves_the_hjb_equation_of_the_foellmer_process():
+def test_value_on_the_learned_start_solves_the_hjb_equation_of_the_foellmer_process():
     problem = mixture_problem("vp")
     exact, x, nu = sc.exact_solution(problem), randn(4, 2, seed=0), problem.initial
     root = sc.Gaussian(nu.mean, nu.covariance_matrix).scale_root

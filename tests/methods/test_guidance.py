@@ -161,7 +161,7 @@ def test_guidance_by_the_exact_value_is_the_exact_control(start):
             assert torch.allclose(solution.control(x, t), exact.control(x, t), atol=1e-9)
         t = torch.linspace(0, 0.9, 40, dtype=F64)
         assert torch.allclose(solution.control(x, t), exact.control(x, t), atol=1e-9)
-        if start:  # in the stretch: the same, up to the coordinates of its noise
+        if start:  # in the learned start: the same, up to the coordinates of its noise
             assert torch.allclose(solution.control(x, -0.4), exact.control(x, -0.4), atol=1e-9)
         chain, y = solution.chain, solution.control.on_chain(solution.chain)
         for k in range(chain.steps):  # on the chain: the same again, as a shift

@@ -209,7 +209,7 @@ def test_bad_input():
 
 
 def test_the_target_of_noises_is_the_log_weight_of_their_paths():
-    """phi against ``log_weights`` of the same paths, start, stretch, cost and control included."""
+    """phi against ``log_weights`` of the same paths, start, learned start, cost and control included."""
     problem = random_lq(2, 3, seed=1, start="controlled")
     control = lambda x, t: 0.3 - 0.2 * t[:, None] * torch.cat((x, x[:, :1]), 1)  # noqa: E731
     chain = problem.chain(6)

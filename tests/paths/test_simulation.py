@@ -117,8 +117,8 @@ def test_euler_marginals_are_those_of_the_discrete_recursion():
     assert ((torch.cov(x.mT) - cov).abs() / spread).max() < Z_FOUR
 
 
-def test_the_stretch_of_a_controlled_start_reproduces_the_start_exactly():
-    for m in (1, 2, 4):  # noise of the stretch and of the process have different sizes
+def test_the_learned_start_reproduces_the_start_exactly():
+    for m in (1, 2, 4):  # noise of the learned start and of the process have different sizes
         problem = random_lq(2, m=m, seed=2, start="controlled")
         chain = problem.chain(20)
         paths = sc.simulate(problem, 100_000, time_steps=20, seed=4)
@@ -131,7 +131,7 @@ def test_the_stretch_of_a_controlled_start_reproduces_the_start_exactly():
         assert ((torch.cov(x.mT) - cov).abs() / spread).max() < Z_FOUR
 
 
-def test_the_stretch_of_a_mixture_start_converges_to_the_mixture():
+def test_the_learned_start_of_a_mixture_converges_to_the_mixture():
     gm = sc.GaussianMixture(torch.tensor([0.3, 0.7]), torch.tensor([[-2.0, 0.0], [1.0, 1.0]]), torch.tensor([0.3, 0.2]))
     problem = sc.ControlProblem(sc.generative_sde(gm, sc.VP(1.0, 1.0)), start="controlled")
     law = problem.initial

@@ -72,7 +72,8 @@ def test_every_solver_converges_to_the_same_controlled_process(scheme):
     chain = problem.chain(400)
     euler = sc.simulate(problem, 50, control=u, time_steps=400, seed=3)
     mine = sc.simulate(problem, 50, control=u, time_steps=400, scheme=scheme, seed=3)
-    assert torch.equal(mine.states[: chain.start + 1], euler.states[: chain.start + 1])  # the stretch is the chain
+    # the learned start is the chain
+    assert torch.equal(mine.states[: chain.start + 1], euler.states[: chain.start + 1])
     assert (mine.end - euler.end).abs().max() < 0.02
     assert (mine.running_cost - euler.running_cost).abs().max() < 0.02
     assert torch.equal(mine.times, euler.times) and torch.equal(mine.samples, mine.end)

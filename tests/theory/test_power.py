@@ -53,7 +53,7 @@ def _covariance_of_the_kernel_kept(patch):
     patch.setattr(discrete, "soft_step", soft_step)
 
 
-def _stretch_two_per_cent_wide(patch):
+def _start_two_per_cent_wide(patch):
     true = LearnedStart.__init__
 
     def init(self, *args):
@@ -128,7 +128,7 @@ PLANTED = [
     (_half_square_dropped, "path-log-ratio"),
     (_wrong_sign_of_q, "theorem-1-chain"),
     (_covariance_of_the_kernel_kept, "eq-19-optimal-kernel"),
-    (_stretch_two_per_cent_wide, "path-law-of-the-start"),
+    (_start_two_per_cent_wide, "path-law-of-the-start"),
     (_variance_as_printed, "eq-1-noising"),
     (_alpha_missing, "theorem-2-chain"),
     (_weights_without_cost, "weights-are-unbiased"),

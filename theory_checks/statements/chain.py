@@ -251,7 +251,7 @@ def with_running_cost(setting: Setting, defect: str) -> Lines:
 def controlled_start(setting: Setting, defect: str) -> Lines:
     """A Gaussian start N(m, S) is the end of a Brownian motion of covariance S run for a time of 1 from m. Controlling
     it there turns the start into steps of the chain: the optimal start is nu* = exp(v_0/alpha) nu / Z, reached through
-    the stretch's own soft-optimal kernels, and log Z is that of a chain that begins in the point m."""
+    the learned start's own soft-optimal kernels, and log Z is that of a chain that begins in the point m."""
     for case in linear_cases(setting, cost=True):
         given = replace(case, cov=1.01 * case.cov) if defect.startswith("covariance") else spoil(case, defect)
         answers = given.chain()

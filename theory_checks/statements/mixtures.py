@@ -1,8 +1,8 @@
 """Sections 4 and 8 on pre-trained models whose data are a Gaussian mixture: everything in closed form.
 
 The independent side is the finite-dimensional law of the noising process, component by component one dense Gaussian of
-(data, noisier, ..., noise, stretch), tilted at its data end. An Euler chain of such a model has no closed form, so that
-these statements are in continuous time.
+(data, noisier, ..., noise, learned start), tilted at its data end. An Euler chain of such a model has no closed form,
+so that these statements are in continuous time.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def theorem_1(setting: Setting, defect: str) -> Lines:
     controls=["alpha off by 5 %", "noise off by 1 %", "Tweedie's value", "data off by 1 %"],
 )
 def theorem_2(setting: Setting, defect: str) -> Lines:
-    """p*_t = exp(v_t/alpha) p_pre_t / C with C = Z at all t, the stretch of the controlled start included; v_t is the
-    conditional expectation of Lemma 2 and p*_t the marginal of the dense tilted law."""
+    """p*_t = exp(v_t/alpha) p_pre_t / C with C = Z at all t, the learned start included; v_t is the conditional
+    expectation of Lemma 2 and p*_t the marginal of the dense tilted law."""
     for case in mixture_cases(setting):
         exact = spoil(case, defect).exact
         for t in (*TIMES, *EARLY):
@@ -254,7 +254,7 @@ def theorem_3(setting: Setting, defect: str) -> Lines:
 )
 def control(setting: Setting, defect: str) -> Lines:
     """u*(x, t) = g(t) grad v(x, t)/alpha with g^2 = beta: the library's control against the numerical gradient of the
-    dense value; in the stretch S^(1/2) grad v/alpha."""
+    dense value; in the learned start S^(1/2) grad v/alpha."""
     for case in mixture_cases(setting):
         exact = spoil(case, defect).exact
         x = setting.rng(35).normal(size=(3, case.d))

@@ -455,9 +455,9 @@ def memory(setting: Setting, defect: str) -> Lines:
     controls=["data off by 1 %", "Brownian motion in place of the Foellmer process"],
 )
 def mixture_start(setting: Setting, defect: str) -> Lines:
-    """The start of a mixture reference is a mixture: its stretch before 0 is the Foellmer process, Brownian motion
-    conditioned to end in it, with drift (E[X_0 | X_s = x] - x)/(-s): a noiseless step of the library against the dense
-    posterior."""
+    """The start of a mixture reference is a mixture: the learned start before it is the Foellmer process, Brownian
+    motion conditioned to end in it, with drift (E[X_0 | X_s = x] - x)/(-s): a noiseless step of the library against the
+    dense posterior."""
     for case in mixture_cases(setting):
         given = replace(case, means=1.01 * case.means) if defect.startswith("data") else case
         problem = sc.ControlProblem(given.sde(), reward=sc.Linear(tensor(case.g)), start="controlled")

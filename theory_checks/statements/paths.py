@@ -13,7 +13,7 @@ import sdecontrol as sc
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.paths.paths import Paths
 
-from ..cases import STRETCH, AffineControl, LinearCase, affine_map, linear_cases, spoil, tensor
+from ..cases import START_STEPS, AffineControl, LinearCase, affine_map, linear_cases, spoil, tensor
 from ..gaussian import gaussian_kl, log_density
 from ..quadrature import NoiseNodes
 from ..registry import Measurement, Setting, check, compare
@@ -134,27 +134,27 @@ def path_equation(setting: Setting, defect: str) -> Lines:
     controls=["KL of the start dropped", "noise off by 1 %", "covariance of the start off by 1 %", "alpha off by 5 %"],
 )
 def start_ratio(setting: Setting, defect: str) -> Lines:
-    """With a controlled start the log-ratio contains the start's: on the stretch x' = x + h S^(1/2) u + sqrt(h) S^(1/2)
-    xi the steps' Gaussian densities give it, added to that of the process, for the best mean-shift control of start and
-    process."""
+    """With a controlled start the log-ratio contains the start's: on the learned start x' = x + h S^(1/2) u + sqrt(h)
+    S^(1/2) xi the steps' Gaussian densities give it, added to that of the process, for the best mean-shift control of
+    start and process."""
     for i, case in enumerate(linear_cases(setting, extra_noise=False)):
         if defect.startswith("covariance"):
             given = replace(case, cov=1.01 * case.cov)
         else:
             given = spoil(case, defect)
-        exact, h = case.chain().exact, 1 / STRETCH
+        exact, h = case.chain().exact, 1 / START_STEPS
         paths = sc.simulate(given.problem(), 50, control=given.chain().exact.control, seed=i)
         states = paths.states.numpy()
         cov = h * case.cov
         values, vectors = np.linalg.eigh(case.cov)
         effect, total = h * (vectors * np.sqrt(values)) @ vectors.T, 0.0
-        for k in range(STRETCH):
+        for k in range(START_STEPS):
             U, w = affine_map(lambda x, k=k: exact.control(x, -1 + k * h), case.d)
             x, y = states[k], states[k + 1]
             total = total + log_density(y, x + (x @ U.T + w) @ effect.T, cov) - log_density(y, x, cov)
         if defect.startswith("KL of the start"):
             total = 0.0
-        total = total + _density_ratio(case, states[STRETCH:], case.chain().control()).sum(0)
+        total = total + _density_ratio(case, states[START_STEPS:], case.chain().control()).sum(0)
         yield compare(f"log ratio with the start's, d={case.d}", paths.log_ratio(), total)
 
 
@@ -165,18 +165,17 @@ def start_ratio(setting: Setting, defect: str) -> Lines:
     controls=["covariance of the start off by 1 %", "noise off by 1 %", "KL of the start dropped"],
 )
 def start_equation(setting: Setting, defect: str) -> Lines:
-    """The stretch before a controlled start steps as x' = x + S^(1/2) (h u + sqrt(h) xi) with the first d of the
-    noises, where the process has more; both add to log-ratio and KL, and neither running cost nor ``controls`` counts
-    the stretch."""
+    """The learned start steps as x' = x + S^(1/2) (h u + sqrt(h) xi) with the first d of the noises, where the process
+    has more; both add to log-ratio and KL, and neither running cost nor ``controls`` counts the learned start."""
     for i, case in enumerate(linear_cases(setting, cost=True)):
         given = replace(case, cov=1.01 * case.cov) if defect.startswith("covariance") else spoil(case, defect)
-        control, h = case.chain().exact.control, 1 / STRETCH
+        control, h = case.chain().exact.control, 1 / START_STEPS
         paths = sc.simulate(given.problem(), 20, control=control, time_steps=list(case.grid), seed=i)
         values, vectors = np.linalg.eigh(case.cov)
         root, noises = (vectors * np.sqrt(values)) @ vectors.T, paths.noises.numpy()
         x, kl, ratio, cost, d = np.tile(case.mean, (20, 1)), 0.0, 0.0, 0.0, case.d
-        for k in range(STRETCH + case.K):
-            early, j = k < STRETCH, k - STRETCH
+        for k in range(START_STEPS + case.K):
+            early, j = k < START_STEPS, k - START_STEPS
             t, step = (-1 + k * h, h) if early else (case.grid[j], case.h[j])
             u, xi = control(tensor(x), t).numpy(), noises[k, :, : d if early else None]
             if not (early and defect.startswith("KL")):

@@ -17,7 +17,7 @@ import sdecontrol as sc
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.paths.paths import Paths
 
-from ..cases import STRETCH, LinearCase, affine_map, spoil, tensor
+from ..cases import START_STEPS, LinearCase, affine_map, spoil, tensor
 from ..gaussian import Joint, path_law
 from ..registry import Measurement, Setting, check, p_value
 from ..statistics import GAUSSIAN_TESTS, gaussian_law, projections, z_of_estimate, z_test
@@ -83,10 +83,10 @@ def reference_paths(setting: Setting, defect: str) -> Lines:
 
 def controlled_law(case: LinearCase) -> tuple[Joint, list[float]]:
     """The law of the best mean-shift chain from the point before its start, and the KL of each of its steps."""
-    answers, h = case.chain(), 1 / STRETCH
+    answers, h = case.chain(), 1 / START_STEPS
     values, vectors = np.linalg.eigh(case.cov)
     root, steps, gains = (vectors * np.sqrt(values)) @ vectors.T, [], []
-    for k in range(STRETCH):
+    for k in range(START_STEPS):
         U, w = affine_map(lambda x, k=k: answers.exact.control(x, -1 + k * h), case.d)
         gains.append((U, w, h))
         steps.append((np.eye(case.d) + h * root @ U, h * root @ w, np.sqrt(h) * root))
@@ -109,11 +109,11 @@ def controlled_law(case: LinearCase) -> tuple[Joint, list[float]]:
     controls=["drift off by 1 %", "noise off by 1 %", "alpha off by 5 %", "start left fixed", "last step left out"],
 )
 def controlled_paths(setting: Setting, defect: str) -> Lines:
-    """Paths of the best mean-shift control, the stretch of the controlled start included, are draws of the dense law of
-    that controlled path; so is the start that they reach."""
+    """Paths of the best mean-shift control, the learned start included, are draws of the dense law of that controlled
+    path; so is the start that they reach."""
     n, case = setting.count(3 * ENOUGH // 2, 10 * ENOUGH), drifting()
     law, _ = controlled_law(case)
-    law = law.of(*range(STRETCH, law.blocks))
+    law = law.of(*range(START_STEPS, law.blocks))
     given = spoil(case, defect)
     paths = _simulate(given, n, setting.seed + 2, given.chain().exact.control)
     states = paths.states[-(case.K + 1) :]
@@ -201,10 +201,10 @@ def weights(setting: Setting, defect: str) -> Lines:
     best, log_z = case.optimum()
     true = case.chain().exact.control
     problem = spoil(case, defect).problem()
-    paths = sc.simulate(problem, n, control=Stretched(true, 0.8), time_steps=list(case.grid), seed=setting.seed + 5)
+    paths = sc.simulate(problem, n, control=StartShifted(true, 0.8), time_steps=list(case.grid), seed=setting.seed + 5)
     log_w = log_weights(problem, paths).numpy()
     if defect.startswith("KL of the start"):
-        log_w = log_w + paths.log_ratio(per_step=True)[:STRETCH].sum(0).numpy()
+        log_w = log_w + paths.log_ratio(per_step=True)[:START_STEPS].sum(0).numpy()
     if defect.startswith("half"):
         log_w = log_w + paths.kl().numpy()
     w = np.exp(log_w - log_z)
@@ -223,10 +223,10 @@ def weights(setting: Setting, defect: str) -> Lines:
         "E[w |x_K|^2]/Z", w * (x**2).sum(-1), float(np.trace(best.of(-1).cov) + best.of(-1).mean @ best.of(-1).mean)
     )
     reference = sc.simulate(problem, n, time_steps=list(case.grid), seed=setting.seed + 6)
-    yield z_test("E_Q0[dP/dQ0]", reference.log_ratio(Stretched(true, 0.1)).exp(), 1.0)
+    yield z_test("E_Q0[dP/dQ0]", reference.log_ratio(StartShifted(true, 0.1)).exp(), 1.0)
 
 
-class Stretched:
+class StartShifted:
     """A multiple of an exact control, before time 0 and after."""
 
     def __init__(self, control, factor: float) -> None:
@@ -259,9 +259,9 @@ def evaluation(setting: Setting, defect: str) -> Lines:
     beside them), and its standard errors are right: over 100 repetitions the squared z-scores are chi-square."""
     case = drifting()
     law, size = controlled_law(case)
-    kl = sum(size[STRETCH:] if defect.startswith("KL of the start") else size)
+    kl = sum(size[START_STEPS:] if defect.startswith("KL of the start") else size)
     P, q = case.total_reward()
-    whole = law.of(*range(STRETCH, law.blocks))
+    whole = law.of(*range(START_STEPS, law.blocks))
     end_P, end_q = np.zeros_like(P), q
     end_P[-2:, -2:] = P[-2:, -2:]
     reward = case.alpha * whole.expect_quadratic(end_P, end_q)
