@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import pickle
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar, cast
 
@@ -15,13 +16,30 @@ class NonFiniteError(RuntimeError):
         what: the quantity that was not finite ("state", "reward", "gradient", ...).
         step: index of the simulation step, or None where there is none.
         rows: number of batch rows concerned.
-        solution: the last good solution, where training was stopped (set by ``solve``).
+        solution: the last good solution, where training was stopped (set by ``solve``). An error that comes from
+            another process has it only where it can be pickled.
     """
 
     def __init__(self, message: str, *, what: str, step: int | None = None, rows: int | None = None) -> None:
         super().__init__(message)
         self.what, self.step, self.rows = what, step, rows
         self.solution: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException's own calls the class with args alone: that fails in a parent, which then waits for ever
+        facts = dict(vars(self))
+        try:
+            pickle.dumps(self.solution)
+        except Exception:  # of whatever kind: an error must arrive, a solution with functions of the user's need not
+            facts["solution"] = None
+        return _nonfinite, (type(self), self.args, self.what), facts
+
+
+def _nonfinite(kind: type[NonFiniteError], arguments: tuple[Any, ...], what: str) -> NonFiniteError:
+    """The error again, from what a pickle holds of it."""
+    error = kind("", what=what)
+    error.args = arguments
+    return error
 
 
 class NotDifferentiable(TypeError):

@@ -9,6 +9,7 @@ graphs they would keep alive. Outside nothing is kept.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +45,20 @@ def recall(owner: Any, key: Any, x: Tensor, make: Callable[[], Tensor]) -> Tenso
     if _known.depth:
         _known.last[id(owner)] = (owner, key, x, value)
     return value
+
+
+class Remembered:
+    """A function of hashable arguments with its last ``most`` values at hand; copies and pickles hold none of them."""
+
+    def __init__(self, function: Callable[..., Any], most: int) -> None:
+        self.function, self.most = function, most
+        self._values = lru_cache(most)(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._values(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remembered, (self.function, self.most)
 
 
 def once_a_step(shift: Callable[[int, Tensor, Any], Tensor]) -> Callable[[int, Tensor, Any], Tensor]:

@@ -82,11 +82,15 @@ class ReversedChain(Chain):
     def __init__(self, chain: Chain, control: Any = None) -> None:
         if chain.reverse is None:
             raise ValueError(f"a {type(chain).__name__} has no reverse law.")
+        self._made_from = chain, control
         self.reference, self._law = chain.reference, chain.reverse
         self.event_shape, self.noise_shape = chain.event_shape, chain.noise_shape
         self.control_shape = chain.control_shape
         self.set_times([chain.clock[-1] - t for t in reversed(chain.clock)], chain.times.dtype, chain.times.device)
         self._shift = None if control is None or not self._law.controlled else shift_function(chain, control)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a shift function is a closure, made again
+        return type(self), self._made_from
 
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         j = self.steps - 1 - k

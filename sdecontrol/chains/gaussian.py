@@ -32,6 +32,9 @@ class EulerChain(Chain):
             constant = constant.to(dtype=dtype, device=device) if constant.ndim == 0 else constant
             self._scales = [made.setdefault(root, constant * root) for root in self._roots]
 
+    def __reduce__(self) -> tuple[Any, ...]:  # the terms of the grid are closures, made again
+        return type(self), (self.reference, self.clock, self.times.dtype, self.times.device)
+
     def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
         drift, sigma = self._terms(k, x, condition)
         scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic
 from ..processes.annealed import AnnealedLangevin
 from ..processes.sde import SDE
+from ..processes.time_changed import TimeChanged
 
 _SLOPE_TIMES, _SLOPE_PATHS = 8, 32  # at which the reward's slope is measured
 _STEEP = 50.0  # of that slope: Adam's steps of 5e-3 then move the control by a quarter
@@ -38,40 +40,38 @@ class LangevinTerm:
     fade: Callable[[float], float] | None = None
     affine: tuple[Tensor, Tensor] | None = None
 
+    def __deepcopy__(self, memo: Any) -> LangevinTerm:
+        return self  # a definition: a copied control has the same
+
     @classmethod
     def of(cls, problem: ControlProblem) -> LangevinTerm:
         """Of a problem whose reward has a gradient."""
-        gradient, fade = _reward_gradient(problem), None
+        gradient, fade = partial(_reward_gradient, problem), None
         if isinstance(problem, GibbsProblem):
             gradient, fade = _damped(problem, gradient)
         sde = problem.reference
         return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_term(problem))
 
 
-def _reward_gradient(problem: ControlProblem) -> Any:
+def _gradient(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> Tensor:
+    with torch.enable_grad():
+        leaf = x if create_graph else x.detach().requires_grad_(True)
+        value = problem._call_reward(leaf, y).sum()
+        return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
+
+
+def _reward_gradient(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> Tensor:
     """``grad r / alpha``; 0 where it is not finite."""
-
-    def gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
-        with torch.enable_grad():
-            leaf = x if create_graph else x.detach().requires_grad_(True)
-            value = problem._call_reward(leaf, y).sum()
-            return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
-
-    def finite_gradient(x: Tensor, y: Any, create_graph: bool) -> Tensor:
-        # before its end a path may be where the reward is not finite (a logarithm): there the term is 0
-        value = gradient(x, y, create_graph)
-        if bool(torch.isfinite(value.detach().sum())):
-            return value
-        good = torch.isfinite(value.detach()).flatten(1).all(1)
-        rows = good.nonzero().flatten()
-        out = torch.zeros_like(x)
-        return (
-            out
-            if len(rows) == 0
-            else out.index_copy(0, rows, gradient(x[rows], None if y is None else y[rows], create_graph))
-        )
-
-    return finite_gradient
+    # before its end a path may be where the reward is not finite (a logarithm): there the term is 0
+    value = _gradient(problem, x, y, create_graph)
+    if bool(torch.isfinite(value.detach().sum())):
+        return value
+    good = torch.isfinite(value.detach()).flatten(1).all(1)
+    rows = good.nonzero().flatten()
+    out = torch.zeros_like(x)
+    if len(rows) == 0:
+        return out
+    return out.index_copy(0, rows, _gradient(problem, x[rows], None if y is None else y[rows], create_graph))
 
 
 def langevin_scale(problem: ControlProblem, pilot: Paths) -> float:
@@ -90,7 +90,7 @@ def langevin_scale(problem: ControlProblem, pilot: Paths) -> float:
         if pilot.condition is None
         else pilot.condition[rows].repeat(len(steps), *(1,) * (pilot.condition.ndim - 1))
     )
-    slope = float(_reward_gradient(problem)(x, y, False).flatten(1).norm(dim=1).median())
+    slope = float(_reward_gradient(problem, x, y, False).flatten(1).norm(dim=1).median())
     return min(1.0, _STEEP / max(slope, 1e-300))
 
 
@@ -102,20 +102,25 @@ def _damped(problem: GibbsProblem, gradient: Any) -> tuple[Any, Callable[[float]
     curvature becomes ``rho^2/(1 + left rho^2)``. Without this one step of Adam on the coefficients can throw paths out
     of the region where the density is a number.
     """
-    scale, rough, reference = problem.scale, problem.roughness, problem.reference
-    if isinstance(reference, AnnealedLangevin):  # bounds the score itself, and has it at hand
-
-        def remembered(x: Tensor, y: Any, create_graph: bool) -> Tensor:
-            return reference.score(x, y) + (x - reference.centre) / reference.scale.square()
-
-        return remembered, reference.beta
+    rough, reference = problem.roughness, problem.reference
+    if isinstance(reference, AnnealedLangevin):
+        return partial(_remembered, reference), reference.beta
     bound = 5 * rough * problem.dim**0.5
+    return partial(_bounded, gradient, problem.scale, bound), partial(_faded, reference, rough)
 
-    def bounded(x: Tensor, y: Any, create_graph: bool) -> Tensor:
-        z = scale * gradient(x, y, create_graph)
-        return z / (1 + z.norm(dim=1, keepdim=True) / bound) / scale
 
-    return bounded, lambda t: 1 / (1 + max(0.0, float(reference.left(t))) * rough**2)
+def _remembered(reference: AnnealedLangevin, x: Tensor, y: Any, create_graph: bool) -> Tensor:
+    """The reward's gradient of annealed Langevin, which bounds the score itself, and has it at hand."""
+    return reference.score(x, y) + (x - reference.centre) / reference.scale.square()
+
+
+def _bounded(gradient: Any, scale: Tensor, bound: float, x: Tensor, y: Any, create_graph: bool) -> Tensor:
+    z = scale * gradient(x, y, create_graph)
+    return z / (1 + z.norm(dim=1, keepdim=True) / bound) / scale
+
+
+def _faded(reference: TimeChanged, rough: float, t: float) -> float:
+    return 1 / (1 + max(0.0, float(reference.left(t))) * rough**2)
 
 
 def _affine_term(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:

@@ -25,6 +25,10 @@ _FACTS = ("method", "settings", "seed", "reproducible", "history", "details")
 _KIND = register_bundle("solution", *_FACTS, "control", "solution", "problem")
 
 
+def _unknown() -> None:
+    """No exact values."""
+
+
 class TiltedStart:
     """The law of the learned start; ``sample((n,), seed=None)`` gives ``(n, *event)``."""
 
@@ -75,7 +79,7 @@ class Solution:
         self.history = history or []
         self.seed, self.reproducible, self.details = seed, reproducible, details or {}
         control.settings = settings
-        self._exact_values: Callable[[], dict[str, Any] | None] = lambda: None
+        self._exact_values: Callable[[], dict[str, Any] | None] = _unknown
 
     @property
     def chain(self) -> Chain:

@@ -2,7 +2,6 @@
 
 import bisect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
+from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.linear import moments
@@ -250,7 +250,7 @@ class ExactControl:
 
     def __init__(self, solution: ExactSolution) -> None:
         self._solution = solution
-        self._shift_function = lru_cache(maxsize=1)(solution._shift_function)
+        self._shift_function = Remembered(solution._shift_function, 1)
 
     @property
     def settings(self) -> dict[str, Any]:

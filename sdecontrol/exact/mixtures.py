@@ -8,7 +8,6 @@ and the control ``g`` times a difference of scores.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
+from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
 from .base import ExactSolution
@@ -119,7 +119,7 @@ class MixtureSolution(ExactSolution):
         data = reference.mixture.to(torch.zeros((), dtype=torch.float64))
         self._p0 = data.noised(*self._levels(problem.horizon))
         self._tilted, self._log_z = tilted_mixture(self._p0, terms.reward)
-        self._pair = lru_cache(maxsize=4096)(self._make_pair)
+        self._pair = Remembered(self._make_pair, 4096)
 
     # ---------------------------------------------------------------- laws of the noising process
 

@@ -7,7 +7,6 @@ blocks share one. The functions are probed for that (``interactions.py``), and p
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
+from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, draw
 from ..randomness import Place, generator_for
@@ -55,8 +55,8 @@ class OnGrids(ExactSolution):
         self._sketch = sketch  # a float64 chain on which paths say where the process goes
         self._base, self._probes, self._lows, self._highs = self._look_around()
         self._solved: list[Any] = []
-        self._value_tables = lru_cache(1024)(lambda time: [self._value_table(one, time) for one in self._solved])
-        self._slope_tables = lru_cache(1024)(lambda time: [self._slope_table(one, time) for one in self._solved])
+        self._value_tables = Remembered(self._all_values, 1024)
+        self._slope_tables = Remembered(self._all_slopes, 1024)
         found = Interactions(self._probes, f)
         found.add_sum("reward", f.reward)
         for t in self._times:
@@ -90,6 +90,12 @@ class OnGrids(ExactSolution):
     def _slope_table(self, one: Any, time: float) -> Table:
         """Of a solved block: the n functions with ``c = scale' slope``."""
         raise NotImplementedError
+
+    def _all_values(self, time: float) -> list[Table]:
+        return [self._value_table(one, time) for one in self._solved]
+
+    def _all_slopes(self, time: float) -> list[Table]:
+        return [self._slope_table(one, time) for one in self._solved]
 
     # ---------------------------------------------------------------- where the process goes
 

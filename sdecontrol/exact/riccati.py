@@ -1,6 +1,6 @@
 """The exact solution of a linear-quadratic problem in continuous time: Riccati equations and the closed loop's laws."""
 
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoExactSolution
+from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import factor
 from ..processes.linear import LinearSDE, Transition, integrate_linear, moments
@@ -80,7 +81,7 @@ class RiccatiSolution(LinearQuadraticSolution):
         super().__init__(problem, {})
         self._linear = linear
         self._dense = solve_riccati(linear, terms)
-        self._flow = lru_cache(maxsize=4096)(self._integrate)
+        self._flow = Remembered(self._integrate, 4096)
         if problem.start == "controlled":
             self._form(-1.0)  # infinite expectations are found now, not later
 

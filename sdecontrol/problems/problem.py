@@ -242,6 +242,7 @@ class ControlProblem:
         if alpha == self.alpha:
             return self
         other = copy.copy(self)
+        other._chains = self._chains
         other.alpha = as_float("alpha", alpha, positive=True)
         return other
 
@@ -378,6 +379,9 @@ class ControlProblem:
             "conditional": self.condition is not None,
             "numbers": {name: v.detach().double().cpu().flatten()[:64].tolist() for name, v in numbers.items()},
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chains": {}}  # chains are made again where they are asked for
 
     def __deepcopy__(self, memo: Any) -> ControlProblem:
         return self

@@ -1,6 +1,8 @@
 """Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
 
 import contextlib
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -71,7 +73,8 @@ def simulate_solver(
                 bm = GridBrownian(clock, noises, x.shape[0], width, x, area=area, offset=chain.start)
                 main, total = solve_on_grid(solver, equation, clock, states[-1], bm, cost, keep_states, first)
         record = Record([*states[:-1], *main] if keep_states else None)
-        replay = None if keep_states else lambda: run(True)
+        again = partial(simulate_solver, problem, chain, scheme, num_paths, control, seed)
+        replay = None if keep_states else partial(again, replace(launch, keep="states"))
         return SolvedPaths(
             chain, step, chain.steps, main[-1], condition, Totals(total), record, replay, problem, scheme=scheme
         )
@@ -111,7 +114,7 @@ def _flow(
             for (a, b), h in zip(pairwise(here), main.step_sizes):
                 cost = cost + 0.5 * h * (a + b)
     record = Record(None if keep == "end" else states)
-    replay = lambda: _flow(problem, chain, control, seed, start, "all", tolerance)  # noqa: E731
+    replay = partial(_flow, problem, chain, control, seed, start, "all", tolerance)
     return SolvedPaths(
         main, 0, main.steps, states[-1], condition, Totals(cost), record, replay, problem, scheme="probability-flow"
     )

@@ -1,6 +1,7 @@
 """``simulate``: paths of a problem's reference, or of any control."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,17 +106,28 @@ def simulate_chain(
     options: dict[str, Any] = {"condition": condition, "running_cost": problem.running_cost_or_none}
     options["steps"] = range(launch.step, chain.steps)
 
-    def run(keep: str) -> Paths:
-        shift = None if control is None else shift_function(chain, control)
-        with torch.no_grad(), problem.evaluating():
-            if launch.chunk is not None and keep == "end":
-                paths = integrate_in_chunks(chain, state, source, shift, launch.chunk, **options)
-            else:
-                paths = integrate(chain, state, source, shift, keep=keep, **options)
-        paths.replay = (lambda: run("all")) if keep != "all" else None
-        return paths.towards(problem)
+    return _run(problem, chain, control, (state, source), launch, options, keep)
 
-    return run(keep)
+
+def _run(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    begun: tuple[Tensor, NoiseSource],
+    launch: Launch,
+    options: dict[str, Any],
+    keep: str,
+) -> Paths:
+    """The paths from given states and noise; what they did not keep they draw again by the same call."""
+    shift = None if control is None else shift_function(chain, control)
+    with torch.no_grad(), problem.evaluating():
+        if launch.chunk is not None and keep == "end":
+            paths = integrate_in_chunks(chain, *begun, shift, launch.chunk, **options)  # type: ignore[arg-type]
+        else:
+            paths = integrate(chain, *begun, shift, keep=keep, **options)
+    if keep != "all":
+        paths.replay = partial(_run, problem, chain, control, begun, launch, options, "all")
+    return paths.towards(problem)
 
 
 @torch.no_grad()

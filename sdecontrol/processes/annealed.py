@@ -60,7 +60,7 @@ class AnnealedLangevin(SDE):
         self.roughness = max(1.0, as_float("roughness", roughness, positive=True))
         self.relaxations = as_float("relaxations", relaxations, positive=True)
         self.unbounded_score, self._bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
-        super().__init__(self._drift_at, lambda x, t: self.diffusion(x, t), dim=centre.numel(), horizon=horizon)
+        super().__init__(self._drift_at, self.diffusion, dim=centre.numel(), horizon=horizon)
         self.dtype, self.device = centre.dtype, centre.device
 
     def beta(self, t: float) -> float:

@@ -1,6 +1,7 @@
 """SDE objects of torchsde as plain functions."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class _Term(nn.Module):
         return self.call(t, x)
 
 
+def _one_of(both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], index: int, t: Tensor, y: Tensor) -> Tensor:
+    return both(t, y)[index]
+
+
 def torchsde_functions(sde: Any) -> tuple[_Term, _Term]:
     """Drift and diffusion ``(x, t)`` of an object with torchsde's protocol.
 
@@ -29,8 +34,8 @@ def torchsde_functions(sde: Any) -> tuple[_Term, _Term]:
         TypeError: it lacks the protocol. ValueError: an unknown noise type, or a Stratonovich equation.
     """
     both = getattr(sde, "f_and_g", None)
-    f = getattr(sde, "f", None) or (None if both is None else lambda t, y: both(t, y)[0])
-    g = getattr(sde, "g", None) or (None if both is None else lambda t, y: both(t, y)[1])
+    f = getattr(sde, "f", None) or (None if both is None else partial(_one_of, both, 0))
+    g = getattr(sde, "g", None) or (None if both is None else partial(_one_of, both, 1))
     lacks = [n for n in ("noise_type", "sde_type") if not hasattr(sde, n)]
     lacks += [n for n, v in (("f", f), ("g", g)) if v is None]
     if f is None or g is None or lacks:

@@ -9,14 +9,14 @@ All parametrisations are linear in the state and in one another (docs/mathematic
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import check_name, unknown_name
-from ..memory import recall
+from ..memory import Remembered, recall
 from ..tensors import as_float, batch_like
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
@@ -124,7 +124,7 @@ class GenerativeSDE(Pretrained, SDE):
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0
-        self._remembered = lru_cache(maxsize=4096)(self._at)
+        self._remembered = Remembered(self._at, 4096)
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
@@ -289,22 +289,21 @@ class GenerativeSDE(Pretrained, SDE):
         """The same process as a linear SDE, where the model is a single Gaussian; else None."""
         if self.mixture is None or len(self.mixture.means) != 1:
             return None
+        return LinearSDE(*(partial(self._linear_part, i) for i in range(3)), horizon=self.horizon)
+
+    def _linear_part(self, i: int, t: Tensor) -> Tensor:
+        """A, sigma or offset of :meth:`as_linear` at t."""
+        assert self.mixture is not None
         mean, cov = self.mixture.means[0].double(), self.mixture.covariances[0].double()
         eye = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
-
-        def parts(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """A, sigma and offset."""
-            s = torch.as_tensor(self.noising_time(t), dtype=torch.float64).cpu().clamp(min=_S_MIN)
-            mu, std, end = float(self.schedule.mu(s)), float(self.schedule.std(s)), self.schedule.noise_end
-            rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
-            pull = end * (rate + level**2) / 2 * torch.linalg.inv(mu**2 * cov + std**2 * eye)
-            A = -end * float(self.schedule.log_mu_slope(s)) * eye - pull
-            return A, level * math.sqrt(end) * eye, pull @ (mu * mean)
-
-        def part(i: int) -> Callable[[Tensor], Tensor]:
-            return lambda t: parts(t)[i].to(t.dtype)
-
-        return LinearSDE(part(0), part(1), part(2), horizon=self.horizon)
+        s = torch.as_tensor(self.noising_time(t), dtype=torch.float64).cpu().clamp(min=_S_MIN)
+        mu, std, end = float(self.schedule.mu(s)), float(self.schedule.std(s)), self.schedule.noise_end
+        rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
+        if i == 1:
+            return (level * math.sqrt(end) * eye).to(t.dtype)
+        pull = end * (rate + level**2) / 2 * torch.linalg.inv(mu**2 * cov + std**2 * eye)
+        part = pull @ (mu * mean) if i else -end * float(self.schedule.log_mu_slope(s)) * eye - pull
+        return part.to(t.dtype)
 
     def describe(self) -> dict[str, Any]:
         level = self.noise_level if isinstance(self.noise_level, (str, float, int)) else "callable"

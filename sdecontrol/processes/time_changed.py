@@ -61,15 +61,18 @@ class TimeChanged(LinearSDE):
         self._fine = self.resolution**2
         self._rate = math.log((self.total + self._fine) / self._fine) / horizon
         self._pull = 0.0 if kind == "brownian" else 0.5
-        d = centre.numel()
-        like: dict[str, Any] = {"dtype": centre.dtype, "device": centre.device}
-        eye, root = torch.eye(d, **like), torch.diag(scale.expand(d))
-        super().__init__(
-            A=lambda t: -self._pull * self.speed(t) * eye,
-            sigma=lambda t: self.speed(t) ** 0.5 * root,
-            offset=(lambda t: self._pull * self.speed(t) * self.centre) if self._pull else None,
-            horizon=horizon,
-        )
+        offset = self._offset_part if self._pull else None
+        super().__init__(self._drift_part, self._noise_part, offset, horizon=horizon)
+
+    def _drift_part(self, t: Any) -> Tensor:
+        eye = torch.eye(len(self.centre), dtype=self.centre.dtype, device=self.centre.device)
+        return -self._pull * self.speed(t) * eye
+
+    def _noise_part(self, t: Any) -> Tensor:
+        return self.speed(t) ** 0.5 * torch.diag(self.scale.expand(len(self.centre)))
+
+    def _offset_part(self, t: Any) -> Tensor:
+        return self._pull * self.speed(t) * self.centre
 
     def left(self, t: Any) -> Any:
         """Clock time from t to the horizon."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 import math
 import re
 import time
@@ -417,20 +416,32 @@ def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[
             p.grad = grad
 
 
+@dataclass
+class _ExactValues:
+    """What ``evaluate`` compares a solution with, in closed form, where its chain has one; looked for once."""
+
+    solution: Solution
+    found: tuple[dict[str, Any] | None] | None = None
+
+    def __call__(self) -> dict[str, Any] | None:
+        from ..exact import exact_solution
+
+        if self.found is None:
+            try:
+                exact = exact_solution(self.solution.problem, like=self.solution, grids=False)
+                self.found = (exact.known_values(),)
+            except NoExactSolution:
+                self.found = (None,)
+        return self.found[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ExactValues, (self.solution,)
+
+
 def _with_exact_values(solution: Solution) -> Solution:
     """Let ``evaluate`` measure the gap against the exact log Z of the solution's chain, where that is known in closed
     form."""
-
-    @functools.cache
-    def values() -> dict[str, Any] | None:
-        from ..exact import exact_solution
-
-        try:
-            return exact_solution(solution.problem, like=solution, grids=False).known_values()
-        except NoExactSolution:
-            return None
-
-    solution._exact_values = values
+    solution._exact_values = _ExactValues(solution)
     return solution
 
 
