@@ -1,5 +1,6 @@
 # make run    the demo: installs what it needs into .venv and runs `sdecontrol demo`
-# make test   ruff, pyright and the default tests;  make test-slow  the longer statistical ones
+# make test   ruff, pyright and the default tests;  make test-slow  the longer statistical ones;
+#             make test-shapes  some of the default tests with the shapes in all signatures checked at every call
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ WORKERS ?= 2
 # One thread per process: more are slower here (small matrices), and far slower beside other work.
 export OMP_NUM_THREADS := 1
 
-.PHONY: run test test-slow clean
+.PHONY: run test test-slow test-shapes clean
 
 run: $(VENV)/.installed
 	$(BIN)/sdecontrol demo $(ARGS)
@@ -19,6 +20,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# the rooms whose signatures name shapes, by tests that run through all of them
+SHAPES := tests/house/test_shapes.py tests/chains tests/paths
+
+test-shapes: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --shapes $(SHAPES)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..processes.annealed import AnnealedLangevin
+from ..shapes import Scale, States
 from ..tensors import event_sum
 from .base import Chain
 from .reverse import ReverseLaw
@@ -42,12 +43,12 @@ class AnnealedChain(Chain):
             self._gains.append(math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e))
         self.reverse = _Backwards(self)
 
-    def langevin(self, k: int, at: int, x: Tensor, condition: Any) -> tuple[Tensor, Tensor]:
+    def langevin(self, k: int, at: int, x: States, condition: Any) -> tuple[States, Scale]:
         """Mean and scale of a Langevin step from x as long as step k, towards the density of the ``at``-th time."""
         pull, scale = self._steps[k]
         return x + pull * self.reference.annealed_score(x, self._betas[at], condition), scale
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         return self.langevin(k, k, x, condition)
 
     def double(self) -> Chain:
@@ -64,7 +65,7 @@ class _Backwards(ReverseLaw):
         super().__init__([chain.gain(k) for k in range(chain.steps)], 1, chain.reference.controlled_target)
         self.chain = chain
 
-    def kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, end: States, condition: Any = None) -> tuple[States, Scale]:
         return self.chain.langevin(k, k + 1, end, condition)
 
     def log_origin(self, x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class ReversedChain(Chain):
     def __reduce__(self) -> tuple[Any, ...]:  # a shift function is a closure, made again
         return type(self), self._made_from
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         j = self.steps - 1 - k
         mean, scale = self._law.kernel(j, x, condition)
         if self._shift is not None:

@@ -19,6 +19,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..shapes import (
+    ControlPaths,
+    Controls,
+    DrawPaths,
+    NoisePaths,
+    Noises,
+    PerStep,
+    Samples,
+    Scale,
+    StatePaths,
+    States,
+    Times,
+)
 from ..tensors import apply_scale, event_sum
 from .reverse import ReverseLaw
 
@@ -50,7 +63,7 @@ class Chain:
             first; "" for chains that are not made from an SDE and a grid.
     """
 
-    times: Tensor
+    times: Times
     clock: list[float]
     event_shape: torch.Size
     noise_shape: torch.Size
@@ -78,60 +91,55 @@ class Chain:
 
     # ---------------------------------------------------------------- the step as a law
 
-    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
-        """``x_{k+1}`` from states ``(batch, *event)``, noise ``(batch, *noise)`` and the control's part c; None: the
-        reference's own step."""
+    def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
+        """``x_{k+1}`` from states, noise and the control's part c; None: the reference's own step."""
         mean, scale = self.kernel(k, x, condition)
         z = xi if c is None else xi + c
         return torch.addcmul(mean, scale, z) if scale.ndim < 3 else mean + apply_scale(scale, z, self.event_ndim)
 
-    def draws(self, noises: Tensor, shifts: Tensor, states: Tensor | None) -> Tensor:
+    def draws(self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None) -> DrawPaths:
         """What log-ratios are functions of, beside the shifts of the control in question, with the steps' leading
         dimension: ``xi + c``, the noise that would have made the step under the reference.
 
         Args:
-            noises, shifts: ``(K, batch, *noise)`` of the steps. states: ``(K, batch, *event)``, those that the steps
-                led to.
+            noises, shifts: of the steps. states: those that the steps led to.
         """
         return noises + shifts
 
-    def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
-        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c,
-        ``(..., batch)``."""
+    def log_ratio(self, c: NoisePaths, draws: DrawPaths) -> PerStep:
+        """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c."""
         return event_sum(c * torch.sub(draws, c, alpha=0.5), len(self.noise_shape))
 
-    def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
-        """``KL(p^u(. | x_k) || p0(. | x_k))``, ``(K, batch)``: at states ``(K, batch, *event)`` of the given steps, c
-        their shifts."""
+    def kl(self, c: NoisePaths, states: StatePaths | None, steps: Iterable[int], condition: Any = None) -> PerStep:
+        """``KL(p^u(. | x_k) || p0(. | x_k))`` at states of the given steps, c their shifts."""
         return 0.5 * event_sum(c * c, len(self.noise_shape))
 
-    def surprisal(self, draws: Tensor) -> Tensor:
-        """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0,
-        ``(..., batch)``: with it the loss of a weighted likelihood is reported, which no control changes by it."""
+    def surprisal(self, draws: DrawPaths) -> PerStep:
+        """``-log p0(x_{k+1} | x_k)`` where it is a function of the draw alone, up to a constant, else 0: with it the
+        loss of a weighted likelihood is reported, which no control changes by it."""
         return event_sum(0.5 * draws**2, len(self.noise_shape))
 
-    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+    def shift_at(self, k: int, x: States, u: Controls, condition: Any = None) -> Noises:
         """The shift ``c_k`` that a control u makes at step k and states x."""
         gain = self.gain(k)
         return u @ gain.mT if isinstance(gain, Tensor) else u * gain
 
-    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
-        """The shifts ``(K, batch, *noise)`` that controls ``(K, batch, *control)`` make at stored states of the given
-        steps."""
+    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
+        """The shifts that controls make at stored states of the given steps."""
         gains = [self.gain(k) for k in steps]
         if isinstance(gains[0], Tensor):
             return u @ torch.stack(gains).mT  # type: ignore[arg-type]
         return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
 
-    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         """What made step k from states x, by name: the first that is not finite is at fault."""
         mean, scale = self.kernel(k, x, condition)
         return [("drift", mean), ("diffusion", scale)]
 
     # ---------------------------------------------------------------- Gaussian kernels
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """Mean and scale of step k at x; scales as in :func:`sdecontrol.tensors.apply_scale`."""
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
+        """Mean and scale of step k at x."""
         raise NotImplementedError
 
     def mean_matrix(self, k: int) -> Tensor | None:
@@ -167,7 +175,7 @@ class Chain:
         """``c = gain u``: a number, or a ``(noise, m)`` matrix."""
         return math.sqrt(self.step_sizes[k])
 
-    def control(self, k: int, c: Tensor) -> Tensor:
+    def control(self, k: int, c: Noises) -> Controls:
         """The control (of minimum norm) whose shift is c."""
         gain = self.gain(k)
         return c @ torch.linalg.pinv(gain).mT if isinstance(gain, Tensor) else c / gain
@@ -199,7 +207,7 @@ class Chain:
         """The same in the dtype and on the device of a problem."""
         return self
 
-    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+    def decode(self, x: States, condition: Any = None) -> Samples:
         """From the last state to what rewards, samples and metrics see."""
         return x
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Dirac, Gaussian, factor
+from ..shapes import NoisePaths, StatePaths, States, Trajectories
 from ..tensors import is_matrix_scale, symmetric
 from .base import Chain
 
@@ -68,30 +69,21 @@ class ChainBridge:
         self._first, self._gain, self._shift, self._root, self._pull, self._back, self._push = parts
         self._whole = after[0]
 
-    def start_given_end(self, initial: Dirac | Gaussian, end: Tensor, noise: Tensor) -> Tensor:
-        """Draws of ``x_0`` given ``x_K`` ``(batch, d)`` under the reference started from ``initial``; noise standard
-        normal, ``(batch, d)``."""
+    def start_given_end(self, initial: Dirac | Gaussian, end: States, noise: States) -> States:
+        """Draws of ``x_0`` given ``x_K`` under the reference started from ``initial``; noise standard normal."""
         mean, cov = initial.mean.double(), initial.covariance_matrix.double()
         M, m, C = self._whole
         gain, keep, root = (v.to(end) for v in _conditioned(cov, M, C))
         return keep @ mean.to(end) + (end - m.to(end)) @ gain.mT + noise @ root.mT
 
-    def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
-        """States of all steps given both ends, ``(K, batch, d)``, each of its own law (independent of the other
-        steps').
-
-        Args:
-            start, end: ``(batch, d)``. noise: standard normal, ``(K, batch, d)``.
-        """
+    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
+        """States of all steps given both ends, each of its own law (independent of the other steps'); noise standard
+        normal."""
         mean = start @ self._first.mT + end @ self._gain.mT + self._shift.unsqueeze(1)
         return mean + noise @ self._root.mT
 
-    def path_given_end(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
-        """Whole paths ``(K+1, batch, d)`` of the reference given both ends.
-
-        Args:
-            start, end: ``(batch, d)``. noise: standard normal, ``(K, batch, noise)``.
-        """
+    def path_given_end(self, start: States, end: States, noise: NoisePaths) -> Trajectories:
+        """Whole paths of the reference given both ends; noise standard normal."""
         x, states = start, [start]
         for k, (A, b, L, root) in enumerate(self._steps[:-1]):
             xi = x @ self._back[k].mT + end @ self._pull[k].mT + self._push[k] + noise[k] @ root.mT
@@ -99,8 +91,8 @@ class ChainBridge:
             states.append(x)
         return torch.stack([*states, end])
 
-    def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
-        """``E[xi_k | x_k, x_K]``, ``(K, batch, noise)``, at states ``(K, batch, d)`` for the end ``(batch, d)``."""
+    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
+        """``E[xi_k | x_k, x_K]`` at states of all steps."""
         return states @ self._back.mT + end @ self._pull.mT + self._push.unsqueeze(1)
 
 
@@ -155,13 +147,12 @@ class NoisingBridge:
         self._gain = shape(gains * c.level / c.std)
         self._denoise = sde.denoiser_on_grid(chain.times)
 
-    def between(self, start: Tensor, end: Tensor, noise: Tensor) -> Tensor:
-        """States of all steps given the end ``(batch, *event)``, ``(K, batch, *event)``, each of its own law; the start
-        is forgotten."""
+    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
+        """States of all steps given the end, each of its own law; the start is forgotten."""
         return self._mu * end + self._std * noise
 
     @torch.no_grad()
-    def noise_given_end(self, states: Tensor, end: Tensor, condition: Any = None) -> Tensor:
-        """``E[xi_k | x_k, x_K]``, ``(K, batch, *event)``."""
+    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
+        """``E[xi_k | x_k, x_K]`` at states of all steps."""
         denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
         return self._gain * self._mu / self._std * (end - denoised)

@@ -17,6 +17,7 @@ from ..memory import recall
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
 from ..randomness import Place, generator_for
+from ..shapes import ControlPaths, Controls, DrawPaths, NoisePaths, Noises, PerStep, Scalar, StatePaths, States
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
 
@@ -58,46 +59,46 @@ class CategoricalChain(Reference, Chain):
         self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
         self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
 
-    def log_probs(self, k: int, x: Tensor, condition: Any = None) -> Tensor:
+    def log_probs(self, k: int, x: States, condition: Any = None) -> Noises:
         """``log p0(. | x_k)``, ``(batch, *shape, values)``: once a step, though control, step and KL ask for it."""
         rest = () if condition is None else (condition,)
         return recall(self, k, x, lambda: self.function(k, x, *rest))
 
-    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+    def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
         logits = self.log_probs(k, x, condition)
         return ((logits if c is None else logits + c) + gumbel(xi)).argmax(-1)
 
-    def draws(self, noises: Tensor, shifts: Tensor, states: Tensor | None) -> Tensor:
+    def draws(self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None) -> DrawPaths:
         assert states is not None
         return states
 
-    def log_ratio(self, c: Tensor, draws: Tensor) -> Tensor:
+    def log_ratio(self, c: NoisePaths, draws: DrawPaths) -> PerStep:
         return event_sum(c.gather(-1, draws.unsqueeze(-1)).squeeze(-1), self.event_ndim)
 
-    def kl(self, c: Tensor, states: Tensor | None, steps: Iterable[int], condition: Any = None) -> Tensor:
+    def kl(self, c: NoisePaths, states: StatePaths | None, steps: Iterable[int], condition: Any = None) -> PerStep:
         assert states is not None
         logits = torch.stack([self.log_probs(k, x, condition) for k, x in zip(steps, states)])
         tilted = (logits + c).exp()
         return event_sum((tilted * c.where(tilted > 0, 0.0)).sum(-1), self.event_ndim)
 
-    def surprisal(self, draws: Tensor) -> Tensor:
+    def surprisal(self, draws: DrawPaths) -> PerStep:
         return self.times.new_zeros(draws.shape[: draws.ndim - self.event_ndim])
 
-    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+    def shift_at(self, k: int, x: States, u: Controls, condition: Any = None) -> Noises:
         return u - (self.log_probs(k, x, condition) + u).logsumexp(-1, keepdim=True)
 
-    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
         return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
-    def control(self, k: int, c: Tensor) -> Tensor:
+    def control(self, k: int, c: Noises) -> Controls:
         return c
 
-    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         return [("log_probs", self.log_probs(k, x, condition).exp())]
 
     # ---------------------------------------------------------------- what a problem asks of a reference
 
-    def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
         generator = generator_for("cpu", seed, Place.PROBE_TOKENS)
         return torch.randint(self.values, (rows, *self.event_shape), generator=generator).to(device)
 
@@ -117,7 +118,7 @@ class CategoricalChain(Reference, Chain):
         if not bool(((value.logsumexp(-1)).abs() < 1e-4).all()):
             raise ValueError("log_probs must be normalised over its last dimension: use .log_softmax(-1).")
 
-    def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
+    def numbers(self, x: States, t: Scalar, condition: Any = None) -> dict[str, Tensor]:
         return {"log_probs": self.log_probs(self.step_at(float(t)), x, condition).exp()}
 
     def describe(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..processes.generative import GenerativeSDE
 from ..processes.semilinear import SemilinearSDE
+from ..shapes import Scale, States
 from .base import Chain
 from .gaussian import TransitionChain
 
@@ -39,7 +40,7 @@ class ExponentialChain(Chain):
         self._effects = sde.driven_part.by_step(clock, effect)
         self._clock = list(self.times)
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         mean, scale = self._linear.kernel(k, x)
         return mean + self.reference.nonlinearity(x, self._clock[k], condition) @ self._effects[k].mT, scale
 
@@ -86,7 +87,7 @@ class GenerativeExponentialChain(Chain):
         self._scales = scale.to(device=device, dtype=dtype)
         self._clocks = at.clock[:-1].to(device=device, dtype=dtype)
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         prediction = self.reference.prediction_at(k, x, self._clocks[k], condition)
         return torch.add(self._x_part[k] * x, prediction, alpha=self._model_part[k]), self._scales[k]
 

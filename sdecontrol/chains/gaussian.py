@@ -9,6 +9,7 @@ from torch import Tensor
 from ..processes.laws import factor
 from ..processes.linear import LinearSDE
 from ..processes.sde import SDE
+from ..shapes import Scale, States
 from .base import AffineStep, Chain
 
 
@@ -35,7 +36,7 @@ class EulerChain(Chain):
     def __reduce__(self) -> tuple[Any, ...]:  # the terms of the grid are closures, made again
         return type(self), (self.reference, self.clock, self.times.dtype, self.times.device)
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         drift, sigma = self._terms(k, x, condition)
         scale = self._scales[k] if self._scales is not None else sigma * self._roots[k]
         return torch.add(x, drift, alpha=self.step_sizes[k]), scale
@@ -85,7 +86,7 @@ class TransitionChain(Chain):
 
         self._steps, self._cast = map(list, zip(*sde.by_step(clock, made)))
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         matrix, shift, root, _ = self._cast[k]
         return x @ matrix.mT + shift, root.unsqueeze(0)
 

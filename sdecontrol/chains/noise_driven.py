@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..processes.reference import Reference
+from ..shapes import Noises, Scalar, States
 from ..tensors import check_count, check_output, probing
 from .base import Chain
 
@@ -41,17 +42,17 @@ class NoiseDrivenChain(Reference, Chain):
         made.set_times(self.clock, dtype, device)
         return made
 
-    def _call(self, k: int, x: Tensor, z: Tensor, condition: Any) -> Any:
+    def _call(self, k: int, x: States, z: Noises, condition: Any) -> Any:
         rest = (k,) if condition is None else (k, condition)
         if not self.numpy:
             return self.function(x, z, *rest)
         plain = [part.detach().cpu().numpy() if isinstance(part, Tensor) else part for part in (x, z, *rest)]
         return torch.as_tensor(np.asarray(self.function(*plain)), dtype=x.dtype, device=x.device)
 
-    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+    def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
         return self._call(k, x, xi if c is None else xi + c, condition)
 
-    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         return [("step", self.step(k, x, x.new_zeros(len(x), *self.noise_shape), None, condition))]
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
@@ -83,7 +84,7 @@ class NoiseDrivenChain(Reference, Chain):
         k = min(int(t), self.steps - 1)
         return {"step": lambda x, y=None: self.step(k, x, x.new_zeros(len(x), *self.noise_shape), None, y)}
 
-    def numbers(self, x: Tensor, t: Tensor, condition: Any = None) -> dict[str, Tensor]:
+    def numbers(self, x: States, t: Scalar, condition: Any = None) -> dict[str, Tensor]:
         k = min(int(t), self.steps - 1)
         return {"step": self.step(k, x, x[:, :1].expand(-1, self.noise_shape[0]), None, condition)}
 

@@ -13,6 +13,7 @@ from ..errors import check_name
 from ..memory import recall
 from ..processes.laws import Gaussian
 from ..processes.pretrained import ControlFunction, Model, Pretrained
+from ..shapes import Controls, Noises, PerPath, Samples, Scalar, Scale, States
 from ..tensors import as_float, check_tensor
 from .base import Chain
 
@@ -52,43 +53,43 @@ class PretrainedChain(Pretrained, Chain):
         steps = len(self.levels) - 1
         self.set_times([k / steps for k in range(steps + 1)], like.dtype, like.device)
 
-    def to_x0(self, k: int, x: Tensor, prediction: Tensor) -> Tensor:
+    def to_x0(self, k: int, x: States, prediction: States) -> States:
         raise NotImplementedError
 
-    def shift_towards(self, k: int, x: Tensor, prediction: Tensor, condition: Any = None) -> Tensor:
+    def shift_towards(self, k: int, x: States, prediction: States, condition: Any = None) -> Noises:
         raise NotImplementedError
 
-    def change_at(self, k: int, x: Tensor, c: Tensor) -> Tensor:
+    def change_at(self, k: int, x: States, c: Noises) -> States:
         raise NotImplementedError
 
     def _level(self, t: float) -> int:
         """The level nearest to time t, that of ``decode`` among them."""
         return min(round(t * self.steps), self.steps)
 
-    def model_time(self, t: float, x: Tensor) -> Tensor:
+    def model_time(self, t: float, x: States) -> Scalar:
         level = self.levels[self._level(t)]
         return torch.tensor(level, dtype=x.dtype if isinstance(level, float) else torch.long, device=x.device)
 
-    def prediction_at(self, k: int, x: Tensor, condition: Any = None) -> Tensor:
+    def prediction_at(self, k: int, x: States, condition: Any = None) -> States:
         """The pre-trained prediction at level k: once a step, though kernel and control both ask for it."""
         return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
 
-    def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> Tensor:
+    def denoised(self, x: States, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> States:
         return self.to_x0(self._level(float(t)), x, self.predict(self.model, x, t, condition))
 
-    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+    def decode(self, x: States, condition: Any = None) -> Samples:
         return self.denoised(x, 1.0, condition)
 
     def control_towards(
-        self, model: Model, x: Tensor, t: Tensor, condition: Any = None, strength: float = 1.0
-    ) -> Tensor:
+        self, model: Model, x: States, t: Scalar, condition: Any = None, strength: float = 1.0
+    ) -> Controls:
         k = self.step_at(float(t))
         return self.control(k, self.shifts_towards(model, self, strength)(k, x, condition))
 
     def shifts_towards(
         self, model: Model, chain: Any, strength: float | None = None
-    ) -> Callable[[int, Tensor, Any], Tensor]:
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+    ) -> Callable[[int, States, Any], Noises]:
+        def shift(k: int, x: States, y: Any) -> Noises:
             c = self.shift_towards(k, x, self.predict(model, x, self.clock[k], y), y)
             return c if strength is None else strength * c
 
@@ -97,7 +98,7 @@ class PretrainedChain(Pretrained, Chain):
     def controlled(self, clock: Tensor) -> Tensor:
         return clock != self.levels[-1]
 
-    def prediction_change(self, control: ControlFunction, x: Tensor, clock: Tensor, condition: Any = None) -> Tensor:
+    def prediction_change(self, control: ControlFunction, x: States, clock: PerPath, condition: Any = None) -> States:
         change = torch.zeros_like(x)
         nearest = (clock.reshape(-1, 1) - torch.tensor(self.levels[:-1], device=x.device)).abs().argmin(1)
         for k in nearest.unique().tolist():
@@ -106,7 +107,7 @@ class PretrainedChain(Pretrained, Chain):
             change = change.index_copy(0, rows, self.change_at(k, x[rows], self.shift_at(k, x[rows], u)))
         return change
 
-    def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+    def drift(self, x: States, t: Scalar, condition: Any = None) -> States:
         """``(mean_k(x) - x) / h`` of the step that contains t (for probes and figures)."""
         k = self.step_at(float(t))
         return (self.kernel(k, x, condition)[0] - x) / self.step_sizes[k]
@@ -152,7 +153,7 @@ class DiffusionChain(PretrainedChain):
             total, variance = total * slope, slope**2 * variance + scale**2
         return abs(total) / math.sqrt(variance)
 
-    def to_x0(self, k: int, x: Tensor, prediction: Tensor) -> Tensor:
+    def to_x0(self, k: int, x: States, prediction: States) -> States:
         mu, std = self._mu[k], self._std[k]
         if self.prediction == "sample":
             x0 = prediction
@@ -162,17 +163,17 @@ class DiffusionChain(PretrainedChain):
             x0 = mu * x - std * prediction
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         x0_part, x_part, _ = self._coefficients[k]
         x0 = self.to_x0(k, x, self.prediction_at(k, x, condition))
         return torch.add(x_part * x, x0, alpha=x0_part), self._scales[k]
 
-    def shift_towards(self, k: int, x: Tensor, prediction: Tensor, condition: Any = None) -> Tensor:
+    def shift_towards(self, k: int, x: States, prediction: States, condition: Any = None) -> Noises:
         x0_part, _, scale = self._coefficients[k]
         ours, theirs = self.to_x0(k, x, prediction), self.to_x0(k, x, self.prediction_at(k, x, condition))
         return (ours - theirs) * (x0_part / scale)
 
-    def change_at(self, k: int, x: Tensor, c: Tensor) -> Tensor:
+    def change_at(self, k: int, x: States, c: Noises) -> States:
         x0_part, _, scale = self._coefficients[k]
         gain = {"sample": 1.0, "noise": -self._std[k] / self._mu[k], "v": -self._std[k]}[self.prediction]
         return c * (scale / (x0_part * gain))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shapes import NoisePaths, Noises, Scale, States
 from ..tensors import event_sum
 
 
@@ -37,7 +38,7 @@ class ReverseLaw:
         self.ratios = [own / later for own, later in zip(gains, after)]
         self.noise_ndim, self.controlled = noise_ndim, controlled
 
-    def kernel(self, k: int, end: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, end: States, condition: Any = None) -> tuple[States, Scale]:
         """Mean and scale (elementwise, the forward one) of ``x_k`` given ``x_{k+1} = end``, without control."""
         raise NotImplementedError
 
@@ -45,18 +46,17 @@ class ReverseLaw:
         """Log density of the law that the chain starts from, up to a constant, ``(..., batch)``."""
         raise NotImplementedError
 
-    def draw(self, k: int, x: Tensor, end: Tensor, condition: Any = None) -> Tensor:
+    def draw(self, k: int, x: States, end: States, condition: Any = None) -> Noises:
         """``(x_k - mean'_k(x_{k+1})) / scale_k``: what would have made the step backwards without control."""
         mean, scale = self.kernel(k, end, condition)
         return (x - mean) / scale
 
-    def shift(self, k: int, end: Tensor, shift: Callable[[int, Tensor, Any], Tensor], condition: Any = None) -> Tensor:
+    def shift(self, k: int, end: States, shift: Callable[[int, States, Any], Noises], condition: Any = None) -> Noises:
         """``b_k = gain_k u(x_{k+1}, t_{k+1})`` of a control with these shifts."""
         return shift(min(k + 1, len(self.ratios) - 1), end, condition) * self.ratios[k]
 
-    def shifts(self, forward: Tensor, last: Tensor) -> Tensor:
-        """``b_k`` of all steps from the forward shifts ``(K, batch, *noise)`` and the last step's at ``x_K``,
-        ``(batch, *noise)``."""
+    def shifts(self, forward: NoisePaths, last: Noises) -> NoisePaths:
+        """``b_k`` of all steps from the forward shifts and the last step's at ``x_K``."""
         after = torch.cat((forward[1:], last.unsqueeze(0)))
         return after * after.new_tensor(self.ratios).reshape(-1, *(1,) * (after.ndim - 1))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Gaussian, GaussianMixture
+from ..shapes import ControlPaths, NoisePaths, Noises, Samples, Scale, StatePaths, States
 from .base import AffineStep, Chain
 
 
@@ -44,7 +45,7 @@ class LearnedStart(Chain):
             self.mixture.weights, means, past**2 * self.mixture.covariances + past * (1 - past) * spread + tiny
         )
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         if self._bridges is None:
             return x, self._scales[k]
         past = self.clock[k] + 1.0
@@ -102,18 +103,18 @@ class SegmentedChain(Chain):
         missing = self.noise_shape.numel() - segment.noise_shape.numel()
         return torch.nn.functional.pad(c, (0, missing)) if missing else c
 
-    def step(self, k: int, x: Tensor, xi: Tensor, c: Tensor | None = None, condition: Any = None) -> Tensor:
+    def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
         chain, j = self.part(k)
         if chain.gaussian:
             return super().step(k, x, xi, c, condition)
         own = [part if part is None else part[..., : chain.noise_shape[-1]] for part in (xi, c)]
         return chain.step(j, x, own[0], own[1], condition)  # type: ignore[arg-type]
 
-    def blame(self, k: int, x: Tensor, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         chain, j = self.part(k)
         return chain.blame(j, x, condition)
 
-    def kernel(self, k: int, x: Tensor, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         chain, j = self.part(k)
         mean, scale = chain.kernel(j, x, condition)
         if chain.noise_shape != self.noise_shape and scale.ndim < 3:
@@ -136,16 +137,18 @@ class SegmentedChain(Chain):
         chain, j = self.part(k)
         return chain.gain(j)
 
-    def shift_at(self, k: int, x: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+    def shift_at(self, k: int, x: States, u: Tensor, condition: Any = None) -> Noises:
+        """As of any chain, from a control of the shape that the step's segment has."""
         chain, j = self.part(k)
         return self.padded(chain, chain.shift_at(j, x, u, condition))
 
-    def shifts_at(self, steps: Sequence[int], states: Tensor, u: Tensor, condition: Any = None) -> Tensor:
+    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
         return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
-    def control(self, k: int, c: Tensor) -> Tensor:
+    def control(self, k: int, c: Noises) -> Tensor:
+        """As of any chain, of the shape that the step's segment has."""
         chain, j = self.part(k)
         return chain.control(j, c if chain.noise_shape == self.noise_shape else c[..., : chain.noise_shape[0]])
 
-    def decode(self, x: Tensor, condition: Any = None) -> Tensor:
+    def decode(self, x: States, condition: Any = None) -> Samples:
         return self.second.decode(x, condition)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..counting import counted_control
+from ..shapes import Controls, NoisePaths, Noises, PerPath, StatePaths, States
 from ..tensors import check_output
 from .base import Chain
 
 #: ``(k, x, condition) -> c_k``.
-ShiftFunction = Callable[[int, Tensor, Any], Tensor]
+ShiftFunction = Callable[[int, States, Any], Noises]
 
 
-def _call(control: Callable[..., Tensor], x: Tensor, t: Tensor, condition: Any) -> Tensor:
+def _call(control: Callable[..., Controls], x: States, t: PerPath, condition: Any) -> Controls:
     return control(x, t) if condition is None else control(x, t, condition)
 
 
@@ -35,7 +36,7 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
     rows: tuple[Tensor, ...] = ()
     want = torch.Size()
 
-    def shift(k: int, x: Tensor, condition: Any) -> Tensor:
+    def shift(k: int, x: States, condition: Any) -> Noises:
         nonlocal rows, want
         if not want or want[0] != x.shape[0]:
             want = torch.Size((x.shape[0], *chain.control_shape))
@@ -50,8 +51,8 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
     return shift
 
 
-def shifts_along(chain: Chain, control: Any, states: Tensor, condition: Any = None, first: int = 0) -> Tensor:
-    """Shifts of a control at the stored states of steps ``first, first+1, ...``: ``(K, batch, *noise)``."""
+def shifts_along(chain: Chain, control: Any, states: StatePaths, condition: Any = None, first: int = 0) -> NoisePaths:
+    """Shifts of a control at the stored states of steps ``first, first+1, ...``."""
     count = states.shape[0]
     if hasattr(control, "along"):
         along = counted_control(control, control.along, lambda *_: states.shape[0] * states.shape[1])

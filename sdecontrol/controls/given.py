@@ -20,10 +20,10 @@ class ZeroControl(Control):
     counted = False
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        return x.new_zeros((x.shape[0], *self.control_shape))
+        return t.new_zeros((x.shape[0], *self.control_shape))  # x may be tokens
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        return lambda k, x, y: x.new_zeros((x.shape[0], *chain.noise_shape))
+        return lambda k, x, y: chain.times.new_zeros((x.shape[0], *chain.noise_shape))
 
 
 @CONTROLS.register("given", lambda saved, context: given_control(context.problem, context.own_control(), "control"))

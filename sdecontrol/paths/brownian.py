@@ -8,6 +8,7 @@ import torch
 import torchsde
 from torch import Tensor
 
+from ..shapes import NoisePaths
 from .integrator import NoiseSource
 
 
@@ -77,12 +78,14 @@ class GridBrownian(torchsde.BaseBrownian):
         return "none" if self._area is None else "space-time"
 
 
-def coarsen(clock: Sequence[float], noise: Tensor, areas: Tensor | None = None, every: int = 2) -> tuple[Any, ...]:
+def coarsen(
+    clock: Sequence[float], noise: NoisePaths, areas: NoisePaths | None = None, every: int = 2
+) -> tuple[Any, ...]:
     """The same Brownian paths on a coarser grid: increments summed over ``every`` steps.
 
     Args:
         clock: ``(K+1,)`` times of the fine grid, K a multiple of ``every``.
-        noise: ``(K, batch, *noise)`` standard normal numbers of its steps.
+        noise: standard normal numbers of its steps.
         areas: those of the space-time integrals ("srk"), or None.
 
     Returns:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..randomness import BLOCK, SeededNoise, SuppliedNoise
+from ..shapes import States
 from .integrator import RunningCost, integrate
 from .paths import Paths, Totals
 
@@ -29,7 +29,7 @@ def check_chunk(chunk: Any, keep: str) -> int:
 
 def integrate_in_chunks(
     chain: Chain,
-    x: Tensor,
+    x: States,
     noise: SeededNoise | SuppliedNoise,
     shift: ShiftFunction | None,
     chunk: int,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
+from ..shapes import Scale, StatePaths
 from ..tensors import apply_scale
 from .paths import Paths
 
@@ -36,7 +37,7 @@ class ClosedLoop(nn.Module):
         self.register_buffer("inverse", None if zero is None else zero + torch.eye(n).to(zero))
 
     @torch.no_grad()
-    def fit(self, paths: Paths, scales: Sequence[Tensor]) -> None:
+    def fit(self, paths: Paths, scales: Sequence[Scale]) -> None:
         """Fit whole paths; nothing changes where they are too few, or a fit has no inverse.
 
         Args:
@@ -68,8 +69,8 @@ class ClosedLoop(nn.Module):
             self.moves.copy_(slopes)
             self.inverse.copy_(inverse)
 
-    def inverse_transposed(self, v: Tensor) -> Tensor:
-        """``(I + moves_k)^{-T} v_k``, v ``(K, batch, *event)``."""
+    def inverse_transposed(self, v: StatePaths) -> StatePaths:
+        """``(I + moves_k)^{-T} v_k`` at all steps."""
         return v if self.inverse is None else (v.flatten(2) @ self.inverse).reshape(v.shape)
 
 

@@ -28,6 +28,7 @@ from ..chains.gaussian import EulerChain
 from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..processes.sde import SDE
+from ..shapes import Controls, States
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
 from .equations import ControlledSDE, noise_kind
@@ -109,7 +110,7 @@ def check_continuous(chain: Chain, mode: str) -> EulerChain:
 def backpropagate_continuous(
     chain: Chain,
     control: Any,
-    x0: Tensor,
+    x0: States,
     noise: NoiseSource,
     objective: Objective,
     *,
@@ -126,7 +127,7 @@ def backpropagate_continuous(
         first = chain.segments[0]
         early = _Narrow(noise, first.noise_shape[0]) if len(first.noise_shape) == 1 else noise
 
-        def nothing(x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+        def nothing(x: States, t: Tensor, y: Any = None) -> Controls:
             return x.new_zeros(x.shape[0], *first.control_shape)
 
         starter = getattr(control, "start", nothing)
@@ -174,7 +175,7 @@ class _Backwards:
         control: Any,
         noise: NoiseSource,
         offset: int,
-        x: Tensor,
+        x: States,
         objective: Objective,
         parameters: list[Tensor],
         mode: str,

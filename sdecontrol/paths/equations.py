@@ -9,6 +9,7 @@ from torch import Tensor
 from ..counting import counted_control
 from ..processes.sde import SDE
 from ..randomness import Place, generator_for
+from ..shapes import Controls, Scalar, Scale, States
 from ..tensors import apply_scale, check_output, is_matrix_scale
 
 
@@ -26,8 +27,8 @@ class NoiseKind:
     matrix: bool
 
 
-def noise_kind(sde: SDE, x: Tensor, t: Tensor) -> NoiseKind:
-    """Find the kind of noise by evaluating the diffusion around states x ``(batch, *event)`` at time t (0-d)."""
+def noise_kind(sde: SDE, x: States, t: Scalar) -> NoiseKind:
+    """Find the kind of noise by evaluating the diffusion around states x at time t."""
     few = x[:8] if len(x) >= 8 else x[:1].expand(8, *x.shape[1:])  # a few distinct states, all starts being perhaps one
     steps = torch.linspace(0.0, 0.2, 8, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
     x = few + steps * (1 + few.abs())
@@ -49,7 +50,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.isclose(a, b, rtol=1e-6, atol=0.0, equal_nan=True).all())
 
 
-def _own(sde: SDE, x: Tensor, t: Tensor) -> bool:
+def _own(sde: SDE, x: States, t: Scalar) -> bool:
     """Whether entry i of an elementwise diffusion depends on entry i of the state alone: moving other entries (a random
     half of them, several times) leaves it as it is."""
     base = sde.diffusion(x, t)
@@ -64,8 +65,8 @@ def _own(sde: SDE, x: Tensor, t: Tensor) -> bool:
     return True
 
 
-def control_at(control: Any, x: Tensor, t: Tensor, condition: Any, shape: torch.Size) -> Tensor:
-    """``u(x, t)`` of any control at a time t (0-d), which need not be on a grid."""
+def control_at(control: Any, x: States, t: Scalar, condition: Any, shape: torch.Size) -> Controls:
+    """``u(x, t)`` of any control at a time t, which need not be on a grid."""
     if hasattr(control, "at"):
         return counted_control(control, control.at, lambda *_: len(x))(x, t, condition)
     t = t.expand(x.shape[0])
@@ -104,8 +105,8 @@ class ControlledSDE:
         """``(batch, d)`` as ``(batch, *event)``."""
         return y.unflatten(1, self.sde.event_shape)
 
-    def terms(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Drift, diffusion and control at states x ``(batch, *event)``."""
+    def terms(self, t: Scalar, x: States) -> tuple[States, Scale, Controls | None]:
+        """Drift, diffusion and control at states x."""
         t = t.to(x)
         drift, sigma, u = self.sde.drift(x, t, self.condition), self.sde.diffusion(x, t), None
         if self.control is not None:
@@ -115,7 +116,7 @@ class ControlledSDE:
             drift = drift - 0.5 * self._correction(x, t)
         return drift, sigma, u
 
-    def _correction(self, x: Tensor, t: Tensor) -> Tensor:
+    def _correction(self, x: States, t: Scalar) -> States:
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = x if create and x.requires_grad else x.detach().requires_grad_(True)

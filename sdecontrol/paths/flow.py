@@ -16,21 +16,22 @@ from ..processes.generative import GenerativeSDE
 from ..processes.pretrained import call_model
 from ..processes.sde import SDE
 from ..randomness import Place, SeededNoise, derive_seed, fresh_seed
+from ..shapes import PerPath, Scalar, States
 from ..tensors import check_count, check_tensor, check_tolerance, nonfinite_rows
 
 _MOST_STEPS = 1000  # from one time to the next; a smooth model takes 300 at a tolerance of 1e-14
 _EXACT = 32  # largest state whose divergence is exact by default: it costs one product per dimension
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Scalar, States], States]
 
 
 class LogLikelihood(NamedTuple):
-    """``value``: log-densities ``(n,)``; ``stderr``: their standard errors ``(n,)`` from the random divergence (0 where
-    the divergence is exact); ``latent``: where the flow brings x at time 0, ``(n, *event)``."""
+    """``value``: log-densities; ``stderr``: their standard errors from the random divergence (0 where the divergence is
+    exact); ``latent``: where the flow brings x at time 0."""
 
-    value: Tensor
-    stderr: Tensor
-    latent: Tensor
+    value: PerPath
+    stderr: PerPath
+    latent: States
 
 
 def require_generative(reference: Any, what: str) -> GenerativeSDE:
@@ -49,9 +50,9 @@ def require_generative(reference: Any, what: str) -> GenerativeSDE:
 
 
 def flow_velocity(sde: GenerativeSDE, condition: Any = None) -> Velocity:
-    """``(t, x) -> v``, t a 0-d tensor of process time (torchdiffeq's order of arguments)."""
+    """``(t, x) -> v``, t of process time (torchdiffeq's order of arguments)."""
 
-    def velocity(t: Tensor, x: Tensor) -> Tensor:
+    def velocity(t: Scalar, x: States) -> States:
         c = sde.coefficients(t.reshape(1))
         prediction = call_model(sde.model, x, c.clock[0].to(x), condition)
         of_x = float(c.log_mu_slope + c.flow_part * c.eps_of_x)
@@ -78,9 +79,9 @@ def _integrate(rhs: Callable[[Tensor, Any], Any], start: Any, times: Tensor, tol
 
 
 def solve_flow(
-    sde: GenerativeSDE, clock: Sequence[float], x: Tensor, condition: Any, tolerance: float | None
-) -> list[Tensor]:
-    """States ``(batch, *event)`` at each time of the grid, from x at the first.
+    sde: GenerativeSDE, clock: Sequence[float], x: States, condition: Any, tolerance: float | None
+) -> list[States]:
+    """States at each time of the grid, from x at the first.
 
     Raises:
         NonFiniteError: naming the step and the number of rows.
@@ -128,7 +129,7 @@ def _with_divergence(velocity: Velocity, probes: Tensor | None) -> Callable[[Ten
 def flow_log_likelihood(
     sde: GenerativeSDE,
     start: Any,
-    x: Tensor,
+    x: States,
     *,
     condition: Any = None,
     divergence: str | None = None,

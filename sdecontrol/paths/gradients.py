@@ -27,6 +27,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
+from ..shapes import PerPath, States
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
 
@@ -41,11 +42,11 @@ class Objective:
     """What a path costs beside the KL of its steps.
 
     Attributes:
-        terminal: ``x_K -> (batch,)``, differentiable. running_cost: f, or None. alpha: by which it is divided.
+        terminal: a function of ``x_K``, differentiable. running_cost: f, or None. alpha: by which it is divided.
         condition: ``(batch, ...)`` or None. weight: of the mean over these paths in the whole gradient.
     """
 
-    terminal: Callable[[Tensor], Tensor]
+    terminal: Callable[[States], PerPath]
     running_cost: RunningCost | None = None
     alpha: float = 1.0
     condition: Any = None
@@ -59,13 +60,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class PathCost:
-    """Detached parts of the cost of each path, all ``(batch,)``: ``cost`` is the running cost, less alpha times the
+    """Detached parts of the cost of each path: ``cost`` is the running cost, less alpha times the
     logarithm of a reverse law; and the last states."""
 
-    terminal: Tensor
-    cost: Tensor
-    kl: Tensor
-    end: Tensor
+    terminal: PerPath
+    cost: PerPath
+    kl: PerPath
+    end: States
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Setting:
     def shift(self, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return shift_function(self.chain, self.control, tables or None)
 
-    def spent(self, paths: Paths) -> Tensor:
+    def spent(self, paths: Paths) -> PerPath:
         reverse = paths.totals.log_reverse
         return paths.running_cost if reverse is None else paths.running_cost - self.objective.alpha * reverse
 
@@ -87,7 +88,7 @@ class _Setting:
 def backpropagate(
     chain: Chain,
     control: Any,
-    x0: Tensor,
+    x0: States,
     noise: NoiseSource,
     objective: Objective,
     *,
@@ -109,7 +110,7 @@ def backpropagate(
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
-def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
+def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     chain, objective, cut = setting.chain, setting.objective, setting.chain.steps - last_steps
     x, early_cost, early_kl = x0, chain.times.new_zeros(len(x0)), chain.times.new_zeros(len(x0))
     if cut:
@@ -126,7 +127,7 @@ def _full(setting: _Setting, x0: Tensor, last_steps: int) -> PathCost:
     return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), paths.end.detach())
 
 
-def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None = None) -> PathCost:
+def _by_segments(setting: _Setting, x0: States, size: int, reach: float | None = None) -> PathCost:
     """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment
     at a time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
 
@@ -170,8 +171,8 @@ def _by_segments(setting: _Setting, x0: Tensor, size: int, reach: float | None =
 
 
 def _recompute(
-    setting: _Setting, shift: ShiftFunction, x: Tensor, steps: range, scale: float
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    setting: _Setting, shift: ShiftFunction, x: States, steps: range, scale: float
+) -> tuple[States, list[Tensor], list[Tensor]]:
     """The last state of a segment with its graph, and what else the cost depends on there (KLs, running costs, a
     reverse law) with the cost's derivative by each."""
     chain, objective, law = setting.chain, setting.objective, setting.chain.reverse

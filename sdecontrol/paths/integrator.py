@@ -10,13 +10,14 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
 from ..memory import once_a_step, remembering
+from ..shapes import Noises, PerPath, Scalar, States
 from ..tensors import nonfinite_rows
 from .paths import Paths, Record, Totals, sum_steps
 
 KEEP = ("all", "states", "end")
 
-#: ``f(x, t) -> (batch,)``, with the condition where there is one.
-RunningCost = Callable[[Tensor, Tensor, Any], Tensor]
+#: ``f(x, t)``, with the condition where there is one.
+RunningCost = Callable[[States, Scalar, Any], PerPath]
 
 
 class _Sums:
@@ -31,7 +32,7 @@ class _Sums:
         self.room = max(1, min(64, self.most // (64 * max(1, chain.noise_shape.numel()))))
         self.found: tuple[Tensor, Tensor] | None = None
 
-    def add(self, k: int, x: Tensor, xi: Tensor, c: Tensor, after: Tensor) -> None:
+    def add(self, k: int, x: States, xi: Noises, c: Noises, after: States) -> None:
         kept = (None, None) if self.chain.of_noise else (x, after)
         self.held.append((k, xi, c, *kept))
         if len(self.held) >= self.room:
@@ -46,21 +47,21 @@ class _Sums:
         self.found = (ratio, kl) if self.found is None else (self.found[0] + ratio, self.found[1] + kl)
         self.held = []
 
-    def result(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+    def result(self, zero: PerPath) -> tuple[PerPath, PerPath]:
         if self.held:
             self._reduce()
         return (zero, zero) if self.found is None else self.found
 
 
 class NoiseSource(Protocol):
-    """``source[k]`` is the noise of step k, ``(batch, *noise)``."""
+    """``source[k]`` is the noise of step k."""
 
-    def __getitem__(self, k: int, /) -> Tensor: ...
+    def __getitem__(self, k: int, /) -> Noises: ...
 
 
 def integrate(
     chain: Chain,
-    x: Tensor,
+    x: States,
     noise: NoiseSource,
     shift: ShiftFunction | None = None,
     *,
@@ -69,7 +70,7 @@ def integrate(
     keep: str = "all",
     steps: range | None = None,
 ) -> Paths:
-    """Run a chain from states x ``(batch, *event)``, all its steps or the given ones (consecutive).
+    """Run a chain from states x, all its steps or the given ones (consecutive).
 
     The graph is kept if gradients are enabled and something requires them. Log-ratios are reduced after the loop from
     what it stored; finiteness is checked afterwards and located from the stored states.
@@ -134,7 +135,7 @@ def integrate(
     return paths
 
 
-def check_likelihood(kl: Tensor, chain: Chain) -> None:
+def check_likelihood(kl: PerPath, chain: Chain) -> None:
     """Raise where states are finite but ``|c|^2`` has overflowed.
 
     Raises:

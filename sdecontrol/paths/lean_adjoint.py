@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shifts_along
+from ..shapes import NoisePaths, Noises, StatePaths, States
 from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale, nonfinite_rows
 from .closed_loop import ClosedLoop
 from .integrator import RunningCost
@@ -72,12 +73,12 @@ class StepJacobians:
         self.outputs = means, randoms
         self.scales = [scale.detach() for scale in scales]
 
-    def scale_transposed(self, j: int, v: Tensor) -> Tensor:
+    def scale_transposed(self, j: int, v: States) -> Noises:
         """``scale_j^T v``."""
         return apply_scale_transposed(self.scales[j], v, self.ndim)
 
-    def scales_transposed(self, v: Tensor) -> Tensor:
-        """The same for all steps at once, v ``(K, batch, *event)``."""
+    def scales_transposed(self, v: StatePaths) -> NoisePaths:
+        """The same for all steps at once."""
         scales = self.stacked
         if scales is None:
             return torch.stack([self.scale_transposed(j, v[j]) for j in range(self.count)])
@@ -85,14 +86,14 @@ class StepJacobians:
             return v @ scales.squeeze(1)
         return v * scales.reshape(len(scales), *(1,) * (v.ndim - scales.ndim), *scales.shape[1:])
 
-    def per_step(self, costs: Tensor | None, alpha: float) -> Tensor | None:
+    def per_step(self, costs: StatePaths | None, alpha: float) -> StatePaths | None:
         """``h_k grad f / alpha`` of :func:`running_cost_gradients`."""
         if costs is None:
             return None
         steps = self.chain.step_sizes[self.first : self.first + self.count]
         return costs * (costs.new_tensor(steps) / alpha).reshape(-1, *(1,) * (costs.ndim - 1))
 
-    def step(self, j: int, a: Tensor, z: Tensor | None) -> Tensor:
+    def step(self, j: int, a: States, z: States | None) -> States:
         """``(d x_{j+1}/d x_j)^T a - (d (mean_j + scale_j c_j)/d x_j)^T z``.
 
         Where the scale depends on x the two Jacobians differ: z is linear in the noise, and times the noise it would
@@ -107,13 +108,13 @@ class StepJacobians:
             outputs, sides = [random, mean], [a, -z]
         return torch.autograd.grad(outputs, self.leaves[j], sides, retain_graph=True)[0]
 
-    def mean_products(self, v: Tensor) -> Tensor:
-        """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once, v ``(K, batch, *event)``."""
+    def mean_products(self, v: StatePaths) -> StatePaths:
+        """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once."""
         if self.matrices is not None:
             return v @ self.matrices
         return self._products(self.outputs[0], v)
 
-    def _products(self, outputs: tuple[Tensor, ...], v: Tensor) -> Tensor:
+    def _products(self, outputs: tuple[Tensor, ...], v: StatePaths) -> StatePaths:
         return torch.stack(torch.autograd.grad(outputs, self.leaves, list(v.unbind(0)), retain_graph=True))
 
     def nonfinite_rows(self) -> int:
@@ -125,7 +126,9 @@ class StepJacobians:
         return nonfinite_rows(self._products(self.outputs[1], ones), 1)
 
 
-def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tensor, condition: Any) -> Tensor:
+def with_a_first_slope(
+    chain: Chain, control: Any, states: StatePaths, shifts: NoisePaths, condition: Any
+) -> NoisePaths:
     """The shifts, the first replaced by the next step's control at the same states where all paths start at one point.
 
     No regression sees how a control varies around a point at which it is always taken; the next step's slope, taken
@@ -140,15 +143,15 @@ def with_a_first_slope(chain: Chain, control: Any, states: Tensor, shifts: Tenso
 
 def own_noise(
     jacobians: StepJacobians,
-    states: Tensor,
-    shifts: Tensor,
+    states: StatePaths,
+    shifts: NoisePaths,
     loop: ClosedLoop,
     *,
     tolerance: float,
     most: int,
-) -> tuple[Tensor, float]:
-    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``, ``(K, batch, *event)``: how the own step's noise enters the adjoint after
-    it; and the relative residual of the first guess (nan where it was not looked at).
+) -> tuple[StatePaths, float]:
+    """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``: how the own step's noise enters the adjoint after it; and the relative
+    residual of the first guess (nan where it was not looked at).
 
     The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one
     call. The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the
@@ -156,7 +159,7 @@ def own_noise(
     taken. z stays linear in the noise given the states, whatever the number of iterations, so no stop biases anything.
 
     Args:
-        states: ``(K, batch, *event)``, a leaf that requires grad; shifts: the control's shifts there, with their graph.
+        states: a leaf that requires grad; shifts: the control's shifts there, with their graph.
         loop: the fit, perhaps of former paths; made anew of these where its guess will not do.
         tolerance: of the relative residual.
         most: products with J^T at most; with 0 the first guess is not looked at.
@@ -190,7 +193,7 @@ def own_noise(
     return best.detach(), guess
 
 
-def _control_products(states: Tensor, shifts: Tensor) -> Callable[[Tensor], Tensor]:
+def _control_products(states: StatePaths, shifts: NoisePaths) -> Callable[[NoisePaths], StatePaths]:
     """``v -> (d c/d x)^T v`` for all steps at once."""
     if not shifts.requires_grad:
         return lambda v: torch.zeros_like(states)
@@ -204,17 +207,17 @@ def _control_products(states: Tensor, shifts: Tensor) -> Callable[[Tensor], Tens
 
 def lean_targets(
     jacobians: StepJacobians,
-    slope: Tensor,
+    slope: States,
     *,
-    costs: Tensor | None = None,
+    costs: StatePaths | None = None,
     alpha: float = 1.0,
-    noise_part: Tensor | None = None,
+    noise_part: StatePaths | None = None,
     own_step: bool = True,
-) -> Tensor:
-    """Regression targets ``scale_k^T a_{k+1}`` of the shifts, ``(K, batch, *noise)``.
+) -> NoisePaths:
+    """Regression targets ``scale_k^T a_{k+1}`` of the shifts.
 
     Args:
-        slope: ``grad r(x_K)/alpha``, ``(batch, *event)``.
+        slope: ``grad r(x_K)/alpha``.
         costs: :func:`running_cost_gradients`, or None.
         noise_part: :func:`own_noise`'s z, subtracted in both places; None for the plain lean adjoint.
         own_step: pair c_k with a_{k+1} (the chain's optimum is the fixed point); False: with a_k (O(h) nearer to the
@@ -259,9 +262,8 @@ def linear_adjoints(end: Tensor, factors: Tensor, drive: Tensor | None) -> Tenso
     return torch.stack(found[::-1])
 
 
-def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> Tensor | None:
-    """``grad f(x_k, t_k)`` at every stored state, ``(K, batch, *event)`` (0 before time 0), or None where there is no
-    running cost.
+def running_cost_gradients(paths: Paths, running_cost: RunningCost | None) -> StatePaths | None:
+    """``grad f(x_k, t_k)`` at every stored state (0 before time 0), or None where there is no running cost.
 
     A cost that has its gradients in closed form, as ``cost.gradients(states, times)``, is asked for them.
     """

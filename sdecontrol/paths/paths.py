@@ -14,6 +14,17 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function, shifts_along
+from ..shapes import (
+    ControlPaths,
+    DrawPaths,
+    NoisePaths,
+    PerPath,
+    PerStep,
+    Samples,
+    States,
+    Times,
+    Trajectories,
+)
 
 
 class Target(Protocol):
@@ -21,7 +32,7 @@ class Target(Protocol):
 
     alpha: float
 
-    def reward(self, x: Tensor, condition: Any = None) -> Tensor: ...
+    def reward(self, x: Samples, condition: Any = None) -> PerPath: ...
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]: ...
 
@@ -57,7 +68,7 @@ class Record:
 
 @dataclass
 class Totals:
-    """Sums over the steps of each path, ``(batch,)``.
+    """Sums over the steps of each path.
 
     Attributes:
         running_cost: ``sum_k h_k f(x_k, t_k)``.
@@ -66,10 +77,10 @@ class Totals:
         log_ratio, kl: of the law that drew the paths; None where noises and shifts were kept.
     """
 
-    running_cost: Tensor
-    log_reverse: Tensor | None = None
-    log_ratio: Tensor | None = None
-    kl: Tensor | None = None
+    running_cost: PerPath
+    log_reverse: PerPath | None = None
+    log_ratio: PerPath | None = None
+    kl: PerPath | None = None
 
     def rows(self, index: Any) -> Totals:
         some: Any = {name: None if part is None else part[index] for name, part in vars(self).items()}
@@ -84,42 +95,38 @@ class Totals:
 
 @dataclass(frozen=True)
 class StepLaws:
-    """A control at the states of stored paths, at all steps or some: all that a path loss is made of, each
-    ``(steps, batch)``, with its graph.
-
-    Attributes:
-        shifts: ``(steps, batch, *noise)``.
-    """
+    """A control at the states of stored paths, at all steps or some: all that a path loss is made of, with its
+    graph."""
 
     paths: Paths
     steps: Sequence[int] | None
-    shifts: Tensor
-    back_shifts: Tensor | None = None
+    shifts: NoisePaths
+    back_shifts: NoisePaths | None = None
 
     def _of(self, whole: Tensor) -> Tensor:
         return whole if self.steps is None else whole[[k - self.paths.first for k in self.steps]]
 
     @cached_property
-    def log_ratio(self) -> Tensor:
+    def log_ratio(self) -> PerStep:
         """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)``."""
         return self.paths.chain.log_ratio(self.shifts, self._of(self.paths.draws))
 
     @cached_property
-    def kl(self) -> Tensor:
+    def kl(self) -> PerStep:
         """``KL(p^u(. | x_k) || p0(. | x_k))``."""
         paths = self.paths
         steps = range(paths.first, paths.last) if self.steps is None else self.steps
         return paths.chain.kl(self.shifts, self._of(paths.states[:-1]), steps, paths.condition)
 
     @cached_property
-    def log_reverse(self) -> Tensor | None:
+    def log_reverse(self) -> PerStep | None:
         """``log B^u_k/B^0_k``, the control's part in the target; None where it has none."""
         law = self.paths.chain.reverse
         if law is None or self.back_shifts is None:
             return None
         return law.log_control(self._of(self.paths.back_draws), self.back_shifts)
 
-    def less_reverse(self, values: Tensor) -> Tensor:
+    def less_reverse(self, values: PerStep) -> PerStep:
         """``values`` less the control's part in the target: of ``log_ratio``, all of ``-log w`` that the control
         enters."""
         return values if self.log_reverse is None else values - self.log_reverse
@@ -146,7 +153,7 @@ class Paths:
     chain: Chain
     first: int
     last: int
-    end: Tensor
+    end: States
     condition: Any
     totals: Totals
     record: Record = field(default_factory=Record)
@@ -155,11 +162,11 @@ class Paths:
 
     def __post_init__(self) -> None:
         self._stacks: dict[str, Tensor] = {}
-        self._reward: Tensor | None = None
+        self._reward: PerPath | None = None
 
     @classmethod
-    def of_states(cls, chain: Chain, states: Tensor, draws: Tensor | None = None) -> Paths:
-        """Paths of which only the states ``(K+1, batch, *event)`` are known (drawn from bridges, say, step by step),
+    def of_states(cls, chain: Chain, states: Trajectories, draws: DrawPaths | None = None) -> Paths:
+        """Paths of which only the states are known (drawn from bridges, say, step by step),
         and the draws that make them under the reference, if these are."""
         record = Record(states)
         if draws is not None:
@@ -200,41 +207,41 @@ class Paths:
         return self._stacks[name]
 
     @property
-    def times(self) -> Tensor:
+    def times(self) -> Times:
         return self.chain.times[self.first : self.last + 1]
 
     @property
-    def states(self) -> Tensor:
+    def states(self) -> Trajectories:
         return self.recorded("states")
 
     @property
-    def noises(self) -> Tensor:
+    def noises(self) -> NoisePaths:
         return self.recorded("noises")
 
     @property
-    def shifts(self) -> Tensor:
+    def shifts(self) -> NoisePaths:
         return self.recorded("shifts")
 
     @property
-    def back_draws(self) -> Tensor:
+    def back_draws(self) -> NoisePaths:
         return self.recorded("back_draws")
 
     @cached_property
-    def draws(self) -> Tensor:
+    def draws(self) -> DrawPaths:
         return self.chain.draws(self.noises, self.shifts, self.states[1:])
 
     @property
-    def running_cost(self) -> Tensor:
+    def running_cost(self) -> PerPath:
         return self.totals.running_cost
 
     @property
-    def samples(self) -> Tensor:
-        """The decoded ends, ``(batch, ...)``: what rewards and metrics see."""
+    def samples(self) -> Samples:
+        """The decoded ends: what rewards and metrics see."""
         return self.chain.decode(self.end, self.condition)
 
     @property
-    def controls(self) -> Tensor:
-        """``u`` at every step, ``(K, batch, *control_shape)``; with a controlled start, after time 0 only."""
+    def controls(self) -> ControlPaths:
+        """``u`` at every step; with a controlled start, after time 0 only."""
         start = max(self.chain.start, self.first)
         return torch.stack([self.chain.control(k, self.shifts[k - self.first]) for k in range(start, self.last)])
 
@@ -289,7 +296,7 @@ class Paths:
     def _own(self) -> StepLaws:
         return self.under()
 
-    def log_ratio(self, control: Any = None, per_step: bool = False) -> Tensor:
+    def log_ratio(self, control: Any = None, per_step: bool = False) -> PerPath | PerStep:
         """``log dP^u/dQ0`` on these paths, ``(batch,)``, or step by step ``(K, batch)``.
 
         Exact at every step size, for the control that drew them and for any other at the same states.
@@ -302,7 +309,7 @@ class Paths:
         steps = (self._own if control is None else self.under(control)).log_ratio
         return steps if per_step else sum_steps(steps)
 
-    def kl(self, per_step: bool = False) -> Tensor:
+    def kl(self, per_step: bool = False) -> PerPath | PerStep:
         """``sum_k KL(p^u || p0)`` of each path's steps, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``,
         with less variance than the mean of :meth:`log_ratio`."""
         if not per_step and self.totals.kl is not None:
@@ -311,8 +318,8 @@ class Paths:
 
     # ---------------------------------------------------------------- the target's law
 
-    def towards(self, target: Target, reward: Tensor | None = None) -> Paths:
-        """Say which problem weights are towards, and the rewards ``(batch,)`` where they are known."""
+    def towards(self, target: Target, reward: PerPath | None = None) -> Paths:
+        """Say which problem weights are towards, and the rewards where they are known."""
         self.target, self._reward = target, reward
         return self
 
@@ -324,8 +331,8 @@ class Paths:
         return self.target.alpha
 
     @property
-    def reward(self) -> Tensor:
-        """``r`` at the decoded ends, ``(batch,)``, without a graph unless it was given with one."""
+    def reward(self) -> PerPath:
+        """``r`` at the decoded ends, without a graph unless it was given with one."""
         if self._reward is None:
             assert self.alpha and self.target is not None
             with torch.no_grad(), self.target.evaluating():
@@ -333,14 +340,14 @@ class Paths:
         return self._reward
 
     @property
-    def cost(self) -> Tensor:
-        """What the target takes from a path's reward, ``(batch,)``: the running cost; with a reverse law less alpha
+    def cost(self) -> PerPath:
+        """What the target takes from a path's reward: the running cost; with a reverse law less alpha
         times its logarithm."""
         reverse = self.totals.log_reverse
         return self.running_cost if reverse is None else self.running_cost - self.alpha * reverse
 
-    def log_target(self) -> Tensor:
-        """Of every step, the logarithm of the target's law over the reference's without a control, ``(K, batch)``:
+    def log_target(self) -> PerStep:
+        """Of every step, the logarithm of the target's law over the reference's without a control:
         ``-h_k f_k/alpha``, or the reverse law's."""
         if self.record.noises is None and self.replay is not None:
             return self._whole.log_target()
@@ -353,8 +360,8 @@ class Paths:
             gained = gained + law.log_step(self.states[:-1], self.states[1:], self.draws, self.back_draws, None)
         return gained
 
-    def log_weights(self, control: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """``R/alpha - log dP^u/dQ0``, ``(batch,)``: log importance weights towards the exact law; ``mean(exp(log_w))``
+    def log_weights(self, control: Any = None, dtype: torch.dtype | None = None) -> PerPath:
+        """``R/alpha - log dP^u/dQ0``: log importance weights towards the exact law; ``mean(exp(log_w))``
         is Z without bias at every step size.
 
         Args:

@@ -30,6 +30,7 @@ from torchsde._core import base_sde, methods
 
 from ..errors import NoLikelihood, NonFiniteError
 from ..randomness import Place, derive_seed, global_rng
+from ..shapes import ControlPaths, NoisePaths, PerPath, PerStep, Scalar, States
 from ..tensors import nonfinite_rows
 from .brownian import GridBrownian
 from .equations import ControlledSDE, NoiseKind
@@ -119,22 +120,22 @@ class SolvedPaths(Paths):
             "with scheme='euler' (or 'exact', 'exponential') for likelihood ratios, weights and KL."
         )
 
-    def log_ratio(self, control: Any = None, per_step: bool = False) -> Tensor:
+    def log_ratio(self, control: Any = None, per_step: bool = False) -> PerPath | PerStep:
         self._refuse("log_ratio")
 
-    def kl(self, per_step: bool = False) -> Tensor:
+    def kl(self, per_step: bool = False) -> PerPath | PerStep:
         self._refuse("kl")
 
     @property
-    def noises(self) -> Tensor:
+    def noises(self) -> NoisePaths:
         self._refuse("noises")
 
     @property
-    def shifts(self) -> Tensor:
+    def shifts(self) -> NoisePaths:
         self._refuse("shifts")
 
     @property
-    def controls(self) -> Tensor:
+    def controls(self) -> ControlPaths:
         self._refuse("controls")
 
 
@@ -163,16 +164,16 @@ def solve_on_grid(
     solver: Solver,
     equation: ControlledSDE,
     clock: Sequence[float],
-    x: Tensor,
+    x: States,
     bm: GridBrownian,
     running_cost: RunningCost | None,
     keep_states: bool,
     first: int,
-) -> tuple[list[Tensor], Tensor]:
-    """Steps ``first, first+1, ...`` of a grid from states x ``(batch, *event)``.
+) -> tuple[list[States], PerPath]:
+    """Steps ``first, first+1, ...`` of a grid from states x.
 
     Returns:
-        The states (all, or the last alone), and ``int f dt`` by the trapezoidal rule, ``(batch,)``.
+        The states (all, or the last alone), and ``int f dt`` by the trapezoidal rule.
 
     Raises:
         NonFiniteError: naming the quantity, the step and the number of rows.
@@ -205,7 +206,7 @@ class _Trapezoid:
         self.f, self.condition, self.total = f, condition, like.new_zeros(like.shape[0])
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def add(self, x: Tensor, t: Tensor) -> None:
+    def add(self, x: States, t: Scalar) -> None:
         if self.f is None:
             return
         here = self.f(x, t.to(x), self.condition)
@@ -252,11 +253,11 @@ def solve_adaptively(
     solver: Solver,
     equation: ControlledSDE,
     clock: Sequence[float],
-    x: Tensor,
+    x: States,
     seed: int,
     tolerance: float,
     running_cost: RunningCost | None,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[States], PerPath]:
     """torchsde's adaptive stepping from each time of the grid to the next, relative and absolute error ``tolerance``.
 
     The noise is torchsde's ``BrownianInterval`` as a dyadic tree of this seed, so that another tolerance or grid sees

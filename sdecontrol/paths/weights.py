@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shapes import PerPath
+
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
 _BISECTIONS = 40
 
@@ -25,18 +27,18 @@ class Weights(NamedTuple):
     """Weights of paths.
 
     Attributes:
-        weights: ``(batch,)``, of mean 1 in every group.
+        weights: of mean 1 in every group.
         exponent: the mean over groups of the exponent beta <= 1 that the trust region left (1: the whole weight).
         ess: effective sample size, a fraction; the mean over groups.
     """
 
-    weights: Tensor
+    weights: PerPath
     exponent: float
     ess: float
 
 
-def self_normalised(log_w: Tensor, group_size: int | None = None, trust_region: float | None = None) -> Weights:
-    """``w^beta / mean(w^beta)`` from log weights ``(batch,)``.
+def self_normalised(log_w: PerPath, group_size: int | None = None, trust_region: float | None = None) -> Weights:
+    """``w^beta / mean(w^beta)`` from log weights.
 
     Args:
         group_size: normalise among so many consecutive paths (of one start or condition); None: among all.

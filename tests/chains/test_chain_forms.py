@@ -73,7 +73,7 @@ def test_a_chain_knows_its_scheme_its_affine_steps_and_its_copy_in_float64(name)
         close(x @ matrix.mT + shift, twin_mean, 1e-6)
         whole = scale if scale.ndim == 3 else torch.diag_embed(scale.expand(1, 2))
         close((whole @ whole.mT)[0], L @ L.mT, 1e-6)
-        u = torch.ones(1, gain.shape[1], dtype=F64)  # a learned start may have more controls than the process
+        u = torch.ones(len(x), gain.shape[1], dtype=F64)  # a learned start may have more controls than the process
         c = chain.shift_at(k, x, u.to(chain.times))
         close(c[:, : len(gain)], u @ gain.mT, 1e-5)
 

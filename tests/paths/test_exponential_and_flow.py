@@ -203,6 +203,7 @@ def test_a_flow_too_stiff_for_its_tolerance_ends_with_an_error():
         sc.log_likelihood(problem, torch.ones(1, 1), tolerance=1e-6)
 
 
+@pytest.mark.wrong_shapes
 def test_float32_and_wrong_arguments():
     law = sc.GaussianMixture(torch.ones(1), torch.zeros(1, 3), 1.0)
     x = law.sample((4,))

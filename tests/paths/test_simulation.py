@@ -237,8 +237,8 @@ def test_conditions_reach_drift_control_and_reward():
 def test_control_of_minimum_norm_where_noises_outnumber_states():
     problem = random_lq(2, m=3, seed=5)
     chain = problem.chain(4, "exact")
-    u = randn(6, 3, seed=1)
-    c = chain.shift_at(0, u, u)
+    x, u = randn(6, 2, seed=2), randn(6, 3, seed=1)
+    c = chain.shift_at(0, x, u)
     least = chain.control(0, c)
-    assert torch.allclose(chain.shift_at(0, least, least), c, atol=1e-12)
+    assert torch.allclose(chain.shift_at(0, x, least), c, atol=1e-12)
     assert (least.norm(dim=1) <= u.norm(dim=1) + 1e-12).all()
