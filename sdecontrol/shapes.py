@@ -8,10 +8,10 @@ call of the rooms it lists (``tests/shape_checks.py``).
 Names of dimensions:
 
 * ``batch``: paths side by side. ``K``: steps, one after another. ``times``: their ends, K+1.
-* ``*event``, ``*noise``, ``*control``: of one state, one noise (or shift), one control u. In a method of an object that
-  has ``event_shape``, ``noise_shape`` or ``control_shape``, and in a function with such an argument, they are those.
+* ``*event``, ``*noise``, ``*control``: of one state, one noise (or shift), one control u (a learned start has its own).
+  In a method of an object with an ``event_shape`` or a ``noise_shape``, and in a function whose first argument has
+  them, the first two are these.
 * ``*sample``: of what rewards see, a decoded state. ``*draw``: of what a step's log-ratio depends on.
-* ``n``: points. ``d``, ``m``: coordinates of a vector and of its noise.
 
 States may be tokens (int64); all else is floating point.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 CHECKED = ("chains", "paths")
 
 #: names of dimensions that an attribute of an object settles
-_SETTLED = {f"{name}_shape": Shaped[Tensor, f"*{name}"] for name in ("event", "noise", "control")}
+_SETTLED = {f"{name}_shape": Shaped[Tensor, f"*{name}"] for name in ("event", "noise")}
 
 
 def _has_shapes(annotation: Any) -> bool:
@@ -27,8 +27,8 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with the shapes among its annotations checked at each call. (Other types are pyright's to check; and
     the errors that users see for what they give wrong are the package's own, not beartype's.)
 
-    In methods of an object that has an ``event_shape``, ``noise_shape`` or ``control_shape``, ``*event``, ``*noise``
-    and ``*control`` are these.
+    Where the first argument (an object's own methods have it, too) has an ``event_shape`` or a ``noise_shape``,
+    ``*event`` and ``*noise`` are these.
     """
     shapes = {name: part for name, part in function.__annotations__.items() if _has_shapes(part)}
     if not shapes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Gaussian, GaussianMixture
-from ..shapes import ControlPaths, NoisePaths, Noises, Samples, Scale, StatePaths, States
+from ..shapes import ControlPaths, Controls, NoisePaths, Noises, Samples, Scale, StatePaths, States
 from .base import AffineStep, Chain
 
 
@@ -137,16 +137,14 @@ class SegmentedChain(Chain):
         chain, j = self.part(k)
         return chain.gain(j)
 
-    def shift_at(self, k: int, x: States, u: Tensor, condition: Any = None) -> Noises:
-        """As of any chain, from a control of the shape that the step's segment has."""
+    def shift_at(self, k: int, x: States, u: Controls, condition: Any = None) -> Noises:
         chain, j = self.part(k)
         return self.padded(chain, chain.shift_at(j, x, u, condition))
 
     def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
         return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
-    def control(self, k: int, c: Noises) -> Tensor:
-        """As of any chain, of the shape that the step's segment has."""
+    def control(self, k: int, c: Noises) -> Controls:
         chain, j = self.part(k)
         return chain.control(j, c if chain.noise_shape == self.noise_shape else c[..., : chain.noise_shape[0]])
 
