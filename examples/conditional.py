@@ -39,24 +39,25 @@ def main(quick: bool = False) -> None:
     # y is drawn from its own law, and given to the reward and the control beside x
     problem = sc.ControlProblem(sc.generative_sde(prior, sc.VP()), reward=log_likelihood, condition=observed, alpha=1.0)
     solution = sc.solve(problem, sc.LogVariance(), time_steps=50, iterations=10 if quick else 400, seed=0)
-    elbo = solution.evaluate(4096, seed=1).elbo
+    n = 512 if quick else 4096
+    elbo = solution.evaluate(n, seed=1).elbo
     evidence = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(WEIGHTS),
         torch.distributions.Normal(MEANS[:, 0], (VARIANCE + NOISE**2) ** 0.5),
     )
     print(f"mean of log Z(y) = log p(y): {float(evidence.log_prob(observed).mean()):.3f}; the control's ELBO {elbo}")
 
-    untuned = sc.simulate(problem, 4096, time_steps=50, seed=2, keep="end").samples
+    untuned = sc.simulate(problem, n, time_steps=50, seed=2, keep="end").samples
     print("sliced W1 to the exact posterior    untuned   control   two exact samples")
     for y in (-2.0, 0.0, 1.5):
         torch.manual_seed(3)
-        exact, again = posterior(y).sample((4096,)), posterior(y).sample((4096,))
-        tuned = solution.sample(4096, seed=4, condition=y)
+        exact, again = posterior(y).sample((n,)), posterior(y).sample((n,))
+        tuned = solution.sample(n, seed=4, condition=y)
         distances = (sc.metrics.sliced_wasserstein(x, exact) for x in (untuned, tuned, again))
         print(f"  y = {y:<31g}" + "".join(f"{d:10.3f}" for d in distances))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few iterations only")
+    parser.add_argument("--quick", action="store_true", help="a few iterations and samples only")
     main(parser.parse_args().quick)

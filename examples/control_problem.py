@@ -21,7 +21,7 @@ def main(quick: bool = False) -> None:
         alpha=0.5,
     )
     solution = sc.solve(problem, sc.AdjointMatching(), time_steps=50, iterations=20 if quick else 100, seed=0)
-    print(solution.evaluate(4096, seed=1))
+    print(solution.evaluate(512 if quick else 4096, seed=1))
 
     exact = sc.exact_solution(problem, like=solution)  # of the same 50 steps
     print(f"\nexact log Z    {float(exact.log_z):.4f}")

@@ -27,14 +27,14 @@ def reward(x: torch.Tensor) -> torch.Tensor:
 
 def main(quick: bool = False) -> None:
     schedule = sc.VP()
-    model = sc.fit_score(moons(4096), schedule, prediction="noise", iterations=100 if quick else 2000, seed=0)
+    model = sc.fit_score(moons(4096), schedule, prediction="noise", iterations=50 if quick else 2000, seed=0)
 
     sde = sc.generative_sde(model, schedule, prediction="noise", shape=(2,))
     problem = sc.ControlProblem(sde, reward=reward, alpha=1.0)
     solution = sc.solve(
         problem, sc.RewardBackprop(), time_steps=20 if quick else 50, iterations=5 if quick else 100, seed=0
     )
-    print(solution.evaluate(2048, seed=1))
+    print(solution.evaluate(512 if quick else 2048, seed=1))
 
     before = sc.simulate(problem, 1000, time_steps=50, seed=2).samples
     after = solution.sample(1000, seed=2)

@@ -18,22 +18,23 @@ def main(quick: bool = False) -> None:
     sde = sc.generative_sde(mixture, sc.VP())
     problem = sc.ControlProblem(sde, reward=sc.Linear(torch.tensor([1.0, 0.5])), alpha=1.0)
     solution = sc.solve(problem, sc.RewardBackprop(), time_steps=50, iterations=10 if quick else 300, seed=0)
-    evaluation = solution.evaluate(4096, seed=1)
+    n = 512 if quick else 4096
+    evaluation = solution.evaluate(n, seed=1)
     print(evaluation)
 
     exact = sc.exact_solution(problem)
-    target = exact.sample(4096, seed=2)
+    target = exact.sample(n, seed=2)
     print(f"\nlog Z  exact {float(exact.log_z):.3f} in continuous time, estimated {evaluation.log_z} with 50 steps")
-    untuned = sc.simulate(problem, 4096, time_steps=50, seed=3, keep="end").samples
+    untuned = sc.simulate(problem, n, time_steps=50, seed=3, keep="end").samples
     for name, x in (
         ("untuned", untuned),
-        ("tuned", solution.sample(4096, seed=3)),
-        ("exact", exact.sample(4096, seed=4)),
+        ("tuned", solution.sample(n, seed=3)),
+        ("exact", exact.sample(n, seed=4)),
     ):
         print(f"sliced W1 to the exact tilt, {name:<8} {sc.metrics.sliced_wasserstein(x, target):.3f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few iterations only")
+    parser.add_argument("--quick", action="store_true", help="a few iterations and samples only")
     main(parser.parse_args().quick)

@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+IDS = pytest.StashKey[list[str]]()
+LONGEST = 40  # of a text within an id
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_no_drift_of_global_state():
@@ -25,8 +28,28 @@ def pytest_configure(config: pytest.Config) -> None:
         shape_checks.install()
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Short ids where a test names none: a dtype's name, the beginning of a text; a function without a name is called as
+    the argument it is for."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, str) and len(val) > LONGEST:
+        return val[:LONGEST]
+    if callable(val) and getattr(val, "__name__", "") == "<lambda>":
+        return argname
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[IDS] = [item.nodeid for item in items]  # before slow ones are left out
     if config.getoption("shapes"):  # there the package's own error would not be reached
         wrong = [item for item in items if item.get_closest_marker("wrong_shapes")]
         config.hook.pytest_deselected(items=wrong)
         items[:] = [item for item in items if item not in wrong]
+
+
+@pytest.fixture
+def collected_ids(request: pytest.FixtureRequest) -> list[str]:
+    """The ids of all tests that were collected, slow ones too."""
+    return request.config.stash[IDS]

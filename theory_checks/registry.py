@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 FAMILY_WISE_ERROR = 1e-6  #: probability that any statistical test of the suite fails although all statements hold
-_CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = {}
 _ORDER = {
     name: i
     for i, name in enumerate(
@@ -116,7 +116,7 @@ class Check:
             raise RuntimeError(f"check {self.name!r} declares {self.tests} statistical tests but made {count}.")
         if not found:
             raise RuntimeError(f"check {self.name!r} measured nothing.")
-        share = FAMILY_WISE_ERROR / max(1, sum(c.tests for c in _CHECKS.values()))
+        share = FAMILY_WISE_ERROR / max(1, sum(c.tests for c in CHECKS.values()))
         return [Measurement(m.what, m.value, share, "p") if m.kind == "p" else m for m in found]
 
 
@@ -140,9 +140,9 @@ def check(
             raise ValueError(f"check {name!r} has no negative control: name at least one defect on which it must fail.")
         if not (function.__doc__ or "").strip():
             raise ValueError(f"check {name!r} has no docstring; it is the statement that is checked.")
-        if name in _CHECKS:
+        if name in CHECKS:
             raise ValueError(f"there are two checks named {name!r}.")
-        _CHECKS[name] = Check(name, statement, kind, tuple(implements), tuple(controls), tests, function)
+        CHECKS[name] = Check(name, statement, kind, tuple(implements), tuple(controls), tests, function)
         return function
 
     return register
@@ -153,7 +153,7 @@ def all_checks() -> list[Check]:
     errata."""
     from . import statements  # noqa: F401  (importing registers them)
 
-    return sorted(_CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))
+    return sorted(CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))
 
 
 def select(only: Sequence[str] = ()) -> list[Check]:

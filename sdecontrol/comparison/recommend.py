@@ -109,7 +109,7 @@ def recommend(
     limit = as_float("memory", memory, positive=True)
     chain = problem.chain(time_steps)
     trains = control is not None or has_default(problem)
-    graph, parameters = _graph(problem, chain, batch_size, control) if trains else (0.0, 0)
+    graph, parameters = backward_graph(problem, chain, batch_size, control) if trains else (0.0, 0)
     fits = graph <= limit
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
@@ -293,7 +293,7 @@ def _warnings(problem: ControlProblem, one_off: bool, trains: bool) -> list[str]
     return out
 
 
-def _graph(problem: ControlProblem, chain: Chain, batch_size: int, given: Any = None) -> tuple[float, int]:
+def backward_graph(problem: ControlProblem, chain: Chain, batch_size: int, given: Any = None) -> tuple[float, int]:
     """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's
     trainable parameters."""
     control = build_control(problem, chain, given, seed=0)

@@ -81,8 +81,8 @@ class Kinds:
 
     def __init__(self, what: str, otherwise: str | None = None) -> None:
         self.what, self.otherwise = what, otherwise
-        self._classes: dict[str, Any] = {}
-        self._makers: dict[Any, Callable[[Saved, Context], Any]] = {}
+        self.classes: dict[str, Any] = {}
+        self.makers: dict[Any, Callable[[Saved, Context], Any]] = {}
 
     def register(self, kind: str, make: Callable[[Saved, Context], Any] | None = None) -> Callable[[type[T]], type[T]]:
         """A decorator of classes: ``kind`` is what files call theirs. Subclasses are not of the kind: they register
@@ -99,10 +99,10 @@ class Kinds:
             maker = make or getattr(cls, "from_saved", None)
             if maker is None:
                 raise TypeError(f"{cls.__name__} needs a classmethod from_saved(saved, context) to be registered.")
-            known = self._classes.get(kind, cls)
+            known = self.classes.get(kind, cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a notebook runs again
                 raise ValueError(f"the kind {kind!r} of {self.what} is that of {known.__qualname__}; use another name.")
-            self._classes[kind], self._makers[cls] = cls, maker
+            self.classes[kind], self.makers[cls] = cls, maker
             return cls
 
         return add
@@ -113,12 +113,12 @@ class Kinds:
         Raises:
             BadFileError: there is none, naming those there are.
         """
-        if kind not in self._classes:
+        if kind not in self.classes:
             raise BadFileError(
-                f"{where} has a {self.what} of the unknown kind {kind!r}; known: {', '.join(sorted(self._classes))}. "
+                f"{where} has a {self.what} of the unknown kind {kind!r}; known: {', '.join(sorted(self.classes))}. "
                 "A class of your own registers its kind before its files are loaded."
             )
-        return self._classes[kind]
+        return self.classes[kind]
 
     def describe(self, made: Any) -> Any:
         """What a file says of an object: its kind and configuration; None of None.
@@ -128,7 +128,7 @@ class Kinds:
         """
         if made is None:
             return None
-        kind = next((kind for kind, cls in self._classes.items() if cls is type(made)), self.otherwise)
+        kind = next((kind for kind, cls in self.classes.items() if cls is type(made)), self.otherwise)
         if kind is None:
             raise TypeError(f"a {type(made).__name__} cannot be saved: its class is no registered kind of {self.what}.")
         return {"kind": kind, **made.configuration}
@@ -142,7 +142,7 @@ class Kinds:
         if saved is None:
             return None
         facts = Saved(saved, f"{context.path}: the {self.what}")
-        return self._makers[self.find(facts["kind"], context.path)](facts, context)
+        return self.makers[self.find(facts["kind"], context.path)](facts, context)
 
 
 CONTROLS = Kinds("control", otherwise="user")

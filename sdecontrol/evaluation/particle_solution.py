@@ -23,7 +23,7 @@ from .solution import SOLUTIONS, Solution
 _FEW = 10  # effective particles below which samples are not to be trusted
 _SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems
 _SPREAD = 1.0  # standard deviation of log Z^ above which its mean over so few systems is not to be trusted
-_ROUNDS = 1000  # of rejection sampling
+ROUNDS = 1000  # of rejection sampling
 
 
 @SOLUTIONS.register("particles")
@@ -133,7 +133,7 @@ class ParticleSolution(Solution):
         missing = torch.arange(n, device=problem.device)
         out: Tensor | None = None
         tried = 0
-        for turn in range(_ROUNDS):
+        for turn in range(ROUNDS):
             place, count = derive_seed(seed, Place.CANDIDATES, turn), len(missing) * self.particles.num_particles
             repeated = None if y is None else y[missing].repeat_interleave(self.particles.num_particles, 0)
             paths = simulate_chain(problem, chain, count, None, seed=place, keep="end", condition=repeated)

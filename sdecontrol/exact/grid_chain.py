@@ -278,7 +278,7 @@ class GridChainSolution(OnGrids):
         return self._law(density)
 
     def _law(self, density: Callable[[int, ChainGrid], Tensor]) -> GridLaw:
-        ones = sorted((i, one) for block, one in zip(self._blocks, self._solved) for (i,) in block.members)
+        ones = sorted((i, one) for block, one in zip(self.blocks, self._solved) for (i,) in block.members)
         points = [one.law_points for _, one in ones]
         lows, spacings = [float(x[0]) for x, _ in points], [dx for _, dx in points]
         return GridLaw(lows, spacings, [density(*each) for each in ones], self._out(torch.zeros(())))
@@ -288,7 +288,7 @@ class GridChainSolution(OnGrids):
         """Of each coordinate: the densities of ``x_1 .. x_K`` under p*."""
         mean, cov = self._first_moments()
         out: dict[int, list[Tensor]] = {}
-        for block, one in zip(self._blocks, self._solved):
+        for block, one in zip(self.blocks, self._solved):
             x, dx = one.law_points
             random = np.array([bool(cov[i, i]) for (i,) in block.members])
             now = np.stack(

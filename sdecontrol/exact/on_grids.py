@@ -64,7 +64,7 @@ class OnGrids(ExactSolution):
             found.add_map(drift, lambda x, t=t: self._drift(x, t))
             found.add_noise(noise, lambda x, t=t: self._noise(x, t))
             found.add_sum("running_cost", lambda x, t=t: f.cost(x, t))
-        self._blocks = self._group(found.blocks())
+        self.blocks = self._group(found.blocks())
         self._refine()
         if problem.from_point:
             self._check(float(self.elbo))
@@ -216,7 +216,7 @@ class OnGrids(ExactSolution):
 
     def _slopes(self, x: Tensor, tables: list[Table]) -> Tensor:
         out = torch.empty_like(x)
-        for block, table in zip(self._blocks, tables):
+        for block, table in zip(self.blocks, tables):
             index = torch.tensor(block.members)
             out[:, index] = table(x[:, index]).movedim(0, -1)
         return out
@@ -225,7 +225,7 @@ class OnGrids(ExactSolution):
         """Solve, see where optimal paths go, widen the grids until they stay inside, and halve them until u* stands
         still."""
         for _ in range(8):
-            solved = [self._on_grid(block, 0.0, 0) for block in self._blocks]
+            solved = [self._on_grid(block, 0.0, 0) for block in self.blocks]
             walked = list(self._walk(solved))
             lows, highs = self._reach(walked, self._margin)
             slack = 0.05 * (self._highs - self._lows)
@@ -239,10 +239,10 @@ class OnGrids(ExactSolution):
                 "Use a bounded reward or a larger alpha."
             )
         visited = [(k, x, self._functions.step(x, k)[1] / self._sketch.step_sizes[k] ** 0.5) for k, x in walked[:-1]]
-        errors = [math.inf] * len(self._blocks)
+        errors = [math.inf] * len(self.blocks)
         size = 0.0
         for level in range(1, max(len(c) for c in _COUNTS.values())):
-            for i, block in enumerate(self._blocks):
+            for i, block in enumerate(self.blocks):
                 counts = _COUNTS[block.dim]
                 if errors[i] <= self._good[block.dim] or level >= len(counts):
                     continue
@@ -304,7 +304,7 @@ class OnGrids(ExactSolution):
     def _sum_tables(self, x: Tensor, tables: list[Table]) -> Tensor:
         """Sum over all coordinates of the blocks' functions, ``(rows,)``."""
         total = torch.zeros(len(x), dtype=torch.float64)
-        for block, table in zip(self._blocks, tables):
+        for block, table in zip(self.blocks, tables):
             total = total + table(x[:, torch.tensor(block.members)])[0].sum(1)
         return total
 
@@ -328,7 +328,7 @@ class OnGrids(ExactSolution):
             return self._out(self._sum_tables(mean[None], tables)[0])
         total = torch.zeros((), dtype=torch.float64)
         z = torch.arange(-12.0, 12.01, 0.125, dtype=torch.float64)
-        for block, table in zip(self._blocks, tables):
+        for block, table in zip(self.blocks, tables):
             for member in block.members:
                 index = list(member)
                 values, vectors = torch.linalg.eigh(cov[index][:, index])
@@ -341,7 +341,7 @@ class OnGrids(ExactSolution):
 
     def _first_moments(self) -> tuple[Tensor, Tensor]:
         mean, cov = super()._first_moments()
-        block_of = {i: member for block in self._blocks for member in block.members for i in member}
+        block_of = {i: member for block in self.blocks for member in block.members for i in member}
         for i, j in (cov != 0).nonzero().tolist():
             if block_of[i] != block_of[j]:
                 raise NoExactSolution(

@@ -42,7 +42,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def checksum(body: dict[str, Any]) -> str:
     """Of everything in a JSON file but the checksum itself."""
     plain = {key: value for key, value in body.items() if key != "settings_sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=True).encode()).hexdigest()
@@ -61,7 +61,7 @@ def write_bundle(
     # the tensors of an older bundle of this name stay until the new JSON points to the new ones
     tensor_file = folder / f"{name}-{digest[:12]}.safetensors"
     body = {"format": FORMAT, "schema": SCHEMA, "tensors": tensor_file.name, "sha256": digest, **settings}
-    body["settings_sha256"] = _checksum(body)
+    body["settings_sha256"] = checksum(body)
     path = folder / f"{name}.json"
     _write_atomically(tensor_file, content)
     _write_atomically(path, json.dumps(body, indent=1, allow_nan=True).encode())
@@ -102,7 +102,7 @@ def read_bundle(folder: str | os.PathLike[str], name: str, kind: str) -> tuple[d
     file_name = settings.get("tensors")
     if not isinstance(file_name, str) or Path(file_name).name != file_name:
         raise BadFileError(f"{path} names no tensor file beside it.")
-    if settings.get("settings_sha256") != _checksum(settings):
+    if settings.get("settings_sha256") != checksum(settings):
         raise BadFileError(f"{path} does not have the checksum in it: it is corrupt or was edited.")
     tensor_file = path.parent / file_name
     if not tensor_file.is_file():

@@ -138,7 +138,7 @@ def reference_samples(
     keep = cache and bool(target.name)
     found = _read(name, settings, target.dim) if keep else None
     if found is None:
-        tensors, facts = _make(target, n, seed, systems, particles, moves)
+        tensors, facts = make_samples(target, n, seed, systems, particles, moves)
         if keep:
             write_cached(name, _KIND, tensors, {**settings, **facts})
         found = _result(tensors, facts, systems, cached=False)
@@ -162,7 +162,7 @@ def _exact(target: Target, n: int, seed: int) -> ReferenceSamples:
     )
 
 
-def _make(
+def make_samples(
     target: Target, n: int, seed: int, systems: int, particles: int, moves: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Samples, the systems that they come from, and log Z^ of each system."""
@@ -190,7 +190,7 @@ def _make(
 def _result(tensors: dict[str, Tensor], facts: dict[str, Any], systems: int, cached: bool) -> ReferenceSamples:
     x, log_z = tensors["x"], tensors["log_z"]
     values = torch.cat((x.double(), tensors["log_density"].unsqueeze(1)), 1)
-    mean, error = _over_systems(values, tensors["system"], systems)
+    mean, error = over_systems(values, tensors["system"], systems)
     return ReferenceSamples(
         x=x,
         log_z=log_mean_weight(log_z),
@@ -206,7 +206,7 @@ def _result(tensors: dict[str, Tensor], facts: dict[str, Any], systems: int, cac
     )
 
 
-def _over_systems(values: Tensor, system: Tensor, systems: int) -> tuple[Tensor, Tensor]:
+def over_systems(values: Tensor, system: Tensor, systems: int) -> tuple[Tensor, Tensor]:
     """Means of ``(n, k)`` values and their errors over the systems that they come from: of a ratio of sums over systems
     (delta method)."""
     mean = values.mean(0)

@@ -178,7 +178,7 @@ class Method:
         return state.control
 
 
-_REGISTRY: dict[str, type[Method]] = {}
+METHODS: dict[str, type[Method]] = {}
 
 #: methods that need no gradient, in the order of their measured errors (docs/methods.md); "auto" for densities alone
 GRADIENT_FREE = ("auto", "log-variance", "cross-entropy", "soft-ppo", "particle-matching")
@@ -216,12 +216,12 @@ _M = TypeVar("_M", bound=Method)
 
 def register(cls: type[_M]) -> type[_M]:
     """Make a method known by its name in kebab case."""
-    _REGISTRY[kebab(cls.__name__)] = cls
+    METHODS[kebab(cls.__name__)] = cls
     return cls
 
 
 def method_names() -> list[str]:
-    return sorted(_REGISTRY)
+    return sorted(METHODS)
 
 
 def find_method(method: Any) -> Method:
@@ -235,8 +235,8 @@ def find_method(method: Any) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         return method()
     if isinstance(method, str):
-        check_name("method", method, _REGISTRY)
-        return _REGISTRY[method]()
+        check_name("method", method, METHODS)
+        return METHODS[method]()
     raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
 
 

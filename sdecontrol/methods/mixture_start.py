@@ -61,7 +61,7 @@ def first_mixture(problem: ControlProblem, chain: Chain, size: int, seed: int) -
         law = fit_mixture(ends.standardised(end), found.log_weights[0], seed=place)
         control, work = MixtureControl(problem, law), found.evaluations / n
     with problem.evaluating():
-        end, log_w = _weighted(tempered_ends(problem, chain, control), size, seed)
+        end, log_w = weighted_ends(tempered_ends(problem, chain, control), size, seed)
     if float(effective_number(log_w)) > size:
         place = derive_seed(seed, Place.FIRST_MIXTURE_LAST_FIT)
         control = MixtureControl(problem, fit_mixture(ends.standardised(end), log_w, seed=place))
@@ -79,7 +79,7 @@ def tempered_ends(problem: ControlProblem, chain: Chain, control: Control | None
     return tempered_target(problem, chain, base if mixture else None, settings)
 
 
-def _weighted(target: StateTarget | NoiseTarget, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def weighted_ends(target: StateTarget | NoiseTarget, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Ends of independent draws of what particles begin with, and their log weights."""
     drawn = [start_points(target, size, derive_seed(seed, Place.FIRST_MIXTURE_DRAWS, block)) for block in range(_DRAWS)]
     return torch.cat([_ends(target, p.z, p.origin) for p in drawn]), torch.cat([p.phi.double() for p in drawn])

@@ -114,10 +114,10 @@ class ParticleMatching(Method):
 
     def step(self, state: _State, run: Run) -> dict[str, float]:
         if run.iteration % self.refresh == 0:
-            self._run_particles(state, run)
+            self.run_particles(state, run)
         chain, means = run.chain, []
         for part in range(run.accumulate):
-            states, targets = self._draw(state, run, Place.MATCHING_BATCH, part)
+            states, targets = self.draw(state, run, Place.MATCHING_BATCH, part)
             shifts = shifts_along(chain, state.control, states)
             means.append(regress(state, run, shifts, targets))
         mean = torch.stack(means).mean(0)
@@ -138,7 +138,7 @@ class ParticleMatching(Method):
             return control.base
         gains = []
         for part in range(_JUDGING):
-            states, targets = self._draw(state, run, Place.MATCHING_JUDGE, part)
+            states, targets = self.draw(state, run, Place.MATCHING_JUDGE, part)
             with_it, alone = (shifts_along(run.chain, c, states) - targets for c in (control, control.base))
             gains.append((alone.square() - with_it.square()).flatten(2).sum((0, 2)))
         return control if float(torch.cat(gains).mean()) > 0 else control.base
@@ -146,7 +146,7 @@ class ParticleMatching(Method):
     # ---------------------------------------------------------------- particles
 
     @torch.no_grad()
-    def _run_particles(self, state: _State, run: Run) -> None:
+    def run_particles(self, state: _State, run: Run) -> None:
         problem, chain, N = run.problem, run.chain, self.num_particles
         seed = derive_seed(run.seed, Place.MATCHING_PARTICLES, run.iteration)
         target = tempered_ends(problem, chain, state.control)
@@ -180,7 +180,7 @@ class ParticleMatching(Method):
         names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
         state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
 
-    def _draw(self, state: _State, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
+    def draw(self, state: _State, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
         """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends."""
         chain = run.chain
         generator = generator_for(chain.times.device, run.seed, place, run.iteration, part)

@@ -43,7 +43,7 @@ class RewardWeightedMLE(PathMethod):
     def __post_init__(self) -> None:
         check_name("roll_in", self.roll_in, ROLL_INS)
 
-    def _first(self, run: Run, part: int) -> int:
+    def first_step(self, run: Run, part: int) -> int:
         """The first step of the reference."""
         if self.roll_in == "none":
             return 0
@@ -54,7 +54,7 @@ class RewardWeightedMLE(PathMethod):
         chain = run.chain
         loss = ess = 0.0
         for part in range(run.accumulate):
-            first = self._first(run, part)
+            first = self.first_step(run, part)
             paths = collect(state, run, part, until=first)
             rest = list(range(first, chain.steps))
             log_ratios = paths.under(state.control, rest if first else None).log_ratio

@@ -22,7 +22,7 @@ from .regression import RegressionState, controlled_paths, descend, longest_resi
 MATRICES = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
 
 
-class _State(RegressionState):
+class SOCMState(RegressionState):
     """The learned step matrices are ``N_j = I + h_j L(t_j)``, L a combination of time features."""
 
     def __init__(self, run: Run, kind: str) -> None:
@@ -107,9 +107,9 @@ class SOCM(Method):
             )
 
     def setup(self, run: Run) -> nn.Module:
-        return _State(run, self.matrices)
+        return SOCMState(run, self.matrices)
 
-    def step(self, state: _State, run: Run) -> dict[str, float]:
+    def step(self, state: SOCMState, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
         parts, means, found = [], [], []
         for part in range(run.accumulate):
@@ -124,7 +124,7 @@ class SOCM(Method):
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
             if state.loop is not None:  # of these paths: with a fit of ten iterations ago steep problems went astray
                 state.loop.fit(paths, jacobians.scales)
-            targets = self._targets(state, jacobians, slope, costs, problem.alpha)
+            targets = self.targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
@@ -141,15 +141,15 @@ class SOCM(Method):
                 warn_where_few(self.name, metrics["ess"], run.batch_size, "Use trust_region=1.0, or a larger batch.")
         return metrics
 
-    def _targets(
-        self, state: _State, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float
+    def targets(
+        self, state: SOCMState, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float
     ) -> Tensor:
         if self.matrices == "adjoint":
             return lean_targets(jacobians, slope, costs=costs, alpha=alpha)
         paths, costs = jacobians.paths, jacobians.per_step(costs, alpha)
         # what a step's noise says of the state before it: scale^{-T} (c + xi)
-        noises = _inverse_transposed(jacobians, paths.noises)
-        drawn = noises + _inverse_transposed(jacobians, paths.shifts)
+        noises = inverse_transposed(jacobians, paths.noises)
+        drawn = noises + inverse_transposed(jacobians, paths.shifts)
         factors = state.step_matrices(jacobians.chain)
         moved = drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
         drive = jacobians.mean_products(drawn) - moved
@@ -162,7 +162,7 @@ class SOCM(Method):
         return jacobians.scales_transposed(adjoints)
 
 
-def _inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:
+def inverse_transposed(jacobians: StepJacobians, v: Tensor) -> Tensor:
     """``scale_k^{-T} v_k`` of all steps, v ``(K, batch, d)``, for scales that are the same for all rows.
 
     Raises:

@@ -80,10 +80,10 @@ class SoftPPO(Method):
         return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
-        batches = [self._advantages(state, run, collect(state, run, i, self.group_size)) for i in range(run.accumulate)]
+        batches = [self.advantages(state, run, collect(state, run, i, self.group_size)) for i in range(run.accumulate)]
         measured: dict[str, list[float]] = {"loss": [], "clip_fraction": [], "ratio_std": []}
         for epoch in range(self.epochs):
-            orders = [self._order(run, epoch, part) for part in range(run.accumulate)]
+            orders = [self.order(run, epoch, part) for part in range(run.accumulate)]
             for turn in range(self.minibatches):
                 state.zero_grad()
                 for part, (batch, order) in enumerate(zip(batches, orders)):
@@ -102,11 +102,11 @@ class SoftPPO(Method):
         metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 
-    def _order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
+    def order(self, run: Run, epoch: int, part: int) -> tuple[Tensor, ...]:
         generator = generator_for("cpu", run.seed, Place.PPO_ORDER, run.iteration, epoch, part)
         return torch.randperm(run.batch_size, generator=generator).to(run.problem.device).tensor_split(self.minibatches)
 
-    def _advantages(self, state: Any, run: Run, paths: Paths) -> _Batch:
+    def advantages(self, state: Any, run: Run, paths: Paths) -> _Batch:
         log_ratios = paths.log_ratio(per_step=True)
         steps = log_ratios - paths.log_target()
         # sums over the steps after each: what is still to come after its noise

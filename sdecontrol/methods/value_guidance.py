@@ -94,7 +94,7 @@ class ValueGuidance(Method):
         losses, parts = [], []
         for part in range(run.accumulate):
             batch = run.batch(part)
-            paths, guided = _roll(run, state.control, batch)
+            paths, guided = roll(run, state.control, batch)
             with torch.no_grad():
                 gains = paths.log_target() - paths.log_ratio(per_step=True)
                 terminal = paths.reward / run.problem.alpha
@@ -141,7 +141,7 @@ def itakura_saito(d: Tensor, use: Tensor) -> Tensor:
     return torch.where(use, (d - level).exp() - (1 + d) * (-level).exp(), 0.0).sum() / use.sum()
 
 
-def _roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
+def roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     """Paths of the current guidance, and which of their steps are guided, ``(K, batch)``: of four paths in a row the
     first and third are just that, the second has a perturbed start, the fourth is the reference's up to a random
     step."""

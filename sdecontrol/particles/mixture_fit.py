@@ -75,7 +75,7 @@ def fit_mixture(
     assert found is not None
     # what was chosen, gone on with all samples; and begun anew on them, lest a mode have had its few samples among
     # those held out
-    anew = _fit(*chosen, z, w, derive_seed(seed, Place.MIXTURE_LAST_FIT))
+    anew = first_fit(*chosen, z, w, derive_seed(seed, Place.MIXTURE_LAST_FIT))
     for fit in (found, anew):
         fit.improve(z, w)
     found = max((found, anew), key=lambda fit: float((w * _guarded(fit.log_prob(z), z)).mean()))
@@ -97,7 +97,7 @@ def _best_size(
     largest = max(1, min(most, len(kept) // 8))
     powers = (2**j for j in range((largest - 1).bit_length()))  # of two below the largest
     for size in _COORDINATE_SIZES if kind == "product" else (*powers, largest):
-        fit = _fit(kind, size, kept, weights, seed)
+        fit = first_fit(kind, size, kept, weights, seed)
         score = float((held_weights * _guarded(fit.log_prob(held), held)).mean())
         if chosen is None or score > best + _BETTER:
             best, chosen, best_size = score, fit, size
@@ -112,7 +112,7 @@ def _guarded(level: Tensor, z: Tensor) -> Tensor:
     return torch.logaddexp(level + math.log1p(-_BESIDE), wide + math.log(_BESIDE))
 
 
-def _fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:
+def first_fit(kind: str, size: int, z: Tensor, w: Tensor, seed: int) -> _Joint | _Coordinates:
     if kind == "product":
         return _Coordinates(z, w, size)
     generator = generator_for(z.device, seed, Place.MIXTURE_FIT, size, KINDS.index(kind))

@@ -14,7 +14,7 @@ The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotatio
 ``N(m, S)``, and kicks by what the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error
 in the directions where the target is that Gaussian, and none from their number. Particles that begin with a mixture m
 (``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the coordinates of a component
-drawn given its place (:class:`_Component`), and an independent draw from m is proposed after every such move
+drawn given its place (:class:`Component`), and an independent draw from m is proposed after every such move
 (:meth:`Kernel.independence_move`). One leapfrog step, of this flow, is a MALA move; without a gradient it is the
 preconditioned Crank-Nicolson move (Cotter et al. 1202.0709).
 """
@@ -263,7 +263,7 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class Fitted:
     """Coordinates w in which the Gaussian fitted to a level is standard normal, the same for all particles; that level
     is ``N(0, I) exp(beta phi)``."""
 
@@ -288,7 +288,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class _Component:
+class Component:
     """Coordinates in which a component of the law is standard normal, one for each particle.
 
     The component is drawn with its probability given z, so that z given it has the density
@@ -343,9 +343,7 @@ class Kernel:
         turn = turn.clamp(max=_COARSEST)
         uniform = torch.rand(n, **like)
         frame = (
-            _Fitted(self.centre, self.factor)
-            if target.law is None
-            else _Component(*target.law.component(p.z, generator))
+            Fitted(self.centre, self.factor) if target.law is None else Component(*target.law.component(p.z, generator))
         )
         w, new = frame.standardise(p.z), p
         before = frame.energy(p, w, v, self.beta)

@@ -134,7 +134,7 @@ def backpropagate_continuous(
         control = getattr(control, "main", control)
         with torch.no_grad():
             x = integrate(first, x0, early, shift_function(first, starter), keep="end").end
-    solve = _Backwards(main, control, noise, chain.start, x, objective, list(parameters), mode)
+    solve = Backwards(main, control, noise, chain.start, x, objective, list(parameters), mode)
     y = solve.forward()
     d = main.event_shape.numel()
     end = y[:, :d].unflatten(1, main.event_shape).detach().requires_grad_(True)
@@ -166,7 +166,7 @@ def backpropagate_continuous(
     return PathCost(value.detach(), running, kl, end.detach())
 
 
-class _Backwards:
+class Backwards:
     """One batch through torchsde's solver, and back."""
 
     def __init__(

@@ -59,7 +59,7 @@ class AnnealedLangevin(SDE):
         self.scale = check_tensor("scale", scale)
         self.roughness = max(1.0, as_float("roughness", roughness, positive=True))
         self.relaxations = as_float("relaxations", relaxations, positive=True)
-        self.unbounded_score, self._bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
+        self.unbounded_score, self.score_bound = score, 10.0 * self.roughness * centre.numel() ** 0.5
         super().__init__(self._drift_at, self.diffusion, dim=centre.numel(), horizon=horizon)
         self.dtype, self.device = centre.dtype, centre.device
 
@@ -80,7 +80,7 @@ class AnnealedLangevin(SDE):
         def bounded() -> Tensor:
             value = self.unbounded_score(x, condition)
             count_reward(value, len(x), with_gradient=True)
-            square = (self.scale * value).square().sum(-1, keepdim=True) / self._bound**2
+            square = (self.scale * value).square().sum(-1, keepdim=True) / self.score_bound**2
             return value / torch.hypot(square, torch.ones_like(square)).sqrt()
 
         return recall(self, torch.is_grad_enabled(), x, bounded)

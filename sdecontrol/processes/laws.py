@@ -291,7 +291,7 @@ class GaussianMixture(_Mixture):
     def __repr__(self) -> str:
         return f"GaussianMixture({len(self.means)} components, d={self.means.shape[1]})"
 
-    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Joint log densities ``(..., k)`` and differences in each component's own axes ``(..., k, d)``."""
         difference = x.unsqueeze(-2) - self.means
         if self._vectors is not None:
@@ -301,10 +301,10 @@ class GaussianMixture(_Mixture):
         return self.log_weights - 0.5 * (square + log_det + x.shape[-1] * _LOG_2PI), difference
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self._terms(value)[0].logsumexp(-1)
+        return self.terms(value)[0].logsumexp(-1)
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        joint, difference = self._terms(x)
+        joint, difference = self.terms(x)
         pull = difference / self.variances
         if self._vectors is not None:
             pull = torch.einsum("...ke,kde->...kd", pull, self._vectors)
@@ -312,7 +312,7 @@ class GaussianMixture(_Mixture):
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities of the components, ``(..., k)``."""
-        return self._terms(x)[0].softmax(-1)
+        return self.terms(x)[0].softmax(-1)
 
     def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """For each of ``(n, d)`` a component drawn with its probability given x: mean and standard deviations
@@ -373,23 +373,23 @@ class ProductMixture(_Mixture):
     def __repr__(self) -> str:
         return f"ProductMixture(d={self.means.shape[0]}, {self.means.shape[1]} components in each coordinate)"
 
-    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Joint log densities of each coordinate and its component, and differences from the means, ``(..., d, k)``."""
         difference = x.unsqueeze(-1) - self.means
         square = difference**2 / self.variances + self.variances.log() + _LOG_2PI
         return self.log_weights - 0.5 * square, difference
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self._terms(value)[0].logsumexp(-1).sum(-1)
+        return self.terms(value)[0].logsumexp(-1).sum(-1)
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        joint, difference = self._terms(x)
+        joint, difference = self.terms(x)
         return joint.logsumexp(-1).sum(-1), -(joint.softmax(-1) * difference / self.variances).sum(-1)
 
     def component(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, None]:
         """For each of ``(n, d)`` a component of every coordinate drawn with its probability given x: means and standard
         deviations ``(n, d)``; the axes are those of the coordinates."""
-        edges = self._terms(x)[0].softmax(-1).cumsum(-1)
+        edges = self.terms(x)[0].softmax(-1).cumsum(-1)
         u = torch.rand((*x.shape, 1), generator=generator, dtype=x.dtype, device=x.device) * edges[..., -1:]
         index = torch.searchsorted(edges, u).clamp(max=edges.shape[-1] - 1)
         pick = lambda v: v.expand(len(x), *v.shape).gather(2, index).squeeze(2)  # noqa: E731

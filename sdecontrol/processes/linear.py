@@ -171,7 +171,7 @@ class LinearSDE(SDE):
     def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Transition matrix, shift, covariance, and ``int Phi(t, r) sigma(r) dr`` (d, m): the effect of a held
         control."""
-        return self._by_exponential(t - s) if self.autonomous else self._by_ode(s, t)
+        return self._by_exponential(t - s) if self.autonomous else self.by_ode(s, t)
 
     def by_step(self, clock: list[float], make: Callable[[float, float], Any]) -> list[Any]:
         """``make(s, t)`` for each step of a clock; once for all steps of equal length, where nothing depends on
@@ -199,7 +199,7 @@ class LinearSDE(SDE):
             phi = phi @ phi
         return phi, inputs[:, 0], cov, inputs[:, 1:]
 
-    def _by_ode(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def by_ode(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         def terms(r: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             A, a, root = self.coefficients(r)
             return A, np.column_stack([a, root]), root @ root.T

@@ -136,7 +136,7 @@ class Bridge:
         self.reference, self.size = reference, len(mean0)
         self.horizon = reference.horizon if isinstance(reference, LinearSDE) else 1.0
         self.mean, self.cov = torch.cat((mean0, mean1)), torch.block_diag(cov0, cov1)
-        self._known: dict[Any, tuple[Tensor, ...]] = {}
+        self.known: dict[Any, tuple[Tensor, ...]] = {}
 
     def __deepcopy__(self, memo: Any) -> Bridge:
         return self
@@ -151,11 +151,11 @@ class Bridge:
         rows = []
         for time in distinct.tolist():
             key = time, t.dtype, t.device
-            row = self._known.pop(key, None)
+            row = self.known.pop(key, None)
             rows.append(self._row(time, t) if row is None else row)
-            self._known[key] = rows[-1]  # the last used are the last of the dictionary
-        while len(self._known) > _KEPT:
-            self._known.pop(next(iter(self._known)), None)
+            self.known[key] = rows[-1]  # the last used are the last of the dictionary
+        while len(self.known) > _KEPT:
+            self.known.pop(next(iter(self.known)), None)
         return Moments(*(torch.stack(parts)[inverse] for parts in zip(*rows)))
 
     def _row(self, t: float, like: Tensor) -> tuple[Tensor, ...]:

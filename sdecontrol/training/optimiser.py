@@ -145,7 +145,7 @@ class Descent:
             if self._fallen(regression.objective) and self.take_back() is not None:
                 return False
             self._keep(regression.objective)
-        self._clip(gradients)
+        self.shorten(gradients)
         if self.linear is not None and regression is not None:
             self.linear.observe(regression)
             self.linear.step(self.factor, self.radius)  # leaves its parameters without gradient
@@ -220,7 +220,7 @@ class Descent:
         self.taken_back += 1
         return undo
 
-    def _clip(self, gradients: list[Tensor]) -> None:
+    def shorten(self, gradients: list[Tensor]) -> None:
         """Scale gradients far above their running size down to ``clip`` times it: one path in a million that lingers at
         a saddle would else undo a hundred steps."""
         level = math.log(max(self.norm, 1e-300))

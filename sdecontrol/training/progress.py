@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.estimates import Estimate
 
-_PLAIN_EVERY = 5.0  # seconds between two lines where the error stream is no terminal
+PLAIN_EVERY = 5.0  # seconds between two lines where the error stream is no terminal
 
 
 class ProgressBar:
@@ -83,7 +83,7 @@ class ProgressBar:
             self._variance += self._new * ((0.0 if error != error else error**2) - self._variance)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, shown=self._shown())
-        elif done == total or time.monotonic() - self._last >= _PLAIN_EVERY:
+        elif done == total or time.monotonic() - self._last >= PLAIN_EVERY:
             self._last = time.monotonic()
             of = "" if total is None else f"/{total}"
             print(

@@ -117,7 +117,7 @@ def solve(
         progress=progress,
         reason=reason,
     )
-    trainer = _Trainer(problem, chosen, plan, checkpoint_dir, resume)
+    trainer = Trainer(problem, chosen, plan, checkpoint_dir, resume)
     with problem.evaluating():
         return trainer.train()
 
@@ -197,7 +197,7 @@ class _Plan:
         )
 
 
-class _Trainer:
+class Trainer:
     """One run of the loop."""
 
     evaluate_every = 200

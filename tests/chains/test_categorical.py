@@ -288,7 +288,7 @@ def test_runs_on_tokens_are_saved_and_resumed(tmp_path):
         (lambda k, x: torch.zeros(len(x), 1, V).log_softmax(-1), TypeError, "log_probs returned dtype"),
     ],
 )
-def test_wrong_kernels_are_named_when_the_problem_is_made(log_probs, error, match):
+def test_wrong_kernels_are_named_at_once(log_probs, error, match):
     chain = CategoricalChain(log_probs, K, V, torch.zeros(1, dtype=torch.int64), dtype=F64)
     with pytest.raises(error, match=match):
         sc.ControlProblem(chain, reward=lambda x: x[:, 0].to(F64))

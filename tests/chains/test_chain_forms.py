@@ -53,7 +53,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_knows_its_scheme_its_affine_steps_and_its_copy_in_float64(name):
+def test_a_chain_knows_its_scheme_and_its_affine_steps(name):
     chain, scheme, affine = CHAINS[name]
     assert chain.scheme == chain.main.scheme == scheme
     twin = chain.double()

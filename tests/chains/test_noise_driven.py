@@ -211,7 +211,7 @@ def random_inside(x, w, k):
         (3.0, TypeError, "step must be a function"),
     ],
 )
-def test_a_wrong_simulator_is_named_when_the_problem_is_made(step, error, match):
+def test_a_wrong_simulator_is_named_at_once(step, error, match):
     with pytest.raises(error, match=match):
         sc.ControlProblem(sc.discrete_dynamics(step, 4, 2, 2), sc.Dirac(torch.zeros(2, dtype=F64)), reward)
 

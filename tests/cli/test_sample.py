@@ -217,7 +217,7 @@ def test_auto_learns_from_its_search_and_its_particles() -> None:
 def test_the_bar_shows_the_last_round_and_no_total_under_a_budget(capsys, monkeypatch) -> None:
     from sdecontrol.training import progress
 
-    monkeypatch.setattr(progress, "_PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
     problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
     solution = sc.solve(problem, sc.Auto(256), budget="0.3s", seed=0, progress=True)
     lines = capsys.readouterr().err.splitlines()
@@ -266,4 +266,4 @@ def test_the_figure_shows_what_it_is_given() -> None:
         (filled,) = (p for p in axes.patches if p.get_label() == "samples")
         values, edges, _ = filled.get_data()
         assert 0.95 < float((values * np.diff(edges)).sum()) <= 1 + 1e-9
-    assert figure._suptitle.get_text() == "gmm9" and math.isfinite(high)
+    assert figure.get_suptitle() == "gmm9" and math.isfinite(high)

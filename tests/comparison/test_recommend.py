@@ -55,12 +55,12 @@ def test_the_graph_s_size_is_near_what_backpropagation_keeps() -> None:
     """The estimate against all that autograd saves on one differentiable batch, each tensor once: within a factor
     1.5."""
     from sdecontrol.chains.shifts import shift_function
-    from sdecontrol.comparison.recommend import _graph
+    from sdecontrol.comparison.recommend import backward_graph
     from sdecontrol.controls.build import build_control
 
     problem = random_lq(d=8)
     chain = problem.chain(20)
-    estimate, _ = _graph(problem, chain, 256)
+    estimate, _ = backward_graph(problem, chain, 256)
     control = build_control(problem, chain, seed=0)
     own = {p.data_ptr() for p in control.parameters()}
     kept: dict[int, torch.Tensor] = {}

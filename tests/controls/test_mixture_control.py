@@ -12,6 +12,7 @@ import sdecontrol as sc
 from sdecontrol.chains.bridges import ChainBridge
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.build import build_control, corrected
+from sdecontrol.controls.ends import ends_of
 from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.particles.mixture_fit import fit_mixture
@@ -301,7 +302,7 @@ def test_saved_and_copied_controls_are_the_same(law, kind, tmp_path):
         assert twin.correction.denoiser is twin.base and control.correction.denoiser is control.base
     with torch.no_grad():
         copied.means.add_(1.0)
-    copied._laws.clear()
+    copied.load_state_dict(copied.state_dict())  # forgets what it remembered of the old means
     t = torch.tensor(0.4, dtype=F64)
     assert not torch.allclose(
         base.at(problem.centre + randn(6, 2, seed=1), t), copied.at(problem.centre + randn(6, 2, seed=1), t)
@@ -316,7 +317,8 @@ def test_a_law_that_is_loaded_or_converted_replaces_the_one_in_use():
     before, wanted = control.at(x, t), other.at(x, t)
     control.load_state_dict(other.state_dict())
     assert torch.equal(control.at(x, t), wanted) and not torch.allclose(before, wanted)
-    assert control._laws and not control.to(F32)._laws and control.law.means.dtype == F32
+    single = control.to(F32)
+    assert single.law.means.dtype == F32 and torch.allclose(single.at(x.float(), t.float()).double(), wanted, atol=1e-4)
 
 
 def test_a_correction_begins_as_the_mixture_and_is_trained_beside_it():
@@ -365,7 +367,7 @@ def test_on_a_generative_reference_it_is_the_exact_control_towards_the_tilted_la
         time = torch.tensor(t, dtype=F64)
         found, wanted = control.at(x, time), exact.control(x, t)
         assert torch.allclose(found, wanted, atol=1e-8 * float(wanted.abs().max() + 1)), t
-        mu, variance = control._ends.between(t)
+        mu, variance = ends_of(problem).between(t)
         at = exact.marginal(t)
         assert torch.allclose(
             mu * control.denoised(x, time), x + variance * at.score(x), atol=1e-8 * float(x.abs().max())
@@ -464,12 +466,12 @@ def test_a_law_that_misses_the_left_of_every_well_is_found_out(kept):
     valleys between wells (1e-3 of the mass), where a mixture of narrow Gaussians is too thin."""
     target = sc.library.named_target("many-well-32")
     problem = sc.gibbs_problem(target, 32, scale=2.0, centre=0.0)
-    x = target.sample(20_000, 1)
+    x = target.sample(10_000 if kept == "right" else 20_000, 1)
     if kept == "right":  # coordinates are independent
-        x = torch.stack([x[:, j][x[:, j] > 0][:10_000] if j in target.wells else x[:10_000, j] for j in range(32)], 1)
+        x = torch.stack([x[:, j][x[:, j] > 0][:5000] if j in target.wells else x[:5000, j] for j in range(32)], 1)
     law = fit_mixture((x / 2.0).to(problem.dtype), seed=0)
     assert isinstance(law, ProductMixture)
-    steps, n = (100, 1024) if kept == "right" else (200, 4096)
+    steps, n = (50, 512) if kept == "right" else (200, 4096)
     solution = solved(problem, MixtureControl(problem, law), steps)
     found = sc.certify(solution, target.sample(n, 2), n=n, seed=3)
     off = found.log_z.value - target.log_z

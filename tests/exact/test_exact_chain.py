@@ -82,7 +82,7 @@ def test_start_log_z_is_the_mean_of_the_values_at_the_start(case):
     assert exact.start_log_z < exact.log_z
 
 
-def test_elbo_is_that_of_the_control_and_no_other_control_has_a_larger_one(case):
+def test_no_other_control_has_a_larger_elbo(case):
     problem, exact, _, scheme = case
     feedback = feedback_of(exact)
     best = DensePath(problem, 6, scheme, feedback).elbo()
@@ -100,7 +100,7 @@ def test_elbo_is_that_of_the_control_and_no_other_control_has_a_larger_one(case)
         assert abs(sides[0] - sides[1]) < 0.05 * curvature
 
 
-def test_mean_shift_control_has_minimum_norm_and_is_the_mean_of_p_star_under_euler(case):
+def test_the_best_mean_shift_is_the_mean_of_p_star_under_euler(case):
     _, exact, _, scheme = case
     x = randn(4, 3, seed=3)
     for k, t in enumerate(exact.chain.clock[:-1]):

@@ -263,7 +263,7 @@ def test_double_well_published_figures(wells):
     """Mean |u*|^2 0.587 on Euler paths of K = 200, and the discretised optimum 2.3e-3 away from the continuous one."""
     problem, continuous, chain = wells
     assert continuous.error < 1e-6 and chain.error < 1e-8
-    assert [len(b.members) for b in continuous._blocks] == [3, 7]
+    assert [len(b.members) for b in continuous.blocks] == [3, 7]
     for control, size in ((continuous.control, 0.587),):
         paths = sc.simulate(problem, 4096, control=control, time_steps=200, seed=0)
         square = (paths.shifts**2).sum((0, 2))
@@ -347,7 +347,7 @@ def rotated(angle):
 def test_a_coupled_pair_is_solved_in_the_plane():
     (straight, _), (turned, Q) = rotated(0.0), rotated(0.6)
     want, grid = sc.exact_solution(straight), sc.exact_solution(turned)
-    assert [b.dim for b in want._blocks] == [1, 1] and [b.dim for b in grid._blocks] == [2]
+    assert [b.dim for b in want.blocks] == [1, 1] and [b.dim for b in grid.blocks] == [2]
     y = 0.7 * randn(6, 2, seed=0)
     close(grid.log_z, want.log_z, 1e-5)
     close(grid.start_log_z, want.start_log_z, 1e-5)
@@ -395,7 +395,7 @@ def test_functions_that_are_separable_in_disguise_are_recognised():
         sigma=lambda x, t: torch.diag_embed(1 + 0.1 * x.sin()),
     )
     exact = sc.exact_solution(problem)
-    assert [b.members for b in exact._blocks] == [[(0,), (1,), (2,)]]
+    assert [b.members for b in exact.blocks] == [[(0,), (1,), (2,)]]
     one = three(
         reward=lambda x: -(x**2).sum(-1) - 2 / 3,
         cost=lambda x, t: (x + 1).square().sum(-1),
@@ -409,7 +409,7 @@ def test_blocks_that_differ_have_grids_of_their_own_and_constants_count_once():
     shift = torch.tensor([0.0, 0.5, 0.0])
     problem = three(reward=lambda x: -((x - shift) ** 4).sum(-1) + 7.0, cost=lambda x, t: x[:, 0] * 0 + 3.0)
     exact, chain = sc.exact_solution(problem), sc.exact_solution(problem, 200)
-    assert [len(b.members) for b in exact._blocks] == [2, 1]
+    assert [len(b.members) for b in exact.blocks] == [2, 1]
     plain = sc.exact_solution(three(reward=lambda x: -((x - shift) ** 4).sum(-1)))
     close(exact.log_z, plain.log_z + 4.0, 1e-7)
     assert abs(float(chain.log_z - exact.log_z)) < 0.02
@@ -422,7 +422,7 @@ def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
         sc.SDE(lambda x, t: -(x**3), 0.8, dim=d), sc.Dirac(torch.zeros(d)), lambda x: -(x - 1).abs().pow(4).sum(-1)
     )
     exact = sc.exact_solution(problem, 20)
-    assert [len(b.members) for b in exact._blocks] == [d]
+    assert [len(b.members) for b in exact.blocks] == [d]
 
 
 def test_what_has_no_grid_solution_says_why():

@@ -141,10 +141,10 @@ SOLUTION_CASES = {
     "registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)]
 )
 def test_every_registered_kind_has_a_case(registry, cases):
-    assert set(registry._classes) == set(cases)
+    assert set(registry.classes) == set(cases)
 
 
-@pytest.mark.parametrize("kind", CONTROLS._classes)
+@pytest.mark.parametrize("kind", CONTROLS.classes)
 def test_controls_survive_their_files(tmp_path, kind):
     make, build, given = CONTROL_CASES[kind]
     problem = make()
@@ -160,7 +160,7 @@ def test_controls_survive_their_files(tmp_path, kind):
             sc.load(tmp_path, problem)
 
 
-@pytest.mark.parametrize("kind", VALUES._classes)
+@pytest.mark.parametrize("kind", VALUES.classes)
 def test_values_survive_their_files(tmp_path, kind):
     make, build, given = VALUE_CASES[kind]
     problem = make()
@@ -179,7 +179,7 @@ def test_values_survive_their_files(tmp_path, kind):
             sc.load(tmp_path, problem)
 
 
-@pytest.mark.parametrize("kind", SOLUTIONS._classes)
+@pytest.mark.parametrize("kind", SOLUTIONS.classes)
 def test_solutions_survive_their_files(tmp_path, kind):
     make, method, options = SOLUTION_CASES[kind]
     problem = make()
@@ -217,7 +217,7 @@ class Pull(Control):
 @pytest.fixture
 def registries(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(CONTROLS, "_classes", dict(CONTROLS._classes))
+    monkeypatch.setattr(CONTROLS, "classes", dict(CONTROLS.classes))
 
 
 def trained(problem, control):
@@ -350,7 +350,7 @@ def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeyp
     path = tmp_path / "solution.json"
     body = json.loads(path.read_text())
     del body["schema"]
-    body["settings_sha256"] = bundles._checksum(body)
+    body["settings_sha256"] = bundles.checksum(body)
     path.write_text(json.dumps(body))
     again = sc.load(tmp_path, problem)
     if kind == "control":
@@ -432,7 +432,7 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
             body = json.loads(path.read_text())
             del body["schema"], body["identity"]["cooling"]
             body["format"] = "sdecontrol-1"
-            body["settings_sha256"] = bundles._checksum(body)
+            body["settings_sha256"] = bundles.checksum(body)
             path.write_text(json.dumps(body))
 
     for name in ("old", "new"):

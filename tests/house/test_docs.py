@@ -36,9 +36,9 @@ def run_page(page: str) -> dict:
 @pytest.fixture
 def _own_registries(tmp_path, monkeypatch):
     """What a page registers and writes is gone afterwards."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    monkeypatch.setattr(CONTROLS, "_classes", dict(CONTROLS._classes))
-    monkeypatch.setattr(CONTROLS, "_makers", dict(CONTROLS._makers))
+    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
+    monkeypatch.setattr(CONTROLS, "classes", dict(CONTROLS.classes))
+    monkeypatch.setattr(CONTROLS, "makers", dict(CONTROLS.makers))
     monkeypatch.chdir(tmp_path)
 
 

@@ -12,7 +12,8 @@ import torch
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import Estimate
-from sdecontrol.library.samples import _over_systems
+from sdecontrol.library import samples
+from sdecontrol.library.samples import over_systems
 from sdecontrol.library.target_base import Target
 
 TINY: dict = {"systems": 6, "particles": 64, "moves": 2}
@@ -66,13 +67,13 @@ def test_errors_are_over_systems_not_over_draws():
     generator = torch.Generator().manual_seed(0)
     each = torch.randn(40, 1, generator=generator, dtype=torch.float64)
     system = torch.arange(40).repeat_interleave(25)
-    mean, error = _over_systems(each[system], system, 40)
+    mean, error = over_systems(each[system], system, 40)
     assert float(mean) == pytest.approx(float(each.mean()))
     assert float(error) == pytest.approx(float(each.std()) / 40**0.5)
     # and of systems that gave different numbers of draws: the standard error of a ratio
     counts = torch.randint(1, 50, (40,), generator=generator)
     system = torch.arange(40).repeat_interleave(counts)
-    mean, error = _over_systems(each[system], system, 40)
+    mean, error = over_systems(each[system], system, 40)
     w = counts.double() / counts.sum()
     ratio = float((w * each[:, 0]).sum())
     assert float(mean) == pytest.approx(ratio)
@@ -155,14 +156,13 @@ def test_a_whole_file_of_something_else_is_no_cache(folder):
 @pytest.mark.parametrize(("spread", "agree"), [(0.1, True), (3.0, False)])
 def test_systems_that_disagree_are_said_to(monkeypatch, spread, agree):
     """One system with all of Z: its samples are returned, and called no truth."""
-    module = "sdecontrol.library.samples._make"
     tensors = {
         "x": torch.randn(100, 2),
         "system": torch.arange(100) % 6,
         "log_z": spread * torch.tensor([0.0, 0.1, -0.2, 1.0, -1.0, 0.3]).double(),
         "log_density": torch.zeros(100).double(),
     }
-    monkeypatch.setattr(module, lambda *a: (tensors, {"evaluations": 1}))
+    monkeypatch.setattr(samples, "make_samples", lambda *a: (tensors, {"evaluations": 1}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = sc.library.reference_samples(Bell(), 100, **TINY, cache=False)

@@ -11,7 +11,7 @@ from sdecontrol.controls.guidance import value_network
 from sdecontrol.evaluation.estimates import Estimate, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.methods.base import Run
-from sdecontrol.methods.value_guidance import ValueState, _roll, itakura_saito
+from sdecontrol.methods.value_guidance import ValueState, itakura_saito, roll
 
 # few particles on purpose: the warning about it is tested where it is asked for
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
@@ -241,10 +241,10 @@ def test_a_calibrated_classifier_of_noisy_states_is_the_exact_value():
     def noisy(x, s):
         s0 = s[0].double()
         schedule = problem.reference.schedule
-        return law.noised(float(schedule.mu(s0)), float(schedule.std(s0)))._terms(x)[0]
+        return law.noised(float(schedule.mu(s0)), float(schedule.std(s0))).terms(x)[0]
 
     def clean(x):
-        return law._terms(x)[0]
+        return law.terms(x)[0]
 
     target = sc.ControlProblem(problem.reference, reward=sc.LogProb(clean, 1), alpha=1.0)
     solution = sc.solve(target, sc.ClassifierGuidance(noisy, 1, noisy=True), time_steps=100, seed=0)
@@ -262,7 +262,7 @@ def test_a_calibrated_classifier_of_noisy_states_is_the_exact_value():
 def test_classifier_guidance_takes_the_label_from_the_condition():
     problem = mixture()
     law = problem.reference.mixture
-    clean = lambda x: law._terms(x)[0]  # noqa: E731
+    clean = lambda x: law.terms(x)[0]  # noqa: E731
     target = sc.ControlProblem(problem.reference, reward=sc.LogProb(clean, None), condition=torch.tensor([0, 1]))
     solution = sc.solve(target, sc.ClassifierGuidance(clean), time_steps=30, seed=0)
     y = torch.tensor([0, 1]).repeat(200)
@@ -306,7 +306,7 @@ def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
     with torch.no_grad():
         state.control.value.slope[0].add_(0.3)  # some guidance, far from the right one
     run = Run(problem, chain, 32_768, 1, seed=5)
-    paths, guided = _roll(run, state.control, run.batch())
+    paths, guided = roll(run, state.control, run.batch())
     gains = paths.log_target() - paths.log_ratio(per_step=True)
     aim = problem.reward(paths.samples) / problem.alpha + gains.flip(0).cumsum(0).flip(0)
     assert 0.5 < guided.double().mean() < 1 and guided[-1].all()
@@ -399,7 +399,7 @@ def test_guidance_is_saved_and_loads_to_the_same_numbers(tmp_path):
 def test_tweedie_and_classifiers_are_saved(tmp_path):
     problem = mixture(dtype=F32)
     law = problem.reference.mixture
-    clean = lambda x: law._terms(x)[0]  # noqa: E731
+    clean = lambda x: law.terms(x)[0]  # noqa: E731
     for name, method in (("t", sc.ValueGuidance("tweedie")), ("c", sc.ClassifierGuidance(clean, 1))):
         solution = sc.solve(problem, method, time_steps=K, seed=0)
         solution.save(tmp_path / name)

@@ -182,7 +182,7 @@ def test_a_roll_in_up_to_step_k_gives_the_forward_kl_of_the_rest(setting, first,
     """x_k is drawn from the current control and tilted by ``exp(v_k/alpha)``; from there the path is soft-optimal."""
     problem, chain, _ = setting
     control = perturbed(chain.optimum(), 0.6)
-    monkeypatch.setattr(RewardWeightedMLE, "_first", lambda *_: first)
+    monkeypatch.setattr(RewardWeightedMLE, "first_step", lambda *_: first)
     want = chain.forward_kl(control, first, chain.marginals(control)[first])
     agree(
         gradients(problem, RewardWeightedMLE(), control, K, repeats=60 if first == 3 else 16),
@@ -417,7 +417,7 @@ def test_bridges_are_the_conditional_laws_of_the_chain(start, scheme):
         cov = slopes[k] @ slopes[k].mT - cross @ slopes[-1] @ slopes[k].mT
         zero = torch.zeros(chain.steps, 1, 2, dtype=F64)
         assert torch.allclose(bridge.between(x0, end, zero)[k, 0], mean, atol=1e-9)
-        root = bridge._root[k]
+        root = torch.stack([bridge.between(x0, end, zero + e)[k, 0] - mean for e in torch.eye(2, dtype=F64)], 1)
         assert torch.allclose(root @ root.mT, cov, atol=1e-9)
     # xi_k given x_k and x_K: regress on both
     x = randn(chain.steps, 1, 2, seed=6)

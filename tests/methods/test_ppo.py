@@ -17,7 +17,7 @@ K = 4
 def first_batch(method, problem, control, K=K, batch=256):
     run = Run(problem, problem.chain(K), batch, 1, 3, control)
     state = method.setup(run)
-    return state, run, method._advantages(state, run, collect(state, run, 0, method.group_size))
+    return state, run, method.advantages(state, run, collect(state, run, 0, method.group_size))
 
 
 @pytest.mark.parametrize("start", ["dirac", "controlled"])
@@ -26,7 +26,7 @@ def test_ratios_of_the_unchanged_control_are_one(start):
     control = sc.solve(problem, "reward-backprop", time_steps=8, iterations=3, batch_size=64, seed=0).control
     state, run, _ = first_batch(sc.SoftPPO(), problem, None, 8)
     state.control.load_state_dict(control.state_dict())
-    batch = sc.SoftPPO()._advantages(state, run, collect(state, run, 0))
+    batch = sc.SoftPPO().advantages(state, run, collect(state, run, 0))
     _, ratios = sc.SoftPPO().surrogate(state, batch)
     assert float((ratios - 1).abs().max()) < 1e-12
     solution = sc.solve(problem, sc.SoftPPO(epochs=1), time_steps=8, iterations=3, batch_size=64, seed=0)
@@ -87,8 +87,8 @@ def test_what_is_clipped_has_no_gradient_and_the_rest_the_plain_one():
 class OwnKL(sc.SoftPPO):
     """The print's cost: the reward and the step's own KL."""
 
-    def _advantages(self, state, run, paths):
-        batch = super()._advantages(state, run, paths)
+    def advantages(self, state, run, paths):
+        batch = super().advantages(state, run, paths)
         cost = paths.kl(per_step=True) - paths.reward / run.problem.alpha
         return replace(batch, advantages=cost - cost.mean(1, keepdim=True))
 
@@ -118,7 +118,7 @@ def test_the_cost_still_to_come_is_that_of_the_definition():
     chain = problem.chain(8)
     run = Run(problem, chain, 64, 1, 3)
     state = sc.SoftPPO().setup(run)
-    batch = sc.SoftPPO()._advantages(state, run, collect(state, run, 0))
+    batch = sc.SoftPPO().advantages(state, run, collect(state, run, 0))
     x = batch.paths.states
     for k in range(chain.steps):
         want = -problem.reward(x[-1]) / problem.alpha + batch.log_ratios[k + 1 :].sum(0)
@@ -134,9 +134,9 @@ def test_several_epochs_change_the_ratios_and_minibatches_see_every_path():
     assert all(m["ratio_std"] > 1e-3 for m in solution.history[:-1])  # the last step of a run has size 0
     assert any(m["clip_fraction"] > 0.05 for m in solution.history)
     method, run = sc.SoftPPO(minibatches=3), Run(problem, problem.chain(6), 96, 1, 0)
-    parts = method._order(run, 0, 0)
+    parts = method.order(run, 0, 0)
     assert sorted(torch.cat(parts).tolist()) == list(range(96))
-    assert method._order(run, 1, 0)[0].tolist() != parts[0].tolist()
+    assert method.order(run, 1, 0)[0].tolist() != parts[0].tolist()
 
 
 @pytest.mark.parametrize("baseline", ["batch", "per-time"])

@@ -314,7 +314,7 @@ def test_rejection_says_when_its_bound_is_none_or_hopeless(monkeypatch):
     problem = lq()
     with pytest.raises(ValueError, match=r"bound=-5 is none: a path has the total reward"):
         sc.solve(problem, sc.BestOfN(4, "rejection", bound=-5.0), time_steps=K, seed=0).sample(100, seed=0)
-    monkeypatch.setattr(weighted, "_ROUNDS", 3)
+    monkeypatch.setattr(weighted, "ROUNDS", 3)
     with pytest.raises(RuntimeError, match=r"not found \d+ of 5 samples in \d+ candidates"):
         sc.solve(problem, sc.BestOfN(4, "rejection", bound=500.0), time_steps=K, seed=0).sample(5, seed=0)
 

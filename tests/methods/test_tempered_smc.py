@@ -11,12 +11,12 @@ import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.particles.tempering import (
+    Component,
+    Fitted,
     Kernel,
     NoiseTarget,
     Points,
     StateTarget,
-    _Component,
-    _Fitted,
     adapt,
     fit_gaussian,
     points_at,
@@ -345,9 +345,9 @@ def test_kicks_are_the_gradient_of_the_energy(frame):
     target = StateTarget(two_wells, randn(2, seed=2), torch.tensor([0.8, 1.7], dtype=F64), law=law)
     if law is None:
         factor = torch.linalg.cholesky(spd(2, 3)) if frame == "full" else torch.tensor([0.6, 1.4], dtype=F64)
-        coordinates = _Fitted(randn(2, seed=4), factor)
+        coordinates = Fitted(randn(2, seed=4), factor)
     else:
-        coordinates = _Component(*law.component(x, torch.Generator().manual_seed(0)))
+        coordinates = Component(*law.component(x, torch.Generator().manual_seed(0)))
     w, v, origin = coordinates.standardise(x).requires_grad_(True), randn(40, 2, seed=5), x.new_zeros(40, 0)
     z = coordinates.unstandardise(w)
     assert torch.allclose(z, x, atol=1e-12)

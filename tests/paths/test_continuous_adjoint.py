@@ -9,10 +9,9 @@ from cases import F64, SmallControl, nonlinear, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.build import build_control
-from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.brownian import coarsen
-from sdecontrol.paths.continuous_adjoint import CONTINUOUS_MODES, _Backwards, backpropagate_continuous
+from sdecontrol.paths.continuous_adjoint import CONTINUOUS_MODES, Backwards, backpropagate_continuous
 from sdecontrol.paths.gradients import Objective, backpropagate
 from sdecontrol.randomness import SuppliedNoise
 
@@ -77,7 +76,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("mode", CONTINUOUS_MODES)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_error_of_the_gradient_falls_with_the_step_at_order_one(name, mode):
+def test_the_gradients_error_is_of_order_one(name, mode):
     """Against the exact gradient of the Euler chain on the same Brownian paths (order 1/2 at least for the noise that
     depends on the state; the slope is then between)."""
     make, module = PROBLEMS[name]
@@ -116,7 +115,7 @@ def test_reversible_heuns_gradient_is_that_of_its_own_forward_pass(name):
     batch = Run(problem, chain, 8, 1, seed=1).batch()
     cost, have = gradient(problem, chain, control, "reversible-heun", batch.x0, batch.noise)
     parameters = list(control.parameters())
-    own = _Backwards(chain, control, batch.noise, 0, batch.x0, objective(problem), parameters, "reversible-heun")
+    own = Backwards(chain, control, batch.noise, 0, batch.x0, objective(problem), parameters, "reversible-heun")
     y = own.y0
     extra = own.stepper.init_extra_solver_state(own.times[0], y)
     for s, t in pairwise(own.times):
@@ -143,11 +142,9 @@ def test_the_forward_path_of_the_continuous_adjoint_is_the_euler_chains_for_addi
 @pytest.mark.parametrize("mode", CONTINUOUS_MODES)
 def test_training_with_it_reaches_the_optimum(mode):
     problem = random_lq(2, seed=1)
-    solution = sc.solve(problem, sc.RewardBackprop(gradient=mode), time_steps=20, iterations=60, batch_size=64, seed=0)
+    solution = sc.solve(problem, sc.RewardBackprop(gradient=mode), time_steps=8, iterations=40, batch_size=64, seed=0)
     first, last = solution.history[0]["objective"], solution.history[-1]["objective"]
     assert last > first + 0.2
-    before = sc.simulate(problem, 64, time_steps=20, seed=0)
-    assert torch.isfinite(log_weights(problem, before)).all()
 
 
 def test_conditions_reach_the_adjoint():

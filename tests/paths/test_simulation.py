@@ -139,8 +139,8 @@ def test_the_learned_start_of_a_mixture_converges_to_the_mixture():
     errors = []
     for steps in (40, 160):
         chain = problem.chain(steps)
-        x = sc.simulate(problem, 50_000, time_steps=steps, seed=4).states[chain.start]
-        errors.append(sc.metrics.sliced_wasserstein(x, law.sample((50_000,)), directions=50))
+        x = sc.simulate(problem, 20_000, time_steps=steps, seed=4).states[chain.start]
+        errors.append(sc.metrics.sliced_wasserstein(x, law.sample((20_000,)), directions=20))
     assert errors[1] < 0.035 and errors[1] < errors[0]
 
 

@@ -82,7 +82,7 @@ def test_closed_form_transitions_are_those_of_the_equation(reference: str) -> No
     scale, centre = torch.tensor([0.5, 2.0], dtype=DOUBLE), torch.tensor([1.0, -2.0], dtype=DOUBLE)
     sde = TimeChanged(reference, centre, scale, horizon=2.5)
     for s, t in ((0.0, 0.1), (0.7, 1.9), (0.0, 2.5), (2.4, 2.5)):
-        for closed, integrated in zip(sde.transition_and_gain(s, t), LinearSDE._by_ode(sde, s, t)):
+        for closed, integrated in zip(sde.transition_and_gain(s, t), LinearSDE.by_ode(sde, s, t)):
             torch.testing.assert_close(closed, integrated, rtol=1e-8, atol=1e-11)
     x, t = torch.randn(4, 2, dtype=DOUBLE), torch.tensor(0.3, dtype=DOUBLE)
     torch.testing.assert_close(sde.drift(x, t), LinearSDE.drift(sde, x, t))

@@ -81,7 +81,7 @@ def test_stationary_ornstein_uhlenbeck_stays_stationary():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_schedule_slopes_are_derivatives_and_eta_is_the_velocity_identity(schedule):
+def test_schedule_slopes_are_derivatives(schedule):
     s = torch.linspace(0.05, 0.95, 7, dtype=F64).requires_grad_(True)
     mu, std = schedule.mu(s), schedule.std(s)
     dmu, dstd = (torch.autograd.grad(v.sum(), s, retain_graph=True)[0] if v.requires_grad else 0 * s for v in (mu, std))

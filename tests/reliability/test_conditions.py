@@ -130,7 +130,7 @@ def of_density(f):
         (of_density, lambda x: -x.square().sum(1), "log_density", "x"),
     ],
 )
-def test_what_cannot_take_the_condition_is_refused_by_name_with_the_remedy(make, function, name, arguments):
+def test_what_cannot_take_the_condition_is_refused_by_name(make, function, name, arguments):
     with pytest.raises(
         TypeError, match=rf"{name} failed when called as .*, y\).*lambda {arguments}, y: {name}\({arguments}\)"
     ):

@@ -63,7 +63,7 @@ class Injected:
 @pytest.mark.parametrize("rows", [1, BATCH])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("keep", ["all", "end"])
-def test_a_simulation_names_what_was_not_finite_at_which_step_in_how_many_rows(where, step, rows, value, keep):
+def test_a_simulation_names_what_was_not_finite(where, step, rows, value, keep):
     made = Injected(where, value, step, rows)
     control = made.control(SmallControl(2, 2, dtype=torch.float32))
     made.armed = True

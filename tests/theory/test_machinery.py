@@ -20,7 +20,7 @@ from theory_checks.report import as_dict, markdown, problems
 @pytest.fixture
 def own_registry(monkeypatch):
     registry.all_checks()
-    monkeypatch.setattr(registry, "_CHECKS", dict(registry._CHECKS))
+    monkeypatch.setattr(registry, "CHECKS", dict(registry.CHECKS))
 
 
 def _register(controls=("broken",), function=None, **options):
@@ -29,7 +29,7 @@ def _register(controls=("broken",), function=None, **options):
         yield within("zero", 1.0 if defect == "broken" else 0.0, 0.5)
 
     check("own", "own", controls=controls, **options)(function or holds)
-    return registry._CHECKS["own"]
+    return registry.CHECKS["own"]
 
 
 @pytest.mark.parametrize("controls", [(), ("",)])

@@ -162,14 +162,14 @@ def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):
     """The first iteration's reward is a thousandth: its gradient is no measure of what is usual."""
     from sdecontrol.training.optimiser import Descent
 
-    sizes, clip = [], Descent._clip
+    sizes, shorten = [], Descent.shorten
 
     def seen(self, gradients):
         before = torch.nn.utils.get_total_norm(gradients)
-        clip(self, gradients)
+        shorten(self, gradients)
         sizes.append((float(before), float(torch.nn.utils.get_total_norm(gradients))))
 
-    monkeypatch.setattr(Descent, "_clip", seen)
+    monkeypatch.setattr(Descent, "shorten", seen)
     mild = random_lq(2, seed=1, dtype=torch.float32)
     sc.solve(mild, sc.Reinforce(), iterations=20, **QUICK)
     assert sizes[1][0] > 10 * sizes[0][0] and sizes[1][1] == sizes[1][0]

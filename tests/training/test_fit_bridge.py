@@ -76,9 +76,7 @@ def test_the_limit_of_no_noise_is_flow_matching() -> None:
 
 @pytest.mark.parametrize("name", references())
 @pytest.mark.parametrize("start", ["dirac", "gaussian"])
-def test_the_untrained_drift_of_gaussians_is_the_conditional_mean_and_carries_one_to_the_other(
-    name: str, start: str
-) -> None:
+def test_the_untrained_drift_of_gaussians_is_the_conditional_mean(name: str, start: str) -> None:
     """The moments of ``dX = (slope X + level) dt + sigma dW`` follow a differential equation: at T they are the data's.
     A drift that is no conditional mean of its target, or a bridge of another process, misses them."""
     from scipy.integrate import solve_ivp
@@ -229,12 +227,12 @@ def test_closed_forms_at_hand_are_bounded_and_change_nothing() -> None:
     that many are held."""
     data = torch.randn(64, 1, dtype=F64)
     model = sc.fit_bridge(data, sc.BrownianMotion(1), sc.Dirac(torch.zeros(1)), iterations=1, batch_size=16, seed=0)
-    assert isinstance(model, BridgeNetwork) and not model.bridge._known
+    assert isinstance(model, BridgeNetwork) and not model.bridge.known
     t = torch.linspace(0, 0.9, 1100, dtype=F64)
     x = torch.randn(1100, 1, dtype=F64)
     with torch.no_grad():
         together = model(x, t)
-        assert len(model.bridge._known) == 1024
+        assert len(model.bridge.known) == 1024
         assert torch.equal(together, model(x, t))
         assert torch.allclose(together[:3], torch.cat([model(x[i : i + 1], float(t[i])) for i in range(3)]), atol=1e-12)
         single = copy.deepcopy(model).float()(x[:5].float(), t[:5].float())

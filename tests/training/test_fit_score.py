@@ -108,7 +108,7 @@ class Plain(nn.Module):
 def test_a_users_model_learns_and_a_copy_is_trained(prediction: str) -> None:
     mine = Plain()
     before = [p.clone() for p in mine.parameters()]
-    model = sc.fit_score(gaussian_data(4096), sc.VP(), prediction, mine, iterations=1500, learning_rate=5e-3, seed=0)
+    model = sc.fit_score(gaussian_data(4096), sc.VP(), prediction, mine, iterations=800, learning_rate=5e-3, seed=0)
     assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), before)) and isinstance(model, Plain)
     limit = 0.25 if prediction == "noise" else 0.35
     assert error_against_exact(model, sc.VP(), prediction) < limit
@@ -137,8 +137,8 @@ def test_samples_have_the_law_of_the_data() -> None:
     data = gaussian_data(4096)
     model = sc.fit_score(data, sc.VP(), iterations=100, seed=0)
     problem = sc.ControlProblem(sc.generative_sde(model, sc.VP(), shape=(2,)), reward=lambda x: x[:, 0])
-    x = sc.simulate(problem, 4096, time_steps=200, seed=0, keep="end").samples
-    assert (x.mean(0) - MEAN).abs().max() < 4 / math.sqrt(4096) + 0.03
+    x = sc.simulate(problem, 2048, time_steps=100, seed=0, keep="end").samples
+    assert (x.mean(0) - MEAN).abs().max() < 4 / math.sqrt(2048) + 0.03
     assert (torch.cov(x.mT) - COV).abs().max() < 0.12
 
 
@@ -178,7 +178,7 @@ def test_with_dropped_labels_one_model_is_the_conditional_and_the_unconditional_
     place is off by 0.6 (label 0) and 0.3 (label 1) at these times."""
     x, y = labelled_data(4096)
     given = PlainConditional() if own else None
-    iterations, rate = (2000, 5e-3) if own else (300, 2e-3)
+    iterations, rate = (1000, 5e-3) if own else (200, 2e-3)
     model = sc.fit_score(
         x, sc.VP(), model=given, condition=y, drop=0.3, iterations=iterations, learning_rate=rate, seed=0
     )
@@ -203,7 +203,7 @@ def test_numbers_as_conditions() -> None:
     generator = torch.Generator().manual_seed(0)
     y = 2 * torch.randn(4096, 1, generator=generator)
     x = y + 0.5 * torch.randn(4096, 1, generator=generator)
-    model = sc.fit_score(x, sc.VP(), condition=y, iterations=300, seed=0)
+    model = sc.fit_score(x, sc.VP(), condition=y, iterations=200, seed=0)
     s = torch.tensor(0.3, dtype=torch.float64)
     mu, std = float(sc.VP().mu(s)), float(sc.VP().std(s))
     noisy = mu * x + std * torch.randn(x.shape, generator=generator)

@@ -91,9 +91,9 @@ def test_accumulated_gradients_are_those_of_the_larger_batch():
 
 
 def test_a_tolerance_stops_training_once_the_gap_is_below_it(monkeypatch):
-    from sdecontrol.training.solve import _Trainer
+    from sdecontrol.training.solve import Trainer
 
-    monkeypatch.setattr(_Trainer, "evaluate_every", 50)
+    monkeypatch.setattr(Trainer, "evaluate_every", 50)
     seen = []
 
     class Watch:
