@@ -188,7 +188,7 @@ def gradient_free(problem: ControlProblem) -> list[str]:
     """Those of :data:`GRADIENT_FREE` that take the problem."""
     found = []
     for name in GRADIENT_FREE:
-        if name in _REGISTRY and (name != "auto" or problem.density is not None):
+        if name in METHODS and (name != "auto" or problem.density is not None):
             with contextlib.suppress(ValueError, TypeError):
                 find_method(name).check(problem)
                 found.append(name)

@@ -411,7 +411,7 @@ def test_a_file_of_schema_2_knows_its_problem_by_facts_alone(tmp_path, written):
         write_bundle(tmp_path, "solution", tensors, {**other, "problem": {**other["problem"], **facts}})
         path = tmp_path / "solution.json"
         body = {**json.loads(path.read_text()), "schema": schema}
-        body["settings_sha256"] = bundles._checksum(body)
+        body["settings_sha256"] = bundles.checksum(body)
         path.write_text(json.dumps(body))
 
     rewrite(2)
@@ -456,7 +456,7 @@ def test_controls_in_former_names_are_read(tmp_path, monkeypatch, kind):
     assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
 
 
-@pytest.mark.parametrize("kind", SOLUTIONS._classes)
+@pytest.mark.parametrize("kind", SOLUTIONS.classes)
 def test_solutions_in_former_names_are_read(tmp_path, monkeypatch, kind):
     make, method, options = SOLUTION_CASES[kind]
     problem = make()
