@@ -261,7 +261,7 @@ def test_every_class_has_a_case(base, cases):
     "registry, cases", [(CONTROLS, CONTROL_CASES), (VALUES, VALUE_CASES), (SOLUTIONS, SOLUTION_CASES)]
 )
 def test_every_registered_kind_has_a_case(registry, cases):
-    assert set(registry._classes) == set(cases)
+    assert set(registry.classes) == set(cases)
 
 
 # ------------------------------------------------------------------------------------------------ and in a worker
@@ -338,7 +338,7 @@ def drawn(solution):
     return solution.simulate(8, seed=1, keep="end").samples
 
 
-@pytest.mark.parametrize("kind", CONTROLS._classes)
+@pytest.mark.parametrize("kind", CONTROLS.classes)
 def test_controls(worker, kind):
     make, build = CONTROL_CASES[kind]
     problem = make()
@@ -351,7 +351,7 @@ def at(value):
     return value.at(x, torch.tensor(0.4)).detach()
 
 
-@pytest.mark.parametrize("kind", VALUES._classes)
+@pytest.mark.parametrize("kind", VALUES.classes)
 def test_values(worker, kind):
     make, build = VALUE_CASES[kind]
     problem = make()
@@ -363,7 +363,7 @@ def evaluated(solution):
     return torch.cat((solution.sample(8, seed=1).flatten().double(), torch.tensor([ev.reward.value, ev.log_z.value])))
 
 
-@pytest.mark.parametrize("kind", SOLUTIONS._classes)
+@pytest.mark.parametrize("kind", SOLUTIONS.classes)
 def test_solutions(worker, kind):
     make, method, options = SOLUTION_CASES[kind]
     solution = sc.solve(make(), method, batch_size=64, seed=0, progress=False, **options)
