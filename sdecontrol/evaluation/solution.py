@@ -14,7 +14,7 @@ from ..controls.base import Control, StartedControl
 from ..controls.saved import CONTROLS, Context, Kinds, Saved
 from ..controls.tuned import as_model
 from ..files.bundles import read_bundle, register_bundle, write_bundle
-from ..files.contents import check_fingerprint, load_tensors, plain_settings
+from ..files.contents import check_fingerprint, check_finite, load_tensors, plain_settings
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
@@ -148,7 +148,11 @@ class Solution:
         return as_model(reference, main)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the solution to a folder: tensors as safetensors, settings as JSON."""
+        """Write the solution to a folder: tensors as safetensors, settings as JSON.
+
+        Raises:
+            ValueError: a parameter that is not finite, or a buffer that is NaN, which :func:`load` would refuse.
+        """
         settings = {
             "kind": _KIND,
             **{name: getattr(self, name) for name in _FACTS},
@@ -157,7 +161,9 @@ class Solution:
             "solution": SOLUTIONS.describe(self),
             "problem": self.problem.fingerprint(),
         }
-        write_bundle(folder, _KIND, self.control.state_dict() | self._tensors(), settings)
+        tensors = self.control.state_dict()
+        check_finite(self.control, tensors)
+        write_bundle(folder, _KIND, tensors | self._tensors(), settings)
 
     @property
     def configuration(self) -> dict[str, Any]:

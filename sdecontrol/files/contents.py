@@ -2,6 +2,7 @@
 problem."""
 
 import json
+import math
 from numbers import Integral
 from typing import Any
 
@@ -30,18 +31,34 @@ def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {"time_steps": steps, "scheme": settings.get("scheme")}
 
 
+def check_finite(module: nn.Module, tensors: dict[str, Tensor], every: bool = True) -> None:
+    """Raise unless what a module has saved, or is to load, is finite: its parameters are finite, and its buffers are
+    numbers or infinite (a mask of an attention is). Files are checked so when they are written and when they are read:
+    what is saved can be loaded.
+
+    Args:
+        every: False: buffers are not looked at.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    buffers = {name for name, _ in module.named_buffers()}
+    for name, value in tensors.items():
+        if not value.is_floating_point() or (name in buffers and not every):
+            continue
+        check_tensor(name, value.nan_to_num(math.nan, 0.0, 0.0) if name in buffers else value)
+
+
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, finite_buffers: bool = True) -> None:
     """Fill a module from saved tensors, all names and shapes matching.
 
     Args:
-        finite_buffers: whether buffers must be finite, as parameters must; what training keeps of its course need not
-            be.
+        finite_buffers: False: what training keeps of its course in buffers may be anything.
 
     Raises:
         BadFileError: naming what does not fit.
     """
     wanted = module.state_dict()
-    free = set() if finite_buffers else {name for name, _ in module.named_buffers()}
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted:
             raise BadFileError(
@@ -52,8 +69,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, fi
                 f"{path} does not fit this control: {name!r} is {tensors[name].dtype} "
                 f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
             )
-        if tensors[name].is_floating_point() and name not in free:
-            check_tensor(name, tensors[name])
+    check_finite(module, tensors, every=finite_buffers)
     module.load_state_dict(tensors)
 
 

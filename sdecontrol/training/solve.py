@@ -73,7 +73,9 @@ def solve(
         tolerance: stop once the gap is reliable and below this.
         budget: seconds, or "300s", "5m": stop there; the result is then marked as not reproducible.
         checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with
-            ``resume=True`` go on from the newest good one, to the same numbers as an uninterrupted run.
+            ``resume=True`` go on from the newest good one, to the same numbers as an uninterrupted run. All that the
+            numbers depend on must be the same, ``iterations`` too: the learning rate falls over all of them, so a
+            longer run is another one from its first step.
         callbacks: objects with on_train_begin, on_step_end, on_evaluate, on_save, on_exception, on_train_end.
         progress: show a progress bar; None: if the terminal can.
 
@@ -238,6 +240,9 @@ class Trainer:
             "seed": self.seed,
             "batch_size": self.run.batch_size,
             "accumulate": self.run.accumulate,
+            "iterations": self.plan.iterations,
+            "learning_rate": self.plan.learning_rate,
+            "optimizer": type(self.descent.optimizer).__name__,
             "anneal": self.plan.anneal,
         }
 
@@ -272,10 +277,11 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
-            found = saved["identity"].get(name)
+            found = saved["identity"].get(name, value)  # older checkpoints do not say all of it
             if found != value:
+                why = " (the learning rate's course is laid over all of them)" if name == "iterations" else ""
                 raise ValueError(
-                    f"this run has {name}={value!r}, the checkpoint {found!r}; resume with "
+                    f"this run has {name}={value!r}{why}, the checkpoint {found!r}; resume with "
                     "the same arguments, or use another checkpoint_dir."
                 )
         assert self.checkpoints is not None

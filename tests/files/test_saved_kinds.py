@@ -493,3 +493,57 @@ def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
     resumed = sc.solve(make(), method, **options, checkpoint_dir=tmp_path, resume=True)
     assert repr(resumed.history) == repr(whole.history)  # nan where there is no gradient
     assert torch.equal(resumed.sample(32, seed=2), whole.sample(32, seed=2))
+
+
+# ------------------------------------------------------------------------------------------------ masks
+
+
+class Masked(torch.nn.Module):
+    """A user's module with a mask of an attention: ``0`` and ``-inf``, and a buffer of numbers."""
+
+    def __init__(self, *, wide=0):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2 + wide)
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        self.register_buffer("numbers", torch.zeros(2))
+
+    def forward(self, x, t):
+        scores = self.linear(x).unsqueeze(1) + self.mask
+        return (scores.softmax(-1) @ x.unsqueeze(-1)).squeeze(-1) + self.numbers
+
+
+def masked_solution(kind):
+    """A trained user's control, or a tuned model, with its problem and how it is loaded."""
+    if kind == "control":
+        problem = lq()
+        return sc.solve(problem, control=Masked(), iterations=2, **SOLVED), problem, {"control": Masked()}
+    sde = sc.generative_sde(Masked(), sc.VP(), prediction="noise", shape=(2,))
+    problem = sc.ControlProblem(sde, reward=lambda x: -x.square().sum(1), alpha=0.5, start="fixed")
+    return sc.solve(problem, iterations=2, **SOLVED), problem, {}
+
+
+SOLVED = {"method": sc.RewardBackprop(), "time_steps": K, "batch_size": 64, "seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize("kind", ["control", "model"])
+def test_a_module_with_a_mask_survives_its_file(tmp_path, kind):
+    solution, problem, given = masked_solution(kind)
+    solution.save(tmp_path)
+    again = sc.load(tmp_path, problem, **given)
+    assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+    resumed = sc.solve(problem, control=given.get("control"), iterations=2, **SOLVED, checkpoint_dir=tmp_path / "c")
+    last = {"checkpoint_dir": tmp_path / "c", "resume": True}
+    again = sc.solve(problem, control=given.get("control"), iterations=2, **SOLVED, **last)
+    assert torch.equal(again.sample(32, seed=2), resumed.sample(32, seed=2))
+
+
+@pytest.mark.parametrize(
+    "part, value", [("linear.weight", torch.inf), ("linear.weight", torch.nan), ("numbers", torch.nan)]
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, part, value):
+    solution, *_ = masked_solution("control")
+    with torch.no_grad():
+        solution.control.state_dict()[f"module.{part}"].fill_(value)
+    with pytest.raises(ValueError, match=rf"module.{part} has \d non-finite entries"):
+        solution.save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -51,6 +51,25 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
     assert resumed.history == whole.history
 
 
+@pytest.mark.parametrize(
+    "name, change, word",
+    [
+        ("iterations", {"iterations": 10}, "iterations=10 .*learning rate's course .*the checkpoint 5"),
+        ("iterations", {"iterations": None}, "iterations=None"),
+        ("learning_rate", {"learning_rate": 1e-4}, "learning_rate=0.0001, the checkpoint None"),
+        ("optimizer", {"optimizer": torch.optim.SGD}, "optimizer='SGD', the checkpoint 'Adam'"),
+        ("batch_size", {"batch_size": 128}, "batch_size=128"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(tmp_path, name, change, word):
+    """What is refused are the arguments that numbers depend on; a run of the same ones is resumed."""
+    options = {"iterations": 5, "checkpoint_every": 5, "checkpoint_dir": tmp_path}
+    quick(**options)
+    with pytest.raises(ValueError, match=rf"{word}.*resume with the same arguments, or use another checkpoint_dir"):
+        quick(**{**options, **change}, resume=True)
+    assert same(quick(**options, resume=True), quick(iterations=5))
+
+
 KILLED = """
 import os, sys
 sys.path.insert(0, {tests!r})
