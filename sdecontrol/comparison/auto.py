@@ -148,6 +148,7 @@ class Auto(Method):
 
     default_iterations: ClassVar[int] = 12
     steady: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = False
     estimates: ClassVar[str | None] = "log_z"
 
     def __post_init__(self) -> None:

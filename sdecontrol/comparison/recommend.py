@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
-from ..controls.build import build_control, has_default
+from ..controls.build import build_control, continued, has_default
 from ..errors import NoExactSolution
+from ..evaluation.solution import Solution
 from ..exact import exact_solution
 from ..memory import remembering
 from ..methods import (
@@ -85,7 +86,7 @@ def recommend(
     one_off: bool = False,
     time_steps: Any = None,
     batch_size: int = 256,
-    control: nn.Module | None = None,
+    control: nn.Module | Solution | None = None,
     memory: float = 4.0,
 ) -> Advice:
     """Which methods to try on a problem, in order, each with its reason. Where none is named, ``solve`` takes the first
@@ -296,7 +297,7 @@ def _warnings(problem: ControlProblem, one_off: bool, trains: bool) -> list[str]
 def backward_graph(problem: ControlProblem, chain: Chain, batch_size: int, given: Any = None) -> tuple[float, int]:
     """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's
     trainable parameters."""
-    control = build_control(problem, chain, given, seed=0)
+    control = build_control(problem, chain, continued(problem, chain, given), seed=0)
     own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
     own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}
     k = chain.start  # of the process itself, after the learned start

@@ -40,6 +40,8 @@ class Control(nn.Module):
         settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
         learning_rate: a sensible step of Adam for its parameters.
         counted: whether its evaluations are a cost (``counting.py``).
+        differentiable: whether ``u`` has a gradient in its parameters; without one they are trained by a method of its
+            own.
 
     A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says
     how it is made again; its parameters come from the file::
@@ -55,6 +57,7 @@ class Control(nn.Module):
 
     learning_rate = 5e-3
     counted: ClassVar[bool] = True
+    differentiable: ClassVar[bool] = True
     register = staticmethod(CONTROLS.register)
 
     def __init__(self, event_shape: torch.Size, control_shape: torch.Size, first_time: float, last_time: float) -> None:
@@ -151,6 +154,15 @@ class UserControl(Control):
         return shifts_along(chain, self.module, states, y, first)
 
 
+def check_shapes(problem: ControlProblem, control: Control) -> None:
+    """Raise where a control is of states or noises of another shape than a problem's."""
+    if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
+        raise ValueError(
+            f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
+            f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}."
+        )
+
+
 def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     """A user's module as a control to be trained.
 
@@ -159,11 +171,7 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
         NotDifferentiable: its output has no graph to its parameters.
     """
     if isinstance(control, Control):
-        if control.event_shape != problem.event_shape or control.control_shape != problem.control_shape:
-            raise ValueError(
-                f"control maps {tuple(control.event_shape)} to {tuple(control.control_shape)}; this problem "
-                f"needs {tuple(problem.event_shape)} to {tuple(problem.control_shape)}."
-            )
+        check_shapes(problem, control)
         return control
     if not isinstance(control, nn.Module):
         raise TypeError(

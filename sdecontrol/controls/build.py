@@ -1,22 +1,27 @@
 """Which control a problem gets: a tuned copy of its model, the default network, or the user's own module."""
 
+import copy
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..chains.base import Chain
+from ..chains.shifts import shift_function
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed
-from .base import Control, StartedControl, as_control
+from .base import Control, StartedControl, as_control, check_shapes
 from .langevin_term import langevin_scale
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
+from .saved import CONTROLS, Context
 from .tuned import TunedControl
 
 _PILOT_PATHS = 256
+_OWN = ("user", "given")  # kinds of controls that are, or hold, a user's own module
 
 
 def build_control(
@@ -51,6 +56,49 @@ def build_control(
     architecture = Architecture(**asdict(layers_for(problem)), start=True)
     place = derive_seed(seed, Place.CONTROL_START)
     return StartedControl(DefaultControl.of(problem, architecture, scales, seed=place), main)
+
+
+def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 0) -> Any:
+    """A copy of what a user gives to be trained: an nn.Module, or a control that was trained before, a solution's.
+
+    A control of the library is made anew for this problem, as files make it, with the parameters that it has. What of
+    it is the problem's own (the reward and alpha of the Langevin term, the pre-trained model) is then this problem's,
+    and on the same problem it is the same function. Of a learned start the process's part alone goes on where this
+    problem's start is not learned; a mixture's control gets a network beside it.
+
+    Raises:
+        TypeError, ValueError: nothing in it that could be trained, or it does not fit this problem.
+    """
+    control = given if isinstance(given, nn.Module) else getattr(given, "control", given)
+    if not isinstance(control, Control):
+        return copy.deepcopy(control)
+    if isinstance(control, StartedControl) and not chain.start:
+        control = control.main
+    check_shapes(problem, control)
+    kinds = [(m, CONTROLS.describe(m)["kind"]) for m in control.modules() if isinstance(m, Control)]
+    if not all(m.differentiable for m, _ in kinds):
+        raise ValueError("control: that of guidance by a value function cannot be trained by another method.")
+    own = next((m for m, kind in kinds if kind in _OWN), None)
+    home = chain if isinstance(control, StartedControl) else chain.main
+    x, y = problem.reference.probe_states(3, problem.dtype, problem.device, seed=3), problem.draw_condition(3, 0)
+    try:
+        made = CONTROLS.make(CONTROLS.describe(control), Context(problem, home, copy.deepcopy(own)))
+        made.load_state_dict(control.state_dict())
+        for old, new in zip(control.modules(), made.modules()):
+            if isinstance(old, MixtureControl) and isinstance(new, MixtureControl):
+                new.move_law(old)
+        with torch.no_grad():
+            shift_function(chain, made)(chain.start, x, y)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"control: that of the other run does not fit this problem ({error})") from error
+    if isinstance(made, MixtureControl):
+        made = corrected(problem, home, made, seed=seed)
+    if not any(p.requires_grad for p in made.parameters()):
+        raise ValueError(
+            "control: that of the other run has nothing to train (particles without a control, or one that was given); "
+            "start from a solution whose control was trained."
+        )
+    return made
 
 
 def has_default(problem: ControlProblem) -> bool:

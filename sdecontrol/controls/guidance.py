@@ -63,6 +63,8 @@ class ValueControl(Control):
     chain it differs from the best mean shift, ``E*[grad v_{k+1}]``, by O(h).
     """
 
+    differentiable = False  # the value is trained by a regression of its own
+
     def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
         super().__init__(problem.event_shape, problem.control_shape, chain.clock[0], chain.clock[-1])
         self.value = value

@@ -46,6 +46,10 @@ class MixtureControl(Control):
         TypeError: another problem.
     """
 
+    means: Tensor
+    variances: Tensor
+    values: Tensor
+
     def __init__(self, problem: ControlProblem, law: GaussianMixture | ProductMixture) -> None:
         self._ends = ends_of(problem)
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
@@ -63,6 +67,20 @@ class MixtureControl(Control):
         problem = context.problem
         like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
         return cls(problem, _law_of({name: torch.ones(shape, **like) for name, shape in saved["shapes"].items()}))
+
+    @torch.no_grad()
+    def move_law(self, other: MixtureControl) -> None:
+        """Where the coordinates z of ``other``'s problem have another centre or scale: its law, at the same states."""
+        like, d = self.means, self.event_shape.numel()
+        zero, one = (self._ends.standardised(other._ends.states(like.new_full((1, d), v)))[0] for v in (0.0, 1.0))
+        here = [self._ends.standardised(self._ends.states(like.new_full((1, d), v)))[0] for v in (0.0, 1.0)]
+        if torch.equal(zero, here[0]) and torch.equal(one, here[1]):
+            return
+        factor = float((one - zero).mean())  # one scale for all coordinates
+        product = isinstance(other.law, ProductMixture)  # whose means are (d, components)
+        self.means.mul_(factor).add_(zero.unsqueeze(1) if product else zero)
+        (self.variances if product else self.values).mul_(factor**2)
+        self._laws.clear()
 
     @property
     def law(self) -> GaussianMixture | ProductMixture:

@@ -122,6 +122,8 @@ class Method:
     averaging: ClassVar[float] = 0.99
     #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
     anneals: ClassVar[bool] = False
+    #: whether what it trains is a control, which may be given
+    takes_control: ClassVar[bool] = True
     #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse
     #: law
     reference_steps: ClassVar[bool] = True

@@ -56,6 +56,7 @@ class ValueGuidance(Method):
     follow: float = 0.1
 
     gaussian: ClassVar[bool] = True
+    takes_control: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.value, str):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..controls.base import Control
+from ..controls.build import continued
 from ..errors import NoExactSolution, NonFiniteError, renamed
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
@@ -39,7 +40,7 @@ def solve(
     iterations: int | None = None,
     batch_size: int = 256,
     seed: int | None = None,
-    control: nn.Module | None = None,
+    control: nn.Module | Solution | None = None,
     learning_rate: float | None = None,
     optimizer: Any = None,
     accumulate: int = 1,
@@ -64,8 +65,9 @@ def solve(
         batch_size: paths per gradient; ``accumulate`` such gradients make one step.
         seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same
             result, bit for bit, on the same machine and thread count.
-        control: your own nn.Module ``(x, t) -> (batch, m)`` (a copy of it is trained); None: a copy of the pre-trained
-            model if it is trainable, else the default network.
+        control: your own nn.Module ``(x, t) -> (batch, m)``, or a solution to go on from, of this problem or of one
+            with another alpha, reward or number of steps (a copy of its control is trained, and sees this problem's
+            reward and alpha); None: a copy of the pre-trained model if it is trainable, else the default network.
         learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
         anneal: train at higher temperatures first, where the method gains from it (``Method.anneals``), the reward
             spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
@@ -101,6 +103,8 @@ def solve(
     for name, value in training.items():
         if value is not None and chosen.default_iterations == 0:
             raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")
+    if control is not None and not chosen.takes_control:
+        raise ValueError(f"control: {chosen.name} trains no control, so leave control out.")
     chosen.check(problem)
     plan = _Plan(
         settings={"time_steps": time_steps, "scheme": scheme},
@@ -161,7 +165,7 @@ class _Plan:
     batch_size: int
     accumulate: int
     seed: int | None
-    control: nn.Module | None
+    control: nn.Module | Solution | None
     learning_rate: float | None
     optimizer: Any
     anneal: bool
@@ -212,7 +216,7 @@ class Trainer:
         self.fingerprint = problem.fingerprint() if self.checkpoints is not None else {}
         saved = self._find_checkpoint(resume)
         self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and plan.seed is None else plan.seed)
-        control = copy.deepcopy(plan.control)
+        control = continued(problem, chain, plan.control, seed=self.seed)
         self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
         self.state = method.setup(self.run)
         self.descent, self.schedule = plan.descent(method, self.state, chain.times), plan.schedule(method)
