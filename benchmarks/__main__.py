@@ -9,6 +9,7 @@ from .control import control
 from .digits import digits
 from .gibbs import gibbs
 from .identity import identity
+from .imports import imports
 from .methods import methods
 from .mixture import mixture
 from .optimum import optimum
@@ -21,6 +22,7 @@ app.command()(control)
 app.command()(digits)
 app.command()(gibbs)
 app.command()(identity)
+app.command()(imports)
 app.command()(methods)
 app.command()(mixture)
 app.command()(optimum)

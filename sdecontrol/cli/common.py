@@ -41,6 +41,8 @@ def handles_errors(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            from .. import public  # noqa: F401  (registers every method and kind; torch comes with it)
+
             command(*args, **kwargs)
         except KeyboardInterrupt:
             report("interrupted")

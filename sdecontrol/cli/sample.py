@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
 from .common import (
     FIGURES,
@@ -25,6 +24,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation.certificates import Certificate
     from ..evaluation.evaluate import Evaluation
     from ..evaluation.solution import Solution

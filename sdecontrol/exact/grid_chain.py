@@ -6,11 +6,10 @@ Like the HJB equation (``grid_process.py``) for ``w = v/alpha``.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from ..chains.base import Chain
@@ -20,6 +19,9 @@ from ..problems.problem import ControlProblem
 from .grids import Grid, GridLaw, Table, differences, local_weights
 from .on_grids import OnGrids
 from .probing import MOMENTS, Block, watched
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 _REACH = 9.0  # standard deviations that an average over the noise takes in; widened with refinement
 
@@ -103,8 +105,10 @@ class _Interpolation:
         channels = np.stack([w, self._first @ w / self.dx, self._second @ w / self.dx**2])
         return Table(channels, np.array([self.lo]), np.array([self.dx]))
 
-    def matrix(self, points: np.ndarray) -> sparse.csr_matrix:
+    def matrix(self, points: np.ndarray) -> "sparse.csr_matrix":
         """``(points.size, number of padded values)``."""
+        from scipy import sparse
+
         index, weights = local_weights(torch.from_numpy(points.ravel()), self.lo, self.dx, self.count)
         start = np.arange(0, index.numel() + 1, index.shape[1])
         return sparse.csr_matrix((weights.flatten().numpy(), index.flatten().numpy(), start), (len(index), self.count))
@@ -159,6 +163,8 @@ def _averages(
     interpolation: _Interpolation, x: np.ndarray, scale: np.ndarray, xi: np.ndarray, weights: np.ndarray
 ) -> Callable[[np.ndarray], Averaged]:
     """``V -> (z -> E V(z + scale xi) and its first two derivatives)``, z one point for each point of the grid."""
+    from scipy import sparse
+
     if np.ptp(scale) == 0:  # one smoothing for all points: average on the grid first, interpolate then
         points = x[:, None] + scale[0] * xi
         spread = sparse.kron(sparse.identity(len(x)), sparse.csr_matrix(weights[None]), format="csr")

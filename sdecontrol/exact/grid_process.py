@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 
 from ..errors import NoExactSolution
@@ -53,6 +52,7 @@ class ContinuousGrid:
         span: tuple[float, float],
         autonomous: bool,
     ) -> None:
+        from scipy import sparse
         from scipy.integrate import solve_ivp
         from scipy.interpolate import CubicHermiteSpline
 

@@ -1,12 +1,14 @@
 """Uniform grids of one or two dimensions, and functions and laws on them. All in float64 on the CPU."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import sparse
 from torch import Tensor
 from torch.distributions import Distribution
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 _POINTS = 6  # of local interpolation: an error of order 6 in the spacing
 _FIRST = np.array([-1 / 60, 3 / 20, -3 / 4, 0, 3 / 4, -3 / 20, 1 / 60])  # central differences of order 6
@@ -66,6 +68,8 @@ class Grid:
     """
 
     def __init__(self, lows: np.ndarray, highs: np.ndarray, count: int) -> None:
+        from scipy import sparse
+
         self.lows, self.highs, self.count = np.asarray(lows, float), np.asarray(highs, float), count
         self.dim = len(self.lows)
         self.spacings = (self.highs - self.lows) / (count - 1)
@@ -94,9 +98,11 @@ class Grid:
         return Table(channels.reshape(-1, *(self.count,) * self.dim), self.lows, self.spacings)
 
 
-def differences(count: int) -> tuple[sparse.csr_matrix, ...]:
+def differences(count: int) -> "tuple[sparse.csr_matrix, ...]":
     """First and second central differences for spacing 1, with three points beyond each end on the parabola through the
     last three."""
+    from scipy import sparse
+
     padded = sparse.eye(count + 6, count, k=-3).tolil()
     for j in (1, 2, 3):
         parabola = [(j + 1) * (j + 2) / 2, -j * (j + 2), j * (j + 1) / 2]

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchsde
 from torch import Tensor
 
 from ..shapes import NoisePaths
 from .integrator import NoiseSource
 
 
-class GridBrownian(torchsde.BaseBrownian):
+class GridBrownian:
     """The increments of W over the steps of a grid, in torchsde's protocol; found by a step's times, so stateless.
 
     ``W = sqrt(h) xi`` and ``U = int (W_s - W_t) ds = h (W/2 + sqrt(h/12) eta)``: given W, U is independent noise around

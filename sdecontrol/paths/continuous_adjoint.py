@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchsde import ReverseBrownian
-from torchsde._core import adjoint_sde, base_sde, methods, misc
 
 from ..chains.base import Chain
 from ..chains.gaussian import EulerChain
@@ -212,6 +210,9 @@ class Backwards:
     def backward(self, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradients by the first states ``(batch, d)`` and by the parameters, from the one by the last
         ``(batch, d + 2)``."""
+        from torchsde import ReverseBrownian
+        from torchsde._core import adjoint_sde, base_sde, methods, misc
+
         extra = self.extra if self.reversible else ()
         parts = [self.end, slope, *(torch.zeros_like(e) for e in extra), *map(torch.zeros_like, self.parameters)]
         shapes = [part.shape for part in parts]

@@ -24,9 +24,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
-import torchsde
 from torch import Tensor
-from torchsde._core import base_sde, methods
 
 from ..errors import NoLikelihood, NonFiniteError
 from ..randomness import Place, derive_seed, global_rng
@@ -80,6 +78,8 @@ SOLVERS = {solver.scheme: solver for solver in _ALL}
 def make_stepper(equation: ControlledSDE, solver: Solver, bm: Any, clock: Sequence[float]) -> tuple[Any, list[Tensor]]:
     """One of torchsde's solver objects, and the grid's times as float64 numbers on the CPU (its ``step`` wants
     tensors)."""
+    from torchsde._core import base_sde, methods
+
     chosen: Any = methods.select(solver.method, equation.sde_type)
     made = chosen(
         sde=base_sde.ForwardSDE(equation),
@@ -264,6 +264,8 @@ def solve_adaptively(
     the same Brownian path. The step is one for the whole batch (it is the root mean square of the errors that is
     controlled), so paths depend on the batch. Grid times are steps, never interpolated between steps.
     """
+    import torchsde
+
     span = clock[-1] - clock[0]
     bm = torchsde.BrownianInterval(
         t0=clock[0],
