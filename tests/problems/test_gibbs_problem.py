@@ -183,9 +183,10 @@ def test_pilot_finds_centre_and_scale(
 
 
 def test_pilot_covers_targets_of_many_widths() -> None:
-    wide = sc.gibbs_problem(funnel, 10)
-    scale = wide.scale
-    assert 2.5 < float(scale[0]) < 8 and float(scale[1:].min()) > 4 and float(scale.max()) < 40
+    """The funnel's nine heavy-tailed coordinates have a standard deviation of 9.5; over 60 seeds the least of their
+    scales was from 7.7 to 40, the largest from 14 to 65 (median 44), and the first coordinate's from 3.0 to 4.2."""
+    scale = sc.gibbs_problem(funnel, 10).scale
+    assert 2.5 < float(scale[0]) < 8 and float(scale[1:].min()) > 4 and float(scale.max()) < 95
     wells = sc.gibbs_problem(many_well, 32).scale.expand(32)
     assert 1.7 < float(wells[::2].min()) <= float(wells[::2].max()) < 2.6  # both wells of each
     assert 1.0 < float(wells[1::2].min()) <= float(wells[1::2].max()) < 3.0
@@ -410,7 +411,12 @@ IMPROPER = {
 
 @pytest.mark.parametrize("name", IMPROPER)
 def test_improper_target_is_named(name: str) -> None:
-    how = {"constant": "still rises", "energy instead of a log density": "still rises", "linear": "run away"}
+    # the mean of 64 draws decides by its sign whether the bound of a linear log density rises to the last scale
+    how = {
+        "constant": "still rises",
+        "energy instead of a log density": "still rises",
+        "linear": "still rises|run away",
+    }
     how |= {"one coordinate is free": "coordinate 2", "free under translation": r"direction \[-?0.58, -?0.58, -?0.58\]"}
     with pytest.raises(sc.ImproperTarget, match=how.get(name, "infinite")):
         sc.gibbs_problem(IMPROPER[name], 3)
@@ -448,8 +454,10 @@ def test_density_that_fails_later_is_named() -> None:
 
 
 def test_constraint_that_the_reference_hardly_meets_warns() -> None:
+    """A draw of the reference's end is in the box with probability 0.0032: one or two of 256 are for half of all seeds,
+    this one among them, and none for two in five, which is an error instead."""
     with pytest.warns(UserWarning, match="hard to learn from"):
-        sc.gibbs_problem(box, 6, scale=1.0, centre=0.5)
+        sc.gibbs_problem(box, 6, scale=1.0, centre=0.5, seed=1)
 
 
 def test_pilot_runs_without_a_problem() -> None:
