@@ -29,8 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
-    """Short ids where a test names none: a dtype's name, the beginning of a text; a function without a name is called as
-    the argument it is for."""
+    """Short ids where a test names none: a dtype's name, the beginning of a text; a function without a name is called
+    as the argument it is for."""
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, str) and len(val) > LONGEST:

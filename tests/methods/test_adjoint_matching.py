@@ -331,7 +331,7 @@ def test_default_training_reaches_the_linear_quadratic_optimum(method, bar):
     running = not getattr(method, "reciprocal", False)
     problem = random_lq(2, seed=8, running=running)
     # the reciprocal form needs longer: its targets are noisier
-    iterations = 100 if running else 300
+    iterations = 100 if running else 400
     solution = sc.solve(problem, method, time_steps=8, iterations=iterations, batch_size=128, seed=0)
     exact = sc.exact_solution(problem, like=solution)
     assert sc.control_error(solution, exact, n=1024).relative.value < bar
