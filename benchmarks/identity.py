@@ -494,7 +494,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "socm/full": lambda: sc.SOCM("full", trust_region=None),
     "socm/adjoint": lambda: sc.SOCM("adjoint", weighted=False, steps=2),
     "log-variance": sc.LogVariance,
-    "log-variance/moment": lambda: sc.LogVariance("moment", steps=2),
+    "log-variance/steps": lambda: sc.LogVariance(steps=2),
     "log-variance/reference": lambda: sc.LogVariance(paths="reference", group_size=4),
     "path-consistency": sc.PathConsistency,
     "path-consistency/n-1": lambda: sc.PathConsistency(1),
@@ -739,7 +739,7 @@ def _proposals() -> Any:
     control = push(problem)
     trained = (
         sc.LogVariance(paths=first),
-        sc.LogVariance("moment", paths=control),
+        sc.PathConsistency("all", paths=control),
         sc.PathConsistency("all", paths=first),
         sc.PathConsistency(1, paths=control),
         sc.CrossEntropy(first, 1.0),

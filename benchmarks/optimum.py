@@ -37,7 +37,6 @@ METHODS: dict[str, sc.Method] = {
     "reward-backprop": sc.RewardBackprop(),
     "soft-ppo": sc.SoftPPO(),
     "log-variance": sc.LogVariance(),
-    "moment": sc.LogVariance(loss="moment"),
     "cross-entropy": sc.CrossEntropy(),
     "cross-entropy, trust region 1": sc.CrossEntropy(trust_region=1.0),
     "path-consistency, all": sc.PathConsistency(),

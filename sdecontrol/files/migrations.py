@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-SCHEMA = 3  # of files as they are written now; without a number: 1
+SCHEMA = 4  # of files as they are written now; without a number: 1
 
 _SAMPLERS = {  # tensors of solutions that are ways of sampling
     "chains.steps": "chains.step_size",
@@ -26,6 +26,8 @@ def migrated(
     if schema < 3:
         tensors = _standard_names(tensors, settings)
         _no_numbers(settings)
+    if schema < 4:
+        _one_moment_loss(settings)
     return tensors, settings
 
 
@@ -82,6 +84,24 @@ def _no_numbers(settings: dict[str, Any]) -> None:
     """From 2 to 3: numbers of a problem were taken at other random states, and cannot be compared."""
     if isinstance(settings.get("problem"), dict):
         settings["problem"]["numbers"] = None
+
+
+def _one_moment_loss(settings: dict[str, Any]) -> None:
+    """From 3 to 4: the moment loss of log-variance, which learned log Z, is path consistency of whole paths."""
+    history = settings.get("history")
+    learned = isinstance(history, list) and any("learned_log_z" in row for row in history if isinstance(row, dict))
+    if settings["kind"] == "solution" and settings.get("method") == "log-variance" and learned:
+        settings["method"] = "path-consistency"
+    identity = settings.get("identity")
+    if not isinstance(identity, dict) or identity.get("method") != "log-variance":
+        return
+    own = identity.get("method_settings")
+    if not isinstance(own, dict):
+        return
+    moment = own.pop("loss", "variance") == "moment"
+    if moment and own.get("steps") is None and own.get("group_size") is None:
+        identity["method"] = "path-consistency"
+        identity["method_settings"] = {"n": "all", "paths": own.get("paths"), "replay": 0}
 
 
 def _rename(saved: Any, **names: str) -> None:

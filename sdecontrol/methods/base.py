@@ -222,12 +222,20 @@ def register(cls: type[_M]) -> type[_M]:
     return cls
 
 
+_ALIASES: dict[str, Callable[[], Method]] = {}
+
+
+def also_named(**makers: Callable[[], Method]) -> None:
+    """Further names by which a field knows a method with certain settings (``a_b`` for "a-b")."""
+    _ALIASES.update({name.replace("_", "-"): make for name, make in makers.items()})
+
+
 def method_names() -> list[str]:
     return sorted(METHODS)
 
 
 def find_method(method: Any) -> Method:
-    """A method from itself, its class, or its name.
+    """A method from itself, its class, or its name (also one of :func:`also_named`).
 
     Raises:
         ValueError: unknown name, with the nearest ones. TypeError: something else.
@@ -237,8 +245,9 @@ def find_method(method: Any) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         return method()
     if isinstance(method, str):
-        check_name("method", method, METHODS)
-        return METHODS[method]()
+        known: dict[str, Callable[[], Method]] = {**METHODS, **_ALIASES}
+        check_name("method", method, known)
+        return known[method]()
     raise TypeError(f"method must be a method such as sc.RewardBackprop() or its name, got {type(method).__name__}.")
 
 

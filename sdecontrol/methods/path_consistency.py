@@ -10,7 +10,7 @@ from ..paths.paths import Paths
 from ..paths.replay import ReplayBuffer
 from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
-from .base import Run, register
+from .base import Run, also_named, register
 from .on_paths import PathMethod, add_scores, collect, current_metrics, starts_differ
 
 
@@ -21,10 +21,14 @@ class PathConsistency(PathMethod):
 
         D_j = (v_j(x_j) - v_{j+n}(x_{j+n}))/alpha + sum_{j <= k < j+n} [ log p^u/p0 (x_{k+1}|x_k) + h_k f_k/alpha ].
 
-    Algorithm 5 is n = 1 ([34], detailed balance): value and control have gradients of their own, each with the other's
-    part constant, and ``v_{j+n}`` is detached. n-step: sub-trajectory balance, windows cut at the end; the losses of
-    the windows that a step is in are averaged. "all": ``(Y + log Z)^2/2`` with a learned log Z (which [35] omits):
-    trajectory balance, the moment form of :class:`LogVariance`. With paths of the current control the expected gradient
+    In the words of GFlowNets, and by these names: "trajectory-balance" is n = "all" (Malkin et al. 2201.13259),
+    "sub-trajectory-balance" n = 10 steps (Madan et al. 2209.12782, with windows of one length), "detailed-balance"
+    n = 1; flows are ``exp(v/alpha)``.
+
+    Algorithm 5 is n = 1 ([34]): value and control have gradients of their own, each with the other's
+    part constant, and ``v_{j+n}`` is detached. n-step: windows cut at the end; the losses of
+    the windows that a step is in are averaged. "all": ``(Y + log Z)^2/2`` with a learned log Z (which [35] omits),
+    the moment form of :class:`LogVariance`. With paths of the current control the expected gradient
     is zero at the best mean-shift control and its value; with others the minimiser moves by O(h) (docs/mathematics.md
     section 3).
 
@@ -115,3 +119,10 @@ class PathConsistency(PathMethod):
             ((residuals * value).sum(0).mean() / count / run.accumulate).backward()
         add_scores(run, log_ratios, coefficients)
         return 0.5 * float(residuals.square().sum(0).mean()) / count
+
+
+also_named(
+    trajectory_balance=PathConsistency,
+    sub_trajectory_balance=lambda: PathConsistency(n=10),
+    detailed_balance=lambda: PathConsistency(n=1),
+)

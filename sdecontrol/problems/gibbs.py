@@ -16,7 +16,7 @@ reference   method =============================================================
 "ou"        ``RewardBackprop()`` time-reversed diffusion sampler, DIS (2211.01364)              "ou"
 ``RewardBackprop()`` PIS-LV, DIS-LV: log-variance (2307.01198, 2005.05409)          either      ``LogVariance()``;
 ``paths="reference"`` for off-policy trajectory balance, TB (2210.00580, 2402.05098)                either
-``LogVariance(loss="moment")`` or ``PathConsistency(n="all")`` sub-trajectory, detailed balance (2402.05098)
+``PathConsistency(n="all")`` sub-trajectory, detailed balance (2402.05098)
 either      ``PathConsistency(n=k)``, ``PathConsistency(n=1)`` cross-entropy, reweighted maximum likelihood
 either      ``CrossEntropy()`` adjoint matching (2409.08861)                                  either
 ``AdjointMatching()`` adjoint sampling (2504.11713)                                  "brownian"

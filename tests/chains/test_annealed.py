@@ -440,7 +440,7 @@ def test_every_method_either_takes_backward_kernels_or_refuses_them() -> None:
     [
         sc.CrossEntropy(),
         sc.PathConsistency(replay=2),
-        sc.LogVariance(loss="moment", steps=2),
+        sc.LogVariance(steps=2),
         sc.RewardBackprop(gradient="adjoint"),
     ],
 )

@@ -290,7 +290,7 @@ def rewritten(folder, written, change):
 UNREADABLE = {
     "a newer schema": (
         lambda s: s.update(schema=migrations.SCHEMA + 1),
-        "schema number 4.*reads 1 to 3.*version that wrote",
+        f"schema number {migrations.SCHEMA + 1}.*reads 1 to {migrations.SCHEMA}.*version that wrote",
     ),
     "a schema of words": (lambda s: s.update(schema="two"), "schema number 'two'"),
     "a schema that is true": (lambda s: s.update(schema=True), "schema number True"),

@@ -51,7 +51,6 @@ OBJECTIVE_SLOW = {
     "reinforce": (sc.Reinforce(), 40),
     "backpropagation": (sc.RewardBackprop(), 16),
     "log-variance, groups": (sc.LogVariance(group_size=16), 40),
-    "moment": (sc.LogVariance(loss="moment"), 40),
     "trajectory balance": (sc.PathConsistency(n="all"), 40),
     "soft-ppo, batch": (sc.SoftPPO(baseline="batch", epochs=1), 40),
     "reinforce without baseline": (sc.Reinforce(baseline="none"), 120),

@@ -12,7 +12,6 @@ from sdecontrol.paths.weights import self_normalised
 F32 = torch.float32
 METHODS = {
     "log-variance": sc.LogVariance(),
-    "log-variance, moment": sc.LogVariance(loss="moment"),
     "log-variance, some steps": sc.LogVariance(steps=2),
     "log-variance, reference": sc.LogVariance(paths="reference", steps=3),
     "cross-entropy": sc.CrossEntropy(trust_region=1.0),
@@ -118,7 +117,7 @@ def test_accumulated_gradients_are_means(name):
 
 
 STATEFUL = {
-    "log-variance, moment": (sc.LogVariance(loss="moment"), "fixed"),
+    "trajectory balance": (sc.PathConsistency(), "fixed"),
     "soft-ppo": (sc.SoftPPO(epochs=2, minibatches=2, steps=3), "dirac"),
     "path-consistency, 1, replay": (sc.PathConsistency(n=1, replay=3), "dirac"),
     "path-consistency, all, replay": (sc.PathConsistency(replay=3), "fixed"),
@@ -264,7 +263,7 @@ REACHED_SLOW = {
     "soft-ppo, value": (sc.SoftPPO(), 300, 5e-3),
     "soft-ppo, groups": (sc.SoftPPO(baseline="per-time", group_size=64), 300, 1e-2),
     "log-variance, some steps": (sc.LogVariance(steps=3), 500, 2e-2),
-    "moment": (sc.LogVariance(loss="moment"), 400, 1e-2),
+    "trajectory balance": (sc.PathConsistency(), 400, 1e-2),
     "cross-entropy": (sc.CrossEntropy(), 400, 1e-2),
     "cross-entropy, trust region": (sc.CrossEntropy(trust_region=0.5), 400, 1e-2),
     "cross-entropy, reference": (sc.CrossEntropy(paths="reference"), 600, 1e-2),
@@ -293,12 +292,11 @@ def test_each_method_reaches_the_optimum_of_a_linear_quadratic_problem(name):
     ("method", "iterations"),
     [
         (sc.LogVariance(), 600),
-        (sc.LogVariance(loss="moment"), 600),
         (sc.SoftPPO(), 150),
         (sc.PathConsistency(), 600),
         (sc.CrossEntropy(), 600),
     ],
-    ids=["variance", "moment", "soft-ppo", "all", "cross-entropy"],
+    ids=["variance", "soft-ppo", "all", "cross-entropy"],
 )
 def test_the_optimum_of_random_starts_is_reached_too(method, iterations, start):
     problem = random_lq(2, seed=1, dtype=F32, start=start)
@@ -322,7 +320,7 @@ def test_bridge_matching_reaches_the_optimum():
 def test_the_learned_log_z_settles_at_the_elbo():
     """On paths of the current control it is the ELBO's, below log Z by the floor of mean-shift controls."""
     problem = random_lq(2, seed=1, dtype=F32)
-    solution = sc.solve(problem, sc.LogVariance(loss="moment"), time_steps=10, iterations=400, batch_size=1024, seed=0)
+    solution = sc.solve(problem, sc.PathConsistency(), time_steps=10, iterations=400, batch_size=1024, seed=0)
     learned = sum(m["learned_log_z"] for m in solution.history[-50:]) / 50
     exact = sc.exact_solution(problem, time_steps=10)
     assert learned == pytest.approx(float(exact.elbo), abs=0.02)
