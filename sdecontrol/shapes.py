@@ -11,7 +11,8 @@ Names of dimensions:
 * ``*event``, ``*noise``, ``*control``: of one state, one noise (or shift), one control u (a learned start has its own).
   In a method of an object with an ``event_shape`` or a ``noise_shape``, and in a function whose first argument has
   them, the first two are these.
-* ``*sample``: of what rewards see, a decoded state. ``*draw``: of what a step's log-ratio depends on.
+* ``*sample``: of what rewards see, a decoded state. ``others``: samples of another set.
+* ``*draw``: of what a step's log-ratio depends on.
 
 States may be tokens (int64); all else is floating point.
 """
@@ -33,6 +34,9 @@ Trajectories = Num[Tensor, "times batch *event"]
 #: decoded states, as rewards see them
 Samples = Num[Tensor, "batch *sample"]
 
+#: a second set of samples, of another number
+OtherSamples = Num[Tensor, "others *sample"]
+
 #: xi of one step, or a shift c
 Noises = Float[Tensor, "batch *noise"]
 #: ``xi_k`` or ``c_k`` of several steps
@@ -47,6 +51,8 @@ ControlPaths = Float[Tensor, "K batch *control"]
 
 #: one number a path: rewards, costs, log weights
 PerPath = Float[Tensor, "batch"]
+#: one number a sample of the second set
+PerOther = Float[Tensor, "others"]
 #: one number a step of each path: log-ratios, KLs
 PerStep = Float[Tensor, "K batch"]
 

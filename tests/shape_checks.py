@@ -11,7 +11,7 @@ from jaxtyping import AbstractArray, Shaped, install_import_hook
 from torch import Tensor
 
 #: rooms and modules that are checked
-CHECKED = ("chains", "paths")
+CHECKED = ("chains", "paths", "problems", "controls", "evaluation", "exact", "training")
 
 #: names of dimensions that an attribute of an object settles
 _SETTLED = {f"{name}_shape": Shaped[Tensor, f"*{name}"] for name in ("event", "noise")}

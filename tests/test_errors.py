@@ -270,6 +270,7 @@ CASES = {
 }
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("case", CASES)
 def test_misuse_is_named_early(case):
     act, kind, message = CASES[case]
@@ -293,6 +294,7 @@ ASKED = {
 }
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("case", ASKED)
 def test_misuse_of_a_solution_is_named_early(case, solution):
     act, kind, message = ASKED[case]

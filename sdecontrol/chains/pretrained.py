@@ -66,7 +66,7 @@ class PretrainedChain(Pretrained, Chain):
         """The level nearest to time t, that of ``decode`` among them."""
         return min(round(t * self.steps), self.steps)
 
-    def model_time(self, t: float, x: States) -> Scalar:
+    def model_time(self, t: float, x: States) -> Tensor:
         level = self.levels[self._level(t)]
         return torch.tensor(level, dtype=x.dtype if isinstance(level, float) else torch.long, device=x.device)
 

@@ -18,6 +18,7 @@ from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
 from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
+from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
 from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
 from .saved import CONTROLS, Context, Saved
@@ -71,8 +72,8 @@ class Control(nn.Module):
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         return counted_control(self, super().__call__, _rows)(*arguments, **named)
 
-    def forward(self, x: Tensor, t: Any, y: Any = None) -> Tensor:
-        """``u(x, t)``, ``(batch, *control_shape)``.
+    def forward(self, x: States, t: Any, y: Any = None) -> Controls:
+        """``u(x, t)``.
 
         Raises:
             ValueError, TypeError: wrong shape or dtype of x, or t outside of the horizon.
@@ -105,7 +106,7 @@ class Control(nn.Module):
         """What a saved file says of it beside its kind, for ``from_saved``."""
         return {}
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         """``u(x, t)`` without checks; t of shape () or (batch,)."""
         raise NotImplementedError
 
@@ -119,8 +120,8 @@ class Control(nn.Module):
         times = chain.times
         return lambda k, x, y: chain.shift_at(k, x, self.at(x, times[k], y))
 
-    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
-        """Shifts at stored states ``(K, batch, *event)`` of steps ``first, first+1, ...``."""
+    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
+        """Shifts at stored states of steps ``first, first+1, ...``."""
         function = self.on_chain(chain)
         return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
 
@@ -143,14 +144,14 @@ class UserControl(Control):
         super().__init__(event_shape, control_shape, 0.0, horizon)
         self.module = module
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         t = t.expand(x.shape[0])
         return self.module(x, t) if y is None else self.module(x, t, y)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return shift_function(chain, self.module)
 
-    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         return shifts_along(chain, self.module, states, y, first)
 
 
@@ -217,7 +218,7 @@ class StartedControl(Control):
         main = dataclasses.replace(context, chain=context.chain.main)
         return cls(CONTROLS.make(saved["start"], context), CONTROLS.make(saved["main"], main))
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         before = t < 0
         if bool(before.all()):
             return self.start.at(x, t, y)
@@ -243,12 +244,12 @@ class StartedControl(Control):
         before = self.start.on_chain(first, tables[:cut])
         after = self.main.on_chain(second, tables[cut:])
 
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+        def shift(k: int, x: States, y: Any) -> Noises:
             return _padded(chain, before(k, x, y) if k < first.steps else after(k - first.steps, x, y))
 
         return shift
 
-    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         if not chain.start:
             return self.main.along(chain, states, y, first)
         before, after = chain.segments

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
+from ..shapes import Controls, States
 from .base import Control, UserControl
 from .saved import CONTROLS
 
@@ -19,7 +20,7 @@ class ZeroControl(Control):
 
     counted = False
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         return t.new_zeros((x.shape[0], *self.control_shape))  # x may be tokens
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:

@@ -16,6 +16,7 @@ from ..memory import recall
 from ..problems.problem import ControlProblem
 from ..processes.laws import GaussianMixture, ProductMixture, draw
 from ..randomness import Place, derive_seed
+from ..shapes import Controls, NoisePaths, StatePaths, States
 from .base import Control, at_each_time
 from .ends import ends_of
 from .linear_part import LinearPart
@@ -113,7 +114,7 @@ class MixtureControl(Control):
 
     # ------------------------------------------------------------ Control
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
         ends, time, z = self._ends, float(t), self._ends.standardised(x)
@@ -168,7 +169,7 @@ class CorrectedControl(Control):
         base, network = CONTROLS.make(saved["base"], context), Saved(saved["network"], saved.where)
         return cls(base, DefaultControl.of(context.problem, network.settings(Architecture), denoiser=base))
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         return self.base.at(x, t, y) + self.correction.at(x, t, y)
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
@@ -178,7 +179,7 @@ class CorrectedControl(Control):
         base, correction = self.base.on_chain(chain), self.correction.on_chain(chain, tables)
         return lambda k, x, y: base(k, x, y) + correction(k, x, y)
 
-    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         return self.base.along(chain, states, y, first) + self.correction.along(chain, states, y, first)
 
     def linear_parts(self) -> list[LinearPart]:

@@ -22,6 +22,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
+from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .langevin_term import LangevinTerm
@@ -320,7 +321,7 @@ class DefaultControl(Control):
 
     # ------------------------------------------------------------ Control
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         if t.ndim:
             return at_each_time(self.at, x, t, y)
         sigma = self._langevin_diffusion(t.reshape(1))(0, x) if self._uses_gradient else None
@@ -334,14 +335,14 @@ class DefaultControl(Control):
         diffusion = self._langevin_diffusion(chain.times) if self._uses_gradient else None
         denoise = self.denoiser.denoiser_on_grid(chain.times) if self.denoiser is not None else None
 
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+        def shift(k: int, x: States, y: Any) -> Noises:
             sigma = None if diffusion is None else diffusion(k, x)
             x0 = None if denoise is None else denoise(k, x, y)
             return chain.shift_at(k, x, self._value(x, rows, k, sigma, y, x0))
 
         return shift
 
-    def along(self, chain: Chain, states: Tensor, y: Any = None, first: int = 0) -> Tensor:
+    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         W, *rest = self.tables(chain)
         time_part, affine, offset, langevin, radial = (p[first : first + len(states)] for p in rest)
         flat = states.flatten(2)

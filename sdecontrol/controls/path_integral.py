@@ -15,6 +15,7 @@ from ..paths.integrator import integrate
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
+from ..shapes import Controls, Noises, States
 from .base import Control
 from .given import ZeroControl
 from .saved import CONTROLS, Context, Saved
@@ -92,7 +93,7 @@ class PathIntegralControl(Control):
         proposal = CONTROLS.make(saved["proposal"], context)
         return cls(context.problem, context.chain, proposal, **{name: saved[name] for name in cls._options})
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         """``u(x, t)``: t means the step of the chain that contains it."""
         chain = self._chain
         shift = self.on_chain(chain)
@@ -109,7 +110,7 @@ class PathIntegralControl(Control):
             self.ess = torch.full((chain.steps,), float("nan"), dtype=torch.float64)
 
         @torch.no_grad()
-        def shift(k: int, x: Tensor, y: Any) -> Tensor:
+        def shift(k: int, x: States, y: Any) -> Noises:
             size = max(1, _ROWS // self.num_paths)
             parts, effective = [], 0.0
             for index, low in enumerate(range(0, len(x), size)):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..processes.pretrained import call_model
+from ..shapes import Controls, States
 from .base import Control, at_each_time
 from .saved import CONTROLS
 
@@ -35,7 +36,7 @@ class ModelControl(Control):
         """The other model's prediction, on the reference's clock."""
         raise NotImplementedError
 
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         if t.ndim == 1:
             return at_each_time(self.at, x, t, y)
         if float(t) < 0:

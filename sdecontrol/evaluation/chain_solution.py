@@ -19,6 +19,7 @@ from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
+from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
 from .evaluate import Evaluation, agree
@@ -122,7 +123,7 @@ class ChainSolution(Solution):
 
     # ---------------------------------------------------------------- samples
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
         """``(n, dim)`` draws in random order, as many of each chain as are needed. Draws of one chain depend on one
         another."""
         if condition is not None:
@@ -139,7 +140,7 @@ class ChainSolution(Solution):
         seed = derive_seed(fresh_seed(self.seed), Place.CHAIN_LOG_Z)
         return self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
         """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own,
         and all stand for the same share of the target."""
         x = self.sample(n, seed, condition=condition)

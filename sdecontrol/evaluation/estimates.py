@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..particles.diagnostics import chain_ess
 from ..paths.weights import effective_number
+from ..shapes import PerPath
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _variance_of_mean(v: Tensor) -> float:
     return float(v.var()) / ess if ess > 0 else 0.0 if float(v.var()) == 0 else math.inf
 
 
-def log_mean_weight(log_w: Tensor) -> Estimate:
+def log_mean_weight(log_w: PerPath) -> Estimate:
     """``log mean exp(log_w)``; the standard error is that of the mean weight, relative to it (delta method)."""
     v = log_w.detach().double()
     n = len(v)
@@ -80,12 +81,12 @@ def log_mean_weight(log_w: Tensor) -> Estimate:
     return Estimate(value, float(relative.std()) / math.sqrt(n) if n > 1 else float("nan"))
 
 
-def effective_sample_size(log_w: Tensor) -> float:
+def effective_sample_size(log_w: PerPath) -> float:
     """``(sum w)^2 / (n sum w^2)``, a fraction of the number of samples."""
     return float(effective_number(log_w.detach().double())) / len(log_w)
 
 
-def pareto_k(log_w: Tensor) -> float:
+def pareto_k(log_w: PerPath) -> float:
     """Shape of the generalised Pareto tail of the weights (Vehtari et al. 1507.02646): below 0.7 the mean weight and
     its error can be trusted. 0 or less for bounded weights."""
     from scipy.stats import genpareto

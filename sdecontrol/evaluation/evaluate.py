@@ -15,6 +15,7 @@ from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, fresh_seed
+from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 
@@ -24,7 +25,7 @@ _START_ESS = 0.3  # effective fraction of those below which their log mean weigh
 _AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
 
 
-def log_weights(problem: ControlProblem, paths: Paths) -> Tensor:
+def log_weights(problem: ControlProblem, paths: Paths) -> PerPath:
     """Log importance weights ``R/alpha - log dP^u/dQ0`` of paths towards the exact law, ``(batch,)``.
 
     ``mean(exp(log_w))`` is Z without bias at every step size.

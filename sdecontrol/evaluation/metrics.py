@@ -13,6 +13,7 @@ from ..chains.shifts import shift_function
 from ..memory import remembering
 from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
+from ..shapes import OtherSamples, PerOther, PerPath, Samples
 from ..tensors import as_float, check_tensor, event_sum
 from .estimates import Estimate, mean_estimate
 
@@ -55,7 +56,7 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     return ControlError(absolute, Estimate(ratio, float(spread) / math.sqrt(n)))
 
 
-def _arrays(a: Tensor, b: Tensor, weights_a: Tensor | None, weights_b: Tensor | None) -> tuple[Any, ...]:
+def _arrays(a: Samples, b: OtherSamples, weights_a: PerPath | None, weights_b: PerOther | None) -> tuple[Any, ...]:
     parts: list[Any] = [x.detach().flatten(1).double().cpu().numpy() for x in (a, b)]
     for log_w in (weights_a, weights_b):
         parts.append(None if log_w is None else torch.softmax(log_w.detach().double().cpu(), 0).numpy())
@@ -63,9 +64,9 @@ def _arrays(a: Tensor, b: Tensor, weights_a: Tensor | None, weights_b: Tensor | 
 
 
 def wasserstein(
-    a: Tensor, b: Tensor, log_weights_a: Tensor | None = None, log_weights_b: Tensor | None = None
+    a: Samples, b: OtherSamples, log_weights_a: PerPath | None = None, log_weights_b: PerOther | None = None
 ) -> float:
-    """Exact 2-Wasserstein distance between samples ``(n, ...)`` and ``(m, ...)``, optionally weighted."""
+    """Exact 2-Wasserstein distance between samples, optionally weighted."""
     import ot
 
     x, y, w, v = _arrays(a, b, log_weights_a, log_weights_b)
@@ -74,7 +75,7 @@ def wasserstein(
     return math.sqrt(max(float(cost), 0.0))
 
 
-def sinkhorn(a: Tensor, b: Tensor, regularisation: float = 0.1) -> float:
+def sinkhorn(a: Samples, b: OtherSamples, regularisation: float = 0.1) -> float:
     """Debiased entropic transport cost (squared Euclidean) between samples."""
     import ot
 
@@ -84,14 +85,14 @@ def sinkhorn(a: Tensor, b: Tensor, regularisation: float = 0.1) -> float:
 
 
 def sliced_wasserstein(
-    a: Tensor,
-    b: Tensor,
+    a: Samples,
+    b: OtherSamples,
     *,
     order: int = 1,
     directions: int = 500,
     seed: int = 0,
-    log_weights_a: Tensor | None = None,
-    log_weights_b: Tensor | None = None,
+    log_weights_a: PerPath | None = None,
+    log_weights_b: PerOther | None = None,
 ) -> float:
     """Sliced Wasserstein distance of the given order, over random directions."""
     import ot
@@ -108,13 +109,13 @@ def _shares(log_weights: Tensor | None, n: int) -> Tensor:
 
 
 def mmd(
-    a: Tensor,
-    b: Tensor,
+    a: Samples,
+    b: OtherSamples,
     bandwidth: float | None = None,
-    log_weights_a: Tensor | None = None,
-    log_weights_b: Tensor | None = None,
+    log_weights_a: PerPath | None = None,
+    log_weights_b: PerOther | None = None,
 ) -> float:
-    """Squared maximum mean discrepancy between samples ``(n, ...)`` and ``(m, ...)``, optionally weighted.
+    """Squared maximum mean discrepancy between samples, optionally weighted.
 
     Kernel ``exp(-|x - y|^2 / (2 bandwidth^2))``; the U-statistic of Gretton et al. (JMLR 2012, Lemma 6; pairs of a
     sample with itself left out), so that it has mean 0 for equal laws without weights, and may be negative.
@@ -156,11 +157,11 @@ def mmd(
 
 
 def energy_wasserstein(
-    a: Tensor,
-    b: Tensor,
-    log_density: Callable[[Tensor], Tensor],
-    log_weights_a: Tensor | None = None,
-    log_weights_b: Tensor | None = None,
+    a: Samples,
+    b: OtherSamples,
+    log_density: Callable[[Samples], PerPath],
+    log_weights_a: PerPath | None = None,
+    log_weights_b: PerOther | None = None,
 ) -> float:
     """1-Wasserstein distance between the laws of the energy ``-log_density`` of samples ``(n, ...)`` and ``(m, ...)``:
     the distance of their energy histograms without bins (scipy). Invariant under all symmetries of the target.
@@ -206,13 +207,13 @@ class ModeCoverage:
 
 
 def mode_coverage(
-    samples: Tensor,
-    modes: Tensor,
+    samples: Samples,
+    modes: OtherSamples,
     *,
     radius: float | None = None,
-    weights: Tensor | None = None,
+    weights: PerOther | None = None,
     least: float = 0.1,
-    log_weights: Tensor | None = None,
+    log_weights: PerPath | None = None,
 ) -> ModeCoverage:
     """Shares of the samples by mode, and how many modes are hit.
 
@@ -221,11 +222,11 @@ def mode_coverage(
     then missed by chance with probability about ``P(Poisson(n w) < least n w)``: 3e-4 at n w = 10.
 
     Args:
-        samples: ``(n, ...)``. modes: ``(k, ...)``, the same event.
+        samples, modes: of one event.
         radius: None: however far. For modes of standard deviation s in d dimensions, ``4 s sqrt(d)`` tells a sample of
             a mode from one in between.
-        weights: of the modes, ``(k,)``, normalised here; None: equal.
-        log_weights: of the samples, ``(n,)``.
+        weights: of the modes, normalised here; None: equal.
+        log_weights: of the samples.
     """
     x, centres = (
         check_tensor(n, v).detach().flatten(1).double().cpu() for n, v in (("samples", samples), ("modes", modes))

@@ -15,6 +15,7 @@ from ..files.contents import load_tensors, part_of, with_part
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
+from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, confirmed_by_reference, log_weights
@@ -78,7 +79,7 @@ class ParticleSolution(Solution):
     def _shuffled(self, count: int, seed: int, device: torch.device) -> Tensor:
         return torch.randperm(count, generator=generator_for(device, seed, Place.PARTICLE_ORDER), device=device)
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
         """``(n, *event)`` decoded samples, all of the same weight.
 
         Warns where they come from few effective particles: they are then not what they stand for.
@@ -100,7 +101,7 @@ class ParticleSolution(Solution):
         index = index[self._shuffled(n, seed, index.device)]  # copies of a particle are neighbours before
         return self._decode(found.end.flatten(0, 1)[index], None)
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
+    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
         """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without
         bias.
 

@@ -18,6 +18,7 @@ from ..files.contents import check_fingerprint, check_finite, load_tensors, plai
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
+from ..shapes import PerPath, Samples
 from .evaluate import Evaluation, evaluate, log_weights
 
 SOLUTIONS = Kinds("solution")
@@ -104,14 +105,14 @@ class Solution:
         y = torch.as_tensor(condition, dtype=like, device=self.problem.device)
         return y.expand(n, *y.shape[1:]) if y.ndim and y.shape[0] == 1 else y.expand(n) if y.ndim == 0 else y
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Tensor:
-        """``(n, *event)`` decoded samples of the controlled process."""
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
+        """n decoded samples of the controlled process."""
         paths = self.simulate(n, seed, condition=self._condition(n, condition), keep="end")
         with torch.no_grad(), self.problem.evaluating():
             return paths.samples
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Tensor, Tensor]:
-        """Samples ``(n, *event)`` with log importance weights ``(n,)`` towards the exact law.
+    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
+        """n samples with log importance weights towards the exact law.
 
         The weights are not normalised: ``mean(exp(log_w))`` estimates Z.
         """

@@ -15,6 +15,7 @@ from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.linear import moments
 from ..randomness import Place, derive_seed, fresh_seed
+from ..shapes import Controls, PerPath, Scalar, States
 
 
 class ExactSolution:
@@ -37,8 +38,8 @@ class ExactSolution:
     """
 
     kind: str
-    log_z: Tensor
-    start_log_z: Tensor
+    log_z: Scalar
+    start_log_z: Scalar
 
     def __init__(self, problem: ControlProblem, settings: dict[str, Any], chain: Chain | None = None) -> None:
         self.problem, self.settings, self.chain = problem, settings, chain
@@ -48,11 +49,11 @@ class ExactSolution:
 
     # ---------------------------------------------------------------- what each closed form provides
 
-    def _value_at(self, x: Tensor, time: float) -> Tensor:
+    def _value_at(self, x: States, time: float) -> PerPath:
         """``v(x, time)`` for x ``(rows, d)`` in float64."""
         raise NotImplementedError
 
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
+    def _control_at(self, x: States, time: float) -> Controls:
         """``u*(x, time)`` for x ``(rows, d)`` in float64."""
         raise NotImplementedError
 
@@ -92,25 +93,24 @@ class ExactSolution:
         return self.marginal(0.0) if self.problem.start == "controlled" else self.problem.initial
 
     @property
-    def elbo(self) -> Tensor:
+    def elbo(self) -> Scalar:
         return self.start_log_z  # in continuous time nothing is lost
 
     # ---------------------------------------------------------------- what all share
 
-    def value(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """``v(x, t) = alpha log E_{Q0}[exp((r - int_t f)/alpha) | X_t = x]``, ``(batch,)``; of a chain, the soft value.
+    def value(self, x: States, t: float | Tensor) -> PerPath:
+        """``v(x, t) = alpha log E_{Q0}[exp((r - int_t f)/alpha) | X_t = x]``; of a chain, the soft value.
 
         Args:
-            x: ``(batch, d)``.
             t: a float or a tensor of shape () or (batch,).
         """
         return self._by_time(x, t, self._value_at)
 
-    def sample(self, n: int, seed: int | None = None) -> Tensor:
-        """``n`` exact draws of X_T under the optimum, ``(n, d)``."""
+    def sample(self, n: int, seed: int | None = None) -> States:
+        """``n`` exact draws of X_T under the optimum."""
         return draw(self.marginal(self.problem.horizon), n, derive_seed(fresh_seed(seed), Place.EXACT_SAMPLES))
 
-    def weighted_sample(self, n: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def weighted_sample(self, n: int, seed: int | None = None) -> tuple[States, PerPath]:
         """:meth:`sample` with its log importance weights, all 0: the draws are exact."""
         x = self.sample(n, seed)
         return x, x.new_zeros(n)
@@ -136,7 +136,7 @@ class ExactSolution:
         }
 
     @property
-    def floor(self) -> Tensor:
+    def floor(self) -> Scalar:
         """``start_log_z - elbo``, 0-d: the KL to the optimum that no mean-shift control removes."""
         return self.start_log_z - self.elbo
 
@@ -256,7 +256,7 @@ class ExactControl:
     def settings(self) -> dict[str, Any]:
         return self._solution.settings
 
-    def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
+    def __call__(self, x: States, t: float | Tensor) -> Controls:
         return self._solution._by_time(x, t, self._solution._control_at)
 
     def on_chain(self, chain: Chain) -> ShiftFunction:

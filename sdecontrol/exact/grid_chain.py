@@ -16,6 +16,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
+from ..shapes import Controls, States
 from .grids import Grid, GridLaw, Table, differences, local_weights
 from .on_grids import OnGrids
 from .probing import MOMENTS, Block, watched
@@ -257,7 +258,7 @@ class GridChainSolution(OnGrids):
     def _slope_table(self, one: ChainGrid, time: float) -> Table:
         return one.grid.table(one.slopes[self._step_at(time)])
 
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
+    def _control_at(self, x: States, time: float) -> Controls:
         return self._sketch.control(self._step_at(time), super()._control_at(x, time))
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:

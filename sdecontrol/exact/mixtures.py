@@ -19,6 +19,7 @@ from ..errors import NoExactSolution
 from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, factor
+from ..shapes import Controls, PerPath, Scalar, States
 from .base import ExactSolution
 from .quadratic import Form, quadratic_terms, soft_average
 
@@ -154,10 +155,10 @@ class MixtureSolution(ExactSolution):
 
     # ---------------------------------------------------------------- the interface
 
-    def _value_at(self, x: Tensor, time: float) -> Tensor:
+    def _value_at(self, x: States, time: float) -> PerPath:
         return self.problem.alpha * (self._pair(time).log_ratio(x) + self._log_z)
 
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
+    def _control_at(self, x: States, time: float) -> Controls:
         return self._pair(time).control(x)
 
     def _shift_function(self, chain: Chain) -> ShiftFunction:
@@ -172,13 +173,13 @@ class MixtureSolution(ExactSolution):
             )
 
     @property
-    def log_z(self) -> Tensor:
+    def log_z(self) -> Scalar:
         if not self._own_start:
             raise NoExactSolution("log_z: not known for an initial law that is not the reference's own.")
         return self._out(self._log_z)
 
     @property
-    def start_log_z(self) -> Tensor:
+    def start_log_z(self) -> Scalar:
         self._need_tilted_start("start_log_z")
         return self.log_z
 

@@ -20,6 +20,7 @@ from ..memory import Remembered
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, draw
 from ..randomness import Place, generator_for
+from ..shapes import Controls, PerPath, Scalar, States
 from ..tensors import apply_scale, apply_scale_transposed
 from .base import ExactSolution
 from .grids import Grid, Table
@@ -308,10 +309,10 @@ class OnGrids(ExactSolution):
             total = total + table(x[:, torch.tensor(block.members)])[0].sum(1)
         return total
 
-    def _value_at(self, x: Tensor, time: float) -> Tensor:
+    def _value_at(self, x: States, time: float) -> PerPath:
         return self.problem.alpha * self._sum_tables(x, self._value_tables(time))
 
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
+    def _control_at(self, x: States, time: float) -> Controls:
         """``scale' slope``: the control of a process (of a chain, the shift)."""
         return apply_scale_transposed(self._noise(x, time), self._slopes(x, self._slope_tables(time)), 1)
 
@@ -351,11 +352,11 @@ class OnGrids(ExactSolution):
         return mean, cov
 
     @property
-    def log_z(self) -> Tensor:
+    def log_z(self) -> Scalar:
         return self._over_start(self._value_tables(self._marks[0]), True)
 
     @property
-    def start_log_z(self) -> Tensor:
+    def start_log_z(self) -> Scalar:
         return self._over_start(self._value_tables(self._marks[0]), False)
 
     def bridge(self, s: float, t: float, x_t: Tensor) -> Gaussian:

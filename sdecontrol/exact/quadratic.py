@@ -19,6 +19,7 @@ from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..processes.laws import Gaussian, factor
 from ..processes.linear import Transition, condition_gaussian
+from ..shapes import Controls, PerPath, Scalar, States
 from ..tensors import symmetric
 from .base import ExactSolution
 
@@ -135,7 +136,7 @@ class LinearQuadraticSolution(ExactSolution):
         raise NotImplementedError
 
     @property
-    def log_z(self) -> Tensor:
+    def log_z(self) -> Scalar:
         """0-d.
 
         Raises:
@@ -145,7 +146,7 @@ class LinearQuadraticSolution(ExactSolution):
         return self._out(soft_average(self._form(self._marks[0]), root, "over the start").form.at(mean))
 
     @property
-    def start_log_z(self) -> Tensor:
+    def start_log_z(self) -> Scalar:
         return self._out(self._over_start(self._form(self._marks[0])))
 
     def _over_start(self, form: Form) -> Tensor:
@@ -160,10 +161,10 @@ class LinearQuadraticSolution(ExactSolution):
         root = factor(cov)
         return mean, root, root @ root.mT
 
-    def _value_at(self, x: Tensor, time: float) -> Tensor:
+    def _value_at(self, x: States, time: float) -> PerPath:
         return self.problem.alpha * self._form(time).at(x)
 
-    def _control_at(self, x: Tensor, time: float) -> Tensor:
+    def _control_at(self, x: States, time: float) -> Controls:
         gain, offset = self._feedback(time)
         return x @ gain.mT + offset
 
@@ -173,7 +174,8 @@ class LinearQuadraticSolution(ExactSolution):
             gain, offset = self._feedback(self._snap(chain.clock[k]))
             units = torch.eye(len(offset), dtype=chain.times.dtype, device=chain.times.device)
             # (m, noise): shifts are linear in u, and the same at all states
-            effect = chain.shift_at(k, units, units).to("cpu", torch.float64)
+            anywhere = units.new_zeros(len(units), *chain.event_shape)
+            effect = chain.shift_at(k, anywhere, units).to("cpu", torch.float64)
             gains.append((gain.mT @ effect).to(chain.times))
             offsets.append((offset @ effect).to(chain.times))
         return lambda k, x, condition: torch.addmm(offsets[k], x, gains[k])

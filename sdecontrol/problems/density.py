@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..shapes import PerPath, States
 from ..tensors import check_output, probing
 
 _SHAPE = "A log density gives one number per row, shape (batch,)."
@@ -36,7 +37,7 @@ class LogDensity:
         """Those of the user's functions that are modules."""
         return [p for p in (self.function, self.score) if isinstance(p, nn.Module)]
 
-    def __call__(self, x: Tensor, y: Any = None) -> Tensor:
+    def __call__(self, x: States, y: Any = None) -> PerPath:
         """The user's function itself, ``(batch,)``; its gradient is the user's score where there is one."""
         if self.score is not None and torch.is_grad_enabled() and x.requires_grad:
             return _Scored.apply(x, self, y)  # type: ignore[no-any-return]
@@ -79,13 +80,13 @@ class LogDensity:
             elif value.requires_grad:
                 self.differentiable = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] is not None
 
-    def value(self, x: Tensor, y: Any = None) -> Tensor:
+    def value(self, x: States, y: Any = None) -> PerPath:
         """Values ``(n,)`` without a graph; NaN and +inf as they come."""
         self.values += x.shape[0]
         with torch.no_grad():
             return self._call(self.function, x.detach(), y)
 
-    def value_and_score(self, x: Tensor, y: Any = None) -> tuple[Tensor, Tensor]:
+    def value_and_score(self, x: States, y: Any = None) -> tuple[PerPath, States]:
         """Values ``(n,)`` and scores ``(n, dim)``, without a graph; a score that is not finite is 0."""
         self.values, self.gradients = self.values + x.shape[0], self.gradients + x.shape[0]
         with torch.enable_grad():
@@ -94,7 +95,7 @@ class LogDensity:
             score = torch.autograd.grad(value.sum(), leaf)[0]
         return value.detach(), torch.nan_to_num(score, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def gradient(self, x: Tensor, y: Any = None) -> Tensor:
+    def gradient(self, x: States, y: Any = None) -> States:
         """The gradient ``(batch, dim)``, with its graph where x has one; 0 where it is not finite."""
         graph = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():

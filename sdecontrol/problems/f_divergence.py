@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, check_name
+from ..shapes import PerPath, Samples
 from ..tensors import as_float, check_output, check_tensor
 
 
@@ -177,7 +178,7 @@ class FDivergence:
 
     # ---------------------------------------------------------------- the reward
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Samples) -> PerPath:
         """``r~(x)``, ``(batch,)``."""
         value = self.reward(x)
         changed = self.alpha * self._log_ratio(value, self.multiplier)

@@ -51,6 +51,7 @@ from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.time_changed import KINDS, TimeChanged
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
+from ..shapes import PerPath, Samples, States
 from ..tensors import as_float, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
@@ -72,7 +73,7 @@ class GibbsReward:
         self.density, self.centre, self.scale, self.floor = density, centre, scale, floor
         self.log_peak = -float(scale.double().log().expand(centre.shape).sum()) - 0.5 * centre.numel() * _LOG_2PI
 
-    def log_density(self, x: Tensor, y: Any = None) -> Tensor:
+    def log_density(self, x: States, y: Any = None) -> PerPath:
         """``log rho`` with its zeros floored."""
         value = self.density(x, y)
         outside = value.detach() == -math.inf
@@ -86,7 +87,7 @@ class GibbsReward:
             return out + 0.0 * x.flatten(1).sum(1)
         return out.index_copy(0, inside, self.density(x[inside], None if y is None else y[inside]))
 
-    def __call__(self, x: Tensor, y: Any = None) -> Tensor:
+    def __call__(self, x: States, y: Any = None) -> PerPath:
         value = self.log_density(x, y)
         square = 0.5 * ((x - self.centre) / self.scale).square().sum(1)
         floored = value.detach() == self.floor
@@ -166,7 +167,7 @@ class GibbsProblem(ControlProblem):
     def modules(self) -> list[nn.Module]:
         return [*super().modules(), *self.density.modules()]
 
-    def reward(self, x: Tensor, condition: Any = None) -> Tensor:
+    def reward(self, x: Samples, condition: Any = None) -> PerPath:
         try:
             return super().reward(x, condition)
         except NonFiniteError as error:

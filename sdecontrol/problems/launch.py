@@ -9,6 +9,7 @@ from ..chains.base import Chain
 from ..errors import check_name
 from ..paths.integrator import KEEP
 from ..randomness import Place, SeededNoise, SuppliedNoise, derive_seed
+from ..shapes import States
 from ..tensors import check_tensor
 from .problem import ControlProblem
 
@@ -21,14 +22,14 @@ class Launch:
     condition: Tensor | None = None
     noise: Any = None
     antithetic: bool = False
-    state: Tensor | None = None
+    state: States | None = None
     step: int = 0
     tolerance: float | None = None
     chunk: int | None = None
 
     def begin(
         self, problem: ControlProblem, chain: Chain, num_paths: int, control: Any, seed: int
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[States, Any]:
         """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
         state, step, condition = self.state, self.step, self.condition
         check_name("keep", self.keep, KEEP)

@@ -21,6 +21,7 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
 from ..randomness import Place, derive_seed
+from ..shapes import PerPath, Samples, Scalar, States
 from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
@@ -271,7 +272,7 @@ class ControlProblem:
             self._chains[key] = main
         return self._chains[key]
 
-    def draw_start(self, n: int, seed: int) -> Tensor:
+    def draw_start(self, n: int, seed: int) -> States:
         """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
         return draw(self.origin, n, derive_seed(seed, Place.START))
 
@@ -285,8 +286,8 @@ class ControlProblem:
         count_reward(value, len(x))
         return value
 
-    def reward(self, x: Tensor, condition: Any = None) -> Tensor:
-        """``r`` at decoded states, ``(batch,)``, checked; in pieces of ``reward_batch_size``.
+    def reward(self, x: Samples, condition: Any = None) -> PerPath:
+        """``r`` at decoded states, checked; in pieces of ``reward_batch_size``.
 
         Raises:
             NonFiniteError: with the number of rows.
@@ -332,13 +333,13 @@ class ControlProblem:
         """Of the dtype and on the device that functions of states x return numbers in."""
         return x if x.is_floating_point() else torch.zeros((), dtype=self.dtype, device=x.device)
 
-    def running_cost(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        """``f(x, t)``, ``(batch,)``."""
+    def running_cost(self, x: States, t: Scalar, condition: Any = None) -> PerPath:
+        """``f(x, t)``."""
         f: Any = self.running_cost_function
         return self._with_graph("running_cost", x, f(x, t) if condition is None else f(x, t, condition))
 
     @property
-    def running_cost_or_none(self) -> Callable[[Tensor, Tensor, Any], Tensor] | None:
+    def running_cost_or_none(self) -> Callable[[States, Scalar, Any], PerPath] | None:
         f = self.running_cost_function
         return f if f is None or isinstance(f, QuadraticCost) else self.running_cost
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..shapes import PerPath, PerStep, Samples, Scalar, StatePaths, States, Times
 from ..tensors import as_float, check_tensor, symmetric
 
 
@@ -32,7 +33,7 @@ class Quadratic:
             raise TypeError(f"g has dtype {self.g.dtype}, G has {G.dtype}; make them agree.")
         self.c = as_float("c", c)
 
-    def __call__(self, x: Tensor, y: Any = None) -> Tensor:  # whatever the condition
+    def __call__(self, x: Samples, y: Any = None) -> PerPath:  # whatever the condition
         return ((self.g - 0.5 * (x @ self.G)) * x).sum(-1) + self.c
 
 
@@ -44,7 +45,7 @@ class Linear:
         if g.ndim == 0:
             raise ValueError("g must have the shape of a state; got a 0-d tensor.")
 
-    def __call__(self, x: Tensor, y: Any = None) -> Tensor:  # whatever the condition
+    def __call__(self, x: Samples, y: Any = None) -> PerPath:  # whatever the condition
         return (x * self.g).flatten(x.ndim - self.g.ndim).sum(-1)
 
 
@@ -62,7 +63,7 @@ class LogProb:
             )
         self.classifier, self.label = classifier, label
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Samples, y: Tensor | None = None) -> PerPath:
         logits = self.classifier(x)
         if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
             raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}.")
@@ -93,15 +94,15 @@ class QuadraticCost:
         value = self._F(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64))
         return symmetric(value)
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: States, t: Scalar, y: Tensor | None = None) -> PerPath:
         return 0.5 * ((x @ self.F_at(t).to(x.dtype)) * x).sum(-1)
 
-    def gradients(self, states: Tensor, times: Tensor) -> Tensor:
-        """``F(t_k) x_k`` at states ``(K, batch, d)``."""
+    def gradients(self, states: StatePaths, times: Times) -> StatePaths:
+        """``F(t_k) x_k``."""
         if isinstance(self._F, Tensor):
             return states @ self._F.to(states.dtype)
         return states @ torch.stack([self.F_at(t).to(states.dtype) for t in times])
 
-    def along(self, states: Tensor, times: Tensor) -> Tensor:
-        """``f(x_k, t_k)`` at states ``(K, batch, d)``: ``(K, batch)``."""
+    def along(self, states: StatePaths, times: Times) -> PerStep:
+        """``f(x_k, t_k)``."""
         return 0.5 * (self.gradients(states, times) * states).sum(-1)

@@ -22,6 +22,7 @@ from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.sde import SDE
 from ..randomness import Place, derive_seed
+from ..shapes import States
 from ..tensors import check_tolerance
 from .launch import Launch
 from .problem import ControlProblem
@@ -122,7 +123,7 @@ def _flow(
 
 def log_likelihood(
     model: GenerativeSDE | ControlProblem,
-    x: Tensor,
+    x: States,
     *,
     condition: Tensor | None = None,
     divergence: str | None = None,
@@ -138,7 +139,7 @@ def log_likelihood(
 
     Args:
         model: a ``generative_sde(...)``, or a problem with one (whose ``initial`` is then the start's law).
-        x: ``(n, *event)`` states at the end (data), n >= 1.
+        x: states at the end (data), at least one.
         condition: ``(n, ...)`` for a conditional model.
         divergence: "exact" (a product with the Jacobian per dimension), "hutchinson" (random, unbiased, with its
             standard error); None: exact up to 32 dimensions.
@@ -147,7 +148,7 @@ def log_likelihood(
         seed: of the directions; None draws one from torch's global generator.
 
     Returns:
-        :class:`LogLikelihood`: ``value`` ``(n,)``, ``stderr`` ``(n,)`` (0 where exact), ``latent`` ``(n, *event)``.
+        :class:`LogLikelihood`: ``value``, ``stderr`` (0 where exact), ``latent``.
 
     Raises:
         TypeError: not a generative model. NonFiniteError: the flow or the density is not finite.

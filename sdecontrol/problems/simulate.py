@@ -14,6 +14,7 @@ from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
 from ..randomness import fresh_seed
+from ..shapes import States
 from ..tensors import check_count
 from .launch import Launch
 from .problem import ControlProblem
@@ -30,7 +31,7 @@ def simulate(
     keep: str = "all",
     noise: Any = None,
     antithetic: bool = False,
-    state: Tensor | None = None,
+    state: States | None = None,
     step: int = 0,
     condition: Tensor | None = None,
     tolerance: float | None = None,
@@ -52,7 +53,7 @@ def simulate(
             for common random numbers; for "srk" a pair of these: for the increments, and for their space-time
             integrals.
         antithetic: paths 2i and 2i+1 get opposite noise.
-        state, step: resume from states ``(num_paths, *event)`` at step ``step``; with the seed of an earlier run the
+        state, step: resume from states at step ``step``; with the seed of an earlier run the
             noise is that run's, so that the paths continue it.
         condition: ``(num_paths, ...)`` conditions; default: drawn from the problem's.
         tolerance: adaptive steps between the grid's times with this relative and absolute error: torchsde's (step sizes
@@ -135,7 +136,7 @@ def roll_out(
     problem: ControlProblem,
     chain: Chain,
     control: Any,
-    x0: Tensor,
+    x0: States,
     noise: NoiseSource,
     condition: Any = None,
     until: int | None = None,

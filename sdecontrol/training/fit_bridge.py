@@ -12,6 +12,7 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.linear import LinearSDE
 from ..processes.schedules import FlowMatching
 from ..randomness import Place, derive_seed, fresh_seed, generator_for, global_rng
+from ..shapes import States
 from ..tensors import check_tensor, symmetric
 from .fitting import ResidualNetwork, check_data, descend, trained_copy
 
@@ -23,7 +24,7 @@ _LARGEST = 2048
 
 
 def fit_bridge(
-    data: Tensor,
+    data: States,
     reference: LinearSDE | FlowMatching,
     initial: Any = None,
     model: nn.Module | None = None,

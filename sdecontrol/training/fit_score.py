@@ -10,6 +10,7 @@ from ..errors import check_name
 from ..processes.generative import PREDICTIONS, noise_coefficients
 from ..processes.schedules import Schedule
 from ..randomness import Place, fresh_seed, generator_for, global_rng
+from ..shapes import States
 from ..tensors import as_float, batch_like, check_tensor
 from .fitting import check_data, descend, trained_copy
 from .score_network import ConditionalScoreNetwork, ScoreNetwork
@@ -20,7 +21,7 @@ _APART = 0.02  # nats between the noised data and the law that generation starts
 
 
 def fit_score(
-    data: Tensor,
+    data: States,
     schedule: Schedule,
     prediction: str = "noise",
     model: nn.Module | None = None,

@@ -32,6 +32,7 @@ def test_mmd_of_gaussians_is_unbiased(mean: float, width: float) -> None:
     assert abs(float(values.mean()) - truth) < 4 * error < 0.025
 
 
+@pytest.mark.wrong_shapes
 def test_mmd_of_many_samples_and_of_weighted_ones() -> None:
     a, b = normal(1500, 0), normal(1200, 1, 1.0)
     assert sc.metrics.mmd(a, b, 1.0) == pytest.approx(gaussian_mmd(2**0.5, 1.0, 2), abs=0.03)
@@ -48,6 +49,7 @@ def test_mmd_of_many_samples_and_of_weighted_ones() -> None:
         sc.metrics.mmd(a, b, 0.0)
 
 
+@pytest.mark.wrong_shapes
 def test_energy_wasserstein_of_gaussians() -> None:
     """Energies of N(0, s^2 I) under -|x|^2/2 are s^2 times those of N(0, I): the distance is |s^2 - 1| d/2, whatever
     the rotation."""
@@ -85,6 +87,7 @@ def test_a_mode_is_hit_by_a_tenth_of_its_weight() -> None:
     assert sc.metrics.mode_coverage(x, modes, least=0.0).hit == 1  # a mode without any sample is never hit
 
 
+@pytest.mark.wrong_shapes
 def test_mode_coverage_of_a_collapsed_sampler() -> None:
     target = sc.library.named_target("gmm9")
     assert target.modes is not None
