@@ -21,6 +21,9 @@ _SELECTIONS = {"best": "best", "softmax": "weights", "rejection": "rejection"}
 class BestOfN(Method):
     """Each sample is chosen among ``n`` independent candidates; nothing is trained.
 
+    One method with three rules of choice, since all else is shared: where candidates come from, and what n costs. To
+    keep all candidates with their weights is ``solution.weighted_sample``, or :class:`SMC`.
+
     Args:
         n: candidates per sample.
         selection: "best": the one of the largest total reward. Its law is not the tilted one, alpha plays no part; its

@@ -18,6 +18,10 @@ class ClassifierGuidance(Method):
     """``u = sigma^T grad_x log p(label | x_t)``: value guidance with ``r = log p(label | x)`` and alpha = 1; nothing is
     trained.
 
+    It is :class:`ValueGuidance` with a value that a classifier makes, under the name that users of diffusion models
+    know: both have the same control, of another value. With a ``LogProb`` reward, alpha = 1 and no classifier given it
+    is ``ValueGuidance("tweedie")``; beyond that it takes a classifier that is not the reward, and one of noisy states.
+
     The problem says what is sampled: with ``reward=sc.LogProb(classifier, label)`` and alpha = 1 the target is the
     conditional law, and ``evaluate`` and the weights are towards the problem's own target, whatever the guidance.
 

@@ -462,3 +462,18 @@ def test_what_guidance_cannot_do_is_refused_by_name():
         sc.ValueGuidance("montecarlo")
     with pytest.raises(TypeError, match="proposal must be"):
         sc.solve(problem, sc.PathIntegralGuidance(proposal=3), time_steps=K)
+
+
+def test_classifier_guidance_of_the_reward_is_tweedie_value_guidance_at_alpha_one():
+    """Bit for bit, as the docstring says; at another alpha the value is divided by it and the classifier's is not."""
+    law = sc.GaussianMixture(torch.tensor([0.6, 0.4]), torch.tensor([[-1.5, 0.0], [1.5, 0.5]]), 0.1)
+    reward = sc.LogProb(lambda x: torch.stack((x[:, 0], -x[:, 0]), 1), 1)
+
+    def ends(method, alpha):
+        problem = sc.ControlProblem(sc.generative_sde(law, sc.VP(), shape=(2,)), reward=reward, alpha=alpha)
+        return sc.solve(problem, method, time_steps=5, seed=0).sample(64, seed=1)
+
+    value, classifier = sc.ValueGuidance("tweedie"), sc.ClassifierGuidance()
+    assert torch.equal(ends(classifier, 1.0), ends(value, 1.0))
+    assert torch.equal(ends(classifier, 0.5), ends(classifier, 1.0))
+    assert not torch.equal(ends(value, 0.5), ends(value, 1.0))
