@@ -166,7 +166,7 @@ def control(
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     page: Annotated[
-        bool, typer.Option("--page", help="Only write docs/control.md and its figure from what is there.")
+        bool, typer.Option("--page", help="Only write docs/tables/control.md and its figure from what is there.")
     ] = False,
 ) -> None:
     """The control card: error of the control against CPU-seconds, per method, problem and seed.

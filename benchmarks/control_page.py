@@ -11,9 +11,9 @@ __all__ = ["write_figure", "write_page"]
 
 ROOT = Path(__file__).parents[1]
 PAGE, FIGURE, NOTES = (
-    ROOT / "docs" / "control.md",
-    ROOT / "docs" / "images" / "control.png",
-    ROOT / "docs" / "control_notes.md",
+    ROOT / "docs" / "tables" / "control.md",
+    ROOT / "docs" / "tables" / "images" / "control.png",
+    ROOT / "docs" / "tables" / "control_notes.md",
 )
 
 
@@ -76,7 +76,7 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def write_page(cells: list[dict[str, Any]], methods: list[str]) -> str:
-    """Write ``docs/control.md`` and return it."""
+    """Write ``docs/tables/control.md`` and return it."""
     parts = [
         "# The control card",
         "",

@@ -247,7 +247,7 @@ def digits(
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     page: Annotated[
-        bool, typer.Option("--page", help="Only write docs/digits.md and its figures from what is there.")
+        bool, typer.Option("--page", help="Only write docs/tables/digits.md and its figures from what is there.")
     ] = False,
 ) -> None:
     """Digits: reward against KL, gap, coverage and diversity of all methods, beside the exactly tilted law.

@@ -11,8 +11,8 @@ from .digits_problem import ALPHAS, LABEL, REWARDS, STEPS
 __all__ = ["collapsed", "write_figures", "write_page"]
 
 ROOT = Path(__file__).parents[1]
-PAGE, NOTES = ROOT / "docs" / "digits.md", ROOT / "docs" / "digits_notes.md"
-FIGURE, STRIPS = (ROOT / "docs" / "images" / name for name in ("digits.png", "digits_samples.png"))
+PAGE, NOTES = ROOT / "docs" / "tables" / "digits.md", ROOT / "docs" / "tables" / "digits_notes.md"
+FIGURE, STRIPS = (ROOT / "docs" / "tables" / "images" / name for name in ("digits.png", "digits_samples.png"))
 _TILT = "exact tilt"
 #: shares of the exact tilt's below which a method's is called collapsed
 _CLASSES, _NEIGHBOUR = 0.6, 0.75
@@ -85,7 +85,7 @@ def _table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write_page(cells: list[dict[str, Any]], order: list[str]) -> str:
-    """Write ``docs/digits.md`` and return it."""
+    """Write ``docs/tables/digits.md`` and return it."""
     groups = _groups(cells, order)
     fronts = {c["reward_name"]: c for c in cells if "frontier" in c}
     budgets = sorted({c["budget_cpu_seconds"] for c in cells if c.get("budget_cpu_seconds")})

@@ -217,7 +217,7 @@ def gibbs(
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     page: Annotated[
-        bool, typer.Option("--page", help="Only write docs/gibbs_table.md and its figure from what is there.")
+        bool, typer.Option("--page", help="Only write docs/tables/gibbs_table.md and its figure from what is there.")
     ] = False,
 ) -> None:
     """Sampling of unnormalised densities: errors of log Z, bounds and modes, per method, target and seed.

@@ -13,8 +13,8 @@ from .mixture_page import over_seeds
 __all__ = ["write_figure", "write_page"]
 
 ROOT = Path(__file__).parents[1]
-PAGE, NOTES = ROOT / "docs" / "gibbs_table.md", ROOT / "docs" / "gibbs_table_notes.md"
-FIGURE = ROOT / "docs" / "images" / "gibbs_table.png"
+PAGE, NOTES = ROOT / "docs" / "tables" / "gibbs_table.md", ROOT / "docs" / "tables" / "gibbs_table_notes.md"
+FIGURE = ROOT / "docs" / "tables" / "images" / "gibbs_table.png"
 
 Cell = dict[str, Any]
 

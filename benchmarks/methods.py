@@ -23,7 +23,7 @@ from .timing import cost_row, interleaved, iteration
 from .tuning_cost import NUMBERS, STEPS, tuning_rows
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
-PAGE = Path(__file__).parents[1] / "docs" / "iteration_cost.md"
+PAGE = Path(__file__).parents[1] / "docs" / "tables" / "iteration_cost.md"
 
 
 # What an iteration must call, in units of `_calls`: "roll" K calls of the control on the batch, without a graph;

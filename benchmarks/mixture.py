@@ -305,7 +305,7 @@ def mixture(
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     page: Annotated[
-        bool, typer.Option("--page", help="Only write docs/mixture.md and its figure from what is there.")
+        bool, typer.Option("--page", help="Only write docs/tables/mixture.md and its figure from what is there.")
     ] = False,
 ) -> None:
     """The Gaussian-mixture inverse problem: distance to the exact posterior, per row, number of observations and seed.

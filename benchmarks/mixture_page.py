@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["write_figure", "write_page"]
 
 ROOT = Path(__file__).parents[1]
-PAGE, FIGURE = ROOT / "docs" / "mixture.md", ROOT / "docs" / "images" / "mixture.png"
+PAGE, FIGURE = ROOT / "docs" / "tables" / "mixture.md", ROOT / "docs" / "tables" / "images" / "mixture.png"
 OBSERVATIONS = (1, 2, 4)
 DIVERGED = 0.01  # share of samples beyond the prior's reach from which on a cell counts as diverged
 _SKEWED = 3.0  # mean over median from which on the median is printed first
@@ -182,7 +182,7 @@ def _bar(cells: Sequence[Cell]) -> list[str]:
 
 
 def write_page(cells: list[Cell], rows: Sequence[str]) -> str:
-    """Write ``docs/mixture.md`` and return it; empty where there are no cells."""
+    """Write ``docs/tables/mixture.md`` and return it; empty where there are no cells."""
     if not cells:
         return ""
     parts = [

@@ -23,7 +23,7 @@ from .cells import store, versions
 __all__ = ["optimum"]
 
 RESULTS = Path(__file__).parent / "results" / "optimum"
-_PAGE = Path(__file__).parents[1] / "docs" / "optimum.md"
+_PAGE = Path(__file__).parents[1] / "docs" / "tables" / "optimum.md"
 BUDGETS = (10.0, 60.0, 300.0)
 _GRADIENT, _OTHER = 5e-3, 2e-2  # the bars
 _STEPS = {"linear-quadratic": 20, "overlapping-mixture": 50, "mixture": 50}
@@ -125,7 +125,7 @@ def optimum(
     method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
-    page: Annotated[bool, typer.Option("--page", help="Only write docs/optimum.md from what is there.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Only write docs/tables/optimum.md from what is there.")] = False,
 ) -> None:
     """The optimum: what every training method needs to reach it, on three chains whose optimum is exact.
 

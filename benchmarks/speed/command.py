@@ -1,4 +1,4 @@
-"""``python -m benchmarks speed``: measures, prints the bars, writes JSON, a figure and ``docs/speed.md``."""
+"""``python -m benchmarks speed``: measures, prints the bars, writes JSON, a figure and ``docs/tables/speed.md``."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def speed(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are printed.")] = 7,
     long: Annotated[bool, typer.Option(help="Also 10 000 steps x 4096 paths in chunks (minutes).")] = True,
     results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS,
-    page: Annotated[bool, typer.Option(help="Write docs/speed.md and its figure.")] = True,
+    page: Annotated[bool, typer.Option(help="Write docs/tables/speed.md and its figure.")] = True,
 ) -> None:
     """Speed and memory against the network alone, a bare loop and torchsde, interleaved in one run.
 
@@ -161,6 +161,6 @@ def speed(
     results.mkdir(parents=True, exist_ok=True)
     (results / "speed.json").write_text(json.dumps(data, indent=1) + "\n")
     if page:
-        write_figure(data, ROOT / "docs" / "images" / "speed.png")
-        write_page(data, ROOT / "docs" / "speed.md")
+        write_figure(data, ROOT / "docs" / "tables" / "images" / "speed.png")
+        write_page(data, ROOT / "docs" / "tables" / "speed.md")
     print(bars_table(data))

@@ -1,4 +1,4 @@
-"""``docs/speed.md`` and its figure, from the measured numbers."""
+"""``docs/tables/speed.md`` and its figure, from the measured numbers."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def recommend(
 
 _FOR_DENSITIES = (
     "a density by itself: particles that learn where to begin; on the targets measured more exact for its evaluations "
-    "than what is trained on paths (docs/gibbs_table.md)."
+    "than what is trained on paths (docs/tables/gibbs_table.md)."
 )
 
 
@@ -157,7 +157,7 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
         ParticleMatching(),
         "no gradient needed; particles find modes that the control's own paths never reach, and the control learns "
         "from them: on mixture posteriors with modes far apart, where it begins with a mixture fitted to particles, "
-        "nothing else that was trained came as near to the target (docs/mixture.md).",
+        "nothing else that was trained came as near to the target (docs/tables/mixture.md).",
     )
     # a model that is not to be tuned itself: the control begins with a mixture
     begun = (
