@@ -1,6 +1,7 @@
 # make run    the demo: installs what it needs into .venv and runs `sdecontrol demo`
 # make test   ruff, pyright and the default tests;  make test-slow  the longer statistical ones;
 #             make test-shapes  some of the default tests with the shapes in all signatures checked at every call
+# make docs   the site, in site/; a warning is an error
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ WORKERS ?= 2
 # One thread per process: more are slower here (small matrices), and far slower beside other work.
 export OMP_NUM_THREADS := 1
 
-.PHONY: run test test-slow test-shapes clean
+.PHONY: run test test-slow test-shapes docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/sdecontrol demo $(ARGS)
@@ -30,6 +31,9 @@ test-shapes: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "sdecontrol needs Python >= 3.11; run: make PYTHON=/path/to/python3.11 ..."; exit 1; }
@@ -45,5 +49,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --constraint constraints.txt --editable '.[dev,examples]'
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) output build sdecontrol.egg-info
+	rm -rf $(VENV) output build site sdecontrol.egg-info

@@ -1,4 +1,4 @@
-"""The code of the README and of the page on densities runs as written (with one iteration of training instead of
+"""The code of the README and of the site's first pages runs as written (with one iteration of training instead of
 hundreds)."""
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ import sdecontrol as sc
 from sdecontrol.methods import find_method
 
 ROOT = Path(__file__).parents[2]
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/getting_started.md",
+    "docs/control_problems.md",
+    "docs/fine_tuning.md",
+    "docs/densities.md",
+    "docs/which.md",
+)
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -32,8 +41,9 @@ class Model(nn.Module):
         return self.gain * s.reshape(-1, 1, 1, 1) * x
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/gibbs.md"])
-def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # what a page writes
     solve = sc.solve
 
     @functools.wraps(solve)
