@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 # the rooms whose signatures name shapes, by tests that run through all of them
-SHAPES := tests/house/test_shapes.py tests/chains tests/paths
+SHAPES := tests/house/test_shapes.py tests/chains tests/paths tests/exact/test_exact_mixtures.py
 
 test-shapes: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --shapes $(SHAPES)
