@@ -130,7 +130,7 @@ class Place(enum.IntEnum):
     PPO_VALUE = 606
     PPO_ORDER = 607  # [iteration, epoch, part]
     RECIPROCAL = 608  # ends and bridges of reciprocal adjoint matching [iteration]
-    BACKPROP_REACH = 609  # [iteration, part]
+    BACKPROP_TRUNCATION = 609  # [iteration, part]
     BRIDGES = 610  # of bridge matching [iteration, part]
     PATH_INTEGRAL_CONTROL = 611  # the seed of a path-integral control
     GUIDANCE_VALUE = 612

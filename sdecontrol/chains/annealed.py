@@ -37,16 +37,16 @@ class AnnealedChain(Chain):
         self._steps, self._gains = [], []
         for t, h in zip(clock, self.step_sizes):
             v, e = sde.variance(t + 0.5 * h), sde.relaxations * h / sde.horizon
-            pull, spread = (0.5 * e, e) if scheme == "euler" else (-math.expm1(-0.5 * e), -math.expm1(-e))
-            self._steps.append(((pull * v).to(device, dtype), (spread * v).sqrt().to(device, dtype)))
+            drift, spread = (0.5 * e, e) if scheme == "euler" else (-math.expm1(-0.5 * e), -math.expm1(-e))
+            self._steps.append(((drift * v).to(device, dtype), (spread * v).sqrt().to(device, dtype)))
             # a held control's effect over the scale
-            self._gains.append(math.sqrt(h) * (2 * pull / e) / math.sqrt(spread / e))
+            self._gains.append(math.sqrt(h) * (2 * drift / e) / math.sqrt(spread / e))
         self.reverse = _Backwards(self)
 
     def langevin(self, k: int, at: int, x: States, condition: Any) -> tuple[States, Scale]:
         """Mean and scale of a Langevin step from x as long as step k, towards the density of the ``at``-th time."""
-        pull, scale = self._steps[k]
-        return x + pull * self.reference.annealed_score(x, self._betas[at], condition), scale
+        drift, scale = self._steps[k]
+        return x + drift * self.reference.annealed_score(x, self._betas[at], condition), scale
 
     def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         return self.langevin(k, k, x, condition)

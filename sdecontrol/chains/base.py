@@ -131,7 +131,7 @@ class Chain:
             return u @ torch.stack(gains).mT  # type: ignore[arg-type]
         return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
 
-    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         """What made step k from states x, by name: the first that is not finite is at fault."""
         mean, scale = self.kernel(k, x, condition)
         return [("drift", mean), ("diffusion", scale)]

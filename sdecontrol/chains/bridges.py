@@ -56,17 +56,26 @@ class ChainBridge:
         self._steps: list[tuple[Tensor, ...]] = []
         for k, (A, b, L) in enumerate(steps):
             M, m, C = after[k + 1]
-            pull = L.mT @ M.mT @ torch.linalg.pinv(symmetric(after[k][2]), hermitian=True)
-            noise_root = factor(symmetric(torch.eye(L.shape[1], dtype=L.dtype, device=L.device) - pull @ M @ L))
+            noise_gain = L.mT @ M.mT @ torch.linalg.pinv(symmetric(after[k][2]), hermitian=True)
+            noise_root = factor(symmetric(torch.eye(L.shape[1], dtype=L.dtype, device=L.device) - noise_gain @ M @ L))
             self._steps.append(tuple(v.to(zero) for v in (A, b, L, noise_root)))
             first, shift, cov = before[k]
             to_end, end_shift, end_cov = after[k]
             gain, keep, root = _conditioned(cov, to_end, end_cov)
             rows.append(
-                (keep @ first, gain, keep @ shift - gain @ end_shift, root, pull, -pull @ M @ A, -pull @ (M @ b + m))
+                (
+                    keep @ first,
+                    gain,
+                    keep @ shift - gain @ end_shift,
+                    root,
+                    noise_gain,
+                    -noise_gain @ M @ A,
+                    -noise_gain @ (M @ b + m),
+                )
             )
         parts = [torch.stack([row[i] for row in rows]).to(zero) for i in range(7)]
-        self._first, self._gain, self._shift, self._root, self._pull, self._back, self._push = parts
+        self._first, self._gain, self._shift, self._root, *noise_parts = parts
+        self._noise_of_end, self._noise_of_state, self._noise_shift = noise_parts
         self._whole = after[0]
 
     def start_given_end(self, initial: Dirac | Gaussian, end: States, noise: States) -> States:
@@ -86,14 +95,19 @@ class ChainBridge:
         """Whole paths of the reference given both ends; noise standard normal."""
         x, states = start, [start]
         for k, (A, b, L, root) in enumerate(self._steps[:-1]):
-            xi = x @ self._back[k].mT + end @ self._pull[k].mT + self._push[k] + noise[k] @ root.mT
+            xi = (
+                x @ self._noise_of_state[k].mT
+                + end @ self._noise_of_end[k].mT
+                + self._noise_shift[k]
+                + noise[k] @ root.mT
+            )
             x = x @ A.mT + b + xi @ L.mT
             states.append(x)
         return torch.stack([*states, end])
 
     def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
         """``E[xi_k | x_k, x_K]`` at states of all steps."""
-        return states @ self._back.mT + end @ self._pull.mT + self._push.unsqueeze(1)
+        return states @ self._noise_of_state.mT + end @ self._noise_of_end.mT + self._noise_shift.unsqueeze(1)
 
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,7 +93,7 @@ class CategoricalChain(Reference, Chain):
     def control(self, k: int, c: Noises) -> Controls:
         return c
 
-    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         return [("log_probs", self.log_probs(k, x, condition).exp())]
 
     # ---------------------------------------------------------------- what a problem asks of a reference

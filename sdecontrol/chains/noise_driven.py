@@ -52,7 +52,7 @@ class NoiseDrivenChain(Reference, Chain):
     def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
         return self._call(k, x, xi if c is None else xi + c, condition)
 
-    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         return [("step", self.step(k, x, x.new_zeros(len(x), *self.noise_shape), None, condition))]
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:

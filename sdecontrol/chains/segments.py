@@ -110,9 +110,9 @@ class SegmentedChain(Chain):
         own = [part if part is None else part[..., : chain.noise_shape[-1]] for part in (xi, c)]
         return chain.step(j, x, own[0], own[1], condition)  # type: ignore[arg-type]
 
-    def blame(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
+    def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         chain, j = self.part(k)
-        return chain.blame(j, x, condition)
+        return chain.step_parts(j, x, condition)
 
     def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         chain, j = self.part(k)

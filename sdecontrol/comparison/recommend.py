@@ -315,7 +315,7 @@ def backward_graph(problem: ControlProblem, chain: Chain, batch_size: int, given
         x.requires_grad_(x.is_floating_point())
         y = problem.draw_condition(rows, 0)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), remembering():
-            held = [value for _, value in chain.blame(k, x, y)] + [shift(k, x, y)]
+            held = [value for _, value in chain.step_parts(k, x, y)] + [shift(k, x, y)]
         del held
         return sum(x.untyped_storage().nbytes() for x in kept.values())
 

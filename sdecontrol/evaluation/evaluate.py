@@ -11,9 +11,9 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..paths.paths import Paths
 from ..paths.weights import effective_number
-from ..problems.launch import Launch
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
+from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import PerPath
 from ..tensors import check_count
@@ -228,7 +228,7 @@ def _per_start(
         seed=derive_seed(seed, Place.EVALUATION_REPLICAS),
         keep="end",
         condition=y,
-        launch=Launch(state=x0),
+        how=SimulationOptions(state=x0),
     )
     log_w = log_weights(problem, paths).double().reshape(starts, _REPLICAS)
     whole = torch.logsumexp(log_w, 1) - math.log(_REPLICAS)

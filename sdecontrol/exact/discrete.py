@@ -22,7 +22,7 @@ def soft_step(form: Form, step: AffineStep, where: str) -> tuple[Form, Transitio
     section 2)."""
     M, m, L, _ = step
     average = soft_average(form, L, where)
-    kernel = Transition(average.keep @ M, average.keep @ m + average.pull, average.root @ average.root.mT)
+    kernel = Transition(average.matrix @ M, average.matrix @ m + average.shift, average.root @ average.root.mT)
     return average.form.through(M, m), kernel
 
 
@@ -38,7 +38,7 @@ def shift_step(form: Form, step: AffineStep, where: str) -> tuple[Form, tuple[Te
     rank = int((_RANK * S[0] < S).sum())
     average = soft_average(form, L @ U[:, :rank], where)
     constant = form.c + 0.5 * (average.root.mT @ form.q).square().sum() - 0.5 * (form.P * (L @ L.mT)).sum()
-    to_u = (Vh[:rank].mT / S[:rank]) @ average.push  # z = push (q - P y), and u = C^+ Q z has the minimum norm
+    to_u = (Vh[:rank].mT / S[:rank]) @ average.gain  # z = gain (q - P y), and u = C^+ Q z has the minimum norm
     feedback = -to_u @ form.P @ M, to_u @ (form.q - form.P @ m)
     return average.form._replace(c=constant).through(M, m), feedback
 

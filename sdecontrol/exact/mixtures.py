@@ -64,7 +64,7 @@ def tilted_mixture(mixture: GaussianMixture, tilt: Form) -> tuple[GaussianMixtur
     roots = factor(mixture.covariances)
     parts = [soft_average(tilt, root, f"in component {i} of the mixture") for i, root in enumerate(roots)]
     logs = torch.stack([w + part.form.at(m) for w, m, part in zip(mixture.log_weights, mixture.means, parts)])
-    means = torch.stack([part.keep @ m + part.pull for m, part in zip(mixture.means, parts)])
+    means = torch.stack([part.matrix @ m + part.shift for m, part in zip(mixture.means, parts)])
     return _mixture(logs, means, torch.stack([part.root @ part.root.mT for part in parts])), logs.logsumexp(0)
 
 

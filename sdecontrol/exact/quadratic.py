@@ -41,13 +41,13 @@ class Form(NamedTuple):
 
 
 class SoftAverage(NamedTuple):
-    """``y -> log E[exp(form(y + L xi))]`` and the law of ``y + L xi`` so tilted, ``N(keep y + pull, root root')``."""
+    """``y -> log E[exp(form(y + L xi))]`` and the law ``N(matrix y + shift, root root')`` of ``y + L xi`` so tilted."""
 
     form: Form
-    keep: Tensor
-    pull: Tensor
+    matrix: Tensor
+    shift: Tensor
     root: Tensor
-    push: Tensor  # B^-1 L', (n, d): the tilted noise has the mean push (q - P y)
+    gain: Tensor  # B^-1 L', (n, d): the tilted noise has the mean gain (q - P y)
 
 
 def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
@@ -69,15 +69,15 @@ def soft_average(form: Form, L: Tensor, where: str) -> SoftAverage:
             "noise there. Use a larger alpha, a less convex reward or a shorter horizon."
         )
     root = torch.linalg.solve_triangular(R, L.mT, upper=False).mT
-    push = torch.cholesky_solve(L.mT, R)
-    inner = push @ P
-    keep = torch.eye(d, dtype=L.dtype) - L @ inner
+    gain = torch.cholesky_solve(L.mT, R)
+    inner = gain @ P
+    matrix = torch.eye(d, dtype=L.dtype) - L @ inner
     averaged = Form(
-        symmetric(keep.mT @ P @ keep + inner.mT @ inner),
-        keep.mT @ q,
+        symmetric(matrix.mT @ P @ matrix + inner.mT @ inner),
+        matrix.mT @ q,
         c + 0.5 * (root.mT @ q).square().sum() - R.diagonal().log().sum(),
     )
-    return SoftAverage(averaged, keep, root @ (root.mT @ q), root, push)
+    return SoftAverage(averaged, matrix, root @ (root.mT @ q), root, gain)
 
 
 def compose(first: Transition, second: Transition) -> Transition:

@@ -38,8 +38,8 @@ def solve_riccati(linear: LinearSDE, terms: Terms) -> Any:
         A, a, sigma = linear.coefficients(t)
         P, q = y[: d * d].reshape(d, d), y[d * d : -1]
         noise = sigma @ sigma.T
-        pull = A.T @ P
-        dP = -pull - pull.T + P @ noise @ P
+        drift_part = A.T @ P
+        dP = -drift_part - drift_part.T + P @ noise @ P
         if terms.F is not None:
             dP -= terms.F(t).numpy()
         dq = -A.T @ q + P @ (a + noise @ q)
@@ -114,7 +114,7 @@ class RiccatiSolution(LinearQuadraticSolution):
     def _start(self, s: float, t: float) -> Transition:
         """The law of X_t given X_s under the optimum, s <= t <= 0."""
         average = soft_average(self._form(t), (t - s) ** 0.5 * self._start_root, "over the controlled start")
-        return Transition(average.keep, average.pull, average.root @ average.root.mT)
+        return Transition(average.matrix, average.shift, average.root @ average.root.mT)
 
     def _integrate(self, s: float, t: float) -> Transition:
         """The closed loop ``dX = (A X + a + Sigma (q - P X)) dt + sigma dW`` from s to t, 0 <= s <= t."""

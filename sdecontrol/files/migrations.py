@@ -12,7 +12,7 @@ _SAMPLERS = {  # tensors of solutions that are ways of sampling
     "chains.apart": "chains.thin",
     "ladder.leaps": "ladder.leapfrog_steps",
 }
-_ROUNDS = {"state.quiet": "state.unchanged"}  # of a checkpoint of Auto
+_STATES = {"state.quiet": "state.unchanged", "state.calm": "state.since_taken_back"}  # of checkpoints
 _PARAMETERS = (("gate", "langevin"), ("bent", "radial"))  # of networks, which alone have a time_weight
 _SORTS = {"chains": "chains", "tempering": "tempered", "particles": "particles"}  # of solutions, by a field of theirs
 
@@ -67,7 +67,7 @@ def _standard_names(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dic
         _rename(own.get("chains") if isinstance(own, dict) else None, leaps="leapfrog_steps")
     networks = {name.removesuffix("time_weight") for name in tensors if name.endswith("time_weight")}
     renamed = {f"{network}{former}": f"{network}{present}" for network in networks for former, present in _PARAMETERS}
-    renamed |= _SAMPLERS if settings["kind"] == "solution" else _ROUNDS
+    renamed |= _SAMPLERS if settings["kind"] == "solution" else _STATES
     return {renamed.get(name, name): value for name, value in tensors.items()}
 
 

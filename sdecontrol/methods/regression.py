@@ -29,9 +29,9 @@ class RegressionState(ControlState):
             control = build_control(run.problem, chain, run.control, seed=run.seed, scale_langevin=False)
         super().__init__(control)
         self.residuals: Tensor
-        self.calm: Tensor
+        self.since_taken_back: Tensor
         self.register_buffer("residuals", chain.times.new_zeros(chain.steps))
-        self.register_buffer("calm", torch.zeros((), dtype=torch.long))  # iterations since a step was taken back
+        self.register_buffer("since_taken_back", torch.zeros((), dtype=torch.long))  # iterations
         self.least_squares = bool(control.linear_parts())
 
     def step_weights(self) -> Tensor:
@@ -50,7 +50,7 @@ class RegressionState(ControlState):
         """How many times their median residuals may be long: bounds grow while nothing goes wrong, so that in the end
         the fixed point is that of squares (truncation at expanding bounds: Chen 2002, Stochastic Approximation and Its
         Applications)."""
-        return None if huber is None else huber * (int(self.calm) + 1) ** 0.25
+        return None if huber is None else huber * (int(self.since_taken_back) + 1) ** 0.25
 
     def observe(self, residuals: Tensor) -> None:
         first = not bool(self.residuals.any())
@@ -73,7 +73,7 @@ def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[P
         except NonFiniteError:
             undo()
             raise
-        state.calm.zero_()
+        state.since_taken_back.zero_()
         return found
 
 
@@ -209,7 +209,7 @@ def descend(
     loss = float((step_weights * mean).sum())
     if run.descend(Regression(parts[0].chain, states, y, loss, weights, step_weights, objective)):
         state.observe(mean)
-        state.calm += 1
+        state.since_taken_back += 1
     else:
-        state.calm.zero_()
+        state.since_taken_back.zero_()
     return float(mean.sum())

@@ -89,8 +89,8 @@ class RewardBackprop(Method):
             backward: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
             options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient}
             if self.gradient == "random":
-                generator = generator_for("cpu", run.seed, Place.BACKPROP_REACH, run.iteration, part)
-                options["reach"] = float(torch.rand((), generator=generator, dtype=torch.float64))
+                generator = generator_for("cpu", run.seed, Place.BACKPROP_TRUNCATION, run.iteration, part)
+                options["truncation"] = float(torch.rand((), generator=generator, dtype=torch.float64))
             objective = Objective(
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )

@@ -122,7 +122,7 @@ class SOCM(Method):
             if jacobians.moving:
                 raise ValueError("diffusion: socm needs one that does not depend on x; use adjoint-matching.")
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
-            if state.loop is not None:  # of these paths: with a fit of ten iterations ago steep problems went astray
+            if state.loop is not None:  # to these paths: an older fit leads astray where the reward is steep
                 state.loop.fit(paths, jacobians.scales)
             targets = self.targets(state, jacobians, slope, costs, problem.alpha)
             shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
@@ -152,8 +152,8 @@ class SOCM(Method):
         drawn = noises + inverse_transposed(jacobians, paths.shifts)
         factors = state.step_matrices(jacobians.chain)
         moved = drawn @ factors if factors.ndim == 3 else drawn * factors.unsqueeze(1)
-        drive = jacobians.mean_products(drawn) - moved
-        adjoints = linear_adjoints(slope, factors, drive if costs is None else drive - costs)[1:]
+        source = jacobians.mean_products(drawn) - moved
+        adjoints = linear_adjoints(slope, factors, source if costs is None else source - costs)[1:]
         if state.loop is not None:
             # the step's own noise, A^{-T} (A - d mean)^T scale^{-T} xi with A the closed loop: its mean vanishes (with
             # weights: at the fixed point), and with it all variance on a linear-quadratic chain at its optimum

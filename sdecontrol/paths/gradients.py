@@ -94,19 +94,19 @@ def backpropagate(
     *,
     parameters: Sequence[Tensor],
     mode: str | int = "full",
-    reach: float = 1.0,
+    truncation: float = 1.0,
 ) -> PathCost:
     """Add ``weight`` times the gradient of the mean path cost to ``parameters``' ``.grad``, and to nothing else's.
 
     Args:
         mode: "full", "checkpoint", "adjoint", "random", or a number of last steps.
-        reach: for "random": a uniform random number in [0, 1), the part of the segments that is visited.
+        truncation: for "random": a uniform random number in [0, 1), the part of the segments that is visited.
     """
     setting = _Setting(chain, noise, control, objective, list(parameters))
     if mode in ("checkpoint", "adjoint"):
         return _by_segments(setting, x0, math.isqrt(chain.steps) if mode == "checkpoint" else _ADJOINT_STEPS)
     if mode == "random":
-        return _by_segments(setting, x0, max(1, min(_ADJOINT_STEPS, chain.steps // _LEAST_SEGMENTS)), reach)
+        return _by_segments(setting, x0, max(1, min(_ADJOINT_STEPS, chain.steps // _LEAST_SEGMENTS)), truncation)
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
@@ -127,12 +127,12 @@ def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), paths.end.detach())
 
 
-def _by_segments(setting: _Setting, x0: States, size: int, reach: float | None = None) -> PathCost:
+def _by_segments(setting: _Setting, x0: States, size: int, truncation: float | None = None) -> PathCost:
     """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment
     at a time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
 
-    With ``reach`` uniform in [0, 1) only the last ``1 + floor(reach S)`` of the S segments are visited, each weighted
-    by 1 over its probability; since all is linear in the adjoint, the weight is carried with it."""
+    With ``truncation`` uniform in [0, 1) only the last ``1 + floor(truncation S)`` of the S segments are visited, each
+    weighted by 1 over its probability; since all is linear in the adjoint, the weight is carried with it."""
     chain, control = setting.chain, setting.control
     # what depends on time alone is computed once: each row of it is a leaf, so that going back one segment costs that
     # segment's rows and not the whole tables; their gradient is passed on at the end
@@ -153,9 +153,9 @@ def _by_segments(setting: _Setting, x0: States, size: int, reach: float | None =
     leaves = [[row.detach().requires_grad_(table.requires_grad) for row in table] for table in tables]
     wanted = [row for rows in leaves for row in rows if row.requires_grad]
     shift = setting.shift(leaves)
-    visited = len(firsts) if reach is None else 1 + int(reach * len(firsts))
+    visited = len(firsts) if truncation is None else 1 + int(truncation * len(firsts))
     for done, first in enumerate(firsts[::-1][:visited]):
-        if reach is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
+        if truncation is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
             grown = (len(firsts) - done + 1) / (len(firsts) - done)
             adjoint, scale = adjoint * grown, scale * grown
         start = starts.pop().detach().requires_grad_(True)

@@ -162,7 +162,7 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
                     return _nonfinite("running cost", k, rows, chain)
             if bool(torch.isfinite(states[j + 1]).all()):
                 continue
-            for what, value in chain.blame(k, x, paths.condition):
+            for what, value in chain.step_parts(k, x, paths.condition):
                 if not bool(torch.isfinite(value).all()):
                     rows = nonfinite_rows(value) if value.ndim and value.shape[0] == x.shape[0] else x.shape[0]
                     return _nonfinite(what, k, rows, chain, f" (largest |x| there: {float(x.abs().max()):.3g})")

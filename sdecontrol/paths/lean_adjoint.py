@@ -225,11 +225,11 @@ def lean_targets(
     """
     costs = jacobians.per_step(costs, alpha)
     if jacobians.matrices is not None:
-        drive = None if costs is None else -costs
+        source = None if costs is None else -costs
         if noise_part is not None:
             own = jacobians.mean_products(noise_part)
-            drive = -own if drive is None else drive - own
-        whole = linear_adjoints(slope, jacobians.matrices, drive)
+            source = -own if source is None else source - own
+        whole = linear_adjoints(slope, jacobians.matrices, source)
     else:
         a = slope
         adjoints = [a]
@@ -244,20 +244,20 @@ def lean_targets(
     return jacobians.scales_transposed(whole[1:] if noise_part is None else whole[1:] - noise_part)
 
 
-def linear_adjoints(end: Tensor, factors: Tensor, drive: Tensor | None) -> Tensor:
+def linear_adjoints(end: Tensor, factors: Tensor, source: Tensor | None) -> Tensor:
     """``a_j = a_{j+1} N_j + drive_j`` back from ``a_K = end``, ``(K+1, batch, d)``.
 
     Args:
-        factors: N, ``(K, d, d)``, or what multiplies elementwise, ``(K, d)`` or ``(K, 1)``. drive: ``(K, batch, d)``;
+        factors: N, ``(K, d, d)``, or what multiplies elementwise, ``(K, d)`` or ``(K, 1)``. source: ``(K, batch, d)``;
             None: 0.
     """
     a, found = end, [end]
     matrix, each = factors.ndim == 3, factors.unbind(0)
     for j in reversed(range(len(each))):
-        if drive is None:
+        if source is None:
             a = a @ each[j] if matrix else a * each[j]
         else:
-            a = torch.addmm(drive[j], a, each[j]) if matrix else torch.addcmul(drive[j], a, each[j])
+            a = torch.addmm(source[j], a, each[j]) if matrix else torch.addcmul(source[j], a, each[j])
         found.append(a)
     return torch.stack(found[::-1])
 

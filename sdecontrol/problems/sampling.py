@@ -24,31 +24,29 @@ from ..processes.sde import SDE
 from ..randomness import Place, derive_seed
 from ..shapes import States
 from ..tensors import check_tolerance
-from .launch import Launch
 from .problem import ControlProblem
+from .simulation_options import SimulationOptions
 
 
 def simulate_solver(
-    problem: ControlProblem, chain: Chain, scheme: str, num_paths: int, control: Any, seed: int, launch: Launch
+    problem: ControlProblem, chain: Chain, scheme: str, num_paths: int, control: Any, seed: int, how: SimulationOptions
 ) -> SolvedPaths:
     """:func:`simulate` with a scheme that is no chain; ``chain`` is the Euler chain of the same grid."""
-    step, resumed, tolerance = launch.step, launch.state is not None, launch.tolerance
+    step, resumed, tolerance = how.step, how.state is not None, how.tolerance
     tolerance = None if tolerance is None else check_tolerance(tolerance, problem.dtype)
-    if (tolerance is not None or scheme == "probability-flow") and (
-        launch.noise is not None or launch.antithetic or resumed
-    ):
+    if (tolerance is not None or scheme == "probability-flow") and (how.noise is not None or how.antithetic or resumed):
         why = "adaptive steps" if scheme != "probability-flow" else "scheme='probability-flow'"
         raise ValueError(f"noise, antithetic, state and step do not go with {why}.")
     if resumed and step and scheme == "reversible-heun":
         raise ValueError("step: reversible-heun carries more than the state from step to step and cannot be resumed.")
-    x, condition = launch.begin(problem, chain, num_paths, control, seed)
+    x, condition = how.begin(problem, chain, num_paths, control, seed)
     if scheme == "probability-flow":
-        return _flow(problem, chain, control, seed, (x, condition), launch.keep, tolerance)
+        return _flow(problem, chain, control, seed, (x, condition), how.keep, tolerance)
     sde = problem.reference
     assert isinstance(sde, SDE)
     kind = noise_kind(sde, x, chain.times[-1] * 0.5)
     solver = check_solver(scheme, kind, tolerance is not None)
-    noises, *areas = launch.sources(chain, num_paths, seed, 2 if solver.area else 1)
+    noises, *areas = how.sources(chain, num_paths, seed, 2 if solver.area else 1)
     equation = ControlledSDE(
         sde,
         kind,
@@ -75,13 +73,13 @@ def simulate_solver(
                 main, total = solve_on_grid(solver, equation, clock, states[-1], bm, cost, keep_states, first)
         record = Record([*states[:-1], *main] if keep_states else None)
         again = partial(simulate_solver, problem, chain, scheme, num_paths, control, seed)
-        replay = None if keep_states else partial(again, replace(launch, keep="states"))
+        replay = None if keep_states else partial(again, replace(how, keep="states"))
         return SolvedPaths(
             chain, step, chain.steps, main[-1], condition, Totals(total), record, replay, problem, scheme=scheme
         )
 
     try:
-        return run(launch.keep != "end")
+        return run(how.keep != "end")
     except NonFiniteError as error:
         if error.step is None:
             run(True)  # the same paths with their states kept: names the step

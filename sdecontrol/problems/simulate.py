@@ -16,9 +16,9 @@ from ..paths.paths import Paths
 from ..randomness import fresh_seed
 from ..shapes import States
 from ..tensors import check_count
-from .launch import Launch
 from .problem import ControlProblem
 from .sampling import simulate_solver
+from .simulation_options import SimulationOptions
 
 
 def simulate(
@@ -71,19 +71,19 @@ def simulate(
     settings = getattr(control, "settings", None) or {}
     if time_steps is None and (scheme is None or scheme in SAMPLING_SCHEMES):
         time_steps, scheme = settings.get("time_steps"), scheme or settings.get("scheme")
-    launch = Launch(keep, condition, noise, antithetic, state, step, tolerance, chunk)
+    how = SimulationOptions(keep, condition, noise, antithetic, state, step, tolerance, chunk)
     if scheme in SAMPLING_SCHEMES:
         if chunk is not None:
             raise ValueError(f"chunk: scheme={scheme!r} runs all its paths at once; call it once per chunk of paths.")
         chain = problem.chain(time_steps, "euler")
-        return simulate_solver(problem, chain, scheme, num_paths, control, fresh_seed(seed), launch)
+        return simulate_solver(problem, chain, scheme, num_paths, control, fresh_seed(seed), how)
     if tolerance is not None:
         raise ValueError(
             f"tolerance: scheme={scheme or 'euler'!r} has fixed steps; use more time_steps, or an adaptive scheme such "
             "as 'srk' or 'heun'."
         )
     chain = problem.chain(time_steps, scheme)
-    return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, condition=condition, launch=launch)
+    return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, condition=condition, how=how)
 
 
 def simulate_chain(
@@ -95,19 +95,19 @@ def simulate_chain(
     seed: int | None = None,
     keep: str = "all",
     condition: Tensor | None = None,
-    launch: Launch | None = None,
+    how: SimulationOptions | None = None,
 ) -> Paths:
-    """:func:`simulate` on a chain that is already made, without a graph; ``launch`` says the rest, where there is more
+    """:func:`simulate` on a chain that is already made, without a graph; ``how`` says the rest, where there is more
     to say."""
-    launch, seed = replace(launch or Launch(), keep=keep, condition=condition), fresh_seed(seed)
-    if launch.chunk is not None:
-        check_chunk(launch.chunk, keep)
-    state, condition = launch.begin(problem, chain, num_paths, control, seed)
-    (source,) = launch.sources(chain, num_paths, seed)
+    how, seed = replace(how or SimulationOptions(), keep=keep, condition=condition), fresh_seed(seed)
+    if how.chunk is not None:
+        check_chunk(how.chunk, keep)
+    state, condition = how.begin(problem, chain, num_paths, control, seed)
+    (source,) = how.sources(chain, num_paths, seed)
     options: dict[str, Any] = {"condition": condition, "running_cost": problem.running_cost_or_none}
-    options["steps"] = range(launch.step, chain.steps)
+    options["steps"] = range(how.step, chain.steps)
 
-    return _run(problem, chain, control, (state, source), launch, options, keep)
+    return _run(problem, chain, control, (state, source), how, options, keep)
 
 
 def _run(
@@ -115,19 +115,19 @@ def _run(
     chain: Chain,
     control: Any,
     begun: tuple[Tensor, NoiseSource],
-    launch: Launch,
+    how: SimulationOptions,
     options: dict[str, Any],
     keep: str,
 ) -> Paths:
     """The paths from given states and noise; what they did not keep they draw again by the same call."""
     shift = None if control is None else shift_function(chain, control)
     with torch.no_grad(), problem.evaluating():
-        if launch.chunk is not None and keep == "end":
-            paths = integrate_in_chunks(chain, *begun, shift, launch.chunk, **options)  # type: ignore[arg-type]
+        if how.chunk is not None and keep == "end":
+            paths = integrate_in_chunks(chain, *begun, shift, how.chunk, **options)  # type: ignore[arg-type]
         else:
             paths = integrate(chain, *begun, shift, keep=keep, **options)
     if keep != "all":
-        paths.replay = partial(_run, problem, chain, control, begun, launch, options, "all")
+        paths.replay = partial(_run, problem, chain, control, begun, how, options, "all")
     return paths.towards(problem)
 
 

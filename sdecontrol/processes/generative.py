@@ -301,8 +301,8 @@ class GenerativeSDE(Pretrained, SDE):
         rate, level = float(self.schedule.forward_variance_rate(s)), self._level(float(s))
         if i == 1:
             return (level * math.sqrt(end) * eye).to(t.dtype)
-        pull = end * (rate + level**2) / 2 * torch.linalg.inv(mu**2 * cov + std**2 * eye)
-        part = pull @ (mu * mean) if i else -end * float(self.schedule.log_mu_slope(s)) * eye - pull
+        score_matrix = end * (rate + level**2) / 2 * torch.linalg.inv(mu**2 * cov + std**2 * eye)
+        part = score_matrix @ (mu * mean) if i else -end * float(self.schedule.log_mu_slope(s)) * eye - score_matrix
         return part.to(t.dtype)
 
     def describe(self) -> dict[str, Any]:

@@ -305,10 +305,10 @@ class GaussianMixture(_Mixture):
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         joint, difference = self.terms(x)
-        pull = difference / self.variances
+        scaled = difference / self.variances
         if self._vectors is not None:
-            pull = torch.einsum("...ke,kde->...kd", pull, self._vectors)
-        return joint.logsumexp(-1), -(joint.softmax(-1).unsqueeze(-1) * pull).sum(-2)
+            scaled = torch.einsum("...ke,kde->...kd", scaled, self._vectors)
+        return joint.logsumexp(-1), -(joint.softmax(-1).unsqueeze(-1) * scaled).sum(-2)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities of the components, ``(..., k)``."""

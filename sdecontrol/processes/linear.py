@@ -233,8 +233,8 @@ class LinearSDE(SDE):
         law = self.transition(t, u)
         A, a, root = (torch.from_numpy(c).to(x.device) for c in self.coefficients(t))
         left = y.double() - x.double() @ law.matrix.to(x.device).mT - law.shift.to(x.device)
-        pull = torch.linalg.lstsq(law.covariance.to(x.device), left.reshape(-1, left.shape[-1]).mT).solution.mT
-        drift = x.double() @ A.mT + a + pull.reshape(left.shape) @ law.matrix.to(x.device) @ root @ root.mT
+        gain = torch.linalg.lstsq(law.covariance.to(x.device), left.reshape(-1, left.shape[-1]).mT).solution.mT
+        drift = x.double() @ A.mT + a + gain.reshape(left.shape) @ law.matrix.to(x.device) @ root @ root.mT
         return drift.to(x)
 
 

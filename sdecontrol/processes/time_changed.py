@@ -60,19 +60,19 @@ class TimeChanged(LinearSDE):
         horizon = as_float("horizon", horizon, positive=True)
         self._fine = self.resolution**2
         self._rate = math.log((self.total + self._fine) / self._fine) / horizon
-        self._pull = 0.0 if kind == "brownian" else 0.5
-        offset = self._offset_part if self._pull else None
+        self._reversion = 0.0 if kind == "brownian" else 0.5
+        offset = self._offset_part if self._reversion else None
         super().__init__(self._drift_part, self._noise_part, offset, horizon=horizon)
 
     def _drift_part(self, t: Any) -> Tensor:
         eye = torch.eye(len(self.centre), dtype=self.centre.dtype, device=self.centre.device)
-        return -self._pull * self.speed(t) * eye
+        return -self._reversion * self.speed(t) * eye
 
     def _noise_part(self, t: Any) -> Tensor:
         return self.speed(t) ** 0.5 * torch.diag(self.scale.expand(len(self.centre)))
 
     def _offset_part(self, t: Any) -> Tensor:
-        return self._pull * self.speed(t) * self.centre
+        return self._reversion * self.speed(t) * self.centre
 
     def left(self, t: Any) -> Any:
         """Clock time from t to the horizon."""
@@ -83,25 +83,25 @@ class TimeChanged(LinearSDE):
         return self._rate * (self.total + self._fine) * _exp(-self._rate * t)
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
-        return torch.zeros_like(x) if not self._pull else (self.centre - x) * (self._pull * self.speed(t))
+        return torch.zeros_like(x) if not self._reversion else (self.centre - x) * (self._reversion * self.speed(t))
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """Standard deviations, 0-d or ``(d,)``: it is diagonal."""
         return self.scale * self.speed(t) ** 0.5
 
     def on_grid(self, times: Tensor) -> StepFunction:
-        pulls = [float(self._pull * self.speed(t)) for t in times.double()]
+        rates = [float(self._reversion * self.speed(t)) for t in times.double()]
         sigma = [self.diffusion(self.centre, t).to(times.dtype) for t in times.double()]
-        if not self._pull:
+        if not self._reversion:
             return lambda k, x, y: (torch.zeros_like(x), sigma[k])
-        return lambda k, x, y: ((self.centre - x) * pulls[k], sigma[k])
+        return lambda k, x, y: ((self.centre - x) * rates[k], sigma[k])
 
     def transition_and_gain(self, s: float, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d = self.event_shape[0]
         scale = self.scale.detach().double().cpu().expand(d)
         first, last = max(self.left(s), 0.0), max(self.left(t), 0.0)
         eye = torch.eye(d, dtype=torch.float64)
-        if not self._pull:
+        if not self._reversion:
             effect = 2 / self._rate * (math.sqrt(self.speed(s)) - math.sqrt(self.speed(t)))
             return eye, eye.new_zeros(d), torch.diag(scale**2 * (first - last)), torch.diag(scale * effect)
         decay = math.exp(-0.5 * (first - last))

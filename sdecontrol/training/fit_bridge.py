@@ -18,7 +18,7 @@ from .fitting import ResidualNetwork, check_data, descend, trained_copy
 
 _KEPT = 1024  # times whose closed forms are at hand where the drift is used
 _TIMES = 256  # different times of training, one in each of so many equal parts of the horizon
-_LAST = 1e-3  # of the horizon: training and use stop so much before the end, where the pull is singular
+_LAST = 1e-3  # of the horizon: training and use stop so much before the end, where the drift is singular
 _SAMPLES = 1 << 14  # of a start whose moments are not known
 _LARGEST = 2048
 
@@ -196,9 +196,9 @@ class Bridge:
         cov = symmetric(keep @ C @ keep.mT + gain @ second.covariance @ gain.mT)
         path = torch.cat((keep @ first.matrix, gain), 1)
         A, a, root = (torch.from_numpy(c) for c in sde.coefficients(t))
-        pull = root @ root.mT @ M.mT @ torch.linalg.pinv(second.covariance, hermitian=True)
-        ends = torch.cat((0 * eye, pull), 1)
-        return path, keep @ first.shift - gain @ second.shift, cov, A - pull @ M, ends, a - pull @ second.shift
+        end_gain = root @ root.mT @ M.mT @ torch.linalg.pinv(second.covariance, hermitian=True)
+        ends = torch.cat((0 * eye, end_gain), 1)
+        return path, keep @ first.shift - gain @ second.shift, cov, A - end_gain @ M, ends, a - end_gain @ second.shift
 
 
 def _root(cov: Tensor) -> Tensor:

@@ -375,6 +375,7 @@ FORMER = {
     "langevin": "gate",
     "leapfrog_steps": "leaps",
     "unchanged": "quiet",
+    "since_taken_back": "calm",
     "langevin_scale": "gate_scale",
     "radial_basis": "nonlinear",
     "radial": "bent",

@@ -310,7 +310,7 @@ def test_randomly_truncated_backpropagation_is_unbiased(steps):
     whole = _pathwise(problem, chain, control, "full")
     size = max(1, min(16, steps // 8))
     count = -(-steps // size)
-    parts = [_pathwise(problem, chain, control, "random", reach=(i + 0.5) / count) for i in range(count)]
+    parts = [_pathwise(problem, chain, control, "random", truncation=(i + 0.5) / count) for i in range(count)]
     assert torch.allclose(torch.stack(parts).mean(0), whole, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(parts[0], whole, rtol=0.1)
 

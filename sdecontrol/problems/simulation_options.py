@@ -15,8 +15,8 @@ from .problem import ControlProblem
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How paths are begun and driven, as the arguments of :func:`simulate` say it."""
+class SimulationOptions:
+    """How paths are begun and driven: arguments of :func:`simulate`."""
 
     keep: str = "all"
     condition: Tensor | None = None
