@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,13 +140,55 @@ def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like
     return value
 
 
+def check_recording(what: str) -> None:
+    """Raise inside ``torch.inference_mode``, whose tensors take no part in gradients ever after.
+
+    Raises:
+        RuntimeError: naming it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} was called inside torch.inference_mode(), and no gradient can be taken of the tensors made there. "
+            "Call it outside, or use torch.no_grad()."
+        )
+
+
+def ask(name: str, function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    """``function(x, *rest)`` of a function of the user's, which must leave the states x as they are: they are the
+    path's own.
+
+    Raises:
+        ValueError: they were changed in place, as torch's version counter says.
+    """
+    before = 0 if x.is_inference() else x._version
+    value = function(x, *rest)
+    if not x.is_inference() and x._version != before:
+        raise changed_in_place(name)
+    return value
+
+
+def changed_in_place(name: str) -> ValueError:
+    """The error for a function that changes its arguments."""
+    return ValueError(
+        f"{name} changed the states or the time that it was given, in place; they are the path's own. Write it without "
+        "in-place operations (x.clamp for x.clamp_, t = 2 * t for t *= 2), or begin with x = x.clone()."
+    )
+
+
 @contextlib.contextmanager
-def probing(name: str, called_as: str, unconditional: str = "") -> Iterator[None]:
+def probing(name: str, called_as: str, unconditional: str = "", arguments: Sequence[Any] = ()) -> Iterator[None]:
     """Name a user's function that fails at its first call, and say how it was called.
 
     Args:
         unconditional: the arguments beside a condition that it was called with ("x, t"); empty where there was none.
+        arguments: which it must leave as they are, however it would change them (numpy and ``.data`` leave torch's
+            version counter alone).
+
+    Raises:
+        TypeError, RuntimeError: its own, with its name. ValueError: it changed an argument.
     """
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    before = [(a.detach().clone(), a._version) for a in tensors]
     try:
         yield
     except TypeError as error:
@@ -158,4 +200,9 @@ def probing(name: str, called_as: str, unconditional: str = "") -> Iterator[None
         )
         raise TypeError(f"{name} failed when called as {called_as}: {error}.{remedy}") from error
     except RuntimeError as error:
+        if "in-place operation" in str(error):
+            raise changed_in_place(name) from error
         raise RuntimeError(f"{name} failed when called as {called_as}: {error}") from error
+    for now, (value, version) in zip(tensors, before):
+        if now._version != version or not torch.equal(now.detach().nan_to_num(), value.nan_to_num()):
+            raise changed_in_place(name)

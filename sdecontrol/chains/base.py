@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..processes.modules import Definition
 from ..shapes import (
     ControlPaths,
     Controls,
@@ -45,7 +46,7 @@ class AffineStep(NamedTuple):
     gain: Tensor
 
 
-class Chain:
+class Chain(Definition):
     """Base of the chains.
 
     Attributes:
@@ -210,6 +211,3 @@ class Chain:
     def decode(self, x: States, condition: Any = None) -> Samples:
         """From the last state to what rewards, samples and metrics see."""
         return x
-
-    def __deepcopy__(self, memo: Any) -> Chain:
-        return self  # a chain is a definition: a copied control refers to the same one

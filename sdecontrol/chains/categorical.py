@@ -110,7 +110,8 @@ class CategoricalChain(Reference, Chain):
         """
         x = self.own_initial.sample((5,))
         y = None if condition is None else condition[torch.arange(5, device=condition.device) % len(condition)]
-        with torch.no_grad(), probing("log_probs", f"log_probs(k, x{'' if y is None else ', y'}), x {tuple(x.shape)}"):
+        called = f"log_probs(k, x{'' if y is None else ', y'}), x {tuple(x.shape)}"
+        with torch.no_grad(), probing("log_probs", called, arguments=(x, y)):
             value = self.log_probs(0, x, y)
         check_output(
             "log_probs", value, (5, *self.noise_shape), self.times, "One number for every value of every position."

@@ -24,7 +24,7 @@ class EulerChain(Chain):
         self.set_times(clock, dtype, device)
         self.event_shape, self.control_shape = sde.event_shape, sde.control_shape
         self.noise_shape = sde.control_shape
-        self._terms = sde.on_grid(self.times[:-1])
+        self.forget()
         self._roots = [math.sqrt(h) for h in self.step_sizes]
         constant = sde.constant_diffusion
         self._scales = None
@@ -35,6 +35,9 @@ class EulerChain(Chain):
 
     def __reduce__(self) -> tuple[Any, ...]:  # the terms of the grid are closures, made again
         return type(self), (self.reference, self.clock, self.times.dtype, self.times.device)
+
+    def forget(self) -> None:
+        self._terms = self.reference.on_grid(self.times[:-1])
 
     def kernel(self, k: int, x: States, condition: Any = None) -> tuple[States, Scale]:
         drift, sigma = self._terms(k, x, condition)

@@ -65,7 +65,7 @@ class NoiseDrivenChain(Reference, Chain):
         y = None if condition is None else condition[torch.arange(5, device=condition.device) % len(condition)]
         called = f"step(x, w, k{'' if y is None else ', y'}), x {tuple(x.shape)}, w {tuple(xi.shape)}, k an int"
         hint = "A simulator in numpy needs discrete_dynamics(..., numpy=True)."
-        with torch.no_grad(), probing("step", called):
+        with torch.no_grad(), probing("step", called, arguments=(x, y)):
             value, again = (self.step(0, x, xi + 0.5, None, y) for _ in range(2))
         check_output("step", value, x.shape, x, hint)
         if not torch.equal(value, again):

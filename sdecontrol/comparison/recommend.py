@@ -36,7 +36,7 @@ from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.differentiability import missing_gradients
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
-from ..tensors import as_float
+from ..tensors import as_float, check_recording
 from .auto import Auto
 from .compare import method_label
 
@@ -107,6 +107,7 @@ def recommend(
     """
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_recording("recommend(...)")
     limit = as_float("memory", memory, positive=True)
     chain = problem.chain(time_steps)
     trains = control is not None or has_default(problem)

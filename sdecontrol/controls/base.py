@@ -6,6 +6,7 @@ stored states at once (``along``). What depends on time and parameters alone is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
 from ..errors import NotDifferentiable
 from ..problems.problem import ControlProblem
+from ..processes.modules import modules_in
 from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
 from ..tensors import check_output, probing
 from .linear_part import LinearPart, PartOfSegment
@@ -43,6 +45,8 @@ class Control(nn.Module):
         counted: whether its evaluations are a cost (``counting.py``).
         differentiable: whether ``u`` has a gradient in its parameters; without one they are trained by a method of its
             own.
+        within: the user's modules in evaluation mode, where a control of a solution is called.
+        state_dtype: of the states, where they are tokens.
 
     A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says
     how it is made again; its parameters come from the file::
@@ -66,11 +70,14 @@ class Control(nn.Module):
         self.event_shape, self.control_shape = torch.Size(event_shape), torch.Size(control_shape)
         self.first_time, self.last_time = first_time, last_time
         self.settings: dict[str, Any] = {}
+        self.within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.state_dtype: torch.dtype | None = None
 
     # ------------------------------------------------------------ for users
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
-        return counted_control(self, super().__call__, _rows)(*arguments, **named)
+        with self.within():
+            return counted_control(self, super().__call__, _rows)(*arguments, **named)
 
     def forward(self, x: States, t: Any, y: Any = None) -> Controls:
         """``u(x, t)``.
@@ -80,11 +87,14 @@ class Control(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch tensor (batch, *event), got {type(x).__name__}.")
+        x = x.clone() if x.is_inference() else x  # which would take no part in gradients by x
         if x.shape[1:] != self.event_shape or x.ndim == 0:
             raise ValueError(
                 f"x must have shape (batch, {', '.join(map(str, self.event_shape))}), got {tuple(x.shape)}."
             )
         like = next(iter(self.parameters()), None)
+        if not x.is_floating_point() and self.state_dtype is None:
+            raise TypeError(f"x has dtype {x.dtype}, and states are numbers; use x.float() or x.double().")
         if like is not None and x.is_floating_point() and like.dtype != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, the control {like.dtype}; use x.to({like.dtype}).")
         kind = x.dtype if x.is_floating_point() else torch.get_default_dtype() if like is None else like.dtype
@@ -143,6 +153,13 @@ class UserControl(Control):
     def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
         super().__init__(event_shape, control_shape, 0.0, horizon)
         self.module = module
+        self.train(False)
+
+    def train(self, mode: bool = True) -> UserControl:
+        self.training = mode
+        for module in modules_in(self.module):
+            module.eval()  # dropout or batch statistics would make the control random: likelihoods need one function
+        return self
 
     def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         t = t.expand(x.shape[0])
@@ -183,7 +200,7 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     t = chain.times[0].expand(3)
     y = problem.draw_condition(3, 0)
     called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
-    with torch.no_grad(), probing("control", called, "" if y is None else "x, t"):
+    with torch.no_grad(), probing("control", called, "" if y is None else "x, t", (x, y)):
         u = control(x, t) if y is None else control(x, t, y)
     check_output("control", u, (3, *problem.control_shape), t, "A control is called as control(x, t), t (batch,).")
     parameters = [p for p in control.parameters() if p.requires_grad]

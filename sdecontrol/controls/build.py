@@ -1,6 +1,5 @@
 """Which control a problem gets: a tuned copy of its model, the default network, or the user's own module."""
 
-import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..chains.shifts import shift_function
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
+from ..processes.modules import copied
 from ..randomness import Place, derive_seed
 from .base import Control, StartedControl, as_control, check_shapes
 from .langevin_term import langevin_scale
@@ -71,7 +71,7 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
     """
     control = given if isinstance(given, nn.Module) else getattr(given, "control", given)
     if not isinstance(control, Control):
-        return copy.deepcopy(control)
+        return copied(control)
     if isinstance(control, StartedControl) and not chain.start:
         control = control.main
     check_shapes(problem, control)
@@ -82,7 +82,7 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
     home = chain if isinstance(control, StartedControl) else chain.main
     x, y = problem.reference.probe_states(3, problem.dtype, problem.device, seed=3), problem.draw_condition(3, 0)
     try:
-        made = CONTROLS.make(CONTROLS.describe(control), Context(problem, home, copy.deepcopy(own)))
+        made = CONTROLS.make(CONTROLS.describe(control), Context(problem, home, copied(own)))
         made.load_state_dict(control.state_dict())
         for old, new in zip(control.modules(), made.modules()):
             if isinstance(old, MixtureControl) and isinstance(new, MixtureControl):

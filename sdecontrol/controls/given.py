@@ -1,6 +1,5 @@
 """Controls that are given, not trained: the reference's own, a solution's, or any function of yours."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
+from ..processes.modules import copied
 from ..shapes import Controls, States
 from .base import Control, UserControl
 from .saved import CONTROLS
@@ -51,9 +51,9 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
                 f"{name} maps {tuple(given.event_shape)} to {tuple(given.control_shape)}; this problem needs "
                 f"{tuple(shapes[0])} to {tuple(shapes[1])}."
             )
-        control = copy.deepcopy(given)
+        control = copied(given)
     elif callable(given):
-        module = copy.deepcopy(given) if isinstance(given, nn.Module) else given
+        module = copied(given) if isinstance(given, nn.Module) else given
         control = GivenControl(module, *shapes, problem.horizon)  # type: ignore[arg-type]
     else:
         raise TypeError(

@@ -3,7 +3,6 @@ control as a model."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
+from ..processes.modules import copied
 from ..processes.pretrained import call_model
 from ..shapes import Controls, States
 from .base import Control, at_each_time
@@ -60,7 +60,7 @@ class TunedControl(ModelControl):
 
     def __init__(self, reference: Any, model: nn.Module | None = None) -> None:
         super().__init__(reference)
-        self.model: nn.Module = copy.deepcopy(reference.model) if model is None else model
+        self.model: nn.Module = copied(reference.model) if model is None else model
         self.model.eval()
 
     def train(self, mode: bool = True) -> TunedControl:
@@ -85,7 +85,15 @@ class ControlledModel(nn.Module):
         self.base = reference.model
         self.control = control
 
+    def train(self, mode: bool = True) -> ControlledModel:
+        self.training = mode  # the pre-trained model is the user's, and keeps its mode
+        return self
+
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
+        with self.reference.evaluating():
+            return self._predicted(x, s, y)
+
+    def _predicted(self, x: Tensor, s: Tensor, y: Any) -> Tensor:
         reference = self.reference
         s = torch.as_tensor(s, device=x.device).expand(x.shape[0])
         out = call_model(self.base, x, s, y)

@@ -18,6 +18,7 @@ from ..files.contents import check_fingerprint, check_finite, load_tensors, plai
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
+from ..processes.modules import numbers_of
 from ..shapes import PerPath, Samples
 from .evaluate import Evaluation, evaluate, log_weights
 
@@ -52,7 +53,9 @@ class Solution:
 
     Attributes:
         problem, method: what was solved, and how (a name or a method).
-        control: ``u(x, t)``: x ``(batch, *event)``, t a float or a tensor of shape () or (batch,).
+        control: ``u(x, t)``: x ``(batch, *event)``, t a float or a tensor of shape () or (batch,). The user's modules
+            stay the problem's: where their parameters or buffers have changed since, control and all that samples
+            raise RuntimeError.
         settings: {"time_steps", "scheme"}: the chain it was solved on, used by all that follows.
         history: one dict of metrics per iteration of training.
         seed, iterations, reproducible: of the run; not reproducible where a time budget ended it.
@@ -76,14 +79,30 @@ class Solution:
         reproducible: bool = True,
         details: dict[str, Any] | None = None,
     ) -> None:
-        self.problem, self.control, self.method, self.settings = problem, control, method, settings
+        self.problem, self._control, self.method, self.settings = problem, control, method, settings
+        self._solved_with = numbers_of(problem.modules())
         self.history = history or []
         self.seed, self.reproducible, self.details = seed, reproducible, details or {}
-        control.settings = settings
+        control.settings, control.within = settings, problem.evaluating
+        control.state_dtype = problem.reference.state_dtype
         self._exact_values: Callable[[], dict[str, Any] | None] = _unknown
+
+    def _check_unchanged(self) -> None:
+        if not torch.equal(self._solved_with.nan_to_num(), numbers_of(self.problem.modules()).nan_to_num()):
+            raise RuntimeError(
+                "parameters or buffers of the problem's modules (its model, reward, ...) have changed since this "
+                "solution was made, so that it no longer solves the problem. Give them back their values, solve again, "
+                "or work on copies: copy.deepcopy(problem) has modules of its own."
+            )
+
+    @property
+    def control(self) -> Control:
+        self._check_unchanged()
+        return self._control
 
     @property
     def chain(self) -> Chain:
+        self._check_unchanged()
         return self.problem.chain(self.settings.get("time_steps"), self.settings.get("scheme"))
 
     @property
@@ -91,7 +110,8 @@ class Solution:
         return len(self.history)
 
     def __repr__(self) -> str:
-        return f"Solution({self.method}, {self.iterations} iterations, {self.chain.steps} steps, of {self.problem!r})"
+        steps = self.problem.chain(self.settings.get("time_steps"), self.settings.get("scheme")).steps
+        return f"Solution({self.method}, {self.iterations} iterations, {steps} steps, of {self.problem!r})"
 
     def simulate(self, n: int, seed: int | None = None, *, condition: Tensor | None = None, keep: str = "all") -> Paths:
         """Paths of the controlled process."""

@@ -1,6 +1,5 @@
 """``ClassifierFreeGuidance``: a conditional model, with weight, in the place of a reward (Ho & Salimans 2207.12598)."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from ..controls.tuned import ModelControl
 from ..problems.problem import ControlProblem
+from ..processes.modules import copied
 from ..processes.pretrained import call_model
 from ..tensors import as_float, check_output, probing
 from .base import ControlState, Method, Run, register
@@ -85,7 +85,7 @@ class _Guided(ModelControl):
 
     def __init__(self, problem: ControlProblem, conditional: Any, weight: float, label: Any) -> None:
         super().__init__(problem.reference)
-        model = copy.deepcopy(conditional).eval() if isinstance(conditional, nn.Module) else conditional
+        model = copied(conditional).eval() if isinstance(conditional, nn.Module) else conditional
         self._model = [model]  # in a list: not a part of this module
         self.strength, self.label = 1.0 + weight, label
         # one call, so that what is wrong with the model is said before anything is simulated

@@ -1,6 +1,5 @@
 """``ValueGuidance``: guidance by the gradient of a value function (tutorial Algorithm 4)."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..problems.differentiability import gradient_fault, missing_gradients, process_states
 from ..problems.problem import ControlProblem
+from ..processes.modules import copied
 from ..randomness import Place, derive_seed, generator_for
 from .base import Batch, ControlState, Method, Run, not_differentiable, path_metrics, register
 
@@ -26,7 +26,7 @@ class ValueState(ControlState):
 
     def __init__(self, control: ValueControl, target: bool) -> None:
         super().__init__(control)
-        self.target = copy.deepcopy(control.value).requires_grad_(False) if target else None
+        self.target = copied(control.value).requires_grad_(False) if target else None
 
 
 @register

@@ -11,7 +11,7 @@ from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
 from ..memory import once_a_step, remembering
 from ..shapes import Noises, PerPath, Scalar, States
-from ..tensors import nonfinite_rows
+from ..tensors import changed_in_place, nonfinite_rows
 from .paths import Paths, Record, Totals, sum_steps
 
 KEEP = ("all", "states", "end")
@@ -93,14 +93,18 @@ def integrate(
     along = getattr(running_cost, "along", None) if everything else None
     with remembering():
         for k in steps:
-            xi, before = noise[k], x
+            xi, before, version = noise[k], x, x._version
             if running_cost is not None and along is None and chain.clock[k] >= 0:
                 here = running_cost(x, chain.times[k], condition)
                 totals.running_cost = torch.add(totals.running_cost, here, alpha=chain.step_sizes[k])
                 if record.costs is not None:
                     record.costs.append(here)
+            after_cost = x._version
             c = None if shift is None else shift(k, x, condition)
+            after_control = x._version
             x = chain.step(k, x, xi, c, condition)
+            if before._version != version:
+                raise changed_in_place(_who(k, version, after_cost, after_control))
             if law is not None:
                 back, b = law.draw(k, before, x, condition), None
                 if shift is not None and law.controlled:
@@ -133,6 +137,13 @@ def integrate(
     if sums is not None:
         check_likelihood(paths.kl(), chain)
     return paths
+
+
+def _who(k: int, version: int, after_cost: int, after_control: int) -> str:
+    """Which function changed the states that it was given at step k, by the versions after each."""
+    if after_cost != version:
+        return "running cost"
+    return "control" if after_control != version else f"step {k} (drift, diffusion or model)"
 
 
 def check_likelihood(kl: PerPath, chain: Chain) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function, shifts_along
+from ..processes.modules import evaluating, modules_in
 from ..shapes import (
     ControlPaths,
     DrawPaths,
@@ -237,7 +238,14 @@ class Paths:
     @property
     def samples(self) -> Samples:
         """The decoded ends: what rewards and metrics see."""
-        return self.chain.decode(self.end, self.condition)
+        with self._evaluating():
+            return self.chain.decode(self.end, self.condition)
+
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """The user's modules in evaluation mode: those of the problem, or of the reference where no problem is
+        known."""
+        known = self.chain.reference if self.target is None else self.target
+        return known.evaluating()
 
     @property
     def controls(self) -> ControlPaths:
@@ -272,13 +280,21 @@ class Paths:
         Args:
             control: None for the control that drew the paths.
         """
-        chain, law = self.chain, self.chain.reverse
         if control is None:
-            back = self.recorded("back_shifts") if law is not None and law.controlled else None
-            if steps is None:
-                return StepLaws(self, None, self.shifts, back)
-            rows = [k - self.first for k in steps]
-            return StepLaws(self, steps, self.shifts[rows], None if back is None else back[rows])
+            return self._under_own(steps)
+        with self._evaluating(), evaluating(modules_in(control)):
+            return self._under(control, steps)
+
+    def _under_own(self, steps: Sequence[int] | None) -> StepLaws:
+        law = self.chain.reverse
+        back = self.recorded("back_shifts") if law is not None and law.controlled else None
+        if steps is None:
+            return StepLaws(self, None, self.shifts, back)
+        rows = [k - self.first for k in steps]
+        return StepLaws(self, steps, self.shifts[rows], None if back is None else back[rows])
+
+    def _under(self, control: Any, steps: Sequence[int] | None) -> StepLaws:
+        chain, law = self.chain, self.chain.reverse
         law = law if law is not None and law.controlled else None
         x, y, b = self.states, self.condition, None
         if steps is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shapes import PerPath, States
-from ..tensors import check_output, probing
+from ..tensors import ask, check_output, probing
 
 _SHAPE = "A log density gives one number per row, shape (batch,)."
 
@@ -45,7 +45,7 @@ class LogDensity:
 
     @staticmethod
     def _call(function: Callable[..., Tensor], x: Tensor, y: Any) -> Tensor:
-        return function(x) if y is None else function(x, y)
+        return ask("log_density", function, x, *(() if y is None else (y,)))
 
     def probe(self, x: Tensor, y: Any) -> None:
         """Call it once: check what it returns and find out whether it has a gradient.
@@ -58,12 +58,13 @@ class LogDensity:
         leaf = x.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             try:
-                with probing("log_density", called, alone):
+                with probing("log_density", called, alone, (leaf, y)):
                     value = self._call(self.function, leaf, y)
             except RuntimeError as error:
                 if "requires grad" not in str(error) and "detach()" not in str(error):
                     raise
-                value = self._call(self.function, x, y)  # leaves torch: .numpy() refuses tensors with a graph
+                with probing("log_density", called, alone, (x, y)):  # leaves torch: .numpy() refuses a graph
+                    value = self._call(self.function, x, y)
             hint = _SHAPE
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
                 hint += " Use .squeeze(-1)."
@@ -73,7 +74,7 @@ class LogDensity:
                 hint += " Do not sum or average over the batch."
             check_output("log_density", value, (x.shape[0],), x, hint)
             if self.score is not None:
-                with probing("score", called.replace("log_density", "score"), alone):
+                with probing("score", called.replace("log_density", "score"), alone, (x, y)):
                     score = self._call(self.score, x, y)
                 check_output("score", score, x.shape, x, "It is the gradient of log_density in x.")
                 self.differentiable = True

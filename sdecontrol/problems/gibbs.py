@@ -49,13 +49,14 @@ from torch import Tensor, nn
 from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
+from ..processes.modules import evaluating
 from ..processes.time_changed import KINDS, TimeChanged
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath, Samples, States
-from ..tensors import as_float, check_tensor, probing
+from ..tensors import as_float, check_recording, check_tensor, probing
 from .density import LogDensity
 from .pilot import Pilot, check_rays, run_pilot
-from .problem import ControlProblem, draw_conditions, evaluating
+from .problem import ControlProblem, draw_conditions
 
 REFERENCES = (*KINDS, "annealed")
 
@@ -234,6 +235,7 @@ def gibbs_problem(
         UserWarning: the density vanishes in nearly all of the reference's end; or, where the scale was given, it looks
             improper.
     """
+    check_recording("gibbs_problem(...)")
     density = LogDensity(log_density, score)
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim must be an int, the dimension of the states; got {dim!r}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -18,28 +18,16 @@ from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
 from ..errors import NonFiniteError, NotDifferentiable, check_name
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
+from ..processes.modules import Definition, evaluating
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
 from ..randomness import Place, derive_seed
 from ..shapes import PerPath, Samples, Scalar, States
-from ..tensors import as_float, check_count, check_output, nonfinite_rows, probing
+from ..tensors import as_float, ask, check_count, check_output, check_recording, nonfinite_rows, probing
 from .rewards import Linear, Quadratic, QuadraticCost
 
 DEFAULT_TIME_STEPS = 100
 STARTS = ("fixed", "controlled", "memoryless")
-
-
-@contextlib.contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules in evaluation mode, restored afterwards."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def draw_conditions(condition: Any, n: int, seed: int) -> Any:
@@ -47,7 +35,7 @@ def draw_conditions(condition: Any, n: int, seed: int) -> Any:
     return None if condition is None else draw(condition, n, derive_seed(seed, Place.CONDITION))
 
 
-class ControlProblem:
+class ControlProblem(Definition):
     """``max_u E_{P^u}[ r(X_T) - int f dt ] - alpha KL(P^u || Q0)``, which is ``min_u KL(P^u || Q_fine)``.
 
     Args:
@@ -95,6 +83,7 @@ class ControlProblem:
         condition: Any = None,
         reward_batch_size: int | None = None,
     ) -> None:
+        check_recording("ControlProblem(...)")
         if not isinstance(reference, Reference):
             raise TypeError(
                 "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...) or "
@@ -192,7 +181,7 @@ class ControlProblem:
                         f"{type(self.running_cost_function).__name__}."
                     )
                 more, alone = ("", "") if y is None else (", y", "x, t")
-                with probing("running_cost", f"running_cost(x, t{more}), x {tuple(x.shape)}, t 0-d", alone):
+                with probing("running_cost", f"running_cost(x, t{more}), x {tuple(x.shape)}, t 0-d", alone, (x, t, y)):
                     cost = self.running_cost(x, t, y)
                 check_output("running_cost", cost, (rows,), t, "One number per row.")
         self.has_gradient = self._probe_reward(decoded, y)
@@ -219,12 +208,13 @@ class ControlProblem:
             leaf = x.clone().requires_grad_(smooth)
             try:
                 more, alone = ("", "") if y is None else (", y", "x")
-                with probing("reward", f"reward(x{more}), x {tuple(x.shape)}", alone):
+                with probing("reward", f"reward(x{more}), x {tuple(x.shape)}", alone, (leaf, y)):
                     value = self._call_reward(leaf, y)
             except RuntimeError as error:
                 if "requires grad" not in str(error) and "detach()" not in str(error):
                     raise
-                value = self._call_reward(x, y)  # a black box that leaves torch (.numpy() refuses tensors with a graph)
+                with probing("reward", f"reward(x{more})", alone, (x, y)):  # a black box that leaves torch
+                    value = self._call_reward(x, y)
             hint = "A reward gives one number per row, shape (batch,)."
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
                 hint += " Use .squeeze(-1)."
@@ -254,7 +244,8 @@ class ControlProblem:
             time_steps: number of steps (default 100), or a grid of times from 0 to the horizon.
             scheme: "euler" (default) or "exact".
         """
-        reference, key = self.reference, "own"
+        reference: Any = self.reference
+        key: Any = "own"
         if reference.continuous:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
             scheme = reference.default_scheme if scheme is None else scheme
@@ -264,6 +255,7 @@ class ControlProblem:
             raise ValueError(
                 f"time_steps and scheme do not apply: the reference is a chain with its own {reference.steps} steps."
             )
+        key = key, self.dtype, self.device
         if key not in self._chains:
             main = chain_of(reference, time_steps, scheme or "own", self.dtype, self.device)
             if self.start == "controlled":
@@ -282,7 +274,7 @@ class ControlProblem:
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
         assert self.reward_function is not None
-        value = self.reward_function(x) if condition is None else self.reward_function(x, condition)
+        value = ask("reward", self.reward_function, x, *(() if condition is None else (condition,)))
         count_reward(value, len(x))
         return value
 
@@ -336,7 +328,8 @@ class ControlProblem:
     def running_cost(self, x: States, t: Scalar, condition: Any = None) -> PerPath:
         """``f(x, t)``."""
         f: Any = self.running_cost_function
-        return self._with_graph("running_cost", x, f(x, t) if condition is None else f(x, t, condition))
+        value = f(x, t) if condition is None else f(x, t, condition)
+        return self._with_graph("running_cost", x, value)
 
     @property
     def running_cost_or_none(self) -> Callable[[States, Scalar, Any], PerPath] | None:
@@ -384,8 +377,8 @@ class ControlProblem:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chains": {}}  # chains are made again where they are asked for
 
-    def __deepcopy__(self, memo: Any) -> ControlProblem:
-        return self
+    def forget(self) -> None:
+        self._chains = {}
 
     def __repr__(self) -> str:
         reward = getattr(self.reward_function, "__name__", type(self.reward_function).__name__)

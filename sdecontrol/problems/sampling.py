@@ -1,6 +1,5 @@
 """Problems through solvers without likelihoods: torchsde's, the probability flow, and its likelihoods."""
 
-import contextlib
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -20,6 +19,7 @@ from ..paths.paths import Record, Totals
 from ..paths.solvers import SolvedPaths, check_solver, solve_adaptively, solve_on_grid
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
+from ..processes.modules import evaluating, modules_in
 from ..processes.sde import SDE
 from ..randomness import Place, derive_seed
 from ..shapes import States
@@ -57,7 +57,7 @@ def simulate_solver(
     )
 
     def run(keep_states: bool) -> SolvedPaths:
-        with torch.no_grad(), problem.evaluating():
+        with torch.no_grad(), problem.evaluating(), evaluating(modules_in(control)):
             states = [x]
             if step < chain.start:  # the learned start is run as the chain it is
                 shift = None if control is None else shift_function(chain, control)
@@ -155,5 +155,5 @@ def log_likelihood(
     sde = require_generative(model if problem is None else problem.reference, "log_likelihood")
     start = sde.own_initial if problem is None else problem.initial
     options: dict[str, Any] = {"divergence": divergence, "probes": probes, "tolerance": tolerance, "seed": seed}
-    with contextlib.nullcontext() if problem is None else problem.evaluating():
+    with sde.evaluating() if problem is None else problem.evaluating():
         return flow_log_likelihood(sde, start, x, condition=condition, **options)

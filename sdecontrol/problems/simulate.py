@@ -13,6 +13,7 @@ from ..chains.shifts import shift_function
 from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
+from ..processes.modules import evaluating, modules_in, out_of_inference_mode
 from ..randomness import fresh_seed
 from ..shapes import States
 from ..tensors import check_count
@@ -100,6 +101,14 @@ def simulate_chain(
     """:func:`simulate` on a chain that is already made, without a graph; ``how`` says the rest, where there is more
     to say."""
     how, seed = replace(how or SimulationOptions(), keep=keep, condition=condition), fresh_seed(seed)
+    with out_of_inference_mode():
+        return _simulate(problem, chain, num_paths, control, seed, how)
+
+
+def _simulate(
+    problem: ControlProblem, chain: Chain, num_paths: int, control: Any, seed: int, how: SimulationOptions
+) -> Paths:
+    keep = how.keep
     if how.chunk is not None:
         check_chunk(how.chunk, keep)
     state, condition = how.begin(problem, chain, num_paths, control, seed)
@@ -121,7 +130,7 @@ def _run(
 ) -> Paths:
     """The paths from given states and noise; what they did not keep they draw again by the same call."""
     shift = None if control is None else shift_function(chain, control)
-    with torch.no_grad(), problem.evaluating():
+    with torch.no_grad(), problem.evaluating(), evaluating(modules_in(control)):
         if how.chunk is not None and keep == "end":
             paths = integrate_in_chunks(chain, *begun, shift, how.chunk, **options)  # type: ignore[arg-type]
         else:

@@ -72,6 +72,6 @@ class Pretrained(Reference):
         name, kind = self.called
         called = f"model(x, {name}), x (batch, *shape), {kind}" if y is None else f"model(x, {name}, y)"
         with torch.no_grad():
-            with probing("model", f"{called}, x {tuple(x.shape)}", "" if y is None else f"x, {name}"):
+            with probing("model", f"{called}, x {tuple(x.shape)}", "" if y is None else f"x, {name}", (x, y)):
                 value = self.predict(self.model, x, 0.5 * self.horizon, y)
             check_output("model", value, x.shape, x, f"It is called as {called}.")

@@ -1,5 +1,6 @@
 """What a problem asks of its reference, with the answers of a process that has nothing more to say."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..randomness import Place, generator_for
+from .modules import Definition, evaluating
 
 
-class Reference:
+class Reference(Definition):
     """Base of the processes that a problem can have as reference: SDEs, and chains of their own.
 
     Attributes:
@@ -70,6 +72,10 @@ class Reference:
     def modules(self) -> list[nn.Module]:
         """The user's modules in it."""
         return [p for p in (self.model, self._drift, self._diffusion_function) if isinstance(p, nn.Module)]
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Its modules in evaluation mode, restored afterwards."""
+        return evaluating(self.modules())
 
     def memory_from(self, initial: Any) -> float | None:
         """:attr:`memory`, from a given law of X_0 (largest canonical correlation)."""

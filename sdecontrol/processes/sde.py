@@ -124,14 +124,14 @@ class SDE(Reference):
         t = torch.zeros((), dtype=dtype, device=device) + 0.5 * self.horizon
         with torch.no_grad():
             more, alone = (", y", "x, t") if y is not None else ("", "")
-            with probing(self._term, f"{self._term}(x, t{more}), x {tuple(x.shape)}, t 0-d", alone):
+            with probing(self._term, f"{self._term}(x, t{more}), x {tuple(x.shape)}, t 0-d", alone, (x, t, y)):
                 value = getattr(self, self._term)(x, t, y)
             check_output(self._term, value, x.shape, x, "Its first dimension is the batch.")
             if self._diffusion_function is not None:
                 self._probe_diffusion(x, t)
 
     def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
-        with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d"):
+        with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d", arguments=(x, t)):
             raw = self._diffusion_function(x, t)
         value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
         if value.ndim:
@@ -183,9 +183,6 @@ class SDE(Reference):
         """``(k, x) -> sigma`` at each of ``times``."""
         clock = list(times)
         return lambda k, x: self.diffusion(x, clock[k])
-
-    def __deepcopy__(self, memo: Any) -> SDE:
-        return self  # a process is a definition: a copied control refers to the same one
 
 
 def check_memoryless(memory: float | None) -> None:

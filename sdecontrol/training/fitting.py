@@ -1,6 +1,5 @@
 """What ``fit_score`` and ``fit_bridge`` share: checks of data and model, the descent, and the residual network."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import NonFiniteError
+from ..processes.modules import copied
 from ..tensors import as_float, check_count, check_output, check_tensor
 from .progress import ProgressBar
 
@@ -42,9 +42,9 @@ def trained_copy(model: Any, called: str, x: Tensor, *rest: Tensor) -> nn.Module
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no trainable parameters.")
     with torch.no_grad():
-        out = copy.deepcopy(model).eval()(x, *rest)
+        out = copied(model).eval()(x, *rest)
     check_output("model", out, x.shape, x, f"It is called as model{called}, {called[4]} (batch,).")
-    return copy.deepcopy(model).train()
+    return copied(model).train()
 
 
 def descend(

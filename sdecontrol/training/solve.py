@@ -1,11 +1,9 @@
 """``solve``: one verb for every method."""
 
-import contextlib
-import copy
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,8 +18,9 @@ from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of, suggested
 from ..problems.problem import ControlProblem
+from ..processes.modules import copied, held_fixed
 from ..randomness import Place, derive_seed, fresh_seed
-from ..tensors import check_count
+from ..tensors import check_count, check_recording
 from .annealing import Annealing
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
@@ -123,9 +122,9 @@ def solve(
         progress=progress,
         reason=reason,
     )
-    trainer = Trainer(problem, chosen, plan, checkpoint_dir, resume)
-    with problem.evaluating():
-        return trainer.train()
+    check_recording("solve(...)")
+    with torch.enable_grad(), problem.evaluating():  # called under no_grad, too
+        return Trainer(problem, chosen, plan, checkpoint_dir, resume).train()
 
 
 def _plain_method(method: Method) -> dict[str, Any]:
@@ -306,7 +305,7 @@ class Trainer:
             known = None if self.plan.by_time else self.schedule.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
             made = ProgressBar(known, self.method.name, self.plan.progress, measure, latest=fresh)
-            with made as bar, _held_fixed(self.problem, parameters_of(self.state)):
+            with made as bar, held_fixed(_fixed(self.problem, parameters_of(self.state))):
                 if self.plan.reason is not None:
                     bar.note(f"{self.method.name}, chosen by recommend: {self.plan.reason}")
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
@@ -389,7 +388,7 @@ class Trainer:
 
     def _solution(self) -> Solution:
         """The solution so far: a copy, with the averaged weights."""
-        state = copy.deepcopy(self.state)
+        state = copied(self.state)
         with torch.no_grad():
             for p, mean in zip(parameters_of(state), self.descent.averaged()):
                 p.copy_(mean)
@@ -409,21 +408,11 @@ class Trainer:
         return _with_exact_values(made)
 
 
-@contextlib.contextmanager
-def _held_fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> Iterator[None]:
-    """No gradients for the parameters of the user's modules (but those that are ``trained``): a pre-trained model that
-    is called beside its tuned copy would cost a backward pass of its own. They leave with the flags and gradients they
-    came with."""
+def _fixed(problem: ControlProblem, trained: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters of the user's modules but those that are ``trained``: a pre-trained model that is called beside
+    its tuned copy would cost a backward pass of its own."""
     own = {id(p) for p in trained}
-    before = [(p, p.grad, p.requires_grad) for module in problem.modules() for p in module.parameters()]
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(p.requires_grad and id(p) in own)
-        yield
-    finally:
-        for p, grad, flag in before:
-            p.requires_grad_(flag)
-            p.grad = grad
+    return [p for module in problem.modules() for p in module.parameters() if id(p) not in own]
 
 
 @dataclass

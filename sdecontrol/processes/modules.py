@@ -1,0 +1,151 @@
+"""The user's modules leave every call as they came: with their modes, flags, gradients and numbers; and copies own what
+they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_lock = threading.RLock()
+_modes: dict[int, tuple[nn.Module, bool]] = {}  # as they were when the first came
+_flags: dict[int, tuple[Tensor, bool, Tensor | None]] = {}
+_users: dict[int, int] = {}  # how many are inside, of each of both
+
+
+def _enter(thing: Any) -> bool:
+    """Whether it is the first to come."""
+    _users[id(thing)] = _users.get(id(thing), 0) + 1
+    return _users[id(thing)] == 1
+
+
+def _leave(thing: Any) -> bool:
+    """Whether it is the last to go."""
+    _users[id(thing)] -= 1
+    return not _users[id(thing)] and not _users.pop(id(thing))
+
+
+@contextlib.contextmanager
+def out_of_inference_mode() -> Iterator[None]:
+    """As under ``torch.no_grad``, where it is ``torch.inference_mode``: controls take gradients inside."""
+    if not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(False), torch.no_grad():  # leaving it alone would ask for gradients
+            yield
+
+
+@contextlib.contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules in evaluation mode, and no inference mode, which would leave no gradients to take.
+
+    Whoever comes first finds their modes, and the last to go restores them: several threads may be inside at once.
+    """
+    parts = [m for module in modules for m in module.modules()]
+    with _lock:
+        for m in parts:
+            if _enter(m):
+                _modes[id(m)] = m, m.training
+        for module in modules:
+            if any(m.training for m in module.modules()):
+                module.eval()
+    try:
+        with out_of_inference_mode():
+            yield
+    finally:
+        with _lock:
+            for m in parts:
+                if _leave(m):
+                    m.training = _modes.pop(id(m))[1]
+
+
+@contextlib.contextmanager
+def held_fixed(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters that take no gradients; the last to go restores their flags and gradients, as in
+    :func:`evaluating`."""
+    with _lock:
+        for p in parameters:
+            if _enter(p):
+                _flags[id(p)] = p, p.requires_grad, p.grad
+                p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            for p in parameters:
+                if _leave(p):
+                    _, flag, p.grad = _flags.pop(id(p))
+                    p.requires_grad_(flag)
+
+
+def modules_in(*things: Any) -> list[nn.Module]:
+    """Those that are modules."""
+    return [thing for thing in things if isinstance(thing, nn.Module)]
+
+
+def numbers_of(modules: Sequence[nn.Module]) -> Tensor:
+    """By which a change of parameters or buffers is seen: the sum and the sum of squares of each, ``(count, 2)``."""
+    with torch.no_grad():
+        tensors = [t.double() for module in modules for t in (*module.parameters(), *module.buffers())]
+        sums = [torch.stack((t.sum(), t.square().sum())).cpu() for t in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, 2, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- copies
+
+_sharing: ContextVar[bool] = ContextVar("sharing", default=False)
+
+
+class Definition:
+    """Base of problems, processes and chains. ``copy.deepcopy`` of one has modules, tensors and caches of its own (what
+    a function closes over is not copied: Python copies no function). A control that :func:`copied` copies goes on
+    referring to the same ones."""
+
+    def modules(self) -> list[nn.Module]:
+        """The user's modules in it."""
+        return []
+
+    def forget(self) -> None:
+        """Drop what is remembered: a copy finds its own."""
+
+    def __deepcopy__(self: T, memo: Any) -> T:
+        if _sharing.get():
+            return self
+        made = copy.copy(self)
+        memo[id(self)] = made
+        for module in self.modules():  # type: ignore[attr-defined]
+            _own_leaves(module, memo)
+        for name, value in list(vars(made).items()):
+            setattr(made, name, copy.deepcopy(value, memo))
+        made.forget()  # type: ignore[attr-defined]
+        return made
+
+
+def copied(thing: T) -> T:
+    """A deep copy of a module, a control or a state of training, which shares the problem, process and chain that it
+    refers to."""
+    memo: dict[int, Any] = {}
+    if isinstance(thing, nn.Module):
+        _own_leaves(thing, memo)
+    token = _sharing.set(True)
+    try:
+        return copy.deepcopy(thing, memo)
+    finally:
+        _sharing.reset(token)
+
+
+def _own_leaves(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Weights that ``torch.nn.utils.weight_norm`` and ``spectral_norm`` make before every call are no leaves, which
+    torch cannot copy; the copy makes its own."""
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
