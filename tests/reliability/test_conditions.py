@@ -64,6 +64,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_and_drifts_see_the_condition_whatever_their_signature(kind):
     x, y = torch.randn(6, 2), LABELS.repeat(3)
