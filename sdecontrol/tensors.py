@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import call
+
 
 def event_sum(x: Tensor, event_ndim: int) -> Tensor:
     """Sum over the last ``event_ndim`` dimensions (log-probabilities and KLs are sums over an event, never means)."""
@@ -161,7 +163,7 @@ def ask(name: str, function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
         ValueError: they were changed in place, as torch's version counter says.
     """
     before = 0 if x.is_inference() else x._version
-    value = function(x, *rest)
+    value = call(function, x, *rest)
     if not x.is_inference() and x._version != before:
         raise changed_in_place(name)
     return value

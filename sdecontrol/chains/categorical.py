@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..memory import recall
+from ..precision import at_least_single
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
 from ..randomness import Place, generator_for
@@ -54,7 +55,7 @@ class CategoricalChain(Reference, Chain):
         if not isinstance(start, Tensor) or start.dtype != torch.int64 or start.ndim == 0:
             raise TypeError("start must be an int64 tensor (*shape): the tokens at which all paths begin.")
         self.function, self.values, self.reference, self.horizon = log_probs, values, self, 1.0
-        self.dtype, self.device = dtype or torch.get_default_dtype(), start.device
+        self.dtype, self.device = at_least_single(dtype or torch.get_default_dtype()), start.device
         self.event_shape, self.own_initial = start.shape, Dirac(start)
         self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
         self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)

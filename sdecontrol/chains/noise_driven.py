@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..precision import at_least_single, call
 from ..processes.reference import Reference
 from ..shapes import Noises, Scalar, States
 from ..tensors import check_count, check_output, probing
@@ -34,7 +35,9 @@ class NoiseDrivenChain(Reference, Chain):
         self.dtype = self.device = None
         self.event_shape = torch.Size((dim,))
         self.noise_shape = self.control_shape = torch.Size((noises,))
-        self.set_times([float(k) for k in range(steps + 1)], torch.get_default_dtype(), torch.device("cpu"))
+        self.set_times(
+            [float(k) for k in range(steps + 1)], at_least_single(torch.get_default_dtype()), torch.device("cpu")
+        )
 
     def on(self, dtype: torch.dtype, device: torch.device) -> NoiseDrivenChain:
         made = copy.copy(self)
@@ -45,7 +48,7 @@ class NoiseDrivenChain(Reference, Chain):
     def _call(self, k: int, x: States, z: Noises, condition: Any) -> Any:
         rest = (k,) if condition is None else (k, condition)
         if not self.numpy:
-            return self.function(x, z, *rest)
+            return call(self.function, x, z, *rest)
         plain = [part.detach().cpu().numpy() if isinstance(part, Tensor) else part for part in (x, z, *rest)]
         return torch.as_tensor(np.asarray(self.function(*plain)), dtype=x.dtype, device=x.device)
 

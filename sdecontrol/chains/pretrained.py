@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import check_name
 from ..memory import recall
+from ..precision import at_least_single
 from ..processes.laws import Gaussian
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..shapes import Controls, Noises, PerPath, Samples, Scalar, Scale, States
@@ -49,9 +50,9 @@ class PretrainedChain(Pretrained, Chain):
         self.model, self.levels, self.reference = model, list(levels), self
         self.event_shape = self.noise_shape = self.control_shape = torch.Size(int(n) for n in shape)
         like = next(model.parameters(), like) if isinstance(model, nn.Module) else like
-        self.dtype, self.device, self.horizon = like.dtype, like.device, 1.0
+        self.dtype, self.device, self.horizon = at_least_single(like.dtype), like.device, 1.0
         steps = len(self.levels) - 1
-        self.set_times([k / steps for k in range(steps + 1)], like.dtype, like.device)
+        self.set_times([k / steps for k in range(steps + 1)], self.dtype, like.device)
 
     def to_x0(self, k: int, x: States, prediction: States) -> States:
         raise NotImplementedError

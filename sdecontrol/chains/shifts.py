@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..counting import counted_control
+from ..precision import call
 from ..shapes import Controls, NoisePaths, Noises, PerPath, StatePaths, States
 from ..tensors import check_output
 from .base import Chain
@@ -22,7 +23,7 @@ ShiftFunction = Callable[[int, States, Any], Noises]
 
 
 def _call(control: Callable[..., Controls], x: States, t: PerPath, condition: Any) -> Controls:
-    return control(x, t) if condition is None else control(x, t, condition)
+    return call(control, x, t) if condition is None else call(control, x, t, condition)
 
 
 def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = None) -> ShiftFunction:

@@ -18,6 +18,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
 from ..errors import NotDifferentiable
+from ..precision import at_least_single, call, full_precision
 from ..problems.problem import ControlProblem
 from ..processes.modules import modules_in
 from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
@@ -75,6 +76,7 @@ class Control(nn.Module):
 
     # ------------------------------------------------------------ for users
 
+    @full_precision()
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         with self.within():
             return counted_control(self, super().__call__, _rows)(*arguments, **named)
@@ -95,9 +97,10 @@ class Control(nn.Module):
         like = next(iter(self.parameters()), None)
         if not x.is_floating_point() and self.state_dtype is None:
             raise TypeError(f"x has dtype {x.dtype}, and states are numbers; use x.float() or x.double().")
-        if like is not None and x.is_floating_point() and like.dtype != x.dtype:
-            raise TypeError(f"x has dtype {x.dtype}, the control {like.dtype}; use x.to({like.dtype}).")
-        kind = x.dtype if x.is_floating_point() else torch.get_default_dtype() if like is None else like.dtype
+        own = at_least_single(torch.get_default_dtype() if like is None else like.dtype)
+        if like is not None and x.is_floating_point() and own != x.dtype:
+            raise TypeError(f"x has dtype {x.dtype}, the control {own}; use x.to({own}).")
+        kind = x.dtype if x.is_floating_point() else own
         t = torch.as_tensor(t, dtype=kind, device=x.device)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):
             raise ValueError(f"t must be a float or a tensor of shape () or ({x.shape[0]},), got {tuple(t.shape)}.")
@@ -163,7 +166,7 @@ class UserControl(Control):
 
     def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         t = t.expand(x.shape[0])
-        return self.module(x, t) if y is None else self.module(x, t, y)
+        return call(self.module, x, t) if y is None else call(self.module, x, t, y)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return shift_function(chain, self.module)
@@ -201,13 +204,13 @@ def as_control(problem: ControlProblem, chain: Chain, control: Any) -> Control:
     y = problem.draw_condition(3, 0)
     called = f"control(x, t{'' if y is None else ', y'}), x {tuple(x.shape)}, t (3,)"
     with torch.no_grad(), probing("control", called, "" if y is None else "x, t", (x, y)):
-        u = control(x, t) if y is None else control(x, t, y)
+        u = call(control, x, t) if y is None else call(control, x, t, y)
     check_output("control", u, (3, *problem.control_shape), t, "A control is called as control(x, t), t (batch,).")
     parameters = [p for p in control.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("control has no trainable parameters.")
     with torch.enable_grad():
-        u = control(x, t) if y is None else control(x, t, y)
+        u = call(control, x, t) if y is None else call(control, x, t, y)
         reached = u.requires_grad and torch.autograd.grad(u.sum(), parameters, allow_unused=True)
     if not reached or all(g is None for g in reached):
         raise NotDifferentiable(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..paths.paths import Paths
 from ..paths.weights import effective_number
+from ..precision import full_precision
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
@@ -102,6 +103,7 @@ class Evaluation:
         return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
 
 
+@full_precision()
 def evaluate(
     problem: ControlProblem,
     control: Any,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import NoExactSolution
+from ..precision import full_precision
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..processes.sde import SDE
 from .base import ExactSolution
@@ -17,6 +18,7 @@ from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
 
 
+@full_precision()
 def exact_solution(
     problem: ControlProblem,
     time_steps: Any = None,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from ..randomness import Place, derive_seed, generator_for
 from .diagnostics import chain_ess
 from .tempering import Kernel, Points, StateTarget, fit_gaussian, leapfrog_steps_for, points_at, start_points
@@ -156,6 +157,7 @@ def warm_up_chains(
     return WarmChains(p.z, turn, centre, factor, torch.tensor(count), torch.tensor(far)), work
 
 
+@full_precision()
 def run_chains(target: StateTarget, warm: WarmChains, draws: int, seed: int) -> Draws:
     """Go on from the warm states: ``draws`` of each chain, ``warm.thin`` moves before each. A :func:`warm_up_chains`
     with the same seed shares no draw with it."""

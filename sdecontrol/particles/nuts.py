@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from ..randomness import Place, derive_seed, global_rng
 from .markov import Draws, WarmChains, finite_starts
 from .tempering import StateTarget, points_at
@@ -101,6 +102,7 @@ def warm_up_nuts(
     return warm, chains + potential.calls
 
 
+@full_precision()
 def run_nuts(target: StateTarget, warm: WarmChains, draws: int, seed: int, depth: int) -> Draws:
     """As :func:`run_chains`."""
     nuts = import_nuts()

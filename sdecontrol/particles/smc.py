@@ -20,6 +20,7 @@ from ..chains.shifts import shift_function
 from ..controls.given import ZeroControl
 from ..paths.integrator import integrate
 from ..paths.weights import effective_number
+from ..precision import full_precision
 from ..problems.problem import ControlProblem
 from ..randomness import Place, SeededNoise, derive_seed, generator_for
 
@@ -95,6 +96,7 @@ def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Gene
 
 
 @torch.no_grad()
+@full_precision()
 def run_particles(
     problem: ControlProblem,
     chain: Chain,

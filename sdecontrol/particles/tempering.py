@@ -35,6 +35,7 @@ from ..errors import NonFiniteError
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
 from ..paths.weights import effective_fraction
+from ..precision import full_precision
 from ..problems.problem import ControlProblem
 from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import Place, SuppliedNoise, derive_seed, generator_for
@@ -406,6 +407,7 @@ def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> floa
     return max(low, beta + 1e-12)
 
 
+@full_precision()
 def adapt(
     target: TemperedTarget,
     particles: int,
@@ -490,6 +492,7 @@ def adapt(
     return ladder, population
 
 
+@full_precision()
 def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles: int, seed: int) -> Population:
     """Run independent systems of particles up a given ladder: ``E exp(log_z) = Z`` for each of them."""
     M, N = systems, particles

@@ -10,6 +10,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NonFiniteError
 from ..memory import once_a_step, remembering
+from ..precision import full_precision
 from ..shapes import Noises, PerPath, Scalar, States
 from ..tensors import changed_in_place, nonfinite_rows
 from .paths import Paths, Record, Totals, sum_steps
@@ -59,6 +60,7 @@ class NoiseSource(Protocol):
     def __getitem__(self, k: int, /) -> Noises: ...
 
 
+@full_precision()
 def integrate(
     chain: Chain,
     x: States,

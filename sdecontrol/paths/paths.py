@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function, shifts_along
+from ..precision import full_precision
 from ..processes.modules import evaluating, modules_in
 from ..shapes import (
     ControlPaths,
@@ -238,7 +239,7 @@ class Paths:
     @property
     def samples(self) -> Samples:
         """The decoded ends: what rewards and metrics see."""
-        with self._evaluating():
+        with self._evaluating(), full_precision():
             return self.chain.decode(self.end, self.condition)
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
@@ -248,6 +249,7 @@ class Paths:
         return known.evaluating()
 
     @property
+    @full_precision()
     def controls(self) -> ControlPaths:
         """``u`` at every step; with a controlled start, after time 0 only."""
         start = max(self.chain.start, self.first)
@@ -273,6 +275,7 @@ class Paths:
 
     # ---------------------------------------------------------------- the reference's law, and any control's
 
+    @full_precision()
     def under(self, control: Any = None, steps: Sequence[int] | None = None) -> StepLaws:
         """A control at these states: its step laws, with their graph. All steps in one call of the control; or the
         given ones.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError, check_name
+from ..precision import call
 from ..shapes import PerPath, Samples
 from ..tensors import as_float, check_output, check_tensor
 
@@ -180,7 +181,7 @@ class FDivergence:
 
     def __call__(self, x: Samples) -> PerPath:
         """``r~(x)``, ``(batch,)``."""
-        value = self.reward(x)
+        value = call(self.reward, x)
         changed = self.alpha * self._log_ratio(value, self.multiplier)
         if bool((changed == math.inf).any()):
             rows = int((changed == math.inf).sum())

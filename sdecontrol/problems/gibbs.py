@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_name
+from ..precision import at_least_single, full_precision
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.modules import evaluating
@@ -180,6 +181,7 @@ class GibbsProblem(ControlProblem):
         return f"GibbsProblem({self.density.__name__}, dim={self.dim}, reference={self.kind!r}, scale={width})"
 
 
+@full_precision()
 def gibbs_problem(
     log_density: Callable[..., Tensor],
     dim: int,
@@ -249,6 +251,7 @@ def gibbs_problem(
         )
     given = [v for v in (centre, scale) if isinstance(v, Tensor) and v.is_floating_point()]
     dtype = dtype if dtype is not None else given[0].dtype if given else torch.get_default_dtype()
+    dtype = at_least_single(dtype)
     device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
     middle = _vector("centre", 0.0 if centre is None else centre, dim, dtype, device).expand(dim).contiguous()
     width = None if scale is None else _vector("scale", scale, dim, dtype, device, positive=True)

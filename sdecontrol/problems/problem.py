@@ -17,6 +17,7 @@ from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
 from ..errors import NonFiniteError, NotDifferentiable, check_name
+from ..precision import at_least_single, call, full_precision
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
 from ..processes.reference import Reference
@@ -72,6 +73,7 @@ class ControlProblem(Definition):
     roughness: float
     dim: int
 
+    @full_precision()
     def __init__(
         self,
         reference: Reference,
@@ -96,7 +98,8 @@ class ControlProblem(Definition):
         sample = draw(self.initial, 1, 0)
         if (kind := reference.state_dtype) is not None and sample.dtype != kind:
             raise TypeError(f"initial gives states of dtype {sample.dtype}, the reference has states of dtype {kind}.")
-        self.dtype: torch.dtype = sample.dtype if kind is None else reference.dtype or torch.get_default_dtype()
+        own = sample.dtype if kind is None else reference.dtype or torch.get_default_dtype()
+        self.dtype: torch.dtype = at_least_single(own)
         self.device = sample.device
         self._check_agreement("reference", reference.dtype, reference.device)
         check_count("reward_batch_size", reward_batch_size, optional=True)
@@ -266,7 +269,7 @@ class ControlProblem(Definition):
 
     def draw_start(self, n: int, seed: int) -> States:
         """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
-        return draw(self.origin, n, derive_seed(seed, Place.START))
+        return at_least_single(draw(self.origin, n, derive_seed(seed, Place.START)))
 
     def draw_condition(self, n: int, seed: int) -> Any:
         """``n`` conditions, or None."""
@@ -278,6 +281,7 @@ class ControlProblem(Definition):
         count_reward(value, len(x))
         return value
 
+    @full_precision()
     def reward(self, x: Samples, condition: Any = None) -> PerPath:
         """``r`` at decoded states, checked; in pieces of ``reward_batch_size``.
 
@@ -328,7 +332,7 @@ class ControlProblem(Definition):
     def running_cost(self, x: States, t: Scalar, condition: Any = None) -> PerPath:
         """``f(x, t)``."""
         f: Any = self.running_cost_function
-        value = f(x, t) if condition is None else f(x, t, condition)
+        value = call(f, x, t) if condition is None else call(f, x, t, condition)
         return self._with_graph("running_cost", x, value)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..precision import at_least_single, call
 from ..shapes import PerPath, PerStep, Samples, Scalar, StatePaths, States, Times
 from ..tensors import as_float, check_tensor, symmetric
 
@@ -18,7 +19,7 @@ def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be symmetric; only its symmetric part enters x'{name}x, so pass ({name} + {name}.T)/2."
         )
-    return symmetric(matrix)
+    return at_least_single(symmetric(matrix))
 
 
 class Quadratic:
@@ -28,9 +29,10 @@ class Quadratic:
 
     def __init__(self, G: Tensor, g: Tensor | None = None, c: float = 0.0) -> None:
         self.G = _check_symmetric("G", G)
-        self.g = check_tensor("g", g, shape=(G.shape[0],)) if g is not None else G.new_zeros(G.shape[0])
-        if self.g.dtype != G.dtype:
-            raise TypeError(f"g has dtype {self.g.dtype}, G has {G.dtype}; make them agree.")
+        none = G.new_zeros(G.shape[0])
+        self.g = at_least_single(none if g is None else check_tensor("g", g, shape=(G.shape[0],)))
+        if self.g.dtype != self.G.dtype:
+            raise TypeError(f"g has dtype {self.g.dtype}, G has {self.G.dtype}; make them agree.")
         self.c = as_float("c", c)
 
     def __call__(self, x: Samples, y: Any = None) -> PerPath:  # whatever the condition
@@ -41,7 +43,7 @@ class Linear:
     """``r(x) = g'x`` for vectors, or ``sum(g * x)`` for events of any shape."""
 
     def __init__(self, g: Tensor) -> None:
-        self.g = check_tensor("g", g)
+        self.g = at_least_single(check_tensor("g", g))
         if g.ndim == 0:
             raise ValueError("g must have the shape of a state; got a 0-d tensor.")
 
@@ -64,7 +66,7 @@ class LogProb:
         self.classifier, self.label = classifier, label
 
     def __call__(self, x: Samples, y: Tensor | None = None) -> PerPath:
-        logits = self.classifier(x)
+        logits = call(self.classifier, x)
         if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
             raise ValueError(f"the classifier must return logits (batch, classes), got {tuple(logits.shape)}.")
         log_probs = logits.log_softmax(-1)

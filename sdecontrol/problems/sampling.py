@@ -17,6 +17,7 @@ from ..paths.flow import LogLikelihood, flow_log_likelihood, require_generative,
 from ..paths.integrator import integrate
 from ..paths.paths import Record, Totals
 from ..paths.solvers import SolvedPaths, check_solver, solve_adaptively, solve_on_grid
+from ..precision import full_precision
 from ..processes.generative import GenerativeSDE
 from ..processes.laws import draw
 from ..processes.modules import evaluating, modules_in
@@ -28,6 +29,7 @@ from .problem import ControlProblem
 from .simulation_options import SimulationOptions
 
 
+@full_precision()
 def simulate_solver(
     problem: ControlProblem, chain: Chain, scheme: str, num_paths: int, control: Any, seed: int, how: SimulationOptions
 ) -> SolvedPaths:
@@ -119,6 +121,7 @@ def _flow(
     )
 
 
+@full_precision()
 def log_likelihood(
     model: GenerativeSDE | ControlProblem,
     x: States,

@@ -13,6 +13,7 @@ from ..chains.shifts import shift_function
 from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
+from ..precision import full_precision
 from ..processes.modules import evaluating, modules_in, out_of_inference_mode
 from ..randomness import fresh_seed
 from ..shapes import States
@@ -22,6 +23,7 @@ from .sampling import simulate_solver
 from .simulation_options import SimulationOptions
 
 
+@full_precision()
 def simulate(
     problem: ControlProblem,
     num_paths: int,
@@ -87,6 +89,7 @@ def simulate(
     return simulate_chain(problem, chain, num_paths, control, seed=seed, keep=keep, condition=condition, how=how)
 
 
+@full_precision()
 def simulate_chain(
     problem: ControlProblem,
     chain: Chain,
@@ -141,6 +144,7 @@ def _run(
 
 
 @torch.no_grad()
+@full_precision()
 def roll_out(
     problem: ControlProblem,
     chain: Chain,

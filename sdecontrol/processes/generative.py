@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import check_name, unknown_name
 from ..memory import Remembered, recall
+from ..precision import at_least_single, full_precision
 from ..tensors import as_float, batch_like
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
@@ -55,6 +56,7 @@ class MixtureNoise(nn.Module):
         super().__init__()
         self.mixture, self.schedule = mixture, schedule
 
+    @full_precision()  # exact: no model of the user's
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         s0 = self.schedule.noising_time(s.reshape(-1)[0].double().cpu())
         if s.numel() > 1 and bool((s != s.reshape(-1)[0]).any()):
@@ -135,7 +137,7 @@ class GenerativeSDE(Pretrained, SDE):
         self.memory = memory_of(schedule, self._level)
         parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
         like = mixture.means if mixture is not None else parameter
-        self.dtype = like.dtype if like is not None else torch.get_default_dtype()
+        self.dtype = at_least_single(like.dtype if like is not None else torch.get_default_dtype())
         self.device = like.device if like is not None else torch.device("cpu")
         zero = torch.zeros(self.event_shape, dtype=self.dtype, device=self.device)
         self.own_initial = Gaussian(zero, schedule.start_std() ** 2)

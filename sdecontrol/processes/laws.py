@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..precision import at_least_single, full_precision
 from ..randomness import BLOCK, Place, generator_for, global_rng
 from ..tensors import check_tensor, symmetric
 
 _LOG_2PI = 1.8378770664093453
 
 
+@full_precision()
 def factor(covariance: Tensor) -> Tensor:
     """A symmetric factor ``L`` with ``L L^T = covariance``, for any positive semi-definite ``(..., d, d)`` matrix."""
     values, vectors = torch.linalg.eigh(symmetric(covariance))
@@ -52,7 +54,11 @@ class Dirac(Distribution):
     def __init__(self, point: Tensor) -> None:
         tokens = isinstance(point, Tensor) and point.dtype == torch.int64
         self.point = (
-            point if tokens else check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
+            point
+            if tokens
+            else at_least_single(
+                check_tensor("Dirac(point)", point, hint="pass the start of one path, shape (*event).")
+            )
         )
         if point.ndim == 0:
             raise ValueError("Dirac(point) must have at least one dimension; use torch.tensor([x]) for a scalar state.")
@@ -94,7 +100,7 @@ class Gaussian(Distribution):
     """
 
     def __init__(self, mean: Tensor, cov: Tensor | float) -> None:
-        mean = check_tensor("Gaussian(mean)", mean)
+        mean = at_least_single(check_tensor("Gaussian(mean)", mean))
         if mean.ndim == 0:
             raise ValueError(
                 "Gaussian(mean) must have at least one dimension; use torch.tensor([m]) for a scalar state."
@@ -103,6 +109,7 @@ class Gaussian(Distribution):
             "Gaussian(cov)",
             torch.as_tensor(cov, dtype=mean.dtype, device=mean.device) if not isinstance(cov, Tensor) else cov,
         )
+        cov = at_least_single(cov)
         check_alike("Gaussian(cov)", cov, "the mean", mean)
         self.loc = mean
         d = mean.shape[-1]
@@ -144,6 +151,7 @@ class Gaussian(Distribution):
         kind = "independent entries" if self.is_diagonal else "full covariance"
         return f"Gaussian(batch {tuple(self.batch_shape)}, event {tuple(self.event_shape)}, {kind})"
 
+    @full_precision()
     def shape_noise(self, z: Tensor) -> Tensor:
         """``cov^(1/2) z`` for standard normal ``z`` of shape ``(..., *event)``."""
         return self.scale_root * z if self.is_diagonal else (self.scale_root @ z.unsqueeze(-1)).squeeze(-1)
@@ -222,8 +230,8 @@ class GaussianMixture(_Mixture):
     """
 
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor | float) -> None:
-        means = check_tensor("GaussianMixture(means)", means, shape=("k", "d"))
-        weights = check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],))
+        means = at_least_single(check_tensor("GaussianMixture(means)", means, shape=("k", "d")))
+        weights = at_least_single(check_tensor("GaussianMixture(weights)", weights, shape=(means.shape[0],)))
         check_alike("GaussianMixture(weights)", weights, "the tensor of means", means)
         if bool((weights <= 0).any()):
             raise ValueError("GaussianMixture(weights) must all be > 0; leave out components of weight 0.")
@@ -231,7 +239,7 @@ class GaussianMixture(_Mixture):
         self.means, self.log_weights = means, (weights / weights.sum()).log()
         if not isinstance(covariances, Tensor):
             covariances = torch.as_tensor(covariances, dtype=means.dtype, device=means.device)
-        cov = check_tensor("GaussianMixture(covariances)", covariances)
+        cov = at_least_single(check_tensor("GaussianMixture(covariances)", covariances))
         check_alike("GaussianMixture(covariances)", cov, "the tensor of means", means)
         self._vectors = None  # the axes of each component, where they are not those of the coordinates
         if cov.shape == (k, d, d):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..precision import at_least_single
 from ..tensors import as_float, check_tensor, symmetric
 from .laws import Dirac, Gaussian, check_alike, factor
 from .sde import SDE, StepFunction
@@ -48,6 +49,8 @@ class LinearSDE(SDE):
 
     def __init__(self, A: Coefficient, sigma: Any, offset: Coefficient | None = None, horizon: float = 1.0) -> None:
         self.horizon = as_float("horizon", horizon, positive=True)
+        A, sigma = (at_least_single(c) if isinstance(c, Tensor) else c for c in (A, sigma))
+        offset = at_least_single(offset) if isinstance(offset, Tensor) else offset
         self._A, self._sigma, self._offset = A, sigma, offset
         probe = self._at("A", A, 0.0)
         if probe.ndim != 2 or probe.shape[0] != probe.shape[1]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import call
 from ..tensors import check_output, probing
 from .reference import Reference
 
@@ -18,7 +19,7 @@ ControlFunction = Callable[[Tensor, Tensor, Any], Tensor]
 def call_model(model: Model, x: Tensor, clock: Tensor, condition: Any) -> Tensor:
     """``model(x, clock)`` with the clock expanded to ``(batch,)``; ``(x, clock, condition)`` where there is one."""
     clock = clock.expand(x.shape[0])
-    return model(x, clock) if condition is None else model(x, clock, condition)
+    return call(model, x, clock) if condition is None else call(model, x, clock, condition)
 
 
 class Pretrained(Reference):

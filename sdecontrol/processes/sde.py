@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import at_least_single, call
 from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
 from .reference import Reference
 
@@ -96,7 +97,7 @@ class SDE(Reference):
         )
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(as_float("diffusion", sigma))
-        check_tensor("diffusion", sigma, hint=hint)
+        sigma = at_least_single(check_tensor("diffusion", sigma, hint=hint))
         if not bool((sigma != 0).any()):
             raise ValueError("diffusion is 0: without noise there is no control problem (no likelihood ratios).")
         if sigma.ndim:
@@ -132,7 +133,7 @@ class SDE(Reference):
 
     def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
         with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d", arguments=(x, t)):
-            raw = self._diffusion_function(x, t)
+            raw = call(self._diffusion_function, x, t)
         value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
         if value.ndim:
             check_output("diffusion", value, value.shape, x)
@@ -150,13 +151,13 @@ class SDE(Reference):
 
     def drift(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         """``b(x, t)``, ``(batch, *event)``."""
-        return self._drift(x, t) if condition is None else self._drift(x, t, condition)
+        return call(self._drift, x, t) if condition is None else call(self._drift, x, t, condition)
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """``sigma(x, t)``: elementwise (0-d, event or batch of events) or a matrix ``(1 | batch, d, m)``."""
         if self.constant_diffusion is not None:
             return self.constant_diffusion
-        value = self._diffusion_function(x, t)
+        value = call(self._diffusion_function, x, t)
         if not isinstance(value, Tensor):
             return torch.as_tensor(value, dtype=x.dtype, device=x.device)
         return value.unsqueeze(0) if self._shared_matrix else value

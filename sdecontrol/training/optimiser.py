@@ -2,6 +2,7 @@
 save."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..methods.base import Regression
+from ..precision import at_least_single
 from ..tensors import as_float
 from .least_squares import LinearSteps
 
@@ -83,6 +85,12 @@ class Descent:
         linear: LinearSteps | None = None,
         decay: float = 0.99,
     ) -> None:
+        if coarse := next((p.dtype for p in parameters if at_least_single(p.dtype) != p.dtype), None):
+            warnings.warn(
+                f"parameters of {coarse} are trained: steps smaller than their rounding are lost. Train them in "
+                "float32 (module.float()); for mixed precision call solve inside torch.autocast.",
+                stacklevel=4,
+            )
         self.parameters, self.linear, self.decay = parameters, linear, decay
         self.factor = 1.0
         self.level: float | None = None  # running mean of the logarithm of the gradient's norm

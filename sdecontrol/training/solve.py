@@ -17,6 +17,7 @@ from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of, suggested
+from ..precision import full_precision
 from ..problems.problem import ControlProblem
 from ..processes.modules import copied, held_fixed
 from ..randomness import Place, derive_seed, fresh_seed
@@ -30,6 +31,7 @@ from .progress import ProgressBar
 
 
 @renamed(cooling="anneal")
+@full_precision()
 def solve(
     problem: ControlProblem,
     method: Method | str | None = None,
