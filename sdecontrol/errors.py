@@ -3,6 +3,8 @@
 import difflib
 import functools
 import pickle
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar, cast
 
@@ -64,6 +66,16 @@ class BadFileError(ValueError):
 
 class MissingFileError(BadFileError, FileNotFoundError):
     """There is no such file."""
+
+
+def warn(message: str, category: type[Warning] = RuntimeWarning, stacklevel: int = 2) -> None:
+    """``warnings.warn`` that is shown each time: Python's own is shown once for each line of code, and the next problem
+    with the same fault is another one. The user's filters hold as ever."""
+    frame = sys._getframe(1)
+    for _ in range(stacklevel - 1):
+        frame = frame.f_back or frame
+    place = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(message, category, *place, module=frame.f_globals.get("__name__"))
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:

@@ -142,6 +142,26 @@ def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like
     return value
 
 
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of one call differ by more than rounding in another order of sums."""
+    a, b = a.detach().nan_to_num(), b.detach().nan_to_num()
+    return not torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()) if a.numel() else 0.0)
+
+
+def check_not_random(name: str, value: Tensor, again: Tensor) -> None:
+    """Raise where a function of the step gave two values for the same states.
+
+    Raises:
+        ValueError: log-ratios are those of the step's noise alone, and paths are drawn again.
+    """
+    if differ(value, again):
+        raise ValueError(
+            f"{name} gave two values for the same states: it draws random numbers of its own, even in evaluation mode. "
+            "Log-ratios are those of the step's noise, and paths are drawn again from their seed, so a step must be a "
+            "function of state, time and noise alone."
+        )
+
+
 def check_recording(what: str) -> None:
     """Raise inside ``torch.inference_mode``, whose tensors take no part in gradients ever after.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function
+from ..errors import warn
 from ..paths.integrator import integrate
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
@@ -106,6 +106,7 @@ class PathIntegralControl(Control):
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         ahead = None if self.proposal is None else shift_function(chain, self.proposal)
+        self._warned = False  # once in every use
         if len(self.ess) != chain.steps:
             self.ess = torch.full((chain.steps,), float("nan"), dtype=torch.float64)
 
@@ -125,7 +126,7 @@ class PathIntegralControl(Control):
             few = effective / len(x) * self.num_paths
             if few < _FEW <= self.num_paths and not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"path-integral guidance has {few:.1f} effective of {self.num_paths} paths at step {k} (t = "
                     f"{chain.clock[k]:.3g}): its control is noisy and biased there. Use more num_paths, or paths of a "
                     "better control: PathIntegralGuidance(proposal=...). control.ess has the fraction at every step.",

@@ -112,6 +112,7 @@ class ChainSolution(Solution):
 
     def run(self, draws: int, seed: int | None = None) -> Draws:
         """``draws`` of each chain, with everything known of them."""
+        check_count("n", draws)
         seed = fresh_seed(seed)
         with self.problem.evaluating():
             if self.chains.kernel == "nuts":

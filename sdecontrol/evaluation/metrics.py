@@ -57,6 +57,8 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
 
 
 def _arrays(a: Samples, b: OtherSamples, weights_a: PerPath | None, weights_b: PerOther | None) -> tuple[Any, ...]:
+    if not (len(a) and len(b)):
+        raise ValueError(f"a distance needs samples on both sides, got {len(a)} and {len(b)}.")
     parts: list[Any] = [x.detach().flatten(1).double().cpu().numpy() for x in (a, b)]
     for log_w in (weights_a, weights_b):
         parts.append(None if log_w is None else torch.softmax(log_w.detach().double().cpu(), 0).numpy())

@@ -1,7 +1,6 @@
 """``ParticleSolution``: a solution that is a way of sampling, with a proposal, and no trained control of its own."""
 
 import math
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..controls.guidance import LogValue
 from ..controls.saved import VALUES, Context, Saved
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, warn
 from ..files.contents import load_tensors, part_of, with_part
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
@@ -48,6 +47,7 @@ class ParticleSolution(Solution):
 
     def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
         """``systems`` independent systems of particles, with everything known of them."""
+        check_count("n", systems)
         return run_particles(
             self.problem,
             self.chain,
@@ -165,7 +165,7 @@ class ParticleSolution(Solution):
 
     def _warn_where_few(self, effective: Any, total: int) -> None:
         if float(effective) < _FEW <= total:
-            warnings.warn(
+            warn(
                 f"{self.method}: only {float(effective):.1f} effective of {total} particles; the samples are nearly "
                 "copies of so few and biased. Use more particles, a better proposal or a twist.",
                 RuntimeWarning,

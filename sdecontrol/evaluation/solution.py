@@ -20,6 +20,7 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..processes.modules import numbers_of
 from ..shapes import PerPath, Samples
+from ..tensors import check_count
 from .evaluate import Evaluation, evaluate, log_weights
 
 SOLUTIONS = Kinds("solution")
@@ -115,6 +116,7 @@ class Solution:
 
     def simulate(self, n: int, seed: int | None = None, *, condition: Tensor | None = None, keep: str = "all") -> Paths:
         """Paths of the controlled process."""
+        check_count("n", n)
         return simulate_chain(self.problem, self.chain, n, self.control, seed=seed, keep=keep, condition=condition)
 
     def _condition(self, n: int, condition: Any) -> Any:

@@ -15,6 +15,7 @@ from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, StateTarget, adapt, run_tempered
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
+from ..tensors import check_count
 from .particle_solution import ParticleSolution
 from .solution import SOLUTIONS
 
@@ -94,6 +95,7 @@ class TemperedSolution(ParticleSolution):
 
     @torch.no_grad()
     def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
+        check_count("n", systems)
         with self.problem.evaluating():
             found = run_tempered(self.target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
             self.evaluations += found.evaluations

@@ -16,6 +16,7 @@ from ..processes.laws import Dirac, Gaussian, draw
 from ..processes.linear import moments
 from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import Controls, PerPath, Scalar, States
+from ..tensors import check_count
 
 
 class ExactSolution:
@@ -108,6 +109,7 @@ class ExactSolution:
 
     def sample(self, n: int, seed: int | None = None) -> States:
         """``n`` exact draws of X_T under the optimum."""
+        check_count("n", n)
         return draw(self.marginal(self.problem.horizon), n, derive_seed(fresh_seed(seed), Place.EXACT_SAMPLES))
 
     def weighted_sample(self, n: int, seed: int | None = None) -> tuple[States, PerPath]:

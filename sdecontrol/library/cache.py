@@ -1,14 +1,13 @@
 """The package's cache: bundles (safetensors and JSON) in the user's cache folder, made again where they are damaged."""
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import BadFileError
+from ..errors import BadFileError, warn
 from ..files.bundles import read_bundle, write_bundle
 
 
@@ -21,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warn(message, RuntimeWarning, stacklevel=4)
 
 
 def read_cached(

@@ -1,14 +1,13 @@
 """``reference_samples``: samples to hold a sampler against, for targets with an exact sampler and without."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BadFileError
+from ..errors import BadFileError, warn
 from ..evaluation.estimates import Estimate, log_mean_weight, mean_estimate
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
 from ..files.bundles import register_bundle
@@ -143,7 +142,7 @@ def reference_samples(
             write_cached(name, _KIND, tensors, {**settings, **facts})
         found = _result(tensors, facts, systems, cached=False)
     if not found.agree:
-        warnings.warn(
+        warn(
             f"reference_samples: {found.source}: the systems do not agree on log Z (they vary by {found.spread:.2g}). "
             "Use more particles.",
             RuntimeWarning,
@@ -236,5 +235,5 @@ def _read(name: str, settings: dict[str, Any], dim: int) -> ReferenceSamples | N
             raise BadFileError(f"{name}: system is not among the {systems}.")
         return _result(tensors, saved, systems, cached=True)
     except (ValueError, TypeError, KeyError) as error:
-        warnings.warn(f"the cache is damaged and will be made again: {error}", RuntimeWarning, stacklevel=3)
+        warn(f"the cache is damaged and will be made again: {error}", RuntimeWarning, stacklevel=3)
         return None

@@ -139,6 +139,8 @@ def flow_log_likelihood(
 ) -> LogLikelihood:
     """See :func:`sdecontrol.log_likelihood`; ``start`` is the law of X_0."""
     check_tensor("x", x, shape=(x.shape[0] if isinstance(x, Tensor) and x.ndim else "n", *sde.event_shape))
+    if not x.shape[0]:
+        raise ValueError("x must have at least one row, got none.")
     if divergence not in (None, "exact", "hutchinson"):
         raise ValueError(f"divergence must be 'exact', 'hutchinson' or None, got {divergence!r}.")
     check_count("probes", probes, 2, why="a standard error needs two")

@@ -1,12 +1,12 @@
 """Self-normalised importance weights in log space, tempered by a trust region."""
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import warn
 from ..shapes import PerPath
 
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
@@ -83,7 +83,7 @@ def _kl(v: np.ndarray, beta: np.ndarray) -> np.ndarray:
 def warn_where_few(name: str, ess: float, count: int, remedy: str) -> None:
     """Warn where hardly any of ``count`` weighted paths count."""
     if ess * count < _FEW <= count:
-        warnings.warn(
+        warn(
             f"{name}: only {ess * count:.1f} of {count} weighted paths are effective; what is learned from them is "
             f"biased towards the best of them. {remedy}",
             RuntimeWarning,

@@ -39,14 +39,13 @@ learn one refuse it, as do those that use the reference's bridges or adjoint.
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_name
+from ..errors import ImproperTarget, NonFiniteError, NotDifferentiable, check_name, warn
 from ..precision import at_least_single, full_precision
 from ..processes.annealed import AnnealedLangevin
 from ..processes.laws import Dirac, Gaussian, draw
@@ -343,9 +342,10 @@ def _check_end(
             "run."
         )
     if float(inside.double().mean()) < _RARE:
-        warnings.warn(
+        warn(
             f"log_density is -inf at {_CHECKED - int(inside.sum())} of {_CHECKED} states drawn from the reference's "
             "end: hard to learn from. Give a smaller scale, or change variables so that the constraint goes away.",
+            UserWarning,
             stacklevel=3,
         )
     if pilot is None:
@@ -354,7 +354,7 @@ def _check_end(
         try:
             check_rays(density, x[best], scale, None if y is None else y[best], seed)
         except ImproperTarget as error:
-            warnings.warn(f"improper target? {error}", stacklevel=3)
+            warn(f"improper target? {error}", UserWarning, stacklevel=3)
     return max(float(values.max()), -math.inf if pilot is None else pilot.highest)
 
 

@@ -16,7 +16,7 @@ from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..counting import count_reward
-from ..errors import NonFiniteError, NotDifferentiable, check_name
+from ..errors import NonFiniteError, NotDifferentiable, check_name, warn
 from ..precision import at_least_single, call, full_precision
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
@@ -24,7 +24,17 @@ from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
 from ..randomness import Place, derive_seed
 from ..shapes import PerPath, Samples, Scalar, States
-from ..tensors import as_float, ask, check_count, check_output, check_recording, nonfinite_rows, probing
+from ..tensors import (
+    as_float,
+    ask,
+    check_count,
+    check_not_random,
+    check_output,
+    check_recording,
+    differ,
+    nonfinite_rows,
+    probing,
+)
 from .rewards import Linear, Quadratic, QuadraticCost
 
 DEFAULT_TIME_STEPS = 100
@@ -34,6 +44,17 @@ STARTS = ("fixed", "controlled", "memoryless")
 def draw_conditions(condition: Any, n: int, seed: int) -> Any:
     """``n`` conditions, or None."""
     return None if condition is None else draw(condition, n, derive_seed(seed, Place.CONDITION))
+
+
+def _warn_if_random(value: Tensor, again: Tensor) -> None:
+    if differ(value, again):
+        warn(
+            "reward gave two values for the same states: it is random, even in evaluation mode. All estimates include "
+            "its noise, log Z is that of E[exp(reward/alpha)] over it, no seed repeats a run, and its gradient is not "
+            "compared with its values. Average over its noise inside it, or fix its seed.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 class ControlProblem(Definition):
@@ -185,8 +206,9 @@ class ControlProblem(Definition):
                     )
                 more, alone = ("", "") if y is None else (", y", "x, t")
                 with probing("running_cost", f"running_cost(x, t{more}), x {tuple(x.shape)}, t 0-d", alone, (x, t, y)):
-                    cost = self.running_cost(x, t, y)
+                    cost, again = (self.running_cost(x, t, y) for _ in range(2))
                 check_output("running_cost", cost, (rows,), t, "One number per row.")
+                check_not_random("running_cost", cost, again)
         self.has_gradient = self._probe_reward(decoded, y)
 
     def _probe_reward(self, x: Tensor, y: Any) -> bool:
@@ -224,6 +246,8 @@ class ControlProblem(Definition):
             elif isinstance(value, Tensor) and value.ndim == 0:
                 hint += " Do not average over the batch."
             check_output("reward", value, (x.shape[0],), self._number(x), hint)
+            with torch.no_grad():
+                _warn_if_random(value, self._call_reward(x, y))
             if not value.requires_grad or not smooth:
                 return False
             gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
@@ -290,6 +314,8 @@ class ControlProblem(Definition):
         """
         if self.reward_function is None:
             return self._with_graph("reward", x, self._number(x).new_zeros(x.shape[0]))
+        if not x.shape[0]:  # a function of the user's may not take an empty batch
+            return self._number(x).new_zeros(0)
         size = self.reward_batch_size or x.shape[0]
         pieces = []
         for i in range(0, x.shape[0], size):

@@ -58,6 +58,8 @@ class MixtureNoise(nn.Module):
 
     @full_precision()  # exact: no model of the user's
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
+        if not len(x):
+            return torch.zeros_like(x)
         s0 = self.schedule.noising_time(s.reshape(-1)[0].double().cpu())
         if s.numel() > 1 and bool((s != s.reshape(-1)[0]).any()):
             return torch.stack([self(row[None], time[None])[0] for row, time in zip(x, s)])

@@ -98,7 +98,8 @@ class LinearSDE(SDE):
         if isinstance(c, Tensor):
             return c
         if not callable(c):
-            raise TypeError(f"{name} must be a torch tensor or a function of time, got {type(c).__name__}.")
+            also = "a number, " if name == "sigma" else ""
+            raise TypeError(f"{name} must be {also}a torch tensor or a function of time, got {type(c).__name__}.")
         value = c(torch.as_tensor(t, dtype=torch.get_default_dtype()) if not isinstance(t, Tensor) else t)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}(t) must return a torch tensor, got {type(value).__name__}.")

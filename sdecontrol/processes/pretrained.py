@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..precision import call
-from ..tensors import check_output, probing
+from ..tensors import check_not_random, check_output, probing
 from .reference import Reference
 
 #: ``model(x, s)`` or ``model(x, s, y)``, s ``(batch,)``.
@@ -74,5 +74,6 @@ class Pretrained(Reference):
         called = f"model(x, {name}), x (batch, *shape), {kind}" if y is None else f"model(x, {name}, y)"
         with torch.no_grad():
             with probing("model", f"{called}, x {tuple(x.shape)}", "" if y is None else f"x, {name}", (x, y)):
-                value = self.predict(self.model, x, 0.5 * self.horizon, y)
+                value, again = (self.predict(self.model, x, 0.5 * self.horizon, y) for _ in range(2))
             check_output("model", value, x.shape, x, f"It is called as {called}.")
+            check_not_random("model", value, again)

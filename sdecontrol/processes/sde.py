@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..precision import at_least_single, call
-from ..tensors import as_float, check_output, check_tensor, is_matrix_scale, probing
+from ..tensors import as_float, check_not_random, check_output, check_tensor, is_matrix_scale, probing
 from .reference import Reference
 
 #: ``(k, x, condition) -> (drift, diffusion)`` at the k-th of a list of times.
@@ -96,6 +96,9 @@ class SDE(Reference):
             "diffusion: a number, standard deviations of the event's shape, a (d, m) matrix, or a function of (x, t)."
         )
         if not isinstance(sigma, Tensor):
+            if not isinstance(sigma, (int, float)):
+                what = type(sigma).__name__
+                raise TypeError(f"diffusion must be a number, a tensor (torch.tensor(...)) or a function, got {what}.")
             sigma = torch.tensor(as_float("diffusion", sigma))
         sigma = at_least_single(check_tensor("diffusion", sigma, hint=hint))
         if not bool((sigma != 0).any()):
@@ -126,17 +129,21 @@ class SDE(Reference):
         with torch.no_grad():
             more, alone = (", y", "x, t") if y is not None else ("", "")
             with probing(self._term, f"{self._term}(x, t{more}), x {tuple(x.shape)}, t 0-d", alone, (x, t, y)):
-                value = getattr(self, self._term)(x, t, y)
+                value, again = (getattr(self, self._term)(x, t, y) for _ in range(2))
             check_output(self._term, value, x.shape, x, "Its first dimension is the batch.")
+            check_not_random(self._term, value, again)
             if self._diffusion_function is not None:
                 self._probe_diffusion(x, t)
 
     def _probe_diffusion(self, x: Tensor, t: Tensor) -> None:
         with probing("diffusion", f"diffusion(x, t), x {tuple(x.shape)}, t 0-d", arguments=(x, t)):
-            raw = call(self._diffusion_function, x, t)
+            raw, again = (call(self._diffusion_function, x, t) for _ in range(2))
+        if not isinstance(raw, (Tensor, int, float)):
+            raise TypeError(f"diffusion must return a number or a tensor, got {type(raw).__name__}.")
         value = torch.as_tensor(raw, dtype=x.dtype, device=x.device) if not isinstance(raw, Tensor) else raw
         if value.ndim:
             check_output("diffusion", value, value.shape, x)
+        check_not_random("diffusion", value, torch.as_tensor(again, dtype=value.dtype, device=value.device))
         d = self.event_shape
         elementwise = value.ndim == 0 or value.shape == x.shape or value.shape == d
         self._shared_matrix = not elementwise and self.event_ndim == 1 and value.ndim == 2 and value.shape[0] == d[0]

@@ -1,11 +1,11 @@
 """Callbacks: any object with some of the methods below. One that raises gives a warning; training goes on
 unperturbed."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import warn
 from ..evaluation.solution import Solution
 
 
@@ -51,7 +51,7 @@ def notify(callbacks: Sequence[Any], event: str, state: TrainingState) -> None:
         try:
             function(state)
         except Exception as error:
-            warnings.warn(
+            warn(
                 f"{type(callback).__name__}.{event} raised {type(error).__name__}: {error}; training goes on.",
                 RuntimeWarning,
                 stacklevel=2,

@@ -1,12 +1,11 @@
 """Checkpoints of a run: two are kept, each complete or not there at all; resuming takes the newest good one."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import BadFileError
+from ..errors import BadFileError, warn
 from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint
 
@@ -48,7 +47,7 @@ class Checkpoints:
                 tensors, settings = read_bundle(self.folder, name, _KIND)
             except BadFileError as error:
                 damaged = error
-                warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
+                warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
                 continue
             check_fingerprint(settings["problem"], fingerprint, self.folder / name)
             return tensors, settings

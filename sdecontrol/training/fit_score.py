@@ -1,12 +1,11 @@
 """``fit_score``: a diffusion or flow model from data, by denoising score matching."""
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_name
+from ..errors import check_name, warn
 from ..processes.generative import PREDICTIONS, noise_coefficients
 from ..processes.schedules import Schedule
 from ..randomness import Place, fresh_seed, generator_for, global_rng
@@ -110,11 +109,12 @@ def _warn_where_starts_differ(data: Tensor, schedule: Schedule) -> None:
     mean, ratio = mu * x.mean(0) / start, (mu**2 * x.var(0, correction=0) + std**2) / start**2
     apart = 0.5 * float((mean.square() + ratio - 1 - ratio.log()).sum())
     if apart > _APART:
-        warnings.warn(
+        warn(
             f"data (mean {float(x.mean()):.3g}, standard deviation {float(x.std(correction=0)):.3g}) do not suit the "
             f"schedule: noised, their law is {apart:.2g} nats from N(0, {start:.3g}^2), which generation starts from, "
             "and samples keep what that is off. Standardise the data, use a schedule with more noise, or start "
             f"problems from initial=sc.Gaussian({mu:.3g} * data.mean(0), {mu:.3g}**2 * data.var(0) + {std:.3g}**2).",
+            UserWarning,
             stacklevel=3,
         )
 
