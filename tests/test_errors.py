@@ -181,7 +181,7 @@ CASES = {
     ),
     "no batch": (lambda: solve(batch_size=0), ValueError, "batch_size must be an int >= 1"),
     "no iterations": (lambda: solve(iterations=-1), ValueError, "iterations must be an int >= 1"),
-    "seed negative": (lambda: solve(seed=-1), ValueError, "seed must be >= 0"),
+    "seed negative": (lambda: solve(seed=-1), ValueError, "seed must be from 0 to"),
     "seed a float": (lambda: solve(seed=1.5), TypeError, "seed must be an int"),
     "budget in words": (lambda: solve(budget="soon"), ValueError, "budget must be seconds"),
     "control of one argument": (
