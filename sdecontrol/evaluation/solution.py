@@ -101,6 +101,10 @@ class Solution:
         self._check_unchanged()
         return self._control
 
+    @control.setter
+    def control(self, control: Control) -> None:
+        self._control = control
+
     @property
     def chain(self) -> Chain:
         self._check_unchanged()
