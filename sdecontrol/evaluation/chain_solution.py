@@ -15,6 +15,7 @@ from ..particles.diagnostics import Diagnostics, diagnose
 from ..particles.markov import Draws, WarmChains, log_density_of, run_chains, warm_up_chains
 from ..particles.mixture_fit import fit_mixture
 from ..particles.nuts import run_nuts, warm_up_nuts
+from ..particles.resolution import resolution_problems
 from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
@@ -201,6 +202,8 @@ class ChainSolution(Solution):
         density = found.log_density - float(self.target.scale.double().log().sum())
         reward = density - law.log_prob(self.target.states(found.z)).double()
         reliable, why = _reliability(facts, log_z, reverse)
+        if unresolved := resolution_problems(self.problem, self.target.states(found.z).flatten(0, 1)):
+            reliable, why = False, unresolved[0]
         exact_z = (self._exact_values() or {}).get("log_z")
         nan, size = Estimate(float("nan")), found.phi.numel()
         return ChainEvaluation(

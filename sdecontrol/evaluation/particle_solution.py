@@ -11,6 +11,7 @@ from ..controls.guidance import LogValue
 from ..controls.saved import VALUES, Context, Saved
 from ..errors import NonFiniteError, warn
 from ..files.contents import load_tensors, part_of, with_part
+from ..particles.resolution import resolution_problems
 from ..particles.smc import Particles, ParticleSettings, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
@@ -236,6 +237,9 @@ class ParticleSolution(Solution):
         return Estimate(mean, float((shares * (each - mean)).square().sum().sqrt()))  # delta method
 
     def _reliability(self, found: Particles, log_z: Estimate, tail: float, n: int, seed: int) -> tuple[bool, str]:
+        end, log_w = found.end.flatten(0, 1), (found.log_weights + found.log_z.unsqueeze(1)).flatten()
+        if unresolved := resolution_problems(self.problem, end, log_w):
+            return False, unresolved[0]
         spread = float(found.log_z.std())
         if tail >= 0.7:
             return False, f"heavy-tailed Z^ over systems (Pareto k = {tail:.2f}, must be < 0.7)"

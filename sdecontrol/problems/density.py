@@ -81,6 +81,14 @@ class LogDensity:
             elif value.requires_grad:
                 self.differentiable = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] is not None
 
+    def takes(self, x: States, y: Any) -> bool:
+        """Whether the function gives numbers of the dtype of x for it."""
+        try:
+            with torch.no_grad():
+                return self._call(self.function, x, y).dtype == x.dtype
+        except (RuntimeError, TypeError):  # a module of another precision
+            return False
+
     def value(self, x: States, y: Any = None) -> PerPath:
         """Values ``(n,)`` without a graph; NaN and +inf as they come."""
         self.values += x.shape[0]

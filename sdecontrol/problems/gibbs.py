@@ -63,6 +63,7 @@ REFERENCES = (*KINDS, "annealed")
 FLOOR_DEPTH = 1e4  #: a density of zero counts as the highest log density that was met, less this
 _CHECKED = 256  # draws of the reference's end at which the density is tried
 _RARE = 0.01
+_SPACING = 0.01  # of the scale, which is about a standard deviation
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -224,7 +225,8 @@ def gibbs_problem(
             Langevin steps.
         seed: of the pilot run and the checks; None draws one from torch's global generator.
         dtype, device: of the states. Default: those of ``centre`` or ``scale`` where they are tensors, else torch's
-            dtype, on the CPU.
+            dtype (float64 where float32 numbers at the target are too far apart for its width, and the density
+            takes them), on the CPU.
         reward_batch_size: call the density on at most so many states at once while solving.
 
     Raises:
@@ -236,6 +238,7 @@ def gibbs_problem(
         UserWarning: the density vanishes in nearly all of the reference's end; or, where the scale was given, it looks
             improper.
     """
+    arguments = {**locals(), "dtype": torch.float64}
     check_recording("gibbs_problem(...)")
     density = LogDensity(log_density, score)
     if isinstance(dim, bool) or not isinstance(dim, int):
@@ -249,18 +252,16 @@ def gibbs_problem(
             f"backward_control goes with reference='annealed' and only with it; got reference={reference!r}."
         )
     given = [v for v in (centre, scale) if isinstance(v, Tensor) and v.is_floating_point()]
-    dtype = dtype if dtype is not None else given[0].dtype if given else torch.get_default_dtype()
-    dtype = at_least_single(dtype)
+    finer = dtype is None and not given and torch.get_default_dtype() != torch.float64
+    dtype = at_least_single(dtype or (given[0].dtype if given else torch.get_default_dtype()))
     device = torch.device(device) if device is not None else given[0].device if given else torch.device("cpu")
     middle = _vector("centre", 0.0 if centre is None else centre, dim, dtype, device).expand(dim).contiguous()
     width = None if scale is None else _vector("scale", scale, dim, dtype, device, positive=True)
     seed = fresh_seed(seed)
     conditions = functools.partial(draw_conditions, condition)
     with evaluating(density.modules()):
-        rows = next(n for n in range(6, 64) if n != dim)
-        generator = generator_for("cpu", seed, Place.GIBBS_PROBE)
-        around = 1.0 if width is None else width
-        x = middle + around * torch.randn(rows, dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        x = _states_to_try(middle, width, seed)
+        rows = len(x)
         with probing("condition", "condition(n)"):
             y = conditions(rows, derive_seed(seed, Place.GIBBS_PROBE_CONDITION))
         if condition is not None and (not isinstance(y, Tensor) or y.ndim < 1 or y.shape[0] != rows):
@@ -273,8 +274,12 @@ def gibbs_problem(
             )
         pilot, roughness = None, 1.0
         if width is None or annealed:
-            place = derive_seed(seed, Place.GIBBS_PILOT)
-            pilot = run_pilot(density, middle, centre is not None, conditions, place)
+            finer = finer and density.takes(x.double(), y)
+            pilot = _located(
+                density, middle, centre is not None, conditions, derive_seed(seed, Place.GIBBS_PILOT), finer
+            )
+            if pilot is None:
+                return gibbs_problem(**arguments)
             if width is None:
                 middle, width = pilot.centre, pilot.scale
             roughness = pilot.roughness * float((width.double() / pilot.scale.double()).log().mean().exp())
@@ -293,6 +298,34 @@ def gibbs_problem(
         floor=highest - FLOOR_DEPTH,
         reward_batch_size=reward_batch_size,
     )
+
+
+def _states_to_try(centre: Tensor, scale: Tensor | None, seed: int) -> Tensor:
+    """A few states to call the density on, ``(rows, dim)``, their number different from the dimension."""
+    dim = len(centre)
+    rows = next(n for n in range(6, 64) if n != dim)
+    z = torch.randn(rows, dim, generator=generator_for("cpu", seed, Place.GIBBS_PROBE), dtype=torch.float64)
+    return centre + (1.0 if scale is None else scale) * z.to(centre)
+
+
+def _located(
+    density: LogDensity,
+    guess: Tensor,
+    keep_centre: bool,
+    conditions: Callable[[int, int], Any],
+    seed: int,
+    finer: bool,
+) -> Pilot | None:
+    """The pilot run; None where its states may be finer, and it shows that they must be: numbers at the target are too
+    far apart for its width."""
+    try:
+        pilot = run_pilot(density, guess, keep_centre, conditions, seed)
+    except ImproperTarget:
+        if not finer:
+            raise
+        return None
+    coarse = torch.finfo(guess.dtype).eps * pilot.centre.abs() > _SPACING * pilot.scale
+    return None if finer and bool(coarse.any()) else pilot
 
 
 def _vector(

@@ -32,7 +32,7 @@ from ..errors import ImproperTarget
 from ..randomness import Place, derive_seed, generator_for
 from .density import LogDensity
 
-_EXPONENTS = range(-20, 21)
+_EXPONENTS, _FURTHER = range(-20, 21), range(-60, 61)
 _DRAWS, _MORE_DRAWS = 64, 2048  # per scale of the scan; the second where none of the first has density
 _CHAINS, _STEPS, _STEPS_WITHOUT_GRADIENT = 128, 200, 1000
 _DOUBLINGS = 6.0  # chains start at the scan's scale times 2^U(0, 6)
@@ -82,12 +82,12 @@ def run_pilot(
     scan_scale, known, values = _scan(density, guess, conditions, seed)
     states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
     centre, scale = _spread(states, guess, keep_centre)
-    if float(scale.max()) < _LEAST_SCALE:
+    if float(scale.max()) < _LEAST_SCALE * min(1.0, scan_scale):
         raise ImproperTarget(
             f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks "
             "infinite at a point), or too narrow. Rescale x, or pass centre= and scale=."
         )
-    if not float(scale.max()) < _MOST_SCALE:
+    if not float(scale.max()) < _MOST_SCALE * max(1.0, scan_scale):
         raise ImproperTarget(
             f"log_density does not hold the pilot's chains: they run away (to {float(scale.max()):.1e}), so its "
             "integral looks infinite. Check its sign (a log density, not an energy), or add a prior; if it is proper "
@@ -143,37 +143,55 @@ def _scan(
     density: LogDensity, guess: Tensor, conditions: Callable[[int, int], Any], seed: int
 ) -> tuple[float, Tensor, Tensor]:
     """The best scale, and points near it with their values, all finite."""
-    d = guess.numel()
-    scales = torch.tensor([2.0**j for j in _EXPONENTS], dtype=guess.dtype, device=guess.device)
+    exponents = _EXPONENTS
     for count in (_DRAWS, _MORE_DRAWS):
         generator = generator_for(guess.device, seed, Place.PILOT_SCAN, count)
-        z = torch.randn(count, d, generator=generator, dtype=guess.dtype, device=guess.device)
+        z = torch.randn(count, guess.numel(), generator=generator, dtype=guess.dtype, device=guess.device)
         y = conditions(count, derive_seed(seed, Place.PILOT_SCAN_CONDITION, count))
-        values = _finite(torch.stack([density.value(guess + s * z, y) for s in scales]))
-        good = values.isfinite()
-        if bool(good.any()):
+        scales, values, bound, rounding = _bounds(density, guess, z, y, exponents)
+        if bool(values.isfinite().any()):
             break
     else:
         raise ValueError(
-            f"log_density is -inf (or not finite) at all {len(scales) * _MORE_DRAWS} points tried, at scales 1e-6 to "
-            f"1e6 around {'the centre' if bool(guess.any()) else '0'}. Pass centre= (a point where the density is "
+            f"log_density is -inf (or not finite) at all {len(exponents) * _MORE_DRAWS} points tried, at scales 1e-6 "
+            f"to 1e6 around {'the centre' if bool(guess.any()) else '0'}. Pass centre= (a point where the density is "
             "positive) and scale= (its width)."
         )
-    share = good.double().mean(1)
-    mean = torch.where(good, values, torch.zeros_like(values)).double().sum(1) / good.sum(1).clamp(min=1)
-    bound = torch.where(share > 0, mean + d * scales.double().log() + share.log(), torch.full_like(mean, -math.inf))
     best = int(bound.argmax())
-    if best >= len(scales) - 2:
+    if not 1 < best < len(scales) - 2:  # no unit is the natural one: far wider, and far narrower
+        scales, values, bound, rounding = _bounds(density, guess, z, y, _FURTHER)
+        best = int(bound.argmax())
+    # far from a narrow target all bounds are equal to rounding: then nothing rises, and chains start wide
+    if best >= len(scales) - 2 and float(bound[best] - bound[:-2].max()) > rounding:
         raise ImproperTarget(
             "log_density does not fall far out: the integral of exp(log_density) looks infinite (the lower bound of "
             f"log Z still rises at scale {float(scales[-1]):.0e}), so there is no density to sample. Check its sign (a "
-            "log density, not an energy), or add a prior; if it is proper and wider than that, rescale x or pass "
-            "centre= and scale=."
+            "log density, not an energy), or add a prior; if it is proper, pass centre= and scale=."
+        )
+    if best <= 1 and float(bound[best] - bound[2:].max()) > rounding:
+        raise ImproperTarget(
+            "log_density is unbounded at the centre: the integral of exp(log_density) looks infinite (the lower bound "
+            f"of log Z still rises at scale {float(scales[0]):.0e}). Bound it there, or pass centre= and scale=."
         )
     near = slice(max(best - 2, 0), best + int(_DOUBLINGS) + 1)
-    rows = good[near]
+    rows = values[near].isfinite()
     points = (guess + scales[near, None, None] * z)[rows]
     return float(scales[best]), points, values[near][rows]
+
+
+def _bounds(
+    density: LogDensity, guess: Tensor, z: Tensor, y: Any, exponents: range
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Scales ``(m,)``, the values ``(m, n)`` at the draws stretched to them, the lower bounds of log Z, and how far the
+    largest of these may be off by rounding."""
+    d = guess.numel()
+    scales = torch.tensor([2.0**j for j in exponents], dtype=guess.dtype, device=guess.device)
+    values = _finite(torch.stack([density.value(guess + s * z, y) for s in scales]))
+    good = values.isfinite()
+    share = good.double().mean(1)
+    mean = torch.where(good, values, torch.zeros_like(values)).double().sum(1) / good.sum(1).clamp(min=1)
+    bound = torch.where(share > 0, mean + d * scales.double().log() + share.log(), torch.full_like(mean, -math.inf))
+    return scales, values, bound, 8 * torch.finfo(guess.dtype).eps * float(mean[bound.argmax()].abs())
 
 
 def _chains(
