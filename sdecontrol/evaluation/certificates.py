@@ -21,6 +21,7 @@ from ..chains.annealed import ReversedChain
 from ..chains.base import Chain
 from ..chains.bridges import ChainBridge
 from ..errors import NonFiniteError
+from ..particles.resolution import resolution_problems
 from ..particles.smc import resample
 from ..particles.tempering import StateTarget, adapt, run_tempered
 from ..paths.integrator import integrate
@@ -150,7 +151,9 @@ def certify(
         source="tempered particles" if samples is None else "exact samples",
         n=n,
     )
-    return replace(found, alarms=_alarms(found, None if modes is None else _shares(truth, modes)))
+    # exact samples are what they are; particles may not be what they stand for
+    unresolved = tuple(resolution_problems(problem, truth)) if samples is None else ()
+    return replace(found, alarms=unresolved + _alarms(found, None if modes is None else _shares(truth, modes)))
 
 
 def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:

@@ -72,6 +72,11 @@ def test_a_target_outside_of_what_the_pilot_found_is_not_reliable(mean, sd, wors
     evaluation = sc.solve(problem, method, seed=0, progress=False).evaluate(4096, seed=1)
     assert not evaluation.reliable and f"x[{worst}] has mean" in evaluation.reliability
     assert "outside of the reference" in evaluation.reliability
+    if isinstance(method, sc.TemperedSMC):  # the particles of a certificate are no better
+        certificate = sc.certify(
+            sc.solve(problem, sc.BestOfN(n=1, selection="softmax"), seed=0, progress=False), n=512, seed=2
+        )
+        assert any(f"x[{worst}] has mean" in alarm for alarm in certificate.alarms)
 
 
 def test_the_words_are_those_of_the_case():
