@@ -94,8 +94,10 @@ def modules_in(*things: Any) -> list[nn.Module]:
 def numbers_of(modules: Sequence[nn.Module]) -> Tensor:
     """By which a change of parameters or buffers is seen: the sum and the sum of squares of each, ``(count, 2)``."""
     with torch.no_grad():
-        tensors = [t.double() for module in modules for t in (*module.parameters(), *module.buffers())]
-        sums = [torch.stack((t.sum(), t.square().sum())).cpu() for t in tensors]
+        found = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        parts = [torch.view_as_real(t) if t.is_complex() else t for t in found]
+        tensors = [(t if t.dtype in (torch.float32, torch.float64) else t.double()).flatten() for t in parts]
+        sums = [torch.stack((t.sum().double(), torch.dot(t, t).double())).cpu() for t in tensors]
     return torch.stack(sums) if sums else torch.zeros(0, 2, dtype=torch.float64)
 
 
