@@ -15,6 +15,7 @@ from .mixture import mixture
 from .optimum import optimum
 from .orders import orders
 from .speed.command import speed
+from .verdicts import verdicts
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(amortised)
@@ -28,6 +29,7 @@ app.command()(mixture)
 app.command()(optimum)
 app.command()(orders)
 app.command()(speed)
+app.command()(verdicts)
 
 
 @app.callback()

@@ -96,24 +96,36 @@ class Place(enum.IntEnum):
     MIXTURE_LAST_FIT = 432
 
     # evaluation
-    EVALUATION_REFERENCE = 501  # the reference's paths, a second estimate of log Z
+    EVALUATION_LOOK = 501  # the second look at the target
     EVALUATION_STARTS = 502  # starts and conditions from which several paths are run
     EVALUATION_REPLICAS = 503  # these paths
     PARTICLE_PICK = 510  # the sample of each system
     PARTICLE_RESAMPLING = 511  # samples among all particles
     PARTICLE_ORDER = 512
-    PARTICLE_REFERENCE = 513  # as EVALUATION_REFERENCE
+    PARTICLE_LOOK = 513  # as EVALUATION_LOOK
     CANDIDATES = 514  # of rejection sampling [round]
     ACCEPTANCE = 515  # [round]
     CHAIN_ORDER = 520  # of draws of Markov chains
     CHAIN_LOG_Z = 521  # a run for log Z alone
     BRIDGE_FIT = 522  # the mixture of bridge sampling
     BRIDGE_DRAWS = 523
-    CERTIFICATE_BRIDGES = 530  # paths to given ends
-    CERTIFICATE_BACKWARDS = 531  # the same, by backward kernels
+    PATHS_TO_ENDS = 530  # of the target, given where they end
+    PATHS_BACKWARDS = 531  # the same, by backward kernels
     CERTIFICATE_PARTICLES = 532  # tempered particles in place of samples
     CERTIFICATE_ENDS = 533  # ends among these particles
     CERTIFICATE_PARTICLES_BACKWARDS = 534
+    CERTIFICATE_SAMPLES = 535  # paths to given samples
+    LOOK_FIRST = 540  # paths of the reference that show whether these reach
+    LOOK_REST = 541
+    LOOK_PART = 542  # paths of the reference that are held at once [part]
+    LOOK_PARTICLES = 543
+    LOOK_TEMPERED = 544
+    LOOK_TEMPERED_PATHS = 545  # to the ends of tempered particles
+    CHAINS_LOOK = 546  # as EVALUATION_LOOK
+    LOOK_SEARCH = 547  # chains that begin far out
+    LOOK_KEPT = 548  # samples beside their ends
+    LOOK_FIT = 549
+    LOOK_DRAWS = 550  # of the mixture fitted to both
 
     # exact
     EXACT_SAMPLES = 551
@@ -125,7 +137,6 @@ class Place(enum.IntEnum):
     BATCH = 601  # starts, noise and conditions of a batch of training [iteration, part]
     LEARNED_STEPS = 602  # the steps of a batch that are learned from [iteration, part]
     ROLL_IN = 603  # of reward-weighted MLE [iteration, part]
-    LOG_VARIANCE_LOG_Z = 604
     CONSISTENCY_VALUE = 605  # of path consistency: the value or log Z
     PPO_VALUE = 606
     PPO_ORDER = 607  # [iteration, epoch, part]

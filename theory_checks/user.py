@@ -50,10 +50,15 @@ class Verification:
     """What :func:`verify` returns; prints as a table. ``passed``: no line failed."""
 
     findings: tuple[Finding, ...]
-    reliable: bool
+    verdict: str
     reliability: str
     exact: str
     n: int
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the evaluation's log Z and gap are confirmed."""
+        return self.verdict == "confirmed"
 
     @property
     def passed(self) -> bool:
@@ -63,6 +68,7 @@ class Verification:
         plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v  # noqa: E731
         return {
             "passed": self.passed,
+            "verdict": self.verdict,
             "reliable": self.reliable,
             "reliability": self.reliability,
             "exact": self.exact,
@@ -91,7 +97,7 @@ class Verification:
         return "\n".join(
             [
                 *lines,
-                f"{verdict}; {self.n} paths; exact answer: {self.exact}; reliable: {'yes' if self.reliable else 'no'} "
+                f"{verdict}; {self.n} paths; exact answer: {self.exact}; log Z and gap: {self.verdict} "
                 f"({self.reliability})",
             ]
         )
@@ -132,7 +138,7 @@ def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int =
         found += list(_gap(problem, paths, exact, evaluation))
     return Verification(
         _judged(found),
-        evaluation.reliable if evaluation is not None else False,
+        evaluation.verdict if evaluation is not None else "unconfirmed",
         evaluation.reliability if evaluation is not None else "this solution has no evaluate",
         note,
         n,

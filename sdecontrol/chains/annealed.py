@@ -18,10 +18,10 @@ class AnnealedChain(Chain):
     """Annealed Langevin, forwards and backwards, with steps of length ``e = relaxations h / T`` in units of the local
     variance v::
 
-        F_k: x' = x  + a_k grad log pi_{t_k}(x)       + s_k (c_k + xi),      scheme "euler":        a = v e/2,
-            s^2 = v e,
-        B_k: x  = x' + a_k grad log pi_{t_{k+1}}(x')  + s_k (xi' - b_k),     scheme "exponential":  a = v (1 -
-            e^{-e/2}),  s^2 = v (1 - e^{-e}),
+        F_k: x' = x  + a_k grad log pi_{t_k}(x)       + s_k (c_k + xi),
+        B_k: x  = x' + a_k grad log pi_{t_{k+1}}(x')  + s_k (xi' - b_k),
+        scheme "euler":        a = v e/2,             s^2 = v e,
+        scheme "exponential":  a = v (1 - e^{-e/2}),  s^2 = v (1 - e^{-e}),
 
     v taken in the middle of the step. The exponential scheme holds what the score has beside that of a Gaussian of
     variance v: for such a one it is its exact transition, stable however long the step. Weak order 1.

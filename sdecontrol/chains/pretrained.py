@@ -29,11 +29,11 @@ class PretrainedChain(Pretrained, Chain):
     A kind says what follows, and nothing else in the package asks which one it is (``describe()`` too, for saved
     files)::
 
-        kernel(k, x, y)                             of the pre-trained model
-        to_x0(k, x, prediction)                     x0^ at level k from a prediction of the model's own kind, clipped
-        where the model is shift_towards(k, x, prediction, y)          the shift that moves step k's law to that of
-        another prediction change_at(k, x, c)                          the change of the prediction at level k whose
-        shift is c (without clipping)
+        kernel(k, x, y)                     of the pre-trained model
+        to_x0(k, x, prediction)             x0^ at level k from a prediction of the model's own kind, clipped where
+                                            the model is
+        shift_towards(k, x, prediction, y)  the shift that moves step k's law to that of another prediction
+        change_at(k, x, c)                  the change of the prediction at level k whose shift is c (without clipping)
 
     Args:
         model: ``model(x, n)``, or ``model(x, n, y)``; n ``(batch,)`` as in ``levels``.

@@ -131,8 +131,7 @@ class DemoResult:
             "it has not seen.",
             f"Exact tilt: {len(self.tilt.samples)} samples of the untuned model, importance weighted; its sliced W1 is "
             "the sampling floor, between two independent halves.",
-            f"Gap = KL to the exactly tilted path law, reliable: {'yes' if self.after.reliable else 'no'} "
-            f"({self.after.reliability}).",
+            f"Gap = KL to the exactly tilted path law, {self.after.verdict} ({self.after.reliability}).",
             f"In all {self.seconds['total']:.0f} s.",
         ]
 

@@ -5,9 +5,7 @@ Weights ``w = exp(R/alpha) dQ0/dP^u`` of the sampler's own paths bound log Z fro
 Blessing et al. 2406.07423). A sampler that sits on some of the modes has excellent weights of its own, a log Z^ that
 lacks the logarithm of what it misses (log K on one of K equal modes), and only the second side sees it.
 
-A path of the target is an exact draw of it with the reference's bridge before it, since ``dQ_fine/dQ0`` depends on the
-end alone; with annealed Langevin dynamics it is the draw run back by the backward kernels, which is what these are for.
-Where there are no exact draws, tempered particles stand for them, and are named as such.
+Where there are no exact draws of the target, tempered particles stand for them, and are named as such.
 """
 
 import math
@@ -17,22 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chains.annealed import ReversedChain
-from ..chains.base import Chain
-from ..chains.bridges import ChainBridge
 from ..errors import NonFiniteError
 from ..particles.resolution import resolution_problems
 from ..particles.smc import resample
 from ..particles.tempering import StateTarget, adapt, run_tempered
-from ..paths.integrator import integrate
-from ..paths.paths import Paths
-from ..problems.problem import ControlProblem
-from ..processes.laws import Dirac, Gaussian
-from ..randomness import Place, SeededNoise, derive_seed, fresh_seed, generator_for
-from ..tensors import check_count, is_matrix_scale
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
+from ..tensors import check_count
 from .estimates import Estimate, as_plain, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
 from .evaluate import log_weights
 from .solution import Solution
+from .target_paths import bridged, run_backwards, weights_to
 from .tempered_solution import TemperedSettings, tempered_target
 
 _PARTICLES = 4096
@@ -137,15 +129,13 @@ def certify(
             what="weights",
         )
     log_z, both = log_mean_weight(reverse), bridge_log_z(reverse, forward)
-    level = log_mean_weight(forward)
-    forward_ess = math.exp(min(0.0, both.value - level.value))
     found = Certificate(
         elbo=mean_estimate(reverse),
         eubo=mean_estimate(forward),
         log_z=log_z,
         log_z_two_sided=both,
         reverse_ess=Estimate(effective_sample_size(reverse)),
-        forward_ess=Estimate(forward_ess, forward_ess * math.hypot(level.stderr, both.stderr)),
+        forward_ess=_forward_ess(reverse, forward),
         coverage=None if modes is None else _shares(ends, modes),
         alarms=(),
         source="tempered particles" if samples is None else "exact samples",
@@ -154,6 +144,20 @@ def certify(
     # exact samples are what they are; particles may not be what they stand for
     unresolved = tuple(resolution_problems(problem, truth)) if samples is None else ()
     return replace(found, alarms=unresolved + _alarms(found, None if modes is None else _shares(truth, modes)))
+
+
+def _forward_ess(reverse: Tensor, forward: Tensor) -> Estimate:
+    """``Z / E_{Q_fine}[w]``, Z from both sides, with a jackknife error over 16 groups of both: Z and the mean come from
+    the same paths."""
+
+    def of(a: Tensor, b: Tensor) -> float:
+        return math.exp(min(0.0, bridge_log_z(a, b).value - log_mean_weight(b).value))
+
+    groups = 16
+    parts = [v[: len(v) // groups * groups].reshape(groups, -1) for v in (reverse, forward)]
+    left_out = [of(*(torch.cat((v[:j], v[j + 1 :])).flatten() for v in parts)) for j in range(groups)]
+    spread = torch.tensor(left_out, dtype=torch.float64)
+    return Estimate(of(reverse, forward), float(((groups - 1) * spread.var(correction=0)).sqrt()))
 
 
 def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:
@@ -198,46 +202,11 @@ def _of_samples(solution: Solution, samples: Tensor, seed: int) -> Tensor:
             f"samples must be at least 64 draws of the target, (m, {', '.join(map(str, problem.event_shape))}); got "
             f"{tuple(samples.shape)}."
         )
-    initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
-    if problem.running_cost_function is not None or not isinstance(initial, (Dirac, Gaussian)):
+    if not bridged(problem):
         raise ValueError(
             "samples: paths to given ends need a Gaussian or point start and no running cost; leave samples out."
         )
-    end = samples.to(chain.times)
-    if chain.reverse is not None:
-        return _run_backwards(solution, end, derive_seed(seed, Place.CERTIFICATE_BACKWARDS))
-    bridge, generator = ChainBridge(chain), generator_for(end.device, seed, Place.CERTIFICATE_BRIDGES)
-    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
-    start = bridge.start_given_end(initial, end, draw(*end.shape))
-    states = bridge.path_given_end(start, end, draw(chain.steps, len(end), *chain.noise_shape))
-    return _log_weights_along(problem, chain, solution.control, states)
-
-
-def _run_backwards(solution: Solution, ends: Tensor, seed: int) -> Tensor:
-    """Log weights of paths of a target made of backward kernels: these draw them from their ends."""
-    problem, chain = solution.problem, solution.chain
-    noise = SeededNoise(
-        seed, len(ends), chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
-    )
-    with torch.no_grad():
-        paths = integrate(ReversedChain(chain, solution.control), ends, noise)
-        return _log_weights_along(problem, chain, solution.control, paths.states.flip(0))
-
-
-def _log_weights_along(problem: ControlProblem, chain: Chain, control: Any, states: Tensor) -> Tensor:
-    """``log w`` of stored whole paths, ``(batch,)``: the draws that made them under the reference, and the control's
-    shifts."""
-    found = []
-    for k in range(chain.steps):
-        mean, scale = chain.kernel(k, states[k])
-        rest = states[k + 1] - mean
-        if is_matrix_scale(scale, chain.event_ndim):
-            found.append(
-                torch.linalg.lstsq(scale.expand(len(rest), *scale.shape[1:]), rest.unsqueeze(2)).solution[..., 0]
-            )
-        else:
-            found.append(rest / scale)
-    return Paths.of_states(chain, states, torch.stack(found)).towards(problem).log_weights(control).double()
+    return weights_to(problem, chain, solution.control, samples, derive_seed(seed, Place.CERTIFICATE_SAMPLES))
 
 
 def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +224,7 @@ def _of_particles(solution: Solution, n: int, seed: int) -> tuple[Tensor, Tensor
     if isinstance(target, StateTarget):
         ends = target.states(found.z.flatten(0, 1)[rows])
         place = derive_seed(seed, Place.CERTIFICATE_PARTICLES_BACKWARDS)
-        return _run_backwards(solution, ends, place), ends
+        return run_backwards(problem, chain, solution.control, ends, place), ends
     paths = target.paths(found.z.flatten(0, 1)[rows], found.origin.flatten(0, 1)[rows])
     total = (problem.reward(paths.samples) - paths.running_cost) / problem.alpha
     return (total - paths.log_ratio(solution.control)).double(), paths.samples

@@ -23,9 +23,10 @@ from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
-from .evaluate import Evaluation, agree
+from .evaluate import Evaluation, budget_of
 from .solution import SOLUTIONS, Solution
 from .tempered_solution import TemperedSettings, tempered_target
+from .verdict import CONFIRMED, HEAVY, UNCONFIRMED, UNRELIABLE, compared, look_again, search_cost, searched
 
 _LEAST_DRAWS = 64  # of each chain, where they are judged
 _MOST_RHAT = 1.05
@@ -181,7 +182,7 @@ class ChainSolution(Solution):
             )
         return bridge_log_z(reverse, density - proposal.log_prob(later.double())), reverse
 
-    def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
+    def evaluate(self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True) -> Evaluation:
         """As :meth:`Solution.evaluate`, from n draws and 64 of each chain at least.
 
         ``reward`` is a mean over the chains, its error by their effective number. ``log_z`` is the bridge estimate
@@ -191,19 +192,19 @@ class ChainSolution(Solution):
         log density, as a fraction. The law of a draw is not known, hence no ``kl``, ``elbo``, ``objective`` or ``gap``:
         nan.
 
-        Not reliable: an R-hat above 1.05, fewer than 400 effective draws, or importance weights of the fitted mixture
-        (where those have an error) that give another log Z.
+        Unreliable: an R-hat above 1.05, fewer than 400 effective draws, or importance weights of the fitted mixture
+        (where those have an error) that give another log Z. Confirmed: the reference's paths, or tempered particles of
+        at most as many evaluations as the chains took, agree.
         """
-        seed = fresh_seed(seed)
+        seed, before = fresh_seed(seed), self.evaluations
         found = self.run(self._draws(n), seed)
         facts = self._diagnose(found)
         log_z, reverse = self._bridge(found, seed)
         law = self.problem.terminal_law  # type: ignore[attr-defined]
         density = found.log_density - float(self.target.scale.double().log().sum())
         reward = density - law.log_prob(self.target.states(found.z)).double()
-        reliable, why = _reliability(facts, log_z, reverse)
-        if unresolved := resolution_problems(self.problem, self.target.states(found.z).flatten(0, 1)):
-            reliable, why = False, unresolved[0]
+        budget = budget_of(confirm, self.evaluations - before)
+        verdict, why = self._verdict(found, facts, log_z, reverse, budget, seed)
         exact_z = (self._exact_values() or {}).get("log_z")
         nan, size = Estimate(float("nan")), found.phi.numel()
         return ChainEvaluation(
@@ -216,12 +217,43 @@ class ChainSolution(Solution):
             ess=Estimate(min(1.0, facts.worst_ess[1] / size)),
             gap=nan,
             start_gap=Estimate(0.0, 0.0),
-            reliable=reliable,
+            verdict=verdict,
             reliability=why,
             pareto_k=float("nan"),
             exact=exact_z is not None,
             n=size,
         )
+
+    def _verdict(
+        self, found: Draws, facts: Diagnostics, log_z: Estimate, reverse: Tensor, budget: int, seed: int
+    ) -> tuple[str, str]:
+        """From R-hat, effective draws, and a second estimate of log Z."""
+        flat = self.target.states(found.z).flatten(0, 1)
+        if unresolved := resolution_problems(self.problem, flat):
+            return UNRELIABLE, unresolved[0]
+        (loose, rhat), (slow, ess) = facts.worst_rhat, facts.worst_ess
+        if not rhat <= _MOST_RHAT:
+            wanted = f"(at most {_MOST_RHAT} wanted): chains disagree, or are too short"
+            return UNRELIABLE, f"R-hat of {loose} is {rhat:.3g} {wanted}"
+        if ess < _FEW:
+            return UNRELIABLE, f"only {ess:.0f} effective draws of {slow} (at least {_FEW:.0f} wanted)"
+        mixed = f"R-hat at most {rhat:.3f}, {ess:.0f} effective draws at least"
+        if pareto_k(reverse) < HEAVY:
+            # the mixture was fitted to the chains: it shares their blindness, and can only speak against them
+            own, why = compared(mixed, log_z, log_mean_weight(reverse), "importance weights of the fitted mixture")
+            if own == UNRELIABLE:
+                return own, why
+        if (exact := (self._exact_values() or {}).get("log_z")) is not None:
+            return compared(mixed, log_z, Estimate(exact, 0.0), "the exact log Z")
+        if not budget:
+            return UNCONFIRMED, f"{mixed}; no second estimate of log Z was asked for"
+        look = look_again(self.problem, self.chain, None, budget, derive_seed(seed, Place.CHAINS_LOOK))
+        if look.log_z is None:
+            return UNCONFIRMED, f"{mixed}; {look.why}: no second estimate of log Z"
+        verdict, why = compared(mixed, log_z, look.log_z, look.source)
+        if verdict == CONFIRMED and budget >= search_cost(self.problem):
+            return searched(verdict, why, self.problem, flat, torch.zeros_like(flat[:, 0]), log_z, seed)
+        return verdict, why
 
     # ---------------------------------------------------------------- files
 
@@ -236,19 +268,3 @@ class ChainSolution(Solution):
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
         warm = Saved(part_of(tensors, "chains"), f"{saved.where}'s chains").settings(WarmChains)
         return {"chains": Saved(saved["chains"], saved.where).settings(ChainSettings), "warm": warm}
-
-
-def _reliability(facts: Diagnostics, log_z: Estimate, reverse: Tensor) -> tuple[bool, str]:
-    """From R-hat, effective draws, and a second estimate of log Z."""
-    (loose, rhat), (slow, ess) = facts.worst_rhat, facts.worst_ess
-    if not rhat <= _MOST_RHAT:
-        return False, f"R-hat of {loose} is {rhat:.3g} (at most {_MOST_RHAT} wanted): chains disagree, or are too short"
-    if ess < _FEW:
-        return False, f"only {ess:.0f} effective draws of {slow} (at least {_FEW:.0f} wanted)"
-    mixed = f"R-hat at most {rhat:.3f}, {ess:.0f} effective draws at least"
-    if not pareto_k(reverse) < 0.7:
-        return True, f"{mixed}; unconfirmed: the fitted mixture alone gives no second estimate of log Z"
-    other = log_mean_weight(reverse)
-    if not agree(other, log_z):
-        return False, f"importance weights of the fitted mixture disagree: log Z = {other} there"
-    return True, f"{mixed}; confirmed by importance weights (log Z = {other})"

@@ -1,7 +1,7 @@
 """``evaluate``: how good a control is, each number an estimate with its standard error."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,11 +19,10 @@ from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .verdict import CONFIRMED, UNRELIABLE, judge, look_again
 
-_ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 _REPLICAS = 32  # paths per start, where the start is random and fixed
 _START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased
-_AGREEMENT = 4.0  # standard errors within which two estimates of log Z agree
 
 
 def log_weights(problem: ControlProblem, paths: Paths) -> PerPath:
@@ -53,7 +52,9 @@ class Evaluation:
             both: ``E log Z(X_0, y)``) with conditions.
         start_gap: ``log Z - E log Z(X_0)`` (with conditions, of them too), what no control removes; 0 for a point or
             controlled start without conditions.
-        reliable: whether ``gap`` and ``log_z`` can be trusted (see ``reliability``).
+        verdict: "confirmed": a second estimate of log Z that does not share the first one's blindness agrees.
+            "unconfirmed": nothing speaks against the numbers, and nothing else speaks for them. "unreliable": something
+            speaks against them.
         reliability: why, in words.
         pareto_k: tail index of the weights.
         exact: whether ``gap`` is measured against an exact log Z; otherwise it is *estimated*, and blind to modes that
@@ -72,15 +73,20 @@ class Evaluation:
     ess: Estimate
     gap: Estimate
     start_gap: Estimate
-    reliable: bool
+    verdict: str
     reliability: str
     pareto_k: float
     exact: bool
     n: int
 
+    @property
+    def reliable(self) -> bool:
+        """Whether ``gap`` and ``log_z`` are confirmed."""
+        return self.verdict == CONFIRMED
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
-        return as_plain(self)
+        return {**as_plain(self), "reliable": self.reliable}
 
     def __str__(self) -> str:
         how = "exact" if self.exact else "estimated"
@@ -100,7 +106,7 @@ class Evaluation:
         rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
-        return "\n".join([*lines, f"{'reliable':<13} {'yes' if self.reliable else 'no':<{width}}  {self.reliability}"])
+        return "\n".join([*lines, f"{'verdict':<13} {self.verdict:<{width}}  {self.reliability}"])
 
 
 @full_precision()
@@ -111,18 +117,22 @@ def evaluate(
     n: int = 4096,
     seed: int | None = None,
     *,
-    log_z: float | None = None,
-    start_log_z: float | None = None,
-    start_value: Callable[[Tensor], Tensor] | None = None,
+    confirm: bool | int = True,
+    known: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluate a control on fresh paths of the chain.
 
     Args:
         control: any control; None for the reference.
-        log_z, start_log_z: the chain's exact log Z and ``E_nu log Z(X_0)``, where they are known.
-        start_value: exact ``x_0 -> log Z(x_0)``, ``(batch,)``: a random fixed start then adds no noise to the gap.
+        confirm: look for a second estimate of log Z, from as many paths and rewards again at most (a number: from so
+            many); False: the verdict is then "unconfirmed" at best, unless log Z is known.
+        known: of an exact solution, where there is one (``known_values()``): the chain's "log_z", "start_log_z"
+            ``E_nu log Z(X_0)``, and "start_value" ``x_0 -> log Z(x_0)``, ``(batch,)``, with which a random fixed start
+            adds no noise to the gap.
     """
+    log_z, start_log_z, start_value = ((known or {}).get(name) for name in ("log_z", "start_log_z", "start_value"))
     check_count("n", n, 64, why="paths to estimate from")
+    budget = budget_of(confirm, n)
     seed = fresh_seed(seed)
     paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
     reward, cost, kl = paths.reward.double(), paths.cost.double(), paths.kl().double()
@@ -130,14 +140,14 @@ def evaluate(
     elbo = mean_estimate(log_w)  # its mean is J/alpha too, and its spread vanishes at the optimum
     estimated = log_mean_weight(log_w)
     tail = pareto_k(log_w)
-    second = None
-    if control is not None:
-        reference = simulate_chain(problem, chain, n, seed=derive_seed(seed, Place.EVALUATION_REFERENCE), keep="end")
-        second = log_weights(problem, reference).double()
-    reliable, why = _reliability(log_w, tail, estimated, second)
+    look = None
+    if budget:
+        place = derive_seed(seed, Place.EVALUATION_LOOK)
+        look = look_again(problem, chain, control, budget, place, reference=control is not None)
+    verdict, why = judge(log_w, tail, estimated, elbo, look, log_z)
     start_gap = Estimate(0.0, 0.0)
     if not problem.random_start and problem.condition is None:
-        gap = Estimate(log_z, 0.0) - elbo if log_z is not None else _gap(log_w)
+        gap = Estimate(log_z, 0.0) - elbo if log_z is not None else gap_estimate(log_w, log_w)
     else:
         if start_log_z is not None and start_value is not None:
             top, gap = (
@@ -146,8 +156,8 @@ def evaluate(
             )
         else:
             top, gap, effective = _per_start(problem, control, chain, n, seed)
-            if effective < _START_ESS * _REPLICAS and reliable:
-                reliable = False
+            if effective < _START_ESS * _REPLICAS and verdict != UNRELIABLE:
+                verdict = UNRELIABLE
                 why = f"only {effective:.1f} effective of {_REPLICAS} paths per start: log Z(X_0) is biased low there"
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
     return Evaluation(
@@ -160,7 +170,7 @@ def evaluate(
         ess=_ess(log_w),
         gap=gap,
         start_gap=start_gap,
-        reliable=reliable,
+        verdict=verdict,
         reliability=why,
         pareto_k=tail,
         exact=log_z is not None and (not problem.random_start or start_value is not None),
@@ -168,11 +178,19 @@ def evaluate(
     )
 
 
-def _gap(log_w: Tensor) -> Estimate:
-    """``log mean w - mean log w``, with the error of the difference (both come from the same paths)."""
+def budget_of(confirm: bool | int, n: int) -> int:
+    """Paths of a second look: ``n`` where it is wanted, or as many as are said."""
+    if isinstance(confirm, bool):
+        return n if confirm else 0
+    check_count("confirm", confirm, 64, why="paths of a second look")
+    return int(confirm)
+
+
+def gap_estimate(log_w: Tensor, below: Tensor) -> Estimate:
+    """``log mean w - mean of below``, with the error of the difference: both come from the same paths, ``(n,)``."""
     level = log_mean_weight(log_w).value
-    influence = (log_w - level).exp() - log_w
-    return Estimate(level - float(log_w.mean()), float(influence.std()) / math.sqrt(len(log_w)))
+    influence = (log_w - level).exp() - below
+    return Estimate(level - float(below.mean()), float(influence.std()) / math.sqrt(len(log_w)))
 
 
 def _ess(log_w: Tensor) -> Estimate:
@@ -183,33 +201,6 @@ def _ess(log_w: Tensor) -> Estimate:
     left_out = [effective_sample_size(torch.cat((parts[:j], parts[j + 1 :])).flatten()) for j in range(groups)]
     spread = torch.tensor(left_out, dtype=torch.float64)
     return Estimate(effective_sample_size(log_w), float(((groups - 1) * spread.var(correction=0)).sqrt()))
-
-
-def _reliability(log_w: Tensor, tail: float, estimate: Estimate, second: Tensor | None) -> tuple[bool, str]:
-    effective = effective_sample_size(log_w) * len(log_w)
-    if not tail < 0.7:
-        return False, f"heavy-tailed weights (Pareto k = {tail:.2f}, must be < 0.7)"
-    if effective < _ESS_FLOOR:
-        return False, f"only {effective:.0f} effective samples (at least {_ESS_FLOOR} wanted)"
-    if second is None:
-        return True, f"Pareto k = {tail:.2f}; these are the reference's own paths"
-    return confirmed_by_reference(f"Pareto k = {tail:.2f}", estimate, second)
-
-
-def confirmed_by_reference(facts: str, log_z: Estimate, log_w: Tensor) -> tuple[bool, str]:
-    """Whether log weights of the reference's paths leave an estimate of log Z standing, and why, after the facts that
-    speak for it."""
-    if not pareto_k(log_w) < 0.7 or effective_sample_size(log_w) * len(log_w) < _ESS_FLOOR:
-        return True, f"{facts}; unconfirmed: the reference's paths give no second estimate of log Z"
-    other = log_mean_weight(log_w)
-    if not agree(other, log_z):
-        return False, f"the reference's paths disagree: log Z = {other} there (a mode may be missing here)"
-    return True, f"{facts}; confirmed by the reference's paths (log Z = {other})"
-
-
-def agree(a: Estimate, b: Estimate) -> bool:
-    """Whether two estimates are within four standard errors of one another."""
-    return not abs(a.value - b.value) > _AGREEMENT * math.hypot(a.stderr, b.stderr) + 1e-6
 
 
 def _per_start(

@@ -7,24 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..controls.given import ZeroControl
 from ..controls.guidance import LogValue
 from ..controls.saved import VALUES, Context, Saved
 from ..errors import NonFiniteError, warn
 from ..files.contents import load_tensors, part_of, with_part
 from ..particles.resolution import resolution_problems
-from ..particles.smc import Particles, ParticleSettings, resample, run_particles
+from ..particles.smc import Particles, ParticleSettings, Proposal, resample, run_particles
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .evaluate import Evaluation, confirmed_by_reference, log_weights
+from .evaluate import Evaluation, budget_of, gap_estimate, log_weights
+from .sample_agreement import bonferroni, shares_of
 from .solution import SOLUTIONS, Solution
+from .verdict import (
+    CONFIRMED,
+    ESS_FLOOR,
+    HEAVY,
+    SIGMAS,
+    UNCONFIRMED,
+    UNRELIABLE,
+    compared,
+    look_again,
+    search_cost,
+    searched,
+)
 
 _FEW = 10  # effective particles below which samples are not to be trusted
 _SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems
 _SPREAD = 1.0  # standard deviation of log Z^ above which its mean over so few systems is not to be trusted
 ROUNDS = 1000  # of rejection sampling
+_APART = 0.05  # of a share of the samples, that is worth a word
 
 
 @SOLUTIONS.register("particles")
@@ -52,12 +67,11 @@ class ParticleSolution(Solution):
         return run_particles(
             self.problem,
             self.chain,
-            self.control,
+            Proposal(self.control, None if self.twist is None else self.twist.at),
             systems,
             self.particles,
             fresh_seed(seed),
             condition=self._condition(systems, condition),
-            twist=None if self.twist is None else self.twist.at,
         )
 
     # ---------------------------------------------------------------- samples
@@ -175,7 +189,7 @@ class ParticleSolution(Solution):
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
+    def evaluate(self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True) -> Evaluation:
         """As :meth:`Solution.evaluate`, from n particles (and 16 systems) at least, standard errors over systems.
 
         ``elbo`` is ``E log Z^``, a lower bound of log Z: the gap bounds the KL from a sample's law to the exact one,
@@ -198,18 +212,20 @@ class ParticleSolution(Solution):
             above = math.log(settings.num_particles) - (settings.num_particles - 1) / settings.num_particles
             reward, cost = mean_estimate(best_reward), mean_estimate(best_cost)
             kl = mean_estimate(best_ratio + above)
-            elbo = mean_estimate((best_reward - best_cost) / alpha - best_ratio - above)
+            below = (best_reward - best_cost) / alpha - best_ratio - above
         else:
             reward, cost = (self._expected(found, v) for v in (found.reward, found.running_cost))
-            kl, elbo = Estimate(math.nan), mean_estimate(found.log_z)
+            kl, below = Estimate(math.nan), found.log_z
+        elbo = mean_estimate(below)
+        gap = gap_estimate(found.log_z, below) if exact_z is None else top - elbo
         if settings.selection == "rejection":
             mean = self._expected(found, found.reward - found.running_cost, independent=False)
             kl = Estimate(mean.value / alpha - top.value, math.hypot(mean.stderr / alpha, top.stderr))
-            elbo = top
-        gap = Estimate(0.0, 0.0) if settings.selection == "rejection" else top - elbo
+            elbo, gap = top, Estimate(0.0, 0.0)
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         tail = pareto_k(found.log_z) if len(found.log_z) >= 64 else float("nan")
-        reliable, why = self._reliability(found, log_z, tail, n, seed)
+        budget = budget_of(confirm, self._rows(found))
+        verdict, why = self._verdict(found, log_z, tail, budget, seed)
         return Evaluation(
             reward=reward,
             running_cost=cost,
@@ -220,7 +236,7 @@ class ParticleSolution(Solution):
             ess=Estimate(effective_sample_size(log_w)),
             gap=gap,
             start_gap=Estimate(0.0, 0.0),
-            reliable=reliable,
+            verdict=verdict,
             reliability=why,
             pareto_k=tail,
             exact=exact_z is not None,
@@ -236,22 +252,51 @@ class ParticleSolution(Solution):
         mean = float((shares * each).sum())
         return Estimate(mean, float((shares * (each - mean)).square().sum().sqrt()))  # delta method
 
-    def _reliability(self, found: Particles, log_z: Estimate, tail: float, n: int, seed: int) -> tuple[bool, str]:
+    def _verdict(self, found: Particles, log_z: Estimate, tail: float, budget: int, seed: int) -> tuple[str, str]:
         end, log_w = found.end.flatten(0, 1), (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         if unresolved := resolution_problems(self.problem, end, log_w):
-            return False, unresolved[0]
+            return UNRELIABLE, unresolved[0]
         spread = float(found.log_z.std())
-        if tail >= 0.7:
-            return False, f"heavy-tailed Z^ over systems (Pareto k = {tail:.2f}, must be < 0.7)"
+        if tail >= HEAVY:
+            return UNRELIABLE, f"heavy-tailed Z^ over systems (Pareto k = {tail:.2f}, must be < {HEAVY})"
         if spread > _SPREAD and self.particles.num_particles > 1:
             return (
-                False,
+                UNRELIABLE,
                 f"log Z^ varies by {spread:.2f} between systems (at most {_SPREAD:g} wanted): use more particles",
             )
-        place = derive_seed(seed, Place.PARTICLE_REFERENCE)
-        reference = simulate_chain(self.problem, self.chain, n, None, seed=place, keep="end")
-        log_w = log_weights(self.problem, reference).double()
-        return confirmed_by_reference(f"log Z^ varies by {spread:.2g} between systems", log_z, log_w)
+        facts = f"log Z^ varies by {spread:.2g} between systems"
+        shares = None
+        if not self._one_each and self.particles.selection == "weights":
+            shares = shares_of(found)
+            name, effective = shares.worst()
+            if effective < ESS_FLOOR:
+                few = f"only {effective:.0f} effective draws (at least {ESS_FLOOR} wanted)"
+                return UNRELIABLE, f"{facts}, but of {name} there are {few} between them"
+        if (exact := (self._exact_values() or {}).get("log_z")) is not None:
+            return compared(facts, log_z, Estimate(exact, 0.0), "the exact log Z")
+        if not budget:
+            return UNCONFIRMED, f"{facts}; no second estimate of log Z was asked for"
+        place = derive_seed(seed, Place.PARTICLE_LOOK)
+        look = look_again(self.problem, self.chain, None, budget, place, **self._other_ways())
+        if look.log_z is None:
+            return UNCONFIRMED, f"{facts}; {look.why}: no second estimate of log Z"
+        verdict, why = compared(facts, log_z, look.log_z, look.source)
+        if verdict == CONFIRMED and shares is not None and look.ends is not None and look.log_w is not None:
+            name, apart, sigmas = shares.against(look.ends, look.log_w.flatten())
+            if sigmas > bonferroni(SIGMAS, shares.share.numel()) and apart > _APART:
+                return UNCONFIRMED, f"{why}, but samples differ: the share of {name} is {apart:.0%} off"
+        if verdict == CONFIRMED and self.problem.density is not None and budget >= search_cost(self.problem):
+            return searched(verdict, why, self.problem, end, log_w, log_z, seed)
+        return verdict, why
+
+    def _rows(self, found: Particles) -> int:
+        """Rewards that an evaluation has asked for."""
+        return found.log_weights.numel()
+
+    def _other_ways(self) -> dict[str, Any]:
+        """Which looks at the target are others than this solution's own (:func:`look_again`)."""
+        proposed = not isinstance(self.control, ZeroControl)
+        return {"reference": proposed or self.problem.running_cost_function is not None, "particles": proposed}
 
     # ---------------------------------------------------------------- files
 

@@ -146,12 +146,18 @@ class Solution:
         with torch.no_grad(), self.problem.evaluating():
             return paths.samples, log_weights(self.problem, paths)
 
-    def evaluate(self, n: int = 4096, seed: int | None = None) -> Evaluation:
+    def evaluate(self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True) -> Evaluation:
         """Reward, KL, objective, ELBO, log Z, ESS, gap: each an estimate with its standard error; prints as a table.
 
         Where the chain has an exact solution in closed form, the gap is against it; else it is an estimate.
+
+        Args:
+            n: paths.
+            confirm: look for a second estimate of log Z, on which the verdict rests, from as many paths and rewards
+                again at most (a number: from so many); False: the verdict is "unconfirmed" at best.
         """
-        return evaluate(self.problem, self.control, self.chain, n, seed, **(self._exact_values() or {}))
+        known = self._exact_values()
+        return evaluate(self.problem, self.control, self.chain, n, seed, confirm=confirm, known=known)
 
     @property
     def initial(self) -> Any:
@@ -219,7 +225,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
         BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
     """
     tensors, saved = read_bundle(folder, _KIND, _KIND)
-    check_fingerprint(saved["problem"], problem.fingerprint(), folder)
+    check_fingerprint(saved["problem"], problem.fingerprint, folder)
     chain = problem.chain(**saved["settings"])
     context = Context(problem, chain, control, value, folder)
     module = CONTROLS.make(saved["control"], context)

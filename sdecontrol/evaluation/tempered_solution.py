@@ -120,6 +120,15 @@ class TemperedSolution(ParticleSolution):
             resampled=found.resampled,
         )
 
+    def _other_ways(self) -> dict[str, Any]:
+        own = self.tempering
+        if own.space == "noises" and self.problem.density is None:
+            return {"width": None}
+        return {"width": 1.0 if own.mixture else 2 * own.width}
+
+    def _rows(self, found: Particles) -> int:
+        return found.log_weights.numel() * self.ladder.work
+
     # ---------------------------------------------------------------- files
 
     @property

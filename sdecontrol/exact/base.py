@@ -126,7 +126,7 @@ class ExactSolution:
         from ..evaluation.evaluate import evaluate
 
         chain = self.chain if self.chain is not None else self.problem.chain(100)
-        return evaluate(self.problem, self.control, chain, n, seed, **self.known_values())
+        return evaluate(self.problem, self.control, chain, n, seed, known=self.known_values())
 
     def known_values(self) -> dict[str, Any]:
         """What ``evaluate`` compares with: "log_z", "start_log_z" (floats or None), "start_value"

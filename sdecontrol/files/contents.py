@@ -3,6 +3,7 @@ problem."""
 
 import json
 import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -73,21 +74,27 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, fi
     module.load_state_dict(tensors)
 
 
-def check_fingerprint(saved: Any, current: dict[str, Any], path: Any) -> None:
+def check_fingerprint(saved: Any, fingerprint: Callable[[bool], dict[str, Any]], path: Any) -> None:
     """Raise if a file belongs to another problem.
+
+    Args:
+        fingerprint: of the problem at hand (``ControlProblem.fingerprint``).
 
     Raises:
         BadFileError: naming what differs.
     """
     if not isinstance(saved, dict):
         raise BadFileError(f"{path} has no fingerprint of its problem.")
+    former = saved.get("former") is True
+    current = fingerprint(former)
     for key in ("reference", "alpha", "start", "initial", "conditional"):
         if saved.get(key) != json.loads(json.dumps(current[key])):
             raise BadFileError(
                 f"{path} belongs to another problem: its {key} is {saved.get(key)!r}, this problem's {current[key]!r}."
             )
-    if (numbers := saved.get("numbers", {})) is None:  # a file of before schema 3
-        return
+    numbers = saved.get("numbers", {})
+    if former:  # draws of laws and of conditions have changed, and what was called with them
+        numbers = {name: value for name, value in numbers.items() if name in current["numbers"]}
     for name, now in current["numbers"].items():
         if (then := numbers.get(name)) is None:
             raise BadFileError(f"{path} belongs to another problem: it had no {name}.")

@@ -25,7 +25,7 @@ def migrated(
         _own_fields(settings)
     if schema < 3:
         tensors = _standard_names(tensors, settings)
-        _no_numbers(settings)
+        _former_numbers(settings)
     if schema < 4:
         _one_moment_loss(settings)
     return tensors, settings
@@ -80,10 +80,11 @@ def _rename_networks(saved: Any) -> None:
             _rename_networks(part)
 
 
-def _no_numbers(settings: dict[str, Any]) -> None:
-    """From 2 to 3: numbers of a problem were taken at other random states, and cannot be compared."""
+def _former_numbers(settings: dict[str, Any]) -> None:
+    """From 2 to 3: numbers of a problem were taken at states of torch's own seed; ``ControlProblem.fingerprint`` can
+    still do that."""
     if isinstance(settings.get("problem"), dict):
-        settings["problem"]["numbers"] = None
+        settings["problem"]["former"] = True
 
 
 def _one_moment_loss(settings: dict[str, Any]) -> None:

@@ -57,8 +57,8 @@ class SOCM(Method):
     match, gives for any products ``M_k(j) = N_{j-1} ... N_k`` of step matrices (adapted to the path) exactly, at every
     step size::
 
-        a_K = grad r(x_K)/alpha,   a_j = N_j^T a_{j+1} - (N_j - d mean_j)^T scale_j^{-T} (c_j + xi_j) - h_j grad
-        f(x_j)/alpha,
+        a_K = grad r(x_K)/alpha,
+        a_j = N_j^T a_{j+1} - (N_j - d mean_j)^T scale_j^{-T} (c_j + xi_j) - h_j grad f(x_j)/alpha,
 
     and ``E[w scale_k^T a_{k+1} | x_k] / E[w | x_k]``, ``w = exp(R/alpha) dQ0/dP^v``, is the mean shift of the
     soft-optimal chain p* (the best mean-shift control of linear-quadratic chains; O(h) from it elsewhere). The matrices

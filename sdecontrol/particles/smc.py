@@ -41,6 +41,7 @@ class Particles:
         log_z: ``(M,)``, ``log Z^`` of each system: ``E exp(log_z) = Z``.
         reward, running_cost, log_ratio: ``(M, N)``, along each particle's ancestry.
         condition: ``(M, ...)``, one per system, or None.
+        beside: ``(M, N)`` log-ratio of another control along the same ancestry, where one was asked for.
         ess: ``(K,)`` effective fraction of the weights after each step, mean over systems.
         resampled: ``(K,)`` fraction of the systems that were resampled after each step.
     """
@@ -54,6 +55,7 @@ class Particles:
     condition: Any
     ess: Tensor
     resampled: Tensor
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ class ParticleSettings:
     bound: float | None = None
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """How particles are moved and judged on the way.
+
+    Attributes:
+        control: that moves them; None: the reference.
+        twist: log psi at the states before the last; None: 1.
+        beside: a control that moves nothing; its log-ratio along the particles' paths is wanted.
+    """
+
+    control: Any = None
+    twist: Twist | None = None
+    beside: Any = None
+
+
 def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Generator) -> Tensor:
     """Indices ``(M, count)`` of particles drawn with probabilities ``softmax(log_weights)`` in each of M systems.
 
@@ -100,19 +117,17 @@ def resample(log_weights: Tensor, count: int, scheme: str, generator: torch.Gene
 def run_particles(
     problem: ControlProblem,
     chain: Chain,
-    control: Any,
+    proposal: Proposal,
     systems: int,
     settings: ParticleSettings,
     seed: int,
     *,
     condition: Any = None,
-    twist: Twist | None = None,
 ) -> Particles:
     """Run ``systems`` independent systems of particles of a proposal to the end of the chain.
 
     Args:
         condition: ``(systems, ...)``; default: drawn from the problem's.
-        twist: log psi at the states before the last; None: 1.
     """
     size = max(1, _ROWS // settings.num_particles)
     parts = []
@@ -120,13 +135,14 @@ def run_particles(
         for index, low in enumerate(range(0, systems, size)):
             count, where = min(size, systems - low), derive_seed(seed, Place.SYSTEMS, index)
             y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
-            parts.append(_run(problem, chain, control, count, settings, where, y, twist))
+            parts.append(_run(problem, chain, proposal, count, settings, where, y))
     if len(parts) == 1:
         return parts[0]
     weights = torch.tensor([len(p.log_z) / systems for p in parts], dtype=torch.float64, device=parts[0].ess.device)
     joined = {
         name: torch.cat([getattr(p, name) for p in parts])
-        for name in ("end", "log_weights", "log_z", "reward", "running_cost", "log_ratio")
+        for name in ("end", "log_weights", "log_z", "reward", "running_cost", "log_ratio", "beside")
+        if getattr(parts[0], name) is not None
     }
     return Particles(
         **joined,
@@ -139,13 +155,13 @@ def run_particles(
 def _run(
     problem: ControlProblem,
     chain: Chain,
-    control: Any,
+    proposal: Proposal,
     M: int,
     settings: ParticleSettings,
     seed: int,
     condition: Any,
-    twist: Twist | None,
 ) -> Particles:
+    control, twist, beside = proposal.control, proposal.twist, proposal.beside
     alpha, K, N = problem.alpha, chain.steps, settings.num_particles
     shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
     noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
@@ -153,7 +169,7 @@ def _run(
     x, y = problem.draw_start(M * N, seed), None if condition is None else condition.repeat_interleave(N, 0)
     psi = x.new_zeros(M * N).double() if twist is None else twist(x, chain.times[0], y).double()
     log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)
-    cost, ratio, reward = torch.zeros_like(psi), torch.zeros_like(psi), torch.zeros_like(psi)
+    cost, ratio, reward, other = (torch.zeros_like(psi) for _ in range(4))
     ess, resampled = psi.new_zeros(K), psi.new_zeros(K)
     own = torch.arange(M * N, device=x.device).reshape(M, N)
     for k in range(K):
@@ -168,6 +184,8 @@ def _run(
             psi = twist(x, chain.times[k + 1], y).double()
         step_cost, step_ratio = step.towards(problem).cost.double(), step.log_ratio().double()
         cost, ratio = cost + step_cost, ratio + step_ratio
+        if beside is not None:
+            other = other + step.log_ratio(beside).double()
         log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
         level = log_w.logsumexp(1)
         fraction = effective_number(log_w, 1) / N
@@ -177,7 +195,7 @@ def _run(
             resampled[k] = poor.double().mean()
             chosen = own[:, :1] + resample(log_w, N, settings.resampling, generator)
             rows = torch.where(poor.unsqueeze(1), chosen, own).flatten()
-            x, psi, cost, ratio = x[rows], psi[rows], cost[rows], ratio[rows]
+            x, psi, cost, ratio, other = (v[rows] for v in (x, psi, cost, ratio, other))
             # the mean weight goes into Z^, and all particles begin again with weight 1
             log_z = log_z + torch.where(poor, level - math.log(N), 0.0)
             log_w = torch.where(poor.unsqueeze(1), 0.0, log_w)
@@ -192,4 +210,5 @@ def _run(
         condition=condition,
         ess=ess,
         resampled=resampled,
+        beside=None if beside is None else other.reshape(M, N),
     )

@@ -416,12 +416,14 @@ def adapt(
     fraction: float = 0.7,
     most_moves: int = _MOST_MOVES,
     last_moves: int = 1,
+    most_evaluations: int | None = None,
 ) -> tuple[Ladder, Population]:
     """Choose levels and kernels on one system of particles.
 
     Args:
         fraction: effective fraction that the incremental weights of a level keep.
         most_moves: at a level; fewer where phi is forgotten sooner, but at the last one ``last_moves`` at least.
+        most_evaluations: that all of it may take; None: as many as it takes.
 
     Returns:
         The ladder, and the particles themselves: their Z^ has a bias of order 1/particles, since they chose the ladder.
@@ -429,7 +431,8 @@ def adapt(
     A :func:`run_tempered` with the same seed shares no draw with it.
 
     Raises:
-        NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels.
+        NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels, or of
+            evaluations.
     """
     generator = generator_for(target.device, seed, Place.LADDER)
     p = start_points(target, particles, derive_seed(seed, Place.LADDER_POINTS))
@@ -437,11 +440,7 @@ def adapt(
     beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
     found: list[tuple] = []
     while beta < 1:
-        if len(found) == _MOST_LEVELS:
-            raise RuntimeError(
-                f"tempering has reached beta = {beta:.3g} after {_MOST_LEVELS} levels: the reference is too far from "
-                "the target. Give a centre and a scale that cover it."
-            )
+        _check_ends(beta, len(found), work + particles, most_evaluations)
         new = _next_beta(beta, p.phi, log_w, fraction)
         log_w = log_w + _increment(new - beta, p.phi)
         level = torch.logsumexp(log_w, 0)
@@ -493,6 +492,17 @@ def adapt(
 
 
 @full_precision()
+def _check_ends(beta: float, levels: int, work: int, most: int | None) -> None:
+    """Raise where a ladder has too many levels, or needs more evaluations than it may take."""
+    if levels == _MOST_LEVELS:
+        raise RuntimeError(
+            f"tempering has reached beta = {beta:.3g} after {levels} levels: the reference is too far from the target. "
+            "Give a centre and a scale that cover it."
+        )
+    if most is not None and work > most:
+        raise RuntimeError(f"{most} evaluations are spent at beta = {beta:.3g}.")
+
+
 def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles: int, seed: int) -> Population:
     """Run independent systems of particles up a given ladder: ``E exp(log_z) = Z`` for each of them."""
     M, N = systems, particles

@@ -7,27 +7,24 @@ own end at every step size, and so Z is the target's on every grid.
 
 Published samplers are combinations of such a reference and a method of this package:
 
-=============================================================  ==========
-=============================================================== name
-reference   method =============================================================  ==========
-=============================================================== path integral sampler, PIS (2111.15141)
-"brownian"  ``RewardBackprop()`` (relative entropy) Foellmer drift by Schroedinger-Foellmer (2106.05274)
-"brownian"  ``PathIntegralGuidance()`` (nothing trained) denoising diffusion sampler, DDS (2302.13834)
-"ou"        ``RewardBackprop()`` time-reversed diffusion sampler, DIS (2211.01364)              "ou"
-``RewardBackprop()`` PIS-LV, DIS-LV: log-variance (2307.01198, 2005.05409)          either      ``LogVariance()``;
-``paths="reference"`` for off-policy trajectory balance, TB (2210.00580, 2402.05098)                either
-``PathConsistency(n="all")`` sub-trajectory, detailed balance (2402.05098)
-either      ``PathConsistency(n=k)``, ``PathConsistency(n=1)`` cross-entropy, reweighted maximum likelihood
-either      ``CrossEntropy()`` adjoint matching (2409.08861)                                  either
-``AdjointMatching()`` adjoint sampling (2504.11713)                                  "brownian"
-``AdjointMatching(reciprocal=True)`` particle denoising / twisted SMC                               "ou"
-``SMC()`` controlled Monte Carlo diffusions, CMCD (2307.01050)           "annealed"  ``RewardBackprop()`` (CMCD-KL),
-``LogVariance()`` (CMCD-LV) annealed importance sampling, unadjusted Langevin (9803008,    "annealed"
-``BestOfN(selection="softmax")``, ``SMC(ess_threshold=0)`` ULA; 2208.07698)
-(nothing trained; ``log_z`` by ``evaluate``) annealed sequential Monte Carlo (Del Moral et al. 2006)        "annealed"
-``SMC()``; with a learned control ``SMC(proposal=solution)`` (2412.07081)
-=============================================================  ==========
-===============================================================
+* path integral sampler, PIS (2111.15141): "brownian", ``RewardBackprop()`` (relative entropy);
+* Foellmer drift by Schroedinger-Foellmer (2106.05274): "brownian", ``PathIntegralGuidance()``, nothing trained;
+* denoising diffusion sampler, DDS (2302.13834): "ou", ``RewardBackprop()``;
+* time-reversed diffusion sampler, DIS (2211.01364): "ou", ``RewardBackprop()``;
+* PIS-LV, DIS-LV, log-variance (2307.01198, 2005.05409): either, ``LogVariance()``, off-policy with
+  ``paths="reference"``;
+* trajectory balance, TB (2210.00580, 2402.05098): either, ``PathConsistency(n="all")``;
+* sub-trajectory and detailed balance (2402.05098): either, ``PathConsistency(n=k)`` and ``PathConsistency(n=1)``;
+* cross-entropy, reweighted maximum likelihood: either, ``CrossEntropy()``;
+* adjoint matching (2409.08861): either, ``AdjointMatching()``;
+* adjoint sampling (2504.11713): "brownian", ``AdjointMatching(reciprocal=True)``;
+* particle denoising, twisted SMC: "ou", ``SMC()``;
+* controlled Monte Carlo diffusions, CMCD (2307.01050): "annealed", ``RewardBackprop()`` (CMCD-KL), ``LogVariance()``
+  (CMCD-LV);
+* annealed importance sampling, unadjusted Langevin (9803008; ULA, 2208.07698): "annealed",
+  ``BestOfN(selection="softmax")`` or ``SMC(ess_threshold=0)``; nothing trained, ``log_z`` by ``evaluate``;
+* annealed sequential Monte Carlo (Del Moral et al. 2006): "annealed", ``SMC()``; with a learned control
+  ``SMC(proposal=solution)`` (2412.07081).
 
 The published references run at constant speed (PIS) or on a schedule chosen by hand (DDS, DIS); these run at a
 geometrically falling one.

@@ -22,7 +22,7 @@ from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
 from ..processes.reference import Reference
 from ..processes.sde import MEMORYLESS, check_memoryless
-from ..randomness import Place, derive_seed
+from ..randomness import Place, derive_seed, published_generator
 from ..shapes import PerPath, Samples, Scalar, States
 from ..tensors import (
     as_float,
@@ -381,10 +381,17 @@ class ControlProblem(Definition):
         afterwards."""
         return evaluating(self.modules())
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Plain facts and a few numbers by which a saved file recognises its problem."""
+    def fingerprint(self, former: bool = False) -> dict[str, Any]:
+        """Plain facts and a few numbers by which a saved file recognises its problem.
+
+        Args:
+            former: with numbers as files of schema 2 have them, as far as they can be had: at states of torch's own
+                seed, for problems without conditions, and without draws of the start.
+        """
         with torch.no_grad(), self.evaluating():
             x, y = self.reference.probe_states(3, self.dtype, self.device, seed=1), self.draw_condition(3, 1)
+            if former and x.is_floating_point():
+                x = torch.randn(x.shape, generator=published_generator(1), dtype=torch.float64).to(x)
             t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
             numbers = self.reference.numbers(x, t, y)
             if self.reward_function is not None:
@@ -395,6 +402,9 @@ class ControlProblem(Definition):
             if self.running_cost_function is not None:
                 numbers["running_cost"] = self.running_cost(x, t, y)
             numbers["initial"] = draw(self.initial, 2, 1)
+            if former:
+                known = y is None and x.is_floating_point()
+                numbers = {name: v for name, v in numbers.items() if name != "initial"} if known else {}
         return {
             "reference": self.reference.describe(),
             "alpha": self.alpha,

@@ -28,20 +28,19 @@ class Pretrained(Reference):
     Tuned copies of the model, controls as models, guidance and values of the denoised state know no more of it than
     this; t is the process's time, 0-d, and k a step of its chain::
 
-        model_time(t, x) -> s                       what the model calls t, 0-d
-        predict(model, x, t, y)                     a model's prediction on that clock
-        denoised(x, t, y, on_clock) -> x0^          what the pre-trained model expects the data to be; on_clock: with
-        the noise's size at the time
-                                                    that the model's clock says, as Tweedie's value has always been
-                                                    rounded
-        decode(x, y)                                from the last state to data
-        control_towards(model, x, t, y, strength)   the control u that moves the process to that of another model;
-        strength times it shifts_towards(model, chain, strength)      (k, x, y) -> c, the shift of step k that does,
-        with what depends on time alone computed once;
-                                                    chain: of the process itself, from time 0
-        controlled(s) -> (batch,) bools             at which of the model's times (batch,) the process is under way
-        prediction_change(control, x, s, y)         what is to be added to the prediction there for the process to be
-        the controlled one
+        model_time(t, x) -> s                      what the model calls t, 0-d
+        predict(model, x, t, y)                    a model's prediction on that clock
+        denoised(x, t, y, on_clock) -> x0^         what the pre-trained model expects the data to be; on_clock: with the
+                                                   noise's size at the time that the model's clock says, as Tweedie's
+                                                   value has always been rounded
+        decode(x, y)                               from the last state to data
+        control_towards(model, x, t, y, strength)  the control u that moves the process to that of another model;
+                                                   strength times it
+        shifts_towards(model, chain, strength)     (k, x, y) -> c, the shift of step k that does, with what depends on
+                                                   time alone computed once; chain: of the process itself, from time 0
+        controlled(s) -> (batch,) bools            at which of the model's times (batch,) the process is under way
+        prediction_change(control, x, s, y)        what is to be added to the prediction there for the process to be the
+                                                   controlled one
 
     Attributes:
         clip: what it clips its data to, or None.

@@ -1,5 +1,6 @@
 """Checkpoints of a run: two are kept, each complete or not there at all; resuming takes the newest good one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ class Checkpoints:
                 tensors_file.unlink(missing_ok=True)
         return path
 
-    def newest(self, fingerprint: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def newest(self, fingerprint: Callable[[bool], dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest good checkpoint of this problem, or None where the folder has none.
 
         A damaged newest one is passed over with a warning.
+
+        Args:
+            fingerprint: of the problem at hand (``ControlProblem.fingerprint``).
 
         Raises:
             BadFileError: all are damaged, or they belong to another problem.

@@ -73,7 +73,7 @@ def solve(
         anneal: train at higher temperatures first, where the method gains from it (``Method.anneals``), the reward
             spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
             problem's own from the first iteration.
-        tolerance: stop once the gap is reliable and below this.
+        tolerance: stop once the gap is confirmed and below this.
         budget: seconds, or "300s", "5m": stop there; the result is then marked as not reproducible.
         checkpoint_dir: write a checkpoint there every ``checkpoint_every`` iterations and at the end; with
             ``resume=True`` go on from the newest good one, to the same numbers as an uninterrupted run. All that the
@@ -259,7 +259,7 @@ class Trainer:
                 f"checkpoint_dir {self.checkpoints.folder} already has checkpoints; pass resume=True to go "
                 "on from them, or another folder."
             )
-        return self.checkpoints.newest(self.fingerprint) if self.checkpoints is not None and resume else None
+        return self.checkpoints.newest(self.problem.fingerprint) if self.checkpoints is not None and resume else None
 
     def _save(self) -> None:
         assert self.checkpoints is not None

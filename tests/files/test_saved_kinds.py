@@ -339,11 +339,11 @@ MORE = {
 def test_files_without_a_schema_number_are_read(tmp_path, written, kind, monkeypatch):
     """As the first versions wrote them, up to commit 7dae2a9: what a kind of solution has stands beside what all
     have."""
-    problem, solution, tensors, settings = written
+    problem, solution, tensors, _ = written
     twist = value_network(problem, problem.chain(K), 0)
     if kind == "particles":
         tensors = tensors | {f"twist.{name}": value for name, value in twist.state_dict().items()}
-    body = {**json.loads(FIRST % MORE[kind]), "problem": settings["problem"]}
+    body = {**json.loads(FIRST % MORE[kind]), "problem": problem.fingerprint(former=True)}
     monkeypatch.setattr(bundles, "SCHEMA", 1)
     write_bundle(tmp_path, "solution", tensors, body)
     monkeypatch.undo()
@@ -383,7 +383,7 @@ FORMER = {
 FORMER_TENSORS = FORMER | {"step_size": "steps", "thin": "apart"}
 
 
-def in_former_names(folder, monkeypatch):
+def in_former_names(folder, problem, monkeypatch):
     """Write the bundles of a folder anew, as schema number 2 had them."""
 
     def former(saved):
@@ -398,15 +398,17 @@ def in_former_names(folder, monkeypatch):
             ".".join(FORMER_TENSORS.get(p, p) for p in name.split(".")): value for name, value in tensors.items()
         }
         settings = former({name: value for name, value in settings.items() if name not in own})
+        settings["problem"]["numbers"] = problem.fingerprint(former=True)["numbers"]
         with monkeypatch.context() as patch:
             patch.setattr(bundles, "SCHEMA", 2)
             write_bundle(folder, path.stem, tensors, settings)
 
 
-def test_a_file_of_schema_2_knows_its_problem_by_facts_alone(tmp_path, written):
-    """Its numbers were taken at other random states; those of now are compared."""
+def test_a_file_of_schema_2_knows_its_problem_by_the_numbers_of_its_time(tmp_path, written):
+    """They were taken at other random states, and its start was drawn otherwise."""
     problem, solution, tensors, settings = written
-    other = {**settings, "problem": {**settings["problem"], "numbers": {"drift": [1.0]}}}
+    then = {**problem.fingerprint(former=True)["numbers"], "initial": [0.0]}
+    other = {**settings, "problem": {**settings["problem"], "numbers": then}}
 
     def rewrite(schema, **facts):
         write_bundle(tmp_path, "solution", tensors, {**other, "problem": {**other["problem"], **facts}})
@@ -417,16 +419,22 @@ def test_a_file_of_schema_2_knows_its_problem_by_facts_alone(tmp_path, written):
 
     rewrite(2)
     assert torch.equal(sc.load(tmp_path, problem).sample(32, seed=2), solution.sample(32, seed=2))
-    for schema, facts in ((2, {"alpha": 7.0}), (migrations.SCHEMA, {})):
+    moved = {**then, "drift": [value + 0.1 for value in then["drift"]]}
+    for schema, facts in ((2, {"alpha": 7.0}), (2, {"numbers": moved}), (migrations.SCHEMA, {})):
         rewrite(schema, **facts)
         with pytest.raises(sc.BadFileError, match="belongs to another problem"):
             sc.load(tmp_path, problem)
 
 
 def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
-    def run(folder, iterations, **more):
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == 4:
+                raise KeyboardInterrupt
+
+    def run(folder, **more):
         options = {"time_steps": K, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_dir": folder}
-        return sc.solve(lq(), "reward-backprop", iterations=iterations, checkpoint_every=2, **options, **more)
+        return sc.solve(lq(), "reward-backprop", iterations=6, checkpoint_every=2, **options, **more)
 
     def age(folder):
         for path in Path(folder).glob("checkpoint-*.json"):
@@ -437,10 +445,11 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
             path.write_text(json.dumps(body))
 
     for name in ("old", "new"):
-        run(tmp_path / name, 4)
-    in_former_names(tmp_path / "old", monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / name, callbacks=[Stop()])
+    in_former_names(tmp_path / "old", lq(), monkeypatch)
     age(tmp_path / "old")
-    old, new = (run(tmp_path / name, 6, resume=True) for name in ("old", "new"))
+    old, new = (run(tmp_path / name, resume=True) for name in ("old", "new"))
     assert old.iterations == 6 and torch.equal(old.sample(32, seed=2), new.sample(32, seed=2))
 
 
@@ -451,7 +460,7 @@ def test_controls_in_former_names_are_read(tmp_path, monkeypatch, kind):
     control = shaken(build(problem, problem.chain(K)))
     solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
     solution.save(tmp_path)
-    in_former_names(tmp_path, monkeypatch)
+    in_former_names(tmp_path, problem, monkeypatch)
     again = sc.load(tmp_path, problem, **given)
     assert CONTROLS.describe(again.control) == CONTROLS.describe(control)
     assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
@@ -463,7 +472,7 @@ def test_solutions_in_former_names_are_read(tmp_path, monkeypatch, kind):
     problem = make()
     solution = sc.solve(problem, method, batch_size=64, seed=0, progress=False, **options)
     solution.save(tmp_path)
-    in_former_names(tmp_path, monkeypatch)
+    in_former_names(tmp_path, problem, monkeypatch)
     again = sc.load(tmp_path, problem)
     assert SOLUTIONS.describe(again) == SOLUTIONS.describe(solution)
     assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
@@ -490,7 +499,7 @@ def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
     whole = sc.solve(make(), method, **options)
     with pytest.raises(KeyboardInterrupt):
         sc.solve(make(), method, **options, checkpoint_dir=tmp_path, callbacks=[Stop()])
-    in_former_names(tmp_path, monkeypatch)
+    in_former_names(tmp_path, make(), monkeypatch)
     resumed = sc.solve(make(), method, **options, checkpoint_dir=tmp_path, resume=True)
     assert repr(resumed.history) == repr(whole.history)  # nan where there is no gradient
     assert torch.equal(resumed.sample(32, seed=2), whole.sample(32, seed=2))

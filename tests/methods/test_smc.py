@@ -9,7 +9,7 @@ from cases import F64, linear, mixture, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.controls.guidance import GivenValue
 from sdecontrol.evaluation.estimates import mean_estimate
-from sdecontrol.particles.smc import RESAMPLING, ParticleSettings, resample, run_particles
+from sdecontrol.particles.smc import RESAMPLING, ParticleSettings, Proposal, resample, run_particles
 
 # few particles on purpose: the warning about it is tested where it is asked for
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
@@ -52,7 +52,7 @@ def test_z_is_unbiased_whatever_the_proposal_the_twist_and_the_resampling(scheme
     exact = sc.exact_solution(problem, time_steps=K)
     value = None if twist is None else GivenValue(twist, problem.alpha).at
     settings = ParticleSettings(8, ess_threshold=threshold, resampling=scheme)
-    found = run_particles(problem, exact.chain, proposal, 10_000, settings, 3, twist=value)
+    found = run_particles(problem, exact.chain, Proposal(proposal, value), 10_000, settings, 3)
     relative = (found.log_z - exact.log_z).exp()
     close(mean_estimate(relative), 1.0, 0.015)
     means = (relative.unsqueeze(1) * (found.log_weights.exp().unsqueeze(2) * found.end).sum(1)).T
