@@ -214,6 +214,11 @@ def lines() -> Iterator[Pair]:
         line = Line(drift, bumps(*places, width=width, share=share), alpha=alpha)
         yield Pair(name, family, on_line(line))
         yield Pair(f"{name}: one", family, on_line(line, bumps(places[0], width=width)), "a mode")
+    for share, alpha in ((0.8, 1.0), (0.5, 0.6)):
+        line = Line(pulled, bumps(1.0, -1.0, width=0.25, share=share), alpha=alpha)
+        name = f"pulled back, bumps of {share:g}, alpha = {alpha:g}"
+        yield Pair(name, family, on_line(line))
+        yield Pair(f"{name}: the first", family, on_line(line, bumps(1.0, width=0.25)), "a mode")
     bowl = Line(free, lambda x: torch.log(0.05 + torch.exp(-8 * x[:, 0] ** 2)))
     yield Pair("free, a dent and a plain", family, on_line(bowl))
     yield Pair("free, a dent and a plain: the dent", family, on_line(bowl, lambda x: -8 * x[:, 0] ** 2), "a tail")
@@ -245,8 +250,35 @@ def linear_quadratic(d: int, alpha: float, factor: float, running: bool) -> Call
     return make
 
 
+def pendulum(one_way: bool) -> Callable[[], Any]:
+    """Swing up by torque noise: two equally good ways. log Z by a backward recursion on 200 x 321 points."""
+
+    def make() -> tuple[Solution, float]:
+        sde = sc.SDE(
+            lambda x, t: torch.stack([x[:, 1], -9.81 * torch.sin(x[:, 0]) - 0.1 * x[:, 1]], 1),
+            torch.tensor([[0.0], [2.0]]),
+            dim=2,
+            horizon=3.0,
+        )
+        problem = sc.ControlProblem(
+            sde,
+            sc.Dirac(torch.zeros(2)),
+            reward=lambda x: -10 * (1 + torch.cos(x[:, 0])) - 0.5 * x[:, 1] ** 2,
+            running_cost=lambda x, t: 1 + torch.cos(x[:, 0]),
+            alpha=0.5,
+        )
+        if one_way:
+            solution = sc.solve(problem, sc.AdjointMatching(), time_steps=60, iterations=200, seed=0, progress=False)
+            return solution, -13.3166
+        return sc.solve(problem, sc.SMC(num_particles=4096), time_steps=60, seed=0, progress=False), -13.3166
+
+    return make
+
+
 def wide() -> Iterator[Pair]:
     family = "process of functions, control"
+    yield Pair("pendulum, a control that takes one way", family, pendulum(True), "a way")
+    yield Pair("pendulum, particles", family, pendulum(False))
     for d, alpha, running in [(2, 1.0, False), (5, 1.0, True), (5, 0.5, False), (10, 1.0, True), (20, 1.0, False)]:
         name = f"linear-quadratic, d = {d}, alpha = {alpha:g}{', running cost' if running else ''}"
         yield Pair(name, family, linear_quadratic(d, alpha, 0.95, running))

@@ -183,11 +183,13 @@ class Auto(Method):
             ladder, found = adapt(target, self.num_particles, seed, last_moves=_LAST_MOVES)
         z = (target.states(found.z[0]) - problem.centre) / problem.scale
         variance = state.add(z, found, ladder)
+        assert found.variance is not None
+        error = math.sqrt(found.variance)
         return {
             "objective": float(found.log_z[0]),
-            "objective_stderr": float(state.seen[2]),
+            "objective_stderr": error,
             "log_z": float(found.log_z[0]),
-            "log_z_stderr": float(state.seen[2]),
+            "log_z_stderr": error,
             "levels": float(len(ladder)),
             "evaluations": float(state.spent),
             "cost": float(state.cost[1]),

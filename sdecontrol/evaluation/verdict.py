@@ -174,13 +174,11 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
     target.smooth = False  # a gradient costs as much as a particle more, and that is worth more in so few evaluations
     size = max(64, n // 12)
     try:
-        ladder, found = adapt(target, size, seed, fraction=0.5, most_moves=_MOVES, most_evaluations=n)
+        _, found = adapt(target, size, seed, fraction=0.5, most_moves=_MOVES, most_evaluations=n)
     except (RuntimeError, NonFiniteError):
         return SecondLook(source, why=f"{source} do not reach the target in {n} evaluations")
-    last = torch.arange(len(ladder), device=found.ess.device) == len(ladder) - 1
-    # what is left of the weights at each resampling, and at the end; moves forget less than all, hence twice the error
-    variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum()) / size
-    log_z = Estimate(float(found.log_z[0]), 2 * math.sqrt(variance))
+    assert found.variance is not None
+    log_z = Estimate(float(found.log_z[0]), math.sqrt(found.variance))
     z, origin = found.z[0], found.origin[0]
     log_w = (found.log_weights + found.log_z.unsqueeze(1) + math.log(size)).mT  # particles as systems of their own
     along = None

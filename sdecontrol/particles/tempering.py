@@ -190,6 +190,8 @@ class Population:
         ess: ``(J,)`` effective fraction before each level's moves.
         resampled: ``(J,)`` fraction of systems.
         evaluations: of phi (with its gradient where it has one), in all.
+        variance: of Z^ over its square, estimated from one system that has chosen its ladder; None for those on a given
+            one, which differ among themselves.
     """
 
     z: Tensor
@@ -200,6 +202,7 @@ class Population:
     ess: Tensor
     resampled: Tensor
     evaluations: int
+    variance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -439,6 +442,7 @@ def adapt(
     log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
     beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
     found: list[tuple] = []
+    roots = torch.arange(particles, device=p.z.device)
     while beta < 1:
         _check_ends(beta, len(found), work + particles, most_evaluations)
         new = _next_beta(beta, p.phi, log_w, fraction)
@@ -448,7 +452,8 @@ def adapt(
         centre, factor = fit_gaussian(p.z, log_w.exp())
         ess = float(effective_fraction(log_w.exp()))
         if resampled := ess < _RESAMPLE:
-            p = p.rows(resample(log_w.unsqueeze(0), particles, "systematic", generator)[0])
+            chosen = resample(log_w.unsqueeze(0), particles, "systematic", generator)[0]
+            p, roots = p.rows(chosen), roots[chosen]
             log_w = torch.full_like(log_w, -math.log(particles))
         began, moves = p.phi, 0
         leapfrog_steps = leapfrog_steps_for(angle, target.smooth)
@@ -468,8 +473,25 @@ def adapt(
             if moves >= enough and _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
                 break
         found.append((beta, centre, factor, angle, leapfrog_steps, moves, ess, float(resampled)))
+    ladder, fractions, resamplings = _as_ladder(found)
+    population = Population(
+        p.z.unsqueeze(0),
+        p.phi.unsqueeze(0),
+        p.origin.unsqueeze(0),
+        log_w.unsqueeze(0),
+        log_w.new_tensor([log_z]),
+        fractions,
+        resamplings,
+        work,
+        ancestral_variance(roots, log_w.exp()),
+    )
+    return ladder, population
+
+
+def _as_ladder(found: list[tuple]) -> tuple[Ladder, Tensor, Tensor]:
+    """The ladder of levels as they were found; of each the effective fraction, and whether it was resampled."""
     betas, centres, factors, angles, leapfrog_counts, move_counts, fractions, resamplings = zip(*found)
-    as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=p.z.device)  # noqa: E731
+    as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=centres[0].device)  # noqa: E731
     ladder = Ladder(
         as_double(betas),
         torch.stack(centres),
@@ -478,20 +500,21 @@ def adapt(
         torch.tensor(leapfrog_counts),
         torch.tensor(move_counts),
     )
-    population = Population(
-        p.z.unsqueeze(0),
-        p.phi.unsqueeze(0),
-        p.origin.unsqueeze(0),
-        log_w.unsqueeze(0),
-        as_double([log_z]),
-        as_double(fractions),
-        as_double(resamplings),
-        work,
-    )
-    return ladder, population
+    return ladder, as_double(fractions), as_double(resamplings)
 
 
-@full_precision()
+def ancestral_variance(roots: Tensor, weights: Tensor) -> float:
+    """The relative variance of Z^ of one system, from which of N first particles its particles descend: the sum of
+    squares of the families' shares, less that of equal ones (Chan & Lai 2013; Lee & Whiteley 2018, without its factor
+    that tends to 1). What moves do not forget is in it, since families differ.
+
+    Args:
+        roots: ``(N,)`` the first ancestor of each. weights: ``(N,)``, normalised.
+    """
+    shares = weights.new_zeros(len(roots)).index_add_(0, roots, weights)
+    return max(0.0, float(shares.square().sum()) - 1 / len(roots))
+
+
 def _check_ends(beta: float, levels: int, work: int, most: int | None) -> None:
     """Raise where a ladder has too many levels, or needs more evaluations than it may take."""
     if levels == _MOST_LEVELS:
@@ -503,6 +526,7 @@ def _check_ends(beta: float, levels: int, work: int, most: int | None) -> None:
         raise RuntimeError(f"{most} evaluations are spent at beta = {beta:.3g}.")
 
 
+@full_precision()
 def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles: int, seed: int) -> Population:
     """Run independent systems of particles up a given ladder: ``E exp(log_z) = Z`` for each of them."""
     M, N = systems, particles
@@ -512,7 +536,7 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
             run_tempered(target, ladder, min(size, M - low), N, derive_seed(seed, Place.TEMPERED_GROUP, low))
             for low in range(0, M, size)
         ]
-        joined = {
+        joined: dict[str, Any] = {
             name: torch.cat([getattr(q, name) for q in parts])
             for name in ("z", "phi", "origin", "log_weights", "log_z")
         }

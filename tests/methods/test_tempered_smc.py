@@ -18,6 +18,7 @@ from sdecontrol.particles.tempering import (
     Points,
     StateTarget,
     adapt,
+    ancestral_variance,
     fit_gaussian,
     points_at,
     run_tempered,
@@ -406,3 +407,19 @@ def test_trajectories_that_diverge_are_rejected_and_never_seen_by_the_density(la
     kernel = Kernel(1.0, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64), 4, jitter=0.0)
     moved, accept = kernel.move(target, p, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(moved.z, p.z) and not bool(accept.any()) and furthest[0] < 2e6
+
+
+def test_the_error_of_one_system_is_that_of_its_families():
+    """Without resampling that of the weights; one family alone says nothing; and over repetitions with few moves,
+    which forget little, the spread of log Z^ is what is stated (by a factor of 1.5; the weights alone state half)."""
+    w = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=F64)
+    assert ancestral_variance(torch.arange(4), w) == pytest.approx(float(w.square().sum()) - 0.25)
+    assert ancestral_variance(torch.zeros(4, dtype=torch.long), w) == pytest.approx(0.75)
+    assert ancestral_variance(torch.arange(4), torch.full((4,), 0.25, dtype=F64)) == pytest.approx(0.0, abs=1e-15)
+    target = StateTarget(lambda x: -0.5 * ((x - 1) / 0.3).square().sum(1), torch.zeros(4), torch.ones(4), smooth=False)
+    found = [adapt(target, 256, seed, fraction=0.5, most_moves=1)[1] for seed in range(60)]
+    spread = float(torch.stack([p.log_z[0] for p in found]).std())
+    stated = math.sqrt(sum(p.variance for p in found) / len(found))
+    assert spread / 1.5 < stated < spread * 1.5
+    ladder_alone = [math.sqrt(float(((1 / p.ess - 1) * p.resampled).sum()) / 256) for p in found]
+    assert sum(ladder_alone) / len(found) < 0.7 * spread
