@@ -34,7 +34,7 @@ EQUATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "[17]": ("soft value", ("sdecontrol.exact_solution.value",)),
     "[18]": (
         "the RL problem of fine-tuning",
-        ("sdecontrol.ControlProblem", "sdecontrol.solve", "sdecontrol.Evaluation"),
+        ("sdecontrol.ControlProblem", "sdecontrol.solve", "sdecontrol.evaluation.evaluate.Evaluation"),
     ),
     "[19]": ("soft-optimal kernel", ("sdecontrol.exact_solution.kernel",)),
     "[20]": ("soft Bellman equation", ("sdecontrol.exact_solution.value",)),
@@ -45,13 +45,16 @@ EQUATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Theorem 2": ("its marginals", ("sdecontrol.exact_solution.marginal",)),
     "Theorem 3": ("its backward conditionals", ("sdecontrol.exact_solution.bridge",)),
     "Remark 4": ("continuous time", ("sdecontrol.exact_solution",)),
-    "[21]": ("soft PPO, Algorithm 1", ("sdecontrol.SoftPPO", "sdecontrol.Paths.log_ratio")),
-    "[22]": ("reward backpropagation, Algorithm 2", ("sdecontrol.RewardBackprop", "sdecontrol.Paths.kl")),
+    "[21]": ("soft PPO, Algorithm 1", ("sdecontrol.SoftPPO", "sdecontrol.paths.paths.Paths.log_ratio")),
+    "[22]": ("reward backpropagation, Algorithm 2", ("sdecontrol.RewardBackprop", "sdecontrol.paths.paths.Paths.kl")),
     "Lemma 1": ("value-weighted MLE", ("sdecontrol.RewardWeightedMLE",)),
     "Lemma 2": ("value as a conditional expectation", ("sdecontrol.exact_solution.value",)),
     "[23]": ("the same", ("sdecontrol.exact_solution.value",)),
     "Lemma 3": ("reward-weighted MLE", ("sdecontrol.RewardWeightedMLE",)),
-    "[24]": ("reward-weighted MLE, Algorithm 3", ("sdecontrol.RewardWeightedMLE", "sdecontrol.log_weights")),
+    "[24]": (
+        "reward-weighted MLE, Algorithm 3",
+        ("sdecontrol.RewardWeightedMLE", "sdecontrol.evaluation.evaluate.log_weights"),
+    ),
     "[25]": ("the same, as a population loss", ("sdecontrol.RewardWeightedMLE",)),
     "[26]": ("the same for noise predictions", ("sdecontrol.RewardWeightedMLE",)),
     "[27]": ("value-weighted sampling, Algorithm 4", ("sdecontrol.ValueGuidance", "sdecontrol.exact_solution.control")),
@@ -118,7 +121,7 @@ def _numbers(statement: str) -> list[str]:
 
 
 def _code(name: str) -> str:
-    return "`" + name.removeprefix("sdecontrol.") + "`"
+    return "`" + re.sub(r"^sdecontrol\.(?:(?:paths|evaluation)\.[a-z_]+\.)?", "", name) + "`"
 
 
 def _where(names: tuple[str, ...]) -> str:

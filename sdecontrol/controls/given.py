@@ -42,7 +42,9 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     """
     shapes = problem.event_shape, problem.control_shape
     if given is None:
-        return ZeroControl(*shapes, 0.0, problem.horizon)
+        control: Control = ZeroControl(*shapes, 0.0, problem.horizon)
+        control.state_dtype = problem.reference.state_dtype
+        return control
     if not isinstance(given, nn.Module) and callable(getattr(given, "control", None)):
         given = given.control
     if isinstance(given, Control):
@@ -59,6 +61,7 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
         raise TypeError(
             f"{name} must be None (the reference), a control (x, t) -> u, or a solution; got {type(given).__name__}."
         )
+    control.state_dtype = problem.reference.state_dtype
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()

@@ -44,6 +44,7 @@ _WIDTH = 1.0  # of the Gaussian that tempered particles begin with, in units of 
 _HELD = 1 << 22  # numbers of paths that are held at once
 _SEARCHES, _KEPT, _DRAWN = 64, 1024, 4096  # chains that search, samples beside their ends, draws of the mixture
 _WIDER = 1.3  # variances of that mixture's components, so that weights of its tails stay bounded
+_MOST_TEMPERED = 8192  # particles: their error is then below what is compared
 _MOVES = 2  # of a level of tempered particles at most: more would take the particles
 
 
@@ -172,7 +173,7 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
     else:
         target = NoiseTarget(problem, chain)
     target.smooth = False  # a gradient costs as much as a particle more, and that is worth more in so few evaluations
-    size = max(64, n // 12)
+    size = min(_MOST_TEMPERED, max(64, n // 12))
     try:
         _, found = adapt(target, size, seed, fraction=0.5, most_moves=_MOVES, most_evaluations=n)
     except (RuntimeError, NonFiniteError):

@@ -541,7 +541,9 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
             for name in ("z", "phi", "origin", "log_weights", "log_z")
         }
         share = torch.tensor([len(q.log_z) / M for q in parts], dtype=torch.float64, device=parts[0].ess.device)
-        means = {name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "resampled")}
+        means: dict[str, Any] = {
+            name: share @ torch.stack([getattr(q, name) for q in parts]) for name in ("ess", "resampled")
+        }
         return Population(**joined, **means, evaluations=sum(q.evaluations for q in parts))
     generator = generator_for(target.device, seed, Place.TEMPERED)
     p = start_points(target, M * N, seed)

@@ -273,7 +273,7 @@ def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
         assert isinstance(method.finish(state, run), MixtureControl if kept else ZeroControl), loss
     state.seen[0], state.cost[0] = state.log_z[0], 0.5
     assert isinstance(method.finish(state, run), ZeroControl)
-    control = MixtureControl(problem, state.law(run, 8))
+    control = MixtureControl(problem, state.law(run, run.iteration + 1, 8))
     settings = auto.TemperedSettings("states", True, mixture=True)
     law = auto.tempered_target(problem, run.chain, control, settings).law
     x = torch.randn(20, 2)

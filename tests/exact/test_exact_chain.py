@@ -126,7 +126,7 @@ def test_shifts_on_the_chain_are_those_of_the_control(case):
         close(whole[k], want)
 
 
-@pytest.mark.parametrize("m, scheme", itertools.product((3, 4), ("euler", "exact")))
+@pytest.mark.parametrize("m, scheme", list(itertools.product((3, 4), ("euler", "exact"))))
 def test_terminal_law_of_a_controlled_start_is_the_tilted_reference(m, scheme):
     """Theorem 1 on the chain, with the chain's own p0_T (no running cost)."""
     problem, exact, dense, _ = solved(m, "controlled", False, False, scheme)

@@ -34,7 +34,7 @@ def reward_terms(problem):
     return problem.reward_function.G / problem.alpha, problem.reward_function.g / problem.alpha
 
 
-@pytest.mark.parametrize("start, varying", itertools.product(("dirac", "fixed", "controlled"), (False, True)))
+@pytest.mark.parametrize("start, varying", list(itertools.product(("dirac", "fixed", "controlled"), (False, True))))
 def test_log_z_and_value_are_gaussian_integrals_of_the_transition_law(start, varying):
     """Without a running cost ``Z = E exp(r(X_T)/alpha)``, and the exact scheme's chain has the same one at every step
     size."""

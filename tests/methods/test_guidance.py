@@ -349,7 +349,7 @@ def test_conditional_values_are_learned_for_all_conditions():
     problem = sc.ControlProblem(
         sde, initial=sc.Dirac(torch.zeros(1)), reward=lambda x, y: 2 * y * x[:, 0], condition=torch.tensor([-1.0, 1.0])
     )
-    solution = sc.solve(problem, sc.ValueGuidance(), time_steps=K, seed=0, iterations=100, batch_size=64)
+    solution = sc.solve(problem, sc.ValueGuidance(), time_steps=K, seed=0, iterations=200, batch_size=64)
     x = solution.sample(400, seed=0, condition=torch.tensor([-1.0, 1.0]).repeat(200))[:, 0]
     assert x[::2].mean() < -0.4 and x[1::2].mean() > 0.4
 

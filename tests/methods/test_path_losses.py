@@ -184,7 +184,7 @@ def test_a_roll_in_up_to_step_k_gives_the_forward_kl_of_the_rest(setting, first,
     monkeypatch.setattr(RewardWeightedMLE, "first_step", lambda *_: first)
     want = chain.forward_kl(control, first, chain.marginals(control)[first])
     agree(
-        gradients(problem, RewardWeightedMLE(), control, K, repeats=60 if first == 3 else 16),
+        gradients(problem, RewardWeightedMLE(), control, K, repeats=60 if first == 3 else 32),
         gradient_of(want, control),
     )
 
@@ -319,7 +319,7 @@ def test_truncated_backpropagation_is_the_whole_gradient_of_the_last_steps_and_n
     """Its documented difference: exact where it goes, 0 before."""
     problem, chain, control = setting
     want = gradient_of(chain.cost(control, detached=2), control)
-    have = gradients(problem, sc.RewardBackprop(gradient=2), control, K, repeats=16)
+    have = gradients(problem, sc.RewardBackprop(gradient=2), control, K, repeats=24)
     agree(have, want)
     assert bool((have[:, : 2 * 4] == 0).all())  # the gains of the first two steps
 

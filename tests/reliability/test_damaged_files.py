@@ -111,7 +111,7 @@ def test_hostile_tensor_files_are_refused_and_not_executed(tmp_path, problem, sa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, problem, saved, value):
     tensors, settings = read_bundle(saved[0], "solution", "solution")
-    name = next(iter(tensors))
+    name = next(name for name, _ in saved[1].control.named_parameters())
     tensors[name] = torch.full_like(tensors[name], value)
     write_bundle(tmp_path, "solution", tensors, {k: v for k, v in settings.items() if k not in ("tensors", "sha256")})
     with pytest.raises(ValueError, match=rf"{name} has \d+ non-finite"):

@@ -72,10 +72,10 @@ def _alpha_missing(patch):
 
 
 def _weights_without_cost(patch):
-    import sdecontrol as sc
+    from theory_checks.statements import paths as statements
 
     patch.setattr(
-        sc, "log_weights", lambda problem, paths: problem.reward(paths.end) / problem.alpha - paths.log_ratio()
+        statements, "log_weights", lambda problem, paths: problem.reward(paths.end) / problem.alpha - paths.log_ratio()
     )
 
 

@@ -60,6 +60,7 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
         ("optimizer", {"optimizer": torch.optim.SGD}, "optimizer='SGD', the checkpoint 'Adam'"),
         ("batch_size", {"batch_size": 128}, "batch_size=128"),
     ],
+    ids=["iterations", "no iterations", "learning rate", "optimiser", "batch size"],
 )
 def test_a_run_is_not_resumed_as_another_one(tmp_path, name, change, word):
     """What is refused are the arguments that numbers depend on; a run of the same ones is resumed."""
@@ -307,7 +308,7 @@ def test_paths_that_leave_the_numbers_take_a_regression_s_step_back(method):
     with torch.no_grad():
         parameters[-1].fill_(1e200)  # what one step too far does
     assert step()["kl"] < 100
-    assert descent.taken_back == 1 and int(state.calm) == 1
+    assert descent.taken_back == 1 and int(state.since_taken_back) == 1
     assert all((p - q).abs().max() < 0.0075 for p, q in zip(parameters, best))  # one step from there
     infinite = sc.ControlProblem(problem.reference, problem.initial, reward=lambda x: x.sum(1) * math.inf)
     with pytest.raises(sc.NonFiniteError, match="reward"):  # the first batch has nothing to go back to

@@ -190,7 +190,7 @@ def weights_of_mle(setting: Setting, defect: str) -> Lines:
     "erratum-35-log-z",
     "[35]",
     kind=KIND,
-    implements=["sdecontrol.Paths.log_ratio", "sdecontrol.log_weights"],
+    implements=["sdecontrol.paths.paths.Paths.log_ratio", "sdecontrol.evaluation.evaluate.log_weights"],
     controls=["log Z omitted, as printed", "v_0 of a fixed start omitted", "start's log-ratio omitted"],
 )
 def log_z_of_t_step(setting: Setting, defect: str) -> Lines:

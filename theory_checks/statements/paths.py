@@ -19,7 +19,7 @@ from ..quadrature import NoiseNodes
 from ..registry import Measurement, Setting, check, compare
 
 Lines = Iterator[Measurement]
-PATHS = "sdecontrol.Paths"
+PATHS = "sdecontrol.paths.paths.Paths"
 
 
 def _random_control(case: LinearCase, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -206,7 +206,7 @@ def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 @check(
     "weights-are-unbiased",
     "MATH 2: log w; [24]",
-    implements=["sdecontrol.log_weights", f"{PATHS}.log_ratio"],
+    implements=["sdecontrol.evaluation.evaluate.log_weights", f"{PATHS}.log_ratio"],
     controls=[
         "alpha off by 5 %",
         "noise off by 1 %",
@@ -244,7 +244,7 @@ def weights(setting: Setting, defect: str) -> Lines:
 @check(
     "objective-of-paths",
     "[18], [22]",
-    implements=[f"{PATHS}.kl", "sdecontrol.log_weights", "sdecontrol.simulate"],
+    implements=[f"{PATHS}.kl", "sdecontrol.evaluation.evaluate.log_weights", "sdecontrol.simulate"],
     controls=[
         "alpha off by 5 %",
         "noise off by 1 %",

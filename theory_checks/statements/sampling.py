@@ -184,7 +184,7 @@ def fixed_start(setting: Setting, defect: str) -> Lines:
     "sampled-weights",
     "MATH 2: log w; Theorem 1",
     kind=KIND,
-    implements=["sdecontrol.log_weights", "sdecontrol.Paths.log_ratio"],
+    implements=["sdecontrol.evaluation.evaluate.log_weights", "sdecontrol.paths.paths.Paths.log_ratio"],
     tests=7,
     controls=[
         "alpha off by 5 %",
@@ -244,7 +244,11 @@ class StartShifted:
     "sampled-evaluation",
     "[18], MATH 2",
     kind=KIND,
-    implements=["sdecontrol.Evaluation", "sdecontrol.exact_solution.evaluate", "sdecontrol.exact_solution.elbo"],
+    implements=[
+        "sdecontrol.evaluation.evaluate.Evaluation",
+        "sdecontrol.exact_solution.evaluate",
+        "sdecontrol.exact_solution.elbo",
+    ],
     tests=9,
     controls=[
         "alpha off by 5 %",

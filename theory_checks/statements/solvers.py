@@ -73,7 +73,7 @@ def _train(case: LinearCase, method, iterations: int, seed: int) -> Solution:
     "learned-solutions",
     "[18], Algorithms 1-5",
     kind=KIND,
-    implements=["sdecontrol.solve", "sdecontrol.Solution", "sdecontrol.control_error"],
+    implements=["sdecontrol.solve", "sdecontrol.evaluation.solution.Solution", "sdecontrol.control_error"],
     controls=["not trained", "sign of g flipped", "alpha off by 50 %"],
 )
 def learned(setting: Setting, defect: str) -> Lines:
@@ -130,7 +130,7 @@ def gradient_modes(setting: Setting, defect: str) -> Lines:
     "verify-catches",
     "a solution of your own",
     kind=KIND,
-    implements=["sdecontrol.log_weights"],
+    implements=["sdecontrol.evaluation.evaluate.log_weights"],
     controls=["alpha off by 5 %", "drift off by 1 %", "weights without the KL"],
 )
 def verify_catches(setting: Setting, defect: str) -> Lines:
