@@ -24,9 +24,10 @@ from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
 from .evaluate import Evaluation, budget_of
+from .second_look import HEAVY, look_again, search_cost
 from .solution import SOLUTIONS, Solution
 from .tempered_solution import TemperedSettings, tempered_target
-from .verdict import CONFIRMED, HEAVY, UNCONFIRMED, UNRELIABLE, compared, look_again, search_cost, searched
+from .verdict import CONFIRMED, UNCONFIRMED, UNRELIABLE, compared, searched
 
 _LEAST_DRAWS = 64  # of each chain, where they are judged
 _MOST_RHAT = 1.05

@@ -19,7 +19,8 @@ from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .verdict import CONFIRMED, UNRELIABLE, judge, look_again
+from .second_look import look_again
+from .verdict import CONFIRMED, UNRELIABLE, judge
 
 _REPLICAS = 32  # paths per start, where the start is random and fixed
 _START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased

@@ -21,19 +21,9 @@ from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, budget_of, gap_estimate, log_weights
 from .sample_agreement import bonferroni, shares_of
+from .second_look import ESS_FLOOR, HEAVY, look_again, search_cost
 from .solution import SOLUTIONS, Solution
-from .verdict import (
-    CONFIRMED,
-    ESS_FLOOR,
-    HEAVY,
-    SIGMAS,
-    UNCONFIRMED,
-    UNRELIABLE,
-    compared,
-    look_again,
-    search_cost,
-    searched,
-)
+from .verdict import CONFIRMED, SIGMAS, UNCONFIRMED, UNRELIABLE, compared, searched
 
 _FEW = 10  # effective particles below which samples are not to be trusted
 _SYSTEMS = 16  # of an evaluation, at least: its standard errors are over systems

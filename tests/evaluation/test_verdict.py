@@ -11,8 +11,9 @@ from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.counting import Calls, counting
 from sdecontrol.evaluation.evaluate import evaluate
 from sdecontrol.evaluation.sample_agreement import bonferroni, shares_of
+from sdecontrol.evaluation.second_look import SecondLook, look_again
 from sdecontrol.evaluation.solution import Solution
-from sdecontrol.evaluation.verdict import SecondLook, compared, look_again, missed_share
+from sdecontrol.evaluation.verdict import compared, missed_share
 from sdecontrol.particles.smc import Particles
 
 Estimate = type(sc.exact_solution(random_lq(1, seed=0), time_steps=2).evaluate(64, seed=0).log_z)

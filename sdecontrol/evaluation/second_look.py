@@ -1,0 +1,212 @@
+"""A second look at a target: weighted paths of it that the control under question has not drawn, within a budget.
+
+Paths of the reference where these reach the target; where they do not, particles of the reference, resampled by their
+running costs; else tempered particles. For samples of a density also a search from far out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chains.base import Chain
+from ..errors import NonFiniteError
+from ..particles.mixture_fit import fit_mixture
+from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
+from ..particles.tempering import NoiseTarget, StateTarget, adapt
+from ..problems.pilot import search
+from ..problems.problem import ControlProblem
+from ..problems.simulate import simulate_chain
+from ..processes.laws import draw
+from ..randomness import Place, derive_seed, generator_for
+from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .target_paths import weights_to
+
+ESS_FLOOR = 100  # effective samples below which no weight average is trusted
+HEAVY = 0.7  # Pareto k from which the mean weight and its error are not trusted
+_FIRST = 4  # a part of the budget goes to see whether the reference's paths reach
+_SYSTEMS = 16
+_WIDTH = 1.0  # of the Gaussian that tempered particles begin with, in units of the reference's end
+_HELD = 1 << 22  # numbers of paths that are held at once
+_SEARCHES, _KEPT, _DRAWN = 64, 1024, 4096  # chains that search, samples beside their ends, draws of the mixture
+_WIDER = 1.3  # variances of that mixture's components, so that weights of its tails stay bounded
+_MOST_TEMPERED = 8192  # particles: their error is then below what is compared
+_MOVES = 2  # of a level of tempered particles at most: more would take the particles
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """Weighted paths of the target that were drawn without the control under question.
+
+    Attributes:
+        source: whose paths they are, in words.
+        log_z: by them; None where they do not reach the target.
+        log_w: ``(S, N)`` log weights of N paths in each of S independent systems, whose mean is Z.
+        along: ``(S, N)`` log weights of the control along these paths; None where not known.
+        ends: ``(S N, d)`` where these paths end, undecoded; None where the control's weights were wanted.
+        reference_elbo: ``E[R]/alpha`` of the reference's paths, what no control scores; None where not known.
+        why: why there is no log Z.
+    """
+
+    source: str
+    log_z: Estimate | None = None
+    log_w: Tensor | None = None
+    along: Tensor | None = None
+    ends: Tensor | None = None
+    reference_elbo: Estimate | None = None
+    why: str = ""
+
+
+@torch.no_grad()
+def look_again(
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any,
+    n: int,
+    seed: int,
+    *,
+    reference: bool = True,
+    particles: bool = True,
+    width: float | None = _WIDTH,
+) -> SecondLook:
+    """A second look at the target, from ``n`` paths (and their rewards) in all.
+
+    Args:
+        control: under question; None: no weights along the paths are wanted.
+        reference, particles: whether the reference's own paths, and particles of it, are another look than the first.
+        width: of the Gaussian that tempered particles of a density begin with; None: they are no other look.
+    """
+    elbo, begun, found = None, 0, SecondLook("particles", why="there is no other way to look")
+    with problem.evaluating():
+        if reference:
+            begun = max(64, n // _FIRST)
+            first = _reference(problem, chain, control, begun, derive_seed(seed, Place.LOOK_FIRST))
+            elbo = mean_estimate(first[0][:, 0])
+            if _reaches(first[0][:, 0], n / begun):
+                rest = _reference(problem, chain, control, max(64, n - begun), derive_seed(seed, Place.LOOK_REST))
+                return replace(_weighed("the reference's paths", *_joined([first, rest])), reference_elbo=elbo)
+            found = SecondLook("the reference's paths", why="the reference's paths do not reach the target")
+        if problem.condition is not None:
+            found = replace(found, why=f"{found.why}, and particles need one target, not many conditions")
+        elif particles and problem.running_cost_function is not None:
+            found = _particles(problem, chain, control, n - begun, derive_seed(seed, Place.LOOK_PARTICLES))
+        elif width is not None:
+            found = _tempered(problem, chain, control, n - begun, derive_seed(seed, Place.LOOK_TEMPERED), width)
+    return replace(found, reference_elbo=elbo)
+
+
+def _reaches(log_w: Tensor, grows: float) -> bool:
+    return pareto_k(log_w) < HEAVY and effective_sample_size(log_w) * len(log_w) * grows >= ESS_FLOOR
+
+
+def _weighed(source: str, log_w: Tensor, along: Tensor | None, ends: Tensor | None = None) -> SecondLook:
+    """A look from independent systems ``(S, N)``: it has a log Z where the weights have a mean and an error."""
+    each = log_w.logsumexp(1) - math.log(log_w.shape[1])
+    log_z = log_mean_weight(each)
+    if not log_z.stderr <= 1.0 or (len(each) >= 64 and not _reaches(each, 1.0)):
+        return SecondLook(source, why=f"{source} do not reach the target")
+    return SecondLook(source, log_z, log_w, along, ends)
+
+
+_Drawn = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _reference(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int) -> _Drawn:
+    """Log weights ``(n, 1)`` of the reference's paths, and of the control along them, or their ends where there is
+    none; a part of the paths at a time."""
+    numbers = (chain.steps + 1) * (chain.event_shape.numel() + math.prod(chain.noise_shape))
+    size = max(64, _HELD // numbers // 64 * 64)
+    parts: list[_Drawn] = []
+    for index, low in enumerate(range(0, n, size)):
+        paths = simulate_chain(problem, chain, min(size, n - low), None, seed=derive_seed(seed, Place.LOOK_PART, index))
+        # of a law backwards the control's weights belong to other paths to the same ends
+        along = None if control is None or chain.reverse is not None else paths.log_weights(control).double()
+        ends = paths.end.flatten(1) if control is None else None
+        parts.append((paths.log_weights(dtype=torch.float64).unsqueeze(1), _column(along), ends))
+    return _joined(parts)
+
+
+def _column(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.unsqueeze(1)
+
+
+def _joined(parts: list[_Drawn]) -> _Drawn:
+    first, along, ends = zip(*parts)
+    join = lambda column: None if column[0] is None else torch.cat(column)  # noqa: E731
+    return torch.cat(first), join(along), join(ends)
+
+
+def _particles(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int) -> SecondLook:
+    """Particles of the reference, which running costs tell apart on the way."""
+    each = max(4, n // _SYSTEMS)
+    found = run_particles(problem, chain, Proposal(beside=control), _SYSTEMS, ParticleSettings(each), seed)
+    log_w = found.log_weights + found.log_z.unsqueeze(1) + math.log(each)
+    along = None
+    if found.beside is not None:
+        along = (found.reward - found.running_cost) / problem.alpha - found.beside
+    return _weighed("particles of the reference", log_w, along, found.end.flatten(0, 1).flatten(1))
+
+
+def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, width: float) -> SecondLook:
+    """Particles tempered from the reference (for a density: from a wide Gaussian) to the target, in ``n``
+    evaluations."""
+    source = "tempered particles"
+    if not chain.of_noise:
+        return SecondLook(source, why="the chain's states are no functions of noises that could be tempered")
+    if problem.density is not None:
+        wide = width * problem.scale.expand(problem.dim)
+        target: StateTarget | NoiseTarget = StateTarget(problem.density, problem.centre, wide)
+    else:
+        target = NoiseTarget(problem, chain)
+    target.smooth = False  # a gradient costs as much as a particle more, and that is worth more in so few evaluations
+    size = min(_MOST_TEMPERED, max(64, n // 12))
+    try:
+        _, found = adapt(target, size, seed, fraction=0.5, most_moves=_MOVES, most_evaluations=n)
+    except (RuntimeError, NonFiniteError):
+        return SecondLook(source, why=f"{source} do not reach the target in {n} evaluations")
+    assert found.variance is not None
+    log_z = Estimate(float(found.log_z[0]), math.sqrt(found.variance))
+    z, origin = found.z[0], found.origin[0]
+    log_w = (found.log_weights + found.log_z.unsqueeze(1) + math.log(size)).mT  # particles as systems of their own
+    along = None
+    if isinstance(target, StateTarget):
+        ends = target.states(z)
+        if control is not None:
+            along = weights_to(problem, chain, control, ends, derive_seed(seed, Place.LOOK_TEMPERED_PATHS))
+    else:
+        paths = target.paths(z, origin)
+        ends = paths.end
+        if control is not None:
+            along = (problem.reward(paths.samples) / problem.alpha - paths.log_ratio(control)).double()
+    return SecondLook(source, log_z, log_w, _column(along), ends.flatten(1))
+
+
+@torch.no_grad()
+def search_beyond(problem: ControlProblem, samples: Tensor, log_w: Tensor, seed: int) -> Estimate | None:
+    """log Z of a density by importance sampling from a mixture fitted to weighted samples of it ``(n, d)`` and to where
+    short chains end that began far out. It knows what the samples know and what the chains found, so it can only speak
+    against the samples; None where its weights have no error.
+
+    It takes 201 evaluations of the log density for each of 64 chains (1001 without a gradient), and 4096.
+    """
+    assert problem.density is not None
+    centre, scale = problem.centre, problem.scale.expand(problem.dim)
+    with problem.evaluating():
+        ends = search(problem.density, centre, scale, _SEARCHES, derive_seed(seed, Place.LOOK_SEARCH))
+        some = resample(log_w.unsqueeze(0), _KEPT, "systematic", generator_for(centre.device, seed, Place.LOOK_KEPT))[0]
+        known = (torch.cat((samples[some], ends)) - centre) / scale
+        halves = torch.cat((torch.zeros(_KEPT) - math.log(_KEPT), torch.zeros(len(ends)) - math.log(max(1, len(ends)))))
+        law = fit_mixture(known.double(), halves.to(known.device).double(), seed=derive_seed(seed, Place.LOOK_FIT))
+        z = draw(law.widened(_WIDER), _DRAWN, derive_seed(seed, Place.LOOK_DRAWS))
+        values = problem.density.value((centre + scale * z).to(centre)).double()
+    weights = values + scale.double().log().sum() - law.widened(_WIDER).log_prob(z)
+    return log_mean_weight(weights) if _reaches(weights, 1.0) else None
+
+
+def search_cost(problem: ControlProblem) -> int:
+    """Evaluations of the log density that :func:`search_beyond` takes."""
+    return _SEARCHES * (201 if problem.has_gradient else 1001) + _DRAWN
