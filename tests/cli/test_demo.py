@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from .conftest import only_json
 
 
@@ -22,6 +24,7 @@ def test_demo_writes_figure_and_numbers_and_uses_its_cache(run, tmp_path: Path) 
     assert second["models_cached"] and second["after"] == first["after"]  # the cached models are the same models
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_reported_and_made_again(run, tmp_path: Path) -> None:
     assert run("demo", "--quick", "--iterations", "1").exit_code == 0
     (tensors,) = (tmp_path / "cache").glob("*.safetensors")

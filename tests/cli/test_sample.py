@@ -82,6 +82,7 @@ def test_particles_reach_the_floor_of_exact_samples(run) -> None:
     assert result["certificate"] is None and result["iterations"] == 0 and result["report"] is None
 
 
+@pytest.mark.slow
 def test_auto_on_a_function_of_ones_own_with_all_its_files(run) -> None:
     result = only_json(
         run(
@@ -117,6 +118,7 @@ def test_samples_in_other_files(run, suffix: str) -> None:
     assert saved["samples"].shape == (128, 2) and saved["log_weights"].shape == (128,)
 
 
+@pytest.mark.slow
 def test_trained_method_with_a_certificate(run) -> None:
     result = run(
         *("sample", "gmm9", "--method", "particle-matching", "--iterations", "2", "--time-steps", "10"),

@@ -225,6 +225,7 @@ def test_two_steps_by_nested_quadrature():
     assert shifted.shape == z.shape and exact.floor > 1e-3
 
 
+@pytest.mark.slow
 def test_log_weights_average_to_z_and_the_elbo_is_reached():
     """``E_{P^u}[dQ_fine/dP^u] = 1`` and ``E log w = elbo`` on paths of the best mean-shift control."""
     problem = nonlinear()
@@ -405,6 +406,7 @@ def test_functions_that_are_separable_in_disguise_are_recognised():
     close(exact.log_z, 3 * sc.exact_solution(one).log_z, 1e-7)
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_have_grids_of_their_own_and_constants_count_once():
     shift = torch.tensor([0.0, 0.5, 0.0])
     problem = three(reward=lambda x: -((x - shift) ** 4).sum(-1) + 7.0, cost=lambda x, t: x[:, 0] * 0 + 3.0)

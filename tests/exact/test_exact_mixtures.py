@@ -247,6 +247,7 @@ class Score(torch.nn.Module):
         return -(logits.softmax(1) * d / v).sum(1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_a_model_of_one_coordinate_is_solved_on_a_grid_and_agrees_with_the_mixture():
     grid = sc.exact_solution(tuned_1d(Score(), prediction="score"))
     problem = tuned_1d(TWO)

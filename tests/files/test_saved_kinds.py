@@ -486,7 +486,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("what", RESUMED)
+@pytest.mark.parametrize("what", [pytest.param("annealed", marks=pytest.mark.slow), *list(RESUMED)[1:]])
 def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
     make, method, iterations = RESUMED[what]
 

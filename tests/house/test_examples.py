@@ -11,7 +11,13 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+#: and the others, which take as long each, with the slow tests
+FIRST = ("control_problem", "finetune_model")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in FIRST else pytest.mark.slow) for p in EXAMPLES]
+)
 def test_example(path: Path) -> None:
     done = subprocess.run([sys.executable, str(path), "--quick"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -181,6 +181,7 @@ def test_each_mixture_is_fitted_to_more_and_weighted_ends(monkeypatch):
     assert mixture_start.first_mixture(problem, chain, size, 3) is None
 
 
+@pytest.mark.slow
 def test_bridge_matching_takes_a_memoryless_generative_reference():
     """By the noising process: nearly all of the gap is gone, and modes have their shares."""
     problem = small_inverse()

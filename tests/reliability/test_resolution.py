@@ -63,7 +63,7 @@ def test_float64_is_used_where_float32_cannot_resolve_the_target():
     assert sc.gibbs_problem(gaussian([0.5], [0.1]), 1, seed=0).dtype == F32  # where there is no need, nothing changes
 
 
-@pytest.mark.parametrize("method", [sc.TemperedSMC(num_particles=256), sc.MALA(num_chains=64)], ids=["smc", "mala"])
+@pytest.mark.parametrize("method", [sc.TemperedSMC(num_particles=64), sc.MALA(num_chains=64)], ids=["smc", "mala"])
 @pytest.mark.parametrize(
     "mean, sd, worst", [([0.5, 2000.0], [1e-3, 1e3], 1), ([0.5, 0.0, 2000.0], [1e-3, 1.0, 1e3], 2)]
 )
