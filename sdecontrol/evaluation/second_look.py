@@ -30,6 +30,7 @@ ESS_FLOOR = 100  # effective samples below which no weight average is trusted
 HEAVY = 0.7  # Pareto k from which the mean weight and its error are not trusted
 _FIRST = 4  # a part of the budget goes to see whether the reference's paths reach
 _SYSTEMS = 16
+_MOST_PATHS = 16384  # of the reference beside particles, whose evaluations are many more than an error asks for
 _WIDTH = 1.0  # of the Gaussian that tempered particles begin with, in units of the reference's end
 _HELD = 1 << 22  # numbers of paths that are held at once
 _SEARCHES, _KEPT, _DRAWN = 64, 1024, 4096  # chains that search, samples beside their ends, draws of the mixture
@@ -83,11 +84,12 @@ def look_again(
     elbo, begun, found = None, 0, SecondLook("particles", why="there is no other way to look")
     with problem.evaluating():
         if reference:
-            begun = max(64, n // _FIRST)
+            paths = n if control is not None else min(n, _MOST_PATHS)
+            begun = max(64, paths // _FIRST)
             first = _reference(problem, chain, control, begun, derive_seed(seed, Place.LOOK_FIRST))
             elbo = mean_estimate(first[0][:, 0])
-            if _reaches(first[0][:, 0], n / begun):
-                rest = _reference(problem, chain, control, max(64, n - begun), derive_seed(seed, Place.LOOK_REST))
+            if _reaches(first[0][:, 0], paths / begun):
+                rest = _reference(problem, chain, control, max(64, paths - begun), derive_seed(seed, Place.LOOK_REST))
                 return replace(_weighed("the reference's paths", *_joined([first, rest])), reference_elbo=elbo)
             found = SecondLook("the reference's paths", why="the reference's paths do not reach the target")
         if problem.condition is not None:
@@ -122,7 +124,8 @@ def _reference(problem: ControlProblem, chain: Chain, control: Any, n: int, seed
     size = max(64, _HELD // numbers // 64 * 64)
     parts: list[_Drawn] = []
     for index, low in enumerate(range(0, n, size)):
-        paths = simulate_chain(problem, chain, min(size, n - low), None, seed=derive_seed(seed, Place.LOOK_PART, index))
+        part, keep = derive_seed(seed, Place.LOOK_PART, index), "end" if control is None else "all"
+        paths = simulate_chain(problem, chain, min(size, n - low), None, seed=part, keep=keep)
         # of a law backwards the control's weights belong to other paths to the same ends
         along = None if control is None or chain.reverse is not None else paths.log_weights(control).double()
         ends = paths.end.flatten(1) if control is None else None
