@@ -19,7 +19,7 @@ from .second_look import ESS_FLOOR, HEAVY, SecondLook, search_beyond
 CONFIRMED, UNCONFIRMED, UNRELIABLE = "confirmed", "unconfirmed", "unreliable"
 SIGMAS = 4.0  # standard errors within which two estimates agree
 _ROUNDING = 1e-5  # of log Z in single precision, relative to 1 + |log Z|
-_COARSE = 0.2  # standard error of a second log Z above which half of the target may be missed unseen
+_COARSE = 0.15  # standard error of a second log Z above which half of the target may be missed unseen
 _VAGUE = 0.05  # of the share of the target that may be missed unseen: a fifth is seen
 _RARE = 0.01  # share of the target whose absence is worth a word
 _TAIL, _MARGIN = 0.05, 0.25  # share of the target above the level of the weights that is compared; nats beyond it
@@ -117,7 +117,7 @@ def searched(
 ) -> tuple[str, str]:
     """The verdict on samples of a density after a search for what they lack."""
     found = search_beyond(problem, samples, log_w, seed)
-    if found is None or not (lacking := found - log_z).value > max(_RARE, SIGMAS * lacking.stderr):
+    if found is None or not (lacking := found - log_z).value > max(_VAGUE, SIGMAS * lacking.stderr):
         return verdict, why
     lost = 1 - math.exp(-lacking.value)
     return UNRELIABLE, f"a search from far out finds modes that are missing here (log Z = {found}): about {lost:.0%}"

@@ -133,15 +133,30 @@ class Definition:
 
 def copied(thing: T) -> T:
     """A deep copy of a module, a control or a state of training, which shares the problem, process and chain that it
-    refers to."""
+    refers to. Its modes and flags are the module's own, also while another thread holds that in evaluation mode, or its
+    parameters fixed."""
     memo: dict[int, Any] = {}
     if isinstance(thing, nn.Module):
         _own_leaves(thing, memo)
     token = _sharing.set(True)
     try:
-        return copy.deepcopy(thing, memo)
+        with _lock:
+            made = copy.deepcopy(thing, memo)
+            if isinstance(thing, nn.Module) and isinstance(made, nn.Module):
+                _as_they_were(thing, made)
+            return made
     finally:
         _sharing.reset(token)
+
+
+def _as_they_were(module: nn.Module, made: nn.Module) -> None:
+    """Give a copy the modes and flags that the module had before anybody entered."""
+    for part, own in zip(module.modules(), made.modules()):
+        if id(part) in _modes and own is not part:
+            own.training = _modes[id(part)][1]
+    for p, own in zip(module.parameters(), made.parameters()):
+        if id(p) in _flags and own is not p:
+            own.requires_grad_(_flags[id(p)][1])
 
 
 def _own_leaves(module: nn.Module, memo: dict[int, Any]) -> None:

@@ -241,6 +241,17 @@ def test_concurrent_solves_leave_modes_and_flags_as_they_were():
     assert all(p.grad is g for p, g in zip(net.parameters(), grads))
 
 
+def test_a_copy_has_the_modes_and_flags_of_the_module_whoever_is_inside():
+    net = Net()
+    net.layers[1].eval()
+    next(net.parameters()).requires_grad_(False)
+    with evaluating([net]), held_fixed(list(net.parameters())):
+        made = copied(net)
+    assert [m.training for m in made.modules()] == [m.training for m in net.modules()] != [False] * 4
+    assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in net.parameters()]
+    assert any(p.requires_grad for p in made.parameters())
+
+
 def test_the_last_to_leave_restores_whatever_the_order():
     net = Net()
     net.layers[1].eval()
