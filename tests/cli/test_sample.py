@@ -74,6 +74,7 @@ def test_evaluations_are_those_of_the_log_density(run, monkeypatch) -> None:
     assert sum(rows) == second["with_evaluation"]["evaluations"] == first["with_evaluation"]["evaluations"]
 
 
+@pytest.mark.slow
 def test_particles_reach_the_floor_of_exact_samples(run) -> None:
     result = only_json(run("sample", "gmm9", *SMC, "--json"))
     assert abs(result["deviation"]["standard_errors"]) < 5 and result["distances"]["modes"]["hit"] == 9

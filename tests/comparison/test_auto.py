@@ -161,6 +161,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_numbers(tmp_path, stop):
     assert torch.equal(whole.sample(64, seed=1), resumed.sample(64, seed=1))
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     """Its rounds had ended by themselves: none is added."""
     problem = sc.gibbs_problem(unequal, 2, scale=4.0)
@@ -182,6 +183,7 @@ def test_the_budget_of_evaluations_ends_it_between_rounds():
         assert [row["log_z"] for row in stopped.history] == [row["log_z"] for row in whole.history[:rounds]]
 
 
+@pytest.mark.slow
 def test_densities_without_a_gradient_or_with_a_score():
     """A black box is moved by values alone; a user's own score is used and never autograd's."""
 
@@ -220,6 +222,7 @@ def test_any_scale_and_one_dimension(dim, scale):
     assert float(((x / scale > 20).double().mean(0) - 1 / 3).abs().max()) < 0.04
 
 
+@pytest.mark.slow
 def test_a_support_that_hardly_any_chain_meets():
     """A density that vanishes at the centre and nearly everywhere; and one that the search does not find at all, which
     is no error of the search."""

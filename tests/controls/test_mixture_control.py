@@ -393,6 +393,7 @@ def test_a_step_of_a_generative_chain_calls_the_model_once():
     assert both.correction.langevin is None and both.correction.denoiser is control
 
 
+@pytest.mark.slow
 def test_the_gap_of_a_tuned_mixture_falls_with_the_steps():
     problem, exact = fine_tuned()
     control, gaps = MixtureControl(problem, exact.marginal(problem.horizon)), []

@@ -139,6 +139,7 @@ def test_a_generative_reference_begins_with_the_mixture():
     assert isinstance(base, MixtureControl)
 
 
+@pytest.mark.slow
 def test_each_mixture_is_fitted_to_more_and_weighted_ends(monkeypatch):
     """A quarter of the particles, all of them, then eight times as many independent draws with weights whose mean is Z;
     where those are few for their weights, or the first mixture saves nothing, they change nothing."""
@@ -232,6 +233,7 @@ class Difference(Control):
         return lambda k, x, y: right(k, x, y) - wrong(k, x, y)
 
 
+@pytest.mark.slow
 def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not(monkeypatch):
     """The loss on new bridges is the forward KL up to a constant: a network that is a little off is left out, one that
     mends a mixture a little off stays."""

@@ -192,6 +192,7 @@ def test_a_users_model_learns_and_a_copy_is_trained(reference: str) -> None:
         assert float((velocity - (2 * t - 1) / scale * x).square().mean().sqrt()) < 0.25
 
 
+@pytest.mark.slow
 def test_it_carries_a_point_to_a_mixture_as_an_sde_and_noise_as_a_flow() -> None:
     mixture = sc.GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.05)
     data = draw(mixture, 4096, 0)
