@@ -33,7 +33,7 @@ _SYSTEMS = 16
 _MOST_PATHS = 16384  # of the reference beside particles, whose evaluations are many more than an error asks for
 _WIDTH = 1.0  # of the Gaussian that tempered particles begin with, in units of the reference's end
 _HELD = 1 << 22  # numbers of paths that are held at once
-_SEARCHES, _KEPT, _DRAWN = 64, 1024, 2048  # chains that search, samples beside their ends, draws of the mixture
+_SEARCHES, _KEPT, _DRAWN = 64, 1024, 4096  # chains that search, samples beside their ends, draws of the mixture
 _WIDER = 1.3  # variances of that mixture's components, so that weights of its tails stay bounded
 _MOST_TEMPERED = 8192  # particles: their error is then below what is compared
 _MOVES = 2  # of a level of tempered particles at most: more would take the particles
@@ -194,7 +194,7 @@ def search_beyond(problem: ControlProblem, samples: Tensor, log_w: Tensor, seed:
     short chains end that began far out. It knows what the samples know and what the chains found, so it can only speak
     against the samples; None where its weights have no error.
 
-    It takes 201 evaluations of the log density for each of 64 chains (1001 without a gradient), and 2048.
+    It takes 201 evaluations of the log density for each of 64 chains (1001 without a gradient), and 4096.
     """
     assert problem.density is not None
     centre, scale = problem.centre, problem.scale.expand(problem.dim)
