@@ -127,9 +127,9 @@ def _page(cells: list[dict[str, Any]]) -> str:
     out += [
         "",
         "What stays confirmed and wrong is of two kinds. A spike of width 0.02 in five dimensions is a needle: no "
-        "chain, particle or search comes within its basin, so that every look sees the same density without it, "
-        "and nothing that looks at values alone could tell. And a search from far out takes more evaluations than chains that mix "
-        "at once have spent; it is not run then, since a second look costs at most what the first did.",
+        "chain, particle or search comes within its basin, so that every look sees the same density without it, and "
+        "nothing that looks at values alone could tell. And a search from far out takes more evaluations than chains "
+        "that mix at once have spent; it is not run then, since a second look costs at most what the first did.",
     ]
     for family in dict.fromkeys(p.family for p in PAIRS):
         out += [

@@ -200,6 +200,7 @@ def random_inside(x, w, k):
     return x + w + torch.rand_like(x)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     ("step", "error", "match"),
     [
