@@ -113,7 +113,7 @@ def test_path_consistency_with_the_value_of_its_control_has_the_gradient_of_the_
     want = [p.grad for p in _filled(chain.cost(control), control)]
     share = torch.tensor([min(n, k + 1) / n for k in range(K)], dtype=F64)
     want = torch.cat([(share.reshape(-1, *(1,) * (g.ndim - 1)) * g).flatten() for g in want])
-    agree(gradients(problem, Method(n=n), control, K, repeats=30), want)
+    agree(gradients(problem, Method(n=n), control, K, repeats=60), want)
 
 
 @pytest.mark.parametrize("n", [1, 3])
