@@ -39,7 +39,8 @@ class Shares:
 
     def worst(self) -> tuple[str, float]:
         """The one that differs most between systems, and of how many independent draws it has the error."""
-        effective = self.share * (1 - self.share) / self.error.square().clamp(min=1e-300)
+        # no system differs where none, or all, lies above: the last of a few tokens, a coordinate that never moves
+        effective = (self.share * (1 - self.share) / self.error.square()).where(self.error > 0, math.inf)
         row, column = divmod(int(effective.argmin()), effective.shape[1])
         return self.name(row, column), float(effective[row, column])
 

@@ -128,6 +128,14 @@ def test_systems_that_disagree_in_a_coordinate_are_told_apart_and_it_is_named():
     assert effective < 100 and name.startswith("x[2]")
 
 
+def test_atoms_and_coordinates_that_never_move_are_no_disagreement():
+    """Tokens have no quantile with a tenth above the last of them."""
+    found = systems(0.0)
+    found.end[..., 0] = 2.0
+    found.end[..., 1] = (found.end[..., 1] > 0).double()
+    assert shares_of(found).worst()[1] > 1000
+
+
 def test_samples_of_another_law_are_told_apart():
     shares = shares_of(systems(0.0))
     x = torch.randn(4096, 3, generator=torch.Generator().manual_seed(5), dtype=F64)
