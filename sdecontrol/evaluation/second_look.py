@@ -17,7 +17,7 @@ from ..chains.base import Chain
 from ..errors import NonFiniteError
 from ..particles.mixture_fit import fit_mixture
 from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
-from ..particles.tempering import NoiseTarget, StateTarget, adapt
+from ..particles.tempering import LadderError, NoiseTarget, StateTarget, adapt
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
@@ -169,8 +169,10 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
     size = min(_MOST_TEMPERED, max(64, n // 12))
     try:
         _, found = adapt(target, size, seed, fraction=0.5, most_moves=_MOVES, most_evaluations=n)
-    except (RuntimeError, NonFiniteError):
+    except LadderError:
         return SecondLook(source, why=f"{source} do not reach the target in {n} evaluations")
+    except NonFiniteError as error:
+        return SecondLook(source, why=f"{source} fail ({error})")
     assert found.variance is not None
     log_z = Estimate(float(found.log_z[0]), math.sqrt(found.variance))
     z, origin = found.z[0], found.origin[0]

@@ -515,15 +515,19 @@ def ancestral_variance(roots: Tensor, weights: Tensor) -> float:
     return max(0.0, float(shares.square().sum()) - 1 / len(roots))
 
 
+class LadderError(RuntimeError):
+    """No ladder to the target within the levels or evaluations that it may take."""
+
+
 def _check_ends(beta: float, levels: int, work: int, most: int | None) -> None:
     """Raise where a ladder has too many levels, or needs more evaluations than it may take."""
     if levels == _MOST_LEVELS:
-        raise RuntimeError(
+        raise LadderError(
             f"tempering has reached beta = {beta:.3g} after {levels} levels: the reference is too far from the target. "
             "Give a centre and a scale that cover it."
         )
     if most is not None and work > most:
-        raise RuntimeError(f"{most} evaluations are spent at beta = {beta:.3g}.")
+        raise LadderError(f"{most} evaluations are spent at beta = {beta:.3g}.")
 
 
 @full_precision()
