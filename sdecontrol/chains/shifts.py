@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..counting import counted_control
 from ..precision import call
+from ..processes.modules import evaluating
 from ..shapes import Controls, NoisePaths, Noises, PerPath, StatePaths, States
 from ..tensors import check_output
 from .base import Chain
+from .blocks import Block, blocks_for, in_blocks
 
 #: ``(k, x, condition) -> c_k``.
 ShiftFunction = Callable[[int, States, Any], Noises]
@@ -52,9 +54,60 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
     return shift
 
 
-def shifts_along(chain: Chain, control: Any, states: StatePaths, condition: Any = None, first: int = 0) -> NoisePaths:
-    """Shifts of a control at the stored states of steps ``first, first+1, ...``."""
+def shifts_along(
+    chain: Chain,
+    control: Any,
+    states: StatePaths,
+    condition: Any = None,
+    first: int = 0,
+    *,
+    steps: Sequence[int] | None = None,
+    known: NoisePaths | None = None,
+) -> NoisePaths:
+    """Shifts of a control at the stored states of steps ``first, first+1, ...``, or of the steps that are listed; where
+    their graph would be large, with one that is made again block by block (:mod:`.blocks`).
+
+    Args:
+        known: the shifts, where this control, as it is, has drawn the states: then that costs no second evaluation.
+    """
+    evaluate = _by_block(chain, control, states, condition, first, steps)
+    large = hasattr(control, "on_chain") and isinstance(control, nn.Module) and not states.requires_grad
+    blocks = blocks_for(control, states, evaluate, again=known is None) if large else []
+    if len(blocks) < 2:
+        return _along(chain, control, states, condition, first, steps)
+    return in_blocks(evaluate, blocks, [p for p in control.parameters() if p.requires_grad], known)
+
+
+def gradient_blocks(
+    chain: Chain, control: Any, states: StatePaths, condition: Any = None, steps: Sequence[int] | None = None
+) -> list[Block]:
+    """The blocks in which a loss that is a sum over steps and paths may be evaluated and differentiated, one after
+    another; a single one where the graph is small."""
+    return blocks_for(control, states, _by_block(chain, control, states, condition, 0, steps))
+
+
+def _by_block(
+    chain: Chain, control: Any, states: StatePaths, condition: Any, first: int, steps: Sequence[int] | None
+) -> Callable[[Block], NoisePaths]:
+    def evaluate(block: Block) -> NoisePaths:
+        chosen = None if steps is None else steps[block.steps]
+        y = None if condition is None else condition[block.rows]
+        with chain.reference.evaluating(), evaluating([control]):  # in a backward pass, too
+            return _along(chain, control, block.of(states), y, first + block.steps.start, chosen)
+
+    return evaluate
+
+
+def _along(
+    chain: Chain, control: Any, states: StatePaths, condition: Any, first: int, steps: Sequence[int] | None
+) -> NoisePaths:
+    """All in one call of the control; steps that do not follow one another one by one."""
     count = states.shape[0]
+    if steps is not None and list(steps) == list(range(steps[0], steps[0] + count)):
+        steps, first = None, steps[0]
+    if steps is not None:
+        function = shift_function(chain, control)
+        return torch.stack([function(k, x, condition) for k, x in zip(steps, states)])
     if hasattr(control, "along"):
         along = counted_control(control, control.along, lambda *_: states.shape[0] * states.shape[1])
         return along(chain, states, condition, first)

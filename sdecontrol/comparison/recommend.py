@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..chains.base import Chain
+from ..chains.blocks import graph_bytes
 from ..chains.shifts import shift_function
 from ..controls.build import build_control, continued, has_default
 from ..errors import NoExactSolution
 from ..evaluation.solution import Solution
 from ..exact import exact_solution
-from ..memory import remembering
 from ..methods import (
     SMC,
     SOCM,
@@ -41,7 +40,6 @@ from .auto import Auto
 from .compare import method_label
 
 _GIB = 2.0**30
-_ROWS = 4  # of the probe that measures the graph
 
 
 @dataclass(frozen=True)
@@ -299,29 +297,17 @@ def backward_graph(problem: ControlProblem, chain: Chain, batch_size: int, given
     """GiB that autograd keeps for all steps of a batch, from what one step on a few rows keeps; and the control's
     trainable parameters."""
     control = build_control(problem, chain, continued(problem, chain, given), seed=0)
-    own = {p.data_ptr() for p in (*control.parameters(), *control.buffers())}
-    own |= {p.data_ptr() for model in problem.reference.modules() for p in model.parameters()}
+    models = [control, *problem.reference.modules()]
+    own = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     k = chain.start  # of the process itself, after the learned start
     shift = shift_function(chain, control)
 
-    def bytes_of(rows: int) -> int:
-        kept: dict[int, Tensor] = {}  # alive until counted: else addresses are used again
-
-        def keep(x: Tensor) -> Tensor:
-            if x.data_ptr() not in own:
-                kept[x.untyped_storage().data_ptr()] = x
-            return x
-
+    def step(rows: int) -> list[Tensor]:
         x = draw(problem.initial, rows, 0).clone()
         x.requires_grad_(x.is_floating_point())
         y = problem.draw_condition(rows, 0)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), remembering():
-            held = [value for _, value in chain.step_parts(k, x, y)] + [shift(k, x, y)]
-        del held
-        return sum(x.untyped_storage().nbytes() for x in kept.values())
+        return [value for _, value in chain.step_parts(k, x, y)] + [shift(k, x, y)]
 
-    with (
-        problem.evaluating()
-    ):  # the difference of two: what does not grow with the batch is kept once, not once per row
-        per_row = (bytes_of(2 * _ROWS) - bytes_of(_ROWS)) / _ROWS
+    with problem.evaluating():
+        per_row = graph_bytes(step, own)
     return per_row * batch_size * chain.steps / _GIB, sum(p.numel() for p in control.parameters() if p.requires_grad)

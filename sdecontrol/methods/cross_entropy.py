@@ -46,6 +46,6 @@ class CrossEntropy(PathMethod):
     def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
         weights, exponent, ess = self_normalised(paths.log_weights(), self.group_size, self.trust_region)
         steps = steps_of(run, self.steps, part)
-        log_ratios = paths.under(state.control, steps).log_ratio
+        log_ratios = paths.under(state.control, steps, drew=state.behaviour is None).log_ratio
         add_scores(run, log_ratios, 1 - weights if state.behaviour is None else -weights)
         return {"loss": regression_loss(paths, log_ratios, weights, steps), "ess": ess, "exponent": exponent}

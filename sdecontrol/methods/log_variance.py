@@ -69,7 +69,7 @@ class LogVariance(PathMethod):
         metrics = {"loss": 0.0, "ess": 0.0} if state.behaviour is None else {"loss": 0.0}
         for part in range(run.accumulate):
             paths = collect(state, run, part, group)
-            laws = paths.under(state.control, steps_of(run, self.steps, part))
+            laws = paths.under(state.control, steps_of(run, self.steps, part), drew=state.behaviour is None)
             log_ratios = laws.less_reverse(laws.log_ratio)
             with torch.no_grad():
                 y = -paths.log_weights(None if state.behaviour is None else state.control)

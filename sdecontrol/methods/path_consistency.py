@@ -93,7 +93,7 @@ class PathConsistency(PathMethod):
 
     def _learn(self, state: Any, run: Run, paths: Paths) -> float:
         """Add the gradients; the loss."""
-        laws = paths.under(state.control)
+        laws = paths.under(state.control, drew=state.behaviour is None and not self.replay)
         log_ratios = laws.less_reverse(laws.log_ratio)
         deltas = log_ratios.detach() - paths.log_target()
         end = paths.reward / run.problem.alpha

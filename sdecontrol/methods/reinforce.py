@@ -42,7 +42,7 @@ class Reinforce(PathMethod):
 
     def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
         cost = paths.kl() - (paths.reward - paths.cost) / run.problem.alpha
-        laws = paths.under(state.control, steps_of(run, self.steps, part))
+        laws = paths.under(state.control, steps_of(run, self.steps, part), drew=True)
         advantage = leave_one_out(cost) if self.baseline == "batch" else cost
         add_scores(run, advantage * laws.log_ratio + laws.less_reverse(laws.kl), torch.ones_like(advantage))
         return {"loss": float(cost.mean())}

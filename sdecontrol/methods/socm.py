@@ -125,7 +125,7 @@ class SOCM(Method):
             if state.loop is not None:  # to these paths: an older fit leads astray where the reward is steep
                 state.loop.fit(paths, jacobians.scales)
             targets = self.targets(state, jacobians, slope, costs, problem.alpha)
-            shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition)
+            shifts = shifts_along(chain, state.control, paths.states[:-1], paths.condition, known=paths.shifts)
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )

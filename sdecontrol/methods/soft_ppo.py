@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..chains.blocks import Block, blocks_for
+from ..chains.shifts import gradient_blocks
 from ..controls.values import learned_value
 from ..errors import check_name
 from ..paths.paths import Paths
@@ -89,15 +91,12 @@ class SoftPPO(Method):
                 for part, (batch, order) in enumerate(zip(batches, orders)):
                     place = (epoch * self.minibatches + turn) * run.accumulate + part
                     chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
-                    loss, ratios = self.surrogate(state, chosen, steps_of(run, self.steps, place))
-                    measured["loss"].append(float(loss.detach()))
+                    loss, changes = self.learn(state, run, chosen, steps_of(run, self.steps, place))
                     if self.baseline == "value" and epoch == 0:  # not in later ones: it costs as much as the control
-                        paths = chosen.paths
-                        value = state.value.along(paths.states[:-1], paths.times[:-1], paths.condition)
-                        loss = loss + 0.5 * (value + chosen.to_come).square().mean()
-                    (loss / run.accumulate).backward()
-                    measured["clip_fraction"].append(float(((ratios - 1).abs() > self.clip).float().mean()))
-                    measured["ratio_std"].append(float((ratios - 1).square().mean().sqrt()))
+                        self.learn_value(state, run, chosen)
+                    measured["loss"].append(loss)
+                    measured["clip_fraction"].append(float((changes.abs() > self.clip).float().mean()))
+                    measured["ratio_std"].append(float(changes.square().mean().sqrt()))
                 run.descend()
         metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
@@ -126,6 +125,31 @@ class SoftPPO(Method):
             scale = 1 / costs.std(1).clamp(min=1e-6).repeat_interleave(self.group_size)
         return _Batch(paths, log_ratios, to_come, advantages, scale)
 
+    def learn(self, state: Any, run: Run, batch: _Batch, steps: list[int] | None) -> tuple[float, Tensor]:
+        """Add the surrogate's gradient, block by block; the loss, and what the ratios differ from 1 by."""
+        paths, loss, changes = batch.paths, 0.0, []
+        chosen = list(range(paths.steps)) if steps is None else steps
+        for block in gradient_blocks(run.chain, state.control, paths.states[chosen], paths.condition, chosen):
+            here = batch if block.rows == slice(0, len(paths)) else batch.rows(block.rows)
+            part = chosen[block.steps]
+            value, ratios = self.surrogate(state, here, None if len(part) == paths.steps else part)
+            value = value * (ratios.numel() / (len(chosen) * len(paths)))
+            (value / run.accumulate).backward()
+            loss += float(value.detach())
+            changes.append((ratios - 1).flatten())
+        return loss, torch.cat(changes)
+
+    def learn_value(self, state: Any, run: Run, batch: _Batch) -> None:
+        """Add the gradient of half the mean square of what the value is from the costs to come."""
+        x, t, y = batch.paths.states[:-1], batch.paths.times[:-1], batch.paths.condition
+
+        def value(block: Block) -> Tensor:
+            return state.value.along(block.of(x), t[block.steps], None if y is None else y[block.rows])
+
+        for block in blocks_for(state.value, x, value):
+            squares = (value(block) + block.of(batch.to_come)).square().sum() / batch.to_come.numel()
+            (0.5 * squares / run.accumulate).backward()
+
     def surrogate(self, state: Any, batch: _Batch, steps: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and the ratios ``(steps, batch)``."""
         every = slice(None) if steps is None else steps
@@ -149,7 +173,7 @@ class _Batch:
     advantages: Tensor
     scale: Tensor
 
-    def rows(self, index: Tensor) -> _Batch:
+    def rows(self, index: Tensor | slice) -> _Batch:
         return _Batch(
             self.paths.rows(index),
             self.log_ratios[:, index],

@@ -276,17 +276,19 @@ class Paths:
     # ---------------------------------------------------------------- the reference's law, and any control's
 
     @full_precision()
-    def under(self, control: Any = None, steps: Sequence[int] | None = None) -> StepLaws:
-        """A control at these states: its step laws, with their graph. All steps in one call of the control; or the
-        given ones.
+    def under(self, control: Any = None, steps: Sequence[int] | None = None, drew: bool = False) -> StepLaws:
+        """A control at these states: its step laws, with their graph. All steps in one call of the control (a large
+        one's: block by block, ``chains/blocks.py``); or the given ones.
 
         Args:
             control: None for the control that drew the paths.
+            drew: whether this control, as it is now, drew them: its shifts are then known, and a graph that is made
+                block by block costs no second evaluation.
         """
         if control is None:
             return self._under_own(steps)
         with self._evaluating(), evaluating(modules_in(control)):
-            return self._under(control, steps)
+            return self._under(control, steps, drew)
 
     def _under_own(self, steps: Sequence[int] | None) -> StepLaws:
         law = self.chain.reverse
@@ -296,18 +298,20 @@ class Paths:
         rows = [k - self.first for k in steps]
         return StepLaws(self, steps, self.shifts[rows], None if back is None else back[rows])
 
-    def _under(self, control: Any, steps: Sequence[int] | None) -> StepLaws:
+    def _under(self, control: Any, steps: Sequence[int] | None, drew: bool) -> StepLaws:
         chain, law = self.chain, self.chain.reverse
         law = law if law is not None and law.controlled else None
         x, y, b = self.states, self.condition, None
+        known = self._under_own(steps).shifts if drew else None
         if steps is None:
-            c = shifts_along(chain, control, x[:-1], y, self.first)
+            c = shifts_along(chain, control, x[:-1], y, self.first, known=known)
             if law is not None:
                 b = law.shifts(c, shift_function(chain, control)(chain.steps - 1, x[-1], y))
         else:
-            shift = shift_function(chain, control)
-            c = torch.stack([shift(k, x[k - self.first], y) for k in steps])
+            some = x[[k - self.first for k in steps]]
+            c = shifts_along(chain, control, some, y, steps=steps, known=known)
             if law is not None:
+                shift = shift_function(chain, control)
                 b = torch.stack([law.shift(k, x[k + 1 - self.first], shift, y) for k in steps])
         return StepLaws(self, steps, c, b)
 

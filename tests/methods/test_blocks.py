@@ -1,0 +1,160 @@
+"""Gradients through stored paths block by block: those of the whole, in one block's memory, for every method."""
+
+import weakref
+
+import pytest
+import torch
+from cases import F64, nonlinear, randn, random_lq
+
+import sdecontrol as sc
+from sdecontrol.chains import blocks
+from sdecontrol.chains.blocks import blocks_of
+from sdecontrol.methods.base import Run
+
+ABAR = torch.cumprod(1 - torch.linspace(1e-3, 0.25, 40, dtype=F64), 0)
+K, B = 6, 16
+
+
+class Net(torch.nn.Module):
+    """A conditional model that says how many rows of activations with a graph were alive at once, and whether it was
+    in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Parameter(0.3 * randn(5, 16, seed=0))
+        self.last = torch.nn.Parameter(0.3 * randn(16, 3, seed=1))
+        self.drop = torch.nn.Dropout(0.5)
+        self.alive, self.most = 0, 0
+
+    def forward(self, x, n, y):
+        hidden = torch.tanh(torch.cat((x, n.to(x)[:, None] / 40, y[:, None]), 1) @ self.first)
+        if hidden.requires_grad:
+            self.alive += len(x)
+            self.most = max(self.most, self.alive)
+            weakref.finalize(hidden, self._gone, len(x))
+        return 0.8 * x + self.drop(hidden) @ self.last
+
+    def _gone(self, rows):
+        self.alive -= rows
+
+
+def conditional():
+    chain = sc.diffusion_chain(Net(), ABAR, shape=(3,), steps=K + 1)
+    draw = lambda n, generator=None: torch.randn(n, generator=generator, dtype=F64)  # noqa: E731
+    return sc.ControlProblem(chain, reward=lambda x, y: x[:, 0] * y - x[:, 1] ** 2, alpha=0.7, condition=draw)
+
+
+PROBLEMS = {
+    "model with conditions": conditional,
+    "learned start": lambda: random_lq(2, m=3, seed=1, start="controlled"),
+    "nonlinear": nonlinear,
+}
+METHODS = {
+    "log-variance": sc.LogVariance(group_size=4),
+    "log-variance of other paths": sc.LogVariance(paths="reference"),
+    "log-variance of some steps": sc.LogVariance(steps=3),
+    "cross-entropy": sc.CrossEntropy(trust_region=1.0),
+    "cross-entropy of other paths": sc.CrossEntropy(paths="reference"),
+    "reinforce": sc.Reinforce(),
+    "trajectory-balance": sc.PathConsistency(n="all"),
+    "path-consistency, replay": sc.PathConsistency(n=2, replay=2),
+    "soft-ppo": sc.SoftPPO(epochs=1),
+    "soft-ppo of some steps, grouped": sc.SoftPPO(epochs=1, steps=3, group_size=4, baseline="per-time"),
+    "soft-ppo, minibatches": sc.SoftPPO(epochs=2, minibatches=2, baseline="batch"),
+    "reward-weighted-mle": sc.RewardWeightedMLE(),
+    "reward-backprop": sc.RewardBackprop(gradient="adjoint"),
+    "adjoint-matching": sc.AdjointMatching(zero_variance=False),
+    "adjoint-matching, zero variance": sc.AdjointMatching(),
+}
+
+
+def first_gradients(method, problem):
+    """Of all parameters, after everything that the first iteration adds; and its metrics."""
+    run = Run(problem, problem.chain(K if problem.reference.continuous else None), B, 1, 3)
+    with problem.evaluating():
+        state = method.setup(run)
+        torch.manual_seed(0)
+        with torch.no_grad():  # not at the reference, where much vanishes
+            for p in state.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype))
+        found = []
+        run.descend = lambda *_: found.append([None if p.grad is None else p.grad.clone() for p in state.parameters()])
+        metrics = method.step(state, run)
+    return [g for gradients in found for g in gradients if g is not None], metrics
+
+
+@pytest.mark.parametrize("rows", [40, 5], ids=["of steps", "of parts of a step"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_gradients_in_blocks_are_those_of_the_whole(kind, name, rows, monkeypatch):
+    method, problem = METHODS[name], PROBLEMS[kind]()
+    whole, metrics = first_gradients(method, problem)
+    in_blocks(monkeypatch, rows)
+    parts, again = first_gradients(method, problem)
+    assert len(parts) == len(whole) > 0 and max(float(g.abs().max()) for g in whole) > 1e-6
+    for a, b in zip(parts, whole):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * float(b.abs().max()) + 1e-14)
+    for key, value in metrics.items():
+        assert again[key] == pytest.approx(value, rel=1e-9, abs=1e-12, nan_ok=True), key
+
+
+def in_blocks(monkeypatch, rows):
+    """Let blocks hold so many rows, whatever is measured."""
+    monkeypatch.setattr(blocks, "bytes_per_row", lambda *_: 1.0)
+    for room in (blocks.BLOCK_BYTES, blocks.WHOLE_BYTES):
+        monkeypatch.setitem(room, "cpu", rows)
+
+
+ON_A_MODEL = ["log-variance", "cross-entropy of other paths", "trajectory-balance", "soft-ppo", "reward-weighted-mle"]
+
+
+@pytest.mark.parametrize("name", ON_A_MODEL)
+def test_no_more_than_one_blocks_activations_are_alive(name, monkeypatch):
+    problem = conditional()
+    in_blocks(monkeypatch, 2 * B)
+    model = problem.reference.model
+    seen = []
+    original = torch.nn.Module.__call__
+
+    def call(self, *arguments, **named):
+        out = original(self, *arguments, **named)
+        if isinstance(self, Net) and self is not model:
+            seen.append(self)
+        return out
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", call)
+    first_gradients(METHODS[name], problem)
+    assert 0 < max(net.most for net in seen) <= 2 * B
+
+
+def test_blocks_are_all_states_once_and_no_larger_than_allowed():
+    for steps, batch, most in [
+        (7, 5, 100),
+        (7, 5, 35),
+        (7, 5, 34),
+        (7, 5, 10),
+        (7, 5, 5),
+        (7, 5, 4),
+        (7, 5, 1),
+        (1, 1, 0),
+    ]:
+        count = torch.zeros(steps, batch)
+        found = blocks_of(steps, batch, most)
+        for block in found:
+            assert block.of(count).numel() <= max(1, most)
+            block.of(count).add_(1)
+        assert bool((count == 1).all()), (steps, batch, most)
+        assert len(found) == 1 or most < steps * batch
+
+
+def test_what_a_graph_keeps_is_measured():
+    """A tanh layer keeps its input and its output; parameters are there anyway."""
+    x = randn(16, 4, seed=0).requires_grad_()
+    hidden, other = 64, 100
+    layer = torch.nn.Sequential(
+        torch.nn.Linear(4, hidden, dtype=F64), torch.nn.Tanh(), torch.nn.Linear(hidden, 4, dtype=F64)
+    )
+    constant = randn(other, seed=1).requires_grad_()
+    found = blocks.graph_bytes(lambda rows: layer(x[:rows] * 1.0) + (constant**2).sum(), (*layer.parameters(),))
+    assert found == 8 * (4 + hidden)
