@@ -7,6 +7,7 @@ import typer
 from .amortised import amortised
 from .control import control
 from .digits import digits
+from .digits_floor import digits_floor
 from .gibbs import gibbs
 from .identity import identity
 from .imports import imports
@@ -15,12 +16,14 @@ from .mixture import mixture
 from .optimum import optimum
 from .orders import orders
 from .speed.command import speed
+from .unet import unet_suite
 from .verdicts import verdicts
 
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(amortised)
 app.command()(control)
 app.command()(digits)
+app.command()(digits_floor)
 app.command()(gibbs)
 app.command()(identity)
 app.command()(imports)
@@ -29,6 +32,7 @@ app.command()(mixture)
 app.command()(optimum)
 app.command()(orders)
 app.command()(speed)
+app.command("unet")(unet_suite)
 app.command()(verdicts)
 
 

@@ -1,7 +1,8 @@
 """Digits: a pre-trained model tilted to three rewards by all methods, beside the exactly tilted law.
 
-Each finished cell (reward, method, alpha, seed) is a JSON file under ``benchmarks/results/digits/``; a cell that exists
-is not run again, so that a table is filled over several sessions. Every cell runs in a process of its own.
+Each finished cell (reward, method, alpha, seed, and the CPU-seconds where something is trained) is a JSON file under
+``benchmarks/results/digits/``; a cell that exists is not run again, so that a table is filled over several sessions.
+Every cell runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,20 +23,24 @@ import torch
 import typer
 
 import sdecontrol as sc
-from sdecontrol.comparison.costs import measuring
+from sdecontrol.comparison.costs import Costs, measuring
 from sdecontrol.evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.particle_solution import ParticleSolution
 from sdecontrol.evaluation.solution import Solution
+from sdecontrol.methods.base import suggested
 
 from . import digits_problem as digit
 from .cells import store, versions
 from .digits_page import write_figures, write_page
+from .timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "digits"
 BATCH = 128
 _SETTINGS: dict[str, Any] = {"time_steps": digit.TIME_STEPS, "batch_size": BATCH, "progress": False}
 TILT = "exact tilt"
+#: CPU-seconds of a cell in all: data, fits and training
+BUDGET = 120.0
 #: of the page's strips of images
 SHOWN = 12
 
@@ -48,9 +54,15 @@ def _classifier_free(reward: str, alpha: float) -> sc.Method:
     return sc.ClassifierFreeGuidance(digit.conditional_model(reward), weight=1 / alpha - 1, label=digit.LABEL)
 
 
-#: in the order in which cells are filled; functions (of the reward's name and alpha) are for methods that train
-#: something of their own first
+def _default(reward: str, alpha: float) -> sc.Method:
+    """What ``recommend`` puts first."""
+    return suggested(digit.digits_problem(reward, alpha), time_steps=digit.TIME_STEPS, batch_size=BATCH)[0].method
+
+
+#: in the order in which cells are filled; functions (of the reward's name and alpha) are for methods that train or
+#: look at something of their own first
 METHODS: dict[str, sc.Method | Callable[[str, float], sc.Method]] = {
+    "default": _default,
     "value-guidance, tweedie": sc.ValueGuidance("tweedie"),
     "classifier-guidance": sc.ClassifierGuidance(),
     "classifier-free-guidance": _classifier_free,
@@ -77,17 +89,45 @@ METHODS: dict[str, sc.Method | Callable[[str, float], sc.Method]] = {
 #: samples that are measured, where one costs more than others
 _FEWER = {"path-integral-guidance": 128, "smc, tweedie twist": 512, "smc, tweedie guided": 512, "best-of-16": 1024}
 _FEWER["best-of-16, softmax"] = _FEWER["best-of-4"] = 1024
+#: methods that know how long they have to work: rounds of fits that end on held-out paths
+_OWN_LENGTH: set[str] = set()
 
 
 # ---------------------------------------------------------------------------------------- one cell
 
 
 def _iterations(problem: sc.ControlProblem, method: sc.Method, budget: float) -> int:
-    """How many iterations the budget pays for, from three of them."""
-    sc.solve(problem, method, iterations=1, seed=9, **_SETTINGS)
-    began = time.process_time()
-    sc.solve(problem, method, iterations=3, seed=9, **_SETTINGS)
-    return max(5, int(budget / ((time.process_time() - began) / 3)))
+    """How many iterations the budget pays for, from runs of two and of six of them."""
+
+    def seconds(iterations: int) -> float:
+        began = time.process_time()
+        sc.solve(problem, method, iterations=iterations, seed=9, **_SETTINGS)
+        return time.process_time() - began
+
+    seconds(1)
+    few, more = seconds(2), seconds(6)
+    each = max((more - few) / 4, more / 60)
+    return max(5, int((budget - few) / each) + 2)
+
+
+def _is_trained(label: str) -> bool:
+    found = METHODS[label]
+    return found.default_iterations > 0 if isinstance(found, sc.Method) else label != "classifier-free-guidance"
+
+
+def _against_untuned(solution: Solution, n: int, seconds: float, few: bool) -> float:
+    """CPU-seconds of a sample over those of the untuned model's; ``n`` samples took so many seconds."""
+    plain = partial(sc.simulate, solution.problem, 1024, time_steps=digit.TIME_STEPS, seed=1, keep="end")
+    if few:
+        return seconds / n / (interleaved({"plain": plain}, 1)["plain"][0] / 1024)
+    found = interleaved({"own": partial(solution.sample, 1024, 1), "plain": plain}, 3)
+    return sorted(a / b for a, b in zip(found["own"], found["plain"]))[1]
+
+
+def _together(*parts: Costs) -> dict[str, float]:
+    """Of pieces of work that were measured one by one."""
+    found = [asdict(p) for p in parts]
+    return {k: (max if k == "memory" else sum)(f[k] for f in found) for k in found[0]}
 
 
 def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, iterations: int | None) -> dict[str, Any]:
@@ -96,16 +136,18 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
     found, problem = METHODS[label], digit.digits_problem(reward, alpha)
     tilt = digit.Tilt.of(digit.pool_rewards(reward), alpha)
     more = dict(_SETTINGS)
-    if isinstance(found, sc.Method) and found.default_iterations > 0:
-        more["iterations"] = _iterations(problem, found, budget) if iterations is None else iterations
-    with measuring(problem.device) as training:
+    with measuring(problem.device) as making:
         method = found if isinstance(found, sc.Method) else found(reward, alpha)
+    trains = method.default_iterations > 0
+    if trains and label not in _OWN_LENGTH:
+        more["iterations"] = iterations or _iterations(problem, method, budget - making.seconds)
+    with measuring(problem.device) as training:
         solution = sc.solve(problem, method, seed=seed, **more)
     n = _FEWER.get(label, digit.MEASURED)
     with measuring(problem.device) as sampling:
         x, measured = _measure(solution, n, seed + 1)
     elbo: Estimate = measured.pop("elbo")
-    found = {name: {"value": e.value, "stderr": e.stderr} for name, e in measured.items() if isinstance(e, Estimate)}
+    numbers = {name: {"value": e.value, "stderr": e.stderr} for name, e in measured.items() if isinstance(e, Estimate)}
     gap = tilt.log_z - elbo
     return {
         "reward_name": reward,
@@ -114,22 +156,23 @@ def run_cell(reward: str, label: str, alpha: float, seed: int, budget: float, it
         "alpha": alpha,
         "seed": seed,
         "settings": {"name": method.name, **{f.name: _plain(getattr(method, f.name)) for f in fields(method)}},
-        "iterations": more.get("iterations", 0),
+        "iterations": solution.iterations,
         "batch_size": BATCH,
-        "budget_cpu_seconds": budget if method.default_iterations > 0 else 0.0,
-        **found,
+        "budget_cpu_seconds": budget if trains else 0.0,
+        **numbers,
         "kl_is_a_bound": isinstance(solution, ParticleSolution) and solution.particles.selection == "weights",
         "elbo": {"value": elbo.value, "stderr": elbo.stderr},
         "objective": {"value": alpha * elbo.value, "stderr": alpha * elbo.stderr},
         "gap": {"value": gap.value, "stderr": gap.stderr},
         "ess": measured["ess"],
         **digit.properties(x, tilt),
-        "training": asdict(training),
+        "training": _together(making, training),
         "sampling_per_1000": {k: 1000 * v / n for k, v in asdict(sampling).items() if k != "memory"},
+        "sampling_over_untuned": _against_untuned(solution, n, sampling.seconds, label in _FEWER),
         "images": x[:SHOWN].mul(100).round().int().tolist(),
         **_stamp(
-            f"--reward {reward} --method '{label}' --alpha {alpha:g}"
-            + (f" --cpu-seconds {budget:g}" if method.default_iterations > 0 else "")
+            f"--reward {reward} --method '{label}' --alpha {alpha:g} --seeds {seed + 1}"
+            + (f" --cpu-seconds {budget:g}" if trains else "")
         ),
     }
 
@@ -210,8 +253,9 @@ def _frontier_cell(reward: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- the suite
 
 
-def _cell_path(results: Path, reward: str, label: str, alpha: float, seed: int) -> Path:
-    return results / f"{reward}--{label.replace(', ', '-').replace(' ', '-').lower()}--{alpha:g}--{seed}.json"
+def _cell_path(results: Path, reward: str, label: str, alpha: float, seed: int, budget: float) -> Path:
+    trained = f"--{budget:g}s" if label != TILT and _is_trained(label) else ""
+    return results / f"{reward}--{label.replace(', ', '-').replace(' ', '-').lower()}--{alpha:g}--{seed}{trained}.json"
 
 
 def _store(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
@@ -221,6 +265,7 @@ def _store(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any
     except (RuntimeError, ValueError, TypeError) as error:  # a method that diverges or refuses is a result
         reward, label, alpha, seed = arguments[:4]
         cell = {"reward_name": reward, "method": label, "alpha": alpha, "seed": seed, "failed": str(error)}
+        cell |= {"budget_cpu_seconds": arguments[4], "versions": versions()}
     store(path, cell, indent=None)
 
 
@@ -240,8 +285,8 @@ def _run(path: Path, work: Callable[..., dict[str, Any]], arguments: tuple[Any, 
 def digits(
     reward: Annotated[list[str] | None, typer.Option(help="class, ink or zip; all if not given.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Rows of the table; all if not given.")] = None,
-    alpha: Annotated[list[float] | None, typer.Option(help="Temperatures; the card's if not given.")] = None,
-    cpu_seconds: Annotated[float, typer.Option(min=1, help="Of training, per cell.")] = 40.0,
+    alpha: Annotated[list[float] | None, typer.Option(help="Temperatures; the core's if not given.")] = None,
+    cpu_seconds: Annotated[float, typer.Option(min=1, help="Per cell, fits and training.")] = BUDGET,
     iterations: Annotated[int | None, typer.Option(min=1, show_default="what the CPU-seconds pay for")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 1,
     results: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = RESULTS,
@@ -262,16 +307,16 @@ def digits(
     if not page:
         for name in rewards:
             _run(results / f"{name}--frontier.json", _frontier_cell, (name,), again)
-        for place in range(max(len(digit.ALPHAS[r]) for r in rewards)):
+        for place in range(digit.CORE):
             for label in labels:
                 for name in rewards:
                     for a in alpha or digit.ALPHAS[name][place : place + 1]:
                         if label == TILT:
-                            _run(_cell_path(results, name, label, a, 0), tilt_cell, (name, a), again)
+                            _run(_cell_path(results, name, label, a, 0, 0.0), tilt_cell, (name, a), again)
                             continue
                         for s in range(seeds):
                             arguments = (name, label, a, s, cpu_seconds, iterations)
-                            _run(_cell_path(results, name, label, a, s), run_cell, arguments, again)
+                            _run(_cell_path(results, *arguments[:5]), run_cell, arguments, again)
             if alpha:
                 break
     cells = [json.loads(p.read_text()) for p in sorted(results.glob("*.json"))]

@@ -21,6 +21,7 @@ from sdecontrol.library.digits import DIGIT_SHAPE, digits
 
 __all__ = [
     "ALPHAS",
+    "CORE",
     "MEASURED",
     "REWARDS",
     "TIME_STEPS",
@@ -40,7 +41,8 @@ STEPS = 50
 #: noising times ``(1 - k/K)^1.5``, finer towards the data
 TIME_STEPS = [1 - (1 - k / STEPS) ** 1.5 for k in range(STEPS + 1)]
 #: reward -> temperatures, the one whose cells are filled first in front
-ALPHAS = {"class": (1.0, 2.0, 4.0), "ink": (1.2, 2.0, 0.9), "zip": (2.0, 3.0, 1.5)}
+ALPHAS = {"class": (1.0, 2.0, 4.0), "ink": (1.2, 2.0, 0.9), "zip": (2.0, 1.5, 3.0)}
+CORE = 2  # of these: the temperatures of the core rows
 REWARDS = {
     "class": f"log p({LABEL} | x) of a classifier",
     "ink": "half the sum of all pixels (linear)",

@@ -29,9 +29,10 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, warm: int = 1)
 
 
 def iteration(
-    problem: sc.ControlProblem, method: sc.Method, steps: int, batch: int, control: Any = None
+    problem: sc.ControlProblem, method: sc.Method, steps: int | None, batch: int, control: Any = None
 ) -> Callable[[], None]:
-    """One iteration of a method with Adam, to be called again and again; control: as of ``solve``."""
+    """One iteration of a method with Adam, to be called again and again; steps None: a chain's own; control: as
+    of ``solve``."""
     run = Run(problem, problem.chain(steps), batch, 1, 0, control)
     state = method.setup(run)
     optimizer = torch.optim.Adam(parameters_of(state), lr=1e-4, fused=True)
