@@ -28,8 +28,10 @@ BLOCK_BYTES = {"cpu": 24 * _MIB, "cuda": 512 * _MIB}
 #: what is held at once where blocks would cost a second evaluation
 WHOLE_BYTES = {"cpu": 256 * _MIB, "cuda": 4096 * _MIB}
 _ROWS = 2  # of the smaller of the two calls that measure
+#: paths of which no more is measured than is there
+LEAST = 2 * _ROWS
 
-_measured: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[nn.Module, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 def graph_bytes(evaluate: Callable[[int], Any], own: Iterable[Tensor]) -> float:
@@ -78,23 +80,37 @@ def blocks_of(steps: int, batch: int, most: int) -> list[Block]:
     if most >= steps * batch:
         return [Block(slice(0, steps), slice(0, batch))]
     if most >= batch:
-        return [Block(part, slice(0, batch)) for part in _parts(steps, most // batch)]
-    return [Block(slice(k, k + 1), rows) for k in range(steps) for rows in _parts(batch, max(1, most))]
+        return [Block(part, slice(0, batch)) for part in parts_of(steps, most // batch)]
+    return [Block(slice(k, k + 1), rows) for k in range(steps) for rows in parts_of(batch, max(1, most))]
 
 
-def _parts(count: int, most: int) -> list[slice]:
+def parts_of(count: int, most: int) -> list[slice]:
+    """As few equal parts as go with ``most`` in each."""
     number = -(-count // most)
     ends = [count * i // number for i in range(number + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
-def bytes_per_row(owner: nn.Module, steps: int, evaluate: Callable[[Block], Tensor]) -> float:
-    """:func:`graph_bytes` of a module's values at stored states, measured once for each module, at the last step: a
-    learned start has a network of its own."""
-    if owner not in _measured:
-        last = lambda rows: evaluate(Block(slice(steps - 1, steps), slice(0, rows)))  # noqa: E731
-        _measured[owner] = graph_bytes(last, (*owner.parameters(), *owner.buffers()))
-    return _measured[owner]
+def bytes_per_row(
+    owner: nn.Module, what: str, evaluate: Callable[[int], Any], beside: Iterable[nn.Module] = ()
+) -> float:
+    """:func:`graph_bytes` of something that is evaluated with a module, measured once.
+
+    Args:
+        what: its name. beside: modules that take part, too.
+    """
+    known = _measured.setdefault(owner, {})
+    if what not in known:
+        modules = (owner, *beside)
+        known[what] = graph_bytes(evaluate, [t for m in modules for t in (*m.parameters(), *m.buffers())])
+    return known[what]
+
+
+def room_for(device: torch.device, again: bool = False) -> int:
+    """Bytes that a block's activations may take; ``again``: where more than one block would cost a second
+    evaluation."""
+    rooms = WHOLE_BYTES if again else BLOCK_BYTES
+    return rooms.get(device.type, rooms["cuda"])
 
 
 def blocks_for(
@@ -108,10 +124,10 @@ def blocks_for(
     """
     steps, batch = states.shape[:2]
     most, trained = steps * batch, any(p.requires_grad for p in owner.parameters())
-    if trained and torch.is_grad_enabled() and batch >= 2 * _ROWS:
-        rooms = WHOLE_BYTES if again else BLOCK_BYTES
-        room = rooms.get(states.device.type, rooms["cuda"])
-        most = min(most, int(room / max(bytes_per_row(owner, steps, evaluate), 1.0)))
+    if trained and torch.is_grad_enabled() and batch >= LEAST:
+        # the last step: a learned start has a network of its own
+        last = lambda rows: evaluate(Block(slice(steps - 1, steps), slice(0, rows)))  # noqa: E731
+        most = min(most, int(room_for(states.device, again) / max(bytes_per_row(owner, "values", last), 1.0)))
     return blocks_of(steps, batch, most)
 
 

@@ -27,15 +27,15 @@ class RewardBackprop(Method):
     Args:
         gradient: how the gradient goes through the simulation. "full": ordinary backpropagation. "checkpoint": the same
             gradient with segments recomputed. "adjoint": the same gradient by the exact adjoint of the chain, memory of
-            one step's graph. "random": the adjoint through a random number of last steps, drawn in every iteration as
-            AlignProp does (Prabhudesai et al. 2310.03739), weighted so that it is unbiased: half the backward pass,
-            more noise. An integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): cheaper, biased.
-            "continuous-adjoint": the adjoint equation solved backwards by torchsde (Li et al. 2001.01328): memory
-            independent of the number of steps; biased by the discretisation, of order 1 in the step for additive noise
-            and 1/2 otherwise, more so for strongly contracting drifts. "reversible-heun": an algebraically reversible
-            scheme
-            with its adjoint (Kidger et al. 2105.13493): the same memory, the exact gradient of that scheme's own cost.
-            Both replace sums over steps by integrals, need scheme="euler", and are slower than "adjoint".
+            one step's graph (of a part of the paths, where that is large). "random": the adjoint through a random
+            number of last steps, drawn in every iteration as AlignProp does (Prabhudesai et al. 2310.03739), weighted
+            so that it is unbiased: half the backward pass, more noise. An integer K: through the last K steps only
+            (DRaFT-K, Clark et al. 2309.17400): cheaper, biased. "continuous-adjoint": the adjoint equation solved
+            backwards by torchsde (Li et al. 2001.01328): memory independent of the number of steps; biased by the
+            discretisation, of order 1 in the step for additive noise and 1/2 otherwise, more so for strongly
+            contracting drifts. "reversible-heun": an algebraically reversible scheme with its adjoint (Kidger et al.
+            2105.13493): the same memory, the exact gradient of that scheme's own cost. Both replace sums over steps by
+            integrals, need scheme="euler", and are slower than "adjoint".
     """
 
     anneals: ClassVar[bool] = True

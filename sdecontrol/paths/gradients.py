@@ -5,9 +5,10 @@ Gaussian step (less the logarithm of the target's part, where the chain has a re
 the same gradient to rounding:
 
 * ``full``: ordinary backpropagation; memory grows with the number of steps.
-* ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores every 16th state; the
-  backward pass takes the vector-Jacobian products of 16 steps at a time, with the noise drawn again from its seed.
-  Memory: 16 steps' graph, plus those states. (One step at a time costs a tenth more in small networks.)
+* ``adjoint``: the exact adjoint of the chain. The forward pass runs without a graph and stores states; the backward
+  pass takes the vector-Jacobian products of a step, with the noise drawn again from its seed. Memory: the states, plus
+  one step's graph, or that of a part of the paths where it is large; of up to 16 steps at a time where that is small
+  (one at a time costs a tenth more in small networks).
 * ``checkpoint``: the same with segments of sqrt(K) steps: memory of sqrt(K) states and of sqrt(K) steps' graph.
 * an integer K: through the last K steps only (DRaFT-K, Clark et al. 2309.17400): a biased gradient.
 * ``random``: ``adjoint`` that goes back a random number of segments, uniform from 1 to all S of them (AlignProp,
@@ -16,18 +17,21 @@ the same gradient to rounding:
   backward pass on average.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..chains.base import Chain
+from ..chains.blocks import LEAST, bytes_per_row, parts_of, room_for
 from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
-from ..shapes import PerPath, States
+from ..shapes import Noises, PerPath, States
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
 
@@ -70,6 +74,15 @@ class PathCost:
 
 
 @dataclass(frozen=True)
+class _SomeNoise:
+    whole: NoiseSource
+    rows: slice
+
+    def __getitem__(self, k: int) -> Noises:
+        return self.whole[k][self.rows]
+
+
+@dataclass(frozen=True)
 class _Setting:
     chain: Chain
     noise: NoiseSource
@@ -79,6 +92,12 @@ class _Setting:
 
     def shift(self, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return shift_function(self.chain, self.control, tables or None)
+
+    def some(self, rows: slice) -> _Setting:
+        """The same of some of the paths."""
+        y = self.objective.condition
+        objective = replace(self.objective, condition=None if y is None else y[rows])
+        return replace(self, noise=_SomeNoise(self.noise, rows), objective=objective)
 
     def spent(self, paths: Paths) -> PerPath:
         reverse = paths.totals.log_reverse
@@ -103,10 +122,14 @@ def backpropagate(
         truncation: for "random": a uniform random number in [0, 1), the part of the segments that is visited.
     """
     setting = _Setting(chain, noise, control, objective, list(parameters))
-    if mode in ("checkpoint", "adjoint"):
-        return _by_segments(setting, x0, math.isqrt(chain.steps) if mode == "checkpoint" else _ADJOINT_STEPS)
-    if mode == "random":
-        return _by_segments(setting, x0, max(1, min(_ADJOINT_STEPS, chain.steps // _LEAST_SEGMENTS)), truncation)
+    if mode == "checkpoint":
+        return _by_segments(setting, x0, math.isqrt(chain.steps))
+    if mode in ("adjoint", "random"):
+        rows = _rows_at_once(setting, x0)
+        size = max(1, min(_ADJOINT_STEPS, rows // len(x0)))
+        if mode == "random":
+            return _by_segments(setting, x0, max(1, min(size, chain.steps // _LEAST_SEGMENTS)), truncation)
+        return _by_segments(setting, x0, size, rows=rows)
     return _full(setting, x0, chain.steps if mode == "full" else min(int(mode), chain.steps))
 
 
@@ -127,9 +150,28 @@ def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), paths.end.detach())
 
 
-def _by_segments(setting: _Setting, x0: States, size: int, truncation: float | None = None) -> PathCost:
+def _rows_at_once(setting: _Setting, x0: States) -> int:
+    """How many rows' graph of a step is small enough to be held."""
+    chain, control, y = setting.chain, setting.control, setting.objective.condition
+    if not isinstance(control, nn.Module) or len(x0) < LEAST:
+        return len(x0) * _ADJOINT_STEPS
+    k, shift = chain.start, setting.shift()  # of the process itself, after the learned start
+
+    def step(rows: int) -> States:
+        x = x0[:rows].clone().requires_grad_(True)
+        some = None if y is None else y[:rows]
+        return chain.step(k, x, setting.noise[k][:rows], shift(k, x, some), some)
+
+    per_row = bytes_per_row(control, "step", step, chain.reference.modules())
+    return max(1, int(room_for(x0.device) / max(per_row, 1.0)))
+
+
+def _by_segments(
+    setting: _Setting, x0: States, size: int, truncation: float | None = None, rows: int | None = None
+) -> PathCost:
     """Forward without a graph, storing the state at the start of each segment of ``size`` steps; backward one segment
-    at a time, recomputed with its graph: the adjoint ``a = d cost / d x`` is carried from segment to segment.
+    at a time (of ``rows`` paths at a time, where that is less than all), recomputed with its graph: the adjoint
+    ``a = d cost / d x`` is carried from segment to segment.
 
     With ``truncation`` uniform in [0, 1) only the last ``1 + floor(truncation S)`` of the S segments are visited, each
     weighted by 1 over its probability; since all is linear in the adjoint, the weight is carried with it."""
@@ -158,11 +200,14 @@ def _by_segments(setting: _Setting, x0: States, size: int, truncation: float | N
         if truncation is not None and done:  # probability (S - done)/S, after (S - done + 1)/S
             grown = (len(firsts) - done + 1) / (len(firsts) - done)
             adjoint, scale = adjoint * grown, scale * grown
-        start = starts.pop().detach().requires_grad_(True)
-        with remembering():
-            x, costs, slopes = _recompute(setting, shift, start, range(first, min(first + size, chain.steps)), scale)
-        torch.autograd.backward([x, *costs], [adjoint, *slopes], inputs=[start, *wanted, *setting.parameters])
-        adjoint = start.grad if start.grad is not None else torch.zeros_like(start)
+        whole, steps, slope = starts.pop().detach(), range(first, min(first + size, chain.steps)), []
+        for part in parts_of(len(x0), rows or len(x0)):
+            start, some = whole[part].requires_grad_(True), setting.some(part)
+            with remembering():
+                x, costs, slopes = _recompute(some, shift, start, steps, scale)
+            torch.autograd.backward([x, *costs], [adjoint[part], *slopes], inputs=[start, *wanted, *setting.parameters])
+            slope.append(start.grad if start.grad is not None else torch.zeros_like(start))
+        adjoint = slope[0] if len(slope) == 1 else torch.cat(slope)
     reached = [(t, rows) for t, rows in zip(tables, leaves) if any(row.grad is not None for row in rows)]
     if reached:
         slopes = [torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]) for _, rows in reached]
