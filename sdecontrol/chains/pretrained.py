@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_name
-from ..memory import recall
+from ..memory import recall, remembering
 from ..precision import at_least_single
 from ..processes.laws import Gaussian
 from ..processes.pretrained import ControlFunction, Model, Pretrained
@@ -88,10 +88,17 @@ class PretrainedChain(Pretrained, Chain):
         return self.control(k, self.shifts_towards(model, self, strength)(k, x, condition))
 
     def shifts_towards(
-        self, model: Model, chain: Any, strength: float | None = None
+        self, model: Model, chain: Any, strength: float | None = None, beside: bool = True
     ) -> Callable[[int, States, Any], Noises]:
         def shift(k: int, x: States, y: Any) -> Noises:
-            c = self.shift_towards(k, x, self.predict(model, x, self.clock[k], y), y)
+            prediction = self.predict(model, x, self.clock[k], y)
+            if beside:
+                c = self.shift_towards(k, x, prediction, y)
+            else:  # from a prediction of 0, which costs no call
+                with remembering():
+                    x = x.view_as(x)  # nobody else asks at this very x
+                    recall(self, k, x, lambda: torch.zeros_like(prediction))
+                    c = self.shift_towards(k, x, prediction, y)
             return c if strength is None else strength * c
 
         return shift

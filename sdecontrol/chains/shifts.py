@@ -70,7 +70,7 @@ def shifts_along(
     Args:
         known: the shifts, where this control, as it is, has drawn the states: then that costs no second evaluation.
     """
-    evaluate = _by_block(chain, control, states, condition, first, steps)
+    evaluate = _by_block(chain, control, states, condition, first, steps, slopes=known is not None)
     large = hasattr(control, "on_chain") and isinstance(control, nn.Module) and not states.requires_grad
     blocks = blocks_for(control, states, evaluate, again=known is None) if large else []
     if len(blocks) < 2:
@@ -87,19 +87,33 @@ def gradient_blocks(
 
 
 def _by_block(
-    chain: Chain, control: Any, states: StatePaths, condition: Any, first: int, steps: Sequence[int] | None
+    chain: Chain,
+    control: Any,
+    states: StatePaths,
+    condition: Any,
+    first: int,
+    steps: Sequence[int] | None,
+    slopes: bool = False,
 ) -> Callable[[Block], NoisePaths]:
+    """``slopes``: for gradients in the control's parameters alone."""
+
     def evaluate(block: Block) -> NoisePaths:
         chosen = None if steps is None else steps[block.steps]
         y = None if condition is None else condition[block.rows]
         with chain.reference.evaluating(), evaluating([control]):  # in a backward pass, too
-            return _along(chain, control, block.of(states), y, first + block.steps.start, chosen)
+            return _along(chain, control, block.of(states), y, first + block.steps.start, chosen, slopes)
 
     return evaluate
 
 
 def _along(
-    chain: Chain, control: Any, states: StatePaths, condition: Any, first: int, steps: Sequence[int] | None
+    chain: Chain,
+    control: Any,
+    states: StatePaths,
+    condition: Any,
+    first: int,
+    steps: Sequence[int] | None,
+    slopes: bool = False,
 ) -> NoisePaths:
     """All in one call of the control; steps that do not follow one another one by one."""
     count = states.shape[0]
@@ -109,7 +123,8 @@ def _along(
         function = shift_function(chain, control)
         return torch.stack([function(k, x, condition) for k, x in zip(steps, states)])
     if hasattr(control, "along"):
-        along = counted_control(control, control.along, lambda *_: states.shape[0] * states.shape[1])
+        function = getattr(control, "slopes_along", control.along) if slopes else control.along
+        along = counted_control(control, function, lambda *_: states.shape[0] * states.shape[1])
         return along(chain, states, condition, first)
     if hasattr(control, "on_chain") or chain.start:
         function = shift_function(chain, control)

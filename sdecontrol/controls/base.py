@@ -138,6 +138,11 @@ class Control(nn.Module):
         function = self.on_chain(chain)
         return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
 
+    def slopes_along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
+        """As :meth:`along`, less anything that the parameters do not enter, where that costs less: for gradients in the
+        parameters alone."""
+        return self.along(chain, states, y, first)
+
     def linear_parts(self) -> list[LinearPart]:
         """The parameters in which the control is linear, for steps of least squares; none if it is linear in none."""
         return []
@@ -269,9 +274,11 @@ class StartedControl(Control):
 
         return shift
 
-    def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
+    def along(
+        self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0, slopes: bool = False
+    ) -> NoisePaths:
         if not chain.start:
-            return self.main.along(chain, states, y, first)
+            return (self.main.slopes_along if slopes else self.main.along)(chain, states, y, first)
         before, after = chain.segments
         cut = max(0, before.steps - first)
         parts = []
@@ -280,8 +287,12 @@ class StartedControl(Control):
             (states[cut:], after, self.main, max(0, first - before.steps)),
         ):
             if len(part):
-                parts.append(_padded(chain, control.along(half, part, y, at)))
+                along = control.slopes_along if slopes else control.along
+                parts.append(_padded(chain, along(half, part, y, at)))
         return torch.cat(parts)
+
+    def slopes_along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
+        return self.along(chain, states, y, first, slopes=True)
 
     def linear_parts(self) -> list[LinearPart]:
         return [

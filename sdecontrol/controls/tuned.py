@@ -13,7 +13,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..processes.modules import copied
 from ..processes.pretrained import call_model
-from ..shapes import Controls, States
+from ..shapes import Controls, NoisePaths, StatePaths, States
 from .base import Control, at_each_time
 from .saved import CONTROLS
 
@@ -45,7 +45,16 @@ class ModelControl(Control):
         return self.reference.control_towards(self.predicted, x, t, y, strength)
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
-        towards, start = self.reference.shifts_towards(self.predicted, chain.main, self.strength), chain.start
+        return self._from_time_0(chain, self.reference.shifts_towards(self.predicted, chain.main, self.strength))
+
+    def slopes_along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
+        """Without the pre-trained prediction."""
+        moved = self.reference.shifts_towards(self.predicted, chain.main, self.strength, beside=False)
+        function = self._from_time_0(chain, moved)
+        return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
+
+    def _from_time_0(self, chain: Chain, towards: ShiftFunction) -> ShiftFunction:
+        start = chain.start
         if not start:
             return towards
         return lambda k, x, y: towards(k - start, x, y) if k >= start else x.new_zeros(len(x), *chain.noise_shape)

@@ -252,7 +252,7 @@ class GenerativeSDE(Pretrained, SDE):
         return change * (strength * self.at(t).gain)
 
     def shifts_towards(
-        self, model: Model, chain: Any, strength: float | None = None
+        self, model: Model, chain: Any, strength: float | None = None, beside: bool = True
     ) -> Callable[[int, Tensor, Any], Tensor]:
         c = self.coefficients(chain.times[:-1])
         clocks, gains = c.clock.to(chain.times), c.gain.tolist()
@@ -261,7 +261,7 @@ class GenerativeSDE(Pretrained, SDE):
         whole = [gain * chain.gain(k) for k, gain in enumerate(gains)] if at_once else None
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            before = self.prediction_at(k, x, clocks[k], y)
+            before = self.prediction_at(k, x, clocks[k], y) if beside else 0.0
             change = call_model(model, x, clocks[k], y) - before
             if whole is not None:
                 return change * whole[k]

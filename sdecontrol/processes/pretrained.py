@@ -37,7 +37,9 @@ class Pretrained(Reference):
         control_towards(model, x, t, y, strength)  the control u that moves the process to that of another model;
                                                    strength times it
         shifts_towards(model, chain, strength)     (k, x, y) -> c, the shift of step k that does, with what depends on
-                                                   time alone computed once; chain: of the process itself, from time 0
+                                                   time alone computed once; chain: of the process itself, from time 0;
+                                                   beside=False: up to what the other model does not enter, without a
+                                                   call of the pre-trained one where that is not needed
         controlled(s) -> (batch,) bools            at which of the model's times (batch,) the process is under way
         prediction_change(control, x, s, y)        what is to be added to the prediction there for the process to be the
                                                    controlled one
