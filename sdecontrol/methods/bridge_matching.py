@@ -11,7 +11,7 @@ from ..paths.paths import Paths
 from ..paths.weights import self_normalised
 from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
-from ..tensors import check_positive, event_sum
+from ..tensors import event_sum
 from .base import Run, register
 from .on_paths import PathMethod
 
@@ -40,11 +40,8 @@ class BridgeMatching(PathMethod):
     paths: Any = "current"
     trust_region: float | None = None
 
+    tempers: ClassVar[bool] = True
     gaussian: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("trust_region", self.trust_region, optional=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

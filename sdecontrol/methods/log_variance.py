@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..paths.paths import Paths
 from ..paths.weights import leave_one_out, self_normalised
 from ..tensors import check_count
 from .base import Run, register
-from .on_paths import PathMethod, add_scores, collect, current_metrics, path_state, starts_differ, steps_of
+from .on_paths import PathMethod, add_scores, moved, starts_differ, steps_of
 
 _GROUP = 8
 
@@ -39,13 +40,15 @@ class LogVariance(PathMethod):
             batch. ``batch_size`` must be a multiple of it.
     """
 
-    anneals: ClassVar[bool] = True
+    annealing: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
     loss: InitVar[str] = "variance"
     paths: Any = "current"
     steps: int | None = None
     group_size: int | None = None
+    trust_region: float | None = None
+    replay: int = 0
 
     def __post_init__(self, loss: str) -> None:
         if loss != "variance":
@@ -57,28 +60,23 @@ class LogVariance(PathMethod):
         check_count("steps", self.steps, 1, optional=True)
         check_count("group_size", self.group_size, 2, optional=True)
 
-    def _group(self, run: Run) -> int | None:
+    def group(self, run: Run) -> int | None:
         needed = self.group_size is None and starts_differ(run.problem)
         return _GROUP if needed else self.group_size
 
-    def setup(self, run: Run) -> Any:
-        return path_state(run, self.paths, self._group(run))
-
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, group = [], self._group(run)
-        metrics = {"loss": 0.0, "ess": 0.0} if state.behaviour is None else {"loss": 0.0}
-        for part in range(run.accumulate):
-            paths = collect(state, run, part, group)
-            laws = paths.under(state.control, steps_of(run, self.steps, part), drew=state.behaviour is None)
-            log_ratios = laws.less_reverse(laws.log_ratio)
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        group, steps = self.group(run), steps_of(run, self.steps, part)
+        laws = paths.under(state.control, steps, drew=state.own_paths)
+        log_ratios = laws.less_reverse(laws.log_ratio)
+        log_w = paths.log_weights()
+        if state.replay is not None:
+            y = moved(state.control, laws).sum(0) - state.exponent * log_w
+        else:
             with torch.no_grad():
-                y = -paths.log_weights(None if state.behaviour is None else state.control)
-            coefficients = leave_one_out(y, group)
-            value = 0.5 * float((y * coefficients).mean())
-            add_scores(run, log_ratios, coefficients)
-            metrics["loss"] += value / run.accumulate
-            if state.behaviour is None:
-                metrics["ess"] += self_normalised(-y, group).ess / run.accumulate
-            parts.append(paths)
-        run.descend()
-        return {**current_metrics(state, parts), **metrics}
+                y = -log_w if state.behaviour is None else -paths.log_weights(state.control)
+        coefficients = leave_one_out(y, group)
+        add_scores(run, log_ratios, coefficients)
+        metrics = {"loss": 0.5 * float((y * coefficients).mean())}
+        if state.behaviour is None:
+            metrics["ess"] = self_normalised(log_w, group).ess
+        return metrics

@@ -3,7 +3,7 @@ of a weighted sum of log-ratios along them."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,22 +12,37 @@ from ..controls.base import Control
 from ..controls.build import build_control
 from ..controls.given import given_control
 from ..errors import check_name
-from ..paths.paths import Paths
+from ..paths.paths import Paths, StepLaws
 from ..paths.weights import warn_where_few
 from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
 from ..randomness import Place, generator_for
+from ..shapes import PerStep
+from ..tensors import check_count, check_positive
 from .base import METRICS, ControlState, Method, Run, path_metrics
+from .ladder import Ladder
 
 PATHS = ("current", "reference")
 
 
 class PathState(ControlState):
-    """State of a method that learns from paths: the control, and the one whose paths it learns from (None: its own)."""
+    """State of a method that learns from paths: the control, the one whose paths it learns from (None: its own), and
+    the paths that it learns from again, if any."""
 
     def __init__(self, control: Control, behaviour: Control | None) -> None:
         super().__init__(control)
         self.behaviour = behaviour
+        self.replay: Ladder | None = None
+
+    @property
+    def own_paths(self) -> bool:
+        """Whether all paths are drawn by the control as it is when they are learned from."""
+        return self.behaviour is None and self.replay is None
+
+    @property
+    def exponent(self) -> float:
+        """beta of the target ``(P^v)^{1-beta} Q_fine^beta``, v the control whose paths they are: 1 without a ladder."""
+        return 1.0 if self.replay is None or self.replay.trust_region is None else float(self.replay.exponent)
 
 
 def path_state(run: Run, paths: Any = "current", group_size: int | None = None) -> PathState:
@@ -59,6 +74,20 @@ def collect(state: PathState, run: Run, part: int, group_size: int | None = None
             x0 = x0[first]
     control = state.control if state.behaviour is None else state.behaviour
     return roll_out(run.problem, run.chain, control, x0, batch.noise, condition, until)
+
+
+def moved(control: Control, laws: StepLaws) -> PerStep:
+    """By how much every step's part of ``-log w`` has changed on stored paths, from the control that drew them to this
+    one: in all ``log P^u/P^v``, with the control's part in the target where it has one.
+
+    Args:
+        laws: of ``control`` on these paths, at all steps or some.
+    """
+    own, whole = laws.paths.under(), laws
+    if laws.steps is not None:
+        with torch.no_grad():
+            whole = laws.paths.under(control)
+    return whole.less_reverse(whole.log_ratio).detach() - own.less_reverse(own.log_ratio)
 
 
 def starts_differ(problem: ControlProblem) -> bool:
@@ -103,15 +132,20 @@ def current_metrics(state: PathState, parts: Sequence[Paths]) -> dict[str, float
 
 
 class PathMethod(Method):
-    """A method that learns from paths, one part of the batch after another; whose, and in what groups, are fields where
-    they are a choice.
+    """A method that learns from paths, one part of the batch after another; whose, in what groups, how often and
+    towards which targets are fields where they are a choice.
 
     Raises:
-        ValueError: an unknown name. TypeError: no control.
+        ValueError: an unknown name, or a trust region that has no effect. TypeError: no control.
     """
 
+    annealing: ClassVar[bool] = False
+    #: whether paths are weighted: a trust region tempers the weights of every batch
+    tempers: ClassVar[bool] = False
     paths: Any = "current"
     group_size: int | None = None
+    trust_region: float | None = None
+    replay: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.paths, str):
@@ -121,28 +155,74 @@ class PathMethod(Method):
                 f"paths must be 'current', 'reference', or a control or solution whose paths to learn from; got "
                 f"{type(self.paths).__name__}."
             )
+        check_positive("trust_region", self.trust_region, optional=True)
+        check_count("replay", self.replay, 0)
+        if self.trust_region is not None and not self.replay and not self.tempers:
+            raise ValueError(
+                f"trust_region: without replay it only scales the gradient of {self.name}; say replay=4, for instance."
+            )
+        if self.rungs and self.paths != "current":
+            raise ValueError(
+                "trust_region with replay goes up from the current control's own law; leave paths='current', or leave "
+                "trust_region out."
+            )
+
+    @property
+    def anneals(self) -> bool:  # type: ignore[override]
+        """A ladder goes up by itself."""
+        return self.annealing and not self.rungs
+
+    @property
+    def rungs(self) -> bool:
+        """Whether targets are those of a ladder."""
+        return self.trust_region is not None and self.replay > 0
 
     @property
     def residual(self) -> bool:  # type: ignore[override]
         """Other paths than its own say nothing of the objective."""
         return self.paths != "current"
 
+    def group(self, run: Run) -> int | None:
+        """Consecutive paths that share start and condition, among which they are compared; None: all."""
+        return self.group_size
+
     def setup(self, run: Run) -> Any:
-        return path_state(run, self.paths, self.group_size)
+        group = self.group(run)
+        state = path_state(run, self.paths, group)
+        if self.replay:
+            state.replay = Ladder(run, self.replay, self.trust_region, group)
+        return state
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
         parts: list[Paths] = []
         metrics: dict[str, float] = {}
+        fresh = self.fresh(state, run)
         for part in range(run.accumulate):
-            paths = collect(state, run, part, self.group_size)
+            paths = fresh[part] if fresh else state.replay.again(run, part)
+            parts.append(paths)
+            if self.replay and fresh and not self.rungs:
+                state.replay.add(paths)
+                paths = state.replay.again(run, part)
             for name, value in self.learn(state, run, part, paths).items():
                 metrics[name] = metrics.get(name, 0.0) + value / run.accumulate
-            parts.append(paths)
-        if "exponent" in metrics and run.iteration % 100 == 0:
+        if self.rungs:
+            metrics["exponent"] = state.exponent
+        if self.tempers and run.iteration % 100 == 0:
             remedy = "Use trust_region=1.0, a larger batch or alpha, or better paths."
             warn_where_few(self.name, metrics["ess"], self.group_size or run.batch_size, remedy)
         run.descend()
         return {**current_metrics(state, parts), **metrics}
+
+    def fresh(self, state: Any, run: Run) -> list[Paths]:
+        """New paths for this iteration; none on the way up a rung."""
+        if state.replay is not None and not state.replay.asks:
+            return []
+        drawn = [collect(state, run, part, self.group(run)) for part in range(run.accumulate)]
+        if state.replay is None or not state.replay.far(drawn):
+            return drawn
+        more = range(run.accumulate, self.replay)
+        state.replay.begin([*drawn, *(collect(state, run, part, self.group(run)) for part in more)])
+        return []
 
     def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
         """Add the gradients of the ``part``-th batch of paths; its own metrics, of weighted paths "ess" and "exponent"

@@ -7,11 +7,10 @@ import torch
 
 from ..controls.values import LearnedLogZ, learned_value
 from ..paths.paths import Paths
-from ..paths.replay import ReplayBuffer
-from ..randomness import Place, derive_seed, generator_for
+from ..randomness import Place, derive_seed
 from ..tensors import check_count
 from .base import Run, also_named, register
-from .on_paths import PathMethod, add_scores, collect, current_metrics, starts_differ
+from .on_paths import PathMethod, add_scores, moved, starts_differ
 
 
 @register
@@ -35,15 +34,20 @@ class PathConsistency(PathMethod):
     Args:
         n: 1, a number of steps, or "all".
         paths: "current", "reference", or a control or solution whose paths to learn from.
-        replay: keep the last so many batches and learn from a random part of all of them, of a batch's size
-            (off-policy); 0: from each batch once.
+        replay: keep so many batches and learn from random parts of them, of a batch's size (off-policy); 0: from
+            each batch once.
+        trust_region: go up a ladder of targets, each at most so many nats from the law at its foot
+            (:class:`~sdecontrol.methods.ladder.Ladder`): the residuals are then ``beta D_j``, plus ``(1 - beta) log
+            p^u/p^{u_i}`` of the window's steps, on the stored paths of u_i, which ``beta v`` and ``beta log Z`` absorb
+            the norms of. It replaces annealing, and needs ``replay``. None: straight for Q_fine.
     """
 
-    anneals: ClassVar[bool] = True
+    annealing: ClassVar[bool] = True
 
     n: int | str = "all"
     paths: Any = "current"
     replay: int = 0
+    trust_region: float | None = None
 
     def __post_init__(self) -> None:
         if self.n != "all":
@@ -51,7 +55,6 @@ class PathConsistency(PathMethod):
                 raise ValueError(f"n must be 'all' or a number of steps >= 1, got {self.n!r}.")
             check_count("n", self.n, 1)
         super().__post_init__()
-        check_count("replay", self.replay, 0)
 
     @property
     def reference_steps(self) -> bool:  # type: ignore[override]
@@ -69,41 +72,24 @@ class PathConsistency(PathMethod):
             state.log_z = LearnedLogZ(run.problem, run.chain, starts_differ(run.problem), seed)
         else:
             state.value = learned_value(run.problem, run.chain, seed)
-        if self.replay:
-            y = run.problem.draw_condition(1, 0)
-            costs = run.problem.running_cost_function is not None
-            state.replay = ReplayBuffer(run.chain, self.replay * run.batch_size, y, costs)
         return state
 
-    def step(self, state: Any, run: Run) -> dict[str, float]:
-        parts, loss = [], 0.0
-        for part in range(run.accumulate):
-            paths = collect(state, run, part)
-            parts.append(paths)
-            if self.replay:
-                state.replay.add(paths)
-                generator = generator_for("cpu", run.seed, Place.REPLAY, run.iteration, part)
-                paths = state.replay.draw(run.batch_size, generator, run.problem)
-            loss += self._learn(state, run, paths) / run.accumulate
-        run.descend()
-        metrics = {**current_metrics(state, parts), "loss": loss}
-        if self.n == "all":
-            metrics["learned_log_z"] = float(state.log_z(paths.states[0], paths.condition).detach().mean())
-        return metrics
-
-    def _learn(self, state: Any, run: Run, paths: Paths) -> float:
-        """Add the gradients; the loss."""
-        laws = paths.under(state.control, drew=state.behaviour is None and not self.replay)
+    def learn(self, state: Any, run: Run, part: int, paths: Paths) -> dict[str, float]:
+        laws = paths.under(state.control, drew=state.own_paths)
         log_ratios = laws.less_reverse(laws.log_ratio)
+        # the part of the residual that the target of a ladder has of Q_fine, and that of the law that drew the paths
+        beta = state.exponent
         deltas = log_ratios.detach() - paths.log_target()
-        end = paths.reward / run.problem.alpha
+        if beta < 1:
+            deltas = beta * deltas + (1 - beta) * moved(state.control, laws)
+        end = beta * paths.reward / run.problem.alpha
         if self.n == "all":
-            value = state.log_z(paths.states[0], paths.condition).unsqueeze(0)
+            value = beta * state.log_z(paths.states[0], paths.condition).unsqueeze(0)
             residuals = value.detach() + deltas.sum(0) - end
             coefficients, count = residuals, 1
-            state.log_z.follow(residuals)
+            state.log_z.follow(residuals / beta)
         else:
-            value = state.value.along(paths.states[:-1], run.chain.times[:-1], paths.condition)
+            value = beta * state.value.along(paths.states[:-1], run.chain.times[:-1], paths.condition)
             K, device = len(deltas), deltas.device
             count = min(int(self.n), K)
             # D_j; the windows that begin less than n steps before the end are cut there
@@ -118,7 +104,10 @@ class PathConsistency(PathMethod):
         if value.requires_grad:
             ((residuals * value).sum(0).mean() / count / run.accumulate).backward()
         add_scores(run, log_ratios, coefficients)
-        return 0.5 * float(residuals.square().sum(0).mean()) / count
+        metrics = {"loss": 0.5 * float(residuals.square().sum(0).mean()) / count}
+        if self.n == "all":
+            metrics["learned_log_z"] = float(state.log_z(paths.states[0], paths.condition).detach().mean())
+        return metrics
 
 
 also_named(

@@ -30,7 +30,7 @@ class Reinforce(PathMethod):
         steps: use so many randomly drawn steps of every path's sum (unbiased); None: all.
     """
 
-    anneals: ClassVar[bool] = True
+    annealing: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
     baseline: str = "batch"

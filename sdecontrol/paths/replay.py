@@ -55,10 +55,13 @@ class ReplayBuffer(nn.Module):
             getattr(self, name).index_copy_(1, where, paths.recorded(name))
         self.count += len(paths)
 
-    def draw(self, n: int, generator: torch.Generator, target: Target) -> Paths:
-        """``n`` of the stored paths, uniformly, without repetition (n is at most what was stored)."""
-        stored = min(int(self.count), self.size)
-        index = torch.randperm(stored, generator=generator)[:n].to(self.chain.times.device)
+    def draw(self, n: int, generator: torch.Generator, target: Target, group_size: int = 1) -> Paths:
+        """``n`` of the stored paths, uniformly, without repetition (n is at most what was stored); ``group_size``
+        consecutive ones stay together."""
+        stored = min(int(self.count), self.size) // group_size
+        index = torch.randperm(stored, generator=generator)[: n // group_size].to(self.chain.times.device)
+        if group_size > 1:
+            index = (index.unsqueeze(1) * group_size + torch.arange(group_size, device=index.device)).flatten()
         record = Record(**{name: getattr(self, name)[:, index] for name in self.record})
         reverse = None if self.chain.reverse is None else self.log_reverse[index]  # type: ignore[index]
         totals = Totals(self.running_cost[index], reverse)  # type: ignore[index]

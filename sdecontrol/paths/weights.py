@@ -58,14 +58,23 @@ def self_normalised(log_w: PerPath, group_size: int | None = None, trust_region:
     return Weights((shares * v.shape[1]).flatten().to(log_w.dtype), float(beta.mean()), ess)
 
 
-def _exponents(v: np.ndarray, most: float) -> np.ndarray:
+def largest_exponent(log_w: PerPath, group_size: int | None, trust_region: float) -> float:
+    """The largest ``beta <= 1`` for which ``KL(w^beta weighted || unweighted)``, the mean over the groups, is at most
+    ``trust_region``: one for all of them, where :func:`self_normalised` has one for each."""
+    v = log_w.detach().double().cpu().numpy()
+    v = v.reshape(-1, len(v) if group_size is None else group_size)
+    return float(_exponents(v - v.max(1, keepdims=True), trust_region, together=True)[0, 0])
+
+
+def _exponents(v: np.ndarray, most: float, together: bool = False) -> np.ndarray:
     """The largest ``beta <= 1`` of each row with ``KL(softmax(beta v) || uniform) <= most``, ``(groups, 1)``, by
-    bisection; rows of v have maximum 0."""
+    bisection; rows of v have maximum 0. ``together``: of all rows, by their mean KL."""
+    kl = (lambda v, beta: np.full_like(beta, _kl(v, beta).mean())) if together else _kl
     low, high = np.zeros((len(v), 1)), np.ones((len(v), 1))
-    inside = _kl(v, high) <= most
+    inside = kl(v, high) <= most
     for _ in range(0 if inside.all() else _BISECTIONS):
         middle = 0.5 * (low + high)
-        fits = _kl(v, middle) <= most
+        fits = kl(v, middle) <= most
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     return np.where(inside, 1.0, low)
 

@@ -283,6 +283,7 @@ class Trainer:
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
             found = saved["identity"].get(name, value)  # older checkpoints do not say all of it
+            found = {**value, **found} if isinstance(value, dict) and isinstance(found, dict) else found
             if found != value:
                 why = " (the learning rate's course is laid over all of them)" if name == "iterations" else ""
                 raise ValueError(
