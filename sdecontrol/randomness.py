@@ -74,6 +74,8 @@ class Place(enum.IntEnum):
     CONTROL_START = 304  # weights of the control of a learned start
     CORRECTION = 305  # weights and pilot paths of a network beside a mixture's control
     MIXTURE_ENDS = 306
+    RATIO_WEIGHTS = 308  # of a network for a log density ratio
+    RATIO_PILOT = 309  # paths that normalise what it sees
     PATH_INTEGRAL = 307  # paths that a path-integral control averages [step, group of rows]
 
     # particles
@@ -146,6 +148,10 @@ class Place(enum.IntEnum):
     PATH_INTEGRAL_CONTROL = 611  # the seed of a path-integral control
     GUIDANCE_VALUE = 612
     GUIDANCE_ROLL = 613  # perturbed starts and guided steps of value guidance
+    RATIO_VALUE = 614  # the network of a log density ratio
+    RATIO_PATHS = 615  # paths on which it is fitted [iteration, chunk]
+    RATIO_ROWS = 616  # steps of each path that are stored [iteration, chunk]
+    RATIO_BATCH = 617  # rows of the regression's batches [iteration]
     MATCHING_START = 620  # particle matching: the first mixture
     MATCHING_PARTICLES = 621  # [iteration]
     MATCHING_PICK = 622

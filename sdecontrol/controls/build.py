@@ -64,7 +64,8 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
     A control of the library is made anew for this problem, as files make it, with the parameters that it has. What of
     it is the problem's own (the reward and alpha of the Langevin term, the pre-trained model) is then this problem's,
     and on the same problem it is the same function. Of a learned start the process's part alone goes on where this
-    problem's start is not learned; a mixture's control gets a network beside it.
+    problem's start is not learned; a mixture's control, and guidance by a value, stay as they are and get a network
+    beside them.
 
     Raises:
         TypeError, ValueError: nothing in it that could be trained, or it does not fit this problem.
@@ -76,8 +77,6 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
         control = control.main
     check_shapes(problem, control)
     kinds = [(m, CONTROLS.describe(m)["kind"]) for m in control.modules() if isinstance(m, Control)]
-    if not all(m.differentiable for m, _ in kinds):
-        raise ValueError("control: that of guidance by a value function cannot be trained by another method.")
     own = next((m for m, kind in kinds if kind in _OWN), None)
     home = chain if isinstance(control, StartedControl) else chain.main
     x, y = problem.reference.probe_states(3, problem.dtype, problem.device, seed=3), problem.draw_condition(3, 0)
@@ -91,7 +90,7 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
             shift_function(chain, made)(chain.start, x, y)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"control: that of the other run does not fit this problem ({error})") from error
-    if isinstance(made, MixtureControl):
+    if isinstance(made, MixtureControl) or not made.differentiable:
         made = corrected(problem, home, made, seed=seed)
     if not any(p.requires_grad for p in made.parameters()):
         raise ValueError(
@@ -107,9 +106,11 @@ def has_default(problem: ControlProblem) -> bool:
     return problem.reference.trainable or problem.reference.of_noise
 
 
-def corrected(problem: ControlProblem, chain: Chain, base: MixtureControl, *, seed: int = 0) -> CorrectedControl:
-    """A default network beside a mixture's control, at zero output; it sees the mixture's ``E[x_T | x_t]``."""
-    return CorrectedControl(base, _network(problem, chain, derive_seed(seed, Place.CORRECTION), base))
+def corrected(problem: ControlProblem, chain: Chain, base: Control, *, seed: int = 0) -> CorrectedControl:
+    """A default network beside a control that is not trained, at zero output; beside a mixture's it sees the mixture's
+    ``E[x_T | x_t]``."""
+    denoiser = base if isinstance(base, MixtureControl) else None
+    return CorrectedControl(base, _network(problem, chain, derive_seed(seed, Place.CORRECTION), denoiser))
 
 
 def _network(

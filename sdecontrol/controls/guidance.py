@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..errors import NotDifferentiable
+from ..memory import hand_on
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, generator_for
-from ..tensors import apply_scale_transposed, check_output
+from ..tensors import apply_scale, apply_scale_transposed, check_output
 from .base import Control, at_each_time
 from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
@@ -40,6 +41,10 @@ class LogValue(nn.Module):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         raise NotImplementedError
+
+    def on_chain(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
+        """``(k, x, y) -> v/alpha`` at step k of a chain."""
+        return lambda k, x, y: self.at(x, chain.times[k], y)
 
 
 @VALUES.register("annealed", lambda saved, context: AnnealedValue(context.problem))
@@ -75,17 +80,23 @@ class ValueControl(Control):
         return {"value": VALUES.describe(self.value)}
 
     def gradient(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        """``grad v / alpha`` at a 0-d t, of x's shape, without a graph."""
+        """``grad v / alpha`` at a 0-d t, of x's shape; with its graph where x has one."""
+        return self._slope(lambda leaf: self.value.at(leaf, t, y), x)
+
+    def _slope(self, value_at: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_(True)
-            value = self.value.at(leaf, t, y)
+            leaf = x if graph else x.detach().requires_grad_(True)
+            value = value_at(leaf)
             if not value.requires_grad:
                 raise NotDifferentiable(
                     "guidance differentiates its value function, but this one returned a tensor without a graph for a "
                     "state that requires one. Use path-integral-guidance (no gradients), or write the value in torch "
                     "operations."
                 )
-            return torch.autograd.grad(value.sum(), leaf)[0]
+            slope = torch.autograd.grad(value.sum(), leaf, create_graph=graph)[0]
+        hand_on(self._chain.reference, leaf, x)  # the model's prediction: the step asks for it next
+        return slope
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         if t.ndim:
@@ -103,14 +114,40 @@ class ValueControl(Control):
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         reference, start = chain.reference, chain.start
         sigma = reference.diffusion_on_grid(chain.main.times[:-1]) if reference.continuous else None
+        value = self.value.on_chain(chain)
 
         def shift(k: int, x: Tensor, y: Any) -> Tensor:
-            gradient = self.gradient(x, chain.times[k], y)
+            gradient = self._slope(lambda leaf: value(k, leaf, y), x)
             if k < start or sigma is None:
                 return self._scaled(chain, k, x, gradient, y)
             return chain.shift_at(k, x, apply_scale_transposed(sigma(k - start, x), gradient, x.ndim - 1))
 
         return shift
+
+    def displacement(self, chain: Chain) -> Callable[[int, Tensor, Tensor, Any], Tensor]:
+        """``(k, x, xi, y) -> e`` with ``grad . e = c . xi`` for every gradient and the shift c that it makes."""
+        reference, start = chain.reference, chain.start
+        sigma = reference.diffusion_on_grid(chain.main.times[:-1]) if reference.continuous else None
+
+        def displace(k: int, x: Tensor, xi: Tensor, y: Any) -> Tensor:
+            if k < start or sigma is None:
+                return apply_scale(chain.kernel(k, x, y)[1], xi, x.ndim - 1)
+            gain = chain.gain(k)
+            z = xi @ gain if isinstance(gain, Tensor) else xi * gain
+            return apply_scale(sigma(k - start, x), z, x.ndim - 1)
+
+        return displace
+
+
+def denoised_state(reference: Any, chain: Chain, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
+    """``x0^``, what a pre-trained reference's model expects the data to be; in a learned start, at the mean of X_0."""
+    time = float(t)
+    if time < 0:
+        first = chain.segments[0]
+        k = first.step_at(time)
+        mean = first.kernel(k, x, y)[0]
+        x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
+    return reference.denoised(x, time, y, on_clock=True)
 
 
 @VALUES.register("given", lambda saved, to: GivenValue(to.own_value("value function"), to.problem.alpha))
@@ -176,13 +213,7 @@ class TweedieValue(LogValue):
 
     def denoised(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """``x0^``, what the reference's model expects the data to be."""
-        time = float(t)
-        if time < 0:
-            first = self._chain.segments[0]
-            k = first.step_at(time)
-            mean = first.kernel(k, x, y)[0]
-            x, time = x + (mean - x) * (-time / first.step_sizes[k]), 0.0
-        return self._problem.reference.denoised(x, time, y, on_clock=True)
+        return denoised_state(self._problem.reference, self._chain, x, t, y)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         x0, log_prob = self.denoised(x, t, y), self._log_prob[0]

@@ -157,7 +157,7 @@ class CorrectedControl(Control):
 
     def __init__(self, base: Control, correction: Control) -> None:
         super().__init__(correction.event_shape, correction.control_shape, correction.first_time, correction.last_time)
-        self.base, self.correction = base, correction
+        self.base, self.correction = base.requires_grad_(False), correction
         self.learning_rate = correction.learning_rate
 
     @property
@@ -167,7 +167,8 @@ class CorrectedControl(Control):
     @classmethod
     def from_saved(cls, saved: Saved, context: Context) -> CorrectedControl:
         base, network = CONTROLS.make(saved["base"], context), Saved(saved["network"], saved.where)
-        return cls(base, DefaultControl.of(context.problem, network.settings(Architecture), denoiser=base))
+        denoiser = base if isinstance(base, MixtureControl) else None
+        return cls(base, DefaultControl.of(context.problem, network.settings(Architecture), denoiser=denoiser))
 
     def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         return self.base.at(x, t, y) + self.correction.at(x, t, y)

@@ -16,9 +16,11 @@ from ..problems.differentiability import gradient_fault, missing_gradients, proc
 from ..problems.problem import ControlProblem
 from ..processes.modules import copied
 from ..randomness import Place, derive_seed, generator_for
+from ..tensors import check_count
 from .base import Batch, ControlState, Method, Run, not_differentiable, path_metrics, register
+from .ratio_guidance import RatioState, ratio_state, ratio_step
 
-_VALUES = ("monte-carlo", "soft-q", "tweedie")
+_VALUES = ("monte-carlo", "soft-q", "tweedie", "ratio")
 
 
 class ValueState(ControlState):
@@ -40,9 +42,13 @@ class ValueGuidance(Method):
             * "monte-carlo": regression of ``exp(v/alpha)`` on the exponential of what each path has still to come [28];
             * "soft-q": regression on one step and the value after it, ``exp(-h f/alpha) exp(v_{k+1}/alpha)``, of a
               slowly following copy [29]: less noise, and an error that is handed from step to step;
+            * "ratio": ``v/alpha - log Z = log E[w | x_t]``, a log density ratio, by logistic regression on paths of the
+              reference, weighted by w; then rounds on its own paths (:mod:`.ratio_guidance`). No gradient of the reward
+              is needed; where there is one the value learns to see what the reward sees;
             * "tweedie": ``r`` of the denoised state [31], nothing trained, with an error that never vanishes;
             * a function ``v(x, t) -> (batch,)``, t ``(batch,)``, such as an exact solution's ``value``.
         follow: how much of the trained value its copy takes over in every iteration of "soft-q".
+        num_paths: of the reference, on which "ratio" is first fitted.
 
     Both regressions minimise the Itakura-Saito divergence ``E[Y e^-g + g]``, ``g = v/alpha``, in place of the print's
     squares: its minimiser is the same, ``e^g = E[Y | x]``, but it sees relative errors, so that states of tiny
@@ -54,6 +60,7 @@ class ValueGuidance(Method):
 
     value: str | Callable[..., Tensor] = "monte-carlo"
     follow: float = 0.1
+    num_paths: int = 16384
 
     gaussian: ClassVar[bool] = True
     takes_control: ClassVar[bool] = False
@@ -66,12 +73,18 @@ class ValueGuidance(Method):
                 f"value must be one of {', '.join(_VALUES)} or a function (x, t) -> (batch,), got "
                 f"{type(self.value).__name__}."
             )
+        check_count("num_paths", self.num_paths, least=256)
         if not 0 < self.follow <= 1:
             raise ValueError(f"follow must be in (0, 1], got {self.follow!r}.")
 
     @property
     def default_iterations(self) -> int:  # type: ignore[override]
-        return 2000 if self.value in ("monte-carlo", "soft-q") else 0
+        known = {"monte-carlo": 2000, "soft-q": 2000, "ratio": 5}
+        return known.get(self.value, 0) if isinstance(self.value, str) else 0
+
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        return self.value == "ratio"
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -79,6 +92,8 @@ class ValueGuidance(Method):
             raise not_differentiable("value-guidance with value='tweedie'", problem, missing)
 
     def setup(self, run: Run) -> nn.Module:
+        if self.value == "ratio":
+            return ratio_state(run)
         if self.value == "tweedie":
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):
@@ -91,6 +106,8 @@ class ValueGuidance(Method):
         return ValueState(control, self.value == "soft-q")
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
+        if isinstance(state, RatioState):
+            return ratio_step(state, run, self.num_paths)
         value = state.control.value
         losses, parts = [], []
         for part in range(run.accumulate):
@@ -114,6 +131,9 @@ class ValueGuidance(Method):
                 for theirs, ours in zip(state.target.parameters(), value.parameters()):
                     theirs.lerp_(ours, self.follow)
         return {**path_metrics(parts), "loss": sum(losses) / len(losses)}
+
+    def finished(self, state: Any, run: Run) -> bool:
+        return isinstance(state, RatioState) and bool(state.ended)
 
 
 def _check_value(method: ValueGuidance, problem: ControlProblem, value: GivenValue) -> None:

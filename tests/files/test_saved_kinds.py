@@ -23,6 +23,7 @@ from sdecontrol.controls.guidance import (
 )
 from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.controls.path_integral import PathIntegralControl
+from sdecontrol.controls.ratio_value import RatioValue
 from sdecontrol.controls.saved import CONTROLS, VALUES, Kinds
 from sdecontrol.evaluation.particle_solution import ParticleSettings, ParticleSolution
 from sdecontrol.evaluation.solution import SOLUTIONS, Solution
@@ -121,6 +122,7 @@ VALUE_CASES = {
         lambda p, c: GivenValue(lambda x, t: -x.square().sum(1) * t, p.alpha),
         {"value": lambda x, t: -x.square().sum(1) * t},
     ),
+    "ratio": (generative, lambda p, c: RatioValue.of(p, c, (8, 8), 0), {}),
     "tweedie": (generative, lambda p, c: TweedieValue(p, c, logits, 1), {"value": logits}),
     "classifier": (generative, lambda p, c: ClassifierValue(p, logits, 2), {"value": logits}),
 }

@@ -189,11 +189,6 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         steered,
         "nothing to",
     ),
-    "a value": (
-        lambda: sc.solve(steered(), "value-guidance", time_steps=4, iterations=1, **RUN),
-        steered,
-        "guidance by a value function",
-    ),
     "another size": (lambda: first_run("network"), lambda: steered(r=lambda x: -x.square().sum(1), dim=3), "maps"),
     "a reward without a gradient": (
         lambda: first_run("network"),

@@ -1,0 +1,367 @@
+"""How a log density ratio is fitted: weighted logistic regression on stored paths, then its slope on its own paths.
+
+Both are regressions on rows, states of stored paths at some of their steps; neither asks for a gradient of the reward.
+
+**Values.** On paths of any control, with ``w`` the weight of what is still to come, ``E[w softplus(-f) + softplus(f)]``
+is least at ``f = log E[w | x_t]``; with ``g = f - f_old`` and weights ``w exp(-f_old)`` that is the same minimum with
+weights near 1.
+
+**Slopes.** The guidance is ``c = A grad f``, and a value may be known well where its gradient is not. On paths of the
+guidance itself the objective's derivative in c is ``E[(Y - f) xi]``, Y the log weight of what is still to come, and the
+KL is ``|c|^2/2``: so with ``d = c . xi`` (a difference of f along ``A^T xi``, no second derivative) the control that is
+better to first order is the minimiser of ``E (Y - f - (d - d_old))^2``: for the coefficients of the last layer least
+squares of Y on stochastic integrals of the features, a natural gradient step (Amari 1998).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..controls.guidance import ValueControl
+from ..controls.ratio_value import RatioValue
+from ..memory import remembering
+from ..paths.paths import Paths
+from ..paths.weights import effective_number
+from ..problems.simulate import simulate_chain
+from ..randomness import Place, derive_seed, generator_for
+from .base import Run
+
+_HELD = 0.2  # of the paths: they choose, and are not fitted to
+_NUMBERS = 1 << 26  # stored at most
+_ROWS = 16  # steps of a path that are stored for values
+_BATCH = 2048  # rows at most
+_LOOKS = 6  # at the held-out rows
+_AVERAGE = 0.99
+_NOISE = 0.3  # added to what the layers see, in standard deviations
+_RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+_DECAYS = (1.0, 0.95, 0.85)  # of later steps' part in Y - f: less noise for some bias
+_MOST = 1.0  # nats by which one least-squares step may move the paths
+
+
+@dataclass
+class Rows:
+    """States of stored paths, ``(paths, steps stored)`` each.
+
+    Attributes:
+        seen: ``(..., seen)``, what the network sees. s: relative times.
+        asked: where a student learns, view and r/alpha at x0^.
+        gains, ratios: of what is still to come, the reward less running costs over alpha, and ``log dP^u/dQ0``.
+    """
+
+    seen: Tensor
+    s: Tensor
+    gains: Tensor
+    ratios: Tensor
+    asked: Tensor | None = None
+
+    @property
+    def held(self) -> int:
+        return max(1, round(_HELD * len(self.s)))
+
+
+def to_come(paths: Paths) -> tuple[Tensor, Tensor]:
+    """``gains`` and ``ratios`` of :class:`Rows` at all steps, ``(K, batch)``."""
+    costs, ratios = (part.flip(0).cumsum(0).flip(0) for part in (paths.log_target(), paths.log_ratio(per_step=True)))
+    return paths.reward / paths.alpha + costs, ratios
+
+
+def drawn(run: Run, control: Any, n: int) -> Iterator[tuple[int, Paths]]:
+    """About n paths in chunks, at least four."""
+    most = (1 << 24) // max(1, run.chain.steps * run.problem.event_shape.numel())
+    size = max(64, min(1024, most, n // 4) // 64 * 64)
+    for chunk in range(max(4, round(n / size))):
+        seed = derive_seed(run.seed, Place.RATIO_PATHS, run.iteration, chunk)
+        yield chunk, simulate_chain(run.problem, run.chain, size, control, seed=seed)
+
+
+def steps_stored(run: Run, paths: Paths, chunk: int, width: int, n: int, most: int) -> Tensor:
+    """Which steps of each path are stored, ``(batch, S)``, in order."""
+    count = max(1, min(most, run.chain.steps, _NUMBERS // max(1, n * width)))
+    generator = generator_for("cpu", run.seed, Place.RATIO_ROWS, run.iteration, chunk)
+    places = torch.rand(len(paths), run.chain.steps, generator=generator).argsort(1)[:, :count]
+    return places.sort(1).values.to(paths.end.device)
+
+
+# ---------------------------------------------------------------- values
+
+
+def value_rows(run: Run, value: RatioValue, control: Any, n: int) -> tuple[Rows, Tensor, list[Paths]]:
+    """Rows of paths of a control (None: the reference), gains and ratios of whole paths ``(2, paths)``, and the paths
+    without their steps."""
+    see, ask, s = value.seeing(run.chain), value.asking(run.chain), value.relative(run.chain.times)
+    learned = bool(value.layers.student)
+    parts: list[tuple[Tensor, ...]] = []
+    kept: list[Paths] = []
+    for chunk, paths in drawn(run, control, n):
+        k = steps_stored(run, paths, chunk, len(value.centre), n, _ROWS)
+        (gains, ratios), x, y = to_come(paths), paths.states, paths.condition
+        seen = x.new_zeros(*k.shape, len(value.centre))
+        asked = x.new_zeros(*k.shape, len(value.target_centre) * learned)
+        for step in range(run.chain.steps):
+            rows, column = (k == step).nonzero(as_tuple=True)
+            if len(rows):
+                here, condition = x[step, rows], None if y is None else y[rows]
+                with remembering():  # one call of the model for both
+                    seen[rows, column] = see(step, here, condition)
+                    if learned:
+                        asked[rows, column] = ask(step, here, condition)
+        index = torch.arange(len(k), device=k.device).unsqueeze(1)
+        whole = torch.stack((gains[0], ratios[0]), 1)
+        parts.append((seen, s[k], gains[k, index], ratios[k, index], asked, whole))
+        kept.append(_light(paths))
+    seen, times, gains, ratios, asked, whole = (torch.cat(part) for part in zip(*parts))
+    return Rows(seen, times, gains, ratios, asked if learned else None), whole.mT, kept
+
+
+def exponent_for(whole: Tensor, least: float, beta: float) -> float:
+    """The largest exponent from ``beta`` to 1 with which so many paths are effective, of weights ``exp(beta gains -
+    ratios)``; ``beta`` where that has not as many."""
+    gains, ratios = whole.double()
+    low, high = beta, 1.0
+    if float(effective_number(gains - ratios)) >= least:
+        return 1.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        enough = float(effective_number(middle * gains - ratios)) >= least
+        low, high = (middle, high) if enough else (low, middle)
+    return low
+
+
+def fit_values(
+    run: Run, value: RatioValue, rows: Rows, beta: float, steps: int, rate: float = 3e-3
+) -> tuple[float, float]:
+    """Logistic regression of the whole network at temperature alpha/beta, kept where the held-out paths' loss is least.
+
+    Returns:
+        That loss before and after.
+    """
+    seen, s, held = rows.seen, rows.s, rows.held
+    with torch.no_grad():
+        f_old = torch.stack([value.ratio(seen[:, j], s[:, j]) for j in range(s.shape[1])], 1)
+        weight = (beta * rows.gains - rows.ratios - value.level - f_old).clamp(max=30.0).exp()
+
+    def loss(path: Tensor, column: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        g = value.ratio(seen[path, column] + noise, s[path, column]) - f_old[path, column]
+        return (weight[path, column] * F.softplus(-g) + F.softplus(g)).mean()
+
+    generator = generator_for("cpu", run.seed, Place.RATIO_BATCH, run.iteration)
+    spread, size = _NOISE * value.spread, _batch_of(s)
+
+    def batch() -> Tensor:
+        path, column = _picked(generator, held, s, size)
+        away = torch.randn(size, len(spread), generator=generator, dtype=torch.float32).to(spread)
+        value_loss = loss(path, column, away * spread)
+        if rows.asked is None:
+            return value_loss
+        return value_loss + value.student_error(seen[path, column], rows.asked[path, column])
+
+    every = torch.arange(held, device=s.device).repeat_interleave(s.shape[1])
+    columns = torch.arange(s.shape[1], device=s.device).repeat(held)
+    hidden = len(value.last)
+
+    def frozen() -> None:
+        if value.slopes.grad is not None:
+            value.slopes.grad[:, :hidden] = 0.0  # the slopes of hidden features are for the second regression
+
+    before, after = descend(value, batch, lambda: -float(loss(every, columns)), steps, rate, frozen)
+    return -before, -after
+
+
+def descend(
+    value: RatioValue,
+    loss: Callable[[], Tensor],
+    score: Callable[[], float],
+    steps: int,
+    rate: float,
+    adjust: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Adam with a cosine decay on the network; the averaged parameters where their score is highest, those of the
+    beginning among them.
+
+    Returns:
+        The score before and after.
+    """
+    parameters: list[Tensor] = list(value.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
+    average = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        first = score()
+    best, kept = first, [p.detach().clone() for p in parameters]
+    value.requires_grad_(True)
+    for i in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (i + 1) / 30) * 0.5 * (1 + math.cos(math.pi * i / steps))
+        with torch.enable_grad():
+            optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+        adjust()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - min(_AVERAGE, (i + 1) / (i + 10)))
+            if (i + 1) % max(1, steps // _LOOKS) == 0:
+                now = [p.detach().clone() for p in parameters]
+                _put(parameters, average)
+                if (reached := score()) > best:
+                    best, kept = reached, [p.clone() for p in average]
+                _put(parameters, now)
+    value.requires_grad_(False)
+    _put(parameters, kept)
+    for p in parameters:
+        p.grad = None
+    return first, best
+
+
+@torch.no_grad()
+def _put(parameters: list[Any], values: list[Tensor]) -> None:
+    for p, new in zip(parameters, values):
+        p.copy_(new)
+
+
+def _batch_of(s: Tensor) -> int:
+    return min(_BATCH, max(64, s.numel() // 32))
+
+
+def _picked(generator: torch.Generator, held: int, s: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Paths and columns of n rows that are not held out."""
+    path = torch.randint(held, len(s), (n,), generator=generator)
+    return path.to(s.device), torch.randint(s.shape[1], (n,), generator=generator).to(s.device)
+
+
+# ---------------------------------------------------------------- slopes
+
+
+@dataclass
+class Moments:
+    """Per path, summed over steps, in float64: of the features' d second moments ``(P, P)``, and those with ``Y - f``
+    for each of ``_DECAYS``, ``(decays, P)``."""
+
+    second: Tensor
+    first: Tensor
+
+    def gain(self, step: Tensor, decay: int = 0) -> float:
+        """What a step of the coefficients gains in the objective, in nats, to first order in the paths."""
+        return float(self.first[decay] @ step - 0.5 * step @ self.second @ step)
+
+    def step(self, ridge: float, decay: int) -> Tensor:
+        """The step of ridge regression (relative to each coefficient's own moment), no longer than ``_MOST``."""
+        scale = self.second.diagonal().clamp(min=1e-12).sqrt()
+        matrix = self.second / scale / scale.unsqueeze(1)
+        matrix.diagonal().add_(ridge)
+        step = torch.linalg.solve(matrix, self.first[decay] / scale) / scale
+        return step * min(1.0, (2 * _MOST / max(float(step @ self.second @ step), 1e-300)) ** 0.5)
+
+
+@dataclass
+class Slopes:
+    """What paths of the guidance say of its slope: moments of a quarter of them and of the rest; ``Y`` and f at all
+    states, ``(K, paths)``; the paths without their steps."""
+
+    held: Moments
+    known: Moments
+    to_come: Tensor
+    f: Tensor
+    paths: list[Paths]
+
+
+@torch.no_grad()
+def observed(run: Run, control: ValueControl, n: int) -> Slopes:
+    """Paths of the guidance, and what is seen on both sides of them."""
+    value: Any = control.value
+    see, displace, chain = value.seeing(run.chain), control.displacement(run.chain), run.chain
+    s, size = value.relative(chain.times), 1e-2 if run.problem.dtype == torch.float32 else 1e-4
+    hats = value.hats(s[:-1]).double()
+    halves: list[list[Moments]] = [[], []]
+    parts: list[tuple[Tensor, Tensor]] = []
+    kept: list[Paths] = []
+    for chunk, paths in drawn(run, control, n):
+        y, x = paths.condition, paths.states
+        gains, ratios = to_come(paths)
+        total = torch.cat((gains - ratios, paths.reward.unsqueeze(0) / paths.alpha)) - value.level
+        f, slopes = total.clone(), []  # at the end they are the same
+        for k in range(chain.steps):
+            move = size * displace(k, x[k], paths.noises[k], y)
+            one, other = (value.features(see(k, x[k] + sign * move, y), s[k : k + 1]) for sign in (1.0, -1.0))
+            f[k] = value.read((one + other) / 2, value.hats(s[k : k + 1]))
+            slopes.append((one - other) / (2 * size))
+        residuals = torch.stack([_decayed(total, f, decay) for decay in _DECAYS])
+        halves[bool(chunk % 4)].append(_moments(torch.stack(slopes).double(), residuals.double(), hats))
+        parts.append((total[:-1], f[:-1]))
+        kept.append(_light(paths))
+    held, known = (
+        Moments(sum(m.second for m in half) / len(half), sum(m.first for m in half) / len(half))  # type: ignore[arg-type]
+        for half in halves
+    )
+    later, f = (torch.cat(part, 1) for part in zip(*parts))
+    return Slopes(held, known, later, f, kept)
+
+
+def _moments(d: Tensor, residuals: Tensor, hats: Tensor) -> Moments:
+    """Of features' d ``(K, batch, J)``, residuals ``(decays, K, batch)`` and hat functions ``(K, knots)``."""
+    knots, width = hats.shape[1], d.shape[2]
+    each = d.mT @ d / d.shape[1]
+    second = torch.einsum("kb,kc,kij->bicj", hats, hats, each).reshape(knots * width, -1)
+    first = torch.einsum("kb,akj->abj", hats, torch.einsum("akn,knj->akj", residuals, d))
+    return Moments(second, first.flatten(1) / d.shape[1])
+
+
+def _light(paths: Paths) -> Paths:
+    """Paths without their steps, for metrics."""
+    paths.totals.kl, paths.totals.log_ratio = paths.kl(), paths.log_ratio()  # type: ignore[assignment]
+    assert paths.reward is not None
+    paths.record.states = paths.record.noises = paths.record.shifts = paths.record.costs = None
+    paths._stacks.clear()
+    return paths
+
+
+def _decayed(total: Tensor, f: Tensor, decay: float) -> Tensor:
+    """``Y - f`` ``(K, batch)`` less each step's mean, from both at all K + 1 times; the part of later steps decays
+    (generalised advantages: Schulman et al. 2016, which are less noisy the better f is, and exact at decay 1)."""
+    out = (total[:-1] - total[1:]) + (f[1:] - f[:-1])
+    for k in range(len(out) - 2, -1, -1):
+        out[k] += decay * out[k + 1]
+    return out - out.mean(1, keepdim=True)
+
+
+@torch.no_grad()
+def fit_slopes(value: RatioValue, slopes: Slopes) -> float:
+    """Move the coefficients of the last layer by least squares, with the decay and the ridge of which held-out paths
+    gain most; then the constants, so that f stays a value.
+
+    Returns:
+        What the held-out paths gain in the objective, in nats, to first order; 0: nothing is moved.
+    """
+    best, chosen = 0.0, (0.0, 0)
+    for decay in range(len(_DECAYS)):
+        for ridge in _RIDGES:
+            found = slopes.held.gain(slopes.known.step(ridge, decay))
+            if found > best:
+                best, chosen = found, (ridge, decay)
+    if best > 0:
+        whole = Moments(
+            0.25 * slopes.held.second + 0.75 * slopes.known.second, 0.25 * slopes.held.first + 0.75 * slopes.known.first
+        )
+        calibrate(value, slopes)
+        value.slopes.add_(whole.step(*chosen).reshape(value.slopes.shape).to(value.slopes))
+    return best
+
+
+@torch.no_grad()
+def calibrate(value: RatioValue, slopes: Slopes) -> None:
+    """The constant a(t) by logistic regression (Newton's method): slopes say nothing of it, and twists want a value."""
+    hats = value.hats(value.relative(slopes.paths[0].times[:-1])).double()
+    weight = (slopes.to_come - slopes.f).clamp(max=30.0).double().exp()
+    move = hats.new_zeros(hats.shape[1])
+    for _ in range(20):
+        p = (hats @ move).sigmoid().unsqueeze(1)
+        slope = hats.mT @ (p - weight * (1 - p)).mean(1)
+        curvature = (hats * ((1 + weight) * p * (1 - p)).mean(1, keepdim=True)).mT @ hats
+        step = torch.linalg.solve(curvature + 1e-6 * torch.eye(len(move)).to(curvature), slope)
+        move -= step * min(1.0, 1.0 / max(float(step.abs().max()), 1e-12))
+    value.constant.add_(move.to(value.constant))
