@@ -18,7 +18,9 @@ class LinearSteps:
     control, and may be noisy:
 
     * steps are damped by the square of what the loss has fallen to (its running geometric mean against the first
-      value): cautious while it is large, full least squares as it vanishes, cautious again at once where it rises;
+      value): cautious while it is large, full least squares as it vanishes, cautious again at once where it rises; and
+      not below a hundred-thousandth as long as the loss is above a nat: features that cancel on the batch to less than
+      three thousandths of what each is do not beyond it, and single paths would run away there;
     * the step size grows while successive steps agree in direction (in the metric G) and falls while they do not (after
       Kesten 1958, Ann. Math. Statist. 29): without noise it stays at 1, and where noise dominates it falls like 1/t.
       Other steps follow it (``adam_scale``);
@@ -29,6 +31,7 @@ class LinearSteps:
 
     decay = 0.8
     least, most = 1e-8, 10.0  # damping
+    cancelling = 1e-5  # damping at a loss of a nat or more
     gain, agreement = 0.5, 0.2  # the step size is 1/(1 + n), n moving by gain (agreement - cosine)
     part_kl = 0.5
 
@@ -46,7 +49,8 @@ class LinearSteps:
 
     @property
     def damping(self) -> float:
-        return min(self.most, max(self.least, math.exp(min(100.0, 2 * (self.level - self.first)))))
+        fallen = math.exp(min(100.0, 2 * (self.level - self.first)))
+        return min(self.most, max(self.least, fallen, self.cancelling * math.exp(min(0.0, self.level))))
 
     @property
     def adam_scale(self) -> float:

@@ -16,6 +16,8 @@ from ..tensors import as_float
 from .least_squares import LinearSteps
 
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
+_WINDOW = 10  # batches
+_WILD = 1e3  # spreads below the median: a path that has left all that the others are in
 
 
 class LearningRateSchedule:
@@ -106,6 +108,9 @@ class Descent:
         self.kept: list[Tensor] = []
         #: of the objective with the kept parameters: mean and its error, cut off, median and spread
         self.score = torch.full((4,), math.nan, dtype=torch.float64)
+        self.best: list[Tensor] = []  # parameters after the best window of batches
+        #: of that window: mean and variance of the mean; of the present one: batches, sums of both, and wild ones
+        self.windows = torch.tensor([math.nan, math.nan, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 
     def begin(self, factor: float) -> None:
         self.factor = factor
@@ -153,6 +158,8 @@ class Descent:
             if self._fallen(regression.objective) and self.take_back() is not None:
                 return False
             self._keep(regression.objective)
+            if self._worn(regression.objective) and self.take_back() is not None:
+                return False
         self.shorten(gradients)
         if self.linear is not None and regression is not None:
             self.linear.observe(regression)
@@ -195,6 +202,30 @@ class Descent:
         mean, error, middle, spread = self.score.tolist()
         now, its_error = _cut_off(objective.double(), middle, spread)
         return now < mean - 4 * math.hypot(error, its_error)
+
+    def _worn(self, objective: Tensor) -> bool:
+        """Whether the objective has worn away bit by bit, each bit too small to be seen in one batch: the mean of ten
+        batches is clearly below that of the best ten, or single paths have run away in two of them. Then the parameters
+        after the best ten are what one goes back to.
+        """
+        _, _, middle, spread = self.score.tolist()
+        mean, error = _cut_off(objective.double(), middle, spread)
+        wild = float(objective.min()) < middle - _WILD * spread
+        self.windows[2:] += self.windows.new_tensor([1.0, mean, error**2, float(wild)])
+        best, its_variance, count, total, variance, astray = self.windows.tolist()
+        runaway = astray > 1
+        if count < _WINDOW and not runaway:
+            return False
+        mean, variance = total / count, variance / count**2
+        self.windows[2:] = 0.0
+        if self.best and (runaway or mean < best - 4 * math.sqrt(variance + its_variance)):
+            self.kept, self.returned = [p.clone() for p in self.best], False
+            self.score[0], self.score[1] = best, math.sqrt(its_variance)
+            return True
+        if not runaway and not mean <= best:  # of none yet: nan
+            self.best = [p.detach().clone() for p in self.parameters]
+            self.windows[:2] = self.windows.new_tensor([mean, variance])
+        return False
 
     @torch.no_grad()
     def take_back(self) -> Callable[[], None] | None:
@@ -253,7 +284,8 @@ class Descent:
         state = self.optimizer.state_dict()
         tensors: dict[str, Tensor] = {f"average.{i}": a for i, a in enumerate(self.average)}
         tensors.update({f"kept.{i}": value for i, value in enumerate(self.kept)})
-        tensors["score"] = self.score
+        tensors.update({f"best.{i}": value for i, value in enumerate(self.best)})
+        tensors["score"], tensors["windows"] = self.score, self.windows
         if self.linear is not None:
             tensors.update(self.linear.tensors())
         plain: dict[str, Any] = {}
@@ -292,8 +324,12 @@ class Descent:
         if "score" in tensors:  # checkpoints of earlier versions have none of it
             self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
             self.score.copy_(tensors["score"])
-        if "kept.0" in tensors:
-            self.kept = [tensors[f"kept.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+        if "windows" in tensors:
+            self.windows.copy_(tensors["windows"])
+        self.kept, self.best = (
+            [tensors[f"{name}.{i}"].to(p.device) for i, p in enumerate(self.parameters) if f"{name}.{i}" in tensors]
+            for name in ("kept", "best")
+        )
         if self.linear is not None:
             self.linear.restore(tensors)
 

@@ -81,7 +81,7 @@ def test_full_steps_solve_a_regression(name):
     targets = randn(chain.steps, 400, *chain.noise_shape, seed=9)
     steps = LinearSteps(control.linear_parts())
     steps.decay = steps.part_kl = math.inf
-    steps.decay = 0.0
+    steps.decay = steps.cancelling = 0.0
     sizes = []
     for _ in range(60):
         for p in control.parameters():
@@ -94,6 +94,15 @@ def test_full_steps_solve_a_regression(name):
         steps.step(1.0)
         assert all(p.grad is None for part in steps.parts for p in part.parameters)
     assert sizes[-1] < 1e-4 * sizes[0]
+
+
+def test_damping_is_that_of_cancelling_features_until_the_loss_is_below_a_nat():
+    _, chain, control, states = setting("affine path", batch=64)
+    for loss, least in ((1e4, 1e-5), (1.0, 1e-5), (1e-2, 1e-7), (1e-9, 1e-8)):
+        steps = LinearSteps(control.linear_parts())
+        steps.observe(Regression(chain, states, None, loss))
+        steps.first = steps.level + 100  # as if it had fallen by far
+        assert steps.damping == pytest.approx(least)
 
 
 def test_the_pace_stays_without_noise_and_falls_where_steps_disagree():

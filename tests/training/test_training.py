@@ -256,6 +256,23 @@ def test_noise_in_the_objective_takes_nothing_back():
     assert descent.taken_back <= 6
 
 
+def test_an_objective_that_wears_away_bit_by_bit_goes_back_to_the_best_ten_batches():
+    """By 0.05 standard deviations a batch: none is clearly below one before it, and the best is slowly forgotten."""
+    _, places, taken = descended([randn(256, seed=s) - 0.05 * max(0, s - 20) for s in range(60)])
+    worn = taken.index(False)
+    assert 25 < worn < 45
+    assert any(torch.equal(places[worn + 1], place) for place in places[5:25])
+
+
+def test_paths_that_run_away_now_and_again_go_back_and_a_single_one_does_not():
+    batches = [randn(256, seed=s) for s in range(25)]
+    for i in (13, 16):
+        batches[i][7] = -1e7
+    _, places, taken = descended(batches)
+    assert [i for i, step in enumerate(taken) if not step] == [16]
+    assert torch.equal(places[17], places[9])  # after the window of ten
+
+
 def test_one_wild_path_neither_takes_a_step_back_nor_hides_a_fall():
     wild = randn(512, seed=1)
     wild[0] = -1e30
@@ -328,3 +345,13 @@ def test_what_decides_on_taking_back_is_part_of_a_checkpoint():
     assert again.radius == descent.radius and again.taken_back == 1
     assert not again.step(Regression(None, again.parameters[0], None, 1.0, objective=fallen))
     assert torch.equal(again.parameters[0], places[2])
+    worn = [randn(256, seed=s) - 0.05 * max(0, s - 20) for s in range(60)]
+    descent, _, _ = descended(worn[:24])
+    again.restore(*descent.tensors())
+    for objective in worn[24 : descended(worn)[2].index(False) + 1]:
+        for one in (descent, again):
+            one.begin(1.0)
+            one.parameters[0].grad = torch.ones(3)
+            one.step(Regression(None, one.parameters[0], None, 1.0, objective=objective))
+    assert again.taken_back == descent.taken_back == 1
+    assert torch.equal(again.parameters[0], descent.parameters[0])
