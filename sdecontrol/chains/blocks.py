@@ -27,6 +27,8 @@ _MIB = 2**20
 BLOCK_BYTES = {"cpu": 24 * _MIB, "cuda": 512 * _MIB}
 #: what is held at once where blocks would cost a second evaluation
 WHOLE_BYTES = {"cpu": 256 * _MIB, "cuda": 4096 * _MIB}
+#: bytes of one row's graph from which on a model is so large that its calls are counted
+LARGE_ROW = 64 * 2**10
 _ROWS = 2  # of the smaller of the two calls that measure
 #: paths of which no more is measured than is there
 LEAST = 2 * _ROWS

@@ -3,7 +3,7 @@ reciprocal form."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..paths.lean_adjoint import (
     ENOUGH,
     StepJacobians,
     lean_targets,
+    lean_targets_again,
     own_noise,
     running_cost_gradients,
     with_a_first_slope,
@@ -66,7 +67,8 @@ class AdjointMatching(Method):
 
     Args:
         zero_variance: subtract the own step's noise from the adjoint (``paths/lean_adjoint.py``); on a linear-quadratic
-            chain no variance is left at the optimum.
+            chain no variance is left at the optimum. Beside a large model to first order in the step alone, which takes
+            one product with the control's Jacobian.
         pairing: "chain": c_k with a_{k+1}. "continuous": with a_k, which moves the fixed point by O(h), nearer to the
             control in continuous time.
         steps: regress on so many randomly drawn steps (unbiased); None: all.
@@ -130,24 +132,24 @@ class AdjointMatching(Method):
         parts, means, noises = [], [], []
         for part in range(run.accumulate):
             paths, slope = controlled_paths(state, run, part)
-            states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
-            shifts = shifts_along(chain, state.control, states, paths.condition)
             jacobians = StepJacobians(paths)
-            noise, most = None, state.products(run.iteration)
-            if self.zero_variance:
-                sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
-                noise, guess = own_noise(jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most)
-                if most:
-                    state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
             costs = running_cost_gradients(paths, problem.running_cost_or_none)
-            targets = lean_targets(
-                jacobians,
-                slope,
-                costs=costs,
-                alpha=problem.alpha,
-                noise_part=noise,
-                own_step=own_step,
-            )
+            options: dict[str, Any] = {"costs": costs, "alpha": problem.alpha, "own_step": own_step}
+            states = paths.states[:-1].detach().requires_grad_(self.zero_variance and not jacobians.again)
+            shifts = shifts_along(chain, state.control, states, paths.condition, known=paths.shifts)
+            noise, most = None, state.products(run.iteration)
+            if jacobians.again:
+                options["zero_variance"] = self.zero_variance
+                targets = lean_targets_again(jacobians, state.control, slope, **options)
+            else:
+                if self.zero_variance:
+                    sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
+                    noise, guess = own_noise(
+                        jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most
+                    )
+                    if most:
+                        state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
+                targets = lean_targets(jacobians, slope, noise_part=noise, **options)
             longest = longest_residuals(
                 shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
             )

@@ -14,6 +14,7 @@ expectation and leaves no variance at all there (after 2410.00345, which subtrac
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,17 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.shifts import shifts_along
-from ..shapes import NoisePaths, Noises, StatePaths, States
+from ..chains.blocks import LARGE_ROW, LEAST, bytes_per_row, parts_of, room_for
+from ..chains.shifts import ShiftFunction, shift_function, shifts_along
+from ..memory import remembering
+from ..shapes import NoisePaths, Noises, Scale, StatePaths, States
 from ..tensors import apply_scale, apply_scale_transposed, is_matrix_scale, nonfinite_rows
 from .closed_loop import ClosedLoop
 from .integrator import RunningCost
 from .paths import Paths
+
+#: of chains whose model is large; None where scales depend on x
+_scales: weakref.WeakKeyDictionary[Chain, list[Scale] | None] = weakref.WeakKeyDictionary()
 
 ENOUGH = 0.5  # of the tolerance: a first guess whose residual is below it will do
 
@@ -36,7 +42,7 @@ class StepJacobians:
 
     Known matrices where the chain is linear. Else the graph of every step's kernel is kept, of its own leaf, and
     products are taken: one pass backwards for an adjoint through all steps, whatever the dimension, where matrices
-    would take one for each coordinate.
+    would take one for each coordinate. Of a large model (``again``) none is kept: each product makes its step's.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -44,6 +50,7 @@ class StepJacobians:
         self.paths, self.chain, self.ndim = paths, chain, chain.event_ndim
         self.first, self.count = paths.first, paths.last - paths.first
         self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
+        self.again = False  # whether no graph is kept
         self.moving = False  # whether the scale depends on x
         self.stacked: Tensor | None = None  # all scales, where they are the same for all rows
         if chain.linear_steps is not None:
@@ -51,8 +58,35 @@ class StepJacobians:
             self.matrices, self.scales = matrices[self.first : paths.last], scales[self.first : paths.last]
             if all(scale.shape == self.scales[0].shape for scale in self.scales):
                 self.stacked = torch.stack(self.scales)
+            return
+        found = self._large()
+        self.again = found is not None
+        if found is not None:
+            self.scales = found
         else:
             self._keep_graphs()
+
+    @torch.enable_grad()
+    def _large(self) -> list[Scale] | None:
+        """All scales, each of a single row, where the steps' model is large and they do not depend on x; else None."""
+        paths, chain = self.paths, self.chain
+        model = next(iter(chain.reference.modules()), None)
+        if model is None or len(paths) < LEAST:
+            return None
+        y = paths.condition
+
+        def mean(rows: int) -> States:
+            x = paths.states[-2, :rows].detach().requires_grad_(True)
+            return chain.kernel(paths.last - 1, x, None if y is None else y[:rows])[0]
+
+        if bytes_per_row(model, "mean", mean, chain.reference.modules()) < LARGE_ROW:
+            return None
+        if chain not in _scales:
+            x = paths.states[0, :1].detach().requires_grad_(True)
+            some = [chain.kernel(k, x, None if y is None else y[:1])[1] for k in range(chain.steps)]
+            _scales[chain] = None if any(s.requires_grad for s in some) else [s.detach() for s in some]
+        scales = _scales[chain]
+        return None if scales is None else scales[self.first : paths.last]
 
     @torch.enable_grad()
     def _keep_graphs(self) -> None:
@@ -101,6 +135,8 @@ class StepJacobians:
         """
         if self.matrices is not None:
             return (a if z is None else a - z) @ self.matrices[j]
+        if self.again:
+            return self._product_again(j, a if z is None else a - z)
         mean, random = (outputs[j] for outputs in self.outputs)
         if z is None or not self.moving:
             outputs, sides = [random], [a if z is None else a - z]
@@ -112,7 +148,16 @@ class StepJacobians:
         """``(d (mean_j + scale_j c_j)/d x_j)^T v_j`` for all steps at once."""
         if self.matrices is not None:
             return v @ self.matrices
+        if self.again:
+            return torch.stack([self._product_again(j, v[j]) for j in range(self.count)])
         return self._products(self.outputs[0], v)
+
+    def _product_again(self, j: int, v: States) -> States:
+        """``(d mean_j/d x)^T v`` of a graph that is made for it."""
+        x = self.paths.states[j].detach().requires_grad_(True)
+        with torch.enable_grad():
+            mean = self.chain.kernel(self.first + j, x, self.paths.condition)[0]
+        return torch.autograd.grad(mean, x, v)[0]
 
     def _products(self, outputs: tuple[Tensor, ...], v: StatePaths) -> StatePaths:
         return torch.stack(torch.autograd.grad(outputs, self.leaves, list(v.unbind(0)), retain_graph=True))
@@ -123,6 +168,8 @@ class StepJacobians:
         if self.matrices is not None:
             return 0
         ones = torch.ones_like(self.paths.states[1:])
+        if self.again:
+            return nonfinite_rows(self.mean_products(ones), 1)
         return nonfinite_rows(self._products(self.outputs[1], ones), 1)
 
 
@@ -242,6 +289,67 @@ def lean_targets(
     if not own_step:
         return jacobians.scales_transposed(whole[:-1])
     return jacobians.scales_transposed(whole[1:] if noise_part is None else whole[1:] - noise_part)
+
+
+def lean_targets_again(
+    jacobians: StepJacobians,
+    control: Any,
+    slope: States,
+    *,
+    costs: StatePaths | None = None,
+    alpha: float = 1.0,
+    zero_variance: bool = True,
+    own_step: bool = True,
+) -> NoisePaths:
+    """:func:`lean_targets` of a large model, one step's graph at a time, in which kernel and control share the model's
+    call.
+
+    With ``zero_variance`` the own step's noise is taken as ``z_k = (d c_k/d x)^T xi_k``, the first guess of
+    :func:`own_noise`: of mean zero as well, O(h) from its whole, for one product with the control's Jacobian.
+    """
+    paths, chain, costs = jacobians.paths, jacobians.chain, jacobians.per_step(costs, alpha)
+    shift, a, found = shift_function(chain, control), slope, []
+    most = _rows_at_once(jacobians, shift if zero_variance else None)
+    for j in reversed(range(jacobians.count)):
+        parts = []
+        for rows in parts_of(len(paths), most):
+            parts.append(_step_again(jacobians, j, rows, shift if zero_variance else None, a[rows]))
+        before, after = (torch.cat(each) for each in zip(*parts))
+        a = before if costs is None else before - costs[j]
+        found.append(jacobians.scale_transposed(j, after if own_step else a))
+    return torch.stack(found[::-1])
+
+
+def _rows_at_once(jacobians: StepJacobians, shift: ShiftFunction | None) -> int:
+    """How many rows' graph of one step is small enough to be held."""
+    paths, chain = jacobians.paths, jacobians.chain
+    model, k = next(iter(chain.reference.modules())), paths.last - 1
+
+    def step(rows: int) -> list[Tensor]:
+        x = paths.states[-2, :rows].detach().requires_grad_(True)
+        y = None if paths.condition is None else paths.condition[:rows]
+        return [chain.kernel(k, x, y)[0]] + ([] if shift is None else [shift(k, x, y)])
+
+    per_row = bytes_per_row(model, "mean" if shift is None else "mean and shift", step, chain.reference.modules())
+    return max(1, int(room_for(paths.end.device) / max(per_row, 1.0)))
+
+
+@torch.enable_grad()
+def _step_again(
+    jacobians: StepJacobians, j: int, rows: slice, shift: ShiftFunction | None, a: States
+) -> tuple[States, States]:
+    """``J^T (a - z)`` and ``a - z`` of step j at some rows."""
+    paths, k = jacobians.paths, jacobians.first + j
+    y = None if paths.condition is None else paths.condition[rows]
+    x = paths.states[j, rows].detach().requires_grad_(True)
+    with remembering():
+        mean = jacobians.chain.kernel(k, x, y)[0]
+        c = None if shift is None else shift(k, x, y)
+        if c is not None and c.requires_grad:
+            z = torch.autograd.grad(c, x, paths.noises[j, rows], retain_graph=True, allow_unused=True)[0]
+            a = a if z is None else a - z
+        del c
+        return torch.autograd.grad(mean, x, a)[0], a
 
 
 def linear_adjoints(end: Tensor, factors: Tensor, source: Tensor | None) -> Tensor:

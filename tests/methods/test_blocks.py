@@ -9,10 +9,20 @@ from cases import F64, nonlinear, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.chains import blocks
 from sdecontrol.chains.blocks import blocks_of
+from sdecontrol.chains.shifts import shifts_along
+from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
+from sdecontrol.paths import lean_adjoint
+from sdecontrol.paths.closed_loop import ClosedLoop
+from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, lean_targets_again, own_noise
+from sdecontrol.problems.simulate import roll_out
+from sdecontrol.randomness import SeededNoise
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-3, 0.25, 40, dtype=F64), 0)
 K, B = 6, 16
+
+
+COUNTS, MOST = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
 
 
 class Net(torch.nn.Module):
@@ -24,18 +34,14 @@ class Net(torch.nn.Module):
         self.first = torch.nn.Parameter(0.3 * randn(5, 16, seed=0))
         self.last = torch.nn.Parameter(0.3 * randn(16, 3, seed=1))
         self.drop = torch.nn.Dropout(0.5)
-        self.alive, self.most = 0, 0
 
     def forward(self, x, n, y):
         hidden = torch.tanh(torch.cat((x, n.to(x)[:, None] / 40, y[:, None]), 1) @ self.first)
         if hidden.requires_grad:
-            self.alive += len(x)
-            self.most = max(self.most, self.alive)
-            weakref.finalize(hidden, self._gone, len(x))
+            COUNTS.setdefault(self, []).append(weakref.ref(hidden))
+            alive = [h() for h in COUNTS[self]]
+            MOST[self] = max(MOST.get(self, 0), sum(len(h) for h in alive if h is not None))
         return 0.8 * x + self.drop(hidden) @ self.last
-
-    def _gone(self, rows):
-        self.alive -= rows
 
 
 def conditional():
@@ -109,10 +115,11 @@ def in_blocks(monkeypatch, rows):
 ON_A_MODEL = ["log-variance", "cross-entropy of other paths", "trajectory-balance", "soft-ppo", "reward-weighted-mle"]
 
 
-@pytest.mark.parametrize("name", ON_A_MODEL)
+@pytest.mark.parametrize("name", [*ON_A_MODEL, "adjoint-matching", "adjoint-matching, zero variance"])
 def test_no_more_than_one_blocks_activations_are_alive(name, monkeypatch):
     problem = conditional()
     in_blocks(monkeypatch, 2 * B)
+    monkeypatch.setattr(lean_adjoint, "LARGE_ROW", 0)
     model = problem.reference.model
     seen = []
     original = torch.nn.Module.__call__
@@ -125,7 +132,36 @@ def test_no_more_than_one_blocks_activations_are_alive(name, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "__call__", call)
     first_gradients(METHODS[name], problem)
-    assert 0 < max(net.most for net in seen) <= 2 * B
+    assert 0 < max(MOST[net] for net in seen) <= 2 * B
+
+
+@pytest.mark.parametrize("own_step", [True, False])
+@pytest.mark.parametrize("rows", [B, 5], ids=["a step", "parts of a step"])
+def test_lean_targets_one_step_at_a_time_are_those_of_all_graphs(rows, own_step, monkeypatch):
+    """Without the own step's noise, and with it as the first guess of the solve has it."""
+    problem = conditional()
+    chain = problem.chain(None)
+    control = build_control(problem, chain, None, seed=0)
+    with torch.no_grad():
+        control.model.last.add_(0.2 * randn(16, 3, seed=5))
+    noise, y = SeededNoise(1, B, K, (3,), dtype=F64, device="cpu"), problem.draw_condition(B, 1)
+    with problem.evaluating():
+        paths = roll_out(problem, chain, control, problem.draw_start(B, 1), noise, y)
+        slope, kept = randn(B, 3, seed=7), StepJacobians(paths)
+        states = paths.states[:-1].detach().requires_grad_(True)
+        shifts = shifts_along(chain, control, states, y)
+        z, _ = own_noise(kept, states, shifts, ClosedLoop(chain), tolerance=0.1, most=0)
+        monkeypatch.setattr(lean_adjoint, "LARGE_ROW", 0)
+        in_blocks(monkeypatch, rows)
+        again = StepJacobians(paths)
+        assert again.again and not kept.again and float(z.abs().max()) > 1e-2
+        for part in (None, z):
+            want = lean_targets(kept, slope, noise_part=part, own_step=own_step)
+            have = lean_targets_again(again, control, slope, zero_variance=part is not None, own_step=own_step)
+            assert torch.allclose(have, want, rtol=1e-10, atol=1e-12)
+        v = randn(K, B, 3, seed=8)
+        assert torch.allclose(again.mean_products(v), kept.mean_products(v), atol=1e-12)
+        assert torch.allclose(again.step(2, v[0], v[1]), kept.step(2, v[0], v[1]), atol=1e-12)
 
 
 def test_blocks_are_all_states_once_and_no_larger_than_allowed():
