@@ -58,8 +58,10 @@ def graph_bytes(evaluate: Callable[[int], Any], own: Iterable[Tensor]) -> float:
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with torch.enable_grad(), hooks, remembering():
             held = evaluate(rows)
+        total = sum(x.untyped_storage().nbytes() for x in kept.values())
         del held
-        return sum(x.untyped_storage().nbytes() for x in kept.values())
+        kept.clear()  # what was saved knows its hooks, and they know it
+        return total
 
     return max(0.0, (bytes_of(2 * _ROWS) - bytes_of(_ROWS)) / _ROWS)
 

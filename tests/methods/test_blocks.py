@@ -12,7 +12,7 @@ from sdecontrol.chains.blocks import blocks_of
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
 from sdecontrol.methods.base import Run
-from sdecontrol.paths import lean_adjoint
+from sdecontrol.paths import gradients, lean_adjoint
 from sdecontrol.paths.closed_loop import ClosedLoop
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, lean_targets_again, own_noise
 from sdecontrol.problems.simulate import roll_out
@@ -107,7 +107,8 @@ def test_gradients_in_blocks_are_those_of_the_whole(kind, name, rows, monkeypatc
 
 def in_blocks(monkeypatch, rows):
     """Let blocks hold so many rows, whatever is measured."""
-    monkeypatch.setattr(blocks, "bytes_per_row", lambda *_: 1.0)
+    for module in (blocks, gradients, lean_adjoint):
+        monkeypatch.setattr(module, "bytes_per_row", lambda *_: 1.0)
     for room in (blocks.BLOCK_BYTES, blocks.WHOLE_BYTES):
         monkeypatch.setitem(room, "cpu", rows)
 
@@ -143,8 +144,8 @@ def test_lean_targets_one_step_at_a_time_are_those_of_all_graphs(rows, own_step,
     chain = problem.chain(None)
     control = build_control(problem, chain, None, seed=0)
     with torch.no_grad():
-        control.model.last.add_(0.2 * randn(16, 3, seed=5))
-    noise, y = SeededNoise(1, B, K, (3,), dtype=F64, device="cpu"), problem.draw_condition(B, 1)
+        control.main.model.last.add_(0.2 * randn(16, 3, seed=5))
+    noise, y = SeededNoise(1, B, chain.steps, (3,), dtype=F64, device="cpu"), problem.draw_condition(B, 1)
     with problem.evaluating():
         paths = roll_out(problem, chain, control, problem.draw_start(B, 1), noise, y)
         slope, kept = randn(B, 3, seed=7), StepJacobians(paths)
@@ -159,7 +160,7 @@ def test_lean_targets_one_step_at_a_time_are_those_of_all_graphs(rows, own_step,
             want = lean_targets(kept, slope, noise_part=part, own_step=own_step)
             have = lean_targets_again(again, control, slope, zero_variance=part is not None, own_step=own_step)
             assert torch.allclose(have, want, rtol=1e-10, atol=1e-12)
-        v = randn(K, B, 3, seed=8)
+        v = randn(chain.steps, B, 3, seed=8)
         assert torch.allclose(again.mean_products(v), kept.mean_products(v), atol=1e-12)
         assert torch.allclose(again.step(2, v[0], v[1]), kept.step(2, v[0], v[1]), atol=1e-12)
 
