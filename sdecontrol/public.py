@@ -55,6 +55,7 @@ from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
 from .training.callbacks import Callback
+from .training.distill import distill
 from .training.fit_bridge import fit_bridge
 from .training.fit_score import fit_score
 from .training.solve import load, solve
@@ -117,6 +118,7 @@ __all__ = [
     "control_error",
     "diffusion_chain",
     "discrete_dynamics",
+    "distill",
     "exact_solution",
     "fit_bridge",
     "fit_score",

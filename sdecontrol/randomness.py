@@ -76,6 +76,8 @@ class Place(enum.IntEnum):
     MIXTURE_ENDS = 306
     RATIO_WEIGHTS = 308  # of a network for a log density ratio
     RATIO_PILOT = 309  # paths that normalise what it sees
+    REWARD_NETWORK = 320  # weights and pilot paths of the network beside a pre-trained model
+    REWARD_NETWORK_WEIGHTS = 321
     PATH_INTEGRAL = 307  # paths that a path-integral control averages [step, group of rows]
 
     # particles
@@ -152,6 +154,8 @@ class Place(enum.IntEnum):
     RATIO_PATHS = 615  # paths on which it is fitted [iteration, chunk]
     RATIO_ROWS = 616  # steps of each path that are stored [iteration, chunk]
     RATIO_BATCH = 617  # rows of the regression's batches [iteration]
+    DISTILLED_PATHS = 640  # [round, part]
+    DISTILLED_STATES = 641  # stored ones that are learned from [iteration, part]
     MATCHING_START = 620  # particle matching: the first mixture
     MATCHING_PARTICLES = 621  # [iteration]
     MATCHING_PICK = 622

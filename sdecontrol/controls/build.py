@@ -8,6 +8,7 @@ from torch import nn
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
+from ..errors import check_name
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
@@ -17,27 +18,33 @@ from .base import Control, StartedControl, as_control, check_shapes
 from .langevin_term import langevin_scale
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
+from .reward_network import SumControl, reward_network
 from .saved import CONTROLS, Context
 from .tuned import TunedControl
 
 _PILOT_PATHS = 256
+WAYS = ("tuned", "frozen", "both")  # of controlling a pre-trained model
 _OWN = ("user", "given")  # kinds of controls that are, or hold, a user's own module
 
 
 def build_control(
     problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_langevin: bool = True
 ) -> Control:
-    """The control to train: ``control`` if given (an nn.Module), else a tuned copy of the model, else the default
-    network.
+    """The control to train: ``control`` if given, else a tuned copy of the model, else the default network.
 
     Args:
+        control: an nn.Module; or one of :data:`WAYS` of controlling a pre-trained model: "tuned", a copy of it;
+            "frozen", the model as it is and a small network beside it that sees the reward at the denoised state;
+            "both", that network beside a tuned copy.
         scale_langevin: whether the default network's Langevin term is scaled down where the reward is steep (at the
             price of 256 calls of its gradient).
 
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
     """
-    if control is not None:
+    if isinstance(control, str):
+        main = _of_model(problem, chain, control, derive_seed(seed, Place.REWARD_NETWORK))
+    elif control is not None:
         main = as_control(problem, chain.main, control)
     elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
@@ -71,6 +78,8 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
         TypeError, ValueError: nothing in it that could be trained, or it does not fit this problem.
     """
     control = given if isinstance(given, nn.Module) else getattr(given, "control", given)
+    if isinstance(control, str):
+        return control
     if not isinstance(control, Control):
         return copied(control)
     if isinstance(control, StartedControl) and not chain.start:
@@ -98,6 +107,30 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
             "start from a solution whose control was trained."
         )
     return made
+
+
+def _of_model(problem: ControlProblem, chain: Chain, way: str, seed: int) -> Control:
+    """The control of a pre-trained model that a user names.
+
+    Raises:
+        ValueError: an unknown name, no pre-trained model, or one without parameters that are trained.
+    """
+    check_name("control", way, WAYS)
+    reference: Any = problem.reference
+    if not reference.pretrained:
+        raise ValueError(
+            f"control={way!r} is for pre-trained models (generative_sde, diffusion_chain), and the reference is a "
+            f"{type(reference).__name__}; leave control out for the default network."
+        )
+    if way != "frozen" and not reference.trainable:
+        raise ValueError(
+            f"control={way!r} tunes a copy of the model, and this one has no parameters to train (none at all, or all "
+            "with requires_grad=False). Use control='frozen', or leave it out."
+        )
+    if way == "tuned":
+        return TunedControl(reference)
+    network = reward_network(problem, chain.main, seed)
+    return network if way == "frozen" else SumControl(TunedControl(reference), network)
 
 
 def has_default(problem: ControlProblem) -> bool:

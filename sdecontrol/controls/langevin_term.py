@@ -53,25 +53,31 @@ class LangevinTerm:
         return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_term(problem))
 
 
-def _gradient(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> Tensor:
+def _slope(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = x if create_graph else x.detach().requires_grad_(True)
-        value = problem._call_reward(leaf, y).sum()
-        return torch.autograd.grad(value, leaf, create_graph=create_graph)[0] / problem.alpha
+        value = problem._call_reward(leaf, y)
+        slope = torch.autograd.grad(value.sum(), leaf, create_graph=create_graph)[0]
+    return (value if create_graph else value.detach()) / problem.alpha, slope / problem.alpha
+
+
+def reward_and_slope(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """``r/alpha`` ``(batch,)`` and ``grad r / alpha`` of x's shape; both 0 where one of them is not finite."""
+    # before its end a path may be where the reward is not finite (a logarithm): there both are 0
+    value, slope = _slope(problem, x, y, create_graph)
+    if bool(torch.isfinite(value.detach().sum() + slope.detach().sum())):
+        return value, slope
+    rows = (torch.isfinite(slope.detach()).flatten(1).all(1) & torch.isfinite(value.detach())).nonzero().flatten()
+    values, slopes = torch.zeros_like(value), torch.zeros_like(x)
+    if len(rows) == 0:
+        return values, slopes
+    value, slope = _slope(problem, x[rows], None if y is None else y[rows], create_graph)
+    return values.index_copy(0, rows, value), slopes.index_copy(0, rows, slope)
 
 
 def _reward_gradient(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> Tensor:
     """``grad r / alpha``; 0 where it is not finite."""
-    # before its end a path may be where the reward is not finite (a logarithm): there the term is 0
-    value = _gradient(problem, x, y, create_graph)
-    if bool(torch.isfinite(value.detach().sum())):
-        return value
-    good = torch.isfinite(value.detach()).flatten(1).all(1)
-    rows = good.nonzero().flatten()
-    out = torch.zeros_like(x)
-    if len(rows) == 0:
-        return out
-    return out.index_copy(0, rows, _gradient(problem, x[rows], None if y is None else y[rows], create_graph))
+    return reward_and_slope(problem, x, y, create_graph)[1]
 
 
 def langevin_scale(problem: ControlProblem, pilot: Paths) -> float:

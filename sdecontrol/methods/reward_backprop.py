@@ -57,7 +57,7 @@ class RewardBackprop(Method):
         if self.gradient in CONTINUOUS_MODES:
             check_continuous(run.chain, str(self.gradient))
         state = super().setup(run)
-        if run.control is not None:
+        if run.control is not None and not isinstance(run.control, str):
             self._check_control(run, state.control)  # type: ignore[arg-type]
         return state
 

@@ -41,7 +41,7 @@ def solve(
     iterations: int | None = None,
     batch_size: int = 256,
     seed: int | None = None,
-    control: nn.Module | Solution | None = None,
+    control: nn.Module | Solution | str | None = None,
     learning_rate: float | None = None,
     optimizer: Any = None,
     accumulate: int = 1,
@@ -68,7 +68,10 @@ def solve(
             result, bit for bit, on the same machine and thread count.
         control: your own nn.Module ``(x, t) -> (batch, m)``, or a solution to go on from, of this problem or of one
             with another alpha, reward or number of steps (a copy of its control is trained, and sees this problem's
-            reward and alpha); None: a copy of the pre-trained model if it is trainable, else the default network.
+            reward and alpha); for pre-trained models "tuned" (a copy of the model, one network and no reward in
+            sampling), "frozen" (the model as it is, and beside it a small network that sees the reward at the denoised
+            state) or "both" (that network beside a tuned copy); None: a copy of the pre-trained model if it is
+            trainable, else the default network.
         learning_rate: of Adam; None: the control's own default. ``optimizer``: a function parameters -> optimiser.
         anneal: train at higher temperatures first, where the method gains from it (``Method.anneals``), the reward
             spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
@@ -166,7 +169,7 @@ class _Plan:
     batch_size: int
     accumulate: int
     seed: int | None
-    control: nn.Module | Solution | None
+    control: nn.Module | Solution | str | None
     learning_rate: float | None
     optimizer: Any
     anneal: bool
@@ -224,7 +227,10 @@ class Trainer:
         self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
         self.annealing = Annealing(
-            plan.anneal and method.anneals and control is None and not problem.reference.reverse_target
+            plan.anneal
+            and method.anneals
+            and (control is None or isinstance(control, str))
+            and not problem.reference.reverse_target
         )
         self.history: list[dict[str, float]] = []
         self.done = 0

@@ -1,0 +1,137 @@
+"""``sc.distill``: a control's shifts learned by one tuned copy of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import F64
+from torch import Tensor, nn
+
+import sdecontrol as sc
+from sdecontrol.controls.tuned import TunedControl
+from sdecontrol.evaluation.solution import Solution
+
+RUN: dict[str, Any] = {"seed": 0, "progress": False}
+STEPS = 6
+
+
+class Model(nn.Module):
+    """Linear in its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.7, 0.2, 0.0], dtype=F64))
+
+    def forward(self, x: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        more = 0.0 if y is None else 0.1 * y[:, None].to(x)
+        return self.w[0] * x + self.w[1] * torch.tanh(x) + self.w[2] * s[:, None] + more
+
+
+def reward(x: Tensor, y: Tensor | None = None) -> Tensor:
+    return x.sum(1) if y is None else x.sum(1) * y
+
+
+def problem(**more: Any) -> sc.ControlProblem:
+    return sc.ControlProblem(sc.generative_sde(Model(), sc.VP(), shape=(2,)), reward=reward, **more)
+
+
+def tuned(p: sc.ControlProblem) -> Solution:
+    """A control that a tuned copy can be."""
+    model = Model()
+    with torch.no_grad():
+        model.w.add_(torch.tensor([0.1, -0.15, 0.3]))
+    return Solution(p, TunedControl(p.reference, model), method="mine", settings={"time_steps": STEPS, "scheme": None})
+
+
+@pytest.mark.parametrize("paths", ["teacher", "student", "both"])
+def test_a_copy_that_can_be_the_control_becomes_it(paths: str) -> None:
+    teacher = tuned(problem())
+    student = sc.distill(teacher, paths=paths, iterations=500, learning_rate=2e-2, **RUN)
+    assert torch.allclose(student.model.w, teacher.model.w, atol=2e-3)  # type: ignore[arg-type]
+    assert isinstance(student.model, Model) and student.history[-1]["loss"] < 1e-4 * student.history[0]["loss"]
+
+
+@pytest.mark.parametrize("paths", ["teacher", "student"])
+def test_the_loss_is_the_divergence_of_the_two_path_laws(paths: str) -> None:
+    """Of a first iteration, whose student is the reference: KL(P^teacher || Q0) or KL(Q0 || P^teacher)."""
+    teacher = tuned(problem())
+    found = sc.distill(teacher, paths=paths, iterations=1, batch_size=40_000, **RUN).history[0]["loss"]
+    if paths == "teacher":
+        kl = teacher.evaluate(8192, seed=5, confirm=False).kl.value
+    else:
+        drawn = sc.simulate(teacher.problem, 8192, time_steps=STEPS, seed=5)
+        kl = -float(drawn.log_ratio(teacher.control).mean())
+    assert found == pytest.approx(kl, rel=0.05)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_stopped_run_resumes_to_the_same_bits_within_a_round(tmp_path: Any, accumulate: int) -> None:
+    how: dict[str, Any] = {"iterations": 9, "batch_size": 4096, "accumulate": accumulate, "checkpoint_every": 2, **RUN}
+    teacher = tuned(problem())
+    whole = sc.distill(teacher, **how)
+
+    class Stop:
+        def on_step_end(self, state: Any) -> None:
+            if state.iteration == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.distill(teacher, checkpoint_dir=tmp_path, callbacks=[Stop()], **how)
+    again = sc.distill(teacher, checkpoint_dir=tmp_path, resume=True, **how)
+    assert torch.equal(again.model.w, whole.model.w) and again.history[-1]["loss"] == whole.history[-1]["loss"]  # type: ignore[arg-type]
+
+
+def test_guidance_becomes_one_network_that_asks_for_no_reward() -> None:
+    """Data that are standard normal under the model and a linear reward: Tweedie's value is exact but for its level,
+    and its control does not depend on x."""
+    calls = []
+
+    class Flat(nn.Module):  # E[eps | x] = std x of standard normal data
+        def __init__(self) -> None:
+            super().__init__()
+            last = nn.Linear(32, 2)
+            self.net = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), last).double()
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+        def forward(self, x: Tensor, s: Tensor) -> Tensor:
+            return sc.VP().std(s.double())[:, None] * x + self.net(s[:, None])
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x @ x.new_tensor([1.0, -0.5])
+
+    p = sc.ControlProblem(sc.generative_sde(Flat(), sc.VP(), shape=(2,)), reward=counted)
+    guided = sc.solve(p, sc.ValueGuidance("tweedie"), time_steps=20, seed=0)
+    one = sc.distill(guided, iterations=400, learning_rate=1e-2, **RUN)
+    calls.clear()
+    one.sample(64, seed=1)
+    assert not calls and type(one.model) is Flat
+    ours, theirs = (s.evaluate(2048, seed=2, confirm=False) for s in (one, guided))
+    assert ours.elbo.value == pytest.approx(theirs.elbo.value, abs=0.01)
+
+
+def test_conditions_and_learned_starts_are_learned_too() -> None:
+    p = problem(condition=lambda n, seed=None: 1.0 + torch.arange(n) % 2, start="controlled")
+    teacher = sc.solve(p, "reward-backprop", time_steps=8, iterations=30, batch_size=64, control="tuned", **RUN)
+    one = sc.distill(teacher, iterations=300, batch_size=64, learning_rate=2e-2, **RUN)
+    assert one.history[-1]["loss"] < 0.1 * one.history[0]["loss"]
+
+
+def test_the_default_network_learns_where_there_is_no_model_to_tune() -> None:
+    sde = sc.LinearSDE(-torch.eye(2), 1.0)
+    p = sc.ControlProblem(sde, reward=sc.Linear(torch.ones(2)), initial=sc.Dirac(torch.zeros(2)))
+    exact = sc.solve(p, sc.ValueGuidance(sc.exact_solution(p).value), time_steps=10, seed=0)
+    one = sc.distill(exact, iterations=300, **RUN)
+    assert one.history[-1]["loss"] < 1e-3 * one.history[0]["loss"]
+
+
+def test_what_has_no_control_to_learn_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="solution must be what solve returns, got Model"):
+        sc.distill(Model())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the samples of best-of-n come from no control"):
+        sc.distill(sc.solve(problem(), sc.BestOfN(2), time_steps=4, seed=0))
+    with pytest.raises(ValueError, match="unknown paths 'theirs'"):
+        sc.distill(tuned(problem()), paths="theirs")
