@@ -36,6 +36,7 @@ from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.paths.paths import Paths
 from sdecontrol.problems.gibbs import GibbsProblem
+from sdecontrol.training.callbacks import Callback
 
 F32, F64 = torch.float32, torch.float64
 STEPS, BATCH, PATHS, SAMPLES = 4, 32, 128, 16
@@ -650,7 +651,7 @@ class Affine(nn.Module):
         return (x @ self.weight.mT) * (1 + t.unsqueeze(1)) + self.bias
 
 
-class Noted(sc.Callback):
+class Noted(Callback):
     """The events of a run, in order."""
 
     def __init__(self) -> None:
@@ -793,7 +794,7 @@ RESUMED = {
 }
 
 
-class _Interrupt(sc.Callback):
+class _Interrupt(Callback):
     def on_step_end(self, state: Any) -> None:
         if state.iteration == 2:
             raise KeyboardInterrupt

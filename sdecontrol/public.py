@@ -54,7 +54,6 @@ from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
-from .training.callbacks import Callback
 from .training.distill import distill
 from .training.fit_bridge import fit_bridge
 from .training.fit_score import fit_score
@@ -78,7 +77,6 @@ __all__ = [
     "BestOfN",
     "BridgeMatching",
     "BrownianMotion",
-    "Callback",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Control",
@@ -138,6 +136,7 @@ _LATER = ("library", "metrics")  # modules that are imported when they are used
 #: names that were flat in 0.1.0 -> the module that has them now
 _MOVED = {
     "Advice": "sdecontrol.comparison.recommend",
+    "Callback": "sdecontrol.training.callbacks",
     "Certificate": "sdecontrol.evaluation.certificates",
     "Comparison": "sdecontrol.comparison.compare",
     "Estimate": "sdecontrol.evaluation.estimates",

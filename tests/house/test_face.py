@@ -34,6 +34,7 @@ MOVED = {
     "paths.paths": ("Paths",),
     "paths.solvers": ("SolvedPaths",),
     "problems.gibbs": ("GibbsProblem",),
+    "training.callbacks": ("Callback",),
 }
 PLACES = [(name, f"sdecontrol.{place}") for place, names in MOVED.items() for name in names]
 

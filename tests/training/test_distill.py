@@ -85,32 +85,28 @@ def test_a_stopped_run_resumes_to_the_same_bits_within_a_round(tmp_path: Any, ac
 
 def test_guidance_becomes_one_network_that_asks_for_no_reward() -> None:
     """Data that are standard normal under the model and a linear reward: Tweedie's value is exact but for its level,
-    and its control does not depend on x."""
-    calls = []
+    and its control is one that a shift of the prediction by ``-std mu g`` makes."""
+    calls, g = [], torch.tensor([1.0, -0.5], dtype=F64)
 
     class Flat(nn.Module):  # E[eps | x] = std x of standard normal data
         def __init__(self) -> None:
             super().__init__()
-            last = nn.Linear(32, 2)
-            self.net = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), last).double()
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            self.w = nn.Parameter(torch.zeros(2, dtype=F64))
 
         def forward(self, x: Tensor, s: Tensor) -> Tensor:
-            return sc.VP().std(s.double())[:, None] * x + self.net(s[:, None])
+            std, mu = sc.VP().std(s)[:, None], sc.VP().mu(s)[:, None]
+            return std * x + std * mu * self.w
 
     def counted(x: Tensor) -> Tensor:
         calls.append(len(x))
-        return x @ x.new_tensor([1.0, -0.5])
+        return x @ g
 
     p = sc.ControlProblem(sc.generative_sde(Flat(), sc.VP(), shape=(2,)), reward=counted)
     guided = sc.solve(p, sc.ValueGuidance("tweedie"), time_steps=20, seed=0)
-    one = sc.distill(guided, iterations=400, learning_rate=1e-2, **RUN)
+    one = sc.distill(guided, iterations=400, batch_size=64, learning_rate=0.1, **RUN)
     calls.clear()
     one.sample(64, seed=1)
-    assert not calls and type(one.model) is Flat
-    ours, theirs = (s.evaluate(2048, seed=2, confirm=False) for s in (one, guided))
-    assert ours.elbo.value == pytest.approx(theirs.elbo.value, abs=0.01)
+    assert not calls and torch.allclose(one.model.w, -g, atol=5e-3)  # type: ignore[arg-type]
 
 
 def test_conditions_and_learned_starts_are_learned_too() -> None:
