@@ -106,7 +106,7 @@ def test_its_langevin_term_is_the_rewards_gradient_at_the_denoised_state(kind: s
 
 
 @pytest.mark.parametrize("way", ["frozen", "both"])
-def test_the_gradient_through_the_simulation_knows_that_the_rewards_gradient_moves_with_the_state(way: str) -> None:
+def test_backpropagation_knows_that_the_slope_moves_with_the_state(way: str) -> None:
     """``E[-r/alpha + |c|^2/2]`` on fixed noise, by its parameters, against differences of its values."""
     problem = sde_problem()
     chain = problem.chain(5)
