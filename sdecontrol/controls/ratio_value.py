@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..problems.problem import ControlProblem
-from ..problems.reward_view import RewardView
+from ..problems.reward_view import InnerLayer, RewardView
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, generator_for
 from .guidance import LogValue, denoised_state
@@ -22,6 +22,7 @@ from .saved import VALUES, Context, Saved
 _PILOT_PATHS = 256
 _STILL = 0.2  # of the mean spread, added to all
 _STUDENT = (96, 96)
+_PIECES = 8  # of time, in each of which coefficients are linear
 _LARGEST = 16384  # numbers in a state that the layers see whole
 
 
@@ -32,6 +33,7 @@ class RatioLayers(Layers):
     Attributes:
         state: whether they see x itself. denoised: whether they see x0^ beside it.
         view: size of the reward's view; reward: whether they see r/alpha.
+        inner: how many numbers they see of what the model computes before its last layer.
         student: widths of a network that learns view and r/alpha from x0^, in place of calling the reward; (): none.
         knots: in relative time, of the hat functions by which what is linear in the last layer changes with time.
     """
@@ -40,6 +42,7 @@ class RatioLayers(Layers):
     denoised: bool = False
     view: int = 0
     reward: bool = False
+    inner: int = 0
     student: tuple[int, ...] = ()
     knots: tuple[float, ...] = (0.0, 1.0)
 
@@ -48,8 +51,8 @@ class RatioLayers(Layers):
 class RatioValue(LogValue):
     """``v/alpha = level + f``, where ``f(x, t) = log E[w | x_t]`` of weights of mean 1 is a log density ratio.
 
-    ``f = a(t) + b(t).phi``: phi are the last hidden layer, the reward's view of the denoised state x0^, and
-    r(x0^)/alpha; a and b are piecewise linear in time, and the layers see x, x0^, the view, r(x0^)/alpha and t. At the
+    ``f = a(t) + b(t).phi``: phi are the last hidden layer, the reward's view of the denoised state x0^, r(x0^)/alpha and
+    what the model computes before its last layer; a and b are piecewise linear in time, and the layers see x, x0^, the view, r(x0^)/alpha and t. At the
     end ``f = r/alpha - level`` is among these functions. A linear or quadratic reward is asked; of any other a small
     network learns view and r from x0^ while f is fitted, so that sampling calls no reward. Where there is no denoiser x
     stands for x0^; of a reward without a gradient nothing is seen. It starts at the constant ``level``. States of more
@@ -66,7 +69,8 @@ class RatioValue(LogValue):
         self._phi = layers.view + layers.reward
         own = layers.state * n + layers.denoised * n + layers.condition_size
         self._from = layers.state * n if layers.denoised else 0  # where what the student sees begins
-        seen = own if layers.student else own + self._phi
+        seen = (own if layers.student else own + self._phi) + layers.inner
+        self._inner = InnerLayer.of(problem) if layers.inner else None
         self.centre, self.spread = nn.Buffer(torch.zeros(seen, **like)), nn.Buffer(torch.ones(seen, **like))
         self.knots = nn.Buffer(torch.tensor(layers.knots, **like))
         self.level = nn.Buffer(torch.zeros((), **like))
@@ -79,7 +83,7 @@ class RatioValue(LogValue):
         self.student = _layers(learned, generator).to(**like)  # type: ignore[arg-type]
         self.last = nn.Parameter(torch.zeros(widths[-1], **like))
         self.constant = nn.Parameter(torch.zeros(len(layers.knots), **like))
-        self.slopes = nn.Parameter(torch.zeros(len(layers.knots), widths[-1] + self._phi, **like))
+        self.slopes = nn.Parameter(torch.zeros(len(layers.knots), widths[-1] + self._phi + layers.inner, **like))
         self.requires_grad_(False)  # but while it is fitted
 
     @classmethod
@@ -87,8 +91,9 @@ class RatioValue(LogValue):
         """The network for a problem, normalised by a few paths of the reference."""
         view, known, pretrained = RewardView(problem), layers_for(problem), problem.reference.pretrained
         small = problem.event_shape.numel() <= _LARGEST
+        inner = InnerLayer.of(problem) if pretrained else None
         span = chain.clock[-1] - chain.clock[0]
-        places = sorted({round(i * chain.steps / 8) for i in range(9)})
+        places = sorted({round(i * chain.steps / _PIECES) for i in range(_PIECES + 1)})
         layers = RatioLayers(
             tuple(hidden),
             known.condition_size,
@@ -97,6 +102,7 @@ class RatioValue(LogValue):
             denoised=small and pretrained,
             view=view.size,
             reward=view.gradient,
+            inner=0 if inner is None else inner.size,
             student=_STUDENT if view.gradient and not view.simple and small else (),
             knots=tuple((chain.clock[k] - chain.clock[0]) / span for k in places),
         )
@@ -121,6 +127,8 @@ class RatioValue(LogValue):
             (layers.denoised * n, True),
             (layers.condition_size, False),
             (0 if layers.student else layers.view, True),
+            (0 if layers.student else int(layers.reward), False),
+            (layers.inner, True),
         ):
             block = slice(begin, begin + size)
             if size and moves:
@@ -155,7 +163,13 @@ class RatioValue(LogValue):
     def seeing(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> (batch, seen)`` at step k of a chain; the model is called once for it and the step itself."""
         denoise = self._denoiser(chain)
-        return lambda k, x, y: self._see(x, denoise(k, x, y), y)
+        return lambda k, x, y: self._seen_by(lambda: denoise(k, x, y), x, y)
+
+    def _seen_by(self, denoise: Callable[[], Tensor], x: Tensor, y: Any) -> Tensor:
+        if self._inner is None:
+            return self._see(x, denoise(), y)
+        x0, inner = self._inner.watching(denoise)
+        return torch.cat((self._see(x, x0, y), inner), 1)
 
     def asking(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
         """The same of what the student learns."""
@@ -191,7 +205,8 @@ class RatioValue(LogValue):
 
     def features(self, seen: Tensor, s: Tensor) -> Tensor:
         """phi ``(rows, J)``: the last hidden layer, the view and r/alpha, at relative times ``(rows,)``."""
-        normal = (seen - self.centre) / self.spread
+        own = len(self.centre) - self.layers.inner
+        normal, inner = ((seen - self.centre) / self.spread).split((own, self.layers.inner), 1)
         asked = normal[:, normal.shape[1] - self._phi :]
         if self.layers.student:
             asked = self.learned(normal)
@@ -200,7 +215,7 @@ class RatioValue(LogValue):
         hidden = torch.cat((normal, time_features(s).expand(len(seen), -1)), 1)
         for layer in self.hidden:
             hidden = nn.functional.silu(layer(hidden))
-        return torch.cat((hidden, asked), 1)
+        return torch.cat((hidden, asked, inner), 1)
 
     def learned(self, normal: Tensor) -> Tensor:
         """What the student says of view and r/alpha, standardised."""
@@ -211,7 +226,7 @@ class RatioValue(LogValue):
 
     def student_error(self, seen: Tensor, asked: Tensor) -> Tensor:
         """Mean square of what the student misses, in standard deviations."""
-        out = self.learned((seen - self.centre) / self.spread)
+        out = self.learned(((seen - self.centre) / self.spread)[:, : len(self.centre) - self.layers.inner])
         return (out - (asked - self.target_centre) / self.target_spread).square().mean()
 
     def read(self, phi: Tensor, hats: Tensor) -> Tensor:
@@ -226,8 +241,8 @@ class RatioValue(LogValue):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         reference = self._problem.reference
-        x0 = denoised_state(reference, self._chain, x, t, y) if reference.pretrained else x
-        return self.ratio(self._see(x, x0, y), self.relative(t.to(x)).reshape(1)) + self.level
+        denoise = lambda: denoised_state(reference, self._chain, x, t, y) if reference.pretrained else x  # noqa: E731
+        return self.ratio(self._seen_by(denoise, x, y), self.relative(t.to(x)).reshape(1)) + self.level
 
     def on_chain(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
         see, s = self.seeing(chain), self.relative(chain.times)

@@ -40,8 +40,9 @@ _BATCH = 2048  # rows at most
 _LOOKS = 6  # at the held-out rows
 _AVERAGE = 0.99
 _NOISE = 0.3  # added to what the layers see, in standard deviations
-_RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-_DECAYS = (1.0, 0.95, 0.85)  # of later steps' part in Y - f: less noise for some bias
+_RIDGES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
+DECAYS = (1.0, 0.95, 0.85)  # of later steps' part in Y - f: less noise for some bias
+_PAST = 0.6  # part of former rounds in the next one
 _MOST = 1.0  # nats by which one least-squares step may move the paths
 
 
@@ -168,7 +169,9 @@ def fit_values(
 
     def frozen() -> None:
         if value.slopes.grad is not None:
-            value.slopes.grad[:, :hidden] = 0.0  # the slopes of hidden features are for the second regression
+            # those of hidden features, and of the model's own, are for the second regression
+            value.slopes.grad[:, :hidden] = 0.0
+            value.slopes.grad[:, value.slopes.shape[1] - value.layers.inner :] = 0.0
 
     before, after = descend(value, batch, lambda: -float(loss(every, columns)), steps, rate, frozen)
     return -before, -after
@@ -240,22 +243,31 @@ def _picked(generator: torch.Generator, held: int, s: Tensor, n: int) -> tuple[T
 @dataclass
 class Moments:
     """Per path, summed over steps, in float64: of the features' d second moments ``(P, P)``, and those with ``Y - f``
-    for each of ``_DECAYS``, ``(decays, P)``."""
+    for each of ``DECAYS``, ``(decays, P)``."""
 
     second: Tensor
     first: Tensor
 
-    def gain(self, step: Tensor, decay: int = 0) -> float:
-        """What a step of the coefficients gains in the objective, in nats, to first order in the paths."""
-        return float(self.first[decay] @ step - 0.5 * step @ self.second @ step)
+    def absolute(self, at: Tensor) -> Moments:
+        """The same of coefficients of which ``at`` is the origin of steps."""
+        return Moments(self.second, self.first + self.second @ at)
 
-    def step(self, ridge: float, decay: int) -> Tensor:
-        """The step of ridge regression (relative to each coefficient's own moment), no longer than ``_MOST``."""
+    def plus(self, share: float, other: Moments) -> Moments:
+        return Moments(self.second + share * other.second, self.first + share * other.first)
+
+    def gain(self, step: Tensor) -> float:
+        """What a step of the coefficients gains in the objective, in nats, to first order in the paths."""
+        return float(self.first[0] @ step - 0.5 * step @ self.second @ step)
+
+    def steps(self, ridge: float) -> Tensor:
+        """The steps of ridge regression (relative to each coefficient's own moment), ``(decays, P)``, none longer than
+        ``_MOST``."""
         scale = self.second.diagonal().clamp(min=1e-12).sqrt()
         matrix = self.second / scale / scale.unsqueeze(1)
         matrix.diagonal().add_(ridge)
-        step = torch.linalg.solve(matrix, self.first[decay] / scale) / scale
-        return step * min(1.0, (2 * _MOST / max(float(step @ self.second @ step), 1e-300)) ** 0.5)
+        steps = torch.linalg.solve(matrix, (self.first / scale).mT).mT / scale
+        longest = (2 * _MOST / ((steps @ self.second) * steps).sum(1).clamp(min=1e-300)).sqrt()
+        return steps * longest.clamp(max=1.0).unsqueeze(1)
 
 
 @dataclass
@@ -268,6 +280,10 @@ class Slopes:
     to_come: Tensor
     f: Tensor
     paths: list[Paths]
+
+    @property
+    def whole(self) -> Moments:
+        return Moments(0.25 * self.held.second, 0.25 * self.held.first).plus(0.75, self.known)
 
 
 @torch.no_grad()
@@ -290,8 +306,8 @@ def observed(run: Run, control: ValueControl, n: int) -> Slopes:
             one, other = (value.features(see(k, x[k] + sign * move, y), s[k : k + 1]) for sign in (1.0, -1.0))
             f[k] = value.read((one + other) / 2, value.hats(s[k : k + 1]))
             slopes.append((one - other) / (2 * size))
-        residuals = torch.stack([_decayed(total, f, decay) for decay in _DECAYS])
-        halves[bool(chunk % 4)].append(_moments(torch.stack(slopes).double(), residuals.double(), hats))
+        residuals = torch.stack([_decayed(total, f, decay) for decay in DECAYS])
+        halves[bool(chunk % 4)].append(_moments(torch.stack(slopes), residuals, hats))
         parts.append((total[:-1], f[:-1]))
         kept.append(_light(paths))
     held, known = (
@@ -305,9 +321,9 @@ def observed(run: Run, control: ValueControl, n: int) -> Slopes:
 def _moments(d: Tensor, residuals: Tensor, hats: Tensor) -> Moments:
     """Of features' d ``(K, batch, J)``, residuals ``(decays, K, batch)`` and hat functions ``(K, knots)``."""
     knots, width = hats.shape[1], d.shape[2]
-    each = d.mT @ d / d.shape[1]
+    each = (d.mT @ d / d.shape[1]).double()
     second = torch.einsum("kb,kc,kij->bicj", hats, hats, each).reshape(knots * width, -1)
-    first = torch.einsum("kb,akj->abj", hats, torch.einsum("akn,knj->akj", residuals, d))
+    first = torch.einsum("kb,akj->abj", hats, torch.einsum("akn,knj->akj", residuals, d).double())
     return Moments(second, first.flatten(1) / d.shape[1])
 
 
@@ -330,26 +346,33 @@ def _decayed(total: Tensor, f: Tensor, decay: float) -> Tensor:
 
 
 @torch.no_grad()
-def fit_slopes(value: RatioValue, slopes: Slopes) -> float:
+def fit_slopes(value: RatioValue, slopes: Slopes, past: Moments | None = None) -> tuple[float, Moments]:
     """Move the coefficients of the last layer by least squares, with the decay and the ridge of which held-out paths
     gain most; then the constants, so that f stays a value.
 
+    Args:
+        past: what former rounds have given: they count ``_PAST`` as much with each round, since their paths are of
+            another control.
+
     Returns:
-        What the held-out paths gain in the objective, in nats, to first order; 0: nothing is moved.
+        What the held-out paths gain in the objective, in nats, to first order (0: nothing is moved), and the moments of
+        all rounds so far, of coefficients in place of their changes.
     """
+    at = value.slopes.double().flatten()
+    whole, known = slopes.whole.absolute(at), slopes.known.absolute(at)
+    if past is not None:
+        whole, known = whole.plus(_PAST, past), known.plus(_PAST, past)
     best, chosen = 0.0, (0.0, 0)
-    for decay in range(len(_DECAYS)):
-        for ridge in _RIDGES:
-            found = slopes.held.gain(slopes.known.step(ridge, decay))
-            if found > best:
+    relative = known.absolute(-at)
+    for ridge in _RIDGES:
+        for decay, step in enumerate(relative.steps(ridge)):
+            if (found := slopes.held.gain(step)) > best:
                 best, chosen = found, (ridge, decay)
     if best > 0:
-        whole = Moments(
-            0.25 * slopes.held.second + 0.75 * slopes.known.second, 0.25 * slopes.held.first + 0.75 * slopes.known.first
-        )
         calibrate(value, slopes)
-        value.slopes.add_(whole.step(*chosen).reshape(value.slopes.shape).to(value.slopes))
-    return best
+        step = whole.absolute(-at).steps(chosen[0])[chosen[1]]
+        value.slopes.add_(step.reshape(value.slopes.shape).to(value.slopes))
+    return best, whole
 
 
 @torch.no_grad()

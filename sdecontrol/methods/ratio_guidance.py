@@ -20,18 +20,18 @@ from ..paths.weights import effective_number
 from ..processes.modules import copied
 from ..randomness import Place, derive_seed
 from .base import ControlState, Run, path_metrics
-from .ratio_fit import exponent_for, fit_slopes, fit_values, observed, value_rows
+from .ratio_fit import DECAYS, Moments, exponent_for, fit_slopes, fit_values, observed, value_rows
 
 _HIDDEN = (96, 96, 96)
 _STEPS = 600
-_ROUND = 4  # a round on its own paths has so many times fewer of them
+_ROUND = 3  # a round on its own paths has so many times fewer of them
 _FLOOR = 100.0  # effective paths below which a higher temperature comes first
 _LITTLE = 0.005  # nats that a round must gain for another one
 
 
 class RatioState(ControlState):
     """The guidance; the best value so far and its objective (mean and error, in nats); the part of the reward that it
-    is for, ``alpha/temperature``; whether rounds still gain."""
+    is for, ``alpha/temperature``; moments of the rounds so far; whether rounds still gain."""
 
     beta: Tensor
     score: Tensor
@@ -40,6 +40,9 @@ class RatioState(ControlState):
     def __init__(self, control: ValueControl) -> None:
         super().__init__(control)
         self.kept = copied(control.value)
+        size = self.value.slopes.numel()
+        self.second = nn.Buffer(torch.zeros(size, size, dtype=torch.float64))
+        self.first = nn.Buffer(torch.zeros(len(DECAYS), size, dtype=torch.float64))
         self.beta = nn.Buffer(torch.zeros((), dtype=torch.float64))
         self.score = nn.Buffer(torch.full((2,), math.nan, dtype=torch.float64))
         self.ended = nn.Buffer(torch.zeros((), dtype=torch.bool))
@@ -109,6 +112,9 @@ def _improve(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
         return {**shown, "loss": math.nan, "temperature": run.problem.alpha}
     state.kept.load_state_dict(value.state_dict())
     state.score.copy_(torch.tensor([mean, error]))
-    gain = fit_slopes(value, slopes)
+    past = Moments(state.second, state.first) if bool(state.first.any()) else None
+    gain, found = fit_slopes(value, slopes, past)
+    state.second.copy_(found.second)
+    state.first.copy_(found.first)
     state.ended.fill_(gain < _LITTLE)
     return {**shown, "loss": -gain, "temperature": run.problem.alpha}

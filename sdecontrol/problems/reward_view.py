@@ -7,6 +7,7 @@ it). A forward hook on that one layer, present during the call alone, sees both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,3 +90,55 @@ class RewardView:
             handle.remove()
         features = torch.cat([part.flatten(1) for part in seen]).to(r.dtype)  # a piece for each part of the batch
         return features, r / self.problem.alpha
+
+
+class InnerLayer:
+    """What a pre-trained model computes before its last layer with parameters: of images, means over their pixels.
+
+    Attributes:
+        size: how many numbers a row.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.size = layer, 0
+
+    def __deepcopy__(self, memo: Any) -> InnerLayer:
+        return self  # a definition: a copied value looks at the same model
+
+    @classmethod
+    def of(cls, problem: ControlProblem) -> InnerLayer | None:
+        """That of the problem's model; None where it is no module, or its layer is given no numbers a row."""
+        model = problem.reference.model
+        if not isinstance(model, nn.Module):
+            return None
+        x, y = problem.reference.probe_states(3, problem.dtype, problem.device), problem.draw_condition(3, 0)
+        called: list[tuple[nn.Module, Any]] = []
+        note = lambda m, given, out: called.append((m, given))  # noqa: E731
+        handles = [m.register_forward_hook(note) for m in model.modules() if not list(m.children())]
+        try:
+            with torch.no_grad(), problem.evaluating():
+                problem.reference.predict(model, x, 0.5 * problem.horizon, y)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for m, given in reversed(called):
+            if next(m.parameters(), None) is not None:
+                if not given or not isinstance(given[0], Tensor) or given[0].ndim < 2 or len(given[0]) != len(x):
+                    return None
+                found = cls(m)
+                found.size = found._rows(given[0]).shape[1]
+                return found if found.size <= _LARGEST else None
+        return None
+
+    def _rows(self, given: Tensor) -> Tensor:
+        return given.flatten(2).mean(2) if given.ndim > 2 else given
+
+    def watching(self, function: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What a function that calls the model gives, and what the layer is given."""
+        seen: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda m, given, out: seen.append(given[0]))
+        try:
+            value = function()
+        finally:
+            handle.remove()
+        return value, self._rows(seen[-1]).to(value.dtype)

@@ -131,7 +131,7 @@ def test_one_round_of_least_squares_finds_the_optimal_control_where_features_hol
     chain = problem.chain(K)
     value = fresh(problem, chain)
     control = ValueControl(value, problem, chain)
-    gain = fit_slopes(value, observed(Run(problem, chain, 64, 1, 0), control, 16384))
+    gain, _ = fit_slopes(value, observed(Run(problem, chain, 64, 1, 0), control, 16384))
     paths = simulate_chain(problem, chain, 4096, control, seed=3)
     best = simulate_chain(problem, chain, 4096, exact.control, seed=3)
     gap = float(exact.log_z - paths.log_weights().mean())
@@ -196,6 +196,7 @@ def test_a_guided_step_calls_the_model_once_and_the_reward_never():
 # ------------------------------------------------------------------------------------------------ the method
 
 
+@pytest.mark.slow
 def test_guidance_reaches_the_tilt_of_a_mixture():
     """Two modes, a reward that prefers one: from a gap of more than a nat to less than a tenth."""
     problem = mixture(dtype=torch.float32, alpha=0.5)
@@ -206,6 +207,7 @@ def test_guidance_reaches_the_tilt_of_a_mixture():
     assert abs(log_z - solution.evaluate(2048, seed=1, confirm=False).elbo.value) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fixed", "controlled"])
 def test_conditions_and_learned_starts_are_taken(start):
     problem = mixture(dtype=torch.float32, start="controlled" if start == "controlled" else None)
@@ -228,6 +230,7 @@ class _nothing:
         return False
 
 
+@pytest.mark.slow
 def test_a_discrete_sampler_is_guided():
     abar = torch.linspace(0.999, 0.01, 20)
     torch.manual_seed(0)
@@ -238,6 +241,7 @@ def test_a_discrete_sampler_is_guided():
     assert solution.evaluate(1024, seed=1, confirm=False).elbo.value > float(untuned)
 
 
+@pytest.mark.slow
 def test_uneven_weights_go_to_a_ladder_of_temperatures_with_the_numbers():
     problem = mixture(sc.Linear(torch.ones(1)), dtype=torch.float32, alpha=0.15)
     with pytest.warns(RuntimeWarning, match=r"of the weights of 1024 paths .* are effective: .* temperature"):
@@ -249,7 +253,7 @@ def test_uneven_weights_go_to_a_ladder_of_temperatures_with_the_numbers():
 
 def test_a_run_resumes_bit_for_bit_and_is_saved_and_pickled(tmp_path):
     problem = generative()
-    whole = guided(problem, iterations=3, num_paths=512)
+    whole = guided(problem, iterations=3, num_paths=256)
 
     class Stop(Exception):
         pass
@@ -260,8 +264,8 @@ def test_a_run_resumes_bit_for_bit_and_is_saved_and_pickled(tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        guided(problem, iterations=3, num_paths=512, checkpoint_dir=tmp_path, checkpoint_every=1, callbacks=[Breaker()])
-    resumed = guided(problem, iterations=3, num_paths=512, checkpoint_dir=tmp_path, checkpoint_every=1, resume=True)
+        guided(problem, iterations=3, num_paths=256, checkpoint_dir=tmp_path, checkpoint_every=1, callbacks=[Breaker()])
+    resumed = guided(problem, iterations=3, num_paths=256, checkpoint_dir=tmp_path, checkpoint_every=1, resume=True)
     assert len(resumed.history) == len(whole.history)
     want = whole.sample(64, seed=3)
     assert torch.equal(resumed.sample(64, seed=3), want)
