@@ -51,12 +51,12 @@ class RatioLayers(Layers):
 class RatioValue(LogValue):
     """``v/alpha = level + f``, where ``f(x, t) = log E[w | x_t]`` of weights of mean 1 is a log density ratio.
 
-    ``f = a(t) + b(t).phi``: phi are the last hidden layer, the reward's view of the denoised state x0^, r(x0^)/alpha and
-    what the model computes before its last layer; a and b are piecewise linear in time, and the layers see x, x0^, the view, r(x0^)/alpha and t. At the
-    end ``f = r/alpha - level`` is among these functions. A linear or quadratic reward is asked; of any other a small
-    network learns view and r from x0^ while f is fitted, so that sampling calls no reward. Where there is no denoiser x
-    stands for x0^; of a reward without a gradient nothing is seen. It starts at the constant ``level``. States of more
-    than 16384 numbers are seen through the reward alone.
+    ``f = a(t) + b(t).phi``: phi are the last hidden layer, the reward's view of the denoised state x0^, r(x0^)/alpha,
+    and what the model computes before its last layer; a and b are piecewise linear in time, and the layers see x, x0^,
+    the view, r(x0^)/alpha and t. At the end ``f = r/alpha - level`` is among these functions. A linear or quadratic
+    reward is asked; of any other a small network learns view and r from x0^ while f is fitted, so that sampling calls
+    no reward. Where there is no denoiser x stands for x0^; of a reward without a gradient nothing is seen. It starts at
+    the constant ``level``. States of more than 16384 numbers are seen through reward and model alone.
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, layers: RatioLayers, seed: int = 0) -> None:
@@ -168,7 +168,7 @@ class RatioValue(LogValue):
     def _seen_by(self, denoise: Callable[[], Tensor], x: Tensor, y: Any) -> Tensor:
         if self._inner is None:
             return self._see(x, denoise(), y)
-        x0, inner = self._inner.watching(denoise)
+        x0, inner = self._inner.watching(self._problem.reference.model, denoise)
         return torch.cat((self._see(x, x0, y), inner), 1)
 
     def asking(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:

@@ -96,14 +96,11 @@ class InnerLayer:
     """What a pre-trained model computes before its last layer with parameters: of images, means over their pixels.
 
     Attributes:
-        size: how many numbers a row.
+        name: of the layer in the model. size: how many numbers a row.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.size = layer, 0
-
-    def __deepcopy__(self, memo: Any) -> InnerLayer:
-        return self  # a definition: a copied value looks at the same model
+    def __init__(self, name: str) -> None:
+        self.name, self.size = name, 0
 
     @classmethod
     def of(cls, problem: ControlProblem) -> InnerLayer | None:
@@ -125,7 +122,7 @@ class InnerLayer:
             if next(m.parameters(), None) is not None:
                 if not given or not isinstance(given[0], Tensor) or given[0].ndim < 2 or len(given[0]) != len(x):
                     return None
-                found = cls(m)
+                found = cls(next(name for name, part in model.named_modules() if part is m))
                 found.size = found._rows(given[0]).shape[1]
                 return found if found.size <= _LARGEST else None
         return None
@@ -133,10 +130,10 @@ class InnerLayer:
     def _rows(self, given: Tensor) -> Tensor:
         return given.flatten(2).mean(2) if given.ndim > 2 else given
 
-    def watching(self, function: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def watching(self, model: nn.Module, function: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """What a function that calls the model gives, and what the layer is given."""
         seen: list[Tensor] = []
-        handle = self.layer.register_forward_hook(lambda m, given, out: seen.append(given[0]))
+        handle = model.get_submodule(self.name).register_forward_hook(lambda m, given, out: seen.append(given[0]))
         try:
             value = function()
         finally:
