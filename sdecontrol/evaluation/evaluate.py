@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +120,7 @@ def evaluate(
     *,
     confirm: bool | int = True,
     known: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Evaluate a control on fresh paths of the chain.
 
@@ -130,12 +131,14 @@ def evaluate(
         known: of an exact solution, where there is one (``known_values()``): the chain's "log_z", "start_log_z"
             ``E_nu log Z(X_0)``, and "start_value" ``x_0 -> log Z(x_0)``, ``(batch,)``, with which a random fixed start
             adds no noise to the gap.
+        batch_size: simulate so many of its paths at a time.
     """
     log_z, start_log_z, start_value = ((known or {}).get(name) for name in ("log_z", "start_log_z", "start_value"))
     check_count("n", n, 64, why="paths to estimate from")
     budget = budget_of(confirm, n)
     seed = fresh_seed(seed)
-    paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end")
+    how = SimulationOptions(chunk=batch_size)
+    paths = simulate_chain(problem, chain, n, control, seed=seed, keep="end", how=how)
     reward, cost, kl = paths.reward.double(), paths.cost.double(), paths.kl().double()
     log_w = paths.log_weights(dtype=torch.float64)
     elbo = mean_estimate(log_w)  # its mean is J/alpha too, and its spread vanishes at the optimum
@@ -156,7 +159,7 @@ def evaluate(
                 mean_estimate(start_value(problem.draw_start(n, seed)).double() - log_w),
             )
         else:
-            top, gap, effective = _per_start(problem, control, chain, n, seed)
+            top, gap, effective = _per_start(problem, control, chain, n, seed, how)
             if effective < _START_ESS * _REPLICAS and verdict != UNRELIABLE:
                 verdict = UNRELIABLE
                 why = f"only {effective:.1f} effective of {_REPLICAS} paths per start: log Z(X_0) is biased low there"
@@ -205,7 +208,7 @@ def _ess(log_w: Tensor) -> Estimate:
 
 
 def _per_start(
-    problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int
+    problem: ControlProblem, control: Any, chain: Chain, n: int, seed: int, how: SimulationOptions
 ) -> tuple[Estimate, Estimate, float]:
     """``E_nu log Z(X_0)`` and ``E_nu[log Z(X_0) - E log w]`` from replicated paths per start, and the mean effective
     number of paths per start. The bias of the logarithm is removed by the jackknife, to second order."""
@@ -222,7 +225,7 @@ def _per_start(
         seed=derive_seed(seed, Place.EVALUATION_REPLICAS),
         keep="end",
         condition=y,
-        how=SimulationOptions(state=x0),
+        how=replace(how, state=x0),
     )
     log_w = log_weights(problem, paths).double().reshape(starts, _REPLICAS)
     whole = torch.logsumexp(log_w, 1) - math.log(_REPLICAS)

@@ -18,6 +18,7 @@ from ..files.contents import check_fingerprint, check_finite, load_tensors, plai
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
+from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
@@ -131,9 +132,17 @@ class Solution:
         y = torch.as_tensor(condition, dtype=like, device=self.problem.device)
         return y.expand(n, *y.shape[1:]) if y.ndim and y.shape[0] == 1 else y.expand(n) if y.ndim == 0 else y
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
-        """n decoded samples of the controlled process."""
-        paths = self.simulate(n, seed, condition=self._condition(n, condition), keep="end")
+    def sample(
+        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
+    ) -> Samples:
+        """n decoded samples of the controlled process.
+
+        Args:
+            batch_size: draw so many at a time (a multiple of 64), in the memory of these: the samples are the same.
+        """
+        check_count("n", n)
+        y, how = self._condition(n, condition), SimulationOptions(chunk=batch_size)
+        paths = simulate_chain(self.problem, self.chain, n, self.control, seed=seed, keep="end", condition=y, how=how)
         with torch.no_grad(), self.problem.evaluating():
             return paths.samples
 
@@ -146,7 +155,9 @@ class Solution:
         with torch.no_grad(), self.problem.evaluating():
             return paths.samples, log_weights(self.problem, paths)
 
-    def evaluate(self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True) -> Evaluation:
+    def evaluate(
+        self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True, batch_size: int | None = None
+    ) -> Evaluation:
         """Reward, KL, objective, ELBO, log Z, ESS, gap: each an estimate with its standard error; prints as a table.
 
         Where the chain has an exact solution in closed form, the gap is against it; else it is an estimate.
@@ -155,9 +166,11 @@ class Solution:
             n: paths.
             confirm: look for a second estimate of log Z, on which the verdict rests, from as many paths and rewards
                 again at most (a number: from so many); False: the verdict is "unconfirmed" at best.
+            batch_size: simulate so many of its paths at a time (a multiple of 64), in the memory of these.
         """
         known = self._exact_values()
-        return evaluate(self.problem, self.control, self.chain, n, seed, confirm=confirm, known=known)
+        options: dict[str, Any] = {"confirm": confirm, "known": known, "batch_size": batch_size}
+        return evaluate(self.problem, self.control, self.chain, n, seed, **options)
 
     @property
     def initial(self) -> Any:

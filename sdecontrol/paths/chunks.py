@@ -50,4 +50,5 @@ def integrate_in_chunks(
         part = integrate(chain, x[rows], source, shift, condition=y, running_cost=running_cost, keep="end", steps=steps)
         parts.append(part.rows(slice(high - low)))
     end = torch.cat([part.end for part in parts])
-    return replace(parts[0], end=end, condition=condition, totals=Totals.joined([part.totals for part in parts]))
+    totals = Totals.joined([part.totals for part in parts])
+    return replace(parts[0], end=end, condition=condition, totals=totals, chunk=chunk)

@@ -148,6 +148,8 @@ class Paths:
         draws: ``(K, batch, *noise)``, that of which log-ratios are functions (``xi_k + c_k`` of Gaussian kernels).
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
 
+        chunk: how many are decoded at a time, where they were simulated in chunks; None: all.
+
     What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need
     to know the target's problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
     """
@@ -161,6 +163,7 @@ class Paths:
     record: Record = field(default_factory=Record)
     replay: Callable[[], Paths] | None = None
     target: Target | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         self._stacks: dict[str, Tensor] = {}
@@ -240,7 +243,10 @@ class Paths:
     def samples(self) -> Samples:
         """The decoded ends: what rewards and metrics see."""
         with self._evaluating(), full_precision():
-            return self.chain.decode(self.end, self.condition)
+            if self.chunk is None:
+                return self.chain.decode(self.end, self.condition)
+            y, parts = self.condition, [slice(i, i + self.chunk) for i in range(0, len(self), self.chunk)]
+            return torch.cat([self.chain.decode(self.end[p], None if y is None else y[p]) for p in parts])
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode: those of the problem, or of the reference where no problem is

@@ -1,6 +1,7 @@
 """Gradients through stored paths block by block: those of the whole, in one block's memory, for every method."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,12 @@ def first_gradients(method, problem):
                 if p.requires_grad:
                     p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype))
         found = []
-        run.descend = lambda *_: found.append([None if p.grad is None else p.grad.clone() for p in state.parameters()])
+
+        def descend(*_) -> bool:
+            found.append([None if p.grad is None else p.grad.clone() for p in state.parameters()])
+            return True
+
+        run.descend = descend
         metrics = method.step(state, run)
     return [g for gradients in found for g in gradients if g is not None], metrics
 
@@ -142,7 +148,7 @@ def test_lean_targets_one_step_at_a_time_are_those_of_all_graphs(rows, own_step,
     """Without the own step's noise, and with it as the first guess of the solve has it."""
     problem = conditional()
     chain = problem.chain(None)
-    control = build_control(problem, chain, None, seed=0)
+    control: Any = build_control(problem, chain, None, seed=0)
     with torch.no_grad():
         control.main.model.last.add_(0.2 * randn(16, 3, seed=5))
     noise, y = SeededNoise(1, B, chain.steps, (3,), dtype=F64, device="cpu"), problem.draw_condition(B, 1)
@@ -195,3 +201,21 @@ def test_what_a_graph_keeps_is_measured():
     constant = randn(other, seed=1).requires_grad_()
     found = blocks.graph_bytes(lambda rows: layer(x[:rows] * 1.0) + (constant**2).sum(), (*layer.parameters(),))
     assert found == 8 * (4 + hidden)
+
+
+def test_samples_and_evaluations_in_batches_are_those_of_all_paths_at_once():
+    """And no call of a model, that of the decoding among them, sees more rows than a batch."""
+    problem, rows = conditional(), []
+    solution = sc.solve(problem, sc.LogVariance(), iterations=2, batch_size=16, seed=0)
+    whole, evaluation = solution.sample(200, seed=1), solution.evaluate(256, seed=2, confirm=False)
+    models = [problem.reference.model, solution.control.main.model]  # pyright: ignore[reportAttributeAccessIssue]
+    handles = [model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0]))) for model in models]
+    assert torch.allclose(solution.sample(200, seed=1, batch_size=64), whole, atol=1e-13)
+    again = solution.evaluate(256, seed=2, confirm=False, batch_size=64)
+    for handle in handles:
+        handle.remove()
+    assert max(rows) == 64
+    assert again.elbo.value == pytest.approx(evaluation.elbo.value, abs=1e-12)
+    assert again.gap.value == pytest.approx(evaluation.gap.value, abs=1e-12)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        solution.sample(200, batch_size=100)
