@@ -229,6 +229,32 @@ def test_a_ladder_ends_at_the_optimum(name):
     assert solution.history[-1]["exponent"] == 1.0
 
 
+# ---------------------------------------------------------------- far from the reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["log-variance", "cross-entropy", "plain"])
+def test_a_ladder_comes_to_wells_that_are_lost_without(name):
+    """Two equal wells in each of five coordinates, the reward of the reference's paths spread over hundreds of nats: a
+    ladder keeps both of every coordinate; the plain loss, straight at the target, loses one of some, and more nats."""
+    target = sc.library.named_target("many-well-5")
+    problem = sc.gibbs_problem(target, target.dim, seed=0)
+    method = {"log-variance": sc.LogVariance(trust_region=0.3, replay=4), "plain": sc.LogVariance()}.get(name)
+    solution = sc.solve(
+        problem,
+        method or sc.CrossEntropy(trust_region=1.0, replay=2),
+        time_steps=20,
+        iterations=120 if name == "plain" else 300,  # as long: no paths twice
+        batch_size=128,
+        seed=0,
+        anneal=False,
+    )
+    gap = target.log_z - solution.evaluate(2048, seed=1, confirm=False).elbo.value
+    left = (solution.sample(4096, seed=2) < 0).double().mean(0)
+    rarer = float(torch.minimum(left, 1 - left).min())
+    assert (rarer < 0.15 and gap > 12) if name == "plain" else (rarer > 0.2 and gap < 9), (rarer, gap)
+
+
 # ---------------------------------------------------------------- stored paths
 
 
