@@ -55,8 +55,8 @@ class RatioValue(LogValue):
     and what the model computes before its last layer; a and b are piecewise linear in time, and the layers see x, x0^,
     the view, r(x0^)/alpha and t. At the end ``f = r/alpha - level`` is among these functions. A linear or quadratic
     reward is asked; of any other a small network learns view and r from x0^ while f is fitted, so that sampling calls
-    no reward. Where there is no denoiser x stands for x0^; of a reward without a gradient nothing is seen. It starts at
-    the constant ``level``. States of more than 16384 numbers are seen through reward and model alone.
+    no reward; of a black box it learns r, at the ends of the paths alone. Where there is no denoiser x stands for x0^.
+    It starts at the constant ``level``. States of more than 16384 numbers are seen through reward and model alone.
     """
 
     def __init__(self, problem: ControlProblem, chain: Chain, layers: RatioLayers, seed: int = 0) -> None:
@@ -91,6 +91,7 @@ class RatioValue(LogValue):
         """The network for a problem, normalised by a few paths of the reference."""
         view, known, pretrained = RewardView(problem), layers_for(problem), problem.reference.pretrained
         small = problem.event_shape.numel() <= _LARGEST
+        learned = small and problem.reward_function is not None and not view.simple
         inner = InnerLayer.of(problem) if pretrained else None
         span = chain.clock[-1] - chain.clock[0]
         places = sorted({round(i * chain.steps / _PIECES) for i in range(_PIECES + 1)})
@@ -101,9 +102,9 @@ class RatioValue(LogValue):
             state=small,
             denoised=small and pretrained,
             view=view.size,
-            reward=view.gradient,
+            reward=view.gradient or learned,
             inner=0 if inner is None else inner.size,
-            student=_STUDENT if view.gradient and not view.simple and small else (),
+            student=_STUDENT if learned else (),
             knots=tuple((chain.clock[k] - chain.clock[0]) / span for k in places),
         )
         value = cls(problem, chain, layers, seed)
@@ -113,8 +114,10 @@ class RatioValue(LogValue):
             found = torch.cat([see(k, x, pilot.condition) for k, x in enumerate(pilot.states[:-1])])
             value._normalise(found)
             if layers.student:
-                known_of = value.asking(chain)
-                found = torch.cat([known_of(k, x, pilot.condition) for k, x in enumerate(pilot.states[:-1])])
+                found = pilot.reward.unsqueeze(1) / problem.alpha
+                if view.gradient:
+                    ask = value.asking(chain)
+                    found = torch.cat([ask(k, x, pilot.condition) for k, x in enumerate(pilot.states[:-1])])
                 value.target_centre.copy_(found.mean(0))
                 value.target_spread.copy_(found.std(0) + 1e-6)
         return value
@@ -223,6 +226,16 @@ class RatioValue(LogValue):
         for layer in list(self.student)[:-1]:
             out = nn.functional.silu(layer(out))
         return self.student[-1](out)
+
+    @property
+    def black_box(self) -> bool:
+        """Whether the student learns r from the ends of paths alone: a black box is not asked elsewhere."""
+        return bool(self.layers.student) and not self._view.gradient
+
+    def of_ends(self, x: Tensor, y: Any) -> Tensor:
+        """What is seen of clean states, with them in the place of x0^."""
+        seen = self._see(x, x, y)
+        return torch.cat((seen, seen.new_zeros(len(seen), self.layers.inner)), 1)
 
     def student_error(self, seen: Tensor, asked: Tensor) -> Tensor:
         """Mean square of what the student misses, in standard deviations."""

@@ -52,7 +52,8 @@ class Rows:
 
     Attributes:
         seen: ``(..., seen)``, what the network sees. s: relative times.
-        asked: where a student learns, view and r/alpha at x0^.
+        asked: where a student learns, view and r/alpha at x0^; ends: of a black box, what is seen of the paths' ends,
+            and r/alpha there.
         gains, ratios: of what is still to come, the reward less running costs over alpha, and ``log dP^u/dQ0``.
     """
 
@@ -61,6 +62,7 @@ class Rows:
     gains: Tensor
     ratios: Tensor
     asked: Tensor | None = None
+    ends: tuple[Tensor, Tensor] | None = None
 
     @property
     def held(self) -> int:
@@ -97,7 +99,7 @@ def value_rows(run: Run, value: RatioValue, control: Any, n: int) -> tuple[Rows,
     """Rows of paths of a control (None: the reference), gains and ratios of whole paths ``(2, paths)``, and the paths
     without their steps."""
     see, ask, s = value.seeing(run.chain), value.asking(run.chain), value.relative(run.chain.times)
-    learned = bool(value.layers.student)
+    learned = bool(value.layers.student) and not value.black_box
     parts: list[tuple[Tensor, ...]] = []
     kept: list[Paths] = []
     for chunk, paths in drawn(run, control, n):
@@ -115,10 +117,13 @@ def value_rows(run: Run, value: RatioValue, control: Any, n: int) -> tuple[Rows,
                         asked[rows, column] = ask(step, here, condition)
         index = torch.arange(len(k), device=k.device).unsqueeze(1)
         whole = torch.stack((gains[0], ratios[0]), 1)
-        parts.append((seen, s[k], gains[k, index], ratios[k, index], asked, whole))
+        end = value.of_ends(paths.samples, y) if value.black_box else seen[:, 0]
+        r = paths.reward.unsqueeze(1) / paths.alpha
+        parts.append((seen, s[k], gains[k, index], ratios[k, index], asked, whole, end, r))
         kept.append(_light(paths))
-    seen, times, gains, ratios, asked, whole = (torch.cat(part) for part in zip(*parts))
-    return Rows(seen, times, gains, ratios, asked if learned else None), whole.mT, kept
+    seen, times, gains, ratios, asked, whole, *ends = (torch.cat(part) for part in zip(*parts))
+    clean = (ends[0], ends[1]) if value.black_box else None
+    return Rows(seen, times, gains, ratios, asked if learned else None, clean), whole.mT, kept
 
 
 def exponent_for(whole: Tensor, least: float, beta: float) -> float:
@@ -159,6 +164,8 @@ def fit_values(
         path, column = _picked(generator, held, s, size)
         away = torch.randn(size, len(spread), generator=generator, dtype=torch.float32).to(spread)
         value_loss = loss(path, column, away * spread)
+        if rows.ends is not None:
+            return value_loss + value.student_error(rows.ends[0][path], rows.ends[1][path])
         if rows.asked is None:
             return value_loss
         return value_loss + value.student_error(seen[path, column], rows.asked[path, column])
