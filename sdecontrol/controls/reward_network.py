@@ -26,7 +26,7 @@ from .saved import CONTROLS, Context, Saved
 _PILOT_PATHS = 256
 _FULL = 128  # largest state with a full matrix on the slope
 _DENSE = 4096  # largest state that hidden layers see as a whole
-#: by which parameters are multiplied, so that the rate of a tuned model, 3e-4, is theirs too
+#: by which parameters are multiplied, so that beside a tuned model its rate, 3e-4, is theirs too
 _UNIT = 10.0
 _STEP = 8.0  # features that one step of Adam moves at once, of each linear part
 
@@ -59,7 +59,7 @@ class RewardNetwork(Control):
     On a discrete diffusion model the scale of the step stands for ``sqrt(h) sigma``, and c for u.
     """
 
-    learning_rate = 3e-4
+    learning_rate = 1e-3
 
     def __init__(
         self, problem: ControlProblem, architecture: RewardLayers, generator: torch.Generator | None = None
