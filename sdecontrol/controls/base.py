@@ -138,6 +138,11 @@ class Control(nn.Module):
         function = self.on_chain(chain)
         return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
 
+    def drawing_on(self, chain: Chain) -> ShiftFunction | None:
+        """What moves the steps of a run of the chain as the control does, by shifts of which likelihoods are not asked,
+        where that costs less; else None."""
+        return None
+
     def slopes_along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         """As :meth:`along`, less anything that the parameters do not enter, where that costs less: for gradients in the
         parameters alone."""
@@ -293,6 +298,12 @@ class StartedControl(Control):
 
     def slopes_along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         return self.along(chain, states, y, first, slopes=True)
+
+    def drawing_on(self, chain: Chain) -> ShiftFunction | None:
+        if (after := self.main.drawing_on(chain.main)) is None or not chain.start:
+            return after
+        first, before = chain.start, self.start.on_chain(chain.segments[0])
+        return lambda k, x, y: _padded(chain, before(k, x, y) if k < first else after(k - first, x, y))
 
     def linear_parts(self) -> list[LinearPart]:
         return [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
+from ..memory import recall
 from ..processes.modules import copied
 from ..processes.pretrained import call_model
 from ..shapes import Controls, NoisePaths, StatePaths, States
@@ -52,6 +53,17 @@ class ModelControl(Control):
         moved = self.reference.shifts_towards(self.predicted, chain.main, self.strength, beside=False)
         function = self._from_time_0(chain, moved)
         return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
+
+    def drawing_on(self, chain: Chain) -> ShiftFunction | None:
+        """One call a step: its prediction stands in the pre-trained one's place, and nothing is shifted."""
+        if self.strength is not None or chain.start:
+            return None
+
+        def shift(k: int, x: States, y: Any) -> Tensor:
+            recall(self.reference, k, x, lambda: self.reference.predict(self.predicted, x, chain.clock[k], y))
+            return x.new_zeros(len(x), *chain.noise_shape)
+
+        return shift
 
     def _from_time_0(self, chain: Chain, towards: ShiftFunction) -> ShiftFunction:
         start = chain.start

@@ -141,7 +141,7 @@ class Solution:
             batch_size: draw so many at a time (a multiple of 64), in the memory of these: the samples are the same.
         """
         check_count("n", n)
-        y, how = self._condition(n, condition), SimulationOptions(chunk=batch_size)
+        y, how = self._condition(n, condition), SimulationOptions(chunk=batch_size, weigh=False)
         paths = simulate_chain(self.problem, self.chain, n, self.control, seed=seed, keep="end", condition=y, how=how)
         with torch.no_grad(), self.problem.evaluating():
             return paths.samples

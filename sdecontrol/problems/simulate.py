@@ -10,6 +10,7 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.build import SAMPLING_SCHEMES
 from ..chains.shifts import shift_function
+from ..counting import counted_control
 from ..paths.chunks import check_chunk, integrate_in_chunks
 from ..paths.integrator import NoiseSource, check_likelihood, integrate
 from ..paths.paths import Paths
@@ -132,12 +133,18 @@ def _run(
     keep: str,
 ) -> Paths:
     """The paths from given states and noise; what they did not keep they draw again by the same call."""
-    shift = None if control is None else shift_function(chain, control)
+    drawing = None
+    if keep == "end" and not how.weigh and hasattr(control, "drawing_on"):
+        drawing = control.drawing_on(chain)
+        drawing = drawing and counted_control(control, drawing, lambda k, x, y: len(x))
+    shift = None if control is None else drawing or shift_function(chain, control)
     with torch.no_grad(), problem.evaluating(), evaluating(modules_in(control)):
         if how.chunk is not None and keep == "end":
             paths = integrate_in_chunks(chain, *begun, shift, how.chunk, **options)  # type: ignore[arg-type]
         else:
             paths = integrate(chain, *begun, shift, keep=keep, **options)
+    if drawing is not None:  # which says nothing of them
+        paths.totals.log_ratio = paths.totals.kl = None
     if keep != "all":
         paths.replay = partial(_run, problem, chain, control, begun, how, options, "all")
     return paths.towards(problem)

@@ -26,6 +26,7 @@ class SimulationOptions:
     step: int = 0
     tolerance: float | None = None
     chunk: int | None = None
+    weigh: bool = True  # False: log-ratios are not asked for, at least not at once
 
     def begin(
         self, problem: ControlProblem, chain: Chain, num_paths: int, control: Any, seed: int

@@ -219,3 +219,16 @@ def test_samples_and_evaluations_in_batches_are_those_of_all_paths_at_once():
     assert again.gap.value == pytest.approx(evaluation.gap.value, abs=1e-12)
     with pytest.raises(ValueError, match="multiple of 64"):
         solution.sample(200, batch_size=100)
+
+
+def test_a_tuned_copy_is_called_once_a_step_and_the_model_for_decoding_alone():
+    problem, calls = conditional(), {}
+    solution = sc.solve(problem, sc.LogVariance(), iterations=20, batch_size=64, seed=0, learning_rate=1e-2)
+    wanted = solution.simulate(64, seed=1).samples
+    tuned: Any = solution.control.main.model  # pyright: ignore[reportAttributeAccessIssue]
+    models = {"tuned": tuned, "pre-trained": problem.reference.model}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    found = solution.sample(64, seed=1)
+    assert torch.allclose(found, wanted, atol=1e-12) and calls == {"tuned": K, "pre-trained": 1}
+    assert float((sc.simulate(problem, 64, seed=1).samples - wanted).abs().max()) > 1e-3
