@@ -111,8 +111,17 @@ class Chain(Definition):
         """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)`` of a control whose shifts there are c."""
         return event_sum(c * torch.sub(draws, c, alpha=0.5), len(self.noise_shape))
 
-    def kl(self, c: NoisePaths, states: StatePaths | None, steps: Iterable[int], condition: Any = None) -> PerStep:
-        """``KL(p^u(. | x_k) || p0(. | x_k))`` at states of the given steps, c their shifts."""
+    def kl(
+        self,
+        c: NoisePaths,
+        states: StatePaths | None,
+        steps: Iterable[int],
+        condition: Any = None,
+        other: NoisePaths | None = None,
+    ) -> PerStep:
+        """``KL(p^u(. | x_k) || p0(. | x_k))`` at states of the given steps, c their shifts; with the shifts of another
+        control, against its kernels in the reference's place."""
+        c = c if other is None else c - other
         return 0.5 * event_sum(c * c, len(self.noise_shape))
 
     def surprisal(self, draws: DrawPaths) -> PerStep:

@@ -76,11 +76,19 @@ class CategoricalChain(Reference, Chain):
     def log_ratio(self, c: NoisePaths, draws: DrawPaths) -> PerStep:
         return event_sum(c.gather(-1, draws.unsqueeze(-1)).squeeze(-1), self.event_ndim)
 
-    def kl(self, c: NoisePaths, states: StatePaths | None, steps: Iterable[int], condition: Any = None) -> PerStep:
+    def kl(
+        self,
+        c: NoisePaths,
+        states: StatePaths | None,
+        steps: Iterable[int],
+        condition: Any = None,
+        other: NoisePaths | None = None,
+    ) -> PerStep:
         assert states is not None
         logits = torch.stack([self.log_probs(k, x, condition) for k, x in zip(steps, states)])
         tilted = (logits + c).exp()
-        return event_sum((tilted * c.where(tilted > 0, 0.0)).sum(-1), self.event_ndim)
+        gained = c if other is None else c - other
+        return event_sum((tilted * gained.where(tilted > 0, 0.0)).sum(-1), self.event_ndim)
 
     def surprisal(self, draws: DrawPaths) -> PerStep:
         return self.times.new_zeros(draws.shape[: draws.ndim - self.event_ndim])

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,24 @@ class Regression:
     objective: Tensor | None = None
 
 
+class Visited(NamedTuple):
+    """States ``(K, rows, *event)`` of all steps of a few paths, and their conditions."""
+
+    states: Tensor
+    condition: Any
+
+    @classmethod
+    def of(cls, states: Tensor, condition: Any) -> "Visited":
+        """A quarter of the paths, four at least."""
+        few = slice(few_of(states.shape[1]))
+        return cls(states[:, few].detach(), None if condition is None else condition[few])
+
+
+def few_of(batch: int) -> int:
+    """How many paths of a batch say how far a step moves the path law."""
+    return max(4, -(-batch // 4))
+
+
 @dataclass
 class Run:
     """What a method sees of a run.
@@ -69,7 +87,7 @@ class Run:
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
             :class:`Regression`, with least squares for the control's linear parameters. False where the last step was
-            taken back instead.
+            taken back instead. Given that, :class:`Paths` or :class:`Visited`, no step moves the path law too far.
         take_back: put a regression's best parameters so far in place, and take smaller steps from there. What undoes
             it, or None where there are none.
     """
@@ -81,7 +99,7 @@ class Run:
     seed: int
     control: Any = None
     iteration: int = 0
-    descend: Callable[..., bool] = field(default=lambda *regression: True)
+    descend: Callable[..., bool] = field(default=lambda *at: True)
     take_back: Callable[[], Callable[[], None] | None] = field(default=lambda: None)
 
     def batch(self, part: int = 0) -> Batch:

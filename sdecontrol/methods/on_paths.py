@@ -210,7 +210,7 @@ class PathMethod(Method):
         if self.tempers and run.iteration % 100 == 0:
             remedy = "Use trust_region=1.0, a larger batch or alpha, or better paths."
             warn_where_few(self.name, metrics["ess"], self.group_size or run.batch_size, remedy)
-        run.descend()
+        run.descend(parts[0])
         return {**current_metrics(state, parts), **metrics}
 
     def fresh(self, state: Any, run: Run) -> list[Paths]:

@@ -20,7 +20,7 @@ from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
-from .base import Method, Run, path_metrics, register
+from .base import Method, Run, Visited, path_metrics, register
 from .mixture_start import first_mixture, tempered_ends
 from .regression import RegressionState, regress
 
@@ -122,7 +122,7 @@ class ParticleMatching(Method):
             means.append(regress(state, run, shifts, targets))
         mean = torch.stack(means).mean(0)
         state.observe(mean)
-        run.descend()
+        run.descend(Visited.of(states, None))
         reward, cost, kl, objective, error, log_z, ess = state.facts.tolist()
         found = {"objective": objective, "objective_stderr": error, "reward": reward, "running_cost": cost, "kl": kl}
         return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}

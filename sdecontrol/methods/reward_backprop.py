@@ -6,15 +6,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.shifts import shift_function
 from ..controls.base import Control
 from ..controls.reward_network import SumControl
 from ..controls.tuned import TunedControl
 from ..errors import NotDifferentiable, check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
+from ..paths.integrator import integrate
 from ..problems.differentiability import JUMPS, gradient_fault, process_states
 from ..randomness import Place, generator_for
-from .base import ControlState, Method, Run, gradient_free, metrics_of, parameters_of, register
+from ..shapes import StatePaths
+from .base import ControlState, Method, Run, Visited, few_of, gradient_free, metrics_of, parameters_of, register
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
 
@@ -79,6 +82,18 @@ class RewardBackprop(Method):
                 f"which does not, or one of {', '.join(gradient_free(run.problem))}; or mend the control."
             )
 
+    def _visited(self, run: Run, control: Control, states: StatePaths | None) -> Visited:
+        """The states of this iteration, drawn again for a few paths where they were not kept."""
+        batch = run.batch()
+        if states is None:
+            few = slice(few_of(run.batch_size))
+            noise, y = [batch.noise[k][few] for k in range(run.chain.steps)], batch.condition
+            y = None if y is None else y[few]
+            with torch.no_grad():
+                paths = integrate(run.chain, batch.x0[few], noise, shift_function(run.chain, control), condition=y)
+            return Visited(paths.states, y)
+        return Visited.of(states, batch.condition)
+
     def step(self, state: ControlState, run: Run) -> dict[str, float]:
         problem, chain = run.problem, run.chain
         parameters = parameters_of(state)
@@ -98,6 +113,6 @@ class RewardBackprop(Method):
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )
             found.append(backward(chain, state.control, batch.x0, batch.noise, objective, **options))
-        run.descend()
+        run.descend(self._visited(run, state.control, found[0].states))
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
         return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha)

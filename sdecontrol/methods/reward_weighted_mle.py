@@ -52,7 +52,7 @@ class RewardWeightedMLE(PathMethod):
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
         chain = run.chain
-        loss = ess = 0.0
+        loss, ess, paths = 0.0, 0.0, None
         for part in range(run.accumulate):
             first = self.first_step(run, part)
             paths = collect(state, run, part, until=first)
@@ -66,5 +66,5 @@ class RewardWeightedMLE(PathMethod):
         if run.iteration % 100 == 0:
             remedy = "Use a larger batch or alpha, or a method on paths of the current control (cross-entropy)."
             warn_where_few(self.name, ess, run.batch_size, remedy)
-        run.descend()
+        run.descend(paths)
         return {**dict.fromkeys(METRICS, math.nan), "loss": loss, "ess": ess}

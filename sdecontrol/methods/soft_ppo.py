@@ -97,7 +97,7 @@ class SoftPPO(Method):
                     measured["loss"].append(loss)
                     measured["clip_fraction"].append(float((changes.abs() > self.clip).float().mean()))
                     measured["ratio_std"].append(float(changes.square().mean().sqrt()))
-                run.descend()
+                run.descend(batches[0].paths)
         metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
 

@@ -31,7 +31,7 @@ from ..chains.base import Chain
 from ..chains.blocks import LEAST, bytes_per_row, parts_of, room_for
 from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
-from ..shapes import Noises, PerPath, States
+from ..shapes import Noises, PerPath, StatePaths, States
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
 
@@ -65,12 +65,14 @@ class Objective:
 @dataclass(frozen=True)
 class PathCost:
     """Detached parts of the cost of each path: ``cost`` is the running cost, less alpha times the
-    logarithm of a reverse law; and the last states."""
+    logarithm of a reverse law; the last states; and those of all steps, ``(K, batch, *event)``, where they are at
+    hand."""
 
     terminal: PerPath
     cost: PerPath
     kl: PerPath
     end: States
+    states: StatePaths | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     check_likelihood(kl, chain)
     loss = objective.weight * (terminal + cost / objective.alpha + kl).mean()
     torch.autograd.backward(loss, inputs=list(setting.parameters))
-    return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), paths.end.detach())
+    states = None if cut else torch.stack([x.detach() for x in paths.record.states[:-1]])
+    end = paths.end.detach()
+    return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), end, states)
 
 
 def _rows_at_once(setting: _Setting, x0: States) -> int:

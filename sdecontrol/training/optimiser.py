@@ -14,6 +14,7 @@ from ..methods.base import Regression
 from ..precision import at_least_single
 from ..tensors import as_float
 from .least_squares import LinearSteps
+from .path_law import Look, PathLaw
 
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
 _WINDOW = 10  # batches
@@ -72,7 +73,7 @@ class Descent:
 
     Args:
         linear: least-squares steps for the parameters they know, in iterations whose method gives them a regression.
-        decay: of the average.
+        law: of the control, whose steps it measures and bounds. decay: of the average.
     """
 
     clip = 4.0
@@ -85,6 +86,7 @@ class Descent:
         default_rate: float,
         *,
         linear: LinearSteps | None = None,
+        law: PathLaw | None = None,
         decay: float = 0.99,
     ) -> None:
         if coarse := next((p.dtype for p in parameters if at_least_single(p.dtype) != p.dtype), None):
@@ -93,7 +95,8 @@ class Descent:
                 "float32 (module.float()); for mixed precision call solve inside torch.autocast.",
                 stacklevel=4,
             )
-        self.parameters, self.linear, self.decay = parameters, linear, decay
+        self.parameters, self.linear, self.law, self.decay = parameters, linear, law, decay
+        self.farthest = math.nan  # KL of the largest step since begin()
         self.factor = 1.0
         self.level: float | None = None  # running mean of the logarithm of the gradient's norm
         rate = default_rate if learning_rate is None else as_float("learning_rate", learning_rate, positive=True)
@@ -113,19 +116,22 @@ class Descent:
         self.windows = torch.tensor([math.nan, math.nan, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 
     def begin(self, factor: float) -> None:
-        self.factor = factor
+        self.factor, self.farthest = factor, math.nan
+        found = 1.0 if self.law is None else self.law.rate
         for group, rate in zip(self.optimizer.param_groups, self.base_rates):
-            group["lr"] = rate * factor * math.sqrt(self.radius)
+            group["lr"] = rate * factor * found * math.sqrt(self.radius)
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, regression: Regression | None = None) -> bool:
-        """One step, unless a gradient is not finite: then nothing reaches the parameters; or unless a regression's
-        objective has clearly fallen, or its gradient has overflowed: then the parameters go back to the best so far
-        instead.
+    def step(self, at: Any = None) -> bool:
+        """One step, shortened where it would move the path law too far; unless a gradient is not finite: then nothing
+        reaches the parameters; or unless a regression's objective has clearly fallen, or its gradient has overflowed:
+        then the parameters go back to the best so far instead.
 
         Args:
-            regression: what the gradients are those of, where that is a regression of the shifts.
+            at: what the gradients are those of, where that is a regression of the shifts; or anything with the
+                ``states`` ``(>= K, batch, *event)`` of all steps of some paths and their ``condition``, where the path
+                law before and after the step is compared. None: where nothing trained is a control.
 
         Returns:
             Whether a step was taken.
@@ -133,6 +139,7 @@ class Descent:
         Raises:
             NonFiniteError: with the number of entries concerned.
         """
+        regression = at if isinstance(at, Regression) else None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise RuntimeError("no gradient reached any parameter of the control; does its output depend on them?")
@@ -161,15 +168,32 @@ class Descent:
             if self._worn(regression.objective) and self.take_back() is not None:
                 return False
         self.shorten(gradients)
+        look = None if self.law is None or at is None else self.law.look(at)
+        before = [] if look is None else [p.detach().clone() for p in self.parameters]
+        self._move(regression)
+        if look is not None and self.law is not None:
+            self._bound(look, before, regression)
+        torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
+        self.weight += (1 - self.decay) * (1 - self.weight)
+        return True
+
+    def _move(self, regression: Regression | None) -> None:
         if self.linear is not None and regression is not None:
             self.linear.observe(regression)
             self.linear.step(self.factor, self.radius)  # leaves its parameters without gradient
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.linear.adam_scale
         self.optimizer.step()
-        torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
-        self.weight += (1 - self.decay) * (1 - self.weight)
-        return True
+
+    def _bound(self, look: Look, before: list[Tensor], regression: Regression | None) -> None:
+        assert self.law is not None
+        whole = look.bound(self.parameters, before)
+        self.farthest = self.law.moved if math.isnan(self.farthest) else max(self.farthest, self.law.moved)
+        if self.linear is None or regression is None:  # least squares has a step size of its own
+            found = self.law.rate
+            self.law.learn(whole, self.factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.law.rate / found
 
     def _keep(self, objective: Tensor) -> None:
         """Remember the best parameters so far and what they have reached; the next steps may be larger again."""
@@ -302,6 +326,7 @@ class Descent:
             "weight": self.weight,
             "level": self.level,
             "radius": self.radius,
+            "rate": None if self.law is None else [self.law.rate, self.law.steps],
             "taken_back": self.taken_back,
             "returned": self.returned,
         }
@@ -321,6 +346,8 @@ class Descent:
         for i, mean in enumerate(self.average):
             mean.copy_(tensors[f"average.{i}"])
         self.weight, self.level = plain["weight"], plain["level"]
+        if self.law is not None and plain.get("rate") is not None:
+            self.law.rate, self.law.steps = plain["rate"]
         if "score" in tensors:  # checkpoints of earlier versions have none of it
             self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
             self.score.copy_(tensors["score"])

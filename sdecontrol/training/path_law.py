@@ -1,0 +1,114 @@
+"""How far a step of the optimiser moves the path law: measured on a few paths of the batch, bounded, and in the first
+steps the measure by which a learning rate is found."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chains.base import Chain
+from ..chains.shifts import shifts_along
+from ..errors import NonFiniteError
+from ..methods.base import Visited
+from ..processes.modules import evaluating, modules_in
+
+_EVERY = 4  # steps of the chain
+_SHORTER = 0.9  # than the quadratic law says: it is measured again, and should fit then
+_SMALLEST = 1e-8  # part of a step: where even that is too far, its length is not what is wrong
+_STEPS = 50  # in which the rate is found
+_FALL = 2.0  # the most by which it changes from one step to the next
+_SLOWEST, _FASTEST = 1e-3, 4.0  # of the control's own rate
+
+
+class PathLaw:
+    """``KL(P^new || P^old) = E sum_k KL(p^new || p^old)(x_k)`` between a control before and after a step.
+
+    At a sixteenth of the batch's states: every fourth step (another one each time) of a quarter of the paths, with two
+    calls of the control at each.
+
+    Args:
+        most: the bound, in nats, or in parts of ``KL(P^u || Q0)`` where that is more than a nat: far from the reference
+            a step may be larger, and near the optimum's own scale it is what the control's own KL says.
+        find: whether a rate is looked for at which a step moves the law by ``aim`` nats.
+    """
+
+    aim = 0.1
+
+    def __init__(self, chain: Chain, control: Any, most: float, find: bool) -> None:
+        self.chain, self.control, self.most, self.find = chain, control, most, find
+        self.rate = 1.0  # factor on the control's own learning rate
+        self.steps = 0
+        self.moved = math.nan  # by the last step
+
+    @torch.no_grad()
+    def look(self, at: Any) -> "Look":
+        """The control as it is, at the states of ``at``: anything with ``states`` ``(>= K, batch, *event)`` of all
+        steps, and their ``condition``."""
+        visited = at if isinstance(at, Visited) else Visited.of(at.states, at.condition)
+        self.steps += 1
+        steps = list(range(self.steps % min(_EVERY, self.chain.steps), self.chain.steps, _EVERY))
+        return Look(self, steps, visited.states[steps], visited.condition)
+
+    def learn(self, kl: float, factor: float) -> None:
+        """Find the rate from the KL of a whole step, which goes with its square."""
+        if not self.find or self.steps > _STEPS or not kl > 0:
+            return
+        wanted = math.sqrt(self.aim / kl) * factor if math.isfinite(kl) else 0.0
+        # a step's KL differs from batch to batch, and falls as the gradient's noise is averaged: half of the way
+        change = min(_FALL, max(1 / _FALL, wanted**0.5))
+        self.rate = min(_FASTEST, max(_SLOWEST, self.rate * change))
+
+
+class Look:
+    """The shifts before a step, and the KL of what the control has become."""
+
+    def __init__(self, law: PathLaw, steps: list[int], states: Tensor, condition: Any) -> None:
+        self.law, self.steps, self.states, self.condition = law, steps, states, condition
+        self.before = self._shifts()
+        self.own = self._kl(self.before, None)
+
+    def _shifts(self) -> Tensor:
+        law = self.law
+        with law.chain.reference.evaluating(), evaluating(modules_in(law.control)):
+            return shifts_along(law.chain, law.control, self.states, self.condition, steps=self.steps)
+
+    def _kl(self, shifts: Tensor, other: Tensor | None) -> float:
+        chain = self.law.chain
+        kl = chain.kl(shifts, self.states, self.steps, self.condition, other).mean()
+        return float(kl) * chain.steps
+
+    @torch.no_grad()
+    def bound(self, parameters: list[Tensor], before: list[Tensor]) -> float:
+        """Shorten the step from ``before`` to ``parameters`` until the path law moves by no more than it may.
+
+        Returns:
+            The KL of the whole step.
+
+        Raises:
+            NonFiniteError: no part of it is small enough; the parameters are those before it.
+        """
+        law, part = self.law, 1.0
+        whole = law.moved = self._kl(self._shifts(), self.before)
+        most = law.most * max(1.0, self.own)
+        while True:
+            if law.moved <= most:
+                return whole
+            if part < _SMALLEST:
+                break
+            shorter = math.sqrt(most / law.moved) if math.isfinite(law.moved) else 0.1
+            shorter = _SHORTER * max(0.01, shorter)
+            part *= shorter
+            for p, old in zip(parameters, before):
+                p.lerp_(old, 1 - shorter)
+            law.moved = self._kl(self._shifts(), self.before)
+        last = law.moved
+        for p, old in zip(parameters, before):
+            p.copy_(old)
+        law.moved = 0.0
+        raise NonFiniteError(
+            f"no step is small enough: a step of the optimiser moves the path law by {whole:.3g} nats, {part:.1g} of "
+            f"it by {last:.3g}, and max_kl_step allows {most:.3g}. Does the control jump in its parameters, or is its "
+            "dtype too coarse for them?",
+            what="step",
+        )

@@ -1,0 +1,141 @@
+"""Steps of the optimiser are bounded in the KL of the path law, and their rate is found by it."""
+
+import math
+
+import pytest
+import torch
+from cases import F64, SmallControl, randn, random_lq
+
+import sdecontrol as sc
+from sdecontrol.chains.categorical import CategoricalChain
+from sdecontrol.chains.shifts import shifts_along
+from sdecontrol.methods.base import Visited
+from sdecontrol.training.path_law import PathLaw
+
+METHODS = [
+    sc.RewardBackprop(),
+    sc.RewardBackprop(gradient="adjoint"),
+    sc.SoftPPO(),
+    sc.LogVariance(),
+    sc.PathConsistency(n=1),
+    sc.CrossEntropy(),
+    sc.Reinforce(),
+    sc.RewardWeightedMLE(),
+    sc.AdjointMatching(),
+    sc.SOCM(),
+    sc.BridgeMatching(),
+    sc.ParticleMatching(num_particles=64),
+]
+
+
+def steep():
+    return random_lq(2, seed=1, running=False)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_no_step_of_any_method_moves_the_path_law_by_more_than_the_bound(method):
+    """With a learning rate of 10 the first whole step is thousands of nats."""
+    options = {"iterations": 3, "time_steps": 8, "batch_size": 64, "seed": 0, "progress": False, "learning_rate": 10.0}
+    found = sc.solve(steep(), method, control=SmallControl(2, 2), max_kl_step=0.01, **options)
+    assert found.history[0]["kl_step"] > 0.005
+    for entry in found.history:
+        assert entry["kl_step"] <= 0.01 * max(1.0, 1.5 * entry["kl"] if math.isfinite(entry["kl"]) else 100.0)
+
+
+def looked(chain, control, most, states):
+    law = PathLaw(chain, control, most, find=False)
+    return law, law.look(Visited(states, None))
+
+
+def test_the_measured_kl_is_that_of_the_kernels_and_the_shortened_step_is_on_the_line():
+    """Of a constant change of the shifts by v the KL is K |v|^2/2: exactly quadratic, so one shortening is enough."""
+    problem = sc.ControlProblem(sc.BrownianMotion(dim=2), sc.Dirac(torch.zeros(2)), reward=lambda x: x.sum(1))
+
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u = torch.nn.Parameter(torch.zeros(2))
+
+        def forward(self, x, t):
+            return self.u.expand(len(x), 2)
+
+    chain, control = problem.chain(8), Constant()
+    law, look = looked(chain, control, 0.5, torch.zeros(8, 4, 2))
+    with torch.no_grad():
+        control.u += torch.tensor([3.0, 4.0])
+    assert look.bound([control.u], [torch.zeros(2)]) == pytest.approx(12.5)
+    assert law.moved == pytest.approx(0.5 * 0.81)
+    torch.testing.assert_close(control.u.detach(), torch.tensor([3.0, 4.0]) * 0.9 * (0.5 / 12.5) ** 0.5)
+
+
+def test_kl_between_two_controls_of_categorical_kernels_is_that_of_the_probabilities():
+    logits = randn(3, 5, 2, 4, seed=1).log_softmax(-1)
+    chain = CategoricalChain(lambda k, x: logits[k], 3, 4, torch.zeros(2, dtype=torch.int64), F64)
+    states = torch.zeros(3, 5, 2, dtype=torch.int64)
+    p, q = ((logits + randn(3, 5, 2, 4, seed=s)).log_softmax(-1) for s in (2, 3))
+    want = (p.exp() * (p - q)).sum((-1, -2))
+    torch.testing.assert_close(chain.kl(p - logits, states, range(3), None, q - logits), want)
+
+
+def test_a_control_that_jumps_stops_with_the_last_good_state_and_numbers():
+    class Jumping(SmallControl):
+        def forward(self, x, t):
+            return super().forward(x, t) + 100 * (self.last != START).any()
+
+    control = Jumping(2, 2)
+    global START
+    START = control.last.detach().clone()
+    options = {"iterations": 3, "time_steps": 8, "batch_size": 64, "seed": 0, "progress": False}
+    with pytest.raises(sc.NonFiniteError, match=r"no step is small enough.*nats.*max_kl_step") as caught:
+        sc.solve(steep(), sc.RewardBackprop(), control=control, **options)
+    assert caught.value.what == "step" and caught.value.solution is not None
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_rate_is_found_whatever_a_step_of_the_default_rate_does(scale):
+    """A control whose output is a thousand times as steep in its parameters: the first whole steps are a million times
+    as far, the found ones are not."""
+
+    class Scaled(SmallControl):
+        def forward(self, x, t):
+            return scale * super().forward(x, t) / 10
+
+    problem, options = steep(), {"time_steps": 8, "batch_size": 64, "seed": 0, "progress": False, "iterations": 60}
+    control = Scaled(2, 2)
+    with torch.no_grad():
+        control.last.mul_(1 / scale)
+    history = sc.solve(problem, sc.RewardBackprop(), control=control, **options).history
+    steps = [entry["kl_step"] for entry in history]
+    assert max(steps[30:]) < 0.4 and max(entry["kl"] for entry in history) < 100
+
+
+def test_what_was_found_is_part_of_a_checkpoint(tmp_path):
+    options = {"iterations": 12, "time_steps": 4, "batch_size": 16, "seed": 0, "progress": False}
+    problem, whole = steep(), []
+    whole = sc.solve(problem, sc.RewardBackprop(), checkpoint_dir=tmp_path / "a", checkpoint_every=5, **options)
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.solve(problem, sc.RewardBackprop(), checkpoint_dir=tmp_path / "b", callbacks=[Stop()], **options)
+    again = sc.solve(problem, sc.RewardBackprop(), checkpoint_dir=tmp_path / "b", resume=True, **options)
+    assert [e["kl_step"] for e in again.history] == [e["kl_step"] for e in whole.history]
+    for a, b in zip(again.control.parameters(), whole.control.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_quarter_of_the_paths_and_every_fourth_step_are_looked_at():
+    problem, control = steep(), SmallControl(2, 2)
+    chain, states = problem.chain(8), randn(9, 64, 2, seed=1)
+    law, seen = PathLaw(chain, control, 0.5, find=False), []
+    for _ in range(4):
+        look = law.look(Visited.of(states, None))
+        seen += look.steps
+        assert look.states.shape == (2, 16, 2)
+        torch.testing.assert_close(
+            look.before, shifts_along(chain, control, states[look.steps][:, :16], steps=look.steps)
+        )
+    assert sorted(seen) == list(range(8))
