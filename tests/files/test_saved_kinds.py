@@ -71,12 +71,12 @@ def generative():
     return sc.ControlProblem(sde, reward=lambda x: -x.square().sum(1), alpha=0.5)
 
 
-def shaken(module, seed=3):
+def shaken(module, seed=3, by=0.1):
     """With parameters of its own: at its start a control may be zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
+            p += by * torch.randn(p.shape, generator=generator)
     return module
 
 
@@ -104,6 +104,8 @@ CONTROL_CASES = {
     "network": (lq, lambda p, c: build_control(p, c), {}),
     "started": (lambda: lq(start="controlled"), lambda p, c: build_control(p, c), {}),
     "tuned": (generative, lambda p, c: build_control(p, c), {}),
+    "reward-network": (generative, lambda p, c: build_control(p, c, "frozen"), {}),
+    "sum": (generative, lambda p, c: build_control(p, c, "both"), {}),
     "mixture": (gibbs, lambda p, c: mixture(p), {}),
     "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p)), {}),
     "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c), {}),
@@ -150,7 +152,7 @@ def test_every_registered_kind_has_a_case(registry, cases):
 def test_controls_survive_their_files(tmp_path, kind):
     make, build, given = CONTROL_CASES[kind]
     problem = make()
-    control = shaken(build(problem, problem.chain(K)))
+    control = shaken(build(problem, problem.chain(K)), by=0.01)
     solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
     solution.save(tmp_path)
     again = sc.load(tmp_path, problem, **given)
@@ -459,7 +461,7 @@ def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
 def test_controls_in_former_names_are_read(tmp_path, monkeypatch, kind):
     make, build, given = CONTROL_CASES[kind]
     problem = steep(start="controlled") if kind == "started" else make()
-    control = shaken(build(problem, problem.chain(K)))
+    control = shaken(build(problem, problem.chain(K)), by=0.01)
     solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
     solution.save(tmp_path)
     in_former_names(tmp_path, problem, monkeypatch)
