@@ -43,6 +43,8 @@ class Control(nn.Module):
     Attributes:
         settings: "time_steps" and "scheme" it was solved with (``simulate`` uses them by default).
         learning_rate: a sensible step of Adam for its parameters.
+        most_times: how many times that a run may find to be its rate: 1 where it is measured for such networks, more
+            where it is a guess.
         counted: whether its evaluations are a cost (``counting.py``).
         differentiable: whether ``u`` has a gradient in its parameters; without one they are trained by a method of its
             own.
@@ -62,6 +64,7 @@ class Control(nn.Module):
     """
 
     learning_rate = 5e-3
+    most_times = 1.0
     counted: ClassVar[bool] = True
     differentiable: ClassVar[bool] = True
     register = staticmethod(CONTROLS.register)
@@ -162,6 +165,7 @@ class UserControl(Control):
     """A user's own nn.Module ``(x, t) -> (batch, *control_shape)``, t of shape ``(batch,)``, as a control."""
 
     learning_rate = 1e-3
+    most_times = 4.0
 
     def __init__(self, module: nn.Module, event_shape: torch.Size, control_shape: torch.Size, horizon: float) -> None:
         super().__init__(event_shape, control_shape, 0.0, horizon)
@@ -237,7 +241,7 @@ class StartedControl(Control):
     def __init__(self, start: Control, main: Control) -> None:
         super().__init__(main.event_shape, main.control_shape, -1.0, main.last_time)
         self.start, self.main = start, main
-        self.learning_rate = main.learning_rate
+        self.learning_rate, self.most_times = main.learning_rate, main.most_times
 
     @property
     def configuration(self) -> dict[str, Any]:

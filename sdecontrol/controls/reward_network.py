@@ -60,6 +60,7 @@ class RewardNetwork(Control):
     """
 
     learning_rate = 1e-3
+    most_times = 4.0
 
     def __init__(
         self, problem: ControlProblem, architecture: RewardLayers, generator: torch.Generator | None = None
@@ -185,6 +186,7 @@ class SumControl(Control):
         super().__init__(first.event_shape, first.control_shape, first.first_time, first.last_time)
         self.first, self.second = first, second
         self.learning_rate = min(first.learning_rate, second.learning_rate)
+        self.most_times = min(first.most_times, second.most_times)
 
     @property
     def configuration(self) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class TunedControl(ModelControl):
     0."""
 
     learning_rate = 3e-4
+    most_times = 4.0
 
     def __init__(self, reference: Any, model: nn.Module | None = None) -> None:
         super().__init__(reference)

@@ -31,6 +31,7 @@ from ..chains.base import Chain
 from ..chains.blocks import LEAST, bytes_per_row, parts_of, room_for
 from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
+from ..processes.reference import Reference
 from ..shapes import Noises, PerPath, StatePaths, States
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
@@ -160,13 +161,15 @@ def _rows_at_once(setting: _Setting, x0: States) -> int:
     if not isinstance(control, nn.Module) or len(x0) < LEAST:
         return len(x0) * _ADJOINT_STEPS
     k, shift = chain.start, setting.shift()  # of the process itself, after the learned start
+    # a learned start alone has no process: its reference is the law that it leads to
+    owners = chain.reference.modules() if isinstance(chain.reference, Reference) else []
 
     def step(rows: int) -> States:
         x = x0[:rows].clone().requires_grad_(True)
         some = None if y is None else y[:rows]
         return chain.step(k, x, setting.noise[k][:rows], shift(k, x, some), some)
 
-    per_row = bytes_per_row(control, "step", step, chain.reference.modules())
+    per_row = bytes_per_row(control, "step", step, owners)
     return max(1, int(room_for(x0.device) / max(per_row, 1.0)))
 
 

@@ -18,7 +18,7 @@ _SHORTER = 0.9  # than the quadratic law says: it is measured again, and should 
 _SMALLEST = 1e-8  # part of a step: where even that is too far, its length is not what is wrong
 _STEPS = 50  # in which the rate is found
 _FALL = 2.0  # the most by which it changes from one step to the next
-_SLOWEST, _FASTEST = 1e-3, 4.0  # of the control's own rate
+_SLOWEST = 1e-3  # of the control's own rate
 
 
 class PathLaw:
@@ -37,6 +37,7 @@ class PathLaw:
 
     def __init__(self, chain: Chain, control: Any, most: float, find: bool) -> None:
         self.chain, self.control, self.most, self.find = chain, control, most, find
+        self.most_times = getattr(control, "most_times", 1.0)
         self.rate = 1.0  # factor on the control's own learning rate
         self.steps = 0
         self.moved = math.nan  # by the last step
@@ -57,7 +58,7 @@ class PathLaw:
         wanted = math.sqrt(self.aim / kl) * factor if math.isfinite(kl) else 0.0
         # a step's KL differs from batch to batch, and falls as the gradient's noise is averaged: half of the way
         change = min(_FALL, max(1 / _FALL, wanted**0.5))
-        self.rate = min(_FASTEST, max(_SLOWEST, self.rate * change))
+        self.rate = min(self.most_times, max(_SLOWEST, self.rate * change))
 
 
 class Look:
@@ -106,9 +107,15 @@ class Look:
         for p, old in zip(parameters, before):
             p.copy_(old)
         law.moved = 0.0
+        first, then = _said(whole, "a step of the optimiser"), _said(last, f"{part:.1g} of it")
         raise NonFiniteError(
-            f"no step is small enough: a step of the optimiser moves the path law by {whole:.3g} nats, {part:.1g} of "
-            f"it by {last:.3g}, and max_kl_step allows {most:.3g}. Does the control jump in its parameters, or is its "
-            "dtype too coarse for them?",
+            f"no step is small enough: {first}, {then}, and max_kl_step allows {most:.3g}. Is the learning rate far too large, does the control jump in its "
+            "parameters, or is its dtype too coarse for them?",
             what="step",
         )
+
+
+def _said(kl: float, step: str) -> str:
+    if math.isfinite(kl):
+        return f"{step} moves the path law by {kl:.3g} nats"
+    return f"after {step} the control is not finite"

@@ -24,6 +24,7 @@ from sdecontrol.methods.base import Method
 from sdecontrol.paths.equations import control_at
 
 I, B, K = 3, 64, 7
+PROBE = 2 + 4  # rows on which a control's graph is measured, once, where stored states are to be learned from
 
 
 @pytest.mark.parametrize(
@@ -37,12 +38,13 @@ I, B, K = 3, 64, 7
 def test_calls_are_counted_in_rows_and_nothing_changes(method: Method, gradients: int, evaluations: int) -> None:
     problem = nonlinear()
     settings = {"control": SmallControl(2, 3), "iterations": I, "batch_size": B, "time_steps": K, "seed": 0}
+    settings["max_kl_step"] = None
     plain = sc.solve(problem, method, **settings)
     with measuring(problem.device) as costs:
         counted = sc.solve(problem, method, **settings)
     assert costs.reward_calls == I * B
     assert costs.gradient_calls == gradients * I * B
-    assert costs.network_calls == evaluations * I * B * K
+    assert costs.network_calls == evaluations * I * B * K + PROBE * (evaluations - 1)
     assert costs.seconds > 0
     before, after = plain.control.state_dict(), counted.control.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -52,10 +54,10 @@ def test_the_default_network_s_own_reward_gradients_are_counted() -> None:
     """Its Langevin term takes ``grad r`` at every state of every step, on the paths and again at the stored states."""
     problem = nonlinear()
     with measuring(problem.device) as costs:
-        sc.solve(problem, sc.LogVariance(), iterations=I, batch_size=B, time_steps=K, seed=0)
+        sc.solve(problem, sc.LogVariance(), iterations=I, batch_size=B, time_steps=K, seed=0, max_kl_step=None)
     looks = 32 * min(8, K + 1)  # at the reward's slope, before training: 32 paths at 8 times
-    assert costs.gradient_calls == 2 * I * B * K + looks
-    assert costs.reward_calls == 2 * I * B * K + I * B + looks
+    assert costs.gradient_calls == 2 * I * B * K + looks + PROBE
+    assert costs.reward_calls == 2 * I * B * K + I * B + looks + PROBE
 
 
 def test_evaluations_inside_an_evaluation_count_once() -> None:
@@ -66,7 +68,7 @@ def test_evaluations_inside_an_evaluation_count_once() -> None:
     assert costs.network_calls == B * solution.chain.steps and solution.chain.steps == 25
     with measuring(problem.device) as costs:
         shifts_along(solution.chain, solution.control, torch.zeros(25, B, 2, dtype=F64))
-    assert costs.network_calls == B * 25
+    assert costs.network_calls == B * 25 + PROBE
 
 
 class Own(Control):
@@ -182,7 +184,9 @@ def test_two_compares_in_two_threads_count_for_themselves() -> None:
     meet = threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
         together = [job.result(120) for job in [pool.submit(run, size, meet) for size in (64, 128)]]
-    assert together == alone and alone[0]["network_calls"] == 2 * I * 64 * K
+    assert together == alone
+    bounded = I * 2 * (64 // 4) * 2  # before and after a step, a quarter of the paths, every fourth step
+    assert 2 * I * 64 * K < alone[0]["network_calls"] <= 2 * I * 64 * K + PROBE + bounded
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:

@@ -164,7 +164,7 @@ def test_on_its_way_up_a_rungs_gradient_is_that_of_the_stated_loss(name):
     assert torch.allclose(have, want, rtol=1e-9, atol=1e-12)
 
 
-def test_from_the_reference_a_rung_of_cross_entropy_has_the_gradient_of_a_forward_kl_at_a_higher_temperature():
+def test_a_rung_of_cross_entropy_from_the_reference_is_a_forward_kl_at_a_higher_temperature():
     """``(Q0)^{1-beta} Q_fine^beta`` is the target at alpha/beta: the exact gradient at another control, off-policy."""
     problem = lq()
     zero = AffineControl(torch.zeros(K, 2, 2, dtype=F64), torch.zeros(K, 2, dtype=F64))

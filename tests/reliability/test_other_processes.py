@@ -28,6 +28,7 @@ from sdecontrol.controls.guidance import (
 )
 from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.controls.path_integral import PathIntegralControl
+from sdecontrol.controls.ratio_value import RatioValue
 from sdecontrol.controls.saved import CONTROLS, VALUES
 from sdecontrol.evaluation.solution import SOLUTIONS, Solution
 from sdecontrol.exact.base import ExactSolution
@@ -210,6 +211,8 @@ CONTROL_CASES = {
     "network": (lambda: lq(reward=reward), build_control),
     "started": (REFERENCES["LinearSDE, a learned start"], build_control),
     "tuned": (lambda: generative(Denoiser()), build_control),
+    "reward-network": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "frozen")),
+    "sum": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "both")),
     "mixture": (gibbs, lambda p, c: mixture(p)),
     "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p))),
     "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c)),
@@ -219,6 +222,7 @@ VALUE_CASES = {
     "network": (lq, lambda p, c: value_network(p, c, 0)),
     "annealed": (lambda: gibbs("annealed"), lambda p, c: AnnealedValue(p)),
     "given": (lq, lambda p, c: GivenValue(value, p.alpha)),
+    "ratio": (lambda: generative(Denoiser()), lambda p, c: RatioValue.of(p, c, (8, 8), 0)),
     "tweedie": (lambda: generative(Denoiser()), lambda p, c: TweedieValue(p, c, logits, 1)),
     "classifier": (lambda: generative(Denoiser()), lambda p, c: ClassifierValue(p, logits, 2)),
 }

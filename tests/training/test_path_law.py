@@ -32,7 +32,7 @@ def steep():
     return random_lq(2, seed=1, running=False)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'gradient', '')}".rstrip("-"))
 def test_no_step_of_any_method_moves_the_path_law_by_more_than_the_bound(method):
     """With a learning rate of 10 the first whole step is thousands of nats."""
     options = {"iterations": 3, "time_steps": 8, "batch_size": 64, "seed": 0, "progress": False, "learning_rate": 10.0}
