@@ -109,8 +109,8 @@ class Look:
         law.moved = 0.0
         first, then = _said(whole, "a step of the optimiser"), _said(last, f"{part:.1g} of it")
         raise NonFiniteError(
-            f"no step is small enough: {first}, {then}, and max_kl_step allows {most:.3g}. Is the learning rate far too "
-            "large, does the control jump in its parameters, or is its dtype too coarse for them?",
+            f"no step is small enough: {first}, {then}, and max_kl_step allows {most:.3g}. Is the learning rate far "
+            "too large, does the control jump in its parameters, or is its dtype too coarse for them?",
             what="step",
         )
 
