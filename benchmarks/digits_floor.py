@@ -45,6 +45,7 @@ def _number(e: Estimate) -> dict[str, float]:
 
 def digits_floor(
     reward: Annotated[list[str] | None, typer.Option(help="class, ink or zip; all if not given.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Temperatures; the core's if not given.")] = None,
     states: Annotated[int, typer.Option(min=2, help="Of optimal paths, at each step that is looked at.")] = 16,
     directions: Annotated[int, typer.Option(min=2, help="Pairs of noises at each state.")] = 16,
     inner: Annotated[int, typer.Option(min=2, help="Paths from each next state, three times; an even number.")] = 16,
@@ -61,16 +62,16 @@ def digits_floor(
         store(check, gaussian_check() | {"versions": versions()}, indent=None)
     sizes = {"states": states, "directions": directions, "inner": inner, "every": every}
     for name in reward or list(digit.ALPHAS):
-        for alpha in digit.ALPHAS[name][: digit.CORE]:
-            path = RESULTS / f"{name}--floor--{alpha:g}.json"
+        for a in alpha or digit.ALPHAS[name][: digit.CORE]:
+            path = RESULTS / f"{name}--floor--{a:g}.json"
             if path.exists() and not again:
                 continue
             began = time.process_time()
-            found = mean_shift_floor(digit.digits_problem(name, alpha), digit.TIME_STEPS, **sizes, seed=5)
+            found = mean_shift_floor(digit.digits_problem(name, a), digit.TIME_STEPS, **sizes, seed=5)
             numbers = {"gap": found.total, "half_variance": found.half_variance, "odd": found.odd}
-            cell: dict[str, Any] = {"reward_name": name, "alpha": alpha, "floor": True, **sizes}
+            cell: dict[str, Any] = {"reward_name": name, "alpha": a, "floor": True, **sizes}
             cell |= {key: _number(e) for key, e in numbers.items()}
             cell["by_step"] = [{"step": k, **_number(e)} for k, e in zip(found.steps, found.by_step)]
             cell |= {"cpu_seconds": time.process_time() - began, "versions": versions()}
             store(path, cell, indent=None)
-            print(f"{name}, alpha = {alpha:g}: {found.total}, odd parts {found.odd}", flush=True)
+            print(f"{name}, alpha = {a:g}: {found.total}, odd parts {found.odd}", flush=True)
