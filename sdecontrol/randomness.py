@@ -163,8 +163,6 @@ class Place(enum.IntEnum):
     MATCHING_OWN_START = 624
     MATCHING_BATCH = 625  # [iteration, part]
     MATCHING_JUDGE = 626  # bridges on which a correction is judged [iteration, part]
-    BRIDGE_VALUE = 627  # the baseline of bridge matching
-    BRIDGE_ANCHOR = 628  # the anchor of bridges, where it is a network of its own
     FIRST_MIXTURE = 630  # particles of the first mixtures [turn]
     FIRST_MIXTURE_FIT = 631  # [turn]
     FIRST_MIXTURE_DRAWS = 632  # independent draws that begin with the second one [block]

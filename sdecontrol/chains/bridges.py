@@ -3,14 +3,13 @@ references that forget their start, whose bridge to an end is the noising proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..processes.laws import Dirac, Gaussian, factor
-from ..shapes import NoisePaths, Noises, StatePaths, States, Trajectories
+from ..shapes import NoisePaths, StatePaths, States, Trajectories
 from ..tensors import is_matrix_scale, symmetric
 from .base import Chain
 
@@ -86,17 +85,14 @@ class ChainBridge:
         gain, keep, root = (v.to(end) for v in _conditioned(cov, M, C))
         return keep @ mean.to(end) + (end - m.to(end)) @ gain.mT + noise @ root.mT
 
-    def between(self, start: States, end: States, noise: StatePaths, steps: Sequence[int] | None = None) -> StatePaths:
-        """States of all steps (or of these) given both ends, each of its own law (independent of the other steps');
-        noise standard normal."""
-        first, gain, shift, root = (_chosen(v, steps) for v in (self._first, self._gain, self._shift, self._root))
-        return start @ first.mT + end @ gain.mT + shift.unsqueeze(1) + noise @ root.mT
+    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
+        """States of all steps given both ends, each of its own law (independent of the other steps'); noise standard
+        normal."""
+        mean = start @ self._first.mT + end @ self._gain.mT + self._shift.unsqueeze(1)
+        return mean + noise @ self._root.mT
 
-    def path_given_end(
-        self, start: States, end: States, noise: NoisePaths, steps: Sequence[int] | None = None
-    ) -> Trajectories:
-        """Whole paths of the reference given both ends, the end among their states, or these steps of them; noise
-        standard normal, of all steps."""
+    def path_given_end(self, start: States, end: States, noise: NoisePaths) -> Trajectories:
+        """Whole paths of the reference given both ends; noise standard normal."""
         x, states = start, [start]
         for k, (A, b, L, root) in enumerate(self._steps[:-1]):
             xi = (
@@ -107,20 +103,11 @@ class ChainBridge:
             )
             x = x @ A.mT + b + xi @ L.mT
             states.append(x)
-        return _chosen(torch.stack([*states, end]), steps)
+        return torch.stack([*states, end])
 
-    def noise_given_end(
-        self, states: StatePaths, end: States, condition: Any = None, steps: Sequence[int] | None = None
-    ) -> NoisePaths:
-        """``E[xi_k | x_k, x_K]`` at states of all steps, or of these."""
-        of_state, of_end, shift = (
-            _chosen(v, steps) for v in (self._noise_of_state, self._noise_of_end, self._noise_shift)
-        )
-        return states @ of_state.mT + end @ of_end.mT + shift.unsqueeze(1)
-
-
-def _chosen(rows: Tensor, steps: Sequence[int] | None) -> Tensor:
-    return rows if steps is None else rows[list(steps)]
+    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
+        """``E[xi_k | x_k, x_K]`` at states of all steps."""
+        return states @ self._noise_of_state.mT + end @ self._noise_of_end.mT + self._noise_shift.unsqueeze(1)
 
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,96 +128,45 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
     Raises:
         ValueError: nothing known does.
     """
-    if start == "memoryless" and (chain.reference.schedule is not None or hasattr(chain, "noising_levels")):
+    if chain.reference.schedule is not None and start == "memoryless":
         return NoisingBridge(chain)
     return ChainBridge(chain)
 
 
 class NoisingBridge:
-    """The same for a generative reference that forgets its start, whatever that was: the noising process from its end,
-    ``x_k = m_k x_K + s_k eps``.
+    """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end,
+    whatever the start.
 
-    That is the reference's own bridge where the model's score is exact, in continuous time (on the chain up to O(h));
-    for another model what it gives has a mean that is not zero under the reference, see ``methods/forward_process.py``.
-    For a ``generative_sde`` ``E[xi | x_t, x_T]`` is ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the noising
-    kernel has beyond the model's own [26], [45]. For a discrete diffusion model it is
-    ``(E[x_{k+1} | x_k, x_K] - mean_k(x_k))/scale_k`` with the Gaussian posterior of its noising (DDPM's).
+    Those are laws of continuous time, O(h) from the chain's. ``E[xi | x_t, x_T]`` is
+    ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the noising kernel has beyond the model's own [26], [45].
 
     Raises:
-        ValueError: another reference, a controlled start, or another noise level than that of the reversal (for a
-            discrete model, another eta than 1), under which state and end have another joint law.
+        ValueError: another reference, a controlled start, or another noise level than that of the reversal, under which
+            state and end have another joint law.
     """
 
     def __init__(self, chain: Chain) -> None:
-        reference = chain.reference
-        discrete = getattr(chain, "noising_levels", None)
-        if chain.start or (reference.schedule is None and discrete is None):
+        sde = chain.reference
+        if chain.start or sde.schedule is None:
+            raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
+        if not sde.reversal:
             raise ValueError(
-                "the noising process is the bridge of a generative_sde or diffusion_chain without a controlled start."
+                "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another "
+                "level state and end have another joint law."
             )
-        if not reference.reversal:
-            raise ValueError(
-                "the noising process is the bridge of a generative_sde with noise_level='reverse' only, and of a "
-                "diffusion_chain with eta=1: with another level state and end have another joint law."
-            )
-        self._chain, self._shape = chain, (-1, 1, *(1,) * chain.event_ndim)
-        self._posterior: Tensor | None = None
-        if discrete is not None:
-            self._discrete(*discrete)
-            return
-        c = reference.coefficients(chain.times[:-1])
-        self._mu, self._std = self._rows(c.mu), self._rows(c.std)
+        c = sde.coefficients(chain.times[:-1])
+        shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * chain.event_ndim)  # noqa: E731
+        self._mu, self._std = shape(c.mu), shape(c.std)
         gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
-        self._pull = self._rows(gains * c.level / c.std) * self._mu / self._std
-        self._denoise = reference.denoiser_on_grid(chain.times)
+        self._gain = shape(gains * c.level / c.std)
+        self._denoise = sde.denoiser_on_grid(chain.times)
 
-    def _rows(self, values: Tensor) -> Tensor:
-        return values.to(self._chain.times).reshape(self._shape)
-
-    def _discrete(self, mu: Tensor, std: Tensor) -> None:
-        """From ``mu`` and ``std`` of all K + 1 levels, float64: to x_K, which is a little noisy itself, and the mean of
-        x_{k+1} given x_k and x_K as a sum of both."""
-        m, var = mu / mu[-1], std**2 - (mu / mu[-1] * std[-1]) ** 2  # of x_k given x_K
-        a = mu[:-1] / mu[1:]  # of x_k given x_{k+1}, with variance own
-        own = std[:-1] ** 2 - (a * std[1:]) ** 2
-        of_end, of_state = m[1:] * own / var[:-1], a * var[1:] / var[:-1]
-        self._mu, self._std = self._rows(m[:-1]), self._rows(var[:-1].sqrt())
-        self._posterior = torch.stack((self._rows(of_end), self._rows(of_state)))
-        chain: Any = self._chain
-        self._denoise = lambda k, x, y: chain.to_x0(k, x, chain.prediction_at(k, x, y))
-
-    def between(self, start: States, end: States, noise: StatePaths, steps: Sequence[int] | None = None) -> StatePaths:
-        """States of all steps (or of these) given the end, each of its own law; the start is forgotten."""
-        return _chosen(self._mu, steps) * end + _chosen(self._std, steps) * noise
-
-    def path_given_end(
-        self, start: States, end: States, noise: NoisePaths, steps: Sequence[int] | None = None
-    ) -> StatePaths:
-        """The same of one path each, noised from step to step; ``steps`` in rising order."""
-        mu, std = _chosen(self._mu, steps), _chosen(self._std, steps)
-        x, states = mu[-1] * end + std[-1] * noise[-1], []
-        states.append(x)
-        for k in range(len(mu) - 2, -1, -1):
-            a = mu[k] / mu[k + 1]
-            x = a * x + (std[k] ** 2 - (a * std[k + 1]) ** 2).clamp(min=0.0).sqrt() * noise[k]
-            states.append(x)
-        return torch.stack(states[::-1])
+    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
+        """States of all steps given the end, each of its own law; the start is forgotten."""
+        return self._mu * end + self._std * noise
 
     @torch.no_grad()
-    def noise_given_end(
-        self, states: StatePaths, end: States, condition: Any = None, steps: Sequence[int] | None = None
-    ) -> NoisePaths:
-        """``E[xi_k | x_k, x_K]`` at states of all steps, or of these."""
-        every = range(self._chain.steps) if steps is None else steps
-        return torch.stack([self.noise_at(k, x, end, condition) for k, x in zip(every, states.unbind(0))])
-
-    def denoised(self, k: int, x: States, condition: Any = None) -> States:
-        """What the pre-trained model expects the data to be at step k."""
-        return self._denoise(k, x, condition)
-
-    def noise_at(self, k: int, x: States, end: States, condition: Any = None) -> Noises:
-        """The same at one step."""
-        if self._posterior is None:
-            return self._pull[k] * (end - self._denoise(k, x, condition))
-        mean, scale = self._chain.kernel(k, x, condition)
-        return (self._posterior[0, k] * end + self._posterior[1, k] * x - mean) / scale
+    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
+        """``E[xi_k | x_k, x_K]`` at states of all steps."""
+        denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
+        return self._gain * self._mu / self._std * (end - denoised)

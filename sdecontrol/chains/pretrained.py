@@ -148,12 +148,6 @@ class DiffusionChain(PretrainedChain):
         self._scales = torch.tensor([c[2] for c in self._coefficients], dtype=torch.float64).to(self.times)
         self.own_initial = Gaussian(self.times.new_zeros(self.event_shape), 1.0)
         self.memory = self._memory(abar)
-        self.reversal = eta == 1.0
-
-    @property
-    def noising_levels(self) -> tuple[Tensor, Tensor]:
-        """mu and std of the K + 1 states under the noising process, ``(K + 1,)`` float64."""
-        return torch.tensor(self._mu, dtype=torch.float64), torch.tensor(self._std, dtype=torch.float64)
 
     def _step_coefficients(self, a: float, b: float) -> tuple[float, float, float]:
         """Mean of a step from abar = a to abar = b as ``x0_part x0^ + x_part x``, and its scale."""
