@@ -120,7 +120,7 @@ def value_rows(run: Run, value: RatioValue, control: Any, n: int) -> tuple[Rows,
         end = value.of_ends(paths.samples, y) if value.black_box else seen[:, 0]
         r = paths.reward.unsqueeze(1) / paths.alpha
         parts.append((seen, s[k], gains[k, index], ratios[k, index], asked, whole, end, r))
-        kept.append(_light(paths))
+        kept.append(paths.without_steps())
     seen, times, gains, ratios, asked, whole, *ends = (torch.cat(part) for part in zip(*parts))
     clean = (ends[0], ends[1]) if value.black_box else None
     return Rows(seen, times, gains, ratios, asked if learned else None, clean), whole.mT, kept
@@ -316,7 +316,7 @@ def observed(run: Run, control: ValueControl, n: int) -> Slopes:
         residuals = torch.stack([_decayed(total, f, decay) for decay in DECAYS])
         halves[bool(chunk % 4)].append(_moments(torch.stack(slopes), residuals, hats))
         parts.append((total[:-1], f[:-1]))
-        kept.append(_light(paths))
+        kept.append(paths.without_steps())
     held, known = (
         Moments(sum(m.second for m in half) / len(half), sum(m.first for m in half) / len(half))  # type: ignore[arg-type]
         for half in halves
@@ -332,15 +332,6 @@ def _moments(d: Tensor, residuals: Tensor, hats: Tensor) -> Moments:
     second = torch.einsum("kb,kc,kij->bicj", hats, hats, each).reshape(knots * width, -1)
     first = torch.einsum("kb,akj->abj", hats, torch.einsum("akn,knj->akj", residuals, d).double())
     return Moments(second, first.flatten(1) / d.shape[1])
-
-
-def _light(paths: Paths) -> Paths:
-    """Paths without their steps, for metrics."""
-    paths.totals.kl, paths.totals.log_ratio = paths.kl(), paths.log_ratio()  # type: ignore[assignment]
-    assert paths.reward is not None
-    paths.record.states = paths.record.noises = paths.record.shifts = paths.record.costs = None
-    paths._stacks.clear()
-    return paths
 
 
 def _decayed(total: Tensor, f: Tensor, decay: float) -> Tensor:

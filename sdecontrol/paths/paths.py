@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -278,6 +278,15 @@ class Paths:
         )
         some._reward = None if self._reward is None else self._reward[index]
         return some
+
+    def without_steps(self) -> Paths:
+        """Ends, rewards and sums over the steps alone, in the memory of these."""
+        totals = replace(self.totals, kl=self.kl(), log_ratio=self.log_ratio())
+        light = Paths(
+            self.chain, self.first, self.last, self.end, self.condition, totals, Record(), None, self.target, self.chunk
+        )
+        light._reward = self._reward
+        return light
 
     # ---------------------------------------------------------------- the reference's law, and any control's
 

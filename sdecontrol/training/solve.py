@@ -75,8 +75,9 @@ def solve(
             sampling), "frozen" (the model as it is, and beside it a small network that sees the reward at the denoised
             state) or "both" (that network beside a tuned copy); None: a copy of the pre-trained model if it is
             trainable, else the default network.
-        learning_rate: of Adam; None: a thousandth to four times the control's own default, as it is found in the first
-            50 steps: such that one moves the path law by about 0.1 nats.
+        learning_rate: of Adam; None: as it is found in the first 50 steps, such that one moves the path law by about
+            0.1 nats: a thousandth of the control's own default at least, and at most four times it for a tuned copy, a
+            network beside a model or a module of yours, the default itself for a default network.
         optimizer: a function parameters -> optimiser.
         max_kl_step: no step of the optimiser moves the path law by more nats, ``KL(P^new || P^old)`` measured on a
             sixteenth of the batch's states ("kl_step" in the history); where the control's own KL is above 1, by more

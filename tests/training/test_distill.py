@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import sdecontrol as sc
 from sdecontrol.controls.tuned import TunedControl
 from sdecontrol.evaluation.solution import Solution
+from sdecontrol.methods.base import Run
+from sdecontrol.methods.distillation import Distillation
 
 RUN: dict[str, Any] = {"seed": 0, "progress": False}
 STEPS = 20  # more than the steps of one gradient
@@ -53,6 +55,21 @@ def test_a_copy_that_can_be_the_control_becomes_it(paths: str) -> None:
     assert isinstance(student.model, Model) and student.history[-1]["loss"] < 1e-4 * student.history[0]["loss"]
 
 
+def test_every_round_draws_the_paths_of_the_student_as_it_then_is() -> None:
+    p = problem()
+    run = Run(p, p.chain(STEPS), batch_size=64, accumulate=1, seed=0)
+    method = Distillation(tuned(p).control, paths="student", num_paths=64)
+    state: Any = method.setup(run)
+    method.step(state, run)
+    first = state.stored[0]
+    with torch.no_grad():
+        state.control.model.w.add_(0.1)
+    run.iteration = round(1.25 * STEPS)  # the next round's first: each state is used 1.25 times
+    method.step(state, run)
+    assert state.round == 1 and torch.equal(state.behaviour.model.w, state.control.model.w)
+    assert state.stored[0].shape == first.shape and not torch.equal(state.stored[0], first)
+
+
 @pytest.mark.parametrize("paths", ["teacher", "student"])
 def test_the_loss_is_the_divergence_of_the_two_path_laws(paths: str) -> None:
     """While the student is the reference: KL(P^teacher || Q0) or KL(Q0 || P^teacher); mean over draws of the steps."""
@@ -63,7 +80,7 @@ def test_the_loss_is_the_divergence_of_the_two_path_laws(paths: str) -> None:
         kl = teacher.evaluate(8192, seed=5, confirm=False).kl.value
     else:
         drawn = sc.simulate(teacher.problem, 8192, time_steps=STEPS, seed=5)
-        kl = -float(drawn.log_ratio(teacher.control).mean())
+        kl = -float(drawn.log_ratio(teacher.control).detach().mean())
     assert found == pytest.approx(kl, rel=0.05)
 
 
