@@ -15,6 +15,7 @@ from ..problems.gibbs import GibbsProblem
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic
 from ..processes.annealed import AnnealedLangevin
+from ..processes.generative import GenerativeSDE
 from ..processes.sde import SDE
 from ..processes.time_changed import TimeChanged
 
@@ -33,12 +34,15 @@ class LangevinTerm:
             before it.
         affine: ``P (m, n), p (m,)`` where ``sigma^T grad r / alpha = P x + p`` at all times: the term then costs
             nothing, since it is folded into the affine path.
+        level: times ``(K,)`` -> ``(K,)``, by which that is multiplied where sigma is a number that changes with time;
+            None: 1.
     """
 
     gradient: Callable[[Tensor, Any, bool], Tensor]
     sde: SDE | None = None
     fade: Callable[[float], float] | None = None
     affine: tuple[Tensor, Tensor] | None = None
+    level: Callable[[Tensor], Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> LangevinTerm:
         return self  # a definition: a copied control has the same
@@ -50,7 +54,8 @@ class LangevinTerm:
         if isinstance(problem, GibbsProblem):
             gradient, fade = _damped(problem, gradient)
         sde = problem.reference
-        return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_term(problem))
+        level = sde.levels if isinstance(sde, GenerativeSDE) else None
+        return cls(gradient, sde if isinstance(sde, SDE) else None, fade, _affine_term(problem), level)
 
 
 def _slope(problem: ControlProblem, x: Tensor, y: Any, create_graph: bool) -> tuple[Tensor, Tensor]:
@@ -131,9 +136,11 @@ def _faded(reference: TimeChanged, rough: float, t: float) -> float:
 
 def _affine_term(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     """``P, p`` with ``sigma^T grad r / alpha = P x + p``, where the reward is quadratic or linear and sigma
-    constant."""
+    constant; with ``sigma = level(t)`` of a generative SDE, without the level."""
     reward, sde = problem.reward_function, problem.reference
     sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
+    if isinstance(sde, GenerativeSDE):
+        sigma = torch.ones(())
     if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
         return None
     assert isinstance(reward, (Quadratic, Linear))

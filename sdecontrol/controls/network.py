@@ -63,19 +63,11 @@ def radial_basis(z: Tensor) -> Tensor:
     """Gaussian radial basis functions ``(..., 10)`` of each coordinate of the standardised state z, their centres on a
     uniform grid whose step is their width.
 
-    ``exp(-(z/w - j)^2/2) = exp(-(z/w)^2/2) exp(z/w)^j exp(-j^2/2)``: two exponentials for all of them. They vanish far
-    out, where the affine path is left.
+    They vanish far out, where the affine path is left.
     """
-    width = 2 * _OUTERMOST / (_CENTRES - 1)
-    s = z / width
-    value = torch.exp(-0.5 * (s + _OUTERMOST / width) ** 2)
-    ratio = s.clamp(-8.5, 8.5).exp()  # beyond, every function is below 1e-3 and falls faster still
-    out = [value]
-    for j in range(1, _CENTRES):
-        out.append(
-            out[-1] * ratio * math.exp(0.5 * ((j - 1 - _OUTERMOST / width) ** 2 - (j - _OUTERMOST / width) ** 2))
-        )
-    return torch.stack(out, dim=-1)
+    half = 0.5 * (_CENTRES - 1)  # in widths: the outermost centre
+    s = (z * (half / _OUTERMOST)).unsqueeze(-1) - torch.linspace(-half, half, _CENTRES, dtype=z.dtype, device=z.device)
+    return torch.exp(s * s * -0.5)
 
 
 @dataclass(frozen=True)
@@ -203,6 +195,7 @@ class DefaultControl(Control):
         self.langevin_offset: Tensor | None
         self.register_buffer("langevin_matrix", matrix, persistent=False)
         self.register_buffer("langevin_offset", offset, persistent=False)
+        self._level = None if term is None or matrix is None else term.level
         # whether the reward's gradient is asked for at every step
         self._uses_gradient = term is not None and term.sde is not None and matrix is None
 
@@ -257,6 +250,7 @@ class DefaultControl(Control):
         centre = affine @ self.centre if self.full else affine * self.centre[: affine.shape[1]]
         offset = phi @ self.offset - centre
         langevin = phi @ self.langevin * self.langevin_scale if self.langevin is not None else t.new_zeros(len(t), 1)
+        langevin = langevin if self._level is None else langevin * self._level(t).unsqueeze(1)
         if self.langevin_matrix is not None and self.langevin_offset is not None and self.langevin is not None:
             affine = affine + langevin.unsqueeze(2) * self.langevin_matrix
             offset = offset + langevin * self.langevin_offset
@@ -361,6 +355,9 @@ class DefaultControl(Control):
     def _langevin_along(self, chain: Chain, states: Tensor, y: Any, first: int) -> Tensor:
         """``sigma^T grad r / alpha`` at stored states, flattened: one call of the reward for all of them."""
         assert self.term is not None
+        if self.langevin_matrix is not None and self.langevin_offset is not None and self._level is not None:
+            levels = self._level(chain.times)[first : first + len(states)]
+            return (states.flatten(2) @ self.langevin_matrix.mT + self.langevin_offset) * levels.view(-1, 1, 1)
         many = None if y is None else y.repeat(len(states), *(1 for _ in y.shape[1:]))
         gradient = self.term.gradient(states.flatten(0, 1), many, torch.is_grad_enabled() and states.requires_grad)
         diffusion, ndim = self._langevin_diffusion(chain.times), len(self.event_shape)
@@ -375,7 +372,8 @@ class NetworkLinearPart(LinearPart):
 
     def __init__(self, control: DefaultControl) -> None:
         self.control = control
-        self.langevin = control._uses_gradient
+        # a term that is affine in x, at a level that changes with time, is a function of its own
+        self.langevin = control._uses_gradient or control._level is not None
         own = [p for p in (control.radial, control.langevin if self.langevin else None) if p is not None]
         self.own = bool(own)
         self.parameters = [control.offset, control.affine, control.last, *own]

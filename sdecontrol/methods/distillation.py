@@ -15,7 +15,7 @@ from ..errors import check_name
 from ..problems.simulate import simulate_chain
 from ..processes.modules import copied
 from ..randomness import Place, derive_seed, generator_for
-from .base import METRICS, ControlState, Method, Run
+from .base import METRICS, ControlState, Method, Run, Visited, few_of
 
 PATHS = ("teacher", "student", "both")
 _MOST_PATHS, _MOST_BYTES = 2048, 2**30  # of a round
@@ -76,8 +76,16 @@ class Distillation(Method):
         for part in range(run.accumulate):
             generator = generator_for("cpu", run.seed, Place.DISTILLED_STATES, run.iteration, part)
             loss += self._learn(state, run, generator) / run.accumulate
-        run.descend()
+        run.descend(self._visited(state, run))
         return {**dict.fromkeys(METRICS, math.nan), "loss": loss}
+
+    def _visited(self, state: Any, run: Run) -> Visited:
+        """A few of the stored paths, others each time."""
+        states, _, y = state.stored
+        generator = generator_for("cpu", run.seed, Place.DISTILLED_STATES, run.iteration, run.accumulate)
+        few = min(few_of(run.batch_size), states.shape[1])
+        rows = torch.randint(states.shape[1], (few,), generator=generator).to(states.device)
+        return Visited(states[:, rows], None if y is None else y[rows])
 
     @torch.no_grad()
     def _draw(self, state: Any, run: Run, number: int, new: bool, count: int) -> None:

@@ -55,16 +55,21 @@ class MixtureNoise(nn.Module):
     def __init__(self, mixture: GaussianMixture, schedule: Schedule) -> None:
         super().__init__()
         self.mixture, self.schedule = mixture, schedule
+        self._noised = Remembered(self._noised_at, 1024)
+
+    def _noised_at(self, clock: float) -> tuple[float, GaussianMixture]:
+        s = self.schedule.noising_time(torch.tensor(clock, dtype=torch.float64))
+        std = float(self.schedule.std(s))
+        return std, self.mixture.noised(float(self.schedule.mu(s)), std)
 
     @full_precision()  # exact: no model of the user's
     def forward(self, x: Tensor, s: Tensor, y: Any = None) -> Tensor:
         if not len(x):
             return torch.zeros_like(x)
-        s0 = self.schedule.noising_time(s.reshape(-1)[0].double().cpu())
-        if s.numel() > 1 and bool((s != s.reshape(-1)[0]).any()):
+        if s.numel() > 1 and s.stride(0) and bool((s != s.reshape(-1)[0]).any()):
             return torch.stack([self(row[None], time[None])[0] for row, time in zip(x, s)])
-        mu, std = float(self.schedule.mu(s0)), float(self.schedule.std(s0))
-        return -std * self.mixture.noised(mu, std).score(x)
+        std, law = self._noised(float(s.reshape(-1)[0]))
+        return -std * law.score(x)
 
 
 def memory_of(schedule: Schedule, noise_level: Callable[[float], float]) -> float:
@@ -128,7 +133,7 @@ class GenerativeSDE(Pretrained, SDE):
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0
-        self._remembered = Remembered(self._at, 4096)
+        self._remembered, self._on_grids = Remembered(self._at, 4096), Remembered(self._coefficients, 8)
         if isinstance(noise_level, str) and noise_level not in ("reverse", "memoryless"):
             raise unknown_name("noise_level", noise_level, ("reverse", "memoryless"))
         if not isinstance(noise_level, str) and not callable(noise_level):
@@ -170,8 +175,11 @@ class GenerativeSDE(Pretrained, SDE):
         return self.schedule.noise_end * (1.0 - t)
 
     def coefficients(self, times: Tensor) -> Coefficients:
-        """All coefficients at process times ``(K,)``, in float64."""
-        s = self.noising_time(times.detach().double().cpu()).clamp(min=_S_MIN)
+        """All coefficients at process times ``(K,)``, in float64; remembered, since every iteration asks."""
+        return self._on_grids(tuple(times.detach().double().tolist()))
+
+    def _coefficients(self, times: tuple[float, ...]) -> Coefficients:
+        s = self.noising_time(torch.tensor(times, dtype=torch.float64)).clamp(min=_S_MIN)
         end = self.schedule.noise_end
         mu, std = self.schedule.mu(s), self.schedule.std(s)
         slope, rate = self.schedule.log_mu_slope(s), self.schedule.forward_variance_rate(s)
@@ -227,8 +235,12 @@ class GenerativeSDE(Pretrained, SDE):
 
         return terms
 
+    def levels(self, times: Tensor) -> Tensor:
+        """The number that the diffusion is at times ``(K,)``, in their dtype."""
+        return self.coefficients(times).level.to(device=times.device, dtype=times.dtype)
+
     def diffusion_on_grid(self, times: Tensor) -> Callable[[int, Tensor], Tensor]:
-        levels = self.coefficients(times).level.to(device=times.device, dtype=times.dtype)
+        levels = self.levels(times)
         return lambda k, x: levels[k]
 
     def denoised(self, x: Tensor, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> Tensor:

@@ -313,10 +313,16 @@ class GaussianMixture(_Mixture):
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         joint, difference = self.terms(x)
+        return joint.logsumexp(-1), self._score(joint, difference)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self._score(*self.terms(x))
+
+    def _score(self, joint: Tensor, difference: Tensor) -> Tensor:
         scaled = difference / self.variances
         if self._vectors is not None:
             scaled = torch.einsum("...ke,kde->...kd", scaled, self._vectors)
-        return joint.logsumexp(-1), -(joint.softmax(-1).unsqueeze(-1) * scaled).sum(-2)
+        return -(joint.softmax(-1).unsqueeze(-1) * scaled).sum(-2)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probabilities of the components, ``(..., k)``."""

@@ -14,7 +14,7 @@ from ..methods.base import Regression
 from ..precision import at_least_single
 from ..tensors import as_float
 from .least_squares import LinearSteps
-from .path_law import Look, PathLaw
+from .path_law import PathLaw
 
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
 _WINDOW = 10  # batches
@@ -168,11 +168,10 @@ class Descent:
             if self._worn(regression.objective) and self.take_back() is not None:
                 return False
         self.shorten(gradients)
-        look = None if self.law is None or at is None else self.law.look(at)
-        before = [] if look is None else [p.detach().clone() for p in self.parameters]
+        before = [] if self.law is None or at is None else [p.detach().clone() for p in self.parameters]
         self._move(regression)
-        if look is not None and self.law is not None:
-            self._bound(look, before, regression)
+        if before:
+            self._bound(at, before, regression)
         torch._foreach_lerp_(self.average, list(self.parameters), 1 - self.decay)
         self.weight += (1 - self.decay) * (1 - self.weight)
         return True
@@ -185,9 +184,18 @@ class Descent:
                 group["lr"] *= self.linear.adam_scale
         self.optimizer.step()
 
-    def _bound(self, look: Look, before: list[Tensor], regression: Regression | None) -> None:
+    def _bound(self, at: Any, before: list[Tensor], regression: Regression | None) -> None:
+        """Shorten the step from ``before`` where it has moved the path law too far, if it is looked at."""
         assert self.law is not None
+        length = float(torch.nn.utils.get_total_norm(torch._foreach_sub(list(self.parameters), before))) ** 2
+        if not self.law.due(length):
+            return
+        after = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, before)
+        look = self.law.look(at)
+        torch._foreach_copy_(self.parameters, after)
         whole = look.bound(self.parameters, before)
+        self.law.saw(whole, length)
         self.farthest = self.law.moved if math.isnan(self.farthest) else max(self.farthest, self.law.moved)
         if self.linear is None or regression is None:  # least squares has a step size of its own
             found = self.law.rate
@@ -326,7 +334,7 @@ class Descent:
             "weight": self.weight,
             "level": self.level,
             "radius": self.radius,
-            "rate": None if self.law is None else [self.law.rate, self.law.steps],
+            "rate": None if self.law is None else self.law.state(),
             "taken_back": self.taken_back,
             "returned": self.returned,
         }
@@ -347,7 +355,7 @@ class Descent:
             mean.copy_(tensors[f"average.{i}"])
         self.weight, self.level = plain["weight"], plain["level"]
         if self.law is not None and plain.get("rate") is not None:
-            self.law.rate, self.law.steps = plain["rate"]
+            self.law.restore(plain["rate"])
         if "score" in tensors:  # checkpoints of earlier versions have none of it
             self.radius, self.taken_back, self.returned = plain["radius"], plain["taken_back"], plain["returned"]
             self.score.copy_(tensors["score"])

@@ -2,6 +2,7 @@
 steps the measure by which a learning rate is found."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from ..errors import NonFiniteError
 from ..methods.base import Visited
 from ..processes.modules import evaluating, modules_in
 
-_EVERY = 4  # steps of the chain
+_EVERY = 4  # steps of the chain, at least
+_AT = 12  # of a long chain's steps or a few more
 _SHORTER = 0.9  # than the quadratic law says: it is measured again, and should fit then
 _SMALLEST = 1e-8  # part of a step: where even that is too far, its length is not what is wrong
 _STEPS = 50  # in which the rate is found
+_REST = 8  # steps from one look to the next, where none comes near the bound
+_MARGIN = 4.0  # by how much a step may be farther than its length says
+_FADE = 0.7  # of the largest KL per length between two looks
 _FALL = 2.0  # the most by which it changes from one step to the next
 _SLOWEST = 1e-3  # of the control's own rate
 
@@ -24,8 +29,10 @@ _SLOWEST = 1e-3  # of the control's own rate
 class PathLaw:
     """``KL(P^new || P^old) = E sum_k KL(p^new || p^old)(x_k)`` between a control before and after a step.
 
-    At a sixteenth of the batch's states: every fourth step (another one each time) of a quarter of the paths, with two
-    calls of the control at each.
+    At a sixteenth of the batch's states or fewer: every fourth step (another one each time; a dozen of a long chain's)
+    of a quarter of the paths, with two calls of the control at each. The first fifty steps of the optimiser are looked
+    at; later every eighth, and each that may come near the bound: by the largest KL per squared length in the
+    parameters that was seen of late, it would move the law by a quarter of that.
 
     Args:
         most: the bound, in nats, or in parts of ``KL(P^u || Q0)`` where that is more than a nat: far from the reference
@@ -39,21 +46,43 @@ class PathLaw:
         self.chain, self.control, self.most, self.find = chain, control, most, find
         self.most_times = getattr(control, "most_times", 1.0)
         self.rate = 1.0  # factor on the control's own learning rate
-        self.steps = 0
+        self.looks = self.rested = 0  # steps looked at; and not, since the last look
+        self.per_length = 0.0  # KL of a step by the square of its length
         self.moved = math.nan  # by the last step
+
+    def due(self, length: float) -> bool:
+        """Whether a step of this squared length in the parameters is looked at."""
+        self.rested += 1
+        near = not _MARGIN * self.per_length * length <= self.most
+        return self.looks < _STEPS or self.rested >= _REST or near
+
+    def saw(self, kl: float, length: float) -> None:
+        """How far a step of this squared length would have moved the law."""
+        if length > 0:
+            kl = kl if math.isfinite(kl) else 1e3 * self.most
+            self.per_length = max(_FADE * self.per_length, kl / length)
+
+    def state(self) -> list[Any]:
+        return [self.rate, self.looks, self.rested, self.per_length]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        self.rate, self.looks = state[:2]
+        if len(state) > 2:  # checkpoints of earlier versions looked at every step
+            self.rested, self.per_length = state[2:]
 
     @torch.no_grad()
     def look(self, at: Any) -> "Look":
         """The control as it is, at the states of ``at``: anything with ``states`` ``(>= K, batch, *event)`` of all
         steps, and their ``condition``."""
         visited = at if isinstance(at, Visited) else Visited.of(at.states, at.condition)
-        self.steps += 1
-        steps = list(range(self.steps % min(_EVERY, self.chain.steps), self.chain.steps, _EVERY))
+        self.looks, self.rested = self.looks + 1, 0
+        every = min(self.chain.steps, max(_EVERY, self.chain.steps // _AT))
+        steps = list(range(self.looks % every, self.chain.steps, every))
         return Look(self, steps, visited.states[steps], visited.condition)
 
     def learn(self, kl: float, factor: float) -> None:
         """Find the rate from the KL of a whole step, which goes with its square."""
-        if not self.find or self.steps > _STEPS or not kl > 0:
+        if not self.find or self.looks > _STEPS or not kl > 0:
             return
         wanted = math.sqrt(self.aim / kl) * factor if math.isfinite(kl) else 0.0
         # a step's KL differs from batch to batch, and falls as the gradient's noise is averaged: half of the way

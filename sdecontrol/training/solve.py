@@ -80,8 +80,9 @@ def solve(
             network beside a model or a module of yours, the default itself for a default network.
         optimizer: a function parameters -> optimiser.
         max_kl_step: no step of the optimiser moves the path law by more nats, ``KL(P^new || P^old)`` measured on a
-            sixteenth of the batch's states ("kl_step" in the history); where the control's own KL is above 1, by more
-            than this part of it. Longer steps are shortened. None: not measured, and no rate is found.
+            sixteenth of the batch's states; where the control's own KL is above 1, by more than this part of it. Longer
+            steps are shortened. After fifty steps those are measured that may come near it, and every eighth
+            ("kl_step" in the history). None: not measured, and no rate is found.
         anneal: train at higher temperatures first, where the method gains from it (``Method.anneals``), the reward
             spreads over many nats, and no control of your own is given; a quarter of the run at most. False: at the
             problem's own from the first iteration.

@@ -23,7 +23,16 @@ def wells(dtype=F64):
     )
 
 
+def posterior(reward=None):
+    """The diffusion is a number that changes with time, the reward's gradient affine."""
+    prior = sc.GaussianMixture(torch.tensor([0.4, 0.6], dtype=F64), randn(2, 2, seed=4), torch.tensor(0.3, dtype=F64))
+    G, g = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64), torch.tensor([0.7, -0.2], dtype=F64)
+    reward = sc.Quadratic(G, g) if reward is None else reward(G, g)
+    return sc.ControlProblem(sc.generative_sde(prior, schedule=sc.VP()), reward=reward, alpha=0.7)
+
+
 CASES = {
+    "affine Langevin term at a level that changes": posterior,
     "affine path": lambda: random_lq(2, m=3),
     "radial basis and Langevin term": wells,
     "controlled start": lambda: random_lq(2, seed=3, start="controlled"),
@@ -137,3 +146,17 @@ def test_all_stored_states_at_once_give_what_single_steps_do(name):
         torch.testing.assert_close(
             control.along(chain, states[first:], None, first), want[first:], rtol=1e-10, atol=1e-12
         )
+
+
+def test_an_affine_langevin_term_is_the_reward_s_gradient_without_asking_for_it():
+    """The same parameters for the same reward as a function of the user's: at one time, on a chain and along paths."""
+    asked = posterior(lambda G, g: lambda x: x @ g - 0.5 * (x @ G * x).sum(1))
+    (_, chain, folded, states), control = setting(next(iter(CASES))), build_control(asked, asked.chain(4), seed=1)
+    control.load_state_dict(folded.state_dict())
+    assert float(folded.langevin.detach().abs().min()) > 0 and folded.langevin_matrix is not None
+    assert control.langevin_matrix is None
+    for steps in (None, [0, 3]):
+        some = states if steps is None else states[steps]
+        found, want = (shifts_along(c, u, some, steps=steps) for c, u in ((chain, folded), (asked.chain(4), control)))
+        torch.testing.assert_close(found, want)
+    torch.testing.assert_close(folded(states[0], 0.3), control(states[0], 0.3))

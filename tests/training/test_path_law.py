@@ -10,6 +10,7 @@ import sdecontrol as sc
 from sdecontrol.chains.categorical import CategoricalChain
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.methods.base import Visited
+from sdecontrol.training.optimiser import Descent
 from sdecontrol.training.path_law import PathLaw
 
 METHODS = [
@@ -60,7 +61,7 @@ def test_the_measured_kl_is_that_of_the_kernels_and_the_shortened_step_is_on_the
             return self.u.expand(len(x), 2)
 
     chain, control = problem.chain(8), Constant()
-    law, look = looked(chain, control, 0.5, torch.zeros(8, 4, 2))
+    law, look = looked(chain, control, 0.5, torch.zeros(8, 3, 2))
     with torch.no_grad():
         control.u += torch.tensor([3.0, 4.0])
     assert look.bound([control.u], [torch.zeros(2)]) == pytest.approx(12.5)
@@ -105,7 +106,7 @@ def test_a_rate_is_found_whatever_a_step_of_the_default_rate_does(scale):
     with torch.no_grad():
         control.last.mul_(1 / scale)
     history = sc.solve(problem, sc.RewardBackprop(), control=control, **options).history
-    steps = [entry["kl_step"] for entry in history]
+    steps = [entry.get("kl_step", 0.0) for entry in history]
     assert max(steps[30:]) < 0.4 and max(entry["kl"] for entry in history) < 100
 
 
@@ -127,15 +128,63 @@ def test_what_was_found_is_part_of_a_checkpoint(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_quarter_of_the_paths_and_every_fourth_step_are_looked_at():
+@pytest.mark.parametrize(("steps", "each", "looks"), [(8, 2, 4), (120, 12, 10)])
+def test_a_quarter_of_the_paths_and_every_fourth_or_rarer_step_are_looked_at(steps, each, looks):
     problem, control = steep(), SmallControl(2, 2)
-    chain, states = problem.chain(8), randn(9, 64, 2, seed=1)
+    chain, states = problem.chain(steps), randn(steps + 1, 64, 2, seed=1)
     law, seen = PathLaw(chain, control, 0.5, find=False), []
-    for _ in range(4):
+    for _ in range(looks):
         look = law.look(Visited.of(states, None))
         seen += look.steps
-        assert look.states.shape == (2, 16, 2)
+        assert look.states.shape == (each, 16, 2)
         torch.testing.assert_close(
             look.before, shifts_along(chain, control, states[look.steps][:, :16], steps=look.steps)
         )
-    assert sorted(seen) == list(range(8))
+    assert sorted(seen) == list(range(steps))
+
+
+def test_after_fifty_looks_every_eighth_step_is_looked_at_and_each_that_may_come_near_the_bound():
+    law = PathLaw(steep().chain(8), SmallControl(2, 2), 0.5, find=False)
+    states = Visited(randn(9, 4, 2, seed=1), None)
+    for _ in range(50):
+        assert law.due(1e-9)
+        law.look(states)
+        law.saw(0.02, 1e-4)  # 200 nats per squared length: 0.5/4 nats at 6.25e-4
+    due = []
+    for _ in range(24):
+        due.append(law.due(6e-4))
+        if due[-1]:
+            law.look(states)
+    assert due == 3 * [*7 * [False], True]
+    assert law.due(6.5e-4)
+    law.look(states)
+    law.saw(1e-4, 1e-4)  # a short step of small effect: what was seen before fades, and is not forgotten at once
+    assert law.per_length == pytest.approx(140)
+    law.saw(math.inf, 1e-2)  # a control that is not finite: as far as a thousand bounds
+    assert law.per_length == pytest.approx(5e4) and law.due(1e-5)
+
+
+def test_a_step_between_two_looks_that_would_go_far_is_still_bounded():
+    """The learning rate, constant so far, is a thousand times as large in one step in which no look is due."""
+    begin, found = Descent.begin, []
+    options = {"iterations": 64, "time_steps": 8, "batch_size": 64, "seed": 0, "progress": False}
+
+    def begun(self, factor):
+        begin(self, factor)
+        found.append(self)
+        if len(found) == 62:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= 1e6
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Descent, "begin", begun)
+        history = sc.solve(
+            steep(),
+            sc.RewardBackprop(),
+            control=SmallControl(2, 2),
+            max_kl_step=0.01,
+            optimizer=lambda p: torch.optim.SGD(p, lr=1e-6),
+            **options,
+        ).history
+    assert "kl_step" not in history[60] and "kl_step" not in history[62]
+    assert 0.005 < history[61]["kl_step"] <= 0.01 * max(1.0, 1.5 * history[61]["kl"])
