@@ -26,7 +26,7 @@ from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .langevin_term import LangevinTerm
-from .linear_part import LinearPart, gram_of_features
+from .linear_part import Gram, LinearPart, gram_of_features
 from .saved import CONTROLS
 
 _FULL_AFFINE = 128  # largest state for which the affine path is a full matrix rather than a diagonal
@@ -402,7 +402,7 @@ class NetworkLinearPart(LinearPart):
         y: Any = None,
         weights: Tensor | None = None,
         step_weights: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Gram:
         return gram_of_features(chain, *self.features(chain, states, y), weights, step_weights)
 
     def gather(self, parts: Sequence[Tensor]) -> Tensor:
@@ -410,19 +410,19 @@ class NetworkLinearPart(LinearPart):
         shared = torch.cat((offset.unsqueeze(2), affine), 2).permute(0, 2, 1).flatten(0, 1)  # (F (1 + n), m)
         shared = torch.cat((shared, last.mT))
         if not self.own:
-            return shared.unsqueeze(0)
+            return shared
         mine = torch.cat([p if p.ndim == 3 else p.unsqueeze(2) for p in own], 2)  # (F, m, J)
-        return torch.cat((shared.mT, mine.permute(1, 0, 2).flatten(1)), 1).unsqueeze(2)
+        return torch.cat((shared, mine.permute(0, 2, 1).flatten(0, 1)))
 
     def scatter(self, values: Tensor) -> list[Tensor]:
         control = self.control
         m, n, h = control.last.shape[0], control.affine.shape[2], control.last.shape[1]
         size = FEATURES * (1 + n) + h
-        shared = values[:, :size, 0].mT if self.own else values[0]
+        shared = values[:size]
         first = shared[:-h].reshape(FEATURES, 1 + n, m).permute(0, 2, 1)
         out = [first[:, :, 0], first[:, :, 1:], shared[-h:].mT]
         if self.own:
-            mine = values[:, size:, 0].reshape(m, FEATURES, -1).permute(1, 0, 2)
+            mine = values[size:].reshape(FEATURES, -1, m).permute(0, 2, 1)
             if control.has_radial:
                 out.append(mine[..., :_CENTRES])
             if self.langevin:

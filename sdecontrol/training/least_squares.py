@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..controls.linear_part import LinearPart
+from ..controls.linear_part import Gram, LinearPart
 from ..methods.base import Regression
 
 
@@ -37,7 +37,7 @@ class LinearSteps:
 
     def __init__(self, parts: Sequence[LinearPart]) -> None:
         self.parts = list(parts)
-        self.grams: list[Tensor] = []
+        self.grams: list[Gram] = []
         self.directions: list[Tensor] = []
         self.first = self.level = 0.0  # logarithms of the loss
         self.disagreements = 0.0
@@ -78,41 +78,42 @@ class LinearSteps:
         Args:
             factor: of the step. radius: of the largest change of the path law, in KL.
         """
-        directions = []
-        for part, gram in zip(self.parts, self.grams):
-            gradient = part.gather(
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in part.parameters]
-            ).double()
-            size = gram.diagonal(dim1=1, dim2=2)
-            size = size + 0.1 * size.mean(1, keepdim=True)
-            direction = -torch.cholesky_solve(gradient, _factor(gram, size, self.damping))
-            directions.append(direction.contiguous())  # as a checkpoint gives it back: sums have an order
-        self._follow(directions)
-        for part, gram, direction in zip(self.parts, self.grams, directions):
-            step = 0.5 * self.step_size * factor * direction
-            now = part.gather(part.parameters).double()
-            kl, own = (0.5 * float((v * (gram @ v)).sum()) for v in (step, now))
-            most = radius * self.part_kl * max(1.0, own)
+        gradients = [
+            part.gather([torch.zeros_like(p) if p.grad is None else p.grad for p in part.parameters]).double()
+            for part in self.parts
+        ]
+        factors = [gram.damped(self.damping, g.shape[1]) for gram, g in zip(self.grams, gradients)]
+        # contiguous as a checkpoint gives it back: sums have an order
+        directions = [(-damped.solve(g)).contiguous() for damped, g in zip(factors, gradients)]
+        # G of a direction, without a product: (G + D) direction = -gradient
+        images = [-g - damped.added * d for damped, g, d in zip(factors, gradients, directions)]
+        self._follow(directions, images)
+        for part, gram, direction, image in zip(self.parts, self.grams, directions, images):
+            length = 0.5 * self.step_size * factor
+            kl = 0.5 * length**2 * max(0.0, _dot(direction, image))
+            most = radius * self.part_kl
             if kl > most:
-                step *= math.sqrt(most / kl)
+                now = part.gather(part.parameters).double()
+                most *= max(1.0, 0.5 * _dot(now, gram.product(now)))
+                length *= min(1.0, math.sqrt(most / kl))
+            step = length * direction
             for p, move in zip(part.parameters, part.scatter(step.to(part.parameters[0].dtype))):
                 p.add_(move)
             for p in (*part.parameters, *part.redundant):
                 p.grad = None
 
-    def _follow(self, directions: list[Tensor]) -> None:
-        """Set the step size by the cosine between this direction and the last, in the metric G."""
+    def _follow(self, directions: list[Tensor], images: list[Tensor]) -> None:
+        """Set the step size by the cosine between this direction and the last, in the metric G.
+
+        Args:
+            images: G of the directions.
+        """
         if self.directions:
-            products = [
-                sum(float((a * (g @ b)).sum()) for a, g, b in zip(one, self.grams, other))
-                for one, other in (
-                    (directions, self.directions),
-                    (directions, directions),
-                    (self.directions, self.directions),
-                )
-            ]
-            size = math.sqrt(max(0.0, products[1]) * max(0.0, products[2]))  # rounding can make them negative
-            cosine = products[0] / size if size > 0 else 0.0
+            across = sum(map(_dot, self.directions, images))
+            own = sum(map(_dot, directions, images))
+            last = sum(_dot(d, gram.product(d)) for d, gram in zip(self.directions, self.grams))
+            size = math.sqrt(max(0.0, own) * max(0.0, last))  # rounding can make them negative
+            cosine = across / size if size > 0 else 0.0
             self.disagreements = max(0.0, self.disagreements + self.gain * (self.agreement - cosine))
         self.directions = directions
 
@@ -120,8 +121,9 @@ class LinearSteps:
         """What a checkpoint keeps."""
         plain = torch.tensor([self.first, self.level, self.disagreements, float(self.count)], dtype=torch.float64)
         out = {"linear.state": plain}
-        for name, parts in (("gram", self.grams), ("direction", self.directions)):
-            out.update({f"linear.{name}.{i}": part for i, part in enumerate(parts)})
+        for i, gram in enumerate(self.grams):
+            out.update({f"linear.gram.{i}.{j}": block for j, block in enumerate(gram.blocks)})
+        out.update({f"linear.direction.{i}": direction for i, direction in enumerate(self.directions)})
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -129,15 +131,10 @@ class LinearSteps:
         self.count = int(count)
         if self.count:
             like = [part.parameters[0].device for part in self.parts]
-            self.grams = [tensors[f"linear.gram.{i}"].to(d) for i, d in enumerate(like)]
+            names = [[name for name in tensors if name.startswith(f"linear.gram.{i}.")] for i in range(len(like))]
+            self.grams = [Gram(*(tensors[n].to(d) for n in sorted(group))) for group, d in zip(names, like)]
             self.directions = [tensors[f"linear.direction.{i}"].to(d) for i, d in enumerate(like)]
 
 
-def _factor(gram: Tensor, size: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of ``G + damping diag(size)`` ``(groups, p, p)``, with as much more damping as rounding makes
-    necessary."""
-    while True:
-        root, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(damping * size))
-        if not bool(info.any()):
-            return root
-        damping = max(10 * damping, 1e-7)
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum())

@@ -9,6 +9,7 @@ from cases import F64, nonlinear, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
+from sdecontrol.controls.linear_part import Gram
 from sdecontrol.controls.network import radial_basis
 from sdecontrol.methods.base import Regression
 from sdecontrol.training.least_squares import LinearSteps
@@ -40,6 +41,14 @@ CASES = {
 }
 
 
+def dense(gram, output):
+    """The matrix of one output, and whether it is all outputs'."""
+    if gram.border is None:
+        return gram.shared
+    border = gram.border[:, output]
+    return torch.cat((torch.cat((gram.shared, border), 1), torch.cat((border.mT, gram.own[output]), 1)))
+
+
 def setting(name, steps=4, batch=9):
     problem = CASES[name]()
     chain = problem.chain(steps)
@@ -60,18 +69,50 @@ def test_the_gram_matrix_is_that_of_the_shifts_derivatives(name):
     c = shifts_along(chain, control, states)
     for part in control.linear_parts():
         gram = part.gram(chain, states, None, weights, by_step)
-        outputs = range(c.shape[2]) if gram.shape[0] > 1 else [0]
-        for o in outputs:
+        for o in range(c.shape[2]):
             rows = []
             for k in range(chain.steps):
                 for b in range(states.shape[1]):
                     grads = torch.autograd.grad(c[k, b, o], part.parameters, retain_graph=True, allow_unused=True)
                     grads = [torch.zeros_like(p) if g is None else g for p, g in zip(part.parameters, grads)]
-                    gathered = part.gather(grads)
-                    row = gathered[o, :, 0] if gram.shape[0] > 1 else gathered[0, :, o]
-                    rows.append(row * (weights[b] * by_step[k] / states.shape[1]).sqrt())
+                    rows.append(part.gather(grads)[:, o] * (weights[b] * by_step[k] / states.shape[1]).sqrt())
             want = torch.stack(rows).mT @ torch.stack(rows)
-            torch.testing.assert_close(gram[o if gram.shape[0] > 1 else 0], want, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(dense(gram, o), want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("damping", [1e-3, 10.0])
+def test_blocks_multiply_and_solve_as_the_matrices_of_all_outputs_do(name, damping):
+    _, chain, control, states = setting(name, batch=40)
+    for part in control.linear_parts():
+        gram, v = part.gram(chain, states), part.gather(part.parameters).double()
+        damped = gram.damped(damping, v.shape[1])
+        product, solution = gram.product(v), damped.solve(v)
+        for o in range(v.shape[1]):
+            G = dense(gram, o)
+            torch.testing.assert_close(product[:, o], G @ v[:, o], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(damped.added[:, o], damping * gram.scale(v.shape[1])[:, o])
+            want = torch.linalg.solve(G + torch.diag(damped.added[:, o]), v[:, o])
+            torch.testing.assert_close(solution[:, o], want, rtol=1e-6, atol=1e-9 * float(want.abs().max()))
+
+
+def test_damping_is_relative_to_each_feature_and_to_a_tenth_of_their_mean():
+    """Of one output the mean is that of all its features; of several the shared features have the geometric mean."""
+    gram = Gram(torch.diag(torch.tensor([4.0, 2.0], dtype=F64)))
+    torch.testing.assert_close(gram.scale(3)[:, 2], torch.tensor([4.3, 2.3], dtype=F64))
+    own = torch.tensor([[[9.0]], [[3.0]]], dtype=F64)
+    gram = Gram(gram.shared, torch.zeros(2, 2, 1, dtype=F64), own)
+    middle = 0.1 * math.sqrt(5.0 * 3.0)
+    want = torch.tensor([[4 + middle, 4 + middle], [2 + middle, 2 + middle], [9.5, 3.3]], dtype=F64)
+    torch.testing.assert_close(gram.scale(2), want)
+
+
+def test_a_matrix_that_rounding_leaves_indefinite_is_damped_until_it_has_a_factor():
+    gram = Gram(torch.diag(torch.tensor([1.0, -1e-5], dtype=F64)))
+    damped = gram.damped(1e-9, 1)
+    assert 1e-4 <= float(damped.added[1, 0] / gram.scale(1)[1, 0]) <= 1e-3
+    gram = Gram(torch.eye(1, dtype=F64), torch.ones(1, 2, 1, dtype=F64), torch.full((2, 1, 1), 1 - 1e-5, dtype=F64))
+    assert bool(gram.damped(1e-9, 2).solve(torch.ones(2, 2, dtype=F64)).isfinite().all())
 
 
 @pytest.mark.parametrize("name", CASES)
