@@ -8,6 +8,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .chains.masked import masked_diffusion
 from .chains.noise_driven import discrete_dynamics
 from .chains.pretrained import diffusion_chain
 from .comparison.auto import Auto
@@ -56,6 +57,7 @@ from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
 from .training.distill import distill
 from .training.fit_bridge import fit_bridge
+from .training.fit_masked import fit_masked_diffusion
 from .training.fit_score import fit_score
 from .training.solve import load, solve
 
@@ -119,12 +121,14 @@ __all__ = [
     "distill",
     "exact_solution",
     "fit_bridge",
+    "fit_masked_diffusion",
     "fit_score",
     "generative_sde",
     "gibbs_problem",
     "library",
     "load",
     "log_likelihood",
+    "masked_diffusion",
     "metrics",
     "recommend",
     "simulate",

@@ -39,6 +39,7 @@ class Place(enum.IntEnum):
     LAW = 2  # draws from a law [block]
     PROBE_STATES = 3  # states to try functions with
     PROBE_TOKENS = 4  # the same, tokens
+    PROBE_ENDS = 5  # tokens as a path may end with
 
     # paths
     REPLAY = 101  # stored paths that are learned from again [iteration, part]
@@ -78,6 +79,8 @@ class Place(enum.IntEnum):
     RATIO_PILOT = 309  # paths that normalise what it sees
     REWARD_NETWORK = 320  # weights and pilot paths of the network beside a pre-trained model
     REWARD_NETWORK_WEIGHTS = 321
+    TOKEN_CONTROL_WEIGHTS = 330  # of the default network of tokens
+    TOKEN_VALUE_WEIGHTS = 331
     PATH_INTEGRAL = 307  # paths that a path-integral control averages [step, group of rows]
 
     # particles
@@ -172,6 +175,8 @@ class Place(enum.IntEnum):
     GOOD_ENOUGH = 701  # evaluations that may end a run [iteration]
     SCORE_NETWORK = 710  # fit_score: weights and dropout
     SCORE_BATCH = 711
+    MASKED_NETWORK = 712  # fit_masked_diffusion: weights and dropout
+    MASKED_BATCH = 713
     BRIDGE_NETWORK = 720  # fit_bridge: weights, dropout and times
     BRIDGE_BATCH = 721
     BRIDGE_MOMENTS = 722

@@ -54,6 +54,24 @@ def token_chain(device):
     return sc.ControlProblem(chain, reward=lambda x: (x == 2).to(F32).sum(1))
 
 
+class Letters(torch.nn.Module):
+    """A masked diffusion model, of sorts."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.layer = torch.nn.Embedding(5, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x, s):
+        z = self.token(x)
+        return self.layer(z + z.mean(1, keepdim=True))
+
+
+def masked_model(device):
+    torch.manual_seed(0)
+    chain = sc.masked_diffusion(Letters().to(device), 5, 4, steps=3)
+    return sc.ControlProblem(chain, reward=lambda x: (x == 2).to(F32).sum(1))
+
+
 class Tilt(torch.nn.Module):
     """A user's control of tokens."""
 
@@ -73,6 +91,8 @@ CASES = {
     "density, tempered particles": (gibbs_target, sc.TemperedSMC(num_particles=128), {}),
     "density, particle-matching": (gibbs_target, sc.ParticleMatching(num_particles=128), {"time_steps": 5, **TRAINED}),
     "tokens, soft-ppo": (token_chain, sc.SoftPPO(), TRAINED),
+    "tokens, a module of mine": (token_chain, sc.SoftPPO(), TRAINED),
+    "masked diffusion, log-variance": (masked_model, sc.LogVariance(), TRAINED),
     "tokens, particles": (token_chain, sc.SMC(num_particles=256), {}),
 }
 
@@ -83,7 +103,7 @@ CASES = {
 def test_solutions_live_on_the_device_and_repeat_their_bits(case, device, tmp_path):
     make, method, options = CASES[case]
     problem = make(device)
-    if case == "tokens, soft-ppo":  # there is no default network on tokens
+    if case == "tokens, a module of mine":
         options = {**options, "control": Tilt().to(device)}
     solutions = [sc.solve(problem, method, seed=1, progress=False, **options) for _ in range(2)]
     first, second = (s.sample(128, seed=2) for s in solutions)

@@ -60,6 +60,8 @@ class Chain(Definition):
         reverse: the kernels backwards of which the target is made, where it is not made of the reference's own.
         gaussian: whether the steps are Gaussian kernels, with a mean and a scale.
         of_noise: whether a step's log-ratio and KL are functions of its noise and shift alone: states may then be None.
+        memo_shape: of one row of what a step computes at its state and later questions there ask for again
+            (:meth:`memo`); None: nothing.
         scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes
             first; "" for chains that are not made from an SDE and a grid.
     """
@@ -74,6 +76,7 @@ class Chain(Definition):
     reverse: ReverseLaw | None = None
     gaussian: bool = True
     of_noise: bool = True
+    memo_shape: torch.Size | None = None
     scheme: str = ""
 
     def set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:
@@ -140,6 +143,15 @@ class Chain(Definition):
         if isinstance(gains[0], Tensor):
             return u @ torch.stack(gains).mT  # type: ignore[arg-type]
         return u * u.new_tensor(gains).reshape(-1, *(1,) * (u.ndim - 1))
+
+    def together(self, k: int, x: States, first: Noises, second: Noises, condition: Any = None) -> Noises:
+        """The shift at step k and states x of two controls together, from the shifts of each."""
+        return first + second
+
+    def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
+        """What the step at x has computed, ``(batch, *memo_shape)``, to be kept with stored states: inside
+        ``memory.stored(chain, steps, states, memos)`` shifts and KLs there cost no second call of it."""
+        return None
 
     def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         """What made step k from states x, by name: the first that is not finite is at fault."""

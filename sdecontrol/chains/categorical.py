@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..memory import recall
 from ..precision import at_least_single
 from ..processes.laws import Dirac
@@ -40,6 +41,8 @@ class CategoricalChain(Reference, Chain):
     """
 
     continuous = gaussian = of_noise = differentiable = False
+    #: whether positions are independent given the state; else ``log_probs`` are the margins of what is drawn
+    independent = True
     state_dtype = torch.int64
 
     def __init__(
@@ -58,6 +61,7 @@ class CategoricalChain(Reference, Chain):
         self.dtype, self.device = at_least_single(dtype or torch.get_default_dtype()), start.device
         self.event_shape, self.own_initial = start.shape, Dirac(start)
         self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
+        self.memo_shape: torch.Size | None = self.noise_shape
         self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
 
     def log_probs(self, k: int, x: States, condition: Any = None) -> Noises:
@@ -65,9 +69,29 @@ class CategoricalChain(Reference, Chain):
         rest = () if condition is None else (condition,)
         return recall(self, k, x, lambda: self.function(k, x, *rest))
 
+    def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
+        return self.log_probs(k, x, condition)
+
     def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
         logits = self.log_probs(k, x, condition)
-        return ((logits if c is None else logits + c) + gumbel(xi)).argmax(-1)
+        return ((logits if c is None else logits + self.checked(c, k)) + gumbel(xi)).argmax(-1)
+
+    def checked(self, c: Noises, k: int) -> Noises:
+        """A control's shift, which no state would show not to be a number: some token is always the largest.
+
+        Raises:
+            NonFiniteError: with the step.
+        """
+        if bool((bad := c.isnan()).any()):
+            rows = int(bad.flatten(1).any(1).sum())
+            raise NonFiniteError(
+                f"control is not a number at step {k} of {self.steps} (t = {self.clock[k]:.4g}), in {rows} rows. Check "
+                "the control there (a smaller learning rate, if it was being trained).",
+                what="control",
+                step=k,
+                rows=rows,
+            )
+        return c
 
     def draws(self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None) -> DrawPaths:
         assert states is not None
@@ -99,6 +123,9 @@ class CategoricalChain(Reference, Chain):
     def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
         return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
+    def together(self, k: int, x: States, first: Noises, second: Noises, condition: Any = None) -> Noises:
+        return self.shift_at(k, x, self.control(k, first + second), condition)
+
     def control(self, k: int, c: Noises) -> Controls:
         return c
 
@@ -106,6 +133,19 @@ class CategoricalChain(Reference, Chain):
         return [("log_probs", self.log_probs(k, x, condition).exp())]
 
     # ---------------------------------------------------------------- what a problem asks of a reference
+
+    def check_states(self, name: str, x: States) -> None:
+        """Raise unless these are tokens.
+
+        Raises:
+            TypeError: of another dtype. ValueError: out of range.
+        """
+        if x.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64 tokens, got {x.dtype}; use {name}.long() if they are whole numbers.")
+        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.values):
+            raise ValueError(
+                f"{name} has tokens from {int(x.min())} to {int(x.max())}; they are 0 to {self.values - 1}."
+            )
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
         generator = generator_for("cpu", seed, Place.PROBE_TOKENS)

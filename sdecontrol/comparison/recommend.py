@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.blocks import graph_bytes
 from ..chains.shifts import shift_function
-from ..controls.build import build_control, continued, has_default
+from ..controls.build import build_control, continued
 from ..errors import NoExactSolution
 from ..evaluation.solution import Solution
 from ..exact import exact_solution
@@ -96,8 +96,7 @@ def recommend(
     Args:
         one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training
             pays.
-        time_steps, batch_size, control: as they will be in ``solve``. With a control of your own, methods that train
-            it; without one, where there is no default network (tokens), methods that train nothing.
+        time_steps, batch_size, control: as they will be in ``solve``.
         memory: GiB that the graph of a backward pass may take; what it would take is measured on one step.
 
     Returns:
@@ -108,19 +107,18 @@ def recommend(
     check_recording("recommend(...)")
     limit = as_float("memory", memory, positive=True)
     chain = problem.chain(time_steps)
-    trains = control is not None or has_default(problem)
-    graph, parameters = backward_graph(problem, chain, batch_size, control) if trains else (0.0, 0)
+    graph, parameters = backward_graph(problem, chain, batch_size, control)
     fits = graph <= limit
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
-    found = _trained(problem, chain, fits, steps) if trains and not one_off else _one_off(problem, chain)
+    found = _trained(problem, chain, fits, steps) if not one_off else _one_off(problem, chain)
     if problem.density is not None and control is None:
         found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
         (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
         tuple(kept),
-        tuple(_warnings(problem, one_off, trains)),
+        tuple(_warnings(problem, one_off)),
     )
 
 
@@ -247,7 +245,9 @@ def _accepts(method: Method, problem: ControlProblem) -> bool:
 def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
     missing = missing_gradients(problem)
     name = "reward" if problem.density is None else "log_density"
-    reward = "the reward has a gradient" if name not in missing else "the reward is a black box"
+    reward = (
+        "the reward has a gradient" if name not in missing and "state" not in missing else "the reward is a black box"
+    )
     facts = [reward if problem.reward_function is not None else "no terminal reward"]
     facts += [f"no gradient of {name} ({why})" for name, why in missing.items()]
     if problem.reference.pretrained:
@@ -264,13 +264,14 @@ def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
         facts.append("a running cost")
     if problem.condition is not None:
         facts.append("conditions")
+    kind = "numbers" if problem.reference.state_dtype is None else "tokens"
     facts.append(
-        f"states of {problem.event_shape.numel()} numbers, {chain.steps} steps, {parameters} parameters to train"
+        f"states of {problem.event_shape.numel()} {kind}, {chain.steps} steps, {parameters} parameters to train"
     )
     return facts
 
 
-def _warnings(problem: ControlProblem, one_off: bool, trains: bool) -> list[str]:
+def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
     out = [
         "whether the target has modes that the paths never reach cannot be told from the problem. A training method "
         "learns what its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, "
@@ -281,9 +282,7 @@ def _warnings(problem: ControlProblem, one_off: bool, trains: bool) -> list[str]
             "the random start keeps its law: the end has the tilted law only where it has forgotten the start "
             "(evaluate's start gap says what is left). start='controlled' removes that."
         )
-    if not trains:
-        out.append("there is no default network for steps of this kind: a module of yours, control=, can be trained.")
-    elif not one_off and problem.condition is not None:
+    if not one_off and problem.condition is not None:
         out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")
     try:
         exact_solution(problem, grids=False)

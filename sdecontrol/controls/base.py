@@ -49,7 +49,7 @@ class Control(nn.Module):
         differentiable: whether ``u`` has a gradient in its parameters; without one they are trained by a method of its
             own.
         within: the user's modules in evaluation mode, where a control of a solution is called.
-        state_dtype: of the states, where they are tokens.
+        state_dtype: of the states, where they are tokens. check_states: the reference's check of states by name.
 
     A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says
     how it is made again; its parameters come from the file::
@@ -76,6 +76,7 @@ class Control(nn.Module):
         self.settings: dict[str, Any] = {}
         self.within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.state_dtype: torch.dtype | None = None
+        self.check_states: Callable[[str, Tensor], None] | None = None
 
     # ------------------------------------------------------------ for users
 
@@ -103,6 +104,10 @@ class Control(nn.Module):
         own = at_least_single(torch.get_default_dtype() if like is None else like.dtype)
         if like is not None and x.is_floating_point() and own != x.dtype:
             raise TypeError(f"x has dtype {x.dtype}, the control {own}; use x.to({own}).")
+        if x.is_floating_point() and self.state_dtype is not None:
+            raise TypeError(f"x has dtype {x.dtype}, and states are tokens of dtype {self.state_dtype}.")
+        if self.check_states is not None:
+            self.check_states("x", x)
         kind = x.dtype if x.is_floating_point() else own
         t = torch.as_tensor(t, dtype=kind, device=x.device)
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):

@@ -20,6 +20,7 @@ from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
 from .reward_network import SumControl, reward_network
 from .saved import CONTROLS, Context
+from .token_network import TokenControl, token_layers
 from .tuned import TunedControl
 
 _PILOT_PATHS = 256
@@ -34,7 +35,8 @@ def build_control(
 
     Args:
         control: an nn.Module; or one of :data:`WAYS` of controlling a pre-trained model: "tuned", a copy of it;
-            "frozen", the model as it is and a small network beside it that sees the reward at the denoised state;
+            "frozen", the model as it is and a small network beside it that sees the reward at the denoised state (of
+            tokens: the default network);
             "both", that network beside a tuned copy.
         scale_langevin: whether the default network's Langevin term is scaled down where the reward is steep (at the
             price of 256 calls of its gradient).
@@ -48,12 +50,6 @@ def build_control(
         main = as_control(problem, chain.main, control)
     elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
-    elif not has_default(problem):
-        raise TypeError(
-            f"control is needed: there is no default network for a {type(problem.reference).__name__}. Pass an "
-            f"nn.Module control(x, t) -> (batch, {', '.join(map(str, problem.control_shape))}), x int64 tokens, t "
-            "(batch,): the tilt of the log-probabilities."
-        )
     else:
         main = _network(problem, chain, derive_seed(seed, Place.CONTROL_NETWORK), scale_langevin=scale_langevin)
     if not chain.start or isinstance(main, StartedControl):
@@ -119,8 +115,8 @@ def _of_model(problem: ControlProblem, chain: Chain, way: str, seed: int) -> Con
     reference: Any = problem.reference
     if not reference.pretrained:
         raise ValueError(
-            f"control={way!r} is for pre-trained models (generative_sde, diffusion_chain), and the reference is a "
-            f"{type(reference).__name__}; leave control out for the default network."
+            f"control={way!r} is for pre-trained models (generative_sde, diffusion_chain, masked_diffusion), and the "
+            f"reference is a {type(reference).__name__}; leave control out for the default network."
         )
     if way != "frozen" and not reference.trainable:
         raise ValueError(
@@ -129,14 +125,11 @@ def _of_model(problem: ControlProblem, chain: Chain, way: str, seed: int) -> Con
         )
     if way == "tuned":
         return TunedControl(reference)
-    network = reward_network(problem, chain.main, seed)
+    if reference.state_dtype is not None:
+        network: Control = TokenControl.of(problem, token_layers(problem), seed)
+    else:
+        network = reward_network(problem, chain.main, seed)
     return network if way == "frozen" else SumControl(TunedControl(reference), network)
-
-
-def has_default(problem: ControlProblem) -> bool:
-    """Whether the problem has a control to train where the user gives none: a copy of its model, or a default
-    network, which shifts noise."""
-    return problem.reference.trainable or problem.reference.of_noise
 
 
 def corrected(problem: ControlProblem, chain: Chain, base: Control, *, seed: int = 0) -> CorrectedControl:
@@ -152,9 +145,11 @@ def _network(
     seed: int,
     denoiser: Any = None,
     scale_langevin: bool = True,
-) -> DefaultControl:
-    """The default network, normalised by a few paths of the reference."""
+) -> Control:
+    """The default network, normalised by a few paths of the reference; of tokens, one that embeds them."""
     sde = problem.reference
+    if sde.state_dtype is not None:
+        return TokenControl.of(problem, token_layers(problem), seed)
     langevin = problem.has_gradient and problem.reward_function is not None and sde.continuous
     if sde.pretrained and sde.continuous:
         # a mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off

@@ -24,27 +24,13 @@ from ..problems.simulate import simulate_chain
 from ..randomness import Place, generator_for
 from ..tensors import apply_scale, apply_scale_transposed, check_output
 from .base import Control, at_each_time
+from .log_value import LogValue
 from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
+from .token_network import TokenValue, token_layers
 
 _PILOT_PATHS = 256
 _FULL = 32  # largest state whose value has a full matrix for its quadratic part, rather than a diagonal
-
-
-class LogValue(nn.Module):
-    """Base of the value functions: ``at(x, t, y)`` is ``v(x, t)/alpha``, ``(batch,)``, for a 0-d t."""
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """What a saved file says of it beside its kind, for ``from_saved``."""
-        return {}
-
-    def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        raise NotImplementedError
-
-    def on_chain(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
-        """``(k, x, y) -> v/alpha`` at step k of a chain."""
-        return lambda k, x, y: self.at(x, chain.times[k], y)
 
 
 @VALUES.register("annealed", lambda saved, context: AnnealedValue(context.problem))
@@ -316,18 +302,17 @@ class NetworkValue(LogValue):
         return self.along(x.unsqueeze(0), t.reshape(1), y)[0]
 
 
-def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue:
-    """A value network for a problem, normalised by a few paths of the reference."""
+def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue | TokenValue:
+    """A value network for a problem, normalised by a few paths of the reference; of tokens, one that embeds them."""
     paths = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
     with torch.no_grad():
-        flat = paths.states.flatten(0, 1).flatten(1).to(problem.dtype)
         total = (paths.reward - paths.cost).double() / problem.alpha
-        return NetworkValue.of(
-            problem,
-            chain,
-            layers_for(problem),
-            Scales(flat.mean(0), floored(flat.std(0))),
-            seed,
-            level=float(total.logsumexp(0)) - math.log(len(total)),
-            size=min(max(float(total.std()), 1.0), 100.0),
-        )
+        unit = {
+            "level": float(total.logsumexp(0)) - math.log(len(total)),
+            "size": min(max(float(total.std()), 1.0), 100.0),
+        }
+        if problem.reference.state_dtype is not None:
+            return TokenValue.of(problem, chain, token_layers(problem), seed, **unit)
+        flat = paths.states.flatten(0, 1).flatten(1)
+        scales = Scales(flat.mean(0), floored(flat.std(0)))
+        return NetworkValue.of(problem, chain, layers_for(problem), scales, seed, **unit)

@@ -167,6 +167,8 @@ class CorrectedControl(Control):
     @classmethod
     def from_saved(cls, saved: Saved, context: Context) -> CorrectedControl:
         base, network = CONTROLS.make(saved["base"], context), Saved(saved["network"], saved.where)
+        if network["kind"] != "network":
+            return cls(base, CONTROLS.make(network, context))
         denoiser = base if isinstance(base, MixtureControl) else None
         return cls(base, DefaultControl.of(context.problem, network.settings(Architecture), denoiser=denoiser))
 
@@ -178,10 +180,14 @@ class CorrectedControl(Control):
 
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         base, correction = self.base.on_chain(chain), self.correction.on_chain(chain, tables)
-        return lambda k, x, y: base(k, x, y) + correction(k, x, y)
+        return lambda k, x, y: chain.together(k, x, base(k, x, y), correction(k, x, y), y)
 
     def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
-        return self.base.along(chain, states, y, first) + self.correction.along(chain, states, y, first)
+        parts = [control.along(chain, states, y, first) for control in (self.base, self.correction)]
+        if chain.of_noise:
+            return parts[0] + parts[1]
+        pairs = enumerate(zip(states, *parts))
+        return torch.stack([chain.together(first + k, x, base, more, y) for k, (x, base, more) in pairs])
 
     def linear_parts(self) -> list[LinearPart]:
         return self.correction.linear_parts()

@@ -206,7 +206,7 @@ class SumControl(Control):
         tables = self.tables(chain) if tables is None else tables
         cut = len(tables) - len(self.second.tables(chain)) if tables else 0
         first, second = self.first.on_chain(chain, tables[:cut]), self.second.on_chain(chain, tables[cut:])
-        return lambda k, x, y: first(k, x, y) + second(k, x, y)
+        return lambda k, x, y: chain.together(k, x, first(k, x, y), second(k, x, y), y)
 
 
 def reward_network(problem: ControlProblem, chain: Chain, seed: int) -> RewardNetwork:

@@ -61,7 +61,7 @@ class ModelControl(Control):
 
         def shift(k: int, x: States, y: Any) -> Tensor:
             recall(self.reference, k, x, lambda: self.reference.predict(self.predicted, x, chain.clock[k], y))
-            return x.new_zeros(len(x), *chain.noise_shape)
+            return chain.times.new_zeros(len(x), *chain.noise_shape)
 
         return shift
 
@@ -69,7 +69,8 @@ class ModelControl(Control):
         start = chain.start
         if not start:
             return towards
-        return lambda k, x, y: towards(k - start, x, y) if k >= start else x.new_zeros(len(x), *chain.noise_shape)
+        nothing = lambda x: chain.times.new_zeros(len(x), *chain.noise_shape)  # noqa: E731
+        return lambda k, x, y: towards(k - start, x, y) if k >= start else nothing(x)
 
 
 @CONTROLS.register("tuned", lambda saved, context: TunedControl(context.problem.reference))

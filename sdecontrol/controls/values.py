@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..problems.problem import ControlProblem
 from .guidance import NetworkValue, value_network
+from .token_network import TokenValue
 
 
-def learned_value(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue:
+def learned_value(problem: ControlProblem, chain: Chain, seed: int) -> NetworkValue | TokenValue:
     """A network for ``v/alpha`` to be trained by the control's optimiser: in units of one nat, whatever the spread of
     the reward, since that is the scale to which a value must be known (larger steps make one-step consistency
     unstable)."""

@@ -158,8 +158,6 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
     """Particles tempered from the reference (for a density: from a wide Gaussian) to the target, in ``n``
     evaluations."""
     source = "tempered particles"
-    if not chain.of_noise:
-        return SecondLook(source, why="the chain's states are no functions of noises that could be tempered")
     if problem.density is not None:
         wide = width * problem.scale.expand(problem.dim)
         target: StateTarget | NoiseTarget = StateTarget(problem.density, problem.centre, wide)

@@ -29,22 +29,24 @@ class _Sums:
 
     def __init__(self, chain: Chain, condition: Any) -> None:
         self.chain, self.condition = chain, condition
-        self.held: list[tuple[Any, ...]] = []  # k, xi_k, c_k, and where they count x_k, x_{k+1}
+        self.held: list[tuple[Any, ...]] = []  # k, xi_k, c_k, and where states count KL_k, x_{k+1}
         self.room = max(1, min(64, self.most // (64 * max(1, chain.noise_shape.numel()))))
         self.found: tuple[Tensor, Tensor] | None = None
 
     def add(self, k: int, x: States, xi: Noises, c: Noises, after: States) -> None:
-        kept = (None, None) if self.chain.of_noise else (x, after)
+        kept: tuple[Any, Any] = (None, None)
+        if not self.chain.of_noise:  # the step's law is at hand now
+            kept = (sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition)), after)  # type: ignore[arg-type]
         self.held.append((k, xi, c, *kept))
         if len(self.held) >= self.room:
             self._reduce()
 
     def _reduce(self) -> None:
         steps, *parts = zip(*self.held)
-        xi, c, x, after = (None if part[0] is None else torch.stack(part) for part in parts)
+        xi, c, kls, after = (None if part[0] is None else torch.stack(part) for part in parts)
         assert xi is not None and c is not None
         ratio = sum_steps(self.chain.log_ratio(c, self.chain.draws(xi, c, after)))
-        kl = sum_steps(self.chain.kl(c, x, steps, self.condition))
+        kl = sum_steps(self.chain.kl(c, None, steps, self.condition) if kls is None else kls)
         self.found = (ratio, kl) if self.found is None else (self.found[0] + ratio, self.found[1] + kl)
         self.held = []
 
@@ -87,6 +89,8 @@ def integrate(
         record.noises, record.shifts, record.costs = [], [], [] if running_cost is not None else None
         if law is not None:
             record.back_draws, record.back_shifts = [], []
+        if chain.memo_shape is not None:
+            record.memos = []
     zero = chain.times.new_zeros(x.shape[0])
     totals, reverse = Totals(zero), zero
     sums = None if everything or shift is None else _Sums(chain, condition)
@@ -105,6 +109,8 @@ def integrate(
             c = None if shift is None else shift(k, x, condition)
             after_control = x._version
             x = chain.step(k, x, xi, c, condition)
+            if everything and chain.memo_shape is not None:
+                record.memos.append(chain.memo(k, before, condition).detach())  # type: ignore[union-attr]
             if before._version != version:
                 raise changed_in_place(_who(k, version, after_cost, after_control))
             if law is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import shift_function, shifts_along
+from ..memory import stored
 from ..precision import full_precision
 from ..processes.modules import evaluating, modules_in
 from ..shapes import (
@@ -58,6 +59,7 @@ class Record:
         states, noises, shifts: ``x_k``, ``xi_k``, ``c_k``.
         costs: ``f(x_k, t_k)`` of the steps from time 0, where there is a running cost.
         back_draws, back_shifts: of a reverse law, ``(x_k - mean'_k(x_{k+1}))/scale_k`` and ``b_k``.
+        memos: what the chain's steps computed at ``x_k`` and would be asked for again (``Chain.memo``).
     """
 
     states: Any = None
@@ -66,6 +68,7 @@ class Record:
     costs: Any = None
     back_draws: Any = None
     back_shifts: Any = None
+    memos: Any = None
 
 
 @dataclass
@@ -118,7 +121,9 @@ class StepLaws:
         """``KL(p^u(. | x_k) || p0(. | x_k))``."""
         paths = self.paths
         steps = range(paths.first, paths.last) if self.steps is None else self.steps
-        return paths.chain.kl(self.shifts, self._of(paths.states[:-1]), steps, paths.condition)
+        states = self._of(paths.states[:-1])
+        with paths.remembered(states, self.steps):
+            return paths.chain.kl(self.shifts, states, steps, paths.condition)
 
     @cached_property
     def log_reverse(self) -> PerStep | None:
@@ -319,16 +324,27 @@ class Paths:
         x, y, b = self.states, self.condition, None
         known = self._under_own(steps).shifts if drew else None
         if steps is None:
-            c = shifts_along(chain, control, x[:-1], y, self.first, known=known)
+            with self.remembered(x, None):
+                c = shifts_along(chain, control, x[:-1], y, self.first, known=known)
             if law is not None:
                 b = law.shifts(c, shift_function(chain, control)(chain.steps - 1, x[-1], y))
         else:
             some = x[[k - self.first for k in steps]]
-            c = shifts_along(chain, control, some, y, steps=steps, known=known)
+            with self.remembered(some, steps):
+                c = shifts_along(chain, control, some, y, steps=steps, known=known)
             if law is not None:
                 shift = shift_function(chain, control)
                 b = torch.stack([law.shift(k, x[k + 1 - self.first], shift, y) for k in steps])
         return StepLaws(self, steps, c, b)
+
+    def remembered(self, states: Tensor, steps: Sequence[int] | None) -> contextlib.AbstractContextManager[None]:
+        """At these states, of all steps or the given ones, what the steps computed there is not computed again."""
+        if self.record.memos is None:
+            return contextlib.nullcontext()
+        memos, every = self.recorded("memos"), range(self.first, self.last)
+        if steps is None:
+            return stored(self.chain, every, states, memos)
+        return stored(self.chain, steps, states, memos[[k - self.first for k in steps]])
 
     @cached_property
     def _own(self) -> StepLaws:

@@ -33,6 +33,9 @@ class ReplayBuffer(nn.Module):
             for name in ("back_draws", "back_shifts"):
                 self.record.append(name)
                 self.register_buffer(name, like.new_zeros(K, *noise))
+        if chain.memo_shape is not None:
+            self.record.append("memos")
+            self.register_buffer("memos", like.new_zeros(K, size, *chain.memo_shape))
         for name in ("reward", "running_cost", "log_reverse"):
             self.register_buffer(name, like.new_zeros(size))
         self.conditional = condition is not None

@@ -43,6 +43,7 @@ _AGREE = 0.1  # relative, of derivatives
 NO_GRAPH = "it returns a tensor without a graph for an input that requires one (numpy, .detach(), .item(), no_grad)"
 CUT = "its gradient is not that of its values: finite differences disagree, so a part of it is cut off by .detach(), "
 CUT += "no_grad or numpy, or stands for another"
+TOKENS = "it is made of tokens, by which there are no derivatives"
 JUMPS = "its values jump (a comparison, rounding, sign), which no gradient sees"
 
 
@@ -188,6 +189,9 @@ def missing_gradients(problem: ControlProblem) -> dict[str, str]:
     """
     if (found := _known.get(problem)) is None:
         found = {} if problem.reference.differentiable else {"step": NO_GRAPH}
+        if problem.reference.state_dtype is not None:
+            found = _known[problem] = {"state": TOKENS}
+            return found
         with problem.evaluating():
             for name, function, x, values in _functions(problem):
                 if name not in found and (why := gradient_fault(function, x, values=values)) is not None:

@@ -61,7 +61,8 @@ class ControlProblem(Definition):
     """``max_u E_{P^u}[ r(X_T) - int f dt ] - alpha KL(P^u || Q0)``, which is ``min_u KL(P^u || Q_fine)``.
 
     Args:
-        reference: an :class:`SDE`, :class:`LinearSDE`, :func:`generative_sde` or :func:`diffusion_chain`.
+        reference: an :class:`SDE`, :class:`LinearSDE`, :func:`generative_sde`, :func:`diffusion_chain` or
+            :func:`masked_diffusion`.
         initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None
             for the reference's own (generative references).
         reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
@@ -109,8 +110,8 @@ class ControlProblem(Definition):
         check_recording("ControlProblem(...)")
         if not isinstance(reference, Reference):
             raise TypeError(
-                "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...) or "
-                f"discrete_dynamics(...), got {type(reference).__name__}."
+                "reference must be an SDE, LinearSDE, generative_sde(...), diffusion_chain(...), "
+                f"masked_diffusion(...) or discrete_dynamics(...), got {type(reference).__name__}."
             )
         self.reference: Any = reference
         self.event_shape, self.horizon = reference.event_shape, reference.horizon
@@ -119,6 +120,7 @@ class ControlProblem(Definition):
         sample = draw(self.initial, 1, 0)
         if (kind := reference.state_dtype) is not None and sample.dtype != kind:
             raise TypeError(f"initial gives states of dtype {sample.dtype}, the reference has states of dtype {kind}.")
+        reference.check_states("initial", sample)
         own = sample.dtype if kind is None else reference.dtype or torch.get_default_dtype()
         self.dtype: torch.dtype = at_least_single(own)
         self.device = sample.device
@@ -197,7 +199,7 @@ class ControlProblem(Definition):
         self.reference.probe(self.dtype, self.device, y)
         t = torch.zeros((), dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            decoded = self.reference.decode(x, y)
+            decoded = self.reference.decode(self.reference.probe_ends(rows, self.dtype, self.device), y)
             if self.running_cost_function is not None:
                 if not callable(self.running_cost_function):
                     raise TypeError(
@@ -395,7 +397,8 @@ class ControlProblem(Definition):
             t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
             numbers = self.reference.numbers(x, t, y)
             if self.reward_function is not None:
-                decoded = self.reference.decode(x, y)
+                ends = x if former else self.reference.probe_ends(3, self.dtype, self.device, seed=1)
+                decoded = self.reference.decode(ends, y)
                 first, again = self._call_reward(decoded, y), self._call_reward(decoded, y)
                 if torch.equal(first, again):  # a random reward has no fingerprint
                     numbers["reward"] = first

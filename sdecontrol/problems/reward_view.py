@@ -42,7 +42,7 @@ class RewardView:
         if not isinstance(module, nn.Module):
             self.hidden = f"the reward is a {type(reward).__name__}, no nn.Module"
             return
-        x = problem.reference.probe_states(3, problem.dtype, problem.device)
+        x = problem.reference.probe_ends(3, problem.dtype, problem.device)
         with torch.no_grad(), problem.evaluating():
             self._find(module, problem.reference.decode(x, problem.draw_condition(3, 0)), problem.draw_condition(3, 0))
 

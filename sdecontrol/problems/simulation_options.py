@@ -46,6 +46,7 @@ class SimulationOptions:
             state = problem.draw_start(num_paths, seed)
         else:
             check_tensor("state", state, shape=(num_paths, *chain.event_shape), dtype=chain.state_dtype)
+            chain.reference.check_states("state", state)
             state = state.clone() if state.is_inference() else state
         if condition is None:
             condition = problem.draw_condition(num_paths, seed)

@@ -35,6 +35,7 @@ class Pretrained(Reference):
                                                    value has always been rounded
         denoiser_on_grid(times) -> (k, x, y) -> x0^    the same at the k-th time: within a step the model is called once
         decode(x, y)                               from the last state to data
+        check_prediction(name, value, x, hint)     raise where a model's output has not the form of a prediction
         control_towards(model, x, t, y, strength)  the control u that moves the process to that of another model;
                                                    strength times it
         shifts_towards(model, chain, strength)     (k, x, y) -> c, the shift of step k that does, with what depends on
@@ -59,6 +60,14 @@ class Pretrained(Reference):
     def predict(self, model: Model, x: Tensor, t: Tensor | float, condition: Any = None) -> Tensor:
         return call_model(model, x, self.model_time(float(t), x), condition)
 
+    def check_prediction(self, name: str, value: Any, x: Tensor, hint: str = "") -> Tensor:
+        """What a model returned at states x, which must have the form of a prediction.
+
+        Raises:
+            TypeError, ValueError: it has not.
+        """
+        return check_output(name, value, x.shape, x, hint)
+
     def differentiated(self, t: float) -> dict[str, Callable[..., Tensor]]:
         if self.mixture is not None:
             return {}
@@ -77,5 +86,5 @@ class Pretrained(Reference):
         with torch.no_grad():
             with probing("model", f"{called}, x {tuple(x.shape)}", "" if y is None else f"x, {name}", (x, y)):
                 value, again = (self.predict(self.model, x, 0.5 * self.horizon, y) for _ in range(2))
-            check_output("model", value, x.shape, x, f"It is called as {called}.")
+            self.check_prediction("model", value, x, f"It is called as {called}.")
             check_not_random("model", value, again)

@@ -71,7 +71,7 @@ def fit_score(
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a noise schedule such as sc.VP(), got {type(schedule).__name__}.")
     check_name("prediction", prediction, PREDICTIONS)
-    drop = _check_condition(data, condition, drop)
+    drop = check_condition(data, condition, drop)
     _warn_where_starts_differ(data, schedule)
     seed = fresh_seed(seed)
     variance = float(data.flatten(1).double().var(0).mean()) if len(data) > 1 else 1.0
@@ -86,7 +86,7 @@ def fit_score(
         eps = torch.randn(x0.shape, generator=generator, dtype=data.dtype, device=data.device)
         if y is not None and drop > 0:
             dropped = torch.rand(len(y), generator=generator, device=data.device) < drop
-            y = y.masked_fill(dropped, _classes(condition))
+            y = y.masked_fill(dropped, classes_of(condition))
         mu, std = schedule.mu(s), schedule.std(s)  # coefficients in float64
         a, b = noise_coefficients(prediction, mu, std, schedule.log_mu_slope(s), schedule.forward_variance_rate(s))
         signal = mu**2 * variance
@@ -119,8 +119,12 @@ def _warn_where_starts_differ(data: Tensor, schedule: Schedule) -> None:
         )
 
 
-def _check_condition(data: Tensor, condition: Any, drop: Any) -> float:
-    """``drop`` as a float."""
+def check_condition(data: Tensor, condition: Any, drop: Any) -> float:
+    """``drop`` as a float, where it and the condition suit the data.
+
+    Raises:
+        TypeError, ValueError: otherwise.
+    """
     drop = as_float("drop", drop)
     if not 0 <= drop < 1:
         raise ValueError(f"drop must be a share of the data, at least 0 and below 1; got {drop:g}.")
@@ -145,7 +149,7 @@ def _check_condition(data: Tensor, condition: Any, drop: Any) -> float:
     return drop
 
 
-def _classes(condition: Tensor | None) -> int:
+def classes_of(condition: Tensor | None) -> int:
     """How many labels there are; 0 for numbers."""
     return 0 if condition is None or condition.is_floating_point() else int(condition.max()) + 1
 
@@ -157,7 +161,7 @@ def _network(
         if condition is None:
             network = ScoreNetwork(data.shape[1:], schedule, prediction)
         else:
-            classes = _classes(condition)
+            classes = classes_of(condition)
             size = classes + 1 if classes else condition[0].numel()
             network = ConditionalScoreNetwork(data.shape[1:], schedule, prediction, classes, size, drop > 0)
         network.to(data).fit_statistics(data)

@@ -244,9 +244,12 @@ def test_other_methods_refuse_tokens_by_name(name):
     assert not (method.needs_gradient or method.gaussian or method.of_noise)
 
 
-def test_there_is_no_default_network_for_tokens_yet():
-    with pytest.raises(TypeError, match="control is needed"):
-        sc.solve(Space(1).problem, sc.LogVariance(), iterations=1)
+def test_the_default_network_comes_to_the_exact_tilt_too():
+    space = Space(1, size=3.0)
+    solution = sc.solve(space.problem, sc.LogVariance(), iterations=200, batch_size=128, seed=0, progress=False)
+    with torch.no_grad():
+        tilts = torch.stack([solution.control(space.points, k / K) for k in range(K)])
+    assert float(space.gap(tilts)) < 0.01
 
 
 def test_runs_on_tokens_are_saved_and_resumed(tmp_path):

@@ -71,6 +71,15 @@ def generative():
     return sc.ControlProblem(sde, reward=lambda x: -x.square().sum(1), alpha=0.5)
 
 
+def letters(x, s):
+    return torch.zeros(*x.shape, 3)
+
+
+def tokens():
+    chain = sc.masked_diffusion(letters, 2, 3, steps=K)
+    return sc.ControlProblem(chain, reward=lambda x: x.float().sum(1), alpha=0.5)
+
+
 def shaken(module, seed=3, by=0.1):
     """With parameters of its own: at its start a control may be zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -104,6 +113,7 @@ CONTROL_CASES = {
     "network": (lq, lambda p, c: build_control(p, c), {}),
     "started": (lambda: lq(start="controlled"), lambda p, c: build_control(p, c), {}),
     "tuned": (generative, lambda p, c: build_control(p, c), {}),
+    "token-network": (tokens, lambda p, c: build_control(p, c), {}),
     "reward-network": (generative, lambda p, c: build_control(p, c, "frozen"), {}),
     "sum": (generative, lambda p, c: build_control(p, c, "both"), {}),
     "mixture": (gibbs, lambda p, c: mixture(p), {}),
@@ -118,6 +128,7 @@ CONTROL_CASES = {
 
 VALUE_CASES = {
     "network": (lq, lambda p, c: value_network(p, c, 0), {}),
+    "token-network": (tokens, lambda p, c: value_network(p, c, 0), {}),
     "annealed": (lambda: gibbs("annealed"), lambda p, c: AnnealedValue(p), {}),
     "given": (
         lq,
@@ -148,12 +159,18 @@ def test_every_registered_kind_has_a_case(registry, cases):
     assert set(registry.classes) == set(cases)
 
 
+def settings_of(problem):
+    """A chain of its own has its own steps."""
+    return SETTINGS if problem.reference.continuous else {"time_steps": None, "scheme": None}
+
+
 @pytest.mark.parametrize("kind", CONTROLS.classes)
 def test_controls_survive_their_files(tmp_path, kind):
     make, build, given = CONTROL_CASES[kind]
     problem = make()
-    control = shaken(build(problem, problem.chain(K)), by=0.01)
-    solution = Solution(problem, control, method="as it is", settings=SETTINGS, seed=1)
+    settings = settings_of(problem)
+    control = shaken(build(problem, problem.chain(**settings)), by=0.01)
+    solution = Solution(problem, control, method="as it is", settings=settings, seed=1)
     solution.save(tmp_path)
     again = sc.load(tmp_path, problem, **given)
     assert type(again.control) is type(control) and CONTROLS.describe(again.control) == CONTROLS.describe(control)
@@ -168,15 +185,16 @@ def test_controls_survive_their_files(tmp_path, kind):
 def test_values_survive_their_files(tmp_path, kind):
     make, build, given = VALUE_CASES[kind]
     problem = make()
-    value = shaken(build(problem, problem.chain(K)))
+    settings = settings_of(problem)
+    value = shaken(build(problem, problem.chain(**settings)))
     plain = given_control(problem, None)
-    facts = {"particles": ParticleSettings(8, bound=1.5), "method": "as it is", "settings": SETTINGS}
+    facts = {"particles": ParticleSettings(8, bound=1.5), "method": "as it is", "settings": settings}
     ParticleSolution(problem, plain, twist=value, **facts).save(tmp_path)
     again = sc.load(tmp_path, problem, **given)
     assert isinstance(again, ParticleSolution) and again.particles == facts["particles"]
     assert again.twist is not None and type(again.twist) is type(value)
     assert VALUES.describe(again.twist) == VALUES.describe(value)
-    x, t = torch.randn(5, 2), torch.tensor(0.4)
+    x, t = problem.reference.probe_states(5, problem.dtype, problem.device), torch.tensor(0.4)
     assert torch.equal(again.twist.at(x, t), value.at(x, t))
     if given:
         with pytest.raises(TypeError, match=r"give it again as load\(..., value=function\)"):

@@ -90,6 +90,10 @@ def letters(k, x):
     return torch.zeros(*x.shape, 3).log_softmax(-1)
 
 
+def uniform(x, s):
+    return torch.zeros(*x.shape, 3)
+
+
 def rate(t):
     return -(1 + t) * torch.eye(2)
 
@@ -159,6 +163,10 @@ def categorical():
     return sc.ControlProblem(CategoricalChain(letters, K, 3, torch.zeros(2, dtype=torch.int64)), reward=tokens)
 
 
+def masked(order="independent"):
+    return sc.ControlProblem(sc.masked_diffusion(uniform, 2, 3, order=order), reward=tokens)
+
+
 REFERENCES = {
     "SDE": lambda: of(sc.SDE(pull, noise, dim=2)),
     "SDE of torchsde": lambda: of(sc.SDE.from_torchsde(Foreign(), dim=2)),
@@ -175,6 +183,8 @@ REFERENCES = {
     "DiffusionChain": diffusion,
     "NoiseDrivenChain": lambda: of(sc.discrete_dynamics(step, K, dim=2, noises=2)),
     "CategoricalChain": categorical,
+    "MaskedDiffusionChain": masked,
+    "MaskedDiffusionChain in random order": lambda: masked("random"),
 }
 CHAINS = {
     "EulerChain": lambda: lq().chain(K),
@@ -191,6 +201,7 @@ CHAINS = {
     "DiffusionChain": lambda: diffusion().chain(),
     "NoiseDrivenChain": lambda: REFERENCES["NoiseDrivenChain"]().chain(),
     "CategoricalChain": lambda: categorical().chain(),
+    "MaskedDiffusionChain": lambda: masked().chain(),
 }
 
 
@@ -211,6 +222,7 @@ CONTROL_CASES = {
     "network": (lambda: lq(reward=reward), build_control),
     "started": (REFERENCES["LinearSDE, a learned start"], build_control),
     "tuned": (lambda: generative(Denoiser()), build_control),
+    "token-network": (masked, build_control),
     "reward-network": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "frozen")),
     "sum": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "both")),
     "mixture": (gibbs, lambda p, c: mixture(p)),
@@ -220,6 +232,7 @@ CONTROL_CASES = {
 }
 VALUE_CASES = {
     "network": (lq, lambda p, c: value_network(p, c, 0)),
+    "token-network": (masked, lambda p, c: value_network(p, c, 0)),
     "annealed": (lambda: gibbs("annealed"), lambda p, c: AnnealedValue(p)),
     "given": (lq, lambda p, c: GivenValue(value, p.alpha)),
     "ratio": (lambda: generative(Denoiser()), lambda p, c: RatioValue.of(p, c, (8, 8), 0)),

@@ -1,0 +1,320 @@
+"""Masked (absorbing-state) diffusion of tokens as a chain: every step unmasks some positions, a model says by what.
+
+Noising masks each token with probability ``1 - a(s)``, s the noising time. Backwards, in a step from s to ``s' < s``, a
+masked position is unmasked with probability ``(a(s') - a(s))/(1 - a(s))``, its token drawn from the softmax of the
+model's logits; unmasked ones stay (Austin et al. 2107.03006; Sahoo et al. 2406.07524; Shi et al. 2406.04329). All
+positions are independent given the state: a floor remains that no control removes, O(h) (docs/mathematics.md, section
+10). One position a step, in random order (Hoogeboom et al. 2110.02037), has none: the step is then a single categorical
+variable.
+
+A control tilts the tokens alone, ``p^u(v) ~ softmax(logits)_v exp(u_v)``: when a position is unmasked stays as it is,
+so that the controlled process is the same sampler of another model, ``logits + u``. If the model's conditionals are
+those of one joint law, no other tilt is better in continuous time, nor in random order.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError, check_name
+from ..memory import recall
+from ..precision import at_least_single, dtype_of
+from ..processes.pretrained import ControlFunction, Model, Pretrained
+from ..randomness import Place, generator_for
+from ..shapes import ControlPaths, Controls, NoisePaths, Noises, PerPath, Scalar, StatePaths, States
+from ..tensors import check_count, check_output, nonfinite_rows
+from .categorical import CategoricalChain, gumbel
+
+SCHEDULES = ("linear", "cosine")
+ORDERS = ("independent", "random")
+_HALVINGS = 60  # of [0, 1], where a schedule of the user's is inverted
+
+
+class MaskSchedule:
+    """``a(s)``, the probability that a token is not masked at noising time s: 1 at s = 0, 0 at s = 1, falling.
+
+    Args:
+        kind: "linear", ``1 - s``; "cosine", ``1 - cos((1 - s) pi/2)``, which unmasks few positions at first; or a
+            function of a float64 tensor of times.
+
+    Raises:
+        ValueError: a function that does not fall from 1 to 0. TypeError: no function.
+    """
+
+    def __init__(self, kind: str | Callable[[Tensor], Tensor] = "linear") -> None:
+        if isinstance(kind, str):
+            check_name("schedule", kind, SCHEDULES)
+        elif not callable(kind):
+            raise TypeError(f"schedule must be one of {', '.join(SCHEDULES)} or a function s -> a(s), got {kind!r}.")
+        self.kind = kind
+        if callable(kind):
+            self._check()
+
+    def _check(self) -> None:
+        s = torch.linspace(0, 1, 129, dtype=torch.float64)
+        a = self.kept(s)
+        if not isinstance(a, Tensor) or a.shape != s.shape or not bool(a.isfinite().all()):
+            raise ValueError("schedule must give a finite number a(s) for each time of a float64 tensor.")
+        if abs(float(a[0]) - 1) > 1e-6 or abs(float(a[-1])) > 1e-6 or bool((a.diff() >= 0).any()):
+            raise ValueError(
+                f"schedule must fall strictly from a(0) = 1 to a(1) = 0, the share of tokens that are not masked; it "
+                f"goes from {float(a[0]):.6g} to {float(a[-1]):.6g}."
+            )
+
+    def kept(self, s: Tensor) -> Tensor:
+        """``a(s)``."""
+        if self.kind == "linear":
+            return 1 - s
+        if self.kind == "cosine":
+            return 1 - torch.cos(0.5 * math.pi * (1 - s))
+        return self.kind(s)  # type: ignore[operator]
+
+    def time(self, kept: Tensor) -> Tensor:
+        """The noising time at which so many are not masked: the inverse of :meth:`kept`, in float64."""
+        if self.kind == "linear":
+            return 1 - kept
+        if self.kind == "cosine":
+            return 1 - 2 / math.pi * torch.acos(1 - kept)
+        low, high = torch.zeros_like(kept), torch.ones_like(kept)
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            above = self.kept(middle) > kept
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return 0.5 * (low + high)
+
+
+class MaskedDiffusionChain(Pretrained, CategoricalChain):
+    """The sampler of a masked diffusion model: tokens ``0 .. V-1``, and V, the mask. Made by :func:`masked_diffusion`.
+
+    Attributes:
+        vocabulary: V. mask: the mask token, V. values: V + 1.
+        tokens: ``log softmax`` of the model's logits is asked for at every state, by ``prediction_at``.
+        independent: whether positions are independent given the state; else one is unmasked a step.
+    """
+
+    called = ("s", "x (batch, *shape) int64 tokens with V the mask, s (batch,) the noising time, 1 at the start")
+
+    def __init__(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        vocabulary: int,
+        steps: int,
+        schedule: MaskSchedule,
+        independent: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        start = torch.full(tuple(shape), vocabulary, dtype=torch.int64, device=device)
+        super().__init__(self._law, steps, vocabulary + 1, start, dtype)
+        self._laws: list[Any] = []  # under whose name a step's law is remembered, beside the logits it is made of
+        self.model, self.vocabulary, self.mask = model, vocabulary, vocabulary
+        self.schedule_of_masks, self.independent = schedule, independent
+        self.control_shape = self.memo_shape = torch.Size((*shape, vocabulary))
+        times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+        kept = schedule.kept(times).clamp(0.0, 1.0)
+        kept[0], kept[-1] = 0.0, 1.0
+        #: probability that a masked position is unmasked in step k
+        self.unmasked = ((kept[1:] - kept[:-1]) / (1 - kept[:-1])).tolist()
+
+    # ---------------------------------------------------------------- the step as a law
+
+    def prediction_at(self, k: int, x: States, condition: Any = None) -> Noises:
+        """The pre-trained model's logits ``(batch, *shape, V)`` at step k: once a step, though control, step and KL
+        ask for it."""
+        return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
+
+    def predict(self, model: Model, x: States, t: Tensor | float, condition: Any = None) -> Tensor:
+        """A model's logits.
+
+        Raises:
+            NonFiniteError: where they are not finite: no state would show it, since some token is always the largest.
+        """
+        logits = super().predict(model, x, t, condition)
+        if isinstance(logits, Tensor) and not bool(logits.isfinite().all()):
+            k, rows = self.step_at(float(t)), nonfinite_rows(logits)
+            raise NonFiniteError(
+                f"logits of the model are not finite at step {k} of {self.steps} (s = {1 - float(t):.4g}), in {rows} "
+                "rows. For tokens that must not occur give a large negative logit, such as -1e4.",
+                what="logits",
+                step=k,
+                rows=rows,
+            )
+        return logits
+
+    def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
+        return self.prediction_at(k, x, condition)
+
+    def log_probs(self, k: int, x: States, condition: Any = None) -> Noises:
+        return recall(self._laws, k, x, lambda: self._law(k, x, condition))
+
+    def _law(self, k: int, x: States, condition: Any = None) -> Noises:
+        """``log p0`` of every value at every position; in random order its margins."""
+        tokens = self.prediction_at(k, x, condition).log_softmax(-1)
+        masked = (x == self.mask).unsqueeze(-1)
+        if self.independent:
+            q = tokens.new_tensor(self.unmasked[k])
+        else:
+            q = 1 / masked.flatten(1).sum(1).clamp(min=1).to(tokens)
+            q = q.reshape(-1, *(1,) * (tokens.ndim - 1))
+        stay = torch.log1p(-q).expand(*tokens.shape[:-1], 1)
+        known = torch.zeros_like(stay).expand(*tokens.shape[:-1], self.values)
+        known = known.masked_fill(torch.arange(self.values, device=x.device) != x.unsqueeze(-1), -math.inf)
+        return torch.where(masked, torch.cat((tokens + q.log(), stay), -1), known)
+
+    def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
+        if self.independent:
+            return super().step(k, x, xi, c, condition)
+        noise, V = gumbel(xi), self.vocabulary
+        logits = self.prediction_at(k, x, condition).log_softmax(-1)
+        logits = logits if c is None else logits + self.checked(c, k)[..., :V]
+        chosen = (logits + noise[..., :V]).argmax(-1)
+        # the masked position of the largest noise: all are equally likely
+        place = noise[..., V].masked_fill(x != self.mask, -math.inf).flatten(1).argmax(1, keepdim=True)
+        flat = x.flatten(1)
+        here = flat.gather(1, place)
+        new = torch.where(here == self.mask, chosen.flatten(1).gather(1, place), here)
+        return flat.scatter(1, place, new).unflatten(1, x.shape[1:])
+
+    def shift_at(self, k: int, x: States, u: Controls, condition: Any = None) -> Noises:
+        tokens = self.prediction_at(k, x, condition).log_softmax(-1)
+        return self._shift(x, u - (tokens + u).logsumexp(-1, keepdim=True))
+
+    def _shift(self, x: States, c: Tensor) -> Noises:
+        """Log-ratios of tokens as shifts: 0 of the mask, and where a position is unmasked."""
+        c = torch.where((x == self.mask).unsqueeze(-1), c, 0.0)
+        return torch.nn.functional.pad(c, (0, 1))
+
+    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
+        return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
+
+    def control(self, k: int, c: Noises) -> Controls:
+        return c[..., : self.vocabulary]
+
+    # ---------------------------------------------------------------- a pre-trained model
+
+    def model_time(self, t: float, x: Tensor) -> Tensor:
+        return torch.tensor(1.0 - t, dtype=self.dtype, device=x.device)
+
+    def check_prediction(self, name: str, value: Any, x: States, hint: str = "") -> Tensor:
+        return check_output(name, value, (len(x), *self.control_shape), self.times, hint)
+
+    def denoised(self, x: States, t: Scalar | float, condition: Any = None, on_clock: bool = False) -> States:
+        """The most likely token of each masked position by itself."""
+        return self._most_likely(x, self.predict(self.model, x, t, condition))
+
+    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, States, Any], States]:
+        return lambda k, x, y: self._most_likely(x, self.prediction_at(k, x, y))
+
+    def _most_likely(self, x: States, logits: Tensor) -> States:
+        return torch.where(x == self.mask, logits.argmax(-1), x)
+
+    def control_towards(
+        self, model: Model, x: States, t: Scalar, condition: Any = None, strength: float = 1.0
+    ) -> Controls:
+        k = self.step_at(float(t))
+        return self.control(k, self.shifts_towards(model, self, strength)(k, x, condition))
+
+    def shifts_towards(
+        self, model: Model, chain: Any, strength: float | None = None, beside: bool = True
+    ) -> Callable[[int, States, Any], Noises]:
+        def shift(k: int, x: States, y: Any) -> Noises:
+            logits = self.predict(model, x, self.clock[k], y)
+            if not beside:
+                return self._shift(x, logits.log_softmax(-1))
+            own = self.prediction_at(k, x, y)
+            if strength is None:
+                return self._shift(x, logits.log_softmax(-1) - own.log_softmax(-1))
+            return self.shift_at(k, x, strength * (logits - own), y)
+
+        return shift
+
+    def controlled(self, clock: Tensor) -> Tensor:
+        return torch.ones_like(clock, dtype=torch.bool)
+
+    def prediction_change(self, control: ControlFunction, x: States, clock: PerPath, condition: Any = None) -> Controls:
+        return control(x, 1.0 - clock, condition)
+
+    # ---------------------------------------------------------------- what a problem asks of a reference
+
+    def probe_ends(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
+        generator = generator_for("cpu", seed, Place.PROBE_ENDS)
+        return torch.randint(self.vocabulary, (rows, *self.event_shape), generator=generator).to(device)
+
+    def numbers(self, x: States, t: Scalar, condition: Any = None) -> dict[str, Tensor]:
+        return {"logits": self.predict(self.model, x, t, condition)}
+
+    def describe(self) -> dict[str, Any]:
+        kind = self.schedule_of_masks.kind
+        return {
+            "kind": "MaskedDiffusionChain",
+            "event_shape": list(self.event_shape),
+            "vocabulary": self.vocabulary,
+            "steps": self.steps,
+            "schedule": kind if isinstance(kind, str) else "given",
+            "independent": self.independent,
+        }
+
+
+def masked_diffusion(
+    model: Model,
+    length: int | Sequence[int],
+    vocabulary: int,
+    steps: int | None = None,
+    schedule: str | Callable[[Tensor], Tensor] = "linear",
+    order: str = "independent",
+    dtype: torch.dtype | None = None,
+) -> MaskedDiffusionChain:
+    """A masked (absorbing-state) diffusion model with its own sampler, as a chain of categorical kernels.
+
+    All paths begin with every position masked (``ControlProblem(..., initial=sc.Dirac(tokens))``: with some positions
+    given, which stay as they are), and end without a mask. Rewards are functions of tokens ``(batch, *shape)`` int64.
+
+    Args:
+        model: ``model(x, s) -> logits (batch, *shape, V)`` with x ``(batch, *shape)`` int64 tokens, V the mask, and s
+            ``(batch,)`` the noising time, 1 where generation starts and 0 = data; ``model(x, s, y)`` where the problem
+            has a condition y. An nn.Module, or any function.
+        length: of a sequence; or the shape of one state, such as ``(8, 8)``.
+        vocabulary: V, the number of tokens beside the mask.
+        steps: K, of equal length in s; model calls of a sample. None: as many as there are positions.
+        schedule: ``a(s)``, the probability that a token is not masked at s: "linear" (1 - s), "cosine", or a function
+            that falls from a(0) = 1 to a(1) = 0. What a model was trained with, if it uses s.
+        order: "independent": in every step each masked position is unmasked by itself, several at once. "random": one
+            position a step, in random order; ``steps`` is then the number of positions.
+        dtype: of the logits, and of all else that is no token. None: the model's parameters', else torch's default.
+
+    Raises:
+        ValueError, TypeError: naming the argument; what the model returns is checked where a problem is made of it.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module or a function (x, s) -> logits, got {type(model).__name__}.")
+    shape = (length,) if isinstance(length, int) else tuple(length)
+    if not shape:
+        raise ValueError("length must be the length of a sequence, or a shape of at least one dimension.")
+    for n in shape:
+        check_count("length", n)
+    check_count("vocabulary", vocabulary, 2)
+    check_count("steps", steps, optional=True)
+    check_name("order", order, ORDERS)
+    positions = math.prod(shape)
+    if order == "random" and steps not in (None, positions):
+        raise ValueError(
+            f"steps: order='random' unmasks one position a step, and takes {positions} steps here; leave steps out."
+        )
+    if order == "random" and schedule != "linear":
+        raise ValueError("schedule: order='random' unmasks one position a step whatever the schedule; leave it out.")
+    own = dtype_of(model) if isinstance(model, nn.Module) else None
+    like = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return MaskedDiffusionChain(
+        model,
+        shape,
+        vocabulary,
+        positions if steps is None else steps,
+        MaskSchedule(schedule),
+        order == "independent",
+        at_least_single(dtype or own or torch.get_default_dtype()),
+        torch.device("cpu") if like is None else like.device,
+    )
