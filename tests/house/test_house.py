@@ -10,16 +10,6 @@ from rooms import FLOORS, IMPORTS, MODULES, ROOT
 LONGEST, MOST = 60, 8
 #: verbs that users call, whose options are their signature
 VERBS = {"compare", "distill", "gibbs_problem", "simulate", "fit_bridge", "fit_masked_diffusion", "fit_score", "solve"}
-    "compare",
-    "distill",
-    "gibbs_problem",
-    "simulate",
-    "fit_bridge",
-    "fit_masked_diffusion",
-    "fit_score",
-    "solve",
-    "sample",
-}
 VERBS |= {"sample", "fit_digit_classifier"}
 
 
