@@ -39,6 +39,7 @@ class Place(enum.IntEnum):
     LAW = 2  # draws from a law [block]
     PROBE_STATES = 3  # states to try functions with
     PROBE_TOKENS = 4  # the same, tokens
+    LIKELY_ENDS = 6  # by which masked tokens are filled in
     PROBE_ENDS = 5  # tokens as a path may end with
 
     # paths

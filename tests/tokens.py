@@ -31,6 +31,11 @@ class Joint:
         """The number of a state."""
         return (x * (self.vocabulary + 1) ** torch.arange(self.length - 1, -1, -1)).sum(-1)
 
+    def counts(self, x):
+        """How often each point is among samples."""
+        at = (x * self.vocabulary ** torch.arange(self.length - 1, -1, -1)).sum(-1)
+        return torch.bincount(at, minlength=len(self.points))
+
     def model(self, x, s):
         return self.logits[self.at(x)]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..processes.laws import Dirac, Gaussian, factor
-from ..shapes import NoisePaths, StatePaths, States, Trajectories
-from ..tensors import is_matrix_scale, symmetric
+from ..shapes import NoisePaths, PerStep, StatePaths, States, Trajectories
+from ..tensors import event_sum, is_matrix_scale, symmetric
 from .base import Chain
+from .masking import MaskingBridge
 
 
 class ChainBridge:
@@ -109,6 +110,10 @@ class ChainBridge:
         """``E[xi_k | x_k, x_K]`` at states of all steps."""
         return states @ self._noise_of_state.mT + end @ self._noise_of_end.mT + self._noise_shift.unsqueeze(1)
 
+    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
+        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
+        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)
+
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``X ~ N(m, cov)`` given ``M X + c + noise = y``, the noise of covariance C: gain, keep and a root of the
@@ -119,7 +124,7 @@ def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Ten
     return gain, keep, vectors * values.clamp(min=0.0).sqrt()
 
 
-def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
+def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge | MaskingBridge:
     """What draws the middle of a path of the reference anew given its ends.
 
     Args:
@@ -128,6 +133,8 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge:
     Raises:
         ValueError: nothing known does.
     """
+    if chain.reference.keeps_tokens:
+        return MaskingBridge(chain.reference)
     if chain.reference.schedule is not None and start == "memoryless":
         return NoisingBridge(chain)
     return ChainBridge(chain)
@@ -170,3 +177,7 @@ class NoisingBridge:
         """``E[xi_k | x_k, x_K]`` at states of all steps."""
         denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
         return self._gain * self._mu / self._std * (end - denoised)
+
+    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
+        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
+        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)

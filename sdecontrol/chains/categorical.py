@@ -69,6 +69,20 @@ class CategoricalChain(Reference, Chain):
         rest = () if condition is None else (condition,)
         return recall(self, k, x, lambda: self.function(k, x, *rest))
 
+    # ---------------------------------------------------------------- what a control tilts, for guidance
+
+    def letters(self, k: int, x: States, condition: Any = None) -> Noises:
+        """The log-probabilities that a control tilts, ``(batch, *control_shape)``."""
+        return self.log_probs(k, x, condition)
+
+    def open(self, x: States) -> Tensor:
+        """The positions that may change, ``(batch, *shape)``."""
+        return torch.ones_like(x, dtype=torch.bool)
+
+    def valued_at(self, k: int) -> int:
+        """The step as whose states the neighbours of step k's are valued: those that it leads to."""
+        return k + 1
+
     def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
         return self.log_probs(k, x, condition)
 

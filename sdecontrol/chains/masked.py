@@ -95,6 +95,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         independent: whether positions are independent given the state; else one is unmasked a step.
     """
 
+    keeps_tokens = True
     called = ("s", "x (batch, *shape) int64 tokens with V the mask, s (batch,) the noising time, 1 at the start")
 
     def __init__(
@@ -144,6 +145,26 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
                 rows=rows,
             )
         return logits
+
+    def letters(self, k: int, x: States, condition: Any = None) -> Noises:
+        return self.prediction_at(k, x, condition).log_softmax(-1)
+
+    def open(self, x: States) -> Tensor:
+        return x == self.mask
+
+    def valued_at(self, k: int) -> int:
+        """In random order those that it leads to; else step k itself, where the other positions are still masked: what
+        they become is not known yet, and how many of them are unmasked in the step is of order h."""
+        return k if self.independent else k + 1
+
+    def likely_ends(self, x: States, t: float, condition: Any, count: int) -> States:
+        """Ends ``(count, batch, *shape)``, each masked position drawn by itself from what the model expects it to be:
+        by the same Gumbel numbers for all states, so that they are a function of x."""
+        logits = self.predict(self.model, x, t, condition)
+        generator = generator_for("cpu", 0, Place.LIKELY_ENDS)
+        noise = torch.randn((count, 1, *self.control_shape), generator=generator, dtype=torch.float64)
+        drawn = (logits + gumbel(noise).to(logits)).argmax(-1)
+        return torch.where(x == self.mask, drawn, x)
 
     def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
         return self.prediction_at(k, x, condition)

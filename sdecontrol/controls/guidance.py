@@ -30,6 +30,7 @@ from .saved import CONTROLS, VALUES, Context, Saved
 from .token_network import TokenValue, token_layers
 
 _PILOT_PATHS = 256
+_DRAWS = 8  # ends by which masked tokens are valued
 _FULL = 32  # largest state whose value has a full matrix for its quadratic part, rather than a diagonal
 
 
@@ -158,7 +159,8 @@ class TweedieValue(LogValue):
 
     Its error does not vanish with anything: it is zero in the gradient where r is linear and the data Gaussian, and
     otherwise the reward of a mean stands for a log-mean of rewards. In the learned start the mean of X_0 is noised
-    data.
+    data. Of masked tokens it is the log-mean of ``exp(r/alpha)`` over 8 ends, each masked position filled in by itself
+    as the model expects it (Li et al. 2408.08252 take one).
 
     Args:
         classifier: ``x0 -> logits``: its ``log p(label | x0)`` in the place of ``r/alpha``.
@@ -202,7 +204,16 @@ class TweedieValue(LogValue):
         return denoised_state(self._problem.reference, self._chain, x, t, y)
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        x0, log_prob = self.denoised(x, t, y), self._log_prob[0]
+        reference = self._problem.reference
+        if reference.state_dtype is None:
+            return self._of_data(self.denoised(x, t, y), y)
+        ends = reference.likely_ends(x, float(t), y, _DRAWS)
+        y = None if y is None else y.repeat(_DRAWS, *(1 for _ in y.shape[1:]))
+        values = self._of_data(ends.flatten(0, 1), y).unflatten(0, (_DRAWS, -1))
+        return values.logsumexp(0) - math.log(_DRAWS)
+
+    def _of_data(self, x0: Tensor, y: Any) -> Tensor:
+        log_prob = self._log_prob[0]
         return log_prob(x0, y) if log_prob is not None else self._problem.reward(x0, y) / self._problem.alpha
 
 

@@ -1,7 +1,7 @@
 """``LogValue``: the base of value functions, kept as ``v/alpha``, the logarithm of ``psi``."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,6 +10,9 @@ from ..chains.base import Chain
 
 class LogValue(nn.Module):
     """Base of the value functions: ``at(x, t, y)`` is ``v(x, t)/alpha``, ``(batch,)``, for a 0-d t."""
+
+    #: whether its value at the end is its own; else that is the reward's
+    own_end: ClassVar[bool] = True
 
     @property
     def configuration(self) -> dict[str, Any]:

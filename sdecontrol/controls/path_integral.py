@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
+from ..chains.masking import probabilities_of
 from ..chains.shifts import ShiftFunction, shift_function
 from ..errors import warn
 from ..paths.integrator import integrate
@@ -149,12 +150,24 @@ class PathIntegralControl(Control):
             ahead,
             condition=None if y is None else y.repeat_interleave(n, 0),
             running_cost=problem.running_cost_or_none,
-            keep="end",
+            keep="end" if chain.of_noise or chain.reference.keeps_tokens else "states",
             steps=range(k, chain.steps),
         ).towards(problem)
+        if not chain.of_noise:
+            weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
+            seen = paths.end if chain.reference.keeps_tokens else paths.states[1]
+            return self._kernel(chain, k, x, y, seen.unflatten(0, (-1, n)), weights), effective_fraction(weights, 1)
         weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
         centred = weights - 1 / n if self.control_variate else weights
         c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
         if ahead is not None:
             c = c + ahead(k, x, y)
         return c, effective_fraction(weights, 1)
+
+    def _kernel(self, chain: Any, k: int, x: Tensor, y: Any, seen: Tensor, weights: Tensor) -> Tensor:
+        """The shift to the weighted frequencies of tokens ``seen (batch, n, *shape)``; so that what no path has seen
+        may still be, the reference counts as one path."""
+        letters = chain.letters(k, x, y).exp()
+        number = (1 / weights.square().sum(1)).reshape(-1, *(1,) * (letters.ndim - 1))
+        found = (number * probabilities_of(seen, weights, letters.shape[-1]) + letters) / (number + 1)
+        return chain.shift_at(k, x, torch.where(letters > 0, found / letters, 1.0).log(), y)

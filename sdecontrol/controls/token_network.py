@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,7 @@ class TokenValue(LogValue):
     """
 
     learning_rate = 5e-3
+    own_end: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -151,6 +151,9 @@ class Method:
     #: shifts
     gaussian: ClassVar[bool] = False
     of_noise: ClassVar[bool] = False
+    #: whether it has a form of its own for tokens, whose probabilities a control tilts; for masked ones alone
+    tokens: ClassVar[bool] = False
+    masked_tokens: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -171,6 +174,10 @@ class Method:
                 "gibbs_problem(..., backward_control=False)."
             )
         kind = type(problem.reference).__name__
+        if problem.reference.state_dtype is not None and (
+            self.tokens or (self.masked_tokens and problem.reference.keeps_tokens)
+        ):
+            return
         if self.gaussian and not problem.reference.gaussian:
             raise ValueError(
                 f"{self.name} moves the means of Gaussian kernels, and the steps of a {kind} are none. Use "

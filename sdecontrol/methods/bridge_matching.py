@@ -11,7 +11,6 @@ from ..paths.paths import Paths
 from ..paths.weights import self_normalised
 from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
-from ..tensors import event_sum
 from .base import Run, register
 from .on_paths import PathMethod
 
@@ -29,7 +28,8 @@ class BridgeMatching(PathMethod):
     the target's variance given x_k does not vanish at the optimum.
 
     Needs a reference whose bridges are known and no running cost: a linear one, or a memoryless generative one, whose
-    bridge is the noising process (in continuous time: the fixed point is O(h) from the chain's optimum).
+    bridge is the noising process (in continuous time: the fixed point is O(h) from the chain's optimum); or masked
+    diffusion, where it masks the end again: reward-weighted denoising cross-entropy.
 
     Args:
         paths: "current", "reference", or a control or solution whose ends to learn from.
@@ -42,6 +42,7 @@ class BridgeMatching(PathMethod):
 
     tempers: ClassVar[bool] = True
     gaussian: ClassVar[bool] = True
+    masked_tokens: ClassVar[bool] = True
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -60,10 +61,10 @@ class BridgeMatching(PathMethod):
         weights, exponent, ess = self_normalised(paths.log_weights(), None, self.trust_region)
         start, end = paths.states[0], paths.end
         generator = generator_for(end.device, run.seed, Place.BRIDGES, run.iteration, part)
-        noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=end.dtype, device=end.device)
+        like = run.chain.times
+        noise = torch.randn(paths.states[1:].shape, generator=generator, dtype=like.dtype, device=like.device)
         states = state.bridge.between(start, end, noise)
-        target = state.bridge.noise_given_end(states, end, paths.condition)
         c = shifts_along(run.chain, state.control, states, paths.condition)
-        loss = (weights * event_sum(0.5 * (c - target) ** 2, len(run.chain.noise_shape)).sum(0)).mean()
+        loss = (weights * state.bridge.misfit(c, states, end, paths.condition).sum(0)).mean()
         (loss / run.accumulate).backward()
         return {"loss": float(loss.detach()), "ess": ess, "exponent": exponent}

@@ -11,7 +11,7 @@ from ..controls.tuned import ModelControl
 from ..problems.problem import ControlProblem
 from ..processes.modules import copied
 from ..processes.pretrained import call_model
-from ..tensors import as_float, check_output, probing
+from ..tensors import as_float, probing
 from .base import ControlState, Method, Run, register
 
 
@@ -62,8 +62,8 @@ class ClassifierFreeGuidance(Method):
         reference = problem.reference
         if not reference.pretrained:
             raise ValueError(
-                "classifier-free-guidance needs a pre-trained model as reference (generative_sde or diffusion_chain), "
-                f"got {type(reference).__name__}."
+                "classifier-free-guidance needs a pre-trained model as reference (generative_sde, diffusion_chain or "
+                f"masked_diffusion), got {type(reference).__name__}."
             )
         if reference.clip is not None:
             raise ValueError(
@@ -93,7 +93,7 @@ class _Guided(ModelControl):
         called = f"conditional(x, s, y), x {tuple(x.shape)}, y {tuple(self._condition(x, y).shape)}"
         with torch.no_grad(), probing("conditional", called):
             out = self.reference.predict(self.predicted, x, 0.5, y)
-        check_output("conditional", out, x.shape, x, f"It is called as {called}.")
+        self.reference.check_prediction("conditional", out, x, f"It is called as {called}.")
         if y is not None:
             self._check_unconditional(x, y, out)
 

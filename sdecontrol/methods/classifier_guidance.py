@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..controls.guidance import ClassifierValue, TweedieValue, ValueControl
+from ..controls.guidance import ClassifierValue, TweedieValue
+from ..controls.token_guidance import guided_by
 from ..problems.problem import ControlProblem
 from ..problems.rewards import LogProb
 from .base import ControlState, Method, Run, register
@@ -40,6 +41,7 @@ class ClassifierGuidance(Method):
     noisy: bool = False
 
     gaussian: ClassVar[bool] = True
+    tokens: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -67,4 +69,4 @@ class ClassifierGuidance(Method):
             value = ClassifierValue(run.problem, given.classifier, given.label)
         else:
             value = TweedieValue(run.problem, run.chain, given.classifier, given.label)
-        return ControlState(ValueControl(value, run.problem, run.chain))
+        return ControlState(guided_by(value, run.problem, run.chain))

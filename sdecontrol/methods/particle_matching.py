@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chains.bridges import ChainBridge, NoisingBridge, bridge_of
+from ..chains.masking import MaskingBridge
 from ..chains.shifts import shifts_along
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
@@ -36,7 +37,7 @@ class _State(RegressionState):
         super().__init__(run, _control(run, size))
         #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known
         #: does
-        self.bridge: ChainBridge | NoisingBridge | None = None
+        self.bridge: ChainBridge | NoisingBridge | MaskingBridge | None = None
         if problem.running_cost_function is None:
             with contextlib.suppress(ValueError):
                 self.bridge = bridge_of(chain, problem.start)
@@ -44,8 +45,9 @@ class _State(RegressionState):
         self.states: Tensor
         self.draws: Tensor
         self.facts: Tensor
-        self.register_buffer("states", chain.times.new_zeros(kept, size, *chain.event_shape))
-        shape = (chain.steps, size, *chain.noise_shape) if self.bridge is None else (0,)
+        kind = chain.state_dtype or chain.times.dtype
+        self.register_buffer("states", chain.times.new_zeros(kept, size, *chain.event_shape, dtype=kind))
+        shape = (chain.steps, size, *chain.noise_shape) if self.bridge is None and chain.of_noise else (0,)
         self.register_buffer("draws", chain.times.new_zeros(shape))
         # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last
         # run
@@ -97,6 +99,7 @@ class ParticleMatching(Method):
     refresh: int = 200
 
     of_noise: ClassVar[bool] = True
+    tokens: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 1000
     steady: ClassVar[bool] = True
 
@@ -117,6 +120,10 @@ class ParticleMatching(Method):
             self.run_particles(state, run)
         chain, means = run.chain, []
         for part in range(run.accumulate):
+            if not chain.of_noise:
+                states, mean = self.learn_tokens(state, run, part)
+                means.append(mean)
+                continue
             states, targets = self.draw(state, run, Place.MATCHING_BATCH, part)
             shifts = shifts_along(chain, state.control, states)
             means.append(regress(state, run, shifts, targets))
@@ -158,7 +165,8 @@ class ParticleMatching(Method):
             drawn = target.paths(z, origin)
             if state.bridge is None:
                 state.states.copy_(drawn.states)
-                state.draws.copy_(drawn.noises + drawn.shifts)
+                if chain.of_noise:
+                    state.draws.copy_(drawn.noises + drawn.shifts)
             else:
                 state.states.copy_(torch.stack((drawn.states[0], drawn.end)))
         else:
@@ -179,6 +187,24 @@ class ParticleMatching(Method):
         ess = float(effective_number(log_w)) / len(log_w)
         names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
         state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
+
+    def learn_tokens(self, state: _State, run: Run, part: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the cross-entropy of tokens: given the ends where the bridges are known, else of the
+        steps of whole paths. States of all steps, and the loss of each ``(K,)``."""
+        chain = run.chain
+        generator = generator_for(chain.times.device, run.seed, Place.MATCHING_BATCH, run.iteration, part)
+        rows = torch.randint(state.states.shape[1], (run.batch_size,), generator=generator, device=chain.times.device)
+        if state.bridge is None:
+            states = state.states[:-1, rows]
+            losses = -chain.log_ratio(shifts_along(chain, state.control, states), state.states[1:, rows])
+        else:
+            assert isinstance(state.bridge, MaskingBridge)
+            start, end = state.states[0, rows], state.states[1, rows]
+            noise = torch.randn((1, *end.shape), generator=generator, dtype=chain.times.dtype, device=end.device)
+            states = state.bridge.between(start, end, noise)
+            losses = state.bridge.misfit(shifts_along(chain, state.control, states), states, end)
+        (losses.sum(0).mean() / run.accumulate).backward()
+        return states, losses.detach().mean(1)
 
     def draw(self, state: _State, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
         """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends."""

@@ -24,6 +24,9 @@ class PathIntegralGuidance(Method):
     the chain's soft-optimal kernel; see :class:`PathIntegralControl` for its errors. ``solution.control.ess`` has the
     effective fraction of the paths at every step of the last use; a low one warns.
 
+    Of tokens it is their kernel, ``E[w 1{x_{k+1} = y}]/E[w]`` position by position (of masked ones
+    ``E[w 1{x_K = y}]/E[w]``, since a token stays), and the reference's counts as one path more.
+
     Args:
         num_paths: n of every average. The KL to the optimum that they cost is about ``K d / (2 n ess)``.
         proposal: simulate the paths with this control (or solution) and weigh them by ``dQ0/dP^v``; None: the
@@ -39,6 +42,7 @@ class PathIntegralGuidance(Method):
     control_variate: bool = True
 
     of_noise: ClassVar[bool] = True
+    tokens: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

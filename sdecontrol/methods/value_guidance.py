@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..chains.shifts import shift_function
 from ..controls.guidance import GivenValue, TweedieValue, ValueControl, value_network
+from ..controls.token_guidance import guided_by
 from ..errors import check_name
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
@@ -34,7 +35,8 @@ class ValueState(ControlState):
 @register
 @dataclass(frozen=True)
 class ValueGuidance(Method):
-    """``u = sigma^T grad v / alpha`` [27], the value v estimated first, or given.
+    """``u = sigma^T grad v / alpha`` [27], the value v estimated first, or given; of tokens the value of each neighbour
+    (:mod:`sdecontrol.controls.token_guidance`).
 
     Args:
         value: where v comes from.
@@ -63,6 +65,7 @@ class ValueGuidance(Method):
     num_paths: int = 16384
 
     gaussian: ClassVar[bool] = True
+    tokens: ClassVar[bool] = True
     takes_control: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -88,6 +91,13 @@ class ValueGuidance(Method):
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
+        if problem.reference.state_dtype is not None:
+            if self.value == "ratio":
+                raise ValueError(
+                    "value-guidance with value='ratio' learns a density ratio of numbers, and the states are tokens. "
+                    "Use value='monte-carlo' or 'soft-q'."
+                )
+            return
         if self.value == "tweedie" and (missing := missing_gradients(problem)):
             raise not_differentiable("value-guidance with value='tweedie'", problem, missing)
 
@@ -98,10 +108,11 @@ class ValueGuidance(Method):
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):
             value = GivenValue(self.value, run.problem.alpha)
-            _check_value(self, run.problem, value)
+            if run.problem.reference.state_dtype is None:
+                _check_value(self, run.problem, value)
         else:
             value = value_network(run.problem, run.chain, derive_seed(run.seed, Place.GUIDANCE_VALUE))
-        control = ValueControl(value, run.problem, run.chain)
+        control = guided_by(value, run.problem, run.chain)
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
 
@@ -172,13 +183,14 @@ def roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     begin[torch.arange(rows) % 4 != 3] = 0
     guided = (torch.arange(chain.steps).unsqueeze(1) >= begin).to(batch.x0.device)
     x0 = batch.x0.clone()
-    away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
-    x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away
+    if x0.is_floating_point():  # of tokens the neighbours are asked for, and these are visited
+        away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
+        x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away
 
     def shift(k: int, x: Tensor, y: Any) -> Tensor:
         here = guided[k].nonzero().flatten()
         c = guidance(k, x[here], None if y is None else y[here])
-        return x.new_zeros((x.shape[0], *chain.noise_shape)).index_copy(0, here, c)
+        return chain.times.new_zeros((x.shape[0], *chain.noise_shape)).index_copy(0, here, c)
 
     f = run.problem.running_cost_or_none
     with torch.no_grad():

@@ -115,11 +115,19 @@ class FDivergence:
         self.alpha = as_float("alpha", alpha, positive=True)
         self.floor = None if floor is None else as_float("floor", floor)
         self._generator = _find(phi, order)
-        check_tensor("samples", samples, hint="samples: decoded ends of the reference's paths, (n, *event).")
+        tokens = isinstance(samples, Tensor) and samples.dtype == torch.int64
+        check_tensor(
+            "samples",
+            samples,
+            hint="samples: decoded ends of the reference's paths, (n, *event).",
+            dtype=torch.int64 if tokens else None,
+        )
         if samples.ndim < 2 or len(samples) < 2:
             raise ValueError(f"samples must have shape (n, *event) with n >= 2, got {tuple(samples.shape)}.")
         with torch.no_grad():
-            value = check_output("reward", reward(samples), (len(samples),), samples, "One number per row.").double()
+            value = reward(samples)
+            like = value if tokens and isinstance(value, Tensor) else samples
+            value = check_output("reward", value, (len(samples),), like, "One number per row.").double()
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
                 f"the reward is not finite in {int((~torch.isfinite(value)).sum())} of {len(value)} samples.",

@@ -26,7 +26,8 @@ class Reference(Definition):
         gaussian: its steps are Gaussian kernels. of_noise: a control shifts the noise of its steps, which alone
             log-ratios depend on.
         differentiable: a step has a gradient by state and noise.
-        state_dtype: of the states, where they are tokens; else None.
+        state_dtype: of the states, where they are tokens; else None. keeps_tokens: a position that has one keeps it to
+            the end (masked diffusion).
         constant_diffusion: the diffusion where it depends on neither x nor t (matrices as ``(1, d, m)``), else None.
         reverse_target: the target is made of kernels backwards (a chain's reverse law); ``controlled_target``: the
             control has a part in them.
@@ -50,6 +51,7 @@ class Reference(Definition):
     of_noise: bool = True
     differentiable: bool = True
     state_dtype: torch.dtype | None = None
+    keeps_tokens: bool = False
     constant_diffusion: Any = None
     reverse_target: bool = False
     controlled_target: bool = False

@@ -30,12 +30,6 @@ class Tilt(nn.Module):
         return (rows * (0.5 + t.unsqueeze(1))).unflatten(1, self.shape)
 
 
-def counts_of(joint, x):
-    return torch.bincount(
-        (x * joint.vocabulary ** torch.arange(joint.length - 1, -1, -1)).sum(-1), minlength=len(joint.points)
-    )
-
-
 # ---------------------------------------------------------------- the reference
 
 
@@ -46,11 +40,11 @@ def test_ends_have_the_enumerated_law(order):
     x = sc.simulate(problem, 1 << 14, seed=1, keep="end").samples
     assert x.dtype == torch.int64 and int(x.max()) < 3
     law = joint.end(joint.chain_of(joint.letters(joint.model), steps, order))
-    assert chi_square_is_fine(counts_of(joint, x), law)
+    assert chi_square_is_fine(joint.counts(x), law)
     if order == "random":  # one position at a time: the joint law itself
         assert torch.allclose(law, joint.law, atol=1e-9)
     else:
-        assert not chi_square_is_fine(counts_of(joint, x), joint.law)
+        assert not chi_square_is_fine(joint.counts(x), joint.law)
 
 
 def test_the_end_comes_to_the_joint_law_with_the_steps():
@@ -115,7 +109,7 @@ def test_given_tokens_stay_and_the_rest_is_filled_in():
         assert bool((x[:, [1, 3]] == start[[1, 3]]).all()) and int(x.max()) < 3
         fits = (joint.points[:, 1] == 1) & (joint.points[:, 3] == 2)
         if order == "random":
-            assert chi_square_is_fine(counts_of(joint, x), joint.law * fits / (joint.law * fits).sum())
+            assert chi_square_is_fine(joint.counts(x), joint.law * fits / (joint.law * fits).sum())
 
 
 # ---------------------------------------------------------------- controls
@@ -142,7 +136,7 @@ def test_log_ratios_and_kls_are_those_of_the_enumerated_kernels(order):
     for get in (lambda p: p.log_ratio(), lambda p: p.kl(), lambda p: p.log_weights()):
         assert torch.allclose(get(ends), get(paths), atol=1e-10)
     law = joint.end(tuned)
-    assert chi_square_is_fine(counts_of(joint, sc.simulate(problem, 1 << 13, control, seed=3, keep="end").samples), law)
+    assert chi_square_is_fine(joint.counts(sc.simulate(problem, 1 << 13, control, seed=3, keep="end").samples), law)
     ratio = (sc.simulate(problem, 1 << 13, control, seed=4).log_weights() - joint.log_z(plain)).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(len(ratio))
 
@@ -203,7 +197,7 @@ def test_solution_model_has_the_same_law_in_a_foreign_sampler(order, way):
     plain = joint.end(joint.chain_of([joint.letters(problem.chain().model, 1 - k / 4) for k in range(4)], 4, order))
     assert float((law - plain).abs().sum()) > 0.2
     for x in (foreign_sampler(solution.model, joint, 1 << 13, 4, order, 7), solution.sample(1 << 13, seed=1)):
-        assert chi_square_is_fine(counts_of(joint, x), law)
+        assert chi_square_is_fine(joint.counts(x), law)
 
 
 @pytest.mark.parametrize("way", ["tuned", "frozen", "both", "user"])

@@ -25,6 +25,7 @@ from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.controls.path_integral import PathIntegralControl
 from sdecontrol.controls.ratio_value import RatioValue
 from sdecontrol.controls.saved import CONTROLS, VALUES, Kinds
+from sdecontrol.controls.token_guidance import TokenValueControl
 from sdecontrol.evaluation.particle_solution import ParticleSettings, ParticleSolution
 from sdecontrol.evaluation.solution import SOLUTIONS, Solution
 from sdecontrol.files import bundles, migrations
@@ -114,6 +115,7 @@ CONTROL_CASES = {
     "started": (lambda: lq(start="controlled"), lambda p, c: build_control(p, c), {}),
     "tuned": (generative, lambda p, c: build_control(p, c), {}),
     "token-network": (tokens, lambda p, c: build_control(p, c), {}),
+    "token-value": (tokens, lambda p, c: TokenValueControl(value_network(p, c, 0), p, c), {}),
     "reward-network": (generative, lambda p, c: build_control(p, c, "frozen"), {}),
     "sum": (generative, lambda p, c: build_control(p, c, "both"), {}),
     "mixture": (gibbs, lambda p, c: mixture(p), {}),

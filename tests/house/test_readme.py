@@ -22,6 +22,7 @@ PAGES = (
     "docs/control_problems.md",
     "docs/fine_tuning.md",
     "docs/densities.md",
+    "docs/sequences.md",
     "docs/which.md",
 )
 

@@ -30,6 +30,7 @@ from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.controls.path_integral import PathIntegralControl
 from sdecontrol.controls.ratio_value import RatioValue
 from sdecontrol.controls.saved import CONTROLS, VALUES
+from sdecontrol.controls.token_guidance import TokenValueControl
 from sdecontrol.evaluation.solution import SOLUTIONS, Solution
 from sdecontrol.exact.base import ExactSolution
 from sdecontrol.processes.laws import ProductMixture
@@ -223,6 +224,7 @@ CONTROL_CASES = {
     "started": (REFERENCES["LinearSDE, a learned start"], build_control),
     "tuned": (lambda: generative(Denoiser()), build_control),
     "token-network": (masked, build_control),
+    "token-value": (masked, lambda p, c: TokenValueControl(value_network(p, c, 0), p, c)),
     "reward-network": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "frozen")),
     "sum": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "both")),
     "mixture": (gibbs, lambda p, c: mixture(p)),
