@@ -11,6 +11,7 @@ from .digits_floor import digits_floor
 from .gibbs import gibbs
 from .identity import identity
 from .imports import imports
+from .masked import masked
 from .methods import methods
 from .mixture import mixture
 from .optimum import optimum
@@ -27,6 +28,7 @@ app.command()(digits_floor)
 app.command()(gibbs)
 app.command()(identity)
 app.command()(imports)
+app.command()(masked)
 app.command()(methods)
 app.command()(mixture)
 app.command()(optimum)

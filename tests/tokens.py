@@ -121,9 +121,12 @@ class Joint:
         chain, found = problem.chain(), []
         with torch.no_grad():
             for k in range(chain.steps):
-                u = control(self.states, float(chain.clock[k])).to(F64)
                 plain = self.letters(chain.model, 1 - chain.clock[k])
-                found.append((plain + u).log_softmax(-1))
+                rows = torch.ones(len(self.states), dtype=torch.bool)
+                if not chain.independent:  # only these are on paths
+                    rows = (self.states == self.vocabulary).sum(1) == self.length - k
+                plain[rows] += control(self.states[rows], float(chain.clock[k])).to(F64)
+                found.append(plain.log_softmax(-1))
         return found
 
     def gap_of(self, problem, control):

@@ -149,7 +149,10 @@ class GivenValue(LogValue):
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         times = t.expand(x.shape[0])
         v = self._function[0](x, times) if y is None else self._function[0](x, times, y)
-        check_output("value", v, (x.shape[0],), x, "A value is called as value(x, t), t (batch,): one number per row.")
+        like = x if x.is_floating_point() else t  # x may be tokens
+        check_output(
+            "value", v, (x.shape[0],), like, "A value is called as value(x, t), t (batch,): one number per row."
+        )
         return v / self.alpha
 
 

@@ -46,12 +46,19 @@ class TokenValueControl(ValueControl):
         return lambda k, x, y: chain.shift_at(k, x, self._tilt(k, x, self._values(chain, k), y), y)
 
     def _values(self, chain: Chain, k: int) -> Callable[[Tensor, Any], Tensor]:
-        """``(x, y) -> v/alpha`` by which the neighbours of step k are valued; at the end that is the reward."""
-        step, problem = chain.reference.valued_at(k), self._problem
-        if step == chain.steps and not self.value.own_end:
-            return lambda x, y: problem.reward(chain.decode(x, y), y) / problem.alpha
-        value = self.value.on_chain(chain)
-        return lambda x, y: value(step, x, y)
+        """``(x, y) -> v/alpha`` by which the neighbours of step k are valued; at the end that is the reward, of states
+        that a path can end with."""
+        step, problem, value = chain.reference.valued_at(k), self._problem, self.value.on_chain(chain)
+        if step < chain.steps or self.value.own_end:
+            return lambda x, y: value(step, x, y)
+
+        def at_the_end(x: Tensor, y: Any) -> Tensor:
+            masked = chain.reference.open(x).flatten(1).any(1) & chain.reference.keeps_tokens
+            if bool(masked.any()):  # on no path
+                return value(step, x, y)
+            return problem.reward(chain.decode(x, y), y) / problem.alpha
+
+        return at_the_end
 
     @torch.no_grad()
     def _tilt(self, k: int, x: States, value: Callable[[Tensor, Any], Tensor], y: Any) -> Controls:

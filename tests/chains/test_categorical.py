@@ -212,7 +212,7 @@ def test_every_path_based_method_comes_to_the_exact_tilt(name):
     space = Space(1, size=3.0)
     assert float(space.gap(torch.zeros(K, V, 1, V, dtype=F64))) > 0.4
     solution = sc.solve(
-        space.problem, METHODS[name], control=Tilts(space), iterations=120, batch_size=256, learning_rate=0.05, seed=0,
+        space.problem, METHODS[name], control=Tilts(space), iterations=160, batch_size=256, learning_rate=0.05, seed=0,
         progress=False,
     )  # fmt: skip
     assert float(space.gap(solution.control.module.table.detach())) < 0.01

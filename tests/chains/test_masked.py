@@ -351,3 +351,23 @@ def test_rewards_see_no_mask():
     problem.fingerprint()
     sc.solve(problem, sc.SoftPPO(), iterations=2, batch_size=8, seed=0, progress=False).evaluate(64, seed=1)
     assert max(seen) == 2
+
+
+def test_the_face_runs_as_written():
+    data = torch.randint(4, (64, 50), generator=torch.Generator().manual_seed(0))
+    my_reward = lambda x: (x == 2).float().mean(1)  # noqa: E731
+    model = sc.fit_masked_diffusion(data, vocabulary=4, iterations=2, seed=0, progress=False)
+    chain = sc.masked_diffusion(model, length=50, vocabulary=4, steps=50)
+    problem = sc.ControlProblem(chain, reward=my_reward, alpha=0.1)
+    solution = sc.solve(problem, sc.SoftPPO(), iterations=1, batch_size=8, seed=0, progress=False)
+    x = solution.sample(8, seed=1)
+    assert x.shape == (8, 50) and solution.model(x, torch.zeros(8)).shape == (8, 50, 4)
+
+
+def test_recommend_and_compare_know_tokens():
+    problem = sc.ControlProblem(sc.masked_diffusion(uniform, 4, 3), reward=lambda x: x.float().sum(1), alpha=1.0)
+    names = [suggestion.method.name for suggestion in sc.recommend(problem)]
+    assert names[0] == "log-variance" and not {"adjoint-matching", "socm", "reward-backprop"} & set(names)
+    assert "smc" in [suggestion.method.name for suggestion in sc.recommend(problem, one_off=True)]
+    table = sc.compare(problem, [sc.SMC(num_particles=16), sc.BestOfN(), sc.AdjointMatching()], n=64, seeds=[0])
+    assert [row.reason is None for row in table.rows] == [True, True, False]

@@ -1,0 +1,156 @@
+"""Masked diffusion: how near every method comes to the exact tilt, on models that have the conditionals of a known law.
+
+Letters are those of a Markov chain, whose conditionals given any of them are known by forward and backward messages.
+One position is unmasked a step, in random order, where the floor of tilts of tokens is 0: log Z of the tilt and the gap
+of a control are exact, by a recursion over all ``(V+1)^L`` states. Rewards are sums over words of three letters, scaled
+such that the tilt is two nats. Each finished cell is a JSON file under
+``benchmarks/results/masked/``; a cell that exists is not run again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import sdecontrol as sc
+
+from .cells import store, versions
+
+__all__ = ["masked"]
+
+RESULTS = Path(__file__).parent / "results" / "masked"
+SIZES = {"4x3": (4, 3), "8x4": (8, 4)}
+_TILT = 2.0  # nats
+METHODS: dict[str, sc.Method] = {
+    "log-variance": sc.LogVariance(),
+    "soft-ppo": sc.SoftPPO(),
+    "path-consistency, all": sc.PathConsistency(),
+    "path-consistency, n=1": sc.PathConsistency(1),
+    "reward-weighted-mle": sc.RewardWeightedMLE(),
+    "cross-entropy, trust region 1": sc.CrossEntropy(trust_region=1.0),
+    "reinforce": sc.Reinforce(),
+    "bridge-matching": sc.BridgeMatching(),
+    "particle-matching": sc.ParticleMatching(),
+    "value guidance, Monte Carlo": sc.ValueGuidance("monte-carlo"),
+    "value guidance, soft Q": sc.ValueGuidance("soft-q"),
+}
+
+
+class Letters:
+    """A Markov chain of L letters out of V, a reward, and the model of its conditionals as a table over all masked
+    states."""
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        L, V = self.length, self.vocabulary = length, vocabulary
+        generator = torch.Generator().manual_seed(11)
+        randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        first, move = randn(V).softmax(0), (1.5 * randn(V, V)).softmax(1)
+        self.states = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))
+        self.powers = (V + 1) ** torch.arange(L - 1, -1, -1)
+        allowed = torch.cat((torch.eye(V), torch.ones(1, V))).double()  # letters that a token allows
+        seen = allowed[self.states]
+        ahead, behind = [first.expand(len(seen), V)], [torch.ones(len(seen), V, dtype=torch.float64)]
+        for j in range(L - 1):
+            ahead.append((ahead[-1] * seen[:, j]) @ move)
+            behind.insert(0, (behind[0] * seen[:, L - 1 - j]) @ move.mT)
+        each = torch.stack([a * b * seen[:, j] for j, (a, b) in enumerate(zip(ahead, behind))], 1)
+        self.mass = each[:, 0].sum(-1)  # probability of the letters that are there
+        self.logits = (each / self.mass[:, None, None]).clamp(min=1e-30).log().float()
+        words = randn(V, V, V)
+        whole = (self.states < V).all(1)
+        points = self.states[whole]
+        r = sum(words[points[:, j], points[:, j + 1], points[:, j + 2]] for j in range(L - 2))
+        law = self.mass[whole] / self.mass[whole].sum()
+        low, high = 0.0, 20.0
+        for _ in range(60):  # the tilt's KL grows with the scale
+            scale = 0.5 * (low + high)
+            log_q = (law.log() + scale * r).log_softmax(0)
+            low, high = (scale, high) if float(log_q.exp() @ (log_q - law.log())) < _TILT else (low, scale)
+        self.reward_of = torch.zeros(len(seen), dtype=torch.float64)
+        self.reward_of[whole] = scale * (r - law @ r)
+
+    def at(self, x: Tensor) -> Tensor:
+        return (x * self.powers).sum(-1)
+
+    def problem(self) -> sc.ControlProblem:
+        r, model = self.reward_of.float(), lambda x, s: self.logits[self.at(x)]
+        chain = sc.masked_diffusion(model, self.length, self.vocabulary, order="random")
+        return sc.ControlProblem(chain, reward=lambda x: r[self.at(x)], alpha=1.0)
+
+    # ------------------------------------------------------------ exactly, over all states
+
+    def averaged(self, f: Tensor, letters: Tensor) -> Tensor:
+        """``E[f(x_{k+1}) | x_k]`` of a function ``(states,)`` under probabilities of letters ``(states, L, V)``, one
+        masked position unmasked, each as likely."""
+        V, masked = self.vocabulary, self.states == self.vocabulary
+        index, left = torch.arange(len(self.states)), masked.sum(1).clamp(min=1)
+        total = torch.where(masked.any(1), 0.0, f)
+        for j in range(self.length):
+            for v in range(V):
+                there = (index - (V - v) * self.powers[j]).clamp(min=0)  # the mask is the largest token
+                total = total + torch.where(masked[:, j], letters[:, j, v] * f[there] / left, 0.0)
+        return total
+
+    def log_z(self) -> float:
+        """Of the chain in random order, whose end has the law of the letters."""
+        whole = (self.states < self.vocabulary).all(1)
+        law = self.mass[whole] / self.mass[whole].sum()
+        return float((law.log() + self.reward_of[whole]).logsumexp(0))
+
+    @torch.no_grad()
+    def gap(self, problem: sc.ControlProblem, control: Any) -> float:
+        """``KL(P^u || Q_fine)`` of a control in random order, by its cost to go from every state."""
+        chain, V = problem.chain(), self.vocabulary
+        masked = self.states == V
+        cost = -self.reward_of.clone()
+        plain = self.logits.double().log_softmax(-1)
+        for k in reversed(range(chain.steps)):
+            rows = (masked.sum(1) == self.length - k).nonzero().flatten()
+            u = torch.zeros(len(self.states), self.length, V, dtype=torch.float64)
+            for part in rows.split(1 << 14):
+                u[part] = control(self.states[part], float(chain.clock[k])).double()
+            tuned = (plain + u).log_softmax(-1)
+            kl = ((tuned.exp() * (tuned - plain)).sum(-1) * masked).sum(1) / masked.sum(1).clamp(min=1)
+            here = self.averaged(cost, tuned.exp()) + kl
+            cost[rows] = here[rows]
+        return self.log_z() + float(cost[-1])  # the last state is all masks
+
+
+def _solve(letters: Letters, method: sc.Method, seconds: float, seed: int) -> dict[str, Any]:
+    problem = letters.problem()
+    began = time.process_time()
+    options: dict[str, Any] = {"batch_size": 256, "seed": seed, "progress": False}
+    sc.solve(problem, method, iterations=8, **options)
+    each = (time.process_time() - began) / 8
+    count = max(8, int(seconds / each))
+    began = time.process_time()
+    solution = sc.solve(problem, method, iterations=count, **options)
+    spent = time.process_time() - began
+    found = {"iterations": count, "cpu_seconds": round(spent, 1), "gap": letters.gap(problem, solution.control)}
+    return {**found, "untuned": letters.gap(problem, lambda x, t: torch.zeros(*x.shape, letters.vocabulary))}
+
+
+def masked(
+    size: Annotated[str, typer.Option(help="4x3 or 8x4: letters and their number")] = "4x3",
+    method: Annotated[str, typer.Option(help="one of the table's methods; empty: all")] = "",
+    seconds: Annotated[float, typer.Option(help="CPU-seconds of training")] = 60.0,
+    seed: Annotated[int, typer.Option(help="of the training")] = 0,
+) -> None:
+    """Gaps of the methods on masked diffusion, exactly, in random order: there the floor is 0."""
+    torch.set_num_threads(1)
+    letters = Letters(*SIZES[size])
+    for name in [method] if method else METHODS:
+        path = RESULTS / f"{size}-{name.replace(', ', '-').replace(' ', '-').replace('=', '')}-{seconds:g}s-{seed}.json"
+        if not path.exists():
+            cell = _solve(letters, METHODS[name], seconds, seed)
+            store(path, {"size": size, "method": name, "seconds": seconds, "seed": seed, **cell, **versions()})
+        cell = json.loads(path.read_text())
+        spent = f"in {cell['cpu_seconds']:.0f} CPU-s"
+        typer.echo(f"{size} {name:32s} gap {cell['gap']:8.4f} of {cell['untuned']:.3f} {spent}")
