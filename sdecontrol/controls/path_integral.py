@@ -99,7 +99,7 @@ class PathIntegralControl(Control):
         chain = self._chain
         shift = self.on_chain(chain)
         steps = torch.tensor([chain.step_at(float(time)) for time in t.reshape(-1)]).expand(x.shape[0])
-        out = x.new_empty((x.shape[0], *self.control_shape))
+        out = chain.times.new_empty((x.shape[0], *self.control_shape))  # x may be tokens
         for k in steps.unique().tolist():
             rows = (steps == k).nonzero().flatten().to(x.device)
             out[rows] = chain.control(k, shift(k, x[rows], None if y is None else y[rows])).to(out)
