@@ -167,6 +167,7 @@ class Place(enum.IntEnum):
     MATCHING_OWN_START = 624
     MATCHING_BATCH = 625  # [iteration, part]
     MATCHING_JUDGE = 626  # bridges on which a correction is judged [iteration, part]
+    MATCHING_TOKENS = 627  # rows of particles of tokens, and where their ends are masked [iteration, part]
     FIRST_MIXTURE = 630  # particles of the first mixtures [turn]
     FIRST_MIXTURE_FIT = 631  # [turn]
     FIRST_MIXTURE_DRAWS = 632  # independent draws that begin with the second one [block]

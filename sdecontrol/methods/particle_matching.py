@@ -192,7 +192,7 @@ class ParticleMatching(Method):
         """Add the gradient of the cross-entropy of tokens: given the ends where the bridges are known, else of the
         steps of whole paths. States of all steps, and the loss of each ``(K,)``."""
         chain = run.chain
-        generator = generator_for(chain.times.device, run.seed, Place.MATCHING_BATCH, run.iteration, part)
+        generator = generator_for(chain.times.device, run.seed, Place.MATCHING_TOKENS, run.iteration, part)
         rows = torch.randint(state.states.shape[1], (run.batch_size,), generator=generator, device=chain.times.device)
         if state.bridge is None:
             states = state.states[:-1, rows]
