@@ -217,5 +217,6 @@ class ParticleMatching(Method):
         start, end = state.states[0, rows], state.states[1, rows]
         shape = (chain.steps, *end.shape)
         noise = torch.randn(shape, generator=generator, dtype=end.dtype, device=device)
+        assert not isinstance(state.bridge, MaskingBridge)  # its particles are learned from by learn_tokens
         states = state.bridge.between(start, end, noise)
         return states, state.bridge.noise_given_end(states, end)
