@@ -125,11 +125,16 @@ class Letters:
 
 def _solve(letters: Letters, method: sc.Method, seconds: float, seed: int) -> dict[str, Any]:
     problem = letters.problem()
-    began = time.process_time()
     options: dict[str, Any] = {"batch_size": 256, "seed": seed, "progress": False}
-    sc.solve(problem, method, iterations=8, **options)
-    each = (time.process_time() - began) / 8
-    count = max(8, int(seconds / each))
+
+    def spent_on(iterations: int) -> float:
+        began = time.process_time()
+        sc.solve(problem, method, iterations=iterations, **options)
+        return time.process_time() - began
+
+    first = min(spent_on(4), spent_on(4))  # what does not grow with the iterations: networks, probes, particles
+    each = max(1e-3, (spent_on(24) - first) / 20)
+    count = max(24, int((seconds - first) / each))
     began = time.process_time()
     solution = sc.solve(problem, method, iterations=count, **options)
     spent = time.process_time() - began
