@@ -218,7 +218,6 @@ def write_figures(cells: list[Cell], order: list[str]) -> None:
 #: methods that the figure names; all others are grey points
 _NAMED = (
     "default",
-    "value-guidance, ratio",
     "distilled",
     "reward-backprop",
     "soft-ppo",

@@ -219,10 +219,11 @@ class Place(enum.IntEnum):
     DEMO_AFTER = 1025
     DEMO_TILT = 1026
     DEMO_TILT_PATHS = 1027  # [chunk]
-    DEMO_TUNED = 1028
-    DEMO_UNTUNED = 1029
+    DEMO_GUIDED = 1028
+    DEMO_SAMPLES = 1029
     DEMO_RESAMPLED = 1030
     DEMO_RESAMPLING = 1031
+    DEMO_DISTILLED = 1032
 
 
 def fresh_seed(seed: int | None) -> int:

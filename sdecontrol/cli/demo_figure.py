@@ -26,9 +26,10 @@ def draw_figure(result: DemoResult, path: Path) -> None:
         fontsize=13,
         fontweight="bold",
     )
-    shares = (*result.shares, result.tilt.share)
-    titles = ("before tuning", "after tuning", "exact answer (importance sampling)")
-    for axes, title, share, x in zip(top.subplots(1, 3), titles, shares, result.samples):
+    shares = (*(r.share for r in result.samplers), result.tilt.share)
+    images = (*(r.samples for r in result.samplers), result.tilted)
+    titles = ("before", "guided", "one network", "exact answer")
+    for axes, title, share, x in zip(top.subplots(1, 4), titles, shares, images):
         axes.imshow(_mosaic(x), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(title, color=_INK, fontsize=11)
         axes.set_xlabel(f"{share.value:.0%} classified as {result.label}", color=_INK, fontsize=9.5)
@@ -36,7 +37,9 @@ def draw_figure(result: DemoResult, path: Path) -> None:
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_visible(False)
-    _curve(bottom.subplots(1, 1), result)
+    left, right = bottom.subplots(1, 2)
+    _rewards(left, result)
+    _curve(right, result)
     figure.savefig(path, facecolor="white")
 
 
@@ -51,39 +54,56 @@ def _mosaic(x: Tensor) -> np.ndarray:
     return canvas
 
 
+def _rewards(axes: Any, result: DemoResult) -> None:
+    """Reward against KL of the four; between the untuned model and the tilt, all that objectives forbid."""
+    tilt = result.tilt
+    points = [(s.evaluation.kl, s.evaluation.reward) for s in result.samplers] + [(tilt.kl, tilt.reward)]
+    names = ("before", "guided", "one network", "exact answer")
+    # reward - KL <= log Z whatever the sampler
+    end = 1.15 * max(kl.value for kl, _ in points)
+    axes.plot([0, end], [tilt.log_z.value, tilt.log_z.value + end], color=_INK, lw=1, ls="--")
+    axes.annotate(
+        "reward - KL = log Z", (0.02 * end, tilt.log_z.value), (4, -12), textcoords="offset points", fontsize=9
+    )
+    for (kl, reward), name, marker, colour in zip(points, names, "os^*", ("#8a949c", _ACCENT, "#c8553d", _INK)):
+        axes.errorbar(
+            kl.value,
+            reward.value,
+            xerr=2 * _known(kl.stderr),
+            yerr=2 * _known(reward.stderr),
+            fmt=marker,
+            ms=11 if marker == "*" else 7,
+            color=colour,
+            label=name,
+        )
+    axes.set_xlabel("KL to the pre-trained model, nats", color=_INK)
+    axes.set_ylabel("reward", color=_INK)
+    axes.legend(frameon=False, loc="lower right", fontsize=9.5)
+    _plain(axes, "what is gained, and what it costs")
+
+
+def _known(error: float | None) -> float:
+    return error if error is not None and np.isfinite(error) else 0.0
+
+
 def _curve(axes: Any, result: DemoResult) -> None:
-    """The objective per iteration with its error, up to the estimated log Z that bounds it."""
-    value = np.array([m["objective"] for m in result.history])
-    error = np.array([m["objective_stderr"] for m in result.history])
-    steps = np.arange(1, len(value) + 1)
-    axes.fill_between(
-        steps, value - 2 * error, value + 2 * error, color=_SOFT, alpha=0.5, linewidth=0, label="± 2 standard errors"
-    )
-    axes.plot(steps, value, color=_ACCENT, linewidth=1.4, label="objective, E reward - KL")
-    log_z = result.tilt.log_z
-    axes.axhline(
-        log_z.value,
-        color=_INK,
-        linewidth=1.1,
-        linestyle="--",
-        label=f"log Z = {log_z.value:.2f} (estimated), the largest possible",
-    )
-    low = float(np.quantile(value, 0.02))
-    axes.set_ylim(
-        min(low, value[0]) if value[0] > 3 * log_z.value else low - 0.3, log_z.value + 0.12 * (log_z.value - low) + 0.1
-    )
+    """What the one network still differs by from the guidance while it learns."""
+    value = np.array([m["loss"] for m in result.history])
+    window = max(1, len(value) // 50)
+    smooth = np.convolve(value, np.ones(window) / window, "valid")
+    axes.plot(np.arange(1, len(value) + 1), value, color=_SOFT, linewidth=0.8)
+    axes.plot(np.arange(window, len(value) + 1), smooth, color=_ACCENT, linewidth=1.6)
+    axes.set_yscale("log")
     axes.set_xlim(1, max(2, len(value)))
     axes.set_xlabel("iteration", color=_INK)
     axes.set_ylabel("nats", color=_INK)
+    guided, network = (s.evaluation for s in (result.guided, result.network))
+    _plain(axes, f"distillation; gaps: guided {guided.gap.value:.2f}, one network {network.gap.value:.2f} nats")
+
+
+def _plain(axes: Any, title: str) -> None:
     axes.grid(axis="y", color="#e4e9ed", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="lower right", fontsize=9.5)
-    axes.set_title(
-        f"training curve: gap left {result.after.gap.value:.2f} nats, effective sample size "
-        f"{result.after.ess.value:.0%}",
-        color=_INK,
-        fontsize=11,
-        loc="left",
-    )
+    axes.set_title(title, color=_INK, fontsize=10.5, loc="left")

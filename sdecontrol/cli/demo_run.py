@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,20 +15,23 @@ from .. import (
     VP,
     ControlProblem,
     LogProb,
-    RewardBackprop,
+    ValueGuidance,
+    distill,
     fit_score,
     generative_sde,
-    simulate,
     solve,
 )
+from ..chains.base import Chain
 from ..errors import BadFileError
 from ..evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
 from ..evaluation.evaluate import Evaluation, evaluate, log_weights
 from ..evaluation.metrics import sliced_wasserstein
+from ..evaluation.solution import Solution
 from ..files.bundles import register_bundle
 from ..files.contents import load_tensors, part_of, with_part
 from ..library.cache import read_cached, write_cached
 from ..library.digits import DIGIT_SHAPE, DigitClassifier, digits, fit_digit_classifier
+from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, generator_for
 from ..training.score_network import ScoreNetwork
 from .common import note
@@ -36,18 +40,20 @@ RECIPE = 2  # raised whenever the models' training changes: older caches are the
 _KIND = register_bundle("demo models", "accuracy")
 _TRAINED_ON = 1400  # digits that the classifier is trained on; the others test it
 _CHUNK = 4096
+_SHOWN = ("reward", "kl", "log_z", "ess", "gap")  # of an evaluation, in the table
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much work the demo does."""
+    """How much work the demo does: the models' training; paths of the guidance's first fit and rounds after it;
+    iterations of the distillation; steps; samples that are measured; untuned ones that give the exact tilt."""
 
     model_iterations: int
     classifier_iterations: int
+    guidance_paths: int
+    rounds: int | None
     iterations: int
-    batch_size: int
     time_steps: int
-    learning_rate: float
     evaluation_paths: int
     tilt_paths: int
 
@@ -57,8 +63,8 @@ class DemoSettings:
         return [1 - (1 - k / self.time_steps) ** 1.5 for k in range(self.time_steps + 1)]
 
 
-FULL = DemoSettings(6000, 1500, 220, 256, 40, 1e-3, 4096, 16384)
-QUICK = DemoSettings(100, 100, 4, 64, 10, 1e-3, 256, 1024)
+FULL = DemoSettings(6000, 1500, 16384, None, 1500, 40, 4096, 16384)
+QUICK = DemoSettings(100, 100, 512, 2, 4, 10, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,28 @@ class Tilt:
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """The untuned model, the guided one, or the one network that the guidance was distilled into.
+
+    Attributes:
+        share: of samples whose most probable class is the label.
+        distance: sliced W1 of the samples to the exact tilt.
+        cost: CPU time of a sample over that of the untuned model's.
+    """
+
+    samples: Tensor
+    evaluation: Evaluation
+    share: Estimate
+    distance: float
+    cost: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        more = {"share": asdict(self.share), "sliced_wasserstein": self.distance, "sampling_over_untuned": self.cost}
+        return {**self.evaluation.as_dict(), **more}
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything that the table, the figure and the JSON file show."""
 
@@ -99,61 +127,72 @@ class DemoResult:
     seed: int
     settings: DemoSettings
     models: DemoModels
-    before: Evaluation
-    after: Evaluation
+    before: Sampler
+    guided: Sampler
+    network: Sampler
     tilt: Tilt
-    shares: tuple[Estimate, Estimate]
-    distances: tuple[float, float, float]
-    samples: tuple[Tensor, Tensor, Tensor]
+    tilted: Tensor
+    floor: float
     history: list[dict[str, float]]
     seconds: dict[str, float]
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    @property
+    def samplers(self) -> tuple[Sampler, Sampler, Sampler]:
+        """In the order of the table."""
+        return self.before, self.guided, self.network
+
+    def rows(self) -> list[tuple[str, ...]]:
         """The table's rows as text."""
-        b, a, tilt = self.before, self.after, self.tilt
-        far, near, floor = self.distances
+        tilt, took = self.tilt, self.seconds
+        of = {name: [str(getattr(s.evaluation, name)) for s in self.samplers] for name in _SHOWN}
+        untuned_kl = ["0", *of["kl"][1:]]
+        seconds = [_seconds(took[name]) for name in ("models", "guidance", "distillation")]
         return [
-            ("reward", str(b.reward), str(a.reward), str(tilt.reward)),
-            ("KL to the pre-trained", "0", str(a.kl), str(tilt.kl)),
-            ("log Z (estimated)", str(b.log_z), str(a.log_z), str(tilt.log_z)),
-            ("ESS of the weights", str(b.ess), str(a.ess), f"{tilt.ess:.3f}"),
-            ("gap (estimated, nats)", str(b.gap), str(a.gap), "0"),
-            (f"classified as {self.label}", str(self.shares[0]), str(self.shares[1]), str(tilt.share)),
-            ("sliced W1 to the tilt", f"{far:.4f}", f"{near:.4f}", f"{floor:.4f}"),
-            ("time", _seconds(self.seconds["models"]), _seconds(self.seconds["tuning"]), _seconds(tilt.seconds)),
+            ("reward", *of["reward"], str(tilt.reward)),
+            ("KL to the pre-trained", *untuned_kl, str(tilt.kl)),
+            ("log Z (estimated)", *of["log_z"], str(tilt.log_z)),
+            ("ESS of the weights", *of["ess"], f"{tilt.ess:.3f}"),
+            ("gap (estimated, nats)", *of["gap"], "0"),
+            (f"classified as {self.label}", *(str(s.share) for s in self.samplers), str(tilt.share)),
+            ("sliced W1 to the tilt", *(f"{s.distance:.4f}" for s in self.samplers), f"{self.floor:.4f}"),
+            ("cost of a sample", *(f"{s.cost:.1f}" for s in self.samplers), "-"),
+            ("time", *seconds, _seconds(tilt.seconds)),
         ]
 
     def notes(self) -> list[str]:
         """What the table's numbers are."""
         trained = "from the cache" if self.models.cached else f"trained in {self.seconds['models']:.0f} s"
+        ends = self.network.evaluation
         return [
             f"Models {trained}; the classifier is right on {self.models.accuracy:.1%} of {1797 - _TRAINED_ON} digits "
             "it has not seen.",
+            "Guided: the pre-trained model, guided by a value that was fitted to its own samples; one network: the "
+            "same in one tuned copy of the model, which asks for no reward.",
             f"Exact tilt: {len(self.tilt.samples)} samples of the untuned model, importance weighted; its sliced W1 is "
             "the sampling floor, between two independent halves.",
-            f"Gap = KL to the exactly tilted path law, {self.after.verdict} ({self.after.reliability}).",
+            f"Gap = KL to the exactly tilted path law; of the one network {ends.verdict} ({ends.reliability}).",
             f"In all {self.seconds['total']:.0f} s.",
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         tilt = self.tilt
-        far, near, floor = self.distances
         return {
             "label": self.label,
             "seed": self.seed,
             "settings": asdict(self.settings),
             "classifier_accuracy": self.models.accuracy,
             "models_cached": self.models.cached,
-            "before": {**self.before.as_dict(), "share": asdict(self.shares[0]), "sliced_wasserstein": far},
-            "after": {**self.after.as_dict(), "share": asdict(self.shares[1]), "sliced_wasserstein": near},
+            "before": self.before.as_dict(),
+            "guided": self.guided.as_dict(),
+            "one_network": self.network.as_dict(),
             "exact_tilt": {
                 "reward": asdict(tilt.reward),
                 "kl": asdict(tilt.kl),
                 "log_z": asdict(tilt.log_z),
                 "ess": tilt.ess,
                 "share": asdict(tilt.share),
-                "sliced_wasserstein": floor,
+                "sliced_wasserstein": self.floor,
                 "n": len(tilt.samples),
             },
             "seconds": self.seconds,
@@ -166,7 +205,7 @@ def _seconds(value: float) -> str:
 
 
 def run_demo(label: int, seed: int, settings: DemoSettings, threads: int = 1) -> DemoResult:
-    """Train or load the models, tune, and compare with the exactly tilted law."""
+    """Train or load the models, guide and tune, and compare with the exactly tilted law."""
     before_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -183,41 +222,52 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
         reward=LogProb(models.classifier, label),
         alpha=1.0,
     )
-    mark = time.monotonic()
-    solution = solve(
+    marks = [time.monotonic()]
+    guidance = solve(
         problem,
-        RewardBackprop(),
+        ValueGuidance("ratio", num_paths=settings.guidance_paths),
         time_steps=settings.times,
-        iterations=settings.iterations,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        scheme="euler",
+        iterations=settings.rounds,
         seed=derive_seed(seed, Place.DEMO_SOLVE),
         progress=True,
     )
-    tuning = time.monotonic() - mark
-    note("evaluating ...")
-    n = settings.evaluation_paths
-    before = evaluate(problem, None, solution.chain, n, derive_seed(seed, Place.DEMO_BEFORE))
-    after = solution.evaluate(n, seed=derive_seed(seed, Place.DEMO_AFTER))
+    marks.append(time.monotonic())
+    place = derive_seed(seed, Place.DEMO_DISTILLED)
+    network = distill(guidance, iterations=settings.iterations, seed=place, progress=True)
+    marks.append(time.monotonic())
     note("importance sampling the exactly tilted law ...")
-    tilt = _tilt(problem, models.classifier, label, settings, derive_seed(seed, Place.DEMO_TILT))
-    tuned = solution.sample(n, seed=derive_seed(seed, Place.DEMO_TUNED))
-    place = derive_seed(seed, Place.DEMO_UNTUNED)
-    untuned = simulate(problem, n, time_steps=settings.times, seed=place, keep="end").samples
-    shares = (_share(models.classifier, untuned, label), _share(models.classifier, tuned, label))
+    tilt = _tilt(problem, models.classifier, label, guidance.chain, settings, derive_seed(seed, Place.DEMO_TILT))
+    note("evaluating ...")
+    seeds = (Place.DEMO_BEFORE, Place.DEMO_GUIDED, Place.DEMO_AFTER)
+    half = len(tilt.samples) // 2
+    (first, second), (w1, w2) = tilt.samples.split(half), tilt.log_w.split(half)
+    far = partial(sliced_wasserstein, directions=200, log_weights_b=w1)
+    drawn = [
+        _drawn(problem, guidance.chain, solution, settings.evaluation_paths, derive_seed(seed, place))
+        for solution, place in zip((None, guidance, network), seeds)
+    ]
+    samplers = [
+        Sampler(x, ev, _share(models.classifier, x, label), far(x, first), cost / drawn[0][2]) for x, ev, cost in drawn
+    ]
     return DemoResult(
         label,
         seed,
         settings,
         models,
-        before,
-        after,
+        samplers[0],
+        samplers[1],
+        samplers[2],
         tilt,
-        shares,
-        _distances(untuned, tuned, tilt),
-        (untuned, tuned, tilt.resampled(256, derive_seed(seed, Place.DEMO_RESAMPLED))),
-        solution.history,
-        {"models": models.seconds, "tuning": tuning, "total": time.monotonic() - began},
+        tilt.resampled(256, derive_seed(seed, Place.DEMO_RESAMPLED)),
+        far(second, first, log_weights_a=w2),
+        network.history,
+        {
+            "models": models.seconds,
+            "guidance": marks[1] - marks[0],
+            "distillation": marks[2] - marks[1],
+            "total": time.monotonic() - began,
+        },
     )
 
 
@@ -274,14 +324,26 @@ def _weighted_mean(values: Tensor, log_w: Tensor) -> Estimate:
     return Estimate(mean, math.sqrt(float((w**2 * (values.double() - mean) ** 2).sum())))
 
 
-def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: DemoSettings, seed: int) -> Tilt:
+def _drawn(
+    problem: ControlProblem, chain: Chain, solution: Solution | None, n: int, seed: int
+) -> tuple[Tensor, Evaluation, float]:
+    """Samples, an evaluation on paths of its own, and the CPU-seconds that the samples took."""
+    control = None if solution is None else solution.control
+    evaluation = evaluate(problem, control, chain, n, seed)
+    began = time.process_time()
+    x = simulate_chain(problem, chain, n, control, seed=derive_seed(seed, Place.DEMO_SAMPLES), keep="end").samples
+    return x.detach(), evaluation, time.process_time() - began
+
+
+def _tilt(
+    problem: ControlProblem, classifier: nn.Module, label: int, chain: Chain, settings: DemoSettings, seed: int
+) -> Tilt:
     """The exactly tilted law of the chain: samples of the untuned model, weighted."""
     began = time.monotonic()
     samples, log_ws = [], []
     for i in range(-(-settings.tilt_paths // _CHUNK)):
         n = min(_CHUNK, settings.tilt_paths - i * _CHUNK)
-        place = derive_seed(seed, Place.DEMO_TILT_PATHS, i)
-        paths = simulate(problem, n, time_steps=settings.times, seed=place, keep="end")
+        paths = simulate_chain(problem, chain, n, seed=derive_seed(seed, Place.DEMO_TILT_PATHS, i), keep="end")
         samples.append(paths.samples)
         log_ws.append(log_weights(problem, paths))
     x, log_w = torch.cat(samples), torch.cat(log_ws).double()
@@ -296,12 +358,3 @@ def _tilt(problem: ControlProblem, classifier: nn.Module, label: int, settings: 
         _share(classifier, x, label, log_w),
         time.monotonic() - began,
     )
-
-
-def _distances(untuned: Tensor, tuned: Tensor, tilt: Tilt) -> tuple[float, float, float]:
-    """Sliced W1 to the tilted law of the untuned and tuned samples, and between two halves of the tilted samples."""
-    half = len(tilt.samples) // 2
-    (first, second), (w1, w2) = tilt.samples.split(half), tilt.log_w.split(half)
-    far, near = (sliced_wasserstein(x, first, directions=200, log_weights_b=w1) for x in (untuned, tuned))
-    floor = sliced_wasserstein(second, first, directions=200, log_weights_a=w2, log_weights_b=w1)
-    return far, near, floor

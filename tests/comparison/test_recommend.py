@@ -43,6 +43,33 @@ def test_with_a_gradient_and_without() -> None:
     assert "modes" in str(with_gradient) and "modes" in str(without)
 
 
+class Zero(torch.nn.Module):
+    """A control of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.gain * x
+
+
+def test_a_network_of_ones_own_is_guided_first_then_tuned() -> None:
+    """The density ratio first, with a gradient or without, unless a control of one's own is to be trained; then the
+    objective's gradient. A model in closed form, which has nothing to train, is begun with its mixture."""
+    net = sc.fit_score(torch.randn(64, 2), sc.VP(), iterations=1, seed=0, progress=False)
+    problem = sc.ControlProblem(
+        sc.generative_sde(net, sc.VP(), shape=(2,)), reward=sc.Quadratic(torch.eye(2)), alpha=0.7
+    )
+    advice = sc.recommend(problem, time_steps=20)
+    assert advice.methods[:2] == [sc.ValueGuidance("ratio"), sc.RewardBackprop()]
+    assert "sc.distill" in advice[0].reason
+    assert sc.recommend(black_box(problem), time_steps=20).methods[0] == sc.ValueGuidance("ratio")
+    given = sc.recommend(problem, time_steps=20, control=Zero())
+    assert all(m.takes_control for m in given.methods) and given[0].method == sc.RewardBackprop()
+    assert sc.recommend(mixture()).methods[0] == sc.ParticleMatching()
+
+
 def test_little_memory_means_no_graph_of_all_steps() -> None:
     advice = sc.recommend(nonlinear(), time_steps=100, memory=1e-3)
     assert [m.name for m in sc.recommend(mixture()).methods[:2]] == ["particle-matching", "socm"]
