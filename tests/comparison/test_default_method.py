@@ -92,19 +92,16 @@ def test_solve_takes_the_first_choice_on_every_kind_of_problem(kind: str, tmp_pa
     if kind == "linear-quadratic":
         solution.save(tmp_path)
         assert sc.load(tmp_path, problem).details["reason"] == advice[0].reason
-    named = {"density": "auto", "tokens": "smc"}.get(kind)
+    named = {"density": "auto", "tokens": "log-variance"}.get(kind)
     assert named is None or solution.method == named
 
 
 def test_a_control_asks_for_a_method_that_trains_it() -> None:
-    """A density's first choice is auto, which trains no control of the user's; nothing is trained on tokens without
-    one."""
+    """A density's first choice is auto, which trains no control of the user's."""
     problem = KINDS["density"][0]()
     net = sc.solve(problem, "log-variance", time_steps=4, iterations=1, batch_size=64, seed=0).control
     again = sc.solve(problem, control=net, time_steps=4, iterations=1, batch_size=64, seed=0)
     assert again.method == sc.recommend(problem, control=net)[0].method.name != "auto"
-    with pytest.raises(ValueError, match="iterations: smc trains nothing"):
-        sc.solve(tokens(), iterations=3)
 
 
 def test_the_choice_is_printed_with_its_reason_where_progress_is(capsys) -> None:
