@@ -21,7 +21,7 @@ def test_demo_writes_figure_and_numbers_and_uses_its_cache(run, tmp_path: Path) 
     again = run("demo", "--quick", "--output", "out/demo.png")
     assert again.exit_code == 0 and "from the cache" in again.stdout and "sliced W1" in again.stdout
     second = json.loads((tmp_path / "out/demo.json").read_text())
-    assert second["models_cached"] and second["one_network"]["kl"] == first["one_network"]["kl"]  # the cached models are the same models
+    assert second["models_cached"] and second["one_network"]["kl"] == first["one_network"]["kl"]  # the same models
 
 
 @pytest.mark.slow
