@@ -50,6 +50,7 @@ from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
 from .problems.sampling import log_likelihood
 from .problems.simulate import simulate
 from .processes.generative import generative_sde
+from .processes.jump import JumpProcess
 from .processes.laws import Dirac, Gaussian, GaussianMixture
 from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
@@ -91,6 +92,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "ImproperTarget",
+    "JumpProcess",
     "Linear",
     "LinearSDE",
     "LogProb",

@@ -101,12 +101,14 @@ class Chain(Definition):
         z = xi if c is None else xi + c
         return torch.addcmul(mean, scale, z) if scale.ndim < 3 else mean + apply_scale(scale, z, self.event_ndim)
 
-    def draws(self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None) -> DrawPaths:
+    def draws(
+        self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None, before: StatePaths | None = None
+    ) -> DrawPaths:
         """What log-ratios are functions of, beside the shifts of the control in question, with the steps' leading
         dimension: ``xi + c``, the noise that would have made the step under the reference.
 
         Args:
-            noises, shifts: of the steps. states: those that the steps led to.
+            noises, shifts: of the steps. states: those that the steps led to. before: those that they left.
         """
         return noises + shifts
 

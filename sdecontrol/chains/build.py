@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import NoLikelihood, unknown_name
 from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
+from ..processes.jump import JumpProcess
 from ..processes.linear import LinearSDE
 from ..processes.reference import Reference
 from ..processes.sde import SDE
@@ -20,6 +21,7 @@ from .annealed import AnnealedChain
 from .base import Chain
 from .exponential import ExponentialChain, GenerativeExponentialChain
 from .gaussian import EulerChain, TransitionChain
+from .jump import JumpChain
 
 
 def make_grid(time_steps: Any, horizon: float) -> list[float]:
@@ -70,12 +72,16 @@ _MAKERS: dict[type[Reference], dict[str, Callable[..., Chain]]] = {
         scheme: lambda sde, clock, dtype, device, scheme=scheme: AnnealedChain(sde, clock, scheme, dtype, device)
         for scheme in ("euler", "exponential")
     },
+    JumpProcess: {
+        scheme: lambda process, clock, dtype, device, scheme=scheme: JumpChain(process, clock, scheme, dtype, device)
+        for scheme in ("euler", "exact")
+    },
 }
 
 
 def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, device: torch.device) -> Chain:
-    """The chain of a reference on a grid, by the scheme "euler", "exact" (linear references) or "exponential"
-    (semi-linear and generative ones); or the reference, where it is a chain of its own.
+    """The chain of a reference on a grid, by the scheme "euler", "exact" (linear references, jump processes) or
+    "exponential" (semi-linear and generative ones); or the reference, where it is a chain of its own.
 
     Raises:
         NoLikelihood: a scheme that samples but has no Gaussian kernels. ValueError: an unknown scheme, or one that the
@@ -91,6 +97,11 @@ def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, d
     if scheme not in SCHEMES:
         raise unknown_name("scheme", scheme, SCHEMES)
     clock, kind = make_grid(time_steps, reference.horizon), type(reference).__name__
+    for known in type(reference).__mro__:
+        if (make := _MAKERS.get(known, {}).get(scheme)) is not None:
+            return make(reference, clock, dtype, device)
+    if reference.state_dtype is not None:
+        raise ValueError(f"scheme={scheme!r}: a {kind} has the schemes 'exact' and 'euler'.")
     if scheme == "exact":
         linear = reference.as_linear()
         if linear is None:
@@ -99,9 +110,6 @@ def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, d
                 f"{kind} has no exact transitions. Use scheme='euler'."
             )
         return TransitionChain(linear, clock, dtype, device)
-    for known in type(reference).__mro__:
-        if (make := _MAKERS.get(known, {}).get(scheme)) is not None:
-            return make(reference, clock, dtype, device)
     raise ValueError(
         f"scheme={scheme!r} needs to know the linear part of the drift, which a {kind} does not say. "
         "Write it as sc.SemilinearSDE(A, nonlinearity, sigma), or use scheme='euler'."

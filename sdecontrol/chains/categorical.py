@@ -7,8 +7,10 @@ noise, so that a step is a function of its noise, as everywhere. For a single po
 this form, and no floor remains; a product of positions has one (docs/mathematics.md, section 10).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,17 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..memory import recall
 from ..precision import at_least_single
+from ..processes.finite import StateSpace, check_tokens
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
 from ..randomness import Place, generator_for
 from ..shapes import ControlPaths, Controls, DrawPaths, NoisePaths, Noises, PerStep, Scalar, StatePaths, States
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
+from .transitions import product_transition
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 
 def gumbel(xi: Tensor) -> Tensor:
@@ -29,45 +36,23 @@ def gumbel(xi: Tensor) -> Tensor:
     return -(-torch.special.log_ndtr(xi)).log()
 
 
-class CategoricalChain(Reference, Chain):
-    """A chain on tokens ``0 .. values-1`` at every position of ``start``, in steps of time ``1/K``.
+class CategoricalKernels(Chain):
+    """What chains with categorical kernels share; one of them writes ``log_probs`` alone.
 
-    Args:
-        log_probs: ``(k, x) -> (batch, *shape, values)``, ``(k, x, y)`` with a condition: ``log p0(x_{k+1} = v | x_k)``
-            of every position, normalised over the last dimension, -inf where a value cannot follow; x
-            ``(batch, *shape)`` int64, k an int.
-        steps: K. values: number of tokens. start: ``(*shape)`` int64, where all paths begin.
-        dtype: of the probabilities, and of all else that is no token.
+    Attributes:
+        values: number of tokens, 0 .. values-1, that a position can have.
+        independent: whether positions are independent given the state; else ``log_probs`` are the margins of what is
+            drawn.
     """
 
-    continuous = gaussian = of_noise = differentiable = False
-    #: whether positions are independent given the state; else ``log_probs`` are the margins of what is drawn
-    independent = True
+    gaussian = of_noise = False
+    independent: bool = True
     state_dtype = torch.int64
-
-    def __init__(
-        self,
-        log_probs: Callable[..., Tensor],
-        steps: int,
-        values: int,
-        start: Tensor,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_count("steps", steps)
-        check_count("values", values, least=2)
-        if not isinstance(start, Tensor) or start.dtype != torch.int64 or start.ndim == 0:
-            raise TypeError("start must be an int64 tensor (*shape): the tokens at which all paths begin.")
-        self.function, self.values, self.reference, self.horizon = log_probs, values, self, 1.0
-        self.dtype, self.device = at_least_single(dtype or torch.get_default_dtype()), start.device
-        self.event_shape, self.own_initial = start.shape, Dirac(start)
-        self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
-        self.memo_shape: torch.Size | None = self.noise_shape
-        self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
+    values: int
 
     def log_probs(self, k: int, x: States, condition: Any = None) -> Noises:
-        """``log p0(. | x_k)``, ``(batch, *shape, values)``: once a step, though control, step and KL ask for it."""
-        rest = () if condition is None else (condition,)
-        return recall(self, k, x, lambda: self.function(k, x, *rest))
+        """``log p0(x_{k+1} = v | x_k)`` of every position, ``(batch, *event, values)``; -inf where v cannot follow."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- what a control tilts, for guidance
 
@@ -107,7 +92,9 @@ class CategoricalChain(Reference, Chain):
             )
         return c
 
-    def draws(self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None) -> DrawPaths:
+    def draws(
+        self, noises: NoisePaths, shifts: NoisePaths, states: StatePaths | None, before: StatePaths | None = None
+    ) -> DrawPaths:
         assert states is not None
         return states
 
@@ -146,6 +133,61 @@ class CategoricalChain(Reference, Chain):
     def step_parts(self, k: int, x: States, condition: Any = None) -> list[tuple[str, Tensor]]:
         return [("log_probs", self.log_probs(k, x, condition).exp())]
 
+    # ---------------------------------------------------------------- where all states can be listed
+
+    @property
+    def space(self) -> StateSpace:
+        """All states that there are: every position with every value."""
+        return StateSpace(self.values, self.event_shape)
+
+    def following(self, x: States) -> Tensor:
+        """The token that each value is, where a position takes it at the next step, ``(batch, *event, values)``."""
+        return torch.arange(self.values, device=x.device).expand(*x.shape, -1)
+
+    def transition(self, k: int) -> sparse.csr_array:
+        """The kernel of step k between all states, ``(n, n)`` in float64, rows and columns as :attr:`space` has
+        them."""
+        return product_transition(self.space, lambda x: self.log_probs(k, x.to(self.times.device)))
+
+
+class CategoricalChain(Reference, CategoricalKernels):
+    """A chain on tokens ``0 .. values-1`` at every position of ``start``, in steps of time ``1/K``.
+
+    Args:
+        log_probs: ``(k, x) -> (batch, *shape, values)``, ``(k, x, y)`` with a condition: ``log p0(x_{k+1} = v | x_k)``
+            of every position, normalised over the last dimension, -inf where a value cannot follow; x
+            ``(batch, *shape)`` int64, k an int.
+        steps: K. values: number of tokens. start: ``(*shape)`` int64, where all paths begin.
+        dtype: of the probabilities, and of all else that is no token.
+    """
+
+    continuous = gaussian = of_noise = differentiable = False
+    state_dtype = torch.int64
+
+    def __init__(
+        self,
+        log_probs: Callable[..., Tensor],
+        steps: int,
+        values: int,
+        start: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_count("steps", steps)
+        check_count("values", values, least=2)
+        if not isinstance(start, Tensor) or start.dtype != torch.int64 or start.ndim == 0:
+            raise TypeError("start must be an int64 tensor (*shape): the tokens at which all paths begin.")
+        self.function, self.values, self.reference, self.horizon = log_probs, values, self, 1.0
+        self.dtype, self.device = at_least_single(dtype or torch.get_default_dtype()), start.device
+        self.event_shape, self.own_initial = start.shape, Dirac(start)
+        self.noise_shape = self.control_shape = torch.Size((*start.shape, values))
+        self.memo_shape: torch.Size | None = self.noise_shape
+        self.set_times([k / steps for k in range(steps + 1)], self.dtype, self.device)
+
+    def log_probs(self, k: int, x: States, condition: Any = None) -> Noises:
+        """``log p0(. | x_k)``, ``(batch, *shape, values)``: once a step, though control, step and KL ask for it."""
+        rest = () if condition is None else (condition,)
+        return recall(self, k, x, lambda: self.function(k, x, *rest))
+
     # ---------------------------------------------------------------- what a problem asks of a reference
 
     def check_states(self, name: str, x: States) -> None:
@@ -154,12 +196,7 @@ class CategoricalChain(Reference, Chain):
         Raises:
             TypeError: of another dtype. ValueError: out of range.
         """
-        if x.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64 tokens, got {x.dtype}; use {name}.long() if they are whole numbers.")
-        if x.numel() and (int(x.min()) < 0 or int(x.max()) >= self.values):
-            raise ValueError(
-                f"{name} has tokens from {int(x.min())} to {int(x.max())}; they are 0 to {self.values - 1}."
-            )
+        check_tokens(name, x, self.values)
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
         generator = generator_for("cpu", seed, Place.PROBE_TOKENS)

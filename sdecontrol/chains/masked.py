@@ -27,6 +27,7 @@ from ..randomness import Place, generator_for
 from ..shapes import ControlPaths, Controls, NoisePaths, Noises, PerPath, Scalar, StatePaths, States
 from ..tensors import check_count, check_output, nonfinite_rows
 from .categorical import CategoricalChain, gumbel
+from .transitions import single_transition
 
 SCHEDULES = ("linear", "cosine")
 ORDERS = ("independent", "random")
@@ -214,6 +215,12 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
 
     def control(self, k: int, c: Noises) -> Controls:
         return c[..., : self.vocabulary]
+
+    def transition(self, k: int) -> Any:
+        """As of every chain; in random order a masked position, all equally likely, and its token."""
+        if self.independent:
+            return super().transition(k)
+        return single_transition(self.space, lambda x: self._law(k, x.to(self.times.device)))
 
     # ---------------------------------------------------------------- a pre-trained model
 

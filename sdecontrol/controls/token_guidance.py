@@ -65,15 +65,16 @@ class TokenValueControl(ValueControl):
         """The values of all neighbours ``(batch, *shape, V)``, less the first of each position; 0 where nothing can
         change."""
         reference: Any = self._chain.reference
+        chain: Any = self._chain
         V, flat = self.control_shape[-1], x.flatten(1)
-        u = torch.zeros(*flat.shape, V, dtype=self._chain.times.dtype, device=x.device)
+        u = torch.zeros(*flat.shape, V, dtype=chain.times.dtype, device=x.device)
         rows, places = reference.open(x).flatten(1).nonzero(as_tuple=True)
-        tokens = torch.arange(V, device=x.device)
+        tokens = chain.following(x)[..., :V].flatten(1, -2)
         size = max(1, _ROWS // V)
         for low in range(0, len(rows), size):
             row, place = rows[low : low + size], places[low : low + size]
             changed = flat[row].repeat_interleave(V, 0)
-            changed.scatter_(1, place.repeat_interleave(V).unsqueeze(1), tokens.repeat(len(row)).unsqueeze(1))
+            changed.scatter_(1, place.repeat_interleave(V).unsqueeze(1), tokens[row, place].clamp(min=0).reshape(-1, 1))
             y_part = None if y is None else y[row.repeat_interleave(V)]
             found = value(changed.unflatten(1, x.shape[1:]), y_part).unflatten(0, (-1, V))
             u[row, place] = found - found[:, :1]

@@ -9,28 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chains.base import Chain
 from ..chains.shifts import shift_function
 from ..memory import remembering
+from ..paths.paths import Paths
 from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
-from ..shapes import OtherSamples, PerOther, PerPath, Samples
+from ..shapes import Noises, OtherSamples, PerOther, PerPath, Samples, States
 from ..tensors import as_float, check_tensor, event_sum
 from .estimates import Estimate, mean_estimate
 
 
 @dataclass(frozen=True)
 class ControlError:
-    """``absolute = T^-1 int E |u - u*|^2 dt`` along optimal paths, and ``relative`` to the mean of ``|u*|^2`` there."""
+    """``absolute = T^-1 int E |u - u*|^2 dt`` along optimal paths, and ``relative`` to the mean of ``|u*|^2`` there.
+
+    On tokens: ``absolute`` is the mean over the steps of ``E KL(p^{u*}(. | x_k) || p^u(. | x_k))``, and ``relative`` to
+    that of the reference, ``E KL(p^{u*}(. | x_k) || p0(. | x_k))``. (Of Gaussian kernels these are half of the above,
+    times h: the relative one is the same.)
+    """
 
     absolute: Estimate
     relative: Estimate
+    measure: str = "E|u - u*|^2"
 
     def __str__(self) -> str:
-        return f"E|u - u*|^2 = {self.absolute}, relative {self.relative}"
+        return f"{self.measure} = {self.absolute}, relative {self.relative}"
 
 
 def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0) -> ControlError:
-    """Mean squared error of a solution's control, on paths of the exact control (Euler paths of the solution's grid).
+    """Mean squared error of a solution's control, on paths of the exact control (on the solution's own chain); on
+    tokens, KL divergence of its kernels per step.
 
     Args:
         solution: a :class:`Solution`; only the process after time 0 enters (not the learned start).
@@ -43,17 +52,29 @@ def control_error(solution: Any, exact: Any, n: int = 4096, seed: int | None = 0
     with torch.no_grad(), problem.evaluating(), remembering():
         for k in range(chain.start, chain.steps):
             x = paths.states[k]
-            u, star = (chain.control(k, f(k, x, paths.condition)) for f in (ours, theirs))
-            ndim = u.ndim - 1
-            error = error + event_sum((u - star) ** 2, ndim).double() * chain.step_sizes[k]
-            square = square + event_sum(star**2, ndim).double() * chain.step_sizes[k]
-    horizon = chain.clock[-1]
+            wrong, size = _step_error(chain, k, x, ours(k, x, paths.condition), theirs(k, x, paths.condition), paths)
+            error, square = error + wrong, square + size
+    horizon, measure = chain.clock[-1], ControlError.measure
+    if not chain.of_noise:
+        horizon, measure = float(chain.steps), "KL per step"
     absolute, norm = mean_estimate(error / horizon), float(square.mean()) / horizon
     if norm == 0:
-        return ControlError(absolute, Estimate(math.nan))
+        return ControlError(absolute, Estimate(math.nan), measure)
     ratio = absolute.value / norm
     spread = ((error / horizon) - ratio * square / horizon).std() / norm  # delta method for a ratio of means
-    return ControlError(absolute, Estimate(ratio, float(spread) / math.sqrt(n)))
+    return ControlError(absolute, Estimate(ratio, float(spread) / math.sqrt(n)), measure)
+
+
+def _step_error(chain: Chain, k: int, x: States, ours: Noises, star: Noises, paths: Paths) -> tuple[PerPath, PerPath]:
+    """What step k adds to the error of shifts, and to the size of the optimal ones."""
+    if not chain.of_noise:
+        options: Any = {"states": x.unsqueeze(0), "steps": [k], "condition": paths.condition}
+        at = star.unsqueeze(0)
+        wrong, size = chain.kl(at, other=ours.unsqueeze(0), **options), chain.kl(at, **options)
+        return wrong[0].double(), size[0].double()
+    u, best = chain.control(k, ours), chain.control(k, star)
+    h = chain.step_sizes[k]
+    return event_sum((u - best) ** 2, u.ndim - 1).double() * h, event_sum(best**2, u.ndim - 1).double() * h
 
 
 def _arrays(a: Samples, b: OtherSamples, weights_a: PerPath | None, weights_b: PerOther | None) -> tuple[Any, ...]:

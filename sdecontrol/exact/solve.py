@@ -5,17 +5,22 @@ from typing import Any
 
 import torch
 
+from ..chains.base import Chain
 from ..errors import NoExactSolution
 from ..precision import full_precision
 from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 from ..processes.sde import SDE
 from .base import ExactSolution
 from .discrete import ChainSolution
+from .finite import FiniteChainSolution, FiniteSolution
+from .finite_process import FiniteProcessSolution
 from .grid_chain import GridChainSolution
 from .grid_process import GridSolution
 from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
+
+_FEW = 1024  # states, with which a solution costs as little as a closed form
 
 
 @full_precision()
@@ -31,17 +36,18 @@ def exact_solution(
 
     Known are linear-quadratic problems (a linear reference, reward ``Quadratic``, ``Linear`` or None, running cost
     ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; Gaussian-mixture models with
-    a linear or quadratic reward, in continuous time; and, on grids, any problem that falls apart into coordinates (in
-    continuous time also into pairs of them) that do not act on each other, those of pre-trained models that compute in
-    float64 among them. For that nothing is declared: drift, diffusion, reward and running cost are probed. Grid
-    solutions say how exact they are (``error``).
+    a linear or quadratic reward, in continuous time; everything with finitely many states (a :class:`JumpProcess` in
+    continuous time and on chains; chains on tokens of up to 5e7 transitions a step); and, on grids, any problem that
+    falls apart into coordinates (in continuous time also into pairs of them) that do not act on each other, those of
+    pre-trained models that compute in float64 among them. For that nothing is declared: drift, diffusion, reward and
+    running cost are probed. Grid solutions say how exact they are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
         like: a solution, whose chain is meant (its ``settings``: "time_steps" and "scheme").
         scheme: "euler" or "exact", with time_steps; default: the problem's own.
         grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state up to half a
-            minute).
+            minute), and so may more than 1024 states.
 
     Raises:
         NoExactSolution: naming what is missing.
@@ -59,6 +65,8 @@ def exact_solution(
             "exact solution is known. Use reference='ou' or 'brownian'."
         )
     reference = problem.reference
+    if reference.state_dtype is not None:
+        return _finite(problem, discrete, time_steps, scheme, grids)
     if not isinstance(reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(reference).__name__}.")
     linear = reference.as_linear()
@@ -70,12 +78,32 @@ def exact_solution(
     if not discrete:
         return GridSolution(problem) if terms is None or linear is None else RiccatiSolution(problem, linear, terms)
     chain = problem.chain(time_steps, scheme)
-    steps: Any = DEFAULT_TIME_STEPS if time_steps is None else time_steps
-    steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
-    settings = {"time_steps": steps, "scheme": chain.scheme}
+    settings = _settings(chain, time_steps)
     if terms is None:
         return GridChainSolution(problem, chain, settings)
     return ChainSolution(problem, chain, settings, terms)
+
+
+def _settings(chain: Chain, time_steps: Any) -> dict[str, Any]:
+    """By which ``like=`` and ``simulate`` know the chain of a process in continuous time."""
+    steps: Any = DEFAULT_TIME_STEPS if time_steps is None else time_steps
+    steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
+    return {"time_steps": steps, "scheme": chain.scheme}
+
+
+def _finite(
+    problem: ControlProblem, discrete: bool, time_steps: Any, scheme: str | None, grids: bool
+) -> FiniteSolution:
+    """Of tokens: of a jump process, or of a chain between finitely many states."""
+    if not grids and problem.reference.space.size > _FEW:
+        raise NoExactSolution("grids: the solution of so many states is none of those that cost next to nothing.")
+    if not problem.reference.continuous:
+        chain: Any = problem.chain(time_steps, scheme)
+        return FiniteChainSolution(problem, chain, {"time_steps": None, "scheme": None})
+    if not discrete:
+        return FiniteProcessSolution(problem)
+    chain = problem.chain(time_steps, scheme)
+    return FiniteChainSolution(problem, chain, _settings(chain, time_steps))
 
 
 def _check_grids(problem: ControlProblem, grids: bool) -> None:

@@ -29,23 +29,24 @@ class _Sums:
 
     def __init__(self, chain: Chain, condition: Any) -> None:
         self.chain, self.condition = chain, condition
-        self.held: list[tuple[Any, ...]] = []  # k, xi_k, c_k, and where states count KL_k, x_{k+1}
+        self.held: list[tuple[Any, ...]] = []  # k, xi_k, c_k, and where states count KL_k and the draws
         self.room = max(1, min(64, self.most // (64 * max(1, chain.noise_shape.numel()))))
         self.found: tuple[Tensor, Tensor] | None = None
 
     def add(self, k: int, x: States, xi: Noises, c: Noises, after: States) -> None:
         kept: tuple[Any, Any] = (None, None)
         if not self.chain.of_noise:  # the step's law is at hand now
-            kept = (sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition)), after)  # type: ignore[arg-type]
+            kl = sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition))  # type: ignore[arg-type]
+            kept = kl, self.chain.draws(*(part.unsqueeze(0) for part in (xi, c, after, x)))[0]
         self.held.append((k, xi, c, *kept))
         if len(self.held) >= self.room:
             self._reduce()
 
     def _reduce(self) -> None:
         steps, *parts = zip(*self.held)
-        xi, c, kls, after = (None if part[0] is None else torch.stack(part) for part in parts)
+        xi, c, kls, drawn = (None if part[0] is None else torch.stack(part) for part in parts)
         assert xi is not None and c is not None
-        ratio = sum_steps(self.chain.log_ratio(c, self.chain.draws(xi, c, after)))
+        ratio = sum_steps(self.chain.log_ratio(c, self.chain.draws(xi, c, None) if drawn is None else drawn))
         kl = sum_steps(self.chain.kl(c, None, steps, self.condition) if kls is None else kls)
         self.found = (ratio, kl) if self.found is None else (self.found[0] + ratio, self.found[1] + kl)
         self.held = []

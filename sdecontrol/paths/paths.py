@@ -238,7 +238,7 @@ class Paths:
 
     @cached_property
     def draws(self) -> DrawPaths:
-        return self.chain.draws(self.noises, self.shifts, self.states[1:])
+        return self.chain.draws(self.noises, self.shifts, self.states[1:], self.states[:-1])
 
     @property
     def running_cost(self) -> PerPath:

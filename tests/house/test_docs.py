@@ -47,6 +47,14 @@ def test_the_code_of_the_page_on_the_house_runs():
     run_page("architecture.md")
 
 
+def test_the_page_on_jump_processes_runs_and_tells_the_truth():
+    made = run_page("jump_processes.md")
+    assert float(made["chain"].floor) == 0.0 and made["many"].moves[1].tolist() == [0, 1, 2]
+    assert abs(float(made["chain"].log_z) - float(made["exact"].log_z)) < 0.02
+    found = made["solution"].evaluate(1024, seed=1).log_z
+    assert abs(found.value - float(made["chain"].log_z)) < 4 * found.stderr
+
+
 @pytest.mark.usefixtures("_own_registries")
 def test_the_examples_of_extending_run_and_do_what_the_page_says():
     made = run_page("extending.md")

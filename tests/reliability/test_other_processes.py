@@ -95,6 +95,14 @@ def uniform(x, s):
     return torch.zeros(*x.shape, 3)
 
 
+def ring(speed=1.0):
+    return speed * (torch.roll(torch.eye(4), 1, 1) - torch.eye(4))
+
+
+def growing(t):
+    return ring(1 + 0.5 * float(t))
+
+
 def rate(t):
     return -(1 + t) * torch.eye(2)
 
@@ -168,6 +176,12 @@ def masked(order="independent"):
     return sc.ControlProblem(sc.masked_diffusion(uniform, 2, 3, order=order), reward=tokens)
 
 
+def jumps(rates=None, sparse=False):
+    given = ring() if rates is None else rates
+    process = sc.JumpProcess(given.to_sparse() if sparse else given, initial=1)
+    return sc.ControlProblem(process, reward=tokens)
+
+
 REFERENCES = {
     "SDE": lambda: of(sc.SDE(pull, noise, dim=2)),
     "SDE of torchsde": lambda: of(sc.SDE.from_torchsde(Foreign(), dim=2)),
@@ -186,6 +200,9 @@ REFERENCES = {
     "CategoricalChain": categorical,
     "MaskedDiffusionChain": masked,
     "MaskedDiffusionChain in random order": lambda: masked("random"),
+    "JumpProcess": jumps,
+    "JumpProcess, sparse": lambda: jumps(sparse=True),
+    "JumpProcess of time": lambda: jumps(growing),
 }
 CHAINS = {
     "EulerChain": lambda: lq().chain(K),
@@ -203,6 +220,8 @@ CHAINS = {
     "NoiseDrivenChain": lambda: REFERENCES["NoiseDrivenChain"]().chain(),
     "CategoricalChain": lambda: categorical().chain(),
     "MaskedDiffusionChain": lambda: masked().chain(),
+    "JumpChain": lambda: jumps().chain(K),
+    "JumpChain, sparse": lambda: jumps(sparse=True).chain(K),
 }
 
 
@@ -253,6 +272,8 @@ EXACT = {
     "MixtureSolution": lambda: sc.exact_solution(generative()),
     "GridSolution": lambda: sc.exact_solution(one_dimensional()),
     "GridChainSolution": lambda: sc.exact_solution(one_dimensional(), time_steps=K),
+    "FiniteChainSolution": lambda: sc.exact_solution(categorical()),
+    "FiniteProcessSolution": lambda: sc.exact_solution(jumps()),
 }
 
 
@@ -268,6 +289,7 @@ def kinds(base):
 
 
 ABSTRACT = {"Pretrained", "PretrainedChain", "OnGrids", "LinearQuadraticSolution"}
+ABSTRACT |= {"CategoricalKernels", "FiniteSolution"}
 
 
 @pytest.mark.parametrize("base, cases", [(Reference, REFERENCES), (Chain, CHAINS), (ExactSolution, EXACT)])
@@ -395,6 +417,7 @@ def test_solutions(worker, kind):
 def optimum(exact):
     d = exact.problem.event_shape[0]
     x = torch.linspace(-1, 1, 4 * d).reshape(4, d)
+    x = x if exact.problem.reference.state_dtype is None else x.abs().round().long()
     return torch.cat((exact.control(x, 0.25).flatten(), exact.value(x, 0.25), exact.log_z.reshape(1)))
 
 
@@ -407,7 +430,9 @@ def test_exact_solutions(worker, case):
 
 
 def controlled_by(control, problem):
-    return sc.simulate(problem, 8, control=control, time_steps=K, seed=1).states
+    return sc.simulate(
+        problem, 8, control=control, time_steps=K if problem.reference.continuous else None, seed=1
+    ).states
 
 
 # ------------------------------------------------------------------------------------------------ errors
