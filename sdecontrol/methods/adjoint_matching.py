@@ -1,6 +1,8 @@
 """``AdjointMatching``: regression of the control on the lean adjoint (Domingo-Enrich et al. 2409.08861), and its
 reciprocal form."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,12 +22,13 @@ from ..paths.lean_adjoint import (
     running_cost_gradients,
     with_a_first_slope,
 )
+from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
 from ..tensors import check_count, check_positive, event_sum
 from .base import Method, Run, path_metrics, register
 from .on_paths import steps_of
 from .reciprocal import EndBuffer, reciprocal_step
-from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress
+from .regression import RegressionState, controlled_paths, descend, longest_residuals, regress, regress_step
 
 PAIRINGS = ("chain", "continuous")
 _LOOK_EVERY = 10  # iterations
@@ -125,40 +128,86 @@ class AdjointMatching(Method):
         return EndBuffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
 
     def step(self, state: EndBuffer | _State, run: Run) -> dict[str, float]:
-        own_step = self.pairing == "chain"
         if isinstance(state, EndBuffer):
+            own_step = self.pairing == "chain"
             return reciprocal_step(state, run, self.refresh, self.clip, own_step, steps_of(run, self.steps))
-        problem, chain = run.problem, run.chain
+        problem = run.problem
         parts, means, noises = [], [], []
+        most = state.products(run.iteration)
         for part in range(run.accumulate):
             paths, slope = controlled_paths(state, run, part)
             jacobians = StepJacobians(paths)
-            costs = running_cost_gradients(paths, problem.running_cost_or_none)
-            options: dict[str, Any] = {"costs": costs, "alpha": problem.alpha, "own_step": own_step}
-            states = paths.states[:-1].detach().requires_grad_(self.zero_variance and not jacobians.again)
-            shifts = shifts_along(chain, state.control, states, paths.condition, known=paths.shifts)
-            noise, most = None, state.products(run.iteration)
+            batch = _Batch(paths, slope, jacobians, running_cost_gradients(paths, problem.running_cost_or_none))
+            chosen = steps_of(run, self.steps, part)
             if jacobians.again:
-                options["zero_variance"] = self.zero_variance
-                targets = lean_targets_again(jacobians, state.control, slope, **options)
+                means.append(self._regress_again(state, run, batch, chosen))
             else:
-                if self.zero_variance:
-                    sloped = with_a_first_slope(chain, state.control, states, shifts, paths.condition)
-                    noise, guess = own_noise(
-                        jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most
-                    )
-                    if most:
-                        state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
-                targets = lean_targets(jacobians, slope, noise_part=noise, **options)
-            longest = longest_residuals(
-                shifts - targets, jacobians, slope, costs, problem.alpha, state.outlying(self.huber)
-            )
-            means.append(regress(state, run, shifts, targets, steps=steps_of(run, self.steps, part), most=longest))
-            if noise is not None and most:
-                noises.append(0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(chain.noise_shape)).sum(0))
+                mean, noise = self._regress(state, run, batch, chosen, most)
+                means.append(mean)
+                if noise is not None and most:
+                    noises.append(noise)
             parts.append(paths)
         loss = descend(state, run, parts, means)
         state.sizes[0] = loss
         if noises:
             state.sizes[1] = torch.cat(noises).mean()
         return {**path_metrics(parts), "loss": loss}
+
+    def _options(self, run: Run, batch: _Batch) -> dict[str, Any]:
+        return {"costs": batch.costs, "alpha": run.problem.alpha, "own_step": self.pairing == "chain"}
+
+    def _regress(
+        self, state: _State, run: Run, batch: _Batch, chosen: list[int] | None, most: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the gradient; the mean residuals, and half the squares of the noise that was subtracted, ``(batch,)``."""
+        paths, jacobians, noise = batch.paths, batch.jacobians, None
+        states = paths.states[:-1].detach().requires_grad_(self.zero_variance)
+        shifts = shifts_along(run.chain, state.control, states, paths.condition, known=paths.shifts)
+        if self.zero_variance:
+            sloped = with_a_first_slope(run.chain, state.control, states, shifts, paths.condition)
+            noise, guess = own_noise(jacobians, states, sloped, state.loop, tolerance=state.tolerance(), most=most)
+            if most:
+                state.sizes[2] = guess if math.isfinite(guess) else _UNKNOWN
+        targets = lean_targets(jacobians, batch.slope, noise_part=noise, **self._options(run, batch))
+        longest = batch.longest(shifts - targets, run, state.outlying(self.huber))
+        means = regress(state, run, shifts, targets, steps=chosen, most=longest)
+        if noise is None:
+            return means, None
+        return means, 0.5 * event_sum(jacobians.scales_transposed(noise) ** 2, len(run.chain.noise_shape)).sum(0)
+
+    def _regress_again(self, state: _State, run: Run, batch: _Batch, chosen: list[int] | None) -> Tensor:
+        """The same beside a large model: of each step while its graph is there, where the graph of all paths can be."""
+        learned: dict[int, Tensor] = {}
+        times = state.outlying(self.huber)
+
+        def learn(j: int, shifts: Tensor, targets: Tensor) -> None:
+            longest = batch.longest((shifts - targets).detach().unsqueeze(0), run, times, j)
+            learned[j] = regress_step(state, run, j, shifts, targets, longest)
+
+        targets = lean_targets_again(
+            batch.jacobians,
+            state.control,
+            batch.slope,
+            zero_variance=self.zero_variance,
+            learn=learn if chosen is None and state.knows_weights else None,
+            **self._options(run, batch),
+        )
+        if learned:
+            return torch.stack([learned[j] for j in sorted(learned)])
+        paths = batch.paths
+        shifts = shifts_along(run.chain, state.control, paths.states[:-1], paths.condition, known=paths.shifts)
+        longest = batch.longest(shifts - targets, run, times)
+        return regress(state, run, shifts, targets, steps=chosen, most=longest)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Paths, ``grad r(x_K)/alpha`` and running costs' gradients along them, and their steps' Jacobians."""
+
+    paths: Paths
+    slope: Tensor
+    jacobians: StepJacobians
+    costs: Tensor | None
+
+    def longest(self, residuals: Tensor, run: Run, times: float | None, step: int | None = None) -> Tensor | None:
+        return longest_residuals(residuals, self.jacobians, self.slope, self.costs, run.problem.alpha, times, step)

@@ -34,6 +34,11 @@ class RegressionState(ControlState):
         self.register_buffer("since_taken_back", torch.zeros((), dtype=torch.long))  # iterations
         self.least_squares = bool(control.linear_parts())
 
+    @property
+    def knows_weights(self) -> bool:
+        """Whether weights of the steps do not wait for the first residuals."""
+        return self.least_squares or bool(self.residuals.any())
+
     def step_weights(self) -> Tensor:
         """Weights ``(K,)`` of the steps, of mean 1: inverse to the residual's mean square, as generalised least squares
         has them.
@@ -118,7 +123,7 @@ def regress(
     """
     squares = _squares(shifts - targets, len(run.chain.noise_shape), most)
     means = (squares if weights is None else squares * weights).mean(1)
-    if not state.least_squares and not bool(state.residuals.any()):
+    if not state.knows_weights:
         # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative
         # to it
         state.observe(means.detach())
@@ -127,6 +132,23 @@ def regress(
     # not to the states, too: their gradient serves nobody
     (total / run.accumulate).backward(inputs=parameters_of(state))
     return means.detach()
+
+
+def regress_step(
+    state: RegressionState, run: Run, j: int, shifts: Tensor, targets: Tensor, most: Tensor | None
+) -> Tensor:
+    """:func:`regress` of step j alone, with the weights that are known.
+
+    Args:
+        shifts: ``(batch, *noise)`` with their graph; targets: the same shape. most: ``(1,)``.
+
+    Returns:
+        The mean of ``|c_j - y_j|^2/2``, 0-d; detached.
+    """
+    mean = _squares((shifts - targets).unsqueeze(0), len(run.chain.noise_shape), most).mean()
+    total = state.step_weights()[j] * mean
+    (total / run.accumulate).backward(inputs=parameters_of(state))
+    return mean.detach()
 
 
 def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
@@ -146,7 +168,13 @@ def _squares(residual: Tensor, ndim: int, most: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def longest_residuals(
-    residuals: Tensor, jacobians: StepJacobians, slope: Tensor, costs: Tensor | None, alpha: float, times: float | None
+    residuals: Tensor,
+    jacobians: StepJacobians,
+    slope: Tensor,
+    costs: Tensor | None,
+    alpha: float,
+    times: float | None,
+    step: int | None = None,
 ) -> Tensor | None:
     """How long residuals ``(K, batch, *noise)`` may be before they count as outliers, ``(K,)``: so many times their
     step's median, or the largest that slope and running costs make of an adjoint that does not grow, whichever is more.
@@ -155,6 +183,9 @@ def longest_residuals(
     The adjoint of a path that lingers on a ridge between modes grows from step to step, to 1e8 times the usual and
     beyond any number: squares leave the regression to one path. Rewards and costs that few paths meet have a small
     median, too, but their adjoint is of their own size.
+
+    Args:
+        step: the residuals are of this one alone, ``(1, batch, *noise)``.
 
     Raises:
         NonFiniteError: a derivative that is not finite: that is no growth.
@@ -177,7 +208,10 @@ def longest_residuals(
     source = slope.abs()
     if (each := jacobians.per_step(costs, alpha)) is not None:
         source = source + each.abs().sum(0)
-    plain = jacobians.scales_transposed(source.expand(jacobians.count, *source.shape))
+    if step is None:
+        plain = jacobians.scales_transposed(source.expand(jacobians.count, *source.shape))
+    else:
+        plain = jacobians.scale_transposed(step, source).unsqueeze(0)
     longest = event_sum(residuals**2, ndim).nan_to_num(torch.inf).median(1).values.sqrt()
     own = event_sum(plain**2, ndim).amax(1).sqrt()
     return torch.maximum(times * longest, own).clamp(max=torch.finfo(own.dtype).max ** 0.25)

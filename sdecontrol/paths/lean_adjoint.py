@@ -300,23 +300,34 @@ def lean_targets_again(
     alpha: float = 1.0,
     zero_variance: bool = True,
     own_step: bool = True,
+    learn: Callable[[int, Noises, Noises], object] | None = None,
 ) -> NoisePaths:
     """:func:`lean_targets` of a large model, one step's graph at a time, in which kernel and control share the model's
     call.
 
     With ``zero_variance`` the own step's noise is taken as ``z_k = (d c_k/d x)^T xi_k``, the first guess of
     :func:`own_noise`: of mean zero as well, O(h) from its whole, for one product with the control's Jacobian.
+
+    Args:
+        learn: what to do with step j's shifts, which still have their graph, and targets: ``learn(j, shifts,
+            targets)``, the last step first. Only with ``zero_variance``, and only where a step's graph of all paths is
+            small enough to be held.
     """
     paths, chain, costs = jacobians.paths, jacobians.chain, jacobians.per_step(costs, alpha)
     shift, a, found = shift_function(chain, control), slope, []
     most = _rows_at_once(jacobians, shift if zero_variance else None)
     for j in reversed(range(jacobians.count)):
-        parts = []
+        parts, c = [], None
+        if learn is not None:  # what depends on time alone has a graph, too, and each step goes through its own
+            shift = shift_function(chain, control)
         for rows in parts_of(len(paths), most):
-            parts.append(_step_again(jacobians, j, rows, shift if zero_variance else None, a[rows]))
+            *adjoints, c = _step_again(jacobians, j, rows, shift if zero_variance else None, a[rows])
+            parts.append(adjoints)
         before, after = (torch.cat(each) for each in zip(*parts))
         a = before if costs is None else before - costs[j]
         found.append(jacobians.scale_transposed(j, after if own_step else a))
+        if learn is not None and c is not None and len(parts) == 1:
+            learn(j, c, found[-1])
     return torch.stack(found[::-1])
 
 
@@ -337,19 +348,19 @@ def _rows_at_once(jacobians: StepJacobians, shift: ShiftFunction | None) -> int:
 @torch.enable_grad()
 def _step_again(
     jacobians: StepJacobians, j: int, rows: slice, shift: ShiftFunction | None, a: States
-) -> tuple[States, States]:
-    """``J^T (a - z)`` and ``a - z`` of step j at some rows."""
+) -> tuple[States, States, Noises | None]:
+    """``J^T (a - z)`` and ``a - z`` of step j at some rows, and the shifts there with their graph."""
     paths, k = jacobians.paths, jacobians.first + j
     y = None if paths.condition is None else paths.condition[rows]
     x = paths.states[j, rows].detach().requires_grad_(True)
     with remembering():
         mean = jacobians.chain.kernel(k, x, y)[0]
         c = None if shift is None else shift(k, x, y)
-        if c is not None and c.requires_grad:
-            z = torch.autograd.grad(c, x, paths.noises[j, rows], retain_graph=True, allow_unused=True)[0]
-            a = a if z is None else a - z
-        del c
-        return torch.autograd.grad(mean, x, a)[0], a
+    if c is not None and c.requires_grad:
+        z = torch.autograd.grad(c, x, paths.noises[j, rows], retain_graph=True, allow_unused=True)[0]
+        a = a if z is None else a - z
+    # of the shifts' graph nothing may be freed that is the mean's, too
+    return torch.autograd.grad(mean, x, a, retain_graph=c is not None)[0], a, c
 
 
 def linear_adjoints(end: Tensor, factors: Tensor, source: Tensor | None) -> Tensor:

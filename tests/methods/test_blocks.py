@@ -12,7 +12,9 @@ from sdecontrol.chains import blocks
 from sdecontrol.chains.blocks import blocks_of
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.controls.build import build_control
+from sdecontrol.methods import adjoint_matching
 from sdecontrol.methods.base import Run
+from sdecontrol.methods.regression import RegressionState
 from sdecontrol.paths import gradients, lean_adjoint
 from sdecontrol.paths.closed_loop import ClosedLoop
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, lean_targets_again, own_noise
@@ -171,6 +173,26 @@ def test_lean_targets_one_step_at_a_time_are_those_of_all_graphs(rows, own_step,
         v = randn(chain.steps, B, 3, seed=8)
         assert torch.allclose(again.mean_products(v), kept.mean_products(v), atol=1e-12)
         assert torch.allclose(again.step(2, v[0], v[1]), kept.step(2, v[0], v[1]), atol=1e-12)
+
+
+@pytest.mark.parametrize("pairing", ["chain", "continuous"])
+def test_steps_learn_in_their_adjoints_graph_what_they_learn_in_one_of_their_own(pairing, monkeypatch):
+    """Once the weights of the steps are known, and a step's graph of all paths can be held."""
+    method = sc.AdjointMatching(pairing=pairing)
+    monkeypatch.setattr(RegressionState, "knows_weights", property(lambda self: True))
+    monkeypatch.setattr(
+        RegressionState, "step_weights", lambda self: torch.linspace(0.5, 1.5, len(self.residuals), dtype=F64)
+    )
+    monkeypatch.setattr(lean_adjoint, "LARGE_ROW", 0)
+    in_blocks(monkeypatch, 5)
+    want, metrics = first_gradients(method, conditional())
+    in_blocks(monkeypatch, 2 * B)
+    monkeypatch.setattr(adjoint_matching, "regress", None)  # of all steps together, which is not to be called
+    have, again = first_gradients(method, conditional())
+    assert len(have) == len(want) > 0 and max(float(g.abs().max()) for g in want) > 1e-6
+    for a, b in zip(have, want):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * float(b.abs().max()))
+    assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-9)
 
 
 def test_blocks_are_all_states_once_and_no_larger_than_allowed():
