@@ -19,7 +19,7 @@ from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
-from .second_look import look_again
+from .second_look import Ways, look_again
 from .verdict import CONFIRMED, UNRELIABLE, judge
 
 _REPLICAS = 32  # paths per start, where the start is random and fixed
@@ -131,7 +131,7 @@ def evaluate(
         known: of an exact solution, where there is one (``known_values()``): the chain's "log_z", "start_log_z"
             ``E_nu log Z(X_0)``, and "start_value" ``x_0 -> log Z(x_0)``, ``(batch,)``, with which a random fixed start
             adds no noise to the gap.
-        batch_size: simulate so many of its paths at a time.
+        batch_size: simulate so many paths at a time, in the second look, too.
     """
     log_z, start_log_z, start_value = ((known or {}).get(name) for name in ("log_z", "start_log_z", "start_value"))
     check_count("n", n, 64, why="paths to estimate from")
@@ -147,7 +147,9 @@ def evaluate(
     look = None
     if budget:
         place = derive_seed(seed, Place.EVALUATION_LOOK)
-        look = look_again(problem, chain, control, budget, place, reference=control is not None)
+        look = look_again(
+            problem, chain, control, budget, place, ways=Ways(reference=control is not None), batch_size=batch_size
+        )
     verdict, why = judge(log_w, tail, estimated, elbo, look, log_z)
     start_gap = Estimate(0.0, 0.0)
     if not problem.random_start and problem.condition is None:

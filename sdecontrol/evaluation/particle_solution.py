@@ -14,14 +14,17 @@ from ..errors import NonFiniteError, warn
 from ..files.contents import load_tensors, part_of, with_part
 from ..particles.resolution import resolution_problems
 from ..particles.smc import Particles, ParticleSettings, Proposal, resample, run_particles
+from ..paths.chunks import check_chunk
+from ..paths.rows import by_chunks
 from ..problems.simulate import simulate_chain
+from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, budget_of, gap_estimate, log_weights
 from .sample_agreement import bonferroni, shares_of
-from .second_look import ESS_FLOOR, HEAVY, look_again, search_cost
+from .second_look import ESS_FLOOR, HEAVY, Ways, look_again, search_cost
 from .solution import SOLUTIONS, Solution
 from .verdict import CONFIRMED, SIGMAS, UNCONFIRMED, UNRELIABLE, compared, searched
 
@@ -51,8 +54,15 @@ class ParticleSolution(Solution):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, {self.particles.num_particles} particles)"
 
-    def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
-        """``systems`` independent systems of particles, with everything known of them."""
+    def run(
+        self, systems: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
+    ) -> Particles:
+        """``systems`` independent systems of particles, with everything known of them.
+
+        Args:
+            batch_size: call models and rewards with so many particles at a time (a multiple of 64), in the memory of
+                these: the particles are the same.
+        """
         check_count("n", systems)
         return run_particles(
             self.problem,
@@ -62,6 +72,7 @@ class ParticleSolution(Solution):
             self.particles,
             fresh_seed(seed),
             condition=self._condition(systems, condition),
+            batch_size=batch_size,
         )
 
     # ---------------------------------------------------------------- samples
@@ -70,9 +81,9 @@ class ParticleSolution(Solution):
     def _one_each(self) -> bool:
         return self.particles.independent or self.problem.condition is not None
 
-    def _decode(self, x: Tensor, condition: Any) -> Tensor:
+    def _decode(self, x: Tensor, condition: Any, batch_size: int | None) -> Tensor:
         with torch.no_grad(), self.problem.evaluating():
-            return self.chain.decode(x, condition)
+            return by_chunks(lambda x, y: [self.chain.decode(x, y)], batch_size, x, condition)[0]
 
     def _pick(self, found: Particles, seed: int) -> Tensor:
         """The particle of each system that is its sample, ``(M,)``."""
@@ -84,49 +95,63 @@ class ParticleSolution(Solution):
     def _shuffled(self, count: int, seed: int, device: torch.device) -> Tensor:
         return torch.randperm(count, generator=generator_for(device, seed, Place.PARTICLE_ORDER), device=device)
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
+    def sample(
+        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
+    ) -> Samples:
         """``(n, *event)`` decoded samples, all of the same weight.
 
         Warns where they come from few effective particles: they are then not what they stand for.
+
+        Args:
+            batch_size: call models and rewards with so many particles at a time (a multiple of 64), in the memory of
+                these: the samples are the same.
         """
+        if batch_size is not None:
+            check_chunk(batch_size, "end", name="batch_size")
         seed, settings = fresh_seed(seed), self.particles
         if settings.selection == "rejection":
-            return self._accepted(n, seed, condition)
+            return self._accepted(n, seed, condition, batch_size)
         systems = n if self._one_each else -(-n // settings.num_particles)
-        found = self.run(systems, seed, condition=condition)
+        found = self.run(systems, seed, condition=condition, batch_size=batch_size)
         if self._one_each:
             if settings.selection == "weights":
                 self._warn_where_few(1 / (2 * found.log_weights).exp().sum(1).mean(), settings.num_particles)
             rows = torch.arange(n, device=found.end.device)
-            return self._decode(found.end[rows, self._pick(found, seed)], found.condition)
+            return self._decode(found.end[rows, self._pick(found, seed)], found.condition, batch_size)
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         self._warn_where_few(effective_sample_size(log_w) * len(log_w), len(log_w))
         generator = generator_for(log_w.device, seed, Place.PARTICLE_RESAMPLING)
         index = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         index = index[self._shuffled(n, seed, index.device)]  # copies of a particle are neighbours before
-        return self._decode(found.end.flatten(0, 1)[index], None)
+        return self._decode(found.end.flatten(0, 1)[index], None, batch_size)
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
+    def weighted_sample(
+        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
+    ) -> tuple[Samples, PerPath]:
         """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without
         bias.
 
         Particles of one system depend on one another. Where samples are chosen as the best, or accepted, these are the
         candidates instead, since what is chosen so has no weight.
+
+        Args:
+            batch_size: as of :meth:`sample`.
         """
         seed, N = fresh_seed(seed), self.particles.num_particles
         if self._one_each and self.particles.selection == "weights":
-            found = self.run(n, seed, condition=condition)
+            found = self.run(n, seed, condition=condition, batch_size=batch_size)
             rows = torch.arange(n, device=found.end.device)
-            return self._decode(found.end[rows, self._pick(found, seed)], found.condition), found.log_z.to(found.end)
+            picked = found.end[rows, self._pick(found, seed)]
+            return self._decode(picked, found.condition, batch_size), found.log_z.to(found.end)
         each = 1 if self.problem.condition is not None else N
-        found = self.run(-(-n // each), seed, condition=condition)
+        found = self.run(-(-n // each), seed, condition=condition, batch_size=batch_size)
         log_w = found.log_weights + found.log_z.unsqueeze(1) + math.log(N)
         if self.problem.condition is not None:  # nothing is resampled here, so that all candidates are alike
-            return self._decode(found.end[:, 0], found.condition), log_w[:, 0].to(found.end)
+            return self._decode(found.end[:, 0], found.condition, batch_size), log_w[:, 0].to(found.end)
         some = self._shuffled(log_w.numel(), seed, log_w.device)[:n]  # any n of them: unbiased whatever their order
-        return self._decode(found.end.flatten(0, 1)[some], None), log_w.flatten()[some].to(found.end)
+        return self._decode(found.end.flatten(0, 1)[some], None, batch_size), log_w.flatten()[some].to(found.end)
 
-    def _accepted(self, n: int, seed: int, condition: Any) -> Tensor:
+    def _accepted(self, n: int, seed: int, condition: Any, batch_size: int | None) -> Tensor:
         """Rejection sampling: exact draws of the target law.
 
         Raises:
@@ -136,13 +161,13 @@ class ParticleSolution(Solution):
         problem, chain = self.problem, self.chain
         y = self._condition(n, condition)
         y = problem.draw_condition(n, seed) if y is None else y
-        missing = torch.arange(n, device=problem.device)
+        missing, how = torch.arange(n, device=problem.device), SimulationOptions(chunk=batch_size)
         out: Tensor | None = None
         tried = 0
         for turn in range(ROUNDS):
             place, count = derive_seed(seed, Place.CANDIDATES, turn), len(missing) * self.particles.num_particles
             repeated = None if y is None else y[missing].repeat_interleave(self.particles.num_particles, 0)
-            paths = simulate_chain(problem, chain, count, None, seed=place, keep="end", condition=repeated)
+            paths = simulate_chain(problem, chain, count, None, seed=place, keep="end", condition=repeated, how=how)
             tried += count
             log_accept = log_weights(problem, paths).double() - self.particles.bound / problem.alpha
             if bool((log_accept > 1e-6).any()):
@@ -179,7 +204,9 @@ class ParticleSolution(Solution):
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True) -> Evaluation:
+    def evaluate(
+        self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True, batch_size: int | None = None
+    ) -> Evaluation:
         """As :meth:`Solution.evaluate`, from n particles (and 16 systems) at least, standard errors over systems.
 
         ``elbo`` is ``E log Z^``, a lower bound of log Z: the gap bounds the KL from a sample's law to the exact one,
@@ -189,7 +216,7 @@ class ParticleSolution(Solution):
         """
         check_count("n", n, 64, why="particles to estimate from")
         seed, settings, alpha = fresh_seed(seed), self.particles, self.problem.alpha
-        found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed)
+        found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed, batch_size=batch_size)
         if not bool(torch.isfinite(found.log_z).all()):
             raise NonFiniteError("the weights of all particles of a system are 0 or not finite.", what="weights")
         log_z = log_mean_weight(found.log_z)
@@ -215,7 +242,7 @@ class ParticleSolution(Solution):
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         tail = pareto_k(found.log_z) if len(found.log_z) >= 64 else float("nan")
         budget = budget_of(confirm, self._rows(found))
-        verdict, why = self._verdict(found, log_z, tail, budget, seed)
+        verdict, why = self._verdict(found, log_z, tail, budget, seed, batch_size)
         return Evaluation(
             reward=reward,
             running_cost=cost,
@@ -242,7 +269,9 @@ class ParticleSolution(Solution):
         mean = float((shares * each).sum())
         return Estimate(mean, float((shares * (each - mean)).square().sum().sqrt()))  # delta method
 
-    def _verdict(self, found: Particles, log_z: Estimate, tail: float, budget: int, seed: int) -> tuple[str, str]:
+    def _verdict(
+        self, found: Particles, log_z: Estimate, tail: float, budget: int, seed: int, batch_size: int | None
+    ) -> tuple[str, str]:
         end, log_w = found.end.flatten(0, 1), (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         if unresolved := resolution_problems(self.problem, end, log_w):
             return UNRELIABLE, unresolved[0]
@@ -267,7 +296,7 @@ class ParticleSolution(Solution):
         if not budget:
             return UNCONFIRMED, f"{facts}; no second estimate of log Z was asked for"
         place = derive_seed(seed, Place.PARTICLE_LOOK)
-        look = look_again(self.problem, self.chain, None, budget, place, **self._other_ways())
+        look = look_again(self.problem, self.chain, None, budget, place, batch_size=batch_size, ways=self._other_ways())
         if look.log_z is None:
             return UNCONFIRMED, f"{facts}; {look.why}: no second estimate of log Z"
         verdict, why = compared(facts, log_z, look.log_z, look.source)
@@ -283,10 +312,10 @@ class ParticleSolution(Solution):
         """Rewards that an evaluation has asked for."""
         return found.log_weights.numel()
 
-    def _other_ways(self) -> dict[str, Any]:
+    def _other_ways(self) -> Ways:
         """Which looks at the target are others than this solution's own (:func:`look_again`)."""
         proposed = not isinstance(self.control, ZeroControl)
-        return {"reference": proposed or self.problem.running_cost_function is not None, "particles": proposed}
+        return Ways(proposed or self.problem.running_cost_function is not None, proposed)
 
     # ---------------------------------------------------------------- files
 

@@ -18,11 +18,14 @@ from ..errors import NonFiniteError
 from ..particles.mixture_fit import fit_mixture
 from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
 from ..particles.tempering import LadderError, NoiseTarget, StateTarget, adapt
+from ..paths.paths import Paths, sum_steps
+from ..paths.rows import by_chunks
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
+from ..problems.simulation_options import SimulationOptions
 from ..processes.laws import draw
-from ..randomness import Place, derive_seed, generator_for
+from ..randomness import Place, SeededNoise, derive_seed, generator_for
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .target_paths import weights_to
 
@@ -62,6 +65,20 @@ class SecondLook:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Ways:
+    """Which looks at a target are others than the first.
+
+    Attributes:
+        reference, particles: whether the reference's own paths are, and particles of it.
+        width: of the Gaussian that tempered particles of a density begin with; None: they are no other look.
+    """
+
+    reference: bool = True
+    particles: bool = True
+    width: float | None = _WIDTH
+
+
 @torch.no_grad()
 def look_again(
     problem: ControlProblem,
@@ -70,34 +87,36 @@ def look_again(
     n: int,
     seed: int,
     *,
-    reference: bool = True,
-    particles: bool = True,
-    width: float | None = _WIDTH,
+    ways: Ways = Ways(),
+    batch_size: int | None = None,
 ) -> SecondLook:
     """A second look at the target, from ``n`` paths (and their rewards) in all.
 
     Args:
         control: under question; None: no weights along the paths are wanted.
-        reference, particles: whether the reference's own paths, and particles of it, are another look than the first.
-        width: of the Gaussian that tempered particles of a density begin with; None: they are no other look.
+        ways: which looks are others than the first.
+        batch_size: look at so many paths at a time (a multiple of 64), in the memory of these: the look is the same.
     """
     elbo, begun, found = None, 0, SecondLook("particles", why="there is no other way to look")
     with problem.evaluating():
-        if reference:
+        if ways.reference:
             paths = n if control is not None else min(n, _MOST_PATHS)
             begun = max(64, paths // _FIRST)
-            first = _reference(problem, chain, control, begun, derive_seed(seed, Place.LOOK_FIRST))
+            first = _reference(problem, chain, control, begun, derive_seed(seed, Place.LOOK_FIRST), batch_size)
             elbo = mean_estimate(first[0][:, 0])
             if _reaches(first[0][:, 0], paths / begun):
-                rest = _reference(problem, chain, control, max(64, paths - begun), derive_seed(seed, Place.LOOK_REST))
+                place = derive_seed(seed, Place.LOOK_REST)
+                rest = _reference(problem, chain, control, max(64, paths - begun), place, batch_size)
                 return replace(_weighed("the reference's paths", *_joined([first, rest])), reference_elbo=elbo)
             found = SecondLook("the reference's paths", why="the reference's paths do not reach the target")
         if problem.condition is not None:
             found = replace(found, why=f"{found.why}, and particles need one target, not many conditions")
-        elif particles and problem.running_cost_function is not None:
-            found = _particles(problem, chain, control, n - begun, derive_seed(seed, Place.LOOK_PARTICLES))
-        elif width is not None:
-            found = _tempered(problem, chain, control, n - begun, derive_seed(seed, Place.LOOK_TEMPERED), width)
+        elif ways.particles and problem.running_cost_function is not None:
+            place = derive_seed(seed, Place.LOOK_PARTICLES)
+            found = _particles(problem, chain, control, n - begun, place, batch_size)
+        elif ways.width is not None:
+            place = derive_seed(seed, Place.LOOK_TEMPERED)
+            found = _tempered(problem, chain, control, n - begun, place, ways.width, batch_size)
     return replace(found, reference_elbo=elbo)
 
 
@@ -117,20 +136,42 @@ def _weighed(source: str, log_w: Tensor, along: Tensor | None, ends: Tensor | No
 _Drawn = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def _reference(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int) -> _Drawn:
+def _reference(
+    problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, batch_size: int | None
+) -> _Drawn:
     """Log weights ``(n, 1)`` of the reference's paths, and of the control along them, or their ends where there is
     none; a part of the paths at a time."""
     numbers = (chain.steps + 1) * (chain.event_shape.numel() + math.prod(chain.noise_shape))
     size = max(64, _HELD // numbers // 64 * 64)
     parts: list[_Drawn] = []
     for index, low in enumerate(range(0, n, size)):
-        part, keep = derive_seed(seed, Place.LOOK_PART, index), "end" if control is None else "all"
-        paths = simulate_chain(problem, chain, min(size, n - low), None, seed=part, keep=keep)
-        # of a law backwards the control's weights belong to other paths to the same ends
-        along = None if control is None or chain.reverse is not None else paths.log_weights(control).double()
-        ends = paths.end.flatten(1) if control is None else None
-        parts.append((paths.log_weights(dtype=torch.float64).unsqueeze(1), _column(along), ends))
+        parts.append(
+            _part(problem, chain, control, min(size, n - low), derive_seed(seed, Place.LOOK_PART, index), batch_size)
+        )
     return _joined(parts)
+
+
+def _part(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, batch_size: int | None) -> _Drawn:
+    whole = batch_size is None or batch_size >= n
+    noise = SeededNoise(seed, n, chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
+    start, condition = (None, None) if whole else (problem.draw_start(n, seed), problem.draw_condition(n, seed))
+
+    def drawn(rows: Tensor) -> list[Tensor]:
+        count, how, y = len(rows), SimulationOptions(), None if condition is None else condition[rows]
+        if start is not None:
+            own = noise.rows(int(rows[0]), int(rows[0]) + count).all()
+            how = SimulationOptions(state=start[rows], noise=own)
+        keep = "end" if control is None else "all"
+        paths = simulate_chain(problem, chain, count, None, seed=seed, keep=keep, condition=y, how=how)
+        found = [paths.log_weights(dtype=torch.float64).unsqueeze(1)]
+        if control is None:
+            return [*found, paths.end.flatten(1)]
+        # of a law backwards the control's weights belong to other paths to the same ends
+        return found if chain.reverse is not None else [*found, _weights_of(paths, control).unsqueeze(1)]
+
+    log_w, *beside = by_chunks(drawn, batch_size, torch.arange(n, device=problem.device))
+    other = beside[0] if beside else None
+    return (log_w, None, other) if control is None else (log_w, other, None)
 
 
 def _column(values: Tensor | None) -> Tensor | None:
@@ -143,10 +184,13 @@ def _joined(parts: list[_Drawn]) -> _Drawn:
     return torch.cat(first), join(along), join(ends)
 
 
-def _particles(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int) -> SecondLook:
+def _particles(
+    problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, batch_size: int | None
+) -> SecondLook:
     """Particles of the reference, which running costs tell apart on the way."""
     each = max(4, n // _SYSTEMS)
-    found = run_particles(problem, chain, Proposal(beside=control), _SYSTEMS, ParticleSettings(each), seed)
+    proposal, settings = Proposal(beside=control), ParticleSettings(each)
+    found = run_particles(problem, chain, proposal, _SYSTEMS, settings, seed, batch_size=batch_size)
     log_w = found.log_weights + found.log_z.unsqueeze(1) + math.log(each)
     along = None
     if found.beside is not None:
@@ -154,7 +198,9 @@ def _particles(problem: ControlProblem, chain: Chain, control: Any, n: int, seed
     return _weighed("particles of the reference", log_w, along, found.end.flatten(0, 1).flatten(1))
 
 
-def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, width: float) -> SecondLook:
+def _tempered(
+    problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, width: float, batch_size: int | None
+) -> SecondLook:
     """Particles tempered from the reference (for a density: from a wide Gaussian) to the target, in ``n``
     evaluations."""
     source = "tempered particles"
@@ -163,6 +209,7 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
         target: StateTarget | NoiseTarget = StateTarget(problem.density, problem.centre, wide)
     else:
         target = NoiseTarget(problem, chain)
+    target.batch_size = batch_size
     target.smooth = False  # a gradient costs as much as a particle more, and that is worth more in so few evaluations
     size = min(_MOST_TEMPERED, max(64, n // 12))
     try:
@@ -181,11 +228,25 @@ def _tempered(problem: ControlProblem, chain: Chain, control: Any, n: int, seed:
         if control is not None:
             along = weights_to(problem, chain, control, ends, derive_seed(seed, Place.LOOK_TEMPERED_PATHS))
     else:
-        paths = target.paths(z, origin)
-        ends = paths.end
-        if control is not None:
-            along = (problem.reward(paths.samples) / problem.alpha - paths.log_ratio(control)).double()
+        ends, *beside = by_chunks(lambda *rows: _along(problem, target, control, *rows), batch_size, z, origin)
+        along = beside[0] if beside else None
     return SecondLook(source, log_z, log_w, _column(along), ends.flatten(1))
+
+
+def _along(problem: ControlProblem, target: NoiseTarget, control: Any, z: Tensor, origin: Tensor) -> list[Tensor]:
+    """States at the end, and the control's log weights."""
+    paths = target.paths(z, origin)
+    if control is None:
+        return [paths.end]
+    return [paths.end, _weights_of(paths, control)]
+
+
+def _weights_of(paths: Paths, control: Any) -> Tensor:
+    """Log weights of another control along paths, step by step: so it is asked for no more rows than there are
+    paths."""
+    shifts = torch.cat([paths.under(control, [k]).shifts for k in range(paths.first, paths.last)])
+    ratios = paths.chain.log_ratio(shifts, paths.draws)
+    return (paths.reward / paths.alpha + sum_steps(paths.log_target() - ratios)).double()
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """``TemperedSolution``: a solution that is a way of sampling by tempered particles."""
 
+from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +15,13 @@ from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
 from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, StateTarget, adapt, run_tempered
+from ..paths.chunks import check_chunk
+from ..paths.rows import by_chunks
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
 from ..tensors import check_count
 from .particle_solution import ParticleSolution
+from .second_look import Ways
 from .solution import SOLUTIONS
 
 _WIDER = 1.2  # variances of a fitted mixture that particles begin with: weights of its tails stay bounded
@@ -63,6 +68,16 @@ def tempered_target(
     return target
 
 
+def _ends(problem: ControlProblem, target: StateTarget | NoiseTarget, z: Tensor, origin: Tensor) -> list[Tensor]:
+    """States at the end, with running costs, log-ratios and rewards."""
+    if isinstance(target, StateTarget):
+        end = target.states(z)
+        nothing = torch.zeros_like(reward := problem.reward(end))
+        return [end, nothing, nothing, reward]
+    paths = target.paths(z, origin, keep="end")
+    return [paths.end, paths.cost, paths.log_ratio(), paths.reward]  # pyright: ignore[reportReturnType]
+
+
 @SOLUTIONS.register("tempered")
 class TemperedSolution(ParticleSolution):
     """A :class:`ParticleSolution` whose systems are tempered from a Gaussian, or a mixture of them, to the target on a
@@ -94,20 +109,23 @@ class TemperedSolution(ParticleSolution):
         self.ladder = ladder
 
     @torch.no_grad()
-    def run(self, systems: int, seed: int | None = None, *, condition: Any = None) -> Particles:
+    def run(
+        self, systems: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
+    ) -> Particles:
         check_count("n", systems)
+        if batch_size is not None:
+            check_chunk(batch_size, "end", name="batch_size")
+        target = copy(self.target)
+        target.batch_size = batch_size
         with self.problem.evaluating():
-            found = run_tempered(self.target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
+            found = run_tempered(target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
             self.evaluations += found.evaluations
             flat, shape = found.z.flatten(0, 1), found.log_weights.shape
-            if isinstance(self.target, StateTarget):
-                end = self.target.states(flat)
-                reward = self.problem.reward(end)
+            origin = found.origin.flatten(0, 1)
+            ends = partial(_ends, self.problem, target)
+            end, cost, ratio, reward = by_chunks(ends, batch_size, flat, origin)
+            if isinstance(target, StateTarget):
                 self.evaluations += len(end)
-                cost = ratio = torch.zeros_like(reward)
-            else:
-                paths = self.target.paths(flat, found.origin.flatten(0, 1), keep="end")
-                end, cost, ratio, reward = paths.end, paths.cost, paths.log_ratio(), paths.reward
         return Particles(
             end=end.unflatten(0, shape),
             log_weights=found.log_weights,
@@ -120,11 +138,11 @@ class TemperedSolution(ParticleSolution):
             resampled=found.resampled,
         )
 
-    def _other_ways(self) -> dict[str, Any]:
+    def _other_ways(self) -> Ways:
         own = self.tempering
         if own.space == "noises" and self.problem.density is None:
-            return {"width": None}
-        return {"width": 1.0 if own.mixture else 2 * own.width}
+            return Ways(width=None)
+        return Ways(width=1.0 if own.mixture else 2 * own.width)
 
     def _rows(self, found: Particles) -> int:
         return found.log_weights.numel() * self.ladder.work

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
 from ..controls.given import ZeroControl
+from ..paths.chunks import check_chunk
 from ..paths.integrator import integrate
+from ..paths.rows import chunks_of, padded_rows
 from ..paths.weights import effective_number
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
@@ -123,19 +125,24 @@ def run_particles(
     seed: int,
     *,
     condition: Any = None,
+    batch_size: int | None = None,
 ) -> Particles:
     """Run ``systems`` independent systems of particles of a proposal to the end of the chain.
 
     Args:
         condition: ``(systems, ...)``; default: drawn from the problem's.
+        batch_size: move and judge so many particles at a time (a multiple of 64), in the memory of these; the particles
+            are the same.
     """
+    if batch_size is not None:
+        check_chunk(batch_size, "end", name="batch_size")
     size = max(1, _ROWS // settings.num_particles)
     parts = []
     with problem.evaluating():
         for index, low in enumerate(range(0, systems, size)):
             count, where = min(size, systems - low), derive_seed(seed, Place.SYSTEMS, index)
             y = problem.draw_condition(count, where) if condition is None else condition[low : low + count]
-            parts.append(_run(problem, chain, proposal, count, settings, where, y))
+            parts.append(_run(problem, chain, proposal, count, settings, where, y, batch_size))
     if len(parts) == 1:
         return parts[0]
     weights = torch.tensor([len(p.log_z) / systems for p in parts], dtype=torch.float64, device=parts[0].ess.device)
@@ -160,32 +167,25 @@ def _run(
     settings: ParticleSettings,
     seed: int,
     condition: Any,
+    batch_size: int | None,
 ) -> Particles:
-    control, twist, beside = proposal.control, proposal.twist, proposal.beside
     alpha, K, N = problem.alpha, chain.steps, settings.num_particles
-    shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
     noise = SeededNoise(seed, M * N, K, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
     generator = generator_for(chain.times.device, seed, Place.RESAMPLING)
     x, y = problem.draw_start(M * N, seed), None if condition is None else condition.repeat_interleave(N, 0)
-    psi = x.new_zeros(M * N).double() if twist is None else twist(x, chain.times[0], y).double()
+    moves = _Moves(problem, chain, proposal, noise, y, batch_size)
+    psi = moves.first(x)
     log_w, log_z = psi.reshape(M, N), psi.new_zeros(M)
     cost, ratio, reward, other = (torch.zeros_like(psi) for _ in range(4))
     ess, resampled = psi.new_zeros(K), psi.new_zeros(K)
     own = torch.arange(M * N, device=x.device).reshape(M, N)
     for k in range(K):
-        step = integrate(
-            chain, x, noise, shift, condition=y, running_cost=problem.running_cost_or_none, steps=range(k, k + 1)
-        )
-        x, before = step.end, psi
+        before = psi
+        x, psi, step_cost, step_ratio, step_other = moves(k, x)
         if k + 1 == K:
-            reward = problem.reward(chain.decode(x, y), y).double()
+            reward = psi
             psi = reward / alpha
-        elif twist is not None:
-            psi = twist(x, chain.times[k + 1], y).double()
-        step_cost, step_ratio = step.towards(problem).cost.double(), step.log_ratio().double()
-        cost, ratio = cost + step_cost, ratio + step_ratio
-        if beside is not None:
-            other = other + step.log_ratio(beside).double()
+        cost, ratio, other = cost + step_cost, ratio + step_ratio, other + step_other
         log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
         level = log_w.logsumexp(1)
         fraction = effective_number(log_w, 1) / N
@@ -210,5 +210,59 @@ def _run(
         condition=condition,
         ess=ess,
         resampled=resampled,
-        beside=None if beside is None else other.reshape(M, N),
+        beside=None if proposal.beside is None else other.reshape(M, N),
     )
+
+
+class _Moves:
+    """The steps of all particles, ``batch_size`` of them at a time: whatever calls a model, a twist or the reward."""
+
+    def __init__(
+        self,
+        problem: ControlProblem,
+        chain: Chain,
+        proposal: Proposal,
+        noise: SeededNoise,
+        condition: Any,
+        batch_size: int | None,
+    ) -> None:
+        self.problem, self.chain, self.proposal = problem, chain, proposal
+        control = proposal.control
+        self.shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
+        self.parts: list[tuple[int, Any, SeededNoise, Any]] = [(noise.batch, slice(None), noise, condition)]
+        if batch_size is not None and batch_size < noise.batch:
+            self.parts = []
+            for part in chunks_of(noise.batch, batch_size):
+                # the last part has copies of its last row, up to the row counts that give the same bits
+                rows = padded_rows(part, chain.times.device)
+                y, source = (
+                    None if condition is None else condition[rows],
+                    noise.rows(part.start, part.start + len(rows)),
+                )
+                self.parts.append((len(part), rows, source, y))
+
+    def first(self, x: Tensor) -> Tensor:
+        """log psi of the starts."""
+        if self.proposal.twist is None:
+            return x.new_zeros(len(x)).double()
+        found = [self.proposal.twist(x[rows], self.chain.times[0], y)[:n] for n, rows, _, y in self.parts]
+        return torch.cat(found).double()
+
+    def __call__(self, k: int, x: Tensor) -> tuple[Tensor, ...]:
+        """States after step k, log psi there (at the end the reward), and the step's running costs, log-ratios and
+        log-ratios of the control beside."""
+        found = [tuple(v[:n] for v in self._some(k, x[rows], source, y)) for n, rows, source, y in self.parts]
+        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found)))
+
+    def _some(self, k: int, x: Tensor, noise: SeededNoise, y: Any) -> tuple[Tensor, ...]:
+        problem, chain, twist, beside = self.problem, self.chain, self.proposal.twist, self.proposal.beside
+        steps, f = range(k, k + 1), problem.running_cost_or_none
+        step = integrate(chain, x, noise, self.shift, condition=y, running_cost=f, steps=steps)
+        x = step.end
+        psi = torch.zeros_like(x.flatten(1)[:, 0], dtype=torch.float64)
+        if k + 1 == chain.steps:
+            psi = problem.reward(chain.decode(x, y), y).double()
+        elif twist is not None:
+            psi = twist(x, chain.times[k + 1], y).double()
+        other = torch.zeros_like(psi) if beside is None else step.log_ratio(beside).double()
+        return x, psi, step.towards(problem).cost.double(), step.log_ratio().double(), other

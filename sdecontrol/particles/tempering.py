@@ -34,6 +34,7 @@ from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
+from ..paths.rows import by_chunks
 from ..paths.weights import effective_fraction
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
@@ -63,6 +64,7 @@ class TemperedTarget(Protocol):
     Attributes:
         dim: of z. smooth: whether phi has a gradient.
         law: what particles begin with, of z; None: N(0, I). Levels go from it to the target.
+        batch_size: points that are evaluated at a time (a multiple of 64); None: all. Their values are the same.
     """
 
     dim: int
@@ -70,6 +72,7 @@ class TemperedTarget(Protocol):
     dtype: torch.dtype
     device: torch.device
     law: GaussianMixture | ProductMixture | None
+    batch_size: int | None
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
@@ -100,6 +103,7 @@ class StateTarget:
         self.log_density, self.centre, self.scale, self.smooth = log_density, centre, scale, smooth
         self.law = law
         self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
+        self.batch_size: int | None = None  # evaluations at a time
         self.constant = 0.5 * self.dim * math.log(2 * math.pi) + float(scale.double().log().sum())
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
@@ -128,6 +132,7 @@ class NoiseTarget:
         self.shape = (chain.steps, *chain.noise_shape)
         self.dim = self.before + math.prod(self.shape)
         self.dtype, self.device, self.smooth = problem.dtype, problem.device, problem.has_gradient
+        self.batch_size: int | None = None  # paths at a time
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         if self.gaussian is not None:
@@ -227,21 +232,24 @@ class Points:
         return Points(*(torch.where(keep.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
+def _value_and_slope(target: TemperedTarget, z: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    if not target.smooth:
+        with torch.no_grad():
+            return target.log_ratio(z, origin), torch.zeros_like(z)
+    with torch.enable_grad():
+        leaf = z.requires_grad_(True)
+        phi = target.log_ratio(leaf, origin)
+        return phi.detach(), torch.autograd.grad(phi.sum(), leaf)[0]
+
+
 def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
     """The target evaluated once at each of ``(n, dim)``.
 
     Raises:
         NonFiniteError: a log density that is nan or +inf (far outside that counts as -inf).
     """
-    if target.smooth:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_(True)
-            phi = target.log_ratio(leaf, origin)
-            slope = torch.autograd.grad(phi.sum(), leaf)[0]
-    else:
-        with torch.no_grad():
-            phi, slope = target.log_ratio(z, origin), torch.zeros_like(z)
-    phi, z = phi.detach(), z.detach()
+    phi, slope = by_chunks(lambda *rows: _value_and_slope(target, *rows), target.batch_size, z.detach(), origin)
+    z = z.detach()
     if target.law is not None:
         rows = max(64, _HELD // target.law.means.numel())  # few at a time stay in the cache
         pairs = [target.law.log_prob_and_score(part) for part in z.split(rows)]

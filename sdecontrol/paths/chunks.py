@@ -12,18 +12,22 @@ from ..randomness import BLOCK, SeededNoise, SuppliedNoise
 from ..shapes import States
 from .integrator import RunningCost, integrate
 from .paths import Paths, Totals
+from .rows import chunks_of, padded_rows
 
 
-def check_chunk(chunk: Any, keep: str) -> int:
+def check_chunk(chunk: Any, keep: str, name: str = "chunk") -> int:
     """A multiple of 64, and nothing but the ends kept.
+
+    Args:
+        name: of the argument, for what is raised.
 
     Raises:
         ValueError: otherwise.
     """
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1 or chunk % BLOCK:
-        raise ValueError(f"chunk must be a multiple of {BLOCK} paths (noise is drawn in such blocks), got {chunk!r}.")
+        raise ValueError(f"{name} must be a multiple of {BLOCK} paths (noise is drawn in such blocks), got {chunk!r}.")
     if keep != "end":
-        raise ValueError(f"chunk is for paths that do not fit in memory: pass keep='end' with it, not {keep!r}.")
+        raise ValueError(f"{name} is for paths that do not fit in memory: pass keep='end' with it, not {keep!r}.")
     return chunk
 
 
@@ -41,14 +45,15 @@ def integrate_in_chunks(
     """As ``integrate(..., keep="end")``, ``chunk`` paths at a time; the last chunk is padded to a multiple of 64 with
     copies of its last row, so that matrix products see the row counts that give the same bits."""
     parts: list[Paths] = []
-    for low in range(0, x.shape[0], chunk):
-        high = min(low + chunk, x.shape[0])
-        padded = isinstance(noise, SeededNoise)
-        rows = torch.arange(low, low + -(-(high - low) // BLOCK) * BLOCK if padded else high, device=x.device)
-        rows = rows.clamp(max=high - 1)
+    for chunk_rows in chunks_of(x.shape[0], chunk):
+        low, count = chunk_rows.start, len(chunk_rows)
+        if isinstance(noise, SeededNoise):
+            rows = padded_rows(chunk_rows, x.device)
+        else:
+            rows = torch.arange(low, low + count, device=x.device)
         y, source = None if condition is None else condition[rows], noise.rows(low, low + len(rows))
         part = integrate(chain, x[rows], source, shift, condition=y, running_cost=running_cost, keep="end", steps=steps)
-        parts.append(part.rows(slice(high - low)))
+        parts.append(part.rows(slice(count)))
     end = torch.cat([part.end for part in parts])
     totals = Totals.joined([part.totals for part in parts])
     return replace(parts[0], end=end, condition=condition, totals=totals, chunk=chunk)

@@ -28,6 +28,7 @@ from ..shapes import (
     Times,
     Trajectories,
 )
+from .rows import by_chunks
 
 
 class Target(Protocol):
@@ -153,7 +154,7 @@ class Paths:
         draws: ``(K, batch, *noise)``, that of which log-ratios are functions (``xi_k + c_k`` of Gaussian kernels).
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
 
-        chunk: how many are decoded at a time, where they were simulated in chunks; None: all.
+        chunk: how many are decoded and rewarded at a time, where they were simulated in chunks; None: all.
 
     What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need
     to know the target's problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
@@ -248,10 +249,7 @@ class Paths:
     def samples(self) -> Samples:
         """The decoded ends: what rewards and metrics see."""
         with self._evaluating(), full_precision():
-            if self.chunk is None:
-                return self.chain.decode(self.end, self.condition)
-            y, parts = self.condition, [slice(i, i + self.chunk) for i in range(0, len(self), self.chunk)]
-            return torch.cat([self.chain.decode(self.end[p], None if y is None else y[p]) for p in parts])
+            return by_chunks(lambda x, y: [self.chain.decode(x, y)], self.chunk, self.end, self.condition)[0]
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode: those of the problem, or of the reference where no problem is
@@ -389,8 +387,9 @@ class Paths:
         """``r`` at the decoded ends, without a graph unless it was given with one."""
         if self._reward is None:
             assert self.alpha and self.target is not None
+            reward = self.target.reward
             with torch.no_grad(), self.target.evaluating():
-                self._reward = self.target.reward(self.samples, self.condition)
+                self._reward = by_chunks(lambda x, y: [reward(x, y)], self.chunk, self.samples, self.condition)[0]
         return self._reward
 
     @property

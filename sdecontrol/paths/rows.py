@@ -1,0 +1,36 @@
+"""Rows that do not know of one another, a chunk at a time."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..randomness import BLOCK
+
+
+def chunks_of(count: int, size: int) -> list[range]:
+    """``count`` rows, ``size`` at a time."""
+    return [range(low, min(low + size, count)) for low in range(0, count, size)]
+
+
+def padded_rows(chunk: range, device: torch.device) -> Tensor:
+    """The rows of a chunk, and copies of the last of them up to a multiple of 64."""
+    count = -(-len(chunk) // BLOCK) * BLOCK
+    return torch.arange(chunk.start, chunk.start + count, device=device).clamp(max=chunk.stop - 1)
+
+
+def by_chunks(function: Callable[..., Sequence[Tensor]], size: int | None, *rows: Tensor | None) -> tuple[Tensor, ...]:
+    """What a function gives of rows that do not know of one another, ``size`` of them at a time (None: all at once).
+
+    Args:
+        rows: its arguments, of the same length each; or None.
+    """
+    count = next(len(v) for v in rows if v is not None)
+    device = next(v.device for v in rows if v is not None)
+    if size is None or size >= count:
+        return tuple(function(*rows))
+    found = []
+    for chunk in chunks_of(count, size):
+        some = padded_rows(chunk, device)
+        found.append([v[: len(chunk)] for v in function(*(None if v is None else v[some] for v in rows))])
+    return tuple(map(torch.cat, zip(*found)))
