@@ -85,13 +85,7 @@ def integrate(
     """
     steps = range(chain.steps) if steps is None else steps
     everything, law, begin = keep == "all", chain.reverse, x
-    record = Record(states=[x] if keep != "end" else None)
-    if everything:
-        record.noises, record.shifts, record.costs = [], [], [] if running_cost is not None else None
-        if law is not None:
-            record.back_draws, record.back_shifts = [], []
-        if chain.memo_shape is not None:
-            record.memos = []
+    record = _started(chain, x, keep, running_cost is not None)
     zero = chain.times.new_zeros(x.shape[0])
     totals, reverse = Totals(zero), zero
     sums = None if everything or shift is None else _Sums(chain, condition)
@@ -146,6 +140,18 @@ def integrate(
     if sums is not None:
         check_likelihood(paths.kl(), chain)
     return paths
+
+
+def _started(chain: Chain, x: States, keep: str, costs: bool) -> Record:
+    """Empty lists of what is kept of every step."""
+    record = Record(states=[x] if keep != "end" else None)
+    if keep == "all":
+        record.noises, record.shifts, record.costs = [], [], [] if costs else None
+        if chain.reverse is not None:
+            record.back_draws, record.back_shifts = [], []
+        if chain.memo_shape is not None:
+            record.memos = []
+    return record
 
 
 def _who(k: int, version: int, after_cost: int, after_control: int) -> str:
