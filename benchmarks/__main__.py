@@ -9,6 +9,7 @@ from .control import control
 from .digits import digits
 from .digits_floor import digits_floor
 from .gibbs import gibbs
+from .grids import grids
 from .identity import identity
 from .imports import imports
 from .masked import masked
@@ -26,6 +27,7 @@ app.command()(control)
 app.command()(digits)
 app.command()(digits_floor)
 app.command()(gibbs)
+app.command()(grids)
 app.command()(identity)
 app.command()(imports)
 app.command()(masked)

@@ -97,6 +97,7 @@ def digits_problem(reward: str, alpha: float) -> sc.ControlProblem:
         "zip": zip_reward,
     }
     sde = sc.generative_sde(noise, sc.VP(), prediction="noise", shape=(PIXELS,))
+    sde.default_scheme = "euler"  # the pool's, and of all cells
     return sc.ControlProblem(sde, reward=functions[reward], alpha=alpha)
 
 

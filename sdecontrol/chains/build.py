@@ -24,18 +24,17 @@ from .gaussian import EulerChain, TransitionChain
 from .jump import JumpChain
 
 
-def make_grid(time_steps: Any, horizon: float) -> list[float]:
-    """A grid of times from a number of steps, or from an increasing sequence ``0 = t_0 < ... < t_K = horizon``.
-
-    Uniform grids are computed point by point, never accumulated, so that K steps are exactly K.
-    """
+def make_grid(time_steps: Any, reference: Reference) -> list[float]:
+    """A grid of times from a number of steps (the reference's own grid of so many, ``Reference.default_grid``), or from
+    an increasing sequence ``0 = t_0 < ... < t_K = horizon``."""
+    horizon = reference.horizon
     if isinstance(time_steps, bool) or time_steps is None:
         raise TypeError(f"time_steps must be a number of steps or a grid of times, got {time_steps!r}.")
     if isinstance(time_steps, Integral):
         time_steps = int(time_steps)
         if time_steps < 1:
             raise ValueError(f"time_steps must be >= 1, got {time_steps}.")
-        return [horizon * k / time_steps for k in range(time_steps)] + [horizon]
+        return reference.default_grid(time_steps)
     if isinstance(time_steps, (float, str)):
         raise TypeError(f"time_steps must be an int (or a grid of times), got {time_steps!r}.")
     grid = time_steps if isinstance(time_steps, Tensor) else torch.as_tensor(list(time_steps), dtype=torch.float64)
@@ -96,7 +95,7 @@ def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, d
         )
     if scheme not in SCHEMES:
         raise unknown_name("scheme", scheme, SCHEMES)
-    clock, kind = make_grid(time_steps, reference.horizon), type(reference).__name__
+    clock, kind = make_grid(time_steps, reference), type(reference).__name__
     for known in type(reference).__mro__:
         if (make := _MAKERS.get(known, {}).get(scheme)) is not None:
             return make(reference, clock, dtype, device)

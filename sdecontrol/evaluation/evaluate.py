@@ -61,6 +61,8 @@ class Evaluation:
         exact: whether ``gap`` is measured against an exact log Z; otherwise it is *estimated*, and blind to modes that
             were never visited.
         n: number of paths.
+        discretisation: log Z of the chain less that of continuous time, what its grid and scheme make of the problem,
+            where the latter is known in closed form (a mixture in a model's place); else None.
     """
 
     log_z_from: ClassVar[str] = "by importance weights"
@@ -79,6 +81,7 @@ class Evaluation:
     pareto_k: float
     exact: bool
     n: int
+    discretisation: Estimate | None = None
 
     @property
     def reliable(self) -> bool:
@@ -104,6 +107,8 @@ class Evaluation:
         ]
         if self.start_gap.value or self.start_gap.stderr > 0:
             rows.append(("start gap", self.start_gap, "left by a fixed random start, or by conditions"))
+        if self.discretisation is not None:
+            rows.append(("discretised", self.discretisation, "log Z of the chain less that of continuous time"))
         rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
         width = max(len(str(r[1])) for r in rows)
         lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
@@ -130,7 +135,7 @@ def evaluate(
             many); False: the verdict is then "unconfirmed" at best, unless log Z is known.
         known: of an exact solution, where there is one (``known_values()``): the chain's "log_z", "start_log_z"
             ``E_nu log Z(X_0)``, and "start_value" ``x_0 -> log Z(x_0)``, ``(batch,)``, with which a random fixed start
-            adds no noise to the gap.
+            adds no noise to the gap; and "continuous_log_z".
         batch_size: simulate so many paths at a time, in the second look, too.
     """
     log_z, start_log_z, start_value = ((known or {}).get(name) for name in ("log_z", "start_log_z", "start_value"))
@@ -166,6 +171,8 @@ def evaluate(
                 verdict = UNRELIABLE
                 why = f"only {effective:.1f} effective of {_REPLICAS} paths per start: log Z(X_0) is biased low there"
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
+    known_z = estimated if log_z is None else Estimate(log_z, 0.0)
+    continuous = (known or {}).get("continuous_log_z")
     return Evaluation(
         reward=mean_estimate(reward),
         running_cost=mean_estimate(cost),
@@ -181,6 +188,7 @@ def evaluate(
         pareto_k=tail,
         exact=log_z is not None and (not problem.random_start or start_value is not None),
         n=n,
+        discretisation=None if continuous is None else known_z - Estimate(continuous, 0.0),
     )
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-SCHEMA = 4  # of files as they are written now; without a number: 1
+from ..errors import BadFileError
+
+SCHEMA = 5  # of files as they are written now; without a number: 1
 
 _SAMPLERS = {  # tensors of solutions that are ways of sampling
     "chains.steps": "chains.step_size",
@@ -28,6 +30,8 @@ def migrated(
         _former_numbers(settings)
     if schema < 4:
         _one_moment_loss(settings)
+    if schema < 5:
+        _uniform_euler(settings)
     return tensors, settings
 
 
@@ -103,6 +107,33 @@ def _one_moment_loss(settings: dict[str, Any]) -> None:
     if moment and own.get("steps") is None and own.get("group_size") is None:
         identity["method"] = "path-consistency"
         identity["method_settings"] = {"n": "all", "paths": own.get("paths"), "replay": 0}
+
+
+def _uniform_euler(settings: dict[str, Any]) -> None:
+    """From 4 to 5: of a generative reference, a number of steps was so many equal ones, and no scheme was "euler".
+
+    Raises:
+        BadFileError: its exponential scheme, where a control is now held as the model's prediction is.
+    """
+    problem = settings.get("problem")
+    reference = problem.get("reference") if isinstance(problem, dict) else None
+    if not isinstance(reference, dict) or reference.get("kind") != "GenerativeSDE":
+        return
+    identity = settings.get("identity")
+    for holder in (settings, identity):
+        own = holder.get("settings") if isinstance(holder, dict) else None
+        if not isinstance(own, dict):
+            continue
+        if own.get("scheme") == "exponential":
+            raise BadFileError(
+                "it was solved with scheme='exponential' of a generative reference when that scheme took controls "
+                "another way (it now holds a tuned model's prediction over a step); solve again."
+            )
+        own["scheme"] = own.get("scheme") or "euler"
+        steps = own.get("time_steps")
+        steps = 100 if steps is None else steps
+        if type(steps) is int:
+            own["time_steps"] = [k / steps for k in range(steps)] + [1.0]
 
 
 def _rename(saved: Any, **names: str) -> None:

@@ -24,7 +24,7 @@ class ClassifierFreeGuidance(Method):
     The problem's reference is the unconditional model, so this is
     ``u = (1 + w) g^-1 (drift of the conditional - drift of the reference)``: its KL, log-ratios and weights are towards
     the problem's own target, and ``SMC`` takes it as a proposal. (The mean of every step is the guided model's,
-    exactly; with ``scheme="exponential"``, which holds u and not eps, to O(h).) For w = 0 the samples are the
+    exactly.) For w = 0 the samples are the
     conditional model's; then and only then, with exact models, their law is ``p(x | y)``, the target of
     ``r = log p(y | x)`` at alpha = 1. For w > 0 they are those of no tilted law in particular (of
     ``p(x) p(y | x)^(1+w)`` it would be if noising commuted with the power: Bradley & Nakkiran 2408.09000). The start is

@@ -270,15 +270,16 @@ class ControlProblem(Definition):
         """The chain that simulates this problem: the reference's, after the learned start.
 
         Args:
-            time_steps: number of steps (default 100), or a grid of times from 0 to the horizon.
-            scheme: "euler" (default) or "exact".
+            time_steps: number of steps (default 100; ``reference.default_grid``), or a grid of times from 0 to the
+                horizon.
+            scheme: "euler", "exact" or "exponential"; default: ``reference.default_scheme``.
         """
         reference: Any = self.reference
         key: Any = "own"
         if reference.continuous:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
             scheme = reference.default_scheme if scheme is None else scheme
-            grid = make_grid(time_steps, reference.horizon)
+            grid = make_grid(time_steps, reference)
             key = (len(grid) - 1 if isinstance(time_steps, Integral) else tuple(grid), scheme)
         elif time_steps is not None or scheme is not None:
             raise ValueError(

@@ -46,7 +46,8 @@ def simulate(
     Args:
         control: ``(x, t) -> (batch, *control_shape)`` with t ``(batch,)``; a solution's control; None for the
             reference.
-        time_steps, scheme: as in ``solve``; default: those that the control was solved with, else 100 and "euler".
+        time_steps, scheme: as in ``solve``; default: those that the control was solved with, else 100 and the
+            reference's own.
             ``scheme`` may also name one of torchsde's solvers, which have no likelihood ratios: "milstein" (strong
             order 1), "srk" (3/2), "heun", "midpoint", "euler-heun", "reversible-heun" (1; Stratonovich, with the
             correction of the drift); or "probability-flow", the ordinary differential equation of a generative

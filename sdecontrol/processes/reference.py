@@ -21,7 +21,7 @@ class Reference(Definition):
         memory: correlation of X_0 and X_T, where it is known.
         continuous: a process of continuous time, of which a grid and a scheme make a chain; else it is a chain of its
             own.
-        default_scheme: where no scheme is asked for.
+        default_scheme: where no scheme is asked for. What grid a number of steps means is in ``default_grid``.
         additive: the noise does not depend on the state, as far as that is known.
         gaussian: its steps are Gaussian kernels. of_noise: a control shifts the noise of its steps, which alone
             log-ratios depend on.
@@ -90,6 +90,11 @@ class Reference(Definition):
     def model_time(self, t: float, x: Tensor) -> Tensor:
         """What the reference's model calls process time t: 0-d, for states like x."""
         return torch.tensor(t, dtype=x.dtype, device=x.device)
+
+    def default_grid(self, steps: int) -> list[float]:
+        """The times ``0 = t_0 < ... < t_K = horizon`` that a number of steps stands for: equal steps, computed point by
+        point, never accumulated, so that K steps are exactly K."""
+        return [self.horizon * k / steps for k in range(steps)] + [self.horizon]
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
         """States ``(rows, *event)`` to try functions with."""

@@ -1,5 +1,6 @@
 """``solve``: one verb for every method."""
 
+import contextlib
 import math
 import re
 import time
@@ -62,8 +63,11 @@ def solve(
     Args:
         method: a method such as ``sc.RewardBackprop()``, or its name in kebab case; None: the first choice of
             ``recommend``, with its reason in ``solution.details["reason"]`` and above the progress bar.
-        time_steps: number of steps (default 100) or a grid from 0 to the horizon; not with a chain.
-        scheme: "euler" (default) or "exact" (linear references).
+        time_steps: number of steps (default 100) or a grid from 0 to the horizon; not with a chain. A number means
+            equal steps, for generative references steps that are finer where noise and data are of one size
+            (``reference.default_grid``).
+        scheme: "euler" (default), "exact" (linear references) or "exponential" (semi-linear and generative ones; the
+            default of the latter).
         iterations: exactly so many; None: the method's default at most, with a stop where the objective no longer
             improves.
         batch_size: paths per gradient; ``accumulate`` such gradients make one step.
@@ -455,11 +459,13 @@ class _ExactValues:
         from ..exact import exact_solution
 
         if self.found is None:
-            try:
-                exact = exact_solution(self.solution.problem, like=self.solution, grids=False)
-                self.found = (exact.known_values(),)
-            except NoExactSolution:
-                self.found = (None,)
+            problem, known = self.solution.problem, {}
+            with contextlib.suppress(NoExactSolution):
+                known |= exact_solution(problem, like=self.solution, grids=False).known_values()
+            if problem.reference.mixture is not None:
+                with contextlib.suppress(NoExactSolution):
+                    known["continuous_log_z"] = float(exact_solution(problem, grids=False).log_z)
+            self.found = (known or None,)
         return self.found[0]
 
     def __reduce__(self) -> tuple[Any, ...]:

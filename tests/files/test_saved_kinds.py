@@ -450,6 +450,37 @@ def test_a_file_of_schema_2_knows_its_problem_by_the_numbers_of_its_time(tmp_pat
             sc.load(tmp_path, problem)
 
 
+def of_schema_4(folder, settings):
+    """Rewrite the bundles of a folder as schema number 4 had them, with these settings of a chain."""
+    for path in Path(folder).glob("*.json"):
+        body = json.loads(path.read_text())
+        (body if "settings" in body else body["identity"])["settings"] = settings
+        body["schema"] = 4
+        body["settings_sha256"] = bundles.checksum(body)
+        path.write_text(json.dumps(body))
+
+
+def test_of_a_generative_reference_a_number_of_steps_was_so_many_equal_euler_steps(tmp_path):
+    one = sc.GaussianMixture(torch.ones(1), torch.tensor([[0.5]]), 0.25)
+    problem = sc.ControlProblem(sc.generative_sde(one, sc.VP()), reward=sc.Linear(torch.ones(1)))
+    then = {"time_steps": [0.0, 0.25, 0.5, 0.75, 1.0], "scheme": "euler"}
+    options = {"batch_size": 64, "seed": 0, "progress": False, **then}
+    solution = sc.solve(problem, "reward-backprop", iterations=2, checkpoint_dir=tmp_path / "run", **options)
+    solution.save(tmp_path / "saved")
+    for saved in ({"time_steps": K, "scheme": None}, {"time_steps": K, "scheme": "euler"}):
+        of_schema_4(tmp_path / "saved", saved)
+        again = sc.load(tmp_path / "saved", problem)
+        assert again.settings == then and torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
+        of_schema_4(tmp_path / "run", saved)
+        resumed = {"iterations": 2, "checkpoint_dir": tmp_path / "run", "resume": True}
+        sc.solve(problem, "reward-backprop", **resumed, **options)
+        with pytest.raises(ValueError, match="this run has settings"):
+            sc.solve(problem, "reward-backprop", **resumed, **{**options, "time_steps": K, "scheme": None})
+    of_schema_4(tmp_path / "saved", {"time_steps": K, "scheme": "exponential"})
+    with pytest.raises(sc.BadFileError, match="another way"):
+        sc.load(tmp_path / "saved", problem)
+
+
 def test_checkpoints_without_a_schema_number_are_resumed(tmp_path, monkeypatch):
     class Stop:
         def on_step_end(self, state):

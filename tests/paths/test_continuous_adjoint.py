@@ -81,14 +81,18 @@ def test_the_gradients_error_is_of_order_one(name, mode):
     depends on the state; the slope is then between)."""
     make, module = PROBLEMS[name]
     problem = make()
-    control = perturbed(problem, problem.chain(16), None if module is None else module())
+
+    def euler(steps):
+        return problem.chain([k / steps * problem.horizon for k in range(steps)] + [problem.horizon], "euler")
+
+    control = perturbed(problem, euler(16), None if module is None else module())
     finest, errors = 128, []
-    fine = Run(problem, problem.chain(finest), 16, 1, seed=1).batch()
+    fine = Run(problem, euler(finest), 16, 1, seed=1).batch()
     for steps in (16, 32, 64, 128):
-        chain = problem.chain(steps)
+        chain = euler(steps)
         noise = Run(problem, chain, 16, 1, seed=1).batch().noise
         if not chain.start:
-            noise = SuppliedNoise(coarsen(problem.chain(finest).clock, fine.noise.all(), every=finest // steps)[1])
+            noise = SuppliedNoise(coarsen(euler(finest).clock, fine.noise.all(), every=finest // steps)[1])
         _, want = gradient(problem, chain, control, "adjoint", fine.x0, noise)
         _, have = gradient(problem, chain, control, mode, fine.x0, noise)
         errors.append(float((have - want).norm() / want.norm()))

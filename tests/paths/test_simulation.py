@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdecontrol as sc
-from sdecontrol.chains.build import make_grid
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.randomness import SeededNoise
 
@@ -197,7 +196,7 @@ def test_seed_none_follows_torch_manual_seed():
 @given(steps=st.integers(1, 3000), horizon=st.floats(1e-3, 1e3))
 @settings(max_examples=60, deadline=None)
 def test_a_uniform_grid_has_exactly_its_number_of_steps(steps, horizon):
-    grid = make_grid(steps, horizon)
+    grid = sc.BrownianMotion(1, horizon=horizon).default_grid(steps)
     assert len(grid) == steps + 1 and grid[0] == 0 and grid[-1] == horizon
     assert all(b > a for a, b in itertools.pairwise(grid))
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from runs import gradient, perturbed_default
 
 import sdecontrol as sc
-from sdecontrol.chains.build import make_grid
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -41,7 +40,7 @@ def test_the_drift_is_called_exactly_once_a_step_at_increasing_times(steps, dtyp
 @pytest.mark.slow
 def test_every_grid_from_1_to_10000_steps_has_that_many_steps_in_both_dtypes():
     for steps in range(1, 10_001):
-        grid = np.array(make_grid(steps, 1.0))
+        grid = np.array(sc.BrownianMotion(1).default_grid(steps))
         assert len(grid) == steps + 1 and grid[0] == 0 and grid[-1] == 1
         assert (np.diff(grid) > 0).all() and (np.diff(grid.astype(np.float32)) > 0).all()
 
