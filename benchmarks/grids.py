@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +30,17 @@ from .grids_page import write_page
 __all__ = ["grids"]
 
 RESULTS = Path(__file__).parent / "results" / "grids"
+SHARES = RESULTS / "shares"
 STEPS = (20, 50, 100)
 VERSION, SAMPLES, SEED = 1, 8192, 11
+_MANY = 65_536  # paths that shares of modes are counted on
 SCHEDULES: dict[str, Any] = {"VP": sc.VP(), "CosineVP": sc.CosineVP(), "VE": sc.VE(), "FlowMatching": sc.FlowMatching()}
 SCHEMES = ("euler", "exponential")
 #: the ratio of noise to data at which the grids in log sigma and EDM's end, before the last step
 _LOWEST = {"log-sigma": 0.02, "edm": 0.005}
 GRIDS = ("uniform", "power-1.5", "power-2", "power-3", "cosine", "log-sigma", "edm", "default")
 _MOSTLY = ("uniform", "power-1.5", "log-sigma", "default")  # under the other schedules, and on digits
+_BEFORE_AND_NOW = (("euler", "uniform"), ("exponential", "default"))  # what a number of steps alone stood for, and does
 _FINE = 400  # steps that stand for the model's own law, where no closed form does
 
 
@@ -120,20 +123,39 @@ def _measured(model: str, schedule: str, scheme: str, grid: str) -> list[dict[st
     if model == "digits":
         problem: Any = digits_problem("class", 1.0)
         exact, again = _digits_law(1001), _digits_law(2001)
-        compare, inside = _of_digits, problem.reward_function.classifier
+        measured = partial(_of_digits, classifier=problem.reward_function.classifier)
     else:
-        inside = mixtures()[model]
-        problem = sc.ControlProblem(sc.generative_sde(inside, SCHEDULES[schedule]), start="fixed")
-        exact, again = (inside._draw_block(SAMPLES, torch.Generator().manual_seed(s)) for s in (5, 6))
-        compare = _of_mixture
-    rows = [{"steps": None, **compare(again, exact, inside)}]  # the floor: other draws of the law itself
+        mixture = mixtures()[model]
+        problem = sc.ControlProblem(sc.generative_sde(mixture, SCHEDULES[schedule]), start="fixed")
+        exact, again = (mixture._draw_block(SAMPLES, torch.Generator().manual_seed(s)) for s in (5, 6))
+        measured = partial(_of_mixture, mixture=mixture)
+    rows: list[dict[str, Any]] = [{"steps": None, **measured(again, exact)}]  # the floor: other draws of the law itself
     for steps in STEPS:
         began = time.process_time()
         times = grid_of(grid, problem.reference, steps)
         paths = sc.simulate(problem, len(exact), time_steps=times, scheme=scheme, seed=SEED, keep="end")
         spent = time.process_time() - began
-        rows.append({"steps": steps, "cpu_seconds": spent, **compare(paths.samples, exact, inside)})
+        rows.append({"steps": steps, "cpu_seconds": spent, **measured(paths.samples, exact)})
     return rows
+
+
+def _shares(model: str, schedule: str, scheme: str, grid: str) -> dict[str, float]:
+    """How far the modes' shares are from their weights, at the default number of steps: total variation; and what it
+    is of as many draws of the law itself, in the mean."""
+    mixture = mixtures()[model]
+    problem = sc.ControlProblem(sc.generative_sde(mixture, SCHEDULES[schedule]), start="fixed")
+    times = grid_of(grid, problem.reference, STEPS[-1])
+    x = sc.simulate(problem, _MANY, time_steps=times, scheme=scheme, seed=SEED, keep="end").samples
+    modes = torch.cat([mixture.responsibilities(part).argmax(1) for part in x.split(SAMPLES)])
+    counts = torch.bincount(modes, minlength=len(mixture.weights)).double()
+    again = torch.from_numpy(np.random.default_rng(0).multinomial(_MANY, _normalised(mixture.weights), 500)).double()
+    exact = torch.from_numpy(_normalised(mixture.weights))
+    away = (torch.cat((counts[None], again)) / _MANY - exact).abs().sum(1) / 2
+    return {"total_variation": float(away[0]), "of_draws": float(away[1:].mean())}
+
+
+def _normalised(weights: Tensor) -> np.ndarray:
+    return (weights.double() / weights.double().sum()).numpy()
 
 
 def _cells() -> list[tuple[str, str, str, str]]:
@@ -159,6 +181,14 @@ def grids(
         store(path, {"version": VERSION, **name, "samples": SAMPLES, "rows": rows, "versions": versions()}, indent=None)
         told = [f"K {r['steps']}: TV {r['total_variation']:.3f}" for r in rows[1:]]
         typer.echo(f"{model} {schedule} {scheme} {grid}: " + ", ".join(told))
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    typer.echo(f"{len(found)} cells; {write_page(found)}")
+    for model, schedule, (scheme, grid) in product(mixtures(), SCHEDULES, _BEFORE_AND_NOW):
+        path = SHARES / f"{model}--{schedule}--{scheme}--{grid}.json"
+        if page or path.exists() or (only and model not in only.split(",")):
+            continue
+        name = {"model": model, "schedule": schedule, "scheme": scheme, "grid": grid}
+        found = _shares(model, schedule, scheme, grid)
+        store(path, {"version": VERSION, **name, "samples": _MANY, **found, "versions": versions()}, indent=None)
+        typer.echo(f"{model} {schedule} {scheme} {grid}: {found}")
+    found, shares = ([json.loads(path.read_text()) for path in sorted(at.glob("*.json"))] for at in (RESULTS, SHARES))
+    typer.echo(f"{len(found) + len(shares)} cells; {write_page(found, shares)}")
     assert all(math.isfinite(v) for c in found for r in c["rows"] for v in r.values() if isinstance(v, float))

@@ -126,8 +126,9 @@ def _uniform_euler(settings: dict[str, Any]) -> None:
             continue
         if own.get("scheme") == "exponential":
             raise BadFileError(
-                "it was solved with scheme='exponential' of a generative reference when that scheme took controls "
-                "another way (it now holds a tuned model's prediction over a step); solve again."
+                "it was solved with scheme='exponential' of a generative reference by a version in which that scheme "
+                "took controls another way: u held over a step, now the model's prediction. Its paths would have "
+                "another law today. Solve the problem again, or load it with the version that saved it."
             )
         own["scheme"] = own.get("scheme") or "euler"
         steps = own.get("time_steps")

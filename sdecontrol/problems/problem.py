@@ -279,8 +279,8 @@ class ControlProblem(Definition):
         if reference.continuous:
             time_steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
             scheme = reference.default_scheme if scheme is None else scheme
-            grid = make_grid(time_steps, reference)
-            key = (len(grid) - 1 if isinstance(time_steps, Integral) else tuple(grid), scheme)
+            counted = isinstance(time_steps, Integral) and not isinstance(time_steps, bool)
+            key = (int(time_steps) if counted else tuple(make_grid(time_steps, reference)), scheme)
         elif time_steps is not None or scheme is not None:
             raise ValueError(
                 f"time_steps and scheme do not apply: the reference is a chain with its own {reference.steps} steps."

@@ -90,8 +90,8 @@ def test_a_control_at_a_time_is_that_of_the_chain(kind: str, shape: tuple[int, .
 
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_its_langevin_term_is_the_rewards_gradient_at_the_denoised_state(kind: str) -> None:
-    """With coefficients 1 and no more: ``sigma^T grad r(x0^)/alpha``, by finite differences; on a chain the scale of
-    the step times it."""
+    """With coefficients 1 and no more: ``u = sigma^T grad r(x0^)/alpha``, by finite differences; on a chain the
+    scale of the step times it."""
     problem = PROBLEMS[kind]()
     chain = problem.chain(8 if kind == "sde" else None)
     network: Any = RewardNetwork.of(problem, RewardLayers((8,)), 0)
@@ -101,8 +101,12 @@ def test_its_langevin_term_is_the_rewards_gradient_at_the_denoised_state(kind: s
         c = shift_function(chain, network)(k, x, None)
         x0 = problem.reference.denoised(x, chain.times[k])
         slope = torch.stack([(reward(x0 + step * e) - reward(x0 - step * e)) / (2 * step) for e in torch.eye(3).to(x)])
-        scale = chain.kernel(k, x)[1]
-    assert torch.allclose(c, scale * slope.mT / problem.alpha, atol=1e-8)
+        slope = slope.mT / problem.alpha
+        if kind == "sde":
+            want = chain.shift_at(k, x, problem.reference.diffusion(x, chain.times[k]) * slope)
+        else:
+            want = chain.kernel(k, x)[1] * slope
+    assert torch.allclose(c, want, atol=1e-8)
 
 
 @pytest.mark.parametrize("way", ["frozen", "both"])

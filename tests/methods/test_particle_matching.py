@@ -47,11 +47,11 @@ def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
     sde = one_gaussian()
     end, errors = randn(2000, 2, seed=4), []
     for K in (100, 200, 400):
-        problem = sc.ControlProblem(sde, alpha=1.0)
+        problem, times = sc.ControlProblem(sde, alpha=1.0), sde.default_grid(K)
         noising = NoisingBridge(problem.chain(K))
         initial = sc.Gaussian(problem.initial.mean.float(), problem.initial.covariance_matrix.float())
         linear = sc.ControlProblem(sde.as_linear(), initial, alpha=1.0)
-        exact = ChainBridge(linear.chain(K))
+        exact = ChainBridge(linear.chain(times))
         states = noising.between(end, end, randn(K, 2000, 2, seed=5))
         middle = slice(K // 4, 3 * K // 4)
         a = noising.noise_given_end(states, end)[middle]
@@ -276,10 +276,11 @@ def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
         running_cost=lambda x, t: x.square().sum(1),
         alpha=1.0,
     )
-    method, more = sc.ParticleMatching(num_particles=64), {"time_steps": 5, "iterations": 1, "seed": 0}
+    steps = {"time_steps": [k / 5 for k in range(6)], "scheme": "euler"}  # on which a mixture pays with 512 particles
+    method, more = sc.ParticleMatching(num_particles=64), {**steps, "iterations": 1, "seed": 0}
     assert isinstance(sc.solve(tuned, method, **more).control, TunedControl)
     assert not isinstance(sc.solve(cost, method, **more).control, (MixtureControl, CorrectedControl))
-    run = Run(small_inverse(), small_inverse().chain(5), batch_size=64, accumulate=1, seed=0)
+    run = Run(small_inverse(), small_inverse().chain(**steps), batch_size=64, accumulate=1, seed=0)
     both = sc.ParticleMatching(num_particles=512).setup(run).control
     assert isinstance(both, CorrectedControl)
     assert isinstance(
