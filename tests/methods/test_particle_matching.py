@@ -187,7 +187,7 @@ def test_bridge_matching_takes_a_memoryless_generative_reference():
     """By the noising process: nearly all of the gap is gone, and modes have their shares."""
     problem = small_inverse()
     exact = sc.exact_solution(problem)
-    solution = sc.solve(problem, "bridge-matching", time_steps=30, scheme="euler", iterations=150, batch_size=128, seed=0)
+    solution = sc.solve(problem, "bridge-matching", time_steps=30, iterations=400, batch_size=128, seed=0)
     law = exact.marginal(problem.horizon)
     shares = law.responsibilities(solution.sample(4096, seed=1)).mean(0)
     assert 0.5 * float((shares - law.weights).abs().sum()) < 0.06
