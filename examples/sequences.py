@@ -40,8 +40,8 @@ def main(quick: bool = False) -> None:
 
     # a copy of the model, tuned; or the model as it is, and a small network beside it
     for control in ("tuned", "frozen"):
-        options = {"iterations": 4 if quick else 150, "batch_size": 64, "seed": 0}
-        solution = sc.solve(problem, sc.LogVariance(), control=control, **options)
+        iterations = 4 if quick else 150
+        solution = sc.solve(problem, sc.LogVariance(), control=control, iterations=iterations, batch_size=64, seed=0)
         found = solution.evaluate(n, seed=1, confirm=False)
         print(f"{control}: log Z {found.log_z}, gap {found.gap}, motifs a sequence {found.reward}")
 

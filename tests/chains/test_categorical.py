@@ -208,12 +208,13 @@ def test_the_reference_as_a_control_is_floating_point_on_tokens():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_path_based_method_comes_to_the_exact_tilt(name):
-    """The exact gap of the trained table, by enumeration: 0.01 nats of 0.43."""
-    space = Space(1, size=3.0)
+    """The exact gap of the trained table, by enumeration: 0.01 nats of 0.43. One step at a time a value network has to
+    be learned as well."""
+    space, iterations = Space(1, size=3.0), 400 if name.endswith("1 step") else 120
     assert float(space.gap(torch.zeros(K, V, 1, V, dtype=F64))) > 0.4
     solution = sc.solve(
-        space.problem, METHODS[name], control=Tilts(space), iterations=160, batch_size=256, learning_rate=0.05, seed=0,
-        progress=False,
+        space.problem, METHODS[name], control=Tilts(space), iterations=iterations, batch_size=256, learning_rate=0.05,
+        seed=0, progress=False,
     )  # fmt: skip
     assert float(space.gap(solution.control.module.table.detach())) < 0.01
     found = solution.evaluate(1024, seed=1)

@@ -199,7 +199,7 @@ REFERENCES = {
     "NoiseDrivenChain": lambda: of(sc.discrete_dynamics(step, K, dim=2, noises=2)),
     "CategoricalChain": categorical,
     "MaskedDiffusionChain": masked,
-    "MaskedDiffusionChain in random order": lambda: masked("random"),
+    "MaskedDiffusionChain, in random order": lambda: masked("random"),
     "JumpProcess": jumps,
     "JumpProcess, sparse": lambda: jumps(sparse=True),
     "JumpProcess of time": lambda: jumps(growing),
@@ -379,16 +379,22 @@ def drawn(solution):
     return solution.simulate(8, seed=1, keep="end").samples
 
 
+def steps_of(problem):
+    return K if problem.reference.continuous else None
+
+
 @pytest.mark.parametrize("kind", CONTROLS.classes)
 def test_controls(worker, kind):
     make, build = CONTROL_CASES[kind]
     problem = make()
-    control = build(problem, problem.chain(K))
-    agree(worker, drawn, Solution(problem, control, method="as it is", settings={"time_steps": K, "scheme": None}))
+    steps = steps_of(problem)
+    control = build(problem, problem.chain(steps))
+    agree(worker, drawn, Solution(problem, control, method="as it is", settings={"time_steps": steps, "scheme": None}))
 
 
-def at(value):
-    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+def at(value, tokens):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(3, (8, 2), generator=generator) if tokens else torch.randn(8, 2, generator=generator)
     return value.at(x, torch.tensor(0.4)).detach()
 
 
@@ -396,7 +402,8 @@ def at(value):
 def test_values(worker, kind):
     make, build = VALUE_CASES[kind]
     problem = make()
-    agree(worker, at, build(problem, problem.chain(K)))
+    tokens = problem.reference.state_dtype is not None
+    agree(worker, at, build(problem, problem.chain(steps_of(problem))), tokens)
 
 
 def evaluated(solution):
