@@ -29,7 +29,7 @@ def demo(
         "output/demo.png"
     ),
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Iterations of the distillation.", show_default="1500")
+        int | None, typer.Option(min=1, help="Iterations of the distillation.", show_default="1000")
     ] = None,
     quick: Annotated[
         bool, typer.Option(help="Tiny settings: shows in seconds that everything runs, not more.")

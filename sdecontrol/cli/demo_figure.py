@@ -21,7 +21,7 @@ def draw_figure(result: DemoResult, path: Path) -> None:
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1], hspace=0.03)
     top, bottom = parts
     top.suptitle(
-        f"A diffusion model of handwritten digits, tuned towards the digit {result.label}",
+        f"A diffusion model of handwritten digits, tilted towards the digit {result.label}",
         color=_INK,
         fontsize=13,
         fontweight="bold",

@@ -57,13 +57,8 @@ class DemoSettings:
     evaluation_paths: int
     tilt_paths: int
 
-    @property
-    def times(self) -> list[float]:
-        """Process times of the steps: at noising times ``(1 - k/K)^1.5``, finer towards the data."""
-        return [1 - (1 - k / self.time_steps) ** 1.5 for k in range(self.time_steps + 1)]
 
-
-FULL = DemoSettings(6000, 1500, 16384, None, 1500, 40, 4096, 16384)
+FULL = DemoSettings(6000, 1500, 16384, None, 1000, 40, 4096, 16384)
 QUICK = DemoSettings(100, 100, 512, 2, 4, 10, 256, 1024)
 
 
@@ -226,8 +221,7 @@ def _run(label: int, seed: int, settings: DemoSettings) -> DemoResult:
     guidance = solve(
         problem,
         ValueGuidance("ratio", num_paths=settings.guidance_paths),
-        time_steps=settings.times,
-        scheme="euler",
+        time_steps=settings.time_steps,
         iterations=settings.rounds,
         seed=derive_seed(seed, Place.DEMO_SOLVE),
         progress=True,
@@ -330,9 +324,12 @@ def _drawn(
     """Samples, an evaluation on paths of its own, and the CPU-seconds that the samples took."""
     control = None if solution is None else solution.control
     evaluation = evaluate(problem, control, chain, n, seed)
-    began = time.process_time()
-    x = simulate_chain(problem, chain, n, control, seed=derive_seed(seed, Place.DEMO_SAMPLES), keep="end").samples
-    return x.detach(), evaluation, time.process_time() - began
+    began, place = time.process_time(), derive_seed(seed, Place.DEMO_SAMPLES)
+    if solution is None:
+        x = simulate_chain(problem, chain, n, seed=place, keep="end").samples.detach()
+    else:
+        x = solution.sample(n, seed=place)
+    return x, evaluation, time.process_time() - began
 
 
 def _tilt(
