@@ -54,6 +54,8 @@ def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         )
 
     monkeypatch.setattr(sc, "solve", short)
+    distill = sc.distill
+    monkeypatch.setattr(sc, "distill", lambda solution, **kwargs: distill(solution, **{**kwargs, "iterations": 1}))
     names = {"model": Model(), "my_reward": lambda x: -x.square().flatten(1).sum(1), "torch": torch, "sc": sc}
     for block in blocks("python", page):
         exec(block, names)
