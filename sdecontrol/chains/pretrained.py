@@ -78,7 +78,7 @@ class PretrainedChain(Pretrained, Chain):
     def denoised(self, x: States, t: Tensor | float, condition: Any = None, on_clock: bool = False) -> States:
         return self.to_x0(self._level(float(t)), x, self.predict(self.model, x, t, condition))
 
-    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, States, Any], States]:
+    def denoiser_on_grid(self, times: Tensor, on_clock: bool = False) -> Callable[[int, States, Any], States]:
         """``(k, x, y) -> x0^`` at level k, of the prediction that the step makes itself."""
         return lambda k, x, y: self.to_x0(k, x, self.prediction_at(k, x, y))
 

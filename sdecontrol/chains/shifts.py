@@ -54,6 +54,19 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
     return shift
 
 
+class ShiftsBeside:
+    """A shift function that moves nothing and keeps what a control would do at the states of the reference's paths,
+    within their steps: of a model that both ask for there is one call a step."""
+
+    def __init__(self, chain: Chain, control: Any) -> None:
+        self._shift, self._nothing = shift_function(chain, control), chain.times.new_zeros(1, *chain.noise_shape)
+        self.found: list[Noises] = []
+
+    def __call__(self, k: int, x: States, condition: Any) -> Noises:
+        self.found.append(self._shift(k, x, condition))
+        return self._nothing.expand(x.shape[0], *self._nothing.shape[1:])
+
+
 def shifts_along(
     chain: Chain,
     control: Any,

@@ -137,6 +137,16 @@ def denoised_state(reference: Any, chain: Chain, x: Tensor, t: Tensor, y: Any = 
     return reference.denoised(x, time, y, on_clock=True)
 
 
+def denoiser_on_chain(reference: Any, chain: Chain, on_clock: bool = False) -> Callable[[int, Tensor, Any], Tensor]:
+    """``(k, x, y) -> x0^`` at step k of a chain, of the prediction that the step makes itself."""
+    start, denoise = chain.start, reference.denoiser_on_grid(chain.main.times, on_clock)
+
+    def denoised(k: int, x: Tensor, y: Any) -> Tensor:
+        return denoised_state(reference, chain, x, chain.times[k], y) if k < start else denoise(k - start, x, y)
+
+    return denoised
+
+
 @VALUES.register("given", lambda saved, to: GivenValue(to.own_value("value function"), to.problem.alpha))
 class GivenValue(LogValue):
     """A function ``v(x, t) -> (batch,)`` of yours, or an exact solution's ``value``, with t ``(batch,)``. Saved files
@@ -214,6 +224,12 @@ class TweedieValue(LogValue):
         y = None if y is None else y.repeat(_DRAWS, *(1 for _ in y.shape[1:]))
         values = self._of_data(ends.flatten(0, 1), y).unflatten(0, (_DRAWS, -1))
         return values.logsumexp(0) - math.log(_DRAWS)
+
+    def on_chain(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
+        if chain.state_dtype is not None:
+            return super().on_chain(chain)
+        denoise = denoiser_on_chain(self._problem.reference, chain, on_clock=True)
+        return lambda k, x, y: self._of_data(denoise(k, x, y), y)
 
     def _of_data(self, x0: Tensor, y: Any) -> Tensor:
         log_prob = self._log_prob[0]

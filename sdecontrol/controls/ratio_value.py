@@ -15,7 +15,7 @@ from ..problems.problem import ControlProblem
 from ..problems.reward_view import InnerLayer, RewardView
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, generator_for
-from .guidance import LogValue, denoised_state
+from .guidance import LogValue, denoised_state, denoiser_on_chain
 from .network import FEATURES, Layers, floored, layers_for, time_features
 from .saved import VALUES, Context, Saved
 
@@ -180,17 +180,7 @@ class RatioValue(LogValue):
         return lambda k, x, y: self._asked(denoise(k, x, y), y)
 
     def _denoiser(self, chain: Chain) -> Callable[[int, Tensor, Any], Tensor]:
-        reference, start = chain.reference, chain.start
-        if not reference.pretrained:
-            return lambda k, x, y: x
-        denoise = reference.denoiser_on_grid(chain.main.times)
-
-        def denoised(k: int, x: Tensor, y: Any) -> Tensor:
-            if k < start:
-                return denoised_state(reference, self._chain, x, chain.times[k], y)
-            return denoise(k - start, x, y)
-
-        return denoised
+        return denoiser_on_chain(chain.reference, chain) if chain.reference.pretrained else lambda k, x, y: x
 
     # ------------------------------------------------------------ the function
 

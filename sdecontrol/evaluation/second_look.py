@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
+from ..chains.shifts import ShiftsBeside
 from ..errors import NonFiniteError
 from ..particles.mixture_fit import fit_mixture
 from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
 from ..particles.tempering import LadderError, NoiseTarget, StateTarget, adapt
+from ..paths.integrator import integrate
 from ..paths.paths import Paths, sum_steps
 from ..paths.rows import by_chunks
 from ..problems.pilot import search
@@ -25,6 +27,7 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..processes.laws import draw
+from ..processes.modules import evaluating, modules_in, out_of_inference_mode
 from ..randomness import Place, SeededNoise, derive_seed, generator_for
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .target_paths import weights_to
@@ -161,17 +164,30 @@ def _part(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int
         if start is not None:
             own = noise.rows(int(rows[0]), int(rows[0]) + count).all()
             how = SimulationOptions(state=start[rows], noise=own)
-        keep = "end" if control is None else "all"
-        paths = simulate_chain(problem, chain, count, None, seed=seed, keep=keep, condition=y, how=how)
-        found = [paths.log_weights(dtype=torch.float64).unsqueeze(1)]
-        if control is None:
-            return [*found, paths.end.flatten(1)]
         # of a law backwards the control's weights belong to other paths to the same ends
-        return found if chain.reverse is not None else [*found, _weights_of(paths, control).unsqueeze(1)]
+        if control is not None and chain.reverse is None:
+            paths, along = _with_weights(problem, chain, control, count, seed, replace(how, condition=y))
+            return [paths.log_weights(dtype=torch.float64).unsqueeze(1), along.unsqueeze(1)]
+        paths = simulate_chain(problem, chain, count, None, seed=seed, keep="end", condition=y, how=how)
+        found = [paths.log_weights(dtype=torch.float64).unsqueeze(1)]
+        return found if control is not None else [*found, paths.end.flatten(1)]
 
     log_w, *beside = by_chunks(drawn, batch_size, torch.arange(n, device=problem.device))
     other = beside[0] if beside else None
     return (log_w, None, other) if control is None else (log_w, other, None)
+
+
+@out_of_inference_mode()
+def _with_weights(
+    problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, how: SimulationOptions
+) -> tuple[Paths, Tensor]:
+    """Paths of the reference, and the log weights of the control along them, ``(n,)``."""
+    beside = ShiftsBeside(chain, control)
+    x, y = how.begin(problem, chain, n, None, seed)
+    (noise,) = how.sources(chain, n, seed)
+    with evaluating(modules_in(control)):
+        paths = integrate(chain, x, noise, beside, condition=y, running_cost=problem.running_cost_or_none)
+    return paths, _weights_of(paths.towards(problem), torch.stack(beside.found))
 
 
 def _column(values: Tensor | None) -> Tensor | None:
@@ -238,13 +254,13 @@ def _along(problem: ControlProblem, target: NoiseTarget, control: Any, z: Tensor
     paths = target.paths(z, origin)
     if control is None:
         return [paths.end]
-    return [paths.end, _weights_of(paths, control)]
-
-
-def _weights_of(paths: Paths, control: Any) -> Tensor:
-    """Log weights of another control along paths, step by step: so it is asked for no more rows than there are
-    paths."""
+    # step by step: so the control is asked for no more rows than there are paths
     shifts = torch.cat([paths.under(control, [k]).shifts for k in range(paths.first, paths.last)])
+    return [paths.end, _weights_of(paths, shifts)]
+
+
+def _weights_of(paths: Paths, shifts: Tensor) -> Tensor:
+    """Log weights along paths of another control, by its shifts there."""
     ratios = paths.chain.log_ratio(shifts, paths.draws)
     return (paths.reward / paths.alpha + sum_steps(paths.log_target() - ratios)).double()
 

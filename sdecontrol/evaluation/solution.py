@@ -22,7 +22,7 @@ from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
-from .evaluate import Evaluation, evaluate, log_weights
+from .evaluate import Evaluation, evaluate
 
 SOLUTIONS = Kinds("solution")
 _FACTS = ("method", "settings", "seed", "reproducible", "history", "details")
@@ -153,7 +153,9 @@ class Solution:
         """
         paths = self.simulate(n, seed, condition=self._condition(n, condition), keep="end")
         with torch.no_grad(), self.problem.evaluating():
-            return paths.samples, log_weights(self.problem, paths)
+            samples = paths.samples  # the last step of a discrete model calls it
+            reward = self.problem.reward(samples, paths.condition)
+            return samples, paths.towards(self.problem, reward).log_weights()
 
     def evaluate(
         self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True, batch_size: int | None = None

@@ -108,9 +108,6 @@ class Coefficients(NamedTuple):
     drift_of_x: Tensor
     drift_of_prediction: Tensor
     gain: Tensor  #: ``du / d prediction``: ``u = gain (tuned - pre-trained prediction)``
-    #: x0^ = (x - std eps^)/mu = data_of_x x + data_of_prediction prediction
-    data_of_x: Tensor
-    data_of_prediction: Tensor
     clock_std: (
         Tensor  #: std at the time that the clock says: the same but for the rounding of a clock that runs backwards
     )
@@ -225,8 +222,6 @@ class GenerativeSDE(Pretrained, SDE):
             drift_of_x=-end * slope + eps_part * a,
             drift_of_prediction=of_prediction,
             gain=of_prediction / level,
-            data_of_x=(1 - std * a) / mu,
-            data_of_prediction=-std * b / mu,
             clock_std=self.schedule.std(self.schedule.noising_time(self.schedule.model_time(s))),
         )
 
@@ -274,10 +269,11 @@ class GenerativeSDE(Pretrained, SDE):
         a, b = (1 - std * c.eps_of_x) / c.mu, -std * c.eps_of_prediction / c.mu
         return a * x + b * self.predict(self.model, x, t, condition)
 
-    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, Tensor, Any], Tensor]:
+    def denoiser_on_grid(self, times: Tensor, on_clock: bool = False) -> Callable[[int, Tensor, Any], Tensor]:
         """``(k, x, y) -> x0^`` at the k-th time; within a step of a chain the model is not called again."""
         c = self.coefficients(times)
-        a, b = c.data_of_x.tolist(), c.data_of_prediction.tolist()
+        std = c.clock_std if on_clock else c.std
+        a, b = ((1 - std * c.eps_of_x) / c.mu).tolist(), (-std * c.eps_of_prediction / c.mu).tolist()
         clocks = c.clock.to(device=times.device, dtype=times.dtype)
         return lambda k, x, y: torch.add(a[k] * x, self.prediction_at(k, x, clocks[k], y), alpha=b[k])
 

@@ -33,7 +33,8 @@ class Pretrained(Reference):
         denoised(x, t, y, on_clock) -> x0^         what the pre-trained model expects the data to be; on_clock: with the
                                                    noise's size at the time that the model's clock says, as Tweedie's
                                                    value has always been rounded
-        denoiser_on_grid(times) -> (k, x, y) -> x0^    the same at the k-th time: within a step the model is called once
+        denoiser_on_grid(times, on_clock) -> (k, x, y) -> x0^  the same at the k-th time: within a step the model is
+                                                   called once
         decode(x, y)                               from the last state to data
         check_prediction(name, value, x, hint)     raise where a model's output has not the form of a prediction
         control_towards(model, x, t, y, strength)  the control u that moves the process to that of another model;
