@@ -132,6 +132,8 @@ def check_output(name: str, value: Any, want: torch.Size | tuple[int, ...], like
         raise TypeError(f"{name} must return a torch tensor, got {type(value).__name__}. {hint}".rstrip())
     if tuple(value.shape) != tuple(want):
         raise ValueError(f"{name} must return shape {tuple(want)}, got {tuple(value.shape)}. {hint}".rstrip())
+    if value.dtype != like.dtype and not value.is_floating_point():
+        raise TypeError(f"{name} returned dtype {value.dtype}, and is to return {like.dtype}: add .to({like.dtype}).")
     if value.dtype != like.dtype:
         raise TypeError(
             f"{name} returned dtype {value.dtype} for an input of dtype {like.dtype}; "

@@ -15,7 +15,19 @@ from .base import Chain
 from .masking import MaskingBridge
 
 
-class ChainBridge:
+class GaussianBridge:
+    """What the bridges of Gaussian kernels share."""
+
+    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
+        """``E[xi_k | x_k, x_K]`` at states of all steps."""
+        raise NotImplementedError
+
+    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
+        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
+        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)
+
+
+class ChainBridge(GaussianBridge):
     """Laws of ``x_k`` given ``(x_0, x_K)``, and of the noise ``xi_k`` given ``(x_k, x_K)``, for a chain of affine steps
     ``x_{k+1} = A x_k + b + L xi_k``; exact for the chain at every step size.
 
@@ -110,10 +122,6 @@ class ChainBridge:
         """``E[xi_k | x_k, x_K]`` at states of all steps."""
         return states @ self._noise_of_state.mT + end @ self._noise_of_end.mT + self._noise_shift.unsqueeze(1)
 
-    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
-        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
-        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)
-
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``X ~ N(m, cov)`` given ``M X + c + noise = y``, the noise of covariance C: gain, keep and a root of the
@@ -140,7 +148,7 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge | Masking
     return ChainBridge(chain)
 
 
-class NoisingBridge:
+class NoisingBridge(GaussianBridge):
     """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end,
     whatever the start.
 
@@ -177,7 +185,3 @@ class NoisingBridge:
         """``E[xi_k | x_k, x_K]`` at states of all steps."""
         denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
         return self._gain * self._mu / self._std * (end - denoised)
-
-    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
-        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
-        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)

@@ -24,7 +24,7 @@ from ..memory import recall
 from ..precision import at_least_single, dtype_of
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..randomness import Place, generator_for
-from ..shapes import ControlPaths, Controls, NoisePaths, Noises, PerPath, Scalar, StatePaths, States
+from ..shapes import Controls, Noises, PerPath, Scalar, States
 from ..tensors import check_count, check_output, nonfinite_rows
 from .categorical import CategoricalChain, gumbel
 from .transitions import single_transition
@@ -97,7 +97,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
     """
 
     keeps_tokens = True
-    called = ("s", "x (batch, *shape) int64 tokens with V the mask, s (batch,) the noising time, 1 at the start")
+    called = ("s", "int64 tokens with V the mask, s (batch,) the noising time, 1 at the start")
 
     def __init__(
         self,
@@ -210,9 +210,6 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         c = torch.where((x == self.mask).unsqueeze(-1), c, 0.0)
         return torch.nn.functional.pad(c, (0, 1))
 
-    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
-        return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
-
     def control(self, k: int, c: Noises) -> Controls:
         return c[..., : self.vocabulary]
 
@@ -234,7 +231,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         """The most likely token of each masked position by itself."""
         return self._most_likely(x, self.predict(self.model, x, t, condition))
 
-    def denoiser_on_grid(self, times: Tensor) -> Callable[[int, States, Any], States]:
+    def denoiser_on_grid(self, times: Tensor, on_clock: bool = False) -> Callable[[int, States, Any], States]:
         return lambda k, x, y: self._most_likely(x, self.prediction_at(k, x, y))
 
     def _most_likely(self, x: States, logits: Tensor) -> States:
@@ -319,6 +316,10 @@ def masked_diffusion(
     """
     if not callable(model):
         raise TypeError(f"model must be an nn.Module or a function (x, s) -> logits, got {type(model).__name__}.")
+    if not isinstance(length, (int, Sequence)) or isinstance(length, str):
+        raise TypeError(f"length must be an int, or the shape of one state, got {length!r}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, that of the logits, got {dtype}; tokens are int64.")
     shape = (length,) if isinstance(length, int) else tuple(length)
     if not shape:
         raise ValueError("length must be the length of a sequence, or a shape of at least one dimension.")

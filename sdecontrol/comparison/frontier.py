@@ -8,7 +8,7 @@ import torch
 from ..errors import NoExactSolution
 from ..exact import exact_solution
 from ..exact.base import ExactSolution
-from ..problems.problem import ControlProblem
+from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
 
 
 class FrontierPoint(NamedTuple):
@@ -66,8 +66,10 @@ def nearest_exact(
     Raises:
         NoExactSolution: neither is known.
     """
+    if not problem.reference.continuous:  # a chain of its own
+        return exact_solution(problem, grids=grids), "of the chain"
     try:
-        steps = 100 if time_steps is None else time_steps
+        steps = DEFAULT_TIME_STEPS if time_steps is None else time_steps
         return exact_solution(problem, time_steps=steps, scheme=scheme, grids=grids), "of the chain"
     except NoExactSolution:
         return exact_solution(problem, grids=grids), "in continuous time"

@@ -207,6 +207,8 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
 
 def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
     if problem.reference.pretrained:
+        tokens = chain.state_dtype is not None
+        seen = "the reward that each neighbour expects" if tokens else "the reward's gradient at the denoised state"
         particles = [
             Suggestion(
                 SMC(twist="tweedie"),
@@ -215,8 +217,7 @@ def _one_off(problem: ControlProblem, chain: Chain) -> list[Suggestion]:
             ),
             Suggestion(
                 SMC(proposal=ValueGuidance("tweedie"), twist="proposal"),
-                "the same with particles guided by the reward's gradient at the denoised state: fewer of them, each "
-                "dearer.",
+                f"the same with particles guided by {seen}: fewer of them, each dearer.",
             ),
         ]
     else:
@@ -294,7 +295,8 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
     if problem.random_start:
         out.append(
             "the random start keeps its law: the end has the tilted law only where it has forgotten the start "
-            "(evaluate's start gap says what is left). start='controlled' removes that."
+            "(evaluate's start gap says what is left)."
+            + (" start='controlled' removes that." if problem.reference.state_dtype is None else "")
         )
     if not one_off and problem.condition is not None:
         out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")

@@ -181,9 +181,9 @@ class DefaultControl(Control):
             self.seen_centre = nn.Buffer(torch.cat((self.centre, flat_or(scales.data_centre, torch.zeros(n)))))
             self.seen_spread = nn.Buffer(torch.cat((self.spread, flat_or(scales.data_spread, torch.ones(n)))))
         widths = ((n if denoiser is None else 2 * n) + architecture.condition_size, *architecture.hidden)
-        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
+        self.weights = nn.ParameterList(uniform(b, a, generator) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-        self.time_weight = _uniform(widths[1], FEATURES, generator)
+        self.time_weight = uniform(widths[1], FEATURES, generator)
         self.last = nn.Parameter(torch.zeros(m, widths[-1]))
         # the affine path: u += A(t) x + a(t), A(t) = sum_j features_j(t) A_j
         self.affine = nn.Parameter(torch.zeros(FEATURES, m, n) if self.full else torch.zeros(FEATURES, m))
@@ -440,6 +440,7 @@ def floored(spread: Tensor) -> Tensor:
     return spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
 
 
-def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:
-    bound = 1 / math.sqrt(columns)
+def uniform(rows: int, columns: int, generator: torch.Generator | None, unit: float = 1.0) -> nn.Parameter:
+    """The weights of a layer that sees ``columns`` numbers of this size."""
+    bound = 1 / (unit * math.sqrt(columns))
     return nn.Parameter((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound)

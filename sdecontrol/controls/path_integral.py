@@ -153,13 +153,12 @@ class PathIntegralControl(Control):
             keep="end" if chain.of_noise or chain.reference.keeps_tokens else "states",
             steps=range(k, chain.steps),
         ).towards(problem)
+        weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
         if not chain.of_noise:
-            weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
             xi = noise[k].unsqueeze(0)
             drawn = lambda: chain.draws(xi, xi, paths.states[1:2], paths.states[:1])[0]  # noqa: E731
             seen = paths.end if chain.reference.keeps_tokens else drawn()
             return self._kernel(chain, k, x, y, seen.unflatten(0, (-1, n)), weights), effective_fraction(weights, 1)
-        weights = paths.log_weights().unflatten(0, (-1, n)).softmax(1)
         centred = weights - 1 / n if self.control_variate else weights
         c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
         if ahead is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ from ..shapes import Controls, States
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
 from .langevin_term import reward_and_slope
-from .network import FEATURES, Layers, floored, layers_for, time_features
+from .network import FEATURES, Layers, floored, layers_for, time_features, uniform
 from .saved import CONTROLS, Context, Saved
 
 _PILOT_PATHS = 256
@@ -74,7 +73,7 @@ class RewardNetwork(Control):
         #: mean and spread of r/alpha, and the usual length of g
         self.unit = nn.Buffer(torch.tensor([0.0, 1.0, 1.0]))
         widths = (seen + 2 * slope + architecture.condition_size + FEATURES, *architecture.hidden)
-        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
+        self.weights = nn.ParameterList(uniform(b, a, generator, _UNIT) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
         self.last = _zeros(n, widths[-1]) if dense else None
         self.offset = _zeros(FEATURES, n) if dense else None
@@ -231,8 +230,3 @@ def reward_network(problem: ControlProblem, chain: Chain, seed: int) -> RewardNe
 
 def _zeros(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
-
-
-def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:
-    bound = 1 / (_UNIT * math.sqrt(columns))
-    return nn.Parameter((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound)

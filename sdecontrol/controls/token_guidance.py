@@ -45,15 +45,15 @@ class TokenValueControl(ValueControl):
     def on_chain(self, chain: Chain, tables: Sequence[Any] | None = None) -> ShiftFunction:
         return lambda k, x, y: chain.shift_at(k, x, self._tilt(k, x, self._values(chain, k), y), y)
 
-    def _values(self, chain: Chain, k: int) -> Callable[[Tensor, Any], Tensor]:
+    def _values(self, chain: Any, k: int) -> Callable[[Tensor, Any], Tensor]:
         """``(x, y) -> v/alpha`` by which the neighbours of step k are valued; at the end that is the reward, of states
         that a path can end with."""
-        step, problem, value = chain.reference.valued_at(k), self._problem, self.value.on_chain(chain)
+        step, problem, value = chain.valued_at(k), self._problem, self.value.on_chain(chain)
         if step < chain.steps or self.value.own_end:
             return lambda x, y: value(step, x, y)
 
         def at_the_end(x: Tensor, y: Any) -> Tensor:
-            masked = chain.reference.open(x).flatten(1).any(1) & chain.reference.keeps_tokens
+            masked = chain.open(x).flatten(1).any(1) & chain.reference.keeps_tokens
             if bool(masked.any()):  # on no path
                 return value(step, x, y)
             return problem.reward(chain.decode(x, y), y) / problem.alpha
@@ -64,11 +64,10 @@ class TokenValueControl(ValueControl):
     def _tilt(self, k: int, x: States, value: Callable[[Tensor, Any], Tensor], y: Any) -> Controls:
         """The values of all neighbours ``(batch, *shape, V)``, less the first of each position; 0 where nothing can
         change."""
-        reference: Any = self._chain.reference
         chain: Any = self._chain
         V, flat = self.control_shape[-1], x.flatten(1)
         u = torch.zeros(*flat.shape, V, dtype=chain.times.dtype, device=x.device)
-        rows, places = reference.open(x).flatten(1).nonzero(as_tuple=True)
+        rows, places = chain.open(x).flatten(1).nonzero(as_tuple=True)
         tokens = chain.following(x)[..., :V].flatten(1, -2)
         size = max(1, _ROWS // V)
         for low in range(0, len(rows), size):

@@ -23,7 +23,7 @@ from ..randomness import Place, generator_for
 from ..shapes import Controls, NoisePaths, StatePaths, States
 from .base import Control
 from .log_value import LogValue
-from .network import FEATURES, Layers, layers_for, time_features
+from .network import FEATURES, Layers, layers_for, time_features, uniform
 from .saved import CONTROLS, VALUES
 
 _ONE_HOT = 32  # most tokens that are embedded one-hot; more of them as so many numbers, which are learned
@@ -54,12 +54,12 @@ class TokenLayers(nn.Module):
             self.embedding = nn.Parameter(rows)
         seen = positions * self.width
         widths = (seen, *layers.hidden)
-        self.weights = nn.ParameterList(_uniform(b, a, generator) for a, b in pairwise(widths))
+        self.weights = nn.ParameterList(uniform(b, a, generator) for a, b in pairwise(widths))
         with torch.no_grad():  # of all that the first layer sees one number a position is not zero
             self.weights[0].mul_(math.sqrt(self.width))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(b)) for b in widths[1:])
-        self.time = _uniform(widths[1], FEATURES, generator)
-        self.condition = _uniform(widths[1], layers.condition_size, generator) if layers.condition_size else None
+        self.time = uniform(widths[1], FEATURES, generator)
+        self.condition = uniform(widths[1], layers.condition_size, generator) if layers.condition_size else None
         self.pairs = nn.Parameter(torch.zeros(outputs, seen)) if outputs * seen <= _PAIRS else None
 
     def forward(self, x: States, phi: Tensor, y: Any = None) -> tuple[Tensor, Tensor | float]:
@@ -98,7 +98,7 @@ class TokenControl(Control):
         # of many tokens, few directions
         self.wide = V > _ONE_HOT
         self.last = nn.Parameter(torch.zeros(n * _ONE_HOT if self.wide else n * V, width))
-        self.spread = _uniform(V, _ONE_HOT, generator) if self.wide else None
+        self.spread = uniform(V, _ONE_HOT, generator) if self.wide else None
         self.offset = nn.Parameter(torch.zeros(FEATURES, n * V))
 
     @classmethod
@@ -193,8 +193,3 @@ class TokenValue(LogValue):
 
     def at(self, x: Tensor, t: Tensor, y: Any = None) -> Tensor:
         return self.along(x.unsqueeze(0), t.reshape(1), y)[0]
-
-
-def _uniform(rows: int, columns: int, generator: torch.Generator | None) -> nn.Parameter:
-    bound = 1 / math.sqrt(columns)
-    return nn.Parameter((torch.rand(rows, columns, generator=generator) * 2 - 1) * bound)

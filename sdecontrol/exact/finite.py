@@ -225,10 +225,10 @@ class FiniteChainSolution(FiniteSolution):
     def _ends(self, last: sparse.csr_array) -> np.ndarray:
         """The states at which rewards are asked for: those that the last step leads to; of masked diffusion those
         without a mask."""
-        found, reference = np.unique(last.indices), self.problem.reference
-        if not reference.keeps_tokens:
+        found = np.unique(last.indices)
+        if not self.problem.reference.keeps_tokens:
             return found
-        masked = reference.open(self.space.states(torch.from_numpy(found))).flatten(1).any(1)
+        masked = self.chain.open(self.space.states(torch.from_numpy(found))).flatten(1).any(1)
         return found[~masked.numpy()]
 
     def _charged(self, k: int, w: np.ndarray) -> np.ndarray:

@@ -321,6 +321,7 @@ def lean_targets_again(
         if learn is not None:  # what depends on time alone has a graph, too, and each step goes through its own
             shift = shift_function(chain, control)
         for rows in parts_of(len(paths), most):
+            c = None  # lets the last part's graph go before the next is made
             *adjoints, c = _step_again(jacobians, j, rows, shift if zero_variance else None, a[rows])
             parts.append(adjoints)
         before, after = (torch.cat(each) for each in zip(*parts))

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from ..precision import at_least_single
 from ..randomness import Place, generator_for
 from ..shapes import Scalar, States
-from ..tensors import as_float
+from ..tensors import as_float, probing
 from .finite import FiniteLaw, StateSpace, check_tokens
 from .laws import Dirac
 from .rates import Matrix, moves_between, rate_matrix
@@ -88,7 +88,10 @@ class JumpProcess(Reference):
         return "euler" if self.sparse or self.values > _USUALLY_EXACT else "exact"
 
     def _call(self, t: float) -> Any:
-        return self.rates(torch.tensor(t, dtype=torch.float64)) if callable(self.rates) else self.rates
+        if not callable(self.rates):
+            return self.rates
+        with probing("rates", "rates(t), t 0-d float64"):
+            return self.rates(torch.tensor(t, dtype=torch.float64))
 
     def _initial(self, initial: Any) -> Any:
         device = self.device or torch.device("cpu")
@@ -99,6 +102,11 @@ class JumpProcess(Reference):
                 raise ValueError(f"initial must be a state from 0 to {self.values - 1}, got {initial}.")
             return Dirac(torch.tensor([initial], device=device))
         if isinstance(initial, Tensor) and initial.is_floating_point():
+            if initial.shape != (self.values,):
+                raise ValueError(
+                    f"initial must be probabilities of shape ({self.values},), one for each state, got "
+                    f"{tuple(initial.shape)}."
+                )
             return FiniteLaw(initial.to(dtype=self.dtype), self.space)
         if not isinstance(initial, Distribution):
             got = initial.dtype if isinstance(initial, Tensor) else type(initial).__name__
@@ -140,14 +148,6 @@ class JumpProcess(Reference):
 
     def check_states(self, name: str, x: States) -> None:
         check_tokens(name, x, self.values)
-
-    def open(self, x: States) -> Tensor:
-        """The positions that may change, ``(batch, 1)``."""
-        return torch.ones_like(x, dtype=torch.bool)
-
-    def valued_at(self, k: int) -> int:
-        """The step as whose states the neighbours of step k's are valued: those that it leads to."""
-        return k + 1
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
         generator = generator_for("cpu", seed, Place.PROBE_TOKENS)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..chains.masked import MaskSchedule
 from ..processes.modules import copied
 from ..randomness import Place, fresh_seed, generator_for, global_rng
-from ..tensors import check_count, check_output
+from ..tensors import check_count, check_output, probing
 from .fit_score import check_condition, classes_of
 from .fitting import descend
 from .token_model import TokenModel
@@ -130,8 +130,8 @@ def _network(
         raise ValueError("model has no trainable parameters.")
     rows = torch.arange(3) % len(data)
     s, more = torch.full((3,), 0.5).to(like), () if condition is None else (condition[rows],)
-    with torch.no_grad():
+    called = f"model(x, s{', y' if more else ''}), x {tuple(data[rows].shape)} int64, s (batch,)"
+    with torch.no_grad(), probing("model", called):
         out = copied(model).eval()(data[rows], s, *more)
-    called = "It is called as model(x, s, y)." if more else "It is called as model(x, s), s (batch,)."
-    check_output("model", out, (3, *data.shape[1:], vocabulary), s, called)
+    check_output("model", out, (3, *data.shape[1:], vocabulary), s, f"It is called as {called}.")
     return copied(model).train()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..controls.linear_part import Gram, LinearPart
+from ..errors import BadFileError
 from ..methods.base import Regression
 
 
@@ -132,6 +133,11 @@ class LinearSteps:
         if self.count:
             like = [part.parameters[0].device for part in self.parts]
             names = [[name for name in tensors if name.startswith(f"linear.gram.{i}.")] for i in range(len(like))]
+            if not all(names):
+                raise BadFileError(
+                    "the checkpoint is of a version that kept least-squares matrices another way. Start the run anew, "
+                    "with control=sc.load(...) of its last solution, or resume it with the version that wrote it."
+                )
             self.grams = [Gram(*(tensors[n].to(d) for n in sorted(group))) for group, d in zip(names, like)]
             self.directions = [tensors[f"linear.direction.{i}"].to(d) for i, d in enumerate(like)]
 
