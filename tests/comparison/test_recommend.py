@@ -57,7 +57,7 @@ class Zero(torch.nn.Module):
 def test_a_network_of_ones_own_is_guided_first_then_tuned() -> None:
     """The density ratio first, with a gradient or without, unless a control of one's own is to be trained; then the
     objective's gradient. A model in closed form, which has nothing to train, is begun with its mixture."""
-    net = sc.fit_score(torch.randn(64, 2), sc.VP(), iterations=1, seed=0, progress=False)
+    net = sc.fit_score(torch.arange(128.0).reshape(64, 2).sin(), sc.VP(), iterations=1, seed=0, progress=False)
     problem = sc.ControlProblem(
         sc.generative_sde(net, sc.VP(), shape=(2,)), reward=sc.Quadratic(torch.eye(2)), alpha=0.7
     )

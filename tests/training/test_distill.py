@@ -149,3 +149,24 @@ def test_what_has_no_control_to_learn_is_refused_by_name() -> None:
         sc.distill(sc.solve(problem(), sc.BestOfN(2), time_steps=4, seed=0))
     with pytest.raises(ValueError, match="unknown paths 'theirs'"):
         sc.distill(tuned(problem()), paths="theirs")
+
+
+def test_no_step_of_a_distillation_moves_the_path_law_by_more_than_the_bound():
+    """With a learning rate of 10 the first whole step is many nats."""
+    problem = sc.ControlProblem(
+        sc.generative_sde(
+            sc.fit_score(torch.arange(128.0).reshape(64, 2).sin(), sc.VP(), iterations=1, seed=0, progress=False),
+            sc.VP(),
+            shape=(2,),
+        ),
+        reward=sc.Quadratic(torch.eye(2)),
+        alpha=1.0,
+    )
+    guided = sc.solve(problem, sc.ValueGuidance("tweedie"), time_steps=8, seed=0)
+    steps = {}
+    for bound in (0.01, 1e9):
+        found = sc.distill(
+            guided, iterations=3, batch_size=64, seed=0, progress=False, learning_rate=10.0, max_kl_step=bound
+        )
+        steps[bound] = max(entry["kl_step"] for entry in found.history)
+    assert 0 < steps[0.01] <= 0.01 < 1 < steps[1e9]

@@ -110,6 +110,18 @@ def test_a_rate_is_found_whatever_a_step_of_the_default_rate_does(scale):
     assert max(steps[30:]) < 0.4 and max(entry["kl"] for entry in history) < 100
 
 
+@pytest.mark.parametrize(("size", "ends"), [(0.4, 0.5), (10.0, 0.1), (1e-3, 1.0), (1e12, 1e-3)])
+def test_the_rate_comes_to_where_a_step_moves_the_law_by_the_aim(size, ends):
+    """Of steps with KL ``size rate^2`` that is ``(aim/size)^(1/2)``: within the control's own rate and a thousandth of
+    it, by a factor of two a step at most. A KL that is not finite is too large."""
+    law, rates = PathLaw(steep().chain(8), SmallControl(2, 2), 0.5, True), [1.0]
+    for i in range(40):
+        law.learn(math.inf if i == 0 else size * law.rate**2, 1.0)
+        rates.append(law.rate)
+    assert law.aim == 0.1 and law.rate == pytest.approx(ends, rel=1e-6)
+    assert rates[1] == 0.5 and all(0.5 <= b / a <= 2 for a, b in zip(rates, rates[1:]))
+
+
 def test_what_was_found_is_part_of_a_checkpoint(tmp_path):
     options = {"iterations": 12, "time_steps": 4, "batch_size": 16, "seed": 0, "progress": False}
     problem, whole = steep(), []
