@@ -160,6 +160,7 @@ class Place(enum.IntEnum):
     RATIO_BATCH = 617  # rows of the regression's batches [iteration]
     DISTILLED_PATHS = 640  # [round, part]
     DISTILLED_STATES = 641  # stored ones that are learned from [iteration, part]
+    DISTILLED_VISITED = 642  # stored paths at which a step is measured [iteration]
     MATCHING_START = 620  # particle matching: the first mixture
     MATCHING_PARTICLES = 621  # [iteration]
     MATCHING_PICK = 622

@@ -18,10 +18,9 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..memory import recall
 from ..precision import at_least_single
-from ..processes.finite import StateSpace, check_tokens
+from ..processes.finite import StateSpace, check_tokens, probe_tokens
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
-from ..randomness import Place, generator_for
 from ..shapes import ControlPaths, Controls, DrawPaths, NoisePaths, Noises, PerStep, Scalar, StatePaths, States
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
@@ -199,8 +198,7 @@ class CategoricalChain(Reference, CategoricalKernels):
         check_tokens(name, x, self.values)
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
-        generator = generator_for("cpu", seed, Place.PROBE_TOKENS)
-        return torch.randint(self.values, (rows, *self.event_shape), generator=generator).to(device)
+        return probe_tokens(self.values, rows, self.event_shape, device, seed)
 
     def probe(self, dtype: torch.dtype, device: torch.device, condition: Any = None) -> None:
         """Call the log-probabilities once and check what they are.

@@ -265,9 +265,9 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
 
     # ---------------------------------------------------------------- what a problem asks of a reference
 
-    def probe_ends(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
+    def probe_ends(self, x: States, seed: int = 0) -> States:
         generator = generator_for("cpu", seed, Place.PROBE_ENDS)
-        return torch.randint(self.vocabulary, (rows, *self.event_shape), generator=generator).to(device)
+        return torch.randint(self.vocabulary, x.shape, generator=generator).to(x.device)
 
     def numbers(self, x: States, t: Scalar, condition: Any = None) -> dict[str, Tensor]:
         return {"logits": self.predict(self.model, x, t, condition)}

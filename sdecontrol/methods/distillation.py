@@ -82,7 +82,7 @@ class Distillation(Method):
     def _visited(self, state: Any, run: Run) -> Visited:
         """A few of the stored paths, others each time."""
         states, _, y = state.stored
-        generator = generator_for("cpu", run.seed, Place.DISTILLED_STATES, run.iteration, run.accumulate)
+        generator = generator_for("cpu", run.seed, Place.DISTILLED_VISITED, run.iteration)
         few = min(few_of(run.batch_size), states.shape[1])
         rows = torch.randint(states.shape[1], (few,), generator=generator).to(states.device)
         return Visited(states[:, rows], None if y is None else y[rows])

@@ -199,7 +199,7 @@ class ControlProblem(Definition):
         self.reference.probe(self.dtype, self.device, y)
         t = torch.zeros((), dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            decoded = self.reference.decode(self.reference.probe_ends(rows, self.dtype, self.device), y)
+            decoded = self.reference.decode(self.reference.probe_ends(x), y)
             if self.running_cost_function is not None:
                 if not callable(self.running_cost_function):
                     raise TypeError(
@@ -398,7 +398,7 @@ class ControlProblem(Definition):
             t = torch.tensor(0.5 * self.horizon, dtype=self.dtype, device=self.device)
             numbers = self.reference.numbers(x, t, y)
             if self.reward_function is not None:
-                ends = x if former else self.reference.probe_ends(3, self.dtype, self.device, seed=1)
+                ends = x if former else self.reference.probe_ends(x, seed=1)
                 decoded = self.reference.decode(ends, y)
                 first, again = self._call_reward(decoded, y), self._call_reward(decoded, y)
                 if torch.equal(first, again):  # a random reward has no fingerprint

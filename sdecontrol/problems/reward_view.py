@@ -42,9 +42,10 @@ class RewardView:
         if not isinstance(module, nn.Module):
             self.hidden = f"the reward is a {type(reward).__name__}, no nn.Module"
             return
-        x = problem.reference.probe_ends(3, problem.dtype, problem.device)
+        reference = problem.reference
+        x = reference.probe_ends(reference.probe_states(3, problem.dtype, problem.device))
         with torch.no_grad(), problem.evaluating():
-            self._find(module, problem.reference.decode(x, problem.draw_condition(3, 0)), problem.draw_condition(3, 0))
+            self._find(module, reference.decode(x, problem.draw_condition(3, 0)), problem.draw_condition(3, 0))
 
     def __deepcopy__(self, memo: Any) -> RewardView:
         return self  # a definition: a copied value looks at the same reward

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..randomness import Place, generator_for
 from ..tensors import check_tensor
 
 LARGEST = 10_000_000  #: states that are listed at most
@@ -24,6 +25,12 @@ def check_tokens(name: str, x: Tensor, values: int) -> None:
         raise TypeError(f"{name} must be int64 tokens, got {x.dtype}; use {name}.long() if they are whole numbers.")
     if x.numel() and (int(x.min()) < 0 or int(x.max()) >= values):
         raise ValueError(f"{name} has tokens from {int(x.min())} to {int(x.max())}; they are 0 to {values - 1}.")
+
+
+def probe_tokens(values: int, rows: int, shape: Sequence[int], device: torch.device, seed: int) -> Tensor:
+    """Tokens ``(rows, *shape)`` to try functions with."""
+    generator = generator_for("cpu", seed, Place.PROBE_TOKENS)
+    return torch.randint(values, (rows, *shape), generator=generator).to(device)
 
 
 class StateSpace:

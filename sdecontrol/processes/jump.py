@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..precision import at_least_single
-from ..randomness import Place, generator_for
 from ..shapes import Scalar, States
 from ..tensors import as_float, probing
-from .finite import FiniteLaw, StateSpace, check_tokens
+from .finite import FiniteLaw, StateSpace, check_tokens, probe_tokens
 from .laws import Dirac
 from .rates import Matrix, moves_between, rate_matrix
 from .reference import Reference
@@ -150,8 +149,7 @@ class JumpProcess(Reference):
         check_tokens(name, x, self.values)
 
     def probe_states(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> States:
-        generator = generator_for("cpu", seed, Place.PROBE_TOKENS)
-        return torch.randint(self.values, (rows, 1), generator=generator).to(device)
+        return probe_tokens(self.values, rows, self.event_shape, device, seed)
 
     def numbers(self, x: States, t: Scalar, condition: Any = None) -> dict[str, Tensor]:
         matrix = self.rates_at(float(t))

@@ -102,9 +102,9 @@ class Reference(Definition):
         x = torch.randn((rows, *self.event_shape), generator=generator, dtype=torch.float64)
         return x.to(device=device, dtype=dtype)
 
-    def probe_ends(self, rows: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-        """The same, as the last state may be: what is decoded for rewards."""
-        return self.probe_states(rows, dtype, device, seed)
+    def probe_ends(self, x: Tensor, seed: int = 0) -> Tensor:
+        """For states of :meth:`probe_states`, as many that the last one may be: what is decoded for rewards."""
+        return x
 
     def check_states(self, name: str, x: Tensor) -> None:
         """Raise where these cannot be states, whatever their shape; of tokens by kind and range."""

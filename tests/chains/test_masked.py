@@ -307,6 +307,7 @@ def test_wrong_settings_are_named(make, error, match):
         (lambda x: torch.zeros(len(x), 4, 3), TypeError, r"model failed when called as model\(x, s\)"),
         (lambda x, s: torch.rand(len(x), 4, 3), ValueError, "random numbers of its own"),
     ],
+    ids=["shape", "dtype", "nan", "-inf", "arguments", "random"],
 )
 def test_wrong_models_are_named_when_a_problem_is_made(model, error, match):
     with pytest.raises(error, match=match):

@@ -82,7 +82,7 @@ def test_the_gram_matrix_is_that_of_the_shifts_derivatives(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("damping", [1e-3, 10.0])
-def test_blocks_multiply_and_solve_as_the_matrices_of_all_outputs_do(name, damping):
+def test_blocks_multiply_and_solve_as_matrices(name, damping):
     _, chain, control, states = setting(name, batch=40)
     for part in control.linear_parts():
         gram, v = part.gram(chain, states), part.gather(part.parameters).double()

@@ -254,7 +254,7 @@ def test_bad_rates_are_named(make, error, match):
     ("initial", "error", "match"),
     [
         (6, ValueError, "initial must be a state from 0 to 5, got 6"),
-        (torch.ones(4), ValueError, r"FiniteLaw\(probs\) must have shape \(..., 6\)"),
+        (torch.ones(4), ValueError, r"initial must be probabilities of shape \(6,\)"),
         (-torch.ones(6), ValueError, "must be >= 0"),
         (torch.tensor([1]), TypeError, "initial must be a state"),
     ],

@@ -43,7 +43,7 @@ def test_the_conditionals_of_the_data_are_learned(own):
         sequences(),
         3,
         model,
-        iterations=400,
+        iterations=800,
         batch_size=64,
         learning_rate=1e-2 if own else 2e-3,
         seed=0,

@@ -1,6 +1,7 @@
 """Steps of the optimiser are bounded in the KL of the path law, and their rate is found by it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_the_rate_comes_to_where_a_step_moves_the_law_by_the_aim(size, ends):
         law.learn(math.inf if i == 0 else size * law.rate**2, 1.0)
         rates.append(law.rate)
     assert law.aim == 0.1 and law.rate == pytest.approx(ends, rel=1e-6)
-    assert rates[1] == 0.5 and all(0.5 <= b / a <= 2 for a, b in zip(rates, rates[1:]))
+    assert rates[1] == 0.5 and all(0.5 <= b / a <= 2 for a, b in pairwise(rates))
 
 
 def test_what_was_found_is_part_of_a_checkpoint(tmp_path):
