@@ -119,13 +119,14 @@ class Chain(Definition):
     def kl(
         self,
         c: NoisePaths,
-        states: StatePaths | None,
+        states: StatePaths | Sequence[States] | None,
         steps: Iterable[int],
         condition: Any = None,
         other: NoisePaths | None = None,
     ) -> PerStep:
         """``KL(p^u(. | x_k) || p0(. | x_k))`` at states of the given steps, c their shifts; with the shifts of another
-        control, against its kernels in the reference's place."""
+        control, against its kernels in the reference's place. (States in a sequence are those of a path under way,
+        themselves: what the step has computed at them is at hand.)"""
         c = c if other is None else c - other
         return 0.5 * event_sum(c * c, len(self.noise_shape))
 

@@ -55,7 +55,7 @@ class CategoricalKernels(Chain):
 
     # ---------------------------------------------------------------- what a control tilts, for guidance
 
-    def letters(self, k: int, x: States, condition: Any = None) -> Noises:
+    def letters(self, k: int, x: States, condition: Any = None) -> Controls:
         """The log-probabilities that a control tilts, ``(batch, *control_shape)``."""
         return self.log_probs(k, x, condition)
 
@@ -103,7 +103,7 @@ class CategoricalKernels(Chain):
     def kl(
         self,
         c: NoisePaths,
-        states: StatePaths | None,
+        states: StatePaths | Sequence[States] | None,
         steps: Iterable[int],
         condition: Any = None,
         other: NoisePaths | None = None,

@@ -124,7 +124,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
 
     # ---------------------------------------------------------------- the step as a law
 
-    def prediction_at(self, k: int, x: States, condition: Any = None) -> Noises:
+    def prediction_at(self, k: int, x: States, condition: Any = None) -> Controls:
         """The pre-trained model's logits ``(batch, *shape, V)`` at step k: once a step, though control, step and KL
         ask for it."""
         return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
@@ -147,7 +147,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
             )
         return logits
 
-    def letters(self, k: int, x: States, condition: Any = None) -> Noises:
+    def letters(self, k: int, x: States, condition: Any = None) -> Controls:
         return self.prediction_at(k, x, condition).log_softmax(-1)
 
     def open(self, x: States) -> Tensor:

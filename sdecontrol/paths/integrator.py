@@ -36,7 +36,7 @@ class _Sums:
     def add(self, k: int, x: States, xi: Noises, c: Noises, after: States) -> None:
         kept: tuple[Any, Any] = (None, None)
         if not self.chain.of_noise:  # the step's law is at hand now
-            kl = sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition))  # type: ignore[arg-type]
+            kl = sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition))
             kept = kl, self.chain.draws(*(part.unsqueeze(0) for part in (xi, c, after, x)))[0]
         self.held.append((k, xi, c, *kept))
         if len(self.held) >= self.room:
