@@ -38,6 +38,10 @@ EQUATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "[19]": ("soft-optimal kernel", ("sdecontrol.exact_solution.kernel",)),
     "[20]": ("soft Bellman equation", ("sdecontrol.exact_solution.value",)),
+    "Remark 1": (
+        "all of it on discrete spaces",
+        ("sdecontrol.JumpProcess", "sdecontrol.masked_diffusion", "sdecontrol.exact_solution"),
+    ),
     "Theorem 1": (
         "the optimum's end law is p_r",
         ("sdecontrol.exact_solution.marginal", "sdecontrol.exact_solution.sample"),
@@ -121,7 +125,7 @@ def _numbers(statement: str) -> list[str]:
 
 
 def _code(name: str) -> str:
-    return "`" + re.sub(r"^sdecontrol\.(?:(?:paths|evaluation)\.[a-z_]+\.)?", "", name) + "`"
+    return "`" + re.sub(r"^sdecontrol\.(?:(?:paths|evaluation|chains)\.[a-z_]+\.)?", "", name) + "`"
 
 
 def _where(names: tuple[str, ...]) -> str:
@@ -151,8 +155,8 @@ def page() -> str:
         "",
         "Numbers are those of the tutorial, *Understanding RL-based fine-tuning of diffusion models* (arXiv "
         "2407.13734). Each check measures",
-        "its statement on problems with known answers and must fail on the broken variants listed with it. Run them "
-        "with",
+        "its statement on problems with known answers, must have run the code that it lists, and must fail on the "
+        "broken variants listed with it. Run them with",
         "`python -m theory_checks` or `sdecontrol verify`; check a solution of your own with "
         "`theory_checks.verify(problem, solution)`.",
         "",
@@ -173,7 +177,8 @@ def page() -> str:
             "",
             check.doc,
             "",
-            f"* tests: {_where(check.implements) if check.implements else 'the equation itself'}",
+            f"* runs: {_where(check.implements) if check.implements else 'the equation itself'}",
+            *([f"* about: {_where(check.about)}, by lines of its own"] if check.about else []),
             "* must fail on: " + "; ".join(check.controls),
             "",
         ]

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .executed import Watch
+
 __all__ = [
     "FAMILY_WISE_ERROR",
     "Check",
@@ -32,7 +34,7 @@ CHECKS: dict[str, Check] = {}
 _ORDER = {
     name: i
     for i, name in enumerate(
-        ("models", "chain", "mixtures", "continuous", "paths", "estimators", "sampling", "solvers", "errata")
+        ("models", "chain", "finite", "mixtures", "continuous", "paths", "estimators", "sampling", "solvers", "errata")
     )
 }
 
@@ -91,7 +93,8 @@ class Check:
         name: on the command line (``--only``); begins with the statement, e.g. "theorem-1-chain".
         statement: the tutorial's number (or docs/mathematics.md's section), e.g. "Theorem 1".
         kind: "exact", "continuous", "statistical", "estimator", "solver" or "errata".
-        implements: dotted names of the library's functions that are tested.
+        implements: dotted names of the library's functions that are tested: it must have run each of them.
+        about: those whose equations are tested, by the check's own lines.
         controls: the defects on which it must fail.
         tests: how many p-values it gives (its part of the family of statistical tests).
     """
@@ -103,14 +106,24 @@ class Check:
     controls: tuple[str, ...]
     tests: int
     function: CheckFunction
+    about: tuple[str, ...] = ()
 
     @property
     def doc(self) -> str:
         return " ".join((self.function.__doc__ or "").split())
 
     def measure(self, setting: Setting, defect: str = "") -> list[Measurement]:
-        """Run once. p-values get their share of the family-wise error over all registered tests."""
-        found = list(self.function(setting, defect))
+        """Run once. p-values get their share of the family-wise error over all registered tests.
+
+        Raises:
+            RuntimeError: without a defect, where it ran none of the code of a name that it says it tests.
+        """
+        with Watch(() if defect else self.implements) as watch:
+            found = list(self.function(setting, defect))
+        if watch.missing:
+            raise RuntimeError(
+                f"check {self.name!r} says that it tests {', '.join(watch.missing)}, and did not run it."
+            )
         count = sum(m.kind == "p" for m in found)
         if not defect and count != self.tests:
             raise RuntimeError(f"check {self.name!r} declares {self.tests} statistical tests but made {count}.")
@@ -126,6 +139,7 @@ def check(
     *,
     kind: str = "exact",
     implements: Sequence[str] = (),
+    about: Sequence[str] = (),
     controls: Sequence[str],
     tests: int = 0,
 ) -> Callable[[CheckFunction], CheckFunction]:
@@ -142,15 +156,15 @@ def check(
             raise ValueError(f"check {name!r} has no docstring; it is the statement that is checked.")
         if name in CHECKS:
             raise ValueError(f"there are two checks named {name!r}.")
-        CHECKS[name] = Check(name, statement, kind, tuple(implements), tuple(controls), tests, function)
+        CHECKS[name] = Check(name, statement, kind, tuple(implements), tuple(controls), tests, function, tuple(about))
         return function
 
     return register
 
 
 def all_checks() -> list[Check]:
-    """All checks: models, the theory on chains, of mixtures, in continuous time, paths, estimators, samples, solvers,
-    errata."""
+    """All checks: models, the theory on chains, on finite spaces, of mixtures, in continuous time, paths, estimators,
+    samples, solvers, errata."""
     from . import statements  # noqa: F401  (importing registers them)
 
     return sorted(CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))

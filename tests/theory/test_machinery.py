@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import sdecontrol as sc
 from theory_checks import Measurement, Setting, check, registry, run_check
 from theory_checks.command import main, verify_command
+from theory_checks.executed import codes_of
 from theory_checks.gaussian import Joint, gaussian_kl, path_law
 from theory_checks.page import EQUATIONS, page
 from theory_checks.registry import compare, order, p_value, select, within
@@ -41,6 +44,37 @@ def test_a_check_without_a_control_is_refused(own_registry, controls):
 def test_a_check_without_a_statement_is_refused(own_registry):
     with pytest.raises(ValueError, match="no docstring"):
         _register(function=lambda setting, defect: iter(()))
+
+
+def test_what_a_check_says_that_it_tests_must_have_run(own_registry):
+    names = ("sdecontrol.LinearSDE", "sdecontrol.simulate", "sdecontrol.exact_solution.value", "sdecontrol.LogVariance")
+
+    def settings_alone(setting, defect):
+        """A process and a method are made; nothing is simulated, and no value asked for."""
+        process = sc.LinearSDE(torch.eye(2), torch.eye(2))
+        assert sc.LogVariance() and process
+        yield within("zero", float(bool(defect)), 0.5)
+
+    outcome = run_check(_register(function=settings_alone, implements=names), Setting())
+    assert (
+        not outcome.holds
+        and "tests sdecontrol.simulate, sdecontrol.exact_solution.value, sdecontrol.LogVariance" in (outcome.error)
+    )
+
+
+def test_watching_ends_with_the_check(own_registry):
+    def breaks(setting, defect):
+        """Breaks down."""
+        raise ValueError("oh")
+        yield
+
+    assert "oh" in run_check(_register(function=breaks, implements=("sdecontrol.simulate",)), Setting()).error
+    assert sys.getprofile() is None
+
+
+@pytest.mark.parametrize("name", sorted({n for c in registry.all_checks() for n in c.implements}))
+def test_every_name_has_code(name):
+    assert codes_of(name)
 
 
 def test_a_name_is_taken_once(own_registry):

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from sdecontrol.chains.categorical import CategoricalKernels
 from sdecontrol.chains.gaussian import EulerChain
+from sdecontrol.chains.jump import JumpChain
 from sdecontrol.chains.segments import LearnedStart
 from sdecontrol.evaluation import evaluate as evaluation
-from sdecontrol.exact import base, discrete, quadratic, riccati
+from sdecontrol.exact import base, discrete, finite, quadratic, riccati
 from sdecontrol.exact.quadratic import Form
 from sdecontrol.paths.paths import Paths
 from sdecontrol.processes.linear import Transition
@@ -74,8 +76,9 @@ def _alpha_missing(patch):
 def _weights_without_cost(patch):
     from theory_checks.statements import paths as statements
 
+    true = statements.log_weights
     patch.setattr(
-        statements, "log_weights", lambda problem, paths: problem.reward(paths.end) / problem.alpha - paths.log_ratio()
+        statements, "log_weights", lambda problem, paths: true(problem, paths) + paths.running_cost / problem.alpha
     )
 
 
@@ -123,7 +126,43 @@ def _noise_one_per_cent_wide(patch):
     patch.setattr(EulerChain, "kernel", kernel)
 
 
+def _rows_of_the_transition_rolled(patch):
+    true = CategoricalKernels.transition
+    patch.setattr(CategoricalKernels, "transition", lambda self, k: true(self, max(k - 1, 0)))
+
+
+def _tilt_not_normalised(patch):
+    patch.setattr(CategoricalKernels, "shift_at", lambda self, k, x, u, condition=None: u)
+
+
+def _cost_of_the_right_end(patch):
+    def charged(self, k, w):
+        costs = self._costs(self.chain.clock[k + 1])
+        return w if costs is None else w - self.chain.step_sizes[k] * costs
+
+    patch.setattr(finite.FiniteChainSolution, "_charged", charged)
+
+
+def _kernel_without_alpha(patch):
+    true = finite.FiniteSolution._rewards
+    patch.setattr(finite.FiniteSolution, "_rewards", lambda self, ends=None: self.problem.alpha * true(self, ends))
+
+
+def _moves_shifted(patch):
+    patch.setattr(JumpChain, "draws", lambda self, noises, shifts, states, before=None: torch.zeros_like(states))
+
+
+def _residual_without_the_cost(patch):
+    patch.setattr(Paths, "log_target", lambda self: torch.zeros_like(self.log_ratio(per_step=True)))
+
+
 PLANTED = [
+    (_rows_of_the_transition_rolled, "finite-theorem-1"),
+    (_tilt_not_normalised, "finite-log-ratios"),
+    (_cost_of_the_right_end, "finite-lemma-2"),
+    (_kernel_without_alpha, "finite-theorem-2"),
+    (_moves_shifted, "finite-no-floor"),
+    (_residual_without_the_cost, "finite-lemma-4"),
     (_gain_is_h, "path-equation"),
     (_half_square_dropped, "path-log-ratio"),
     (_wrong_sign_of_q, "theorem-1-chain"),

@@ -20,6 +20,13 @@ QUICK = (
     "eq-32-path-integral",
     "algorithm-1-soft-ppo",
     "erratum-35-log-z",
+    "finite-theorem-1",
+    "finite-theorem-2",
+    "finite-theorem-3",
+    "finite-lemma-1",
+    "finite-lemma-3",
+    "finite-no-floor",
+    "masked-random-order",
 )
 
 
@@ -51,6 +58,7 @@ def test_all_theorems_and_errata_are_there():
         "corollary-2",
     ):
         assert any(n.startswith(stem) for n in names), stem
+        assert any(n.startswith(f"finite-{stem}".removesuffix("-")) for n in names), stem
     errata = {n.split("-")[1] for n in names if n.startswith("erratum-")}
     assert errata >= {"3", "7", "21", "24", "26", "27", "29", "31", "32", "35", "40", "table"}
 

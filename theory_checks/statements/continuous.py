@@ -73,7 +73,7 @@ def theorem_2(setting: Setting, defect: str) -> Lines:
     "theorem-3-continuous",
     "Theorem 3, [36]",
     kind="continuous",
-    implements=[f"{EXACT}.bridge", "sdecontrol.LinearSDE.bridge"],
+    implements=[f"{EXACT}.bridge"],
     controls=["start left fixed", "noise off by 1 %", "drift off by 1 %", "offset left out"],
 )
 def theorem_3(setting: Setting, defect: str) -> Lines:

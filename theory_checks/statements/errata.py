@@ -81,7 +81,7 @@ def clip(setting: Setting, defect: str) -> Lines:
     "erratum-21-cost",
     "[21]",
     kind=KIND,
-    implements=["sdecontrol.SoftPPO"],
+    about=["sdecontrol.SoftPPO"],
     controls=["own KL only, not differentiated", "own KL only, differentiated"],
 )
 def ppo_cost(setting: Setting, defect: str) -> Lines:
@@ -190,7 +190,11 @@ def weights_of_mle(setting: Setting, defect: str) -> Lines:
     "erratum-35-log-z",
     "[35]",
     kind=KIND,
-    implements=["sdecontrol.paths.paths.Paths.log_ratio", "sdecontrol.evaluation.evaluate.log_weights"],
+    implements=[
+        "sdecontrol.exact_solution.kernel",
+        "sdecontrol.exact_solution.log_z",
+        "sdecontrol.exact_solution.value",
+    ],
     controls=["log Z omitted, as printed", "v_0 of a fixed start omitted", "start's log-ratio omitted"],
 )
 def log_z_of_t_step(setting: Setting, defect: str) -> Lines:

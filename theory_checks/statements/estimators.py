@@ -115,7 +115,8 @@ def soft_ppo_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray, reading: s
     "algorithm-1-soft-ppo",
     "Algorithm 1, [21]",
     kind=KIND,
-    implements=["sdecontrol.SoftPPO", "sdecontrol.simulate"],
+    implements=["sdecontrol.simulate"],
+    about=["sdecontrol.SoftPPO"],
     controls=[
         "own KL only, not differentiated",
         "own KL only, differentiated",
@@ -138,7 +139,7 @@ def soft_ppo(setting: Setting, defect: str) -> Lines:
     "algorithm-2-backpropagation",
     "Algorithm 2, [22]",
     kind=KIND,
-    implements=["sdecontrol.RewardBackprop", "sdecontrol.simulate"],
+    about=["sdecontrol.RewardBackprop"],
     controls=["KL terms left out", "last step only", "alpha off by 5 %", "drift off by 1 %", "running cost left out"],
 )
 def backpropagation(setting: Setting, defect: str) -> Lines:
@@ -178,7 +179,8 @@ def _best(case: LinearCase) -> tuple[np.ndarray, np.ndarray]:
     "on-policy-fixed-points",
     "MATH 3: any paths; [33], [35]",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.control", "sdecontrol.LogVariance", "sdecontrol.PathConsistency"],
+    implements=["sdecontrol.exact_solution.control"],
+    about=["sdecontrol.LogVariance", "sdecontrol.PathConsistency"],
     controls=[
         "paths of the reference",
         "alpha off by 5 %",
@@ -311,7 +313,8 @@ def soft_q(setting: Setting, defect: str) -> Lines:
     "eq-32-path-integral",
     "[32], Section 6.2.3",
     kind=KIND,
-    implements=["sdecontrol.simulate", "sdecontrol.exact_solution.control", "sdecontrol.PathIntegralGuidance"],
+    implements=["sdecontrol.simulate", "sdecontrol.exact_solution.control"],
+    about=["sdecontrol.PathIntegralGuidance"],
     controls=["1/alpha too many, as printed", "alpha off by 5 %", "noise off by 1 %", "running cost left out"],
 )
 def path_integral(setting: Setting, defect: str) -> Lines:
@@ -365,7 +368,8 @@ def path_integral_error(setting: Setting, defect: str) -> Lines:
     "eq-31-tweedie",
     "[30], [31], Section 6.2.2",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.value", "sdecontrol.ValueGuidance"],
+    implements=["sdecontrol.exact_solution.value"],
+    about=["sdecontrol.ValueGuidance"],
     controls=["Tweedie's value taken for exact", "alpha off by 5 %", "posterior covariance left out of the bias"],
 )
 def tweedie(setting: Setting, defect: str) -> Lines:
@@ -424,7 +428,8 @@ def tweedie_mixture(setting: Setting, defect: str) -> Lines:
     "adjoint-matching",
     "MATH 3: adjoint matching on the chain",
     kind=KIND,
-    implements=["sdecontrol.AdjointMatching", "sdecontrol.exact_solution.control"],
+    implements=["sdecontrol.exact_solution.control"],
+    about=["sdecontrol.AdjointMatching"],
     controls=["a_k in place of a_{k+1}", "sign of the running cost flipped", "alpha off by 5 %", "drift off by 1 %"],
 )
 def adjoint_matching(setting: Setting, defect: str) -> Lines:
@@ -451,7 +456,7 @@ def adjoint_matching(setting: Setting, defect: str) -> Lines:
     "remark-7-f-divergence",
     "Remark 7",
     kind=KIND,
-    implements=["sdecontrol.FDivergence"],
+    about=["sdecontrol.FDivergence"],
     controls=["lambda left out", "maximum with 0 left out", "alpha off by 5 %", "KL's reward kept"],
 )
 def f_divergence(setting: Setting, defect: str) -> Lines:

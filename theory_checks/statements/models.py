@@ -80,7 +80,7 @@ def _as_predictions(
 @check(
     "eq-2-time-reversal",
     "[2], [7], MATH 5",
-    implements=["sdecontrol.generative_sde", "sdecontrol.GaussianMixture"],
+    implements=["sdecontrol.generative_sde"],
     controls=["sign of the score flipped", "score taken at T - t", "noise off by 1 %", "half of the score"],
 )
 def time_reversal(setting: Setting, defect: str) -> Lines:
@@ -238,7 +238,7 @@ def discrete(setting: Setting, defect: str) -> Lines:
     "ddpm-is-euler",
     "[7] and DDPM",
     kind="continuous",
-    implements=["sdecontrol.diffusion_chain", "sdecontrol.generative_sde"],
+    implements=["sdecontrol.diffusion_chain"],
     controls=["noise level off by 1 %", "score left out of [7]"],
 )
 def ddpm_is_euler(setting: Setting, defect: str) -> Lines:

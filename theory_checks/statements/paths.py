@@ -244,7 +244,7 @@ def weights(setting: Setting, defect: str) -> Lines:
 @check(
     "objective-of-paths",
     "[18], [22]",
-    implements=[f"{PATHS}.kl", "sdecontrol.evaluation.evaluate.log_weights", "sdecontrol.simulate"],
+    implements=[f"{PATHS}.kl", f"{PATHS}.log_ratio", "sdecontrol.simulate"],
     controls=[
         "alpha off by 5 %",
         "noise off by 1 %",

@@ -245,7 +245,7 @@ class StartShifted:
     "[18], MATH 2",
     kind=KIND,
     implements=[
-        "sdecontrol.evaluation.evaluate.Evaluation",
+        "sdecontrol.evaluation.evaluate.evaluate",
         "sdecontrol.exact_solution.evaluate",
         "sdecontrol.exact_solution.elbo",
     ],
