@@ -8,9 +8,9 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from .chains.diffusion import diffusion_chain
 from .chains.masked import masked_diffusion
 from .chains.noise_driven import discrete_dynamics
-from .chains.pretrained import diffusion_chain
 from .comparison.auto import Auto
 from .comparison.compare import compare
 from .comparison.recommend import recommend
@@ -43,6 +43,7 @@ from .methods import (
     TemperedSMC,
     ValueGuidance,
 )
+from .models.diffusers import from_diffusers
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
@@ -125,6 +126,7 @@ __all__ = [
     "fit_bridge",
     "fit_masked_diffusion",
     "fit_score",
+    "from_diffusers",
     "generative_sde",
     "gibbs_problem",
     "library",

@@ -185,6 +185,10 @@ class Place(enum.IntEnum):
     BRIDGE_MOMENTS = 722
     BRIDGE_STARTS = 723  # [iteration]
 
+    # models
+    SCHEDULER_STEPS = 750  # states at which a scheduler's own steps are compared with its numbers
+    LAST_STEP = 751  # paths at whose ends a stock sampler's last step is compared with this one
+
     # library
     TARGET_SAMPLES = 801
     REFERENCE_PROBLEM = 802  # long runs for reference samples

@@ -232,7 +232,7 @@ class TweedieValue(LogValue):
         return lambda k, x, y: self._of_data(denoise(k, x, y), y)
 
     def _of_data(self, x0: Tensor, y: Any) -> Tensor:
-        log_prob = self._log_prob[0]
+        log_prob, x0 = self._log_prob[0], self._problem.reference.data_of(x0, y)
         return log_prob(x0, y) if log_prob is not None else self._problem.reward(x0, y) / self._problem.alpha
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..controls.base import Control, StartedControl
 from ..controls.saved import CONTROLS, Context, Kinds, Saved
-from ..controls.tuned import as_model
+from ..controls.tuned import TunedControl, as_model
+from ..errors import warn
 from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint, check_finite, load_tensors, plain_settings
 from ..paths.paths import Paths
@@ -20,6 +21,7 @@ from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
+from ..randomness import Place, derive_seed
 from ..shapes import PerPath, Samples
 from ..tensors import check_count
 from .evaluate import Evaluation, evaluate
@@ -194,6 +196,49 @@ class Solution:
             )
         main = self.control.main if isinstance(self.control, StartedControl) else self.control
         return as_model(reference, main)
+
+    def _exported(self) -> tuple[Any, nn.Module]:
+        """Who writes the tuned copy in its library's format, and the copy."""
+        exporter = self.problem.reference.exporter
+        if exporter is None:
+            raise ValueError(
+                "the reference is of no other library (from_diffusers makes one that is): use solution.save and "
+                "solution.model."
+            )
+        control = self.control
+        if isinstance(control, StartedControl):
+            warn("a stock sampler begins at the untilted start: the learned start is left out.")
+            control = control.main
+        if not isinstance(control, TunedControl):
+            raise ValueError(
+                f"the control is a {type(control).__name__} beside the model: sc.distill(solution) makes one network "
+                "of both, which can be exported."
+            )
+        return exporter, control.model
+
+    def pipeline(self) -> Any:
+        """The tuned model in a stock pipeline of its library, whose samples have the law of :meth:`sample` (with as
+        many steps and the same eta): at the last, noiseless step the network is the pre-trained one, as here.
+
+        Raises:
+            ValueError: the reference is of no other library, or the control no tuned copy of its model.
+        """
+        exporter, model = self._exported()
+        return exporter.pipeline_of(model)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tuned model in its own library's format: of diffusers a pipeline's folder where there is one,
+        else the network's, its scheduler beside it.
+
+        A stock sampler asks the tuned network at its last, noiseless step too; where that moves samples by more than
+        a hundredth, a warning says by how much.
+
+        Raises:
+            ValueError: the reference is of no other library, or the control no tuned copy of its model.
+        """
+        exporter, model = self._exported()
+        paths = self.simulate(64, derive_seed(0, Place.LAST_STEP), keep="end")
+        exporter.save_pretrained(model, folder, paths.end, paths.condition)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the solution to a folder: tensors as safetensors, settings as JSON.

@@ -77,6 +77,7 @@ class RewardView:
     def __call__(self, x: Tensor, y: Any = None) -> tuple[Tensor, Tensor]:
         if not self.gradient:
             return x.new_zeros(x.shape[0], 0), x.new_zeros(x.shape[0])
+        x = self.problem.reference.data_of(x, y)
         if self._layer is None:
             return x.new_zeros(x.shape[0], 0), self.problem.reward(x, y) / self.problem.alpha
         seen: list[Tensor] = []

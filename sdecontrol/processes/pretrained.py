@@ -54,7 +54,7 @@ class Pretrained(Reference):
     """
 
     pretrained = True
-    clip: float | None = None
+    clip: Any = None
     called: tuple[str, str] = ("s", "s (batch,)")
     model: Model
 

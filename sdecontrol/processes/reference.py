@@ -34,6 +34,8 @@ class Reference(Definition):
         pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`). decodes: its
             ``decode`` calls the model.
         model, mixture: the pre-trained model, and the mixture in its place.
+        exporter: how a tuned copy of the model goes back into another library's format (``pipeline_of(model)`` and
+            ``save_pretrained(model, folder, states, condition)``), where it came from one; else None.
         schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its
             exact time reversal.
     """
@@ -59,6 +61,7 @@ class Reference(Definition):
     decodes: bool = False
     model: Any = None
     mixture: Any = None
+    exporter: Any = None
     schedule: Any = None
     reversal: bool = False
     drift: Any
@@ -129,3 +132,7 @@ class Reference(Definition):
     def decode(self, x: Tensor, condition: Any = None) -> Tensor:
         """From the last state to what rewards, samples and metrics see."""
         return x
+
+    def data_of(self, x0: Tensor, condition: Any = None) -> Tensor:
+        """From a clean state to what rewards see: of a model of latents what these stand for."""
+        return x0

@@ -57,7 +57,7 @@ class Annealed(PretrainedChain):
         part, scale = self.parts[k]
         return (prediction - self.prediction_at(k, x, condition)) * (part / scale)
 
-    def change_at(self, k, x, c):
+    def change_at(self, k, x, c, condition=None):
         part, scale = self.parts[k]
         return c * (scale / part)
 
