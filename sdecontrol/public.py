@@ -44,6 +44,7 @@ from .methods import (
     ValueGuidance,
 )
 from .models.diffusers import from_diffusers
+from .models.lora import LoRA
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
@@ -96,6 +97,7 @@ __all__ = [
     "JumpProcess",
     "Linear",
     "LinearSDE",
+    "LoRA",
     "LogProb",
     "LogVariance",
     "Method",

@@ -92,6 +92,8 @@ class DiffusionChain(PretrainedChain):
 
     Attributes:
         steps_of: its numbers.
+        parts: of each step, from its mean ``x0_part x0^ + x_part x``; where eps^ is the model's own, from
+            ``x0_part x0^ + eps_part eps^``.
         limit: what x0^ goes through: a bound for its size, a :class:`Thresholding`, or None. ``of_limited``: a step's
             eps^ is made of the limited x0^; else it is the model's own.
     """
@@ -112,10 +114,9 @@ class DiffusionChain(PretrainedChain):
         self.decodes = steps.decodes
         self.prediction, self.steps_of, self.limit = prediction, steps, limit
         self.clip = limit
-        #: a step's eps^ is a function of x and x0^: of its mean x0_part x0^ + x_part x
         self.of_limited = of_limited or limit is None
         self._facts = facts or {}
-        self._parts = [
+        self.parts = [
             (a - e * m / s, e / s) if self.of_limited else (a, e)
             for a, e, m, s in zip(steps.x0_part, steps.eps_part, steps.mu, steps.std)
         ]
@@ -170,7 +171,7 @@ class DiffusionChain(PretrainedChain):
 
     def mean_of(self, k: int, x: States, prediction: States) -> States:
         """The mean of step k where the model predicts this."""
-        first, second = self._parts[k]
+        first, second = self.parts[k]
         x0 = self._raw_x0(k, x, prediction)
         beside = x if self.of_limited else self._eps(k, x, x0)
         return torch.add(second * beside, self._limited(x0), alpha=first)
@@ -184,12 +185,12 @@ class DiffusionChain(PretrainedChain):
     def shift_towards(self, k: int, x: States, prediction: States, condition: Any = None) -> Noises:
         scale, own = self.steps_of.scale[k], self.prediction_at(k, x, condition)
         if self.of_limited:
-            return (self.to_x0(k, x, prediction) - self.to_x0(k, x, own)) * (self._parts[k][0] / scale)
+            return (self.to_x0(k, x, prediction) - self.to_x0(k, x, own)) * (self.parts[k][0] / scale)
         return (self.mean_of(k, x, prediction) - self.mean_of(k, x, own)) / scale
 
     def change_at(self, k: int, x: States, c: Noises, condition: Any = None) -> States:
         """Where x0^ is limited, up to what no prediction reaches: an x0^ beyond the limit is the limit."""
-        steps, part = self.steps_of, self._parts[k][0]
+        steps, part = self.steps_of, self.parts[k][0]
         if self.limit is None:
             mu, std = steps.mu[k], steps.std[k]
             gain = {"sample": 1.0, "noise": -std / mu if mu else math.inf, "v": -std, "flow": -std}[self.prediction]
@@ -205,7 +206,7 @@ class DiffusionChain(PretrainedChain):
         """The raw x0^ whose step has this mean, where eps^ is not limited. (Beyond the limit the mean falls with x0^:
         what is above all within it is reached far below.)"""
         mu, std = self.steps_of.mu[k], self.steps_of.std[k]
-        x0_part, eps_part = self._parts[k]
+        x0_part, eps_part = self.parts[k]
         within = (mean - eps_part / std * x) / (x0_part - eps_part * mu / std)
         if isinstance(self.limit, Thresholding) or not eps_part or not mu:
             return within

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, check_name
 from ..memory import recall
 from ..precision import at_least_single, dtype_of
+from ..processes.adapters import as_reference
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..randomness import Place, generator_for
 from ..shapes import Controls, Noises, PerPath, Scalar, States
@@ -113,7 +114,7 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         start = torch.full(tuple(shape), vocabulary, dtype=torch.int64, device=device)
         super().__init__(self._law, steps, vocabulary + 1, start, dtype)
         self._laws: list[Any] = []  # under whose name a step's law is remembered, beside the logits it is made of
-        self.model, self.vocabulary, self.mask = model, vocabulary, vocabulary
+        self.model, self.vocabulary, self.mask = as_reference(model), vocabulary, vocabulary
         self.schedule_of_masks, self.independent = schedule, independent
         self.control_shape = self.memo_shape = torch.Size((*shape, vocabulary))
         times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..memory import recall, remembering
 from ..precision import at_least_single
+from ..processes.adapters import as_reference
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..shapes import Controls, Noises, PerPath, Samples, Scalar, States
 from .base import Chain
@@ -39,7 +40,7 @@ class PretrainedChain(Pretrained, Chain):
     called = ("n", "n (batch,) integers")
 
     def __init__(self, model: Model, shape: Sequence[int], levels: Sequence[float], like: Tensor) -> None:
-        self.model, self.levels, self.reference = model, list(levels), self
+        self.model, self.levels, self.reference = as_reference(model), list(levels), self
         self.event_shape = self.noise_shape = self.control_shape = torch.Size(int(n) for n in shape)
         like = next(model.parameters(), like) if isinstance(model, nn.Module) else like
         self.dtype, self.device, self.horizon = at_least_single(like.dtype), like.device, 1.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..memory import recall
-from ..processes.modules import copied
+from ..processes.adapters import tunable_copy
 from ..processes.pretrained import call_model
 from ..shapes import Controls, NoisePaths, StatePaths, States
 from .base import Control, at_each_time
@@ -83,7 +83,7 @@ class TunedControl(ModelControl):
 
     def __init__(self, reference: Any, model: nn.Module | None = None) -> None:
         super().__init__(reference)
-        self.model: nn.Module = copied(reference.model) if model is None else model
+        self.model: nn.Module = tunable_copy(reference.model) if model is None else model
         self.model.eval()
 
     def train(self, mode: bool = True) -> TunedControl:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..chains.diffusion import DiffusionChain
 from ..errors import warn
+from ..processes.adapters import Adapters, WithoutAdapters
 from ..processes.modules import copied
 from ..shapes import Samples, States
 from ..tensors import as_float
+from .lora import LoRA
 from .schedulers import Sampler, check_steps, read_scheduler
 
 #: of conditions, in the order in which a model's ``forward`` is searched for them
@@ -22,6 +24,11 @@ _CONDITIONS = ("encoder_hidden_states", "class_labels")
 _STATES = ("sample", "hidden_states")
 _NETWORKS = ("unet", "transformer")
 _NOTICED = 0.01  # by which a stock sampler's last step may move clean states without a word
+
+
+def _inner(network: Any) -> Any:
+    """The network that PEFT's wrapper holds, adapters in its layers; others themselves."""
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 class DiffusersModel(nn.Module):
@@ -46,7 +53,7 @@ class DiffusersModel(nn.Module):
         super().__init__()
         self.network, self.named, self.guidance = network, named, guidance
         self.null = None if null is None else nn.Buffer(null)
-        parameters = inspect.signature(network.forward).parameters
+        parameters = inspect.signature(_inner(network).forward).parameters
         self.state_name = next((name for name in _STATES if name in parameters), None)
         if self.state_name is None or "timestep" not in parameters:
             raise TypeError(
@@ -103,6 +110,13 @@ class DiffusersModel(nn.Module):
         return found
 
 
+def _network(model: Any) -> nn.Module:
+    """The network of diffusers in a pre-trained model, or in a tuned copy of it (with its adapters)."""
+    whole: Any = model.whole() if isinstance(model, Adapters) else model
+    adapter: Any = whole.base if isinstance(whole, WithoutAdapters) else whole
+    return adapter.network
+
+
 class DiffusersChain(DiffusionChain):
     """A network of diffusers with a scheduler's steps. Made by :func:`from_diffusers`."""
 
@@ -141,11 +155,11 @@ class DiffusersChain(DiffusionChain):
         made = stock.get(type(scheduler).__name__)
         return made(network, scheduler) if made is not None and isinstance(network, diffusers.UNet2DModel) else None
 
-    def pipeline_of(self, model: DiffusersModel) -> Any:
+    def pipeline_of(self, model: nn.Module) -> Any:
         """A stock pipeline with a tuned copy; its last, noiseless step asks the pre-trained network."""
-        network = copied(model.network)
+        network = _inner(_network(model) if isinstance(model, Adapters) else copied(_network(model)))
         if self.decodes:
-            tuned, own, last = network.forward, self.model.network.forward, self.levels[-1]
+            tuned, own, last = network.forward, _inner(_network(self.model)).forward, self.levels[-1]
 
             def forward(states: Tensor, timestep: Any, *rest: Any, **named: Any) -> Any:
                 at_end = bool((torch.as_tensor(timestep) == last).all())
@@ -161,23 +175,28 @@ class DiffusersChain(DiffusionChain):
             )
         return found
 
-    def save_pretrained(self, model: DiffusersModel, folder: Any, states: States, condition: Any) -> None:
-        """Write a tuned copy: a pipeline where there is one, else the network and its scheduler's settings.
+    def save_pretrained(self, model: nn.Module, folder: Any, states: States, condition: Any) -> None:
+        """Write a tuned copy: its adapters alone, where it has some; a pipeline where there is one; else the network
+        and its scheduler's settings.
 
         Args:
             states: ends ``(n, *shape)`` of paths, before the last step.
         """
         self._say_last_step(model, states, condition)
-        found = self._pipeline(model.network)
+        network: Any = _network(model)
+        if isinstance(model, Adapters):
+            save = network.save_pretrained if hasattr(network, "get_base_model") else network.save_lora_adapter
+            save(folder)
+            return
+        found = self._pipeline(network)
         if found is not None:
             found.save_pretrained(folder)
             return
-        network: Any = model.network
         network.save_pretrained(folder)
         self.sampler.scheduler.save_pretrained(folder)
 
     @torch.no_grad()
-    def _say_last_step(self, model: DiffusersModel, x: States, condition: Any) -> None:
+    def _say_last_step(self, model: nn.Module, x: States, condition: Any) -> None:
         if not self.decodes:
             return
         ours, theirs = (self.to_x0(self.steps, x, self.predict(m, x, 1.0, condition)) for m in (self.model, model))
@@ -208,7 +227,7 @@ def _parts(model: Any, scheduler: Any) -> tuple[nn.Module, Any, Any]:
 def _shape(network: nn.Module, shape: Sequence[int] | None) -> tuple[int, ...]:
     if shape is not None:
         return tuple(shape)
-    config: Any = getattr(network, "config", {})
+    config: Any = getattr(_inner(network), "config", {})
     size, channels = config.get("sample_size"), config.get("in_channels")
     if size is None or channels is None:
         raise TypeError("shape is needed: the model's configuration has no sample_size or no in_channels.")
@@ -221,7 +240,7 @@ def _named(
     """What the network calls its condition."""
     if given is not None:
         return given
-    parameters = inspect.signature(network.forward).parameters
+    parameters = inspect.signature(_inner(network).forward).parameters
     return next((name for name in _CONDITIONS if name in parameters), None)
 
 
@@ -252,6 +271,7 @@ def from_diffusers(
     guidance: float | None = None,
     null_condition: Tensor | None = None,
     decode: nn.Module | Callable[[Tensor], Tensor] | None = None,
+    lora: LoRA | None = None,
     use_clipped_model_output: bool = False,
 ) -> DiffusersChain:
     """A model of diffusers with its scheduler's own steps, as a reference: the chain's means and variances are those of
@@ -273,6 +293,8 @@ def from_diffusers(
         guidance: weight w of classifier-free guidance as part of the reference: ``p(null) + w (p(y) - p(null))``;
             null_condition: what stands for no condition, of the shape of one y.
         decode: from clean states to data, what rewards and samples are: an autoencoder of diffusers, or a function.
+        lora: adapters to train in the network's place; it stays as it is. (A network that has adapters of PEFT already
+            trains these, and the reference is the network without them.)
         use_clipped_model_output: as of ``DDIMScheduler.step``: eps^ is made of the clipped x0^.
 
     Raises:
@@ -285,6 +307,8 @@ def from_diffusers(
             raise ValueError("guidance needs null_condition, what stands for no condition (of an empty prompt, say).")
     if steps is None and timesteps is None:
         steps = 50
+    if lora is not None:
+        network = lora.added_to(network)
     sampler = read_scheduler(scheduler, steps, timesteps, eta, use_clipped_model_output)
     check_steps(sampler)
     if decode is None:

@@ -4,6 +4,7 @@ What a scheduler says is read, not guessed, and its own ``step`` is asked in the
 it, it is refused.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -188,10 +189,11 @@ _READERS: dict[str, Callable[..., Sampler]] = {
 
 def own_step(sampler: Sampler, k: int, x: Tensor, prediction: Tensor, generator: torch.Generator) -> Tensor:
     """The scheduler's own k-th step."""
-    if hasattr(sampler.scheduler, "_step_index"):
-        sampler.scheduler._step_index = k
-    time = sampler.scheduler.timesteps[k]
-    return sampler.scheduler.step(prediction, time, x, generator=generator, return_dict=False, **sampler.options)[0]
+    scheduler = copy.copy(sampler.scheduler)
+    if hasattr(scheduler, "set_begin_index"):  # a flow's counts its steps itself
+        scheduler.set_begin_index(k)
+    time = scheduler.timesteps[k]
+    return scheduler.step(prediction, time, x, generator=generator, return_dict=False, **sampler.options)[0]
 
 
 def check_steps(sampler: Sampler) -> None:
@@ -208,11 +210,13 @@ def check_steps(sampler: Sampler) -> None:
     generator = generator_for("cpu", 0, Place.SCHEDULER_STEPS)
     for k, time in enumerate(numbers.levels):
         x, prediction = (torch.randn(shape, generator=generator) for _ in range(2))
+        before = generator.get_state()
         with torch.no_grad():
-            theirs = own_step(sampler, k, x, prediction, torch.Generator().manual_seed(k))
+            theirs = own_step(sampler, k, x, prediction, generator)
             ours = chain.mean_of(k, x.double(), prediction.double())
-            if k < chain.steps:
-                ours += numbers.scale[k] * torch.randn(shape, generator=torch.Generator().manual_seed(k))
+        if k < chain.steps:
+            generator.set_state(before)  # the same noise
+            ours += numbers.scale[k] * torch.randn(shape, generator=generator)
         if not bool(theirs.isfinite().all()):
             raise ValueError(
                 f"{type(sampler.scheduler).__name__}'s own step from timestep {time:g} is not finite with its settings."

@@ -19,6 +19,7 @@ from ..errors import check_name, unknown_name
 from ..memory import Remembered, recall
 from ..precision import at_least_single, full_precision
 from ..tensors import as_float, batch_like
+from .adapters import as_reference
 from .laws import Gaussian, GaussianMixture
 from .linear import LinearSDE
 from .pretrained import ControlFunction, Model, Pretrained, call_model
@@ -128,7 +129,7 @@ class GenerativeSDE(Pretrained, SDE):
         mixture: GaussianMixture | None,
     ) -> None:
         check_name("prediction", prediction, PREDICTIONS)
-        self.model, self.schedule, self.prediction, self.mixture = model, schedule, prediction, mixture
+        self.model, self.schedule, self.prediction, self.mixture = as_reference(model), schedule, prediction, mixture
         self.event_shape = torch.Size(int(n) for n in shape)
         self.control_shape = self.event_shape
         self.horizon = 1.0

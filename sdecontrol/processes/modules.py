@@ -131,11 +131,11 @@ class Definition:
         return made
 
 
-def copied(thing: T) -> T:
+def copied(thing: T, shared: Sequence[Tensor] = ()) -> T:
     """A deep copy of a module, a control or a state of training, which shares the problem, process and chain that it
-    refers to. Its modes and flags are the module's own, also while another thread holds that in evaluation mode, or its
-    parameters fixed."""
-    memo: dict[int, Any] = {}
+    refers to, and the tensors in ``shared``. Its modes and flags are the module's own, also while another thread holds
+    that in evaluation mode, or its parameters fixed."""
+    memo: dict[int, Any] = {id(t): t for t in shared}
     if isinstance(thing, nn.Module):
         _own_leaves(thing, memo)
     token = _sharing.set(True)

@@ -10,7 +10,7 @@ from rooms import FLOORS, IMPORTS, MODULES, ROOT
 LONGEST, MOST = 60, 8
 #: verbs that users call, whose options are their signature
 VERBS = {"compare", "distill", "gibbs_problem", "simulate", "fit_bridge", "fit_masked_diffusion", "fit_score", "solve"}
-VERBS |= {"sample", "fit_digit_classifier"}
+VERBS |= {"sample", "fit_digit_classifier", "diffusion_chain", "from_diffusers"}
 
 
 def test_rooms_import_from_the_rooms_before_them() -> None:

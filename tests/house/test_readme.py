@@ -21,6 +21,7 @@ PAGES = (
     "docs/getting_started.md",
     "docs/control_problems.md",
     "docs/fine_tuning.md",
+    "docs/diffusers.md",
     "docs/densities.md",
     "docs/sequences.md",
     "docs/which.md",
@@ -42,6 +43,17 @@ class Model(nn.Module):
         return self.gain * s.reshape(-1, 1, 1, 1) * x
 
 
+def of_diffusers() -> dict[str, object]:
+    """What a user of diffusers has."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
+    unet = UNet2DModel(block_out_channels=(8, 16), norm_num_groups=4, **blocks, **sizes)
+    return {"unet": unet, "scheduler": DDPMScheduler(), "reward": lambda x: x.flatten(1).mean(1), "folder": "tuned"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # what a page writes
@@ -57,6 +69,8 @@ def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     distill = sc.distill
     monkeypatch.setattr(sc, "distill", lambda solution, **kwargs: distill(solution, **{**kwargs, "iterations": 1}))
     names = {"model": Model(), "my_reward": lambda x: -x.square().flatten(1).sum(1), "torch": torch, "sc": sc}
+    if page == "docs/diffusers.md":
+        names |= of_diffusers()
     for block in blocks("python", page):
         exec(block, names)
 

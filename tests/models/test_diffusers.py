@@ -1,5 +1,6 @@
 """Networks of diffusers with their schedulers' own steps, and the way back."""
 
+import copy
 import math
 import warnings
 from itertools import product
@@ -55,11 +56,9 @@ def theirs(scheduler, t, x, prediction, **options):
         ]
         return steps[0], steps[1] - steps[0]
     noise, found = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype), []
-    k = getattr(scheduler, "_step_index", None)
     for size in (0.0, 1.0):
-        if k is not None:
-            scheduler._step_index = k
-        found.append(scheduler.step(prediction, t, x, generator=Fixed(noise * size), return_dict=False)[0])
+        own = copy.copy(scheduler)  # a flow's counts its steps
+        found.append(own.step(prediction, t, x, generator=Fixed(noise * size), return_dict=False)[0])
     return found[0], (found[1] - found[0]) / noise
 
 
@@ -93,8 +92,8 @@ def check(chain, scheduler, times, atol=1e-8, **options):
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())
     for k, t in enumerate(times):
-        if hasattr(scheduler, "_step_index"):
-            scheduler._step_index = k
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(k)
         clock = torch.as_tensor(t).expand(3)
         with torch.no_grad():
             mean, scale = theirs(scheduler, t, x, chain.model.network(x, clock)[0], **options)
@@ -193,12 +192,12 @@ def test_a_flow_without_noise_is_the_limit_of_its_scheduler_s_steps(shift):
     for eta in (1e-3, 0.5, 1.0):
         chain = sc.from_diffusers(StandIn(), scheduler, steps=8, shape=SHAPE, eta=eta)
         for k, t in enumerate(scheduler.timesteps[:-1]):
-            scheduler._step_index = k
+            scheduler.set_begin_index(k)
             s, s_end = (float(v) for v in scheduler.sigmas[k : k + 2])
             with torch.no_grad():
                 velocity = chain.model.network(x, t.expand(3))[0]
                 mean, scale = chain.kernel(k, x)
-            euler = scheduler.step(velocity, t, x, return_dict=False)[0]
+            euler = copy.copy(scheduler).step(velocity, t, x, return_dict=False)[0]
             # the noising's posterior, from its joint Gaussian law: x_s given x_{s'} has the mean (1-s)/(1-s') x_{s'}
             forward = s**2 - ((1 - s) / (1 - s_end) * s_end) ** 2
             assert float(scale) == pytest.approx(eta * s_end / s * math.sqrt(forward), rel=1e-5)
@@ -240,7 +239,7 @@ def test_the_model_of_a_control_inverts_the_clip(prediction, clipped):
             continue
         within = chain.steps_of.x0_part[k] != 0
         x0 = chain.to_x0(k, x, chain.model(x, torch.tensor(chain.levels[k]).expand(5)))
-        change = (wanted - mean) / chain._parts[k][0]
+        change = (wanted - mean) / chain.parts[k][0]
         reachable = (x0 + change).abs() <= 1
         outside += int((~reachable).sum())
         assert within and torch.allclose(reached[reachable], wanted[reachable], atol=2e-4)

@@ -164,6 +164,21 @@ def diffusion():
     return of(chain, initial=None, running_cost=None, start="fixed")
 
 
+class Network(Denoiser):
+    """As diffusers has them."""
+
+    def forward(self, sample, timestep):
+        return super().forward(sample, timestep)
+
+
+def of_diffusers():
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(variance_type="fixed_large", steps_offset=1)
+    chain = sc.from_diffusers(Network(), scheduler, steps=K, shape=(2,))
+    return of(chain, initial=None, running_cost=None, start="fixed")
+
+
 def gibbs(reference="ou"):
     return sc.gibbs_problem(bowl, 2, reference, seed=0)
 
@@ -196,6 +211,7 @@ REFERENCES = {
     "TimeChanged, brownian": lambda: gibbs("brownian"),
     "AnnealedLangevin": lambda: gibbs("annealed"),
     "DiffusionChain": diffusion,
+    "DiffusersChain": of_diffusers,
     "NoiseDrivenChain": lambda: of(sc.discrete_dynamics(step, K, dim=2, noises=2)),
     "CategoricalChain": categorical,
     "MaskedDiffusionChain": masked,
@@ -217,6 +233,7 @@ CHAINS = {
     "LearnedStart": lambda: REFERENCES["LinearSDE, a learned start"]().chain(K).segments[0],
     "SegmentedChain": lambda: REFERENCES["LinearSDE, a learned start"]().chain(K),
     "DiffusionChain": lambda: diffusion().chain(),
+    "DiffusersChain": lambda: of_diffusers().chain(),
     "NoiseDrivenChain": lambda: REFERENCES["NoiseDrivenChain"]().chain(),
     "CategoricalChain": lambda: categorical().chain(),
     "MaskedDiffusionChain": lambda: masked().chain(),
