@@ -6,6 +6,7 @@ import typer
 
 from .amortised import amortised
 from .control import control
+from .default_runs import default_runs
 from .digits import digits
 from .digits_floor import digits_floor
 from .gibbs import gibbs
@@ -24,6 +25,7 @@ from .verdicts import verdicts
 app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
 app.command()(amortised)
 app.command()(control)
+app.command()(default_runs)
 app.command()(digits)
 app.command()(digits_floor)
 app.command()(gibbs)

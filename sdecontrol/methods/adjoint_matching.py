@@ -124,6 +124,10 @@ class AdjointMatching(Method):
         if self.reciprocal and problem.condition is not None:
             raise ValueError("adjoint-matching with reciprocal=True does not take conditions; use AdjointMatching().")
 
+    @property
+    def same_paths(self) -> int:  # type: ignore[override]
+        return self.refresh if self.reciprocal else 1
+
     def setup(self, run: Run) -> nn.Module:
         return EndBuffer(run, max(self.buffer_size, run.batch_size)) if self.reciprocal else _State(run)
 

@@ -132,6 +132,8 @@ class Method:
     needs_gradient: ClassVar[bool] = False
     #: whether progress shows in the loss, a residual that is 0 at the optimum, rather than in the objective
     residual: ClassVar[bool] = False
+    #: consecutive iterations whose metrics may be of the same paths
+    same_paths: ClassVar[int] = 1
     #: whether a run has its default length, since no metric of an iteration says when there is no more to gain
     steady: ClassVar[bool] = False
     #: a metric that each iteration estimates afresh, which the progress bar then shows; None: the objective, averaged
@@ -308,22 +310,34 @@ def suggested(problem: ControlProblem, **settings: Any) -> list[Suggestion]:
 
 
 def path_metrics(parts: Sequence[Paths]) -> dict[str, float]:
-    """The metrics of :data:`METRICS`, from all parts of a batch."""
-    rewards, costs, kls = map(torch.cat, zip(*((p.reward, p.cost, p.kl()) for p in parts)))
-    return metrics_of(rewards, costs, kls, parts[0].alpha)
+    """The metrics of :data:`METRICS`, and the lower bound of log Z in nats by the same paths ("elbo", "elbo_stderr"),
+    from all parts of a batch."""
+    fields = ((p.reward, p.cost, p.kl(), p.log_ratio()) for p in parts)
+    rewards, costs, kls, ratios = map(torch.cat, zip(*fields))
+    return metrics_of(rewards, costs, kls, parts[0].alpha, ratios)
 
 
-def metrics_of(reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float) -> dict[str, float]:
-    """The same from their parts, ``(batch,)``."""
-    objective = reward - running_cost - alpha * kl
-    error = float(objective.std()) / len(objective) ** 0.5 if len(objective) > 1 else math.nan
+def metrics_of(
+    reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float, log_ratio: Tensor | None = None
+) -> dict[str, float]:
+    """The same from their parts, ``(batch,)``. The mean log-weight has the mean of objective / alpha; its noise, not
+    that of the objective, vanishes as the control nears the optimum."""
+    found = {}
+    if log_ratio is not None:
+        found["elbo"], found["elbo_stderr"] = _mean((reward - running_cost) / alpha - log_ratio)
+    objective, error = _mean(reward - running_cost - alpha * kl)
     return {
-        "objective": float(objective.mean()),
+        "objective": objective,
         "objective_stderr": error,
         "reward": float(reward.mean()),
         "running_cost": float(running_cost.mean()),
         "kl": float(kl.mean()),
+        **found,
     }
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def parameters_of(state: nn.Module) -> list[Tensor]:

@@ -12,7 +12,7 @@ from ..paths.weights import largest_exponent
 from ..randomness import Place, generator_for
 from .base import Run
 
-_PASSES = 4  # times that a rung learns from each of its paths, on average
+PASSES = 4  # times that a rung learns from each of its paths, on average
 
 
 class Ladder(ReplayBuffer):
@@ -61,7 +61,7 @@ class Ladder(ReplayBuffer):
         self.far(paths)
         for p in paths:
             self.add(p)
-        self.left.fill_(_PASSES * len(paths))
+        self.left.fill_(PASSES * len(paths))
 
     def again(self, run: Run, part: int) -> Paths:
         """A batch of the stored paths, drawn anew for every part of every iteration."""

@@ -20,7 +20,7 @@ from ..randomness import Place, generator_for
 from ..shapes import PerStep
 from ..tensors import check_count, check_positive
 from .base import METRICS, ControlState, Method, Run, path_metrics
-from .ladder import Ladder
+from .ladder import PASSES, Ladder
 
 PATHS = ("current", "reference")
 
@@ -181,6 +181,11 @@ class PathMethod(Method):
     def residual(self) -> bool:  # type: ignore[override]
         """Other paths than its own say nothing of the objective."""
         return self.paths != "current"
+
+    @property
+    def same_paths(self) -> int:  # type: ignore[override]
+        """Those of a rung, at most."""
+        return PASSES * self.replay if self.rungs else 1
 
     def group(self, run: Run) -> int | None:
         """Consecutive paths that share start and condition, among which they are compared; None: all."""

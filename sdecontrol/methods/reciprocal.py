@@ -53,7 +53,8 @@ def reciprocal_step(
     if run.iteration % refresh == 0:
         paths, slope = controlled_paths(state, run)
         state.add(paths, clipped(problem, slope, clip))
-        state.metrics.copy_(torch.tensor(list(path_metrics([paths]).values()), dtype=torch.float64))
+        found = path_metrics([paths])
+        state.metrics.copy_(torch.tensor([found[name] for name in METRICS], dtype=torch.float64))
     generator = generator_for(chain.times.device, run.seed, Place.RECIPROCAL, run.iteration)
     stored = min(int(state.count), len(state.starts))
     rows = torch.randint(stored, (run.batch_size,), generator=generator, device=generator.device)

@@ -115,4 +115,5 @@ class RewardBackprop(Method):
             found.append(backward(chain, state.control, batch.x0, batch.noise, objective, **options))
         run.descend(self._visited(run, state.control, found[0].states))
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
-        return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha)
+        ratios = [c.log_ratio for c in found if c.log_ratio is not None]
+        return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha, torch.cat(ratios) if ratios else None)

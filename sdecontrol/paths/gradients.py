@@ -66,13 +66,14 @@ class Objective:
 @dataclass(frozen=True)
 class PathCost:
     """Detached parts of the cost of each path: ``cost`` is the running cost, less alpha times the
-    logarithm of a reverse law; the last states; and those of all steps, ``(K, batch, *event)``, where they are at
-    hand."""
+    logarithm of a reverse law; the last states; ``log P^u/Q0`` where it is known; and the states of all steps,
+    ``(K, batch, *event)``, where they are at hand."""
 
     terminal: PerPath
     cost: PerPath
     kl: PerPath
     end: States
+    log_ratio: PerPath | None = None
     states: StatePaths | None = None
 
 
@@ -138,21 +139,25 @@ def backpropagate(
 
 def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     chain, objective, cut = setting.chain, setting.objective, setting.chain.steps - last_steps
-    x, early_cost, early_kl = x0, chain.times.new_zeros(len(x0)), chain.times.new_zeros(len(x0))
+    x, early_cost, early_kl, ratio = x0, *(chain.times.new_zeros(len(x0)) for _ in range(3))
     if cut:
         with torch.no_grad():
             early = integrate(
                 chain, x0, setting.noise, setting.shift(), keep="end", steps=range(cut), **objective.options
             )
-        x, early_cost, early_kl = early.end, setting.spent(early), early.kl()
+        x, early_cost, early_kl, ratio = early.end, setting.spent(early), early.kl(), early.log_ratio()
     paths = integrate(chain, x, setting.noise, setting.shift(), steps=range(cut, chain.steps), **objective.options)
     terminal, cost, kl = objective.terminal(paths.end), setting.spent(paths), paths.kl()
     check_likelihood(kl, chain)
     loss = objective.weight * (terminal + cost / objective.alpha + kl).mean()
     torch.autograd.backward(loss, inputs=list(setting.parameters))
     states = None if cut else torch.stack([x.detach() for x in paths.record.states[:-1]])
+    with torch.no_grad():
+        ratio = ratio + paths.log_ratio()
     end = paths.end.detach()
-    return PathCost(terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), end, states)
+    return PathCost(
+        terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), end, ratio.detach(), states
+    )
 
 
 def _rows_at_once(setting: _Setting, x0: States) -> int:
@@ -187,14 +192,14 @@ def _by_segments(
     # segment's rows and not the whole tables; their gradient is passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
     firsts, starts = range(0, chain.steps, size), [x0]
-    cost = kl = chain.times.new_zeros(x0.shape[0])
+    cost = kl = ratio = chain.times.new_zeros(x0.shape[0])
     with torch.no_grad():
         shift, options = setting.shift([table.detach() for table in tables]), setting.objective.options
         for first in firsts:
             steps = range(first, min(first + size, chain.steps))
             part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **options)
             starts.append(part.end)
-            cost, kl = cost + setting.spent(part), kl + part.kl()
+            cost, kl, ratio = cost + setting.spent(part), kl + part.kl(), ratio + part.log_ratio()
     end = starts.pop().requires_grad_(True)
     terminal = setting.objective.terminal(end)
     scale = setting.objective.weight / x0.shape[0]
@@ -219,7 +224,7 @@ def _by_segments(
     if reached:
         slopes = [torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]) for _, rows in reached]
         torch.autograd.backward([table for table, _ in reached], slopes, inputs=list(setting.parameters))
-    return PathCost(terminal.detach(), cost, kl, end.detach())
+    return PathCost(terminal.detach(), cost, kl, end.detach(), ratio)
 
 
 def _recompute(

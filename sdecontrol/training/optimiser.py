@@ -1,9 +1,8 @@
-"""The optimiser's side of the loop: step sizes, averaged weights, finite gradients, and all of it as a state to
-save."""
+"""The optimiser's side of the loop: steps, averaged weights, finite gradients, and all of it as a state to save."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,53 +18,6 @@ from .path_law import PathLaw
 _SMALLEST = 1e-8  # radius below which no step is taken back: it cannot be what goes wrong
 _WINDOW = 10  # batches
 _WILD = 1e3  # spreads below the median: a path that has left all that the others are in
-
-
-class LearningRateSchedule:
-    """The factor on the learning rate, and when to stop.
-
-    With a fixed number of iterations: a short warm-up, a constant rate, a cosine decay to 0. Without one: the constant
-    rate until the objective stops improving (or 70 % of the most iterations allowed have passed), then the same decay.
-    """
-
-    window = 100
-
-    def __init__(self, iterations: int, adaptive: bool) -> None:
-        self.iterations, self.adaptive = iterations, adaptive
-        self.decay_from: int | None = None if adaptive else int(0.25 * iterations)
-        self.last = iterations
-
-    def factor(self, i: int, elapsed: float = 0.0) -> float:
-        """Factor at iteration i; ``elapsed`` is the part of a time budget that is spent."""
-        warm = min(1.0, (i + 1) / max(1.0, min(50.0, 0.05 * self.iterations)))
-        part = elapsed
-        if self.decay_from is not None and i >= self.decay_from:
-            part = max(part, (i - self.decay_from + 1) / max(1, self.last - self.decay_from))
-        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
-
-    def observe(self, i: int, scores: Sequence[float]) -> None:
-        """Look at the last scores (objectives, or negative logarithms of a residual); start the decay where they have
-        stopped rising."""
-        if self.decay_from is not None:
-            return
-        done = i + 1
-        if done % 50 == 0 and len(scores) >= 2 * self.window:
-            new = torch.tensor(scores[-self.window :], dtype=torch.float64)
-            old = torch.tensor(scores[-2 * self.window : -self.window], dtype=torch.float64)
-            noise = math.sqrt(float(new.var() + old.var()) / self.window)
-            if float(new.mean() - old.mean()) < 2 * noise:
-                self.decay_from = done
-        if self.decay_from is None and done >= 0.7 * self.iterations:
-            self.decay_from = done
-        if self.decay_from is not None:
-            self.last = min(self.iterations, done + max(self.window, done // 2))
-
-    def state(self) -> dict[str, Any]:
-        return {"decay_from": self.decay_from, "last": self.last}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        if self.adaptive:
-            self.decay_from, self.last = state["decay_from"], state["last"]
 
 
 class Descent:

@@ -28,9 +28,10 @@ from .annealing import Annealing
 from .callbacks import TrainingState, notify
 from .checkpoints import Checkpoints
 from .least_squares import LinearSteps
-from .optimiser import Descent, LearningRateSchedule
+from .optimiser import Descent
 from .path_law import PathLaw
 from .progress import ProgressBar
+from .schedule import LearningRateSchedule, Score
 
 
 @renamed(cooling="anneal")
@@ -68,8 +69,13 @@ def solve(
             (``reference.default_grid``).
         scheme: "euler" (default), "exact" (linear references) or "exponential" (semi-linear and generative ones; the
             default of the latter).
-        iterations: exactly so many; None: the method's default at most, with a stop where the objective no longer
-            improves.
+        iterations: exactly so many; None: the method's default at most, and where a ``budget`` is given that, to its
+            end. Else the run ends once another step of work, a quarter of the iterations so far or a hundred, is not
+            worth it: with 99 % confidence the last one gained less than 0.1 nats, or less than a twentieth of the
+            standard deviation of the paths' log-weights where that is more (and, of a method whose loss is a residual,
+            less than half of that). Then the learning rate falls to 0 over half as many iterations as have passed, and
+            the run is over. It looks from a hundred iterations on; a run that stands still before it finds more, such
+            as a mode that no path has reached yet, ends there: give it ``iterations``.
         batch_size: paths per gradient; ``accumulate`` such gradients make one step.
         seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same
             result, bit for bit, on the same machine and thread count.
@@ -203,9 +209,8 @@ class _Plan:
 
     def schedule(self, method: Method) -> LearningRateSchedule:
         most = 10**7 if self.by_time else method.default_iterations if self.iterations is None else self.iterations
-        schedule = LearningRateSchedule(
-            most, adaptive=self.iterations is None and self.budget is None and not method.steady
-        )
+        adaptive = self.iterations is None and self.budget is None and not method.steady
+        schedule = LearningRateSchedule(most, adaptive, method.same_paths)
         if self.by_time:
             schedule.decay_from = None
         return schedule
@@ -254,6 +259,7 @@ class Trainer:
             and not problem.reference.reverse_target
         )
         self.history: list[dict[str, float]] = []
+        self.scores: list[Score] = []  # of the iterations at the problem's own temperature
         self.done = 0
         self.out_of_time = False
         self.whole = True
@@ -324,6 +330,7 @@ class Trainer:
         self.schedule.restore(saved["schedule"])
         self.annealing.restore(saved["annealing"])
         self.history, self.done = saved["history"], saved["done"]
+        self.scores = [self._score(metrics) for metrics in self.history[self.annealing.iterations :]]
         self.run.iteration = max(0, self.done - 1)  # as it was when the checkpoint was written
 
     # ------------------------------------------------------------ the loop
@@ -372,8 +379,8 @@ class Trainer:
             metrics["taken_back"] = float(self.descent.taken_back)
         self.history.append(metrics)
         if not annealing:
-            first = max(self.annealing.iterations, len(self.history) - 2 * self.schedule.window)
-            self.schedule.observe(self.done, [self._score(m) for m in self.history[first:]])
+            self.scores.append(self._score(metrics))
+            self.schedule.observe(self.done, self.scores)
         self.done += 1
         self.whole = True
         self._notify("on_step_end")
@@ -386,12 +393,18 @@ class Trainer:
         spread = metrics["objective_stderr"] * math.sqrt(paths) / alpha
         metrics["temperature"] = alpha / self.annealing.beta
         metrics["objective"] = metrics["reward"] - metrics["running_cost"] - alpha * metrics["kl"]
+        for name in ("elbo", "elbo_stderr"):  # of the target at this temperature
+            metrics.pop(name, None)
         self.annealing.observe(spread, max(elapsed, (self.done + 1) / self.schedule.last))
         if self.annealing.iterations == 1:  # gradients are as much larger as the reward is
             self.descent.level = None
 
-    def _score(self, metrics: dict[str, float]) -> float:
-        return -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else metrics["objective"]
+    def _score(self, metrics: dict[str, float]) -> Score:
+        alpha, paths = self.problem.alpha, self.run.batch_size * self.run.accumulate
+        residual = -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else math.nan
+        objective, error = (metrics.get(name, math.nan) / alpha for name in ("objective", "objective_stderr"))
+        spread = metrics.get("elbo_stderr", error) * math.sqrt(paths)
+        return Score(objective, metrics.get("elbo", math.nan), residual, spread)
 
     def _good_enough(self) -> bool:
         if self.plan.tolerance is None or self.done % self.evaluate_every:

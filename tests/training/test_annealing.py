@@ -3,7 +3,6 @@ good for."""
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from cases import SmallControl, random_lq
 
 import sdecontrol as sc
 from sdecontrol.training.annealing import Annealing
+from sdecontrol.training.schedule import LearningRateSchedule
 
 QUICK = {"time_steps": 8, "batch_size": 64, "seed": 3, "progress": False}
 
@@ -137,25 +137,15 @@ def test_a_run_stopped_while_it_anneals_resumes_to_the_same_numbers(tmp_path, st
         sc.solve(steep(), sc.LogVariance(), **options, checkpoint_dir=tmp_path, resume=True, anneal=False)
 
 
-class _Halves:
-    """Where the decay may first begin."""
-
-    window: ClassVar[int] = 5
-
-
 def test_a_plateau_is_looked_for_after_annealing_only(monkeypatch):
     """The objective falls while a hot target moves: that is no reason to stop."""
-    from sdecontrol.training import optimiser
-
-    monkeypatch.setattr(optimiser.LearningRateSchedule, "window", _Halves.window)
     seen = []
-    monkeypatch.setattr(
-        optimiser.LearningRateSchedule, "observe", lambda self, i, scores: seen.append((i, len(scores)))
-    )
+    monkeypatch.setattr(LearningRateSchedule, "observe", lambda self, i, scores: seen.append((i, len(scores))))
     monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
     solution = sc.solve(steep(), sc.RewardBackprop(), **QUICK)
     annealed = len(temperatures(solution))
-    assert seen[0] == (annealed, 1) and max(n for _, n in seen) == 2 * _Halves.window
+    assert seen == [(i, 1 + i - annealed) for i in range(annealed, 60)]
+    assert all(("elbo" in entry) == (i >= annealed) for i, entry in enumerate(solution.history))
 
 
 def test_gradients_of_the_first_whole_step_are_not_shortened(monkeypatch):

@@ -12,6 +12,7 @@ from runs import F32, TESTS, quick, same
 import sdecontrol as sc
 from sdecontrol.methods.base import Regression, Run, parameters_of
 from sdecontrol.training.optimiser import Descent
+from sdecontrol.training.schedule import LearningRateSchedule
 
 
 def test_the_same_seed_gives_the_same_solution_bit_for_bit():
@@ -27,11 +28,8 @@ def test_training_does_not_touch_the_global_generator():
 
 @pytest.mark.parametrize("iterations", [12, None])
 def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, iterations, monkeypatch):
-    from sdecontrol.training import optimiser
-
-    monkeypatch.setattr(
-        optimiser.LearningRateSchedule, "window", 5
-    )  # so that the adaptive schedule decides something within the test
+    for name, value in {"step": 5, "least": 20}.items():  # so that something is decided within the test
+        monkeypatch.setattr(LearningRateSchedule, name, value)
     monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
 
     class Stop:
@@ -45,7 +43,7 @@ def test_a_stopped_run_resumes_to_the_numbers_of_an_uninterrupted_one(tmp_path, 
     options = {"iterations": iterations, "checkpoint_every": 3}
     whole = quick(**options, checkpoint_dir=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        quick(**options, checkpoint_dir=tmp_path / "part", callbacks=[Stop(7)])
+        quick(**options, checkpoint_dir=tmp_path / "part", callbacks=[Stop(7 if iterations else 31)])
     resumed = quick(**options, checkpoint_dir=tmp_path / "part", resume=True)
     assert same(whole, resumed)
     assert resumed.history == whole.history
