@@ -88,14 +88,14 @@ def run_cell(label: str, seed: int, longer: float | None) -> Cell:
         settings["iterations"] = round(longer * default["iterations"])
     with measuring(problem.device) as training:
         solution = sc.solve(problem, method, **settings)
-    curve = [m.get("elbo", m["objective"]) for m in solution.history]  # alpha is 1; none while the target is hotter
+    curve = [m["elbo"] for m in solution.history if "elbo" in m]  # none while the target is hotter, or of particles
     blocks = [curve[i : i + _CURVE] for i in range(0, len(curve), _CURVE)]
     return {
         "method": label,
         "name": method.name,
         "seed": seed,
         "longer": longer,
-        "iterations": len(curve),
+        "iterations": len(solution.history),
         "cpu_seconds": training.seconds,
         "curve": [sum(b) / len(b) for b in blocks],
         **_measured(solution, exact, seed),
@@ -129,7 +129,7 @@ def _page(cells: list[Cell], optimum: Cell) -> str:
             f"{c['w1_by_floor']:.2f} | {_gap(c)} | {c['versions'].get('commit')} |"
         )
     lines += ["", f"## Lower bound of log Z along the runs, means of {_CURVE} iterations", ""]
-    for c in cells:
+    for c in (c for c in cells if c["curve"]):
         run = "" if c["longer"] is None else f", {c['longer']:g} times as long"
         lines.append(f"* {c['method']}, seed {c['seed']}{run}: " + ", ".join(f"{v:.2f}" for v in c["curve"]))
     text = "\n".join(lines).rstrip() + "\n"
