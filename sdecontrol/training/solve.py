@@ -32,6 +32,7 @@ from .optimiser import Descent
 from .path_law import PathLaw
 from .progress import ProgressBar
 from .schedule import LearningRateSchedule, Score
+from .trackers import reporting
 
 
 @renamed(cooling="anneal")
@@ -57,6 +58,7 @@ def solve(
     checkpoint_every: int = 100,
     resume: bool = False,
     callbacks: Sequence[Any] = (),
+    report_to: Any = None,
     progress: bool | None = None,
 ) -> Solution:
     """Solve a control problem, ``min_u KL(P^u || Q_fine)``.
@@ -103,6 +105,10 @@ def solve(
             numbers depend on must be the same, ``iterations`` too: the learning rate falls over all of them, so a
             longer run is another one from its first step.
         callbacks: objects with on_train_begin, on_step_end, on_evaluate, on_save, on_exception, on_train_end.
+        report_to: where metrics go, beside the history: "jsonl" (``metrics.jsonl``), "tensorboard" or "wandb" (offline
+            unless WANDB_MODE says otherwise), in ``checkpoint_dir`` or in a folder after a colon, "jsonl:runs/first";
+            an object with ``log(metrics, step=)`` or ``log_metrics(metrics, step=)``; or several. Images among samples
+            go to the second and the third every hundred iterations. One that raises warns once.
         progress: show a progress bar; None: if the terminal can.
 
     Returns:
@@ -144,7 +150,7 @@ def solve(
         tolerance=tolerance,
         budget=_seconds(budget),
         checkpoint_every=checkpoint_every,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *reporting(report_to, checkpoint_dir)],
         progress=progress,
         reason=reason,
     )
