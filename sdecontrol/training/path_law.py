@@ -14,8 +14,9 @@ from ..errors import NonFiniteError
 from ..methods.base import Visited
 from ..processes.modules import evaluating, modules_in
 
-_EVERY = 4  # steps of the chain, at least
-_AT = 12  # of a long chain's steps or a few more
+_FOURTH = 4  # of the paths at hand
+_AT = 12  # steps' worth of all paths at hand in a long chain: fewer paths then, these at least
+_FEWEST = 4
 _SHORTER = 0.9  # than the quadratic law says: it is measured again, and should fit then
 _SMALLEST = 1e-8  # part of a step: where even that is too far, its length is not what is wrong
 _STEPS = 50  # in which the rate is found
@@ -29,10 +30,11 @@ _SLOWEST = 1e-3  # of the control's own rate
 class PathLaw:
     """``KL(P^new || P^old) = E sum_k KL(p^new || p^old)(x_k)`` between a control before and after a step.
 
-    At a sixteenth of the batch's states or fewer: every fourth step (another one each time; a dozen of a long chain's)
-    of a quarter of the paths, with two calls of the control at each. The first fifty steps of the optimiser are looked
-    at; later every eighth, and each that may come near the bound: by the largest KL per squared length in the
-    parameters that was seen of late, it would move the law by a quarter of that.
+    At a sixteenth of the batch's states or fewer: all steps of a fourth of the paths at hand (others each time; of a
+    long chain fewer), with two calls of the control at each. Paths are much alike; of steps one may have nearly all of
+    the KL, such as a sampler's last, whose noise is small. The first fifty steps of the optimiser are looked at; later
+    every eighth, and each that may come near the bound: by the largest KL per squared length in the parameters that was
+    seen of late, it would move the law by a quarter of that.
 
     Args:
         most: the bound, in nats, or in parts of ``KL(P^u || Q0)`` where that is more than a nat: far from the reference
@@ -76,9 +78,11 @@ class PathLaw:
         steps, and their ``condition``."""
         visited = at if isinstance(at, Visited) else Visited.of(at.states, at.condition)
         self.looks, self.rested = self.looks + 1, 0
-        every = min(self.chain.steps, max(_EVERY, self.chain.steps // _AT))
-        steps = list(range(self.looks % every, self.chain.steps, every))
-        return Look(self, steps, visited.states[steps], visited.condition)
+        steps, paths = self.chain.steps, visited.states.shape[1]
+        few = min(paths, max(_FEWEST, -(-paths // max(_FOURTH, steps // _AT))))
+        rows = [(self.looks * few + i) % paths for i in range(few)]
+        condition = None if visited.condition is None else visited.condition[rows]
+        return Look(self, visited.states[:steps, rows], condition)
 
     def learn(self, kl: float, factor: float) -> None:
         """Find the rate from the KL of a whole step, which goes with its square."""
@@ -93,20 +97,19 @@ class PathLaw:
 class Look:
     """The shifts before a step, and the KL of what the control has become."""
 
-    def __init__(self, law: PathLaw, steps: list[int], states: Tensor, condition: Any) -> None:
-        self.law, self.steps, self.states, self.condition = law, steps, states, condition
+    def __init__(self, law: PathLaw, states: Tensor, condition: Any) -> None:
+        self.law, self.states, self.condition = law, states, condition
         self.before = self._shifts()
         self.own = self._kl(self.before, None)
 
     def _shifts(self) -> Tensor:
         law = self.law
         with law.chain.reference.evaluating(), evaluating(modules_in(law.control)):
-            return shifts_along(law.chain, law.control, self.states, self.condition, steps=self.steps)
+            return shifts_along(law.chain, law.control, self.states, self.condition)
 
     def _kl(self, shifts: Tensor, other: Tensor | None) -> float:
         chain = self.law.chain
-        kl = chain.kl(shifts, self.states, self.steps, self.condition, other).mean()
-        return float(kl) * chain.steps
+        return float(chain.kl(shifts, self.states, range(chain.steps), self.condition, other).sum(0).mean())
 
     @torch.no_grad()
     def bound(self, parameters: list[Tensor], before: list[Tensor]) -> float:

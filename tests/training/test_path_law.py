@@ -141,19 +141,45 @@ def test_what_was_found_is_part_of_a_checkpoint(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("steps", "each", "looks"), [(8, 2, 4), (120, 12, 10)])
-def test_a_quarter_of_the_paths_and_every_fourth_or_rarer_step_are_looked_at(steps, each, looks):
+@pytest.mark.parametrize(("steps", "each", "looks"), [(8, 4, 4), (20, 4, 4)])
+def test_all_steps_of_a_quarter_of_the_paths_at_hand_are_looked_at_others_each_time(steps, each, looks):
     problem, control = steep(), SmallControl(2, 2)
     chain, states = problem.chain(steps), randn(steps + 1, 64, 2, seed=1)
-    law, seen = PathLaw(chain, control, 0.5, find=False), []
+    law, at, seen = PathLaw(chain, control, 0.5, find=False), Visited.of(states, None), []
     for _ in range(looks):
-        look = law.look(Visited.of(states, None))
-        seen += look.steps
-        assert look.states.shape == (each, 16, 2)
-        torch.testing.assert_close(
-            look.before, shifts_along(chain, control, states[look.steps][:, :16], steps=look.steps)
-        )
-    assert sorted(seen) == list(range(steps))
+        look = law.look(at)
+        assert look.states.shape == (steps, each, 2)
+        rows = [int((states[0, :16] == x).all(1).nonzero()) for x in look.states[0]]
+        torch.testing.assert_close(look.states, states[:steps, rows])
+        torch.testing.assert_close(look.before, shifts_along(chain, control, states[:steps, rows]))
+        seen += rows
+    assert sorted(seen) == list(range(16))
+
+
+@pytest.mark.parametrize(("steps", "paths", "few"), [(100, 64, 8), (1000, 64, 4), (8, 3, 3)])
+def test_of_long_chains_fewer_paths_are_looked_at(steps, paths, few):
+    chain = sc.ControlProblem(sc.BrownianMotion(dim=1), sc.Dirac(torch.zeros(1)), reward=lambda x: x[:, 0]).chain(steps)
+    law = PathLaw(chain, lambda x, t: x, 0.5, find=False)
+    assert law.look(Visited(torch.zeros(steps, paths, 1), None)).states.shape == (steps, few, 1)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_change_in_one_step_alone_is_seen_whichever_it_is(step):
+    """As in the last step of a sampler, where the noise is small and the same change of a prediction far."""
+
+    class Alone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t):
+            return self.u * ((t * 6).round() == step)[:, None]
+
+    problem = sc.ControlProblem(sc.BrownianMotion(dim=1), sc.Dirac(torch.zeros(1)), reward=lambda x: x.sum(1))
+    control, options = Alone(), {"iterations": 5, "time_steps": 6, "seed": 0, "learning_rate": 3.0, "progress": False}
+    assert sc.solve(problem, sc.RewardBackprop(), control=control, **options).history[0]["kl_step"] == pytest.approx(
+        0.5 * 0.81
+    )
 
 
 def test_after_fifty_looks_every_eighth_step_is_looked_at_and_each_that_may_come_near_the_bound():
