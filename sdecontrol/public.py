@@ -55,6 +55,7 @@ from .processes.generative import generative_sde
 from .processes.jump import JumpProcess
 from .processes.laws import Dirac, Gaussian, GaussianMixture
 from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
+from .processes.manifolds import ManifoldSDE, Sphere, Torus
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
@@ -100,6 +101,7 @@ __all__ = [
     "LoRA",
     "LogProb",
     "LogVariance",
+    "ManifoldSDE",
     "Method",
     "NoExactSolution",
     "NoLikelihood",
@@ -116,7 +118,9 @@ __all__ = [
     "RewardWeightedMLE",
     "SemilinearSDE",
     "SoftPPO",
+    "Sphere",
     "TemperedSMC",
+    "Torus",
     "ValueGuidance",
     "certify",
     "compare",

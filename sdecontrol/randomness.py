@@ -41,6 +41,7 @@ class Place(enum.IntEnum):
     PROBE_TOKENS = 4  # the same, tokens
     LIKELY_ENDS = 6  # by which masked tokens are filled in
     PROBE_ENDS = 5  # tokens as a path may end with
+    PROBE_POINTS = 7  # states to try functions with, on a manifold
 
     # paths
     REPLAY = 101  # stored paths that are learned from again [iteration, part]

@@ -151,6 +151,10 @@ class Chain(Definition):
         """The shift at step k and states x of two controls together, from the shifts of each."""
         return first + second
 
+    def tangent(self, x: Tensor, c: Tensor) -> Tensor:
+        """The part of a shift that acts at x, of one step or several: all of it, but on manifolds."""
+        return c
+
     def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
         """What the step at x has computed, ``(batch, *memo_shape)``, to be kept with stored states: inside
         ``memory.stored(chain, steps, states, memos)`` shifts and KLs there cost no second call of it."""

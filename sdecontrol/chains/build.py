@@ -13,6 +13,7 @@ from ..processes.annealed import AnnealedLangevin
 from ..processes.generative import GenerativeSDE
 from ..processes.jump import JumpProcess
 from ..processes.linear import LinearSDE
+from ..processes.manifolds import ManifoldSDE
 from ..processes.reference import Reference
 from ..processes.sde import SDE
 from ..processes.semilinear import SemilinearSDE
@@ -22,6 +23,7 @@ from .base import Chain
 from .exponential import ExponentialChain, GenerativeExponentialChain
 from .gaussian import EulerChain, TransitionChain
 from .jump import JumpChain
+from .manifold import ManifoldChain
 
 
 def make_grid(time_steps: Any, reference: Reference) -> list[float]:
@@ -65,6 +67,7 @@ SAMPLING_SCHEMES = ("milstein", "srk", "heun", "midpoint", "euler-heun", "revers
 _MAKERS: dict[type[Reference], dict[str, Callable[..., Chain]]] = {
     SDE: {"euler": EulerChain},
     LinearSDE: {"exponential": TransitionChain},  # nothing is left to approximate
+    ManifoldSDE: {"euler": ManifoldChain},
     SemilinearSDE: {"exponential": ExponentialChain},
     GenerativeSDE: {"exponential": GenerativeExponentialChain},
     AnnealedLangevin: {
@@ -101,6 +104,8 @@ def chain_of(reference: Any, time_steps: Any, scheme: str, dtype: torch.dtype, d
             return make(reference, clock, dtype, device)
     if reference.state_dtype is not None:
         raise ValueError(f"scheme={scheme!r}: a {kind} has the schemes 'exact' and 'euler'.")
+    if reference.tangential:
+        raise ValueError(f"scheme={scheme!r}: a {kind} has the scheme 'euler' alone, whose steps are geodesics.")
     if scheme == "exact":
         linear = reference.as_linear()
         if linear is None:

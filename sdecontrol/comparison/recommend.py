@@ -271,6 +271,8 @@ def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
             if problem.reference.trainable
             else "a fixed pre-trained model"
         )
+    elif problem.reference.tangential:
+        facts.append("a reference on a manifold")
     elif problem.reference.as_linear() is problem.reference:
         facts.append("a linear reference")
     else:

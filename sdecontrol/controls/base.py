@@ -50,6 +50,7 @@ class Control(nn.Module):
             own.
         within: the user's modules in evaluation mode, where a control of a solution is called.
         state_dtype: of the states, where they are tokens. check_states: the reference's check of states by name.
+            tangent: what of its output acts at x, where that is not all of it.
 
     A class of yours is given again to ``load``, unless it registers the kind that files name, by a decorator, and says
     how it is made again; its parameters come from the file::
@@ -77,6 +78,13 @@ class Control(nn.Module):
         self.within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.state_dtype: torch.dtype | None = None
         self.check_states: Callable[[str, Tensor], None] | None = None
+        self.tangent: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def belongs_to(self, problem: ControlProblem) -> None:
+        """Know the states of a problem."""
+        reference = problem.reference
+        self.state_dtype, self.check_states = reference.state_dtype, reference.check_states
+        self.tangent = reference.tangent if reference.tangential else None
 
     # ------------------------------------------------------------ for users
 
@@ -118,7 +126,8 @@ class Control(nn.Module):
                 f"t must be within [{self.first_time:g}, {self.last_time:g}], got {float(t.min()):g} to "
                 f"{float(t.max()):g}."
             )
-        return self.at(x, t, y)
+        u = self.at(x, t, y)
+        return u if self.tangent is None else self.tangent(x, u)
 
     # ------------------------------------------------------------ for the package
 

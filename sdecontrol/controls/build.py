@@ -1,6 +1,6 @@
 """Which control a problem gets: a tuned copy of its model, the default network, or the user's own module."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -156,16 +156,15 @@ def _network(
         langevin, denoiser = langevin and denoiser is None, denoiser or sde
     with torch.no_grad():
         pilot = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
-        flat = pilot.states.flatten(0, 1)
-        scales = {"centre": flat.mean(0), "spread": floored(flat.std(0))}
+        scales = Scales.of(problem, pilot.states.flatten(0, 1))
         scaled = langevin and scale_langevin and problem.density is None
         scale = langevin_scale(problem, pilot) if scaled else 1.0
         if isinstance(denoiser, MixtureControl):
             ends = denoiser.ends(_PILOT_PATHS, seed)
-            scales |= {"data_centre": ends.mean(0), "data_spread": ends.std(0).clamp(min=1e-12)}
+            scales = replace(scales, data_centre=ends.mean(0), data_spread=ends.std(0).clamp(min=1e-12))
         elif denoiser is not None:
             ends = pilot.states[-1]
-            scales |= {"data_centre": ends.mean(0), "data_spread": floored(ends.std(0))}
+            scales = replace(scales, data_centre=ends.mean(0), data_spread=floored(ends.std(0)))
     affine = (  # is the optimal control, in x
         sde.as_linear() is sde
         and isinstance(problem.reward_function, (Quadratic, Linear, type(None)))
@@ -178,4 +177,4 @@ def _network(
         radial_basis=not affine,
         denoised=denoiser is not None,
     )
-    return DefaultControl.of(problem, architecture, Scales(**scales), denoiser, seed)
+    return DefaultControl.of(problem, architecture, scales, denoiser, seed)

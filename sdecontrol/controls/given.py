@@ -43,7 +43,7 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
     shapes = problem.event_shape, problem.control_shape
     if given is None:
         control: Control = ZeroControl(*shapes, 0.0, problem.horizon)
-        control.state_dtype, control.check_states = problem.reference.state_dtype, problem.reference.check_states
+        control.belongs_to(problem)
         return control
     if not isinstance(given, nn.Module) and callable(getattr(given, "control", None)):
         given = given.control
@@ -61,7 +61,7 @@ def given_control(problem: ControlProblem, given: Any, name: str = "proposal") -
         raise TypeError(
             f"{name} must be None (the reference), a control (x, t) -> u, or a solution; got {type(given).__name__}."
         )
-    control.state_dtype, control.check_states = problem.reference.state_dtype, problem.reference.check_states
+    control.belongs_to(problem)
     for p in control.parameters():
         p.requires_grad_(False)
     return control.eval()

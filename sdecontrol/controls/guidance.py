@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..randomness import Place, generator_for
 from ..tensors import apply_scale, apply_scale_transposed, check_output
 from .base import Control, at_each_time
 from .log_value import LogValue
-from .network import FEATURES, Layers, Scales, flat_or, floored, layers_for, time_features
+from .network import FEATURES, Layers, Scales, flat_or, layers_for, seen_coordinates, time_features
 from .saved import CONTROLS, VALUES, Context, Saved
 from .token_network import TokenValue, token_layers
 
@@ -280,7 +280,7 @@ class NetworkValue(LogValue):
     ) -> None:
         super().__init__()
         self.first_time, self.last_time = span
-        self.architecture = architecture
+        self.architecture, self.angles = architecture, scales.angles
         self.centre = nn.Buffer(flat_or(scales.centre, torch.zeros(n)))
         self.spread = nn.Buffer(flat_or(scales.spread, torch.ones(n)))
         self.scale = nn.Buffer(torch.tensor([level, size]))
@@ -302,7 +302,8 @@ class NetworkValue(LogValue):
         cls, problem: ControlProblem, chain: Chain, architecture: Layers, scales: Scales, seed: int = 0, **unit: float
     ) -> NetworkValue:
         """The network for a problem, in its dtype and on its device; ``unit``: ``level`` and ``size``."""
-        n, span = problem.event_shape.numel(), (chain.clock[0], chain.clock[-1])
+        scales = replace(scales, angles=problem.reference.angles)
+        n, span = problem.event_shape.numel() * (2 if scales.angles else 1), (chain.clock[0], chain.clock[-1])
         generator = generator_for("cpu", seed, Place.VALUE_WEIGHTS)
         network = cls(n, span, architecture, scales, **unit, generator=generator)
         return network.to(device=problem.device, dtype=problem.dtype)
@@ -315,7 +316,7 @@ class NetworkValue(LogValue):
         """``v/alpha`` at states ``(K, batch, *event)`` of times ``(K,)``: ``(K, batch)``."""
         s = (times - self.first_time) / (self.last_time - self.first_time)
         phi = time_features(s.clamp(0.0, 1.0))
-        z = (states.flatten(2) - self.centre) / self.spread
+        z = (seen_coordinates(states.flatten(2), self.angles) - self.centre) / self.spread
         parts = [z, phi.unsqueeze(1).expand(-1, z.shape[1], -1)]
         if self.architecture.condition_size:
             parts.append(self.architecture.condition(y, z.dtype).expand(len(z), -1, -1))
@@ -343,6 +344,5 @@ def value_network(problem: ControlProblem, chain: Chain, seed: int) -> NetworkVa
         }
         if problem.reference.state_dtype is not None:
             return TokenValue.of(problem, chain, token_layers(problem), seed, **unit)
-        flat = paths.states.flatten(0, 1).flatten(1)
-        scales = Scales(flat.mean(0), floored(flat.std(0)))
+        scales = Scales.of(problem, paths.states.flatten(0, 1))
         return NetworkValue.of(problem, chain, layers_for(problem), scales, seed, **unit)

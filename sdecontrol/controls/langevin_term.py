@@ -141,7 +141,7 @@ def _affine_term(problem: ControlProblem) -> tuple[Tensor, Tensor] | None:
     sigma = sde.constant_diffusion if isinstance(sde, SDE) else None
     if isinstance(sde, GenerativeSDE):
         sigma = torch.ones(())
-    if sigma is None or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
+    if sigma is None or sde.tangential or len(problem.event_shape) != 1 or type(reward) not in (Quadratic, Linear):
         return None
     assert isinstance(reward, (Quadratic, Linear))
     n = problem.event_shape[0]

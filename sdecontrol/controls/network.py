@@ -114,12 +114,28 @@ class Architecture(Layers):
 @dataclass(frozen=True)
 class Scales:
     """What a network is normalised by: it sees ``(x - centre) / spread``, ``(*event)`` each, and a denoised state in
-    its own; None: 0 and 1."""
+    its own; None: 0 and 1. Of ``angles`` it sees cosines and sines, ``(2 *event)`` in all, and these are theirs."""
 
     centre: Tensor | None = None
     spread: Tensor | None = None
     data_centre: Tensor | None = None
     data_spread: Tensor | None = None
+    angles: bool = False
+
+    @classmethod
+    def of(cls, problem: ControlProblem, states: Tensor) -> Scales:
+        """From states ``(n, *event)`` of the reference; where states are embedded, of all that there are."""
+        reference = problem.reference
+        if reference.coordinate_spread is None:
+            flat = states.flatten(1)
+            return cls(flat.mean(0), floored(flat.std(0)))
+        n = problem.event_shape.numel() * (2 if reference.angles else 1)
+        return cls(spread=torch.full((n,), reference.coordinate_spread), angles=reference.angles)
+
+
+def seen_coordinates(flat: Tensor, angles: bool) -> Tensor:
+    """States ``(..., n)`` as networks see them."""
+    return torch.cat((flat.cos(), flat.sin()), -1) if angles else flat
 
 
 def layers_for(problem: ControlProblem) -> Layers:
@@ -168,7 +184,8 @@ class DefaultControl(Control):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(torch.Size(event_shape), torch.Size(control_shape), *span)
-        n, m = self.event_shape.numel(), self.control_shape.numel()
+        self.angles = scales.angles
+        n, m = self.event_shape.numel() * (2 if scales.angles else 1), self.control_shape.numel()
         self.has_radial = architecture.radial_basis and n == m and n <= _MOST_RADIAL
         self.architecture = replace(
             architecture, langevin=term is not None, radial_basis=self.has_radial, denoised=denoiser is not None
@@ -214,6 +231,7 @@ class DefaultControl(Control):
             denoiser: default: the reference, where the architecture has one.
         """
         start = architecture.start
+        scales = replace(scales, angles=problem.reference.angles and not start)
         network = cls(
             problem.event_shape,
             problem.event_shape if start else problem.control_shape,
@@ -260,10 +278,14 @@ class DefaultControl(Control):
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:
         return self.tables_at(chain.times[:-1])
 
+    def _flat(self, x: Tensor) -> Tensor:
+        """The coordinates of x, flattened."""
+        return seen_coordinates(x.flatten(x.ndim - len(self.event_shape)), self.angles)
+
     def _seen(self, x: Tensor, x0: Tensor | None) -> Tensor:
         """What the hidden layers see, flattened: x, and where there is a denoiser x0^."""
         dim = x.ndim - len(self.event_shape)
-        return x.flatten(dim) if x0 is None else torch.cat((x.flatten(dim), x0.flatten(dim)), dim)
+        return self._flat(x) if x0 is None else torch.cat((x.flatten(dim), x0.flatten(dim)), dim)
 
     def _denoised_along(self, chain: Chain, states: Tensor, y: Any, first: int = 0) -> Tensor | None:
         if self.denoiser is None:
@@ -293,7 +315,7 @@ class DefaultControl(Control):
         self, x: Tensor, tables: Sequence[Any], k: int, sigma: Tensor | None, y: Any, x0: Tensor | None = None
     ) -> Tensor:
         first, time_part, affine, offset, langevin, radial = (p[k if len(p) > 1 else 0] for p in tables)
-        flat = x.flatten(1)
+        flat = self._flat(x)
         z = torch.addmm(time_part, self._seen(x, x0), first.mT)
         u = (
             torch.addmm(offset, flat, affine.mT)
@@ -339,7 +361,7 @@ class DefaultControl(Control):
     def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         W, *rest = self.tables(chain)
         time_part, affine, offset, langevin, radial = (p[first : first + len(states)] for p in rest)
-        flat = states.flatten(2)
+        flat = self._flat(states)
         z = self._seen(states, self._denoised_along(chain, states, y, first)) @ W[0].mT + time_part.unsqueeze(1)
         if self.full:
             u = torch.baddbmm(offset.unsqueeze(1), flat, affine.mT)
@@ -382,7 +404,7 @@ class NetworkLinearPart(LinearPart):
 
     def features(self, chain: Chain, states: Tensor, y: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         control = self.control
-        flat = states.flatten(2)
+        flat = control._flat(states)
         normal = (flat - control.centre) / control.spread
         W, time_part, *_ = control.tables(chain)
         seen = control._seen(states, control._denoised_along(chain, states, y))

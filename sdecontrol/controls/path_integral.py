@@ -160,7 +160,7 @@ class PathIntegralControl(Control):
             seen = paths.end if chain.reference.keeps_tokens else drawn()
             return self._kernel(chain, k, x, y, seen.unflatten(0, (-1, n)), weights), effective_fraction(weights, 1)
         centred = weights - 1 / n if self.control_variate else weights
-        c = torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n)))
+        c = chain.tangent(x, torch.einsum("bn,bn...->b...", centred, noise[k].unflatten(0, (-1, n))))
         if ahead is not None:
             c = c + ahead(k, x, y)
         return c, effective_fraction(weights, 1)

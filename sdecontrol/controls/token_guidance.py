@@ -34,7 +34,7 @@ class TokenValueControl(ValueControl):
     def __init__(self, value: LogValue, problem: ControlProblem, chain: Chain) -> None:
         super().__init__(value, problem, chain)
         self._problem = problem
-        self.state_dtype, self.check_states = problem.reference.state_dtype, problem.reference.check_states
+        self.belongs_to(problem)
 
     def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         if t.ndim:

@@ -90,7 +90,7 @@ class TokenControl(Control):
 
     def __init__(self, problem: ControlProblem, layers: Layers, generator: torch.Generator | None = None) -> None:
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
-        self.state_dtype, self.check_states = problem.reference.state_dtype, problem.reference.check_states
+        self.belongs_to(problem)
         self.layers = layers
         n, V = self.event_shape.numel(), self.control_shape[-1]
         self.trunk = TokenLayers(n, problem.reference.values, n * V, layers, generator)

@@ -88,7 +88,7 @@ class Solution:
         self.history = history or []
         self.seed, self.reproducible, self.details = seed, reproducible, details or {}
         control.settings, control.within = settings, problem.evaluating
-        control.state_dtype, control.check_states = problem.reference.state_dtype, problem.reference.check_states
+        control.belongs_to(problem)
         self._exact_values: Callable[[], dict[str, Any] | None] = _unknown
 
     def _check_unchanged(self) -> None:

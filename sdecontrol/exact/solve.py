@@ -16,6 +16,7 @@ from .finite import FiniteChainSolution, FiniteSolution
 from .finite_process import FiniteProcessSolution
 from .grid_chain import GridChainSolution
 from .grid_process import GridSolution
+from .manifolds import ManifoldSolution
 from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
@@ -39,7 +40,8 @@ def exact_solution(
     a linear or quadratic reward, in continuous time; everything with finitely many states (a :class:`JumpProcess` in
     continuous time and on chains; chains on tokens of up to 5e7 transitions a step); and, on grids, any problem that
     falls apart into coordinates (in continuous time also into pairs of them) that do not act on each other, those of
-    pre-trained models that compute in float64 among them. For that nothing is declared: drift, diffusion, reward and
+    pre-trained models that compute in float64 among them; and, as series, any reward on the sphere S^2 without drift
+    and on tori of one or two angles (``ManifoldSDE``). For that nothing is declared: drift, diffusion, reward and
     running cost are probed. Grid solutions say how exact they are (``error``).
 
     Args:
@@ -67,6 +69,11 @@ def exact_solution(
     reference = problem.reference
     if reference.state_dtype is not None:
         return _finite(problem, discrete, time_steps, scheme, grids)
+    if reference.tangential:
+        if not grids and not (reference.still and problem.running_cost_function is None):
+            raise NoExactSolution("grids: with a drift or a running cost a series on a manifold is made step by step.")
+        chain = problem.chain(time_steps, scheme) if discrete else None
+        return ManifoldSolution(problem, {} if chain is None else _settings(chain, time_steps), chain)
     if not isinstance(reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(reference).__name__}.")
     linear = reference.as_linear()

@@ -63,7 +63,8 @@ class AdjointMatching(Method):
     """Regress every shift ``c_k(x_k)`` on ``scale_k^T a_{k+1}``, a the lean adjoint along paths of the current control.
 
     The discretised chain's best mean-shift control is the exact fixed point, for any drift, diffusion, reward and
-    running cost (a diffusion that depends on x adds its own term to the adjoint). In the zero-variance form the
+    running cost (a diffusion that depends on x adds its own term to the adjoint; steps may also be smooth maps of their
+    noise, on manifolds and of simulators). In the zero-variance form the
     reported "loss" is a residual, ``E sum_k |c_k - T(c)_k|^2/2`` with T the fixed-point map: zero at the optimum only,
     of the order of the squared control error and above it for convex costs. The parameters in which the control is
     linear move by least squares.
@@ -101,7 +102,7 @@ class AdjointMatching(Method):
     clip: float | None = 5.0
     huber: float | None = 10.0
 
-    gaussian: ClassVar[bool] = True
+    of_noise: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
     averaging: ClassVar[float] = 0.9
@@ -116,6 +117,11 @@ class AdjointMatching(Method):
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
+        if self.reciprocal and not problem.reference.gaussian:
+            raise ValueError(
+                "adjoint-matching with reciprocal=True draws bridges of Gaussian kernels, and the steps of a "
+                f"{type(problem.reference).__name__} are none. Use AdjointMatching()."
+            )
         if self.reciprocal and problem.running_cost_function is not None:
             raise ValueError(
                 "adjoint-matching with reciprocal=True needs a problem without running cost: with one the optimum's "

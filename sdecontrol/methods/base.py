@@ -153,6 +153,8 @@ class Method:
     #: shifts
     gaussian: ClassVar[bool] = False
     of_noise: ClassVar[bool] = False
+    #: whether Gaussian kernels may be those of a tangent space
+    tangential: ClassVar[bool] = False
     #: whether it has a form of its own for tokens, whose probabilities a control tilts; for masked ones alone
     tokens: ClassVar[bool] = False
     masked_tokens: ClassVar[bool] = False
@@ -180,7 +182,7 @@ class Method:
             self.tokens or (self.masked_tokens and problem.reference.keeps_tokens)
         ):
             return
-        if self.gaussian and not problem.reference.gaussian:
+        if self.gaussian and not (problem.reference.gaussian or (self.tangential and problem.reference.tangential)):
             raise ValueError(
                 f"{self.name} moves the means of Gaussian kernels, and the steps of a {kind} are none. Use "
                 "log-variance, soft-ppo, cross-entropy, path-consistency, reinforce or smc."

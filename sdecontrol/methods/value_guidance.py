@@ -65,6 +65,7 @@ class ValueGuidance(Method):
     num_paths: int = 16384
 
     gaussian: ClassVar[bool] = True
+    tangential: ClassVar[bool] = True
     tokens: ClassVar[bool] = True
     takes_control: ClassVar[bool] = False
 
@@ -98,6 +99,11 @@ class ValueGuidance(Method):
                     "Use value='monte-carlo' or 'soft-q'."
                 )
             return
+        if self.value == "ratio" and not problem.reference.gaussian:
+            raise ValueError(
+                "value-guidance with value='ratio' learns a density ratio on R^d, and the states of a "
+                f"{type(problem.reference).__name__} are no such. Use value='monte-carlo' or 'soft-q'."
+            )
         if self.value == "tweedie" and (missing := missing_gradients(problem)):
             raise not_differentiable("value-guidance with value='tweedie'", problem, missing)
 
@@ -185,7 +191,9 @@ def roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
     x0 = batch.x0.clone()
     if x0.is_floating_point():  # of tokens the neighbours are asked for, and these are visited
         away = torch.randn(x0[1::4].shape, generator=generator, dtype=torch.float64).to(x0)
-        x0[1::4] += 0.5 * value.spread.reshape(x0.shape[1:]) * away
+        reference, shape = run.problem.reference, x0.shape[1:]
+        spread = value.spread.reshape(shape) if reference.coordinate_spread is None else reference.coordinate_spread
+        x0[1::4] = reference.onto(x0[1::4] + 0.5 * spread * away)
 
     def shift(k: int, x: Tensor, y: Any) -> Tensor:
         here = guided[k].nonzero().flatten()

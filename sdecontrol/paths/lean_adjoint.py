@@ -7,10 +7,17 @@ fixed point)::
 
     a_K = grad r(x_K)/alpha,    a_k = (d x_{k+1}/d x_k at fixed c_k, xi_k)^T a_{k+1} - h_k grad f(x_k, t_k)/alpha.
 
+Where a step is any smooth map of its noise, ``x_{k+1} = F_k(x_k, c_k + xi_k)`` (manifolds, simulators), the same holds
+with ``(dF/dz)^T`` in the place of ``scale_k^T``: ``c_k(x) = E[(dF/dz)^T a_{k+1} | x_k = x]``. On a manifold an adjoint
+is a cotangent vector: a normal part that autograd returns is not seen by the step before, which leads along the
+manifold.
+
 **Zero variance.** On a linear-quadratic chain at the optimum ``a_{k+1}`` depends on the noise of its own step through
 ``z_k = J_k^{-T} (d c_k/d x)^T xi_k`` alone, ``J_k = d(mean_k + scale_k c_k)/dx`` the step's Jacobian with the control
 in it. Its mean given x_k is 0, so ``a_{k+1} - z_k`` in a_{k+1}'s place, in the target and in the recursion, changes no
-expectation and leaves no variance at all there (after 2410.00345, which subtracts the later steps' part only).
+expectation and leaves no variance at all there (after 2410.00345, which subtracts the later steps' part only). Of a map
+it is pulled back by the derivatives of the noiseless step ``F_k(x_k, c_k)``, which know nothing of xi: what is
+subtracted then is linear in xi, as before, and its mean 0.
 """
 
 import math
@@ -42,7 +49,8 @@ class StepJacobians:
 
     Known matrices where the chain is linear. Else the graph of every step's kernel is kept, of its own leaf, and
     products are taken: one pass backwards for an adjoint through all steps, whatever the dimension, where matrices
-    would take one for each coordinate. Of a large model (``again``) none is kept: each product makes its step's.
+    would take one for each coordinate. Of a large model (``again``) none is kept: each product makes its step's. Of
+    steps that are maps of their noise (``maps``) that of the noiseless step is kept beside it.
     """
 
     def __init__(self, paths: Paths) -> None:
@@ -52,7 +60,11 @@ class StepJacobians:
         self.matrices: Tensor | None = None  # (K, d, d), of mean_k and so of x_{k+1}
         self.again = False  # whether no graph is kept
         self.moving = False  # whether the scale depends on x
+        self.maps = not chain.gaussian
         self.stacked: Tensor | None = None  # all scales, where they are the same for all rows
+        if self.maps:
+            self._keep_maps()
+            return
         if chain.linear_steps is not None:
             matrices, scales = chain.linear_steps
             self.matrices, self.scales = matrices[self.first : paths.last], scales[self.first : paths.last]
@@ -107,8 +119,31 @@ class StepJacobians:
         self.outputs = means, randoms
         self.scales = [scale.detach() for scale in scales]
 
+    @torch.enable_grad()
+    def _keep_maps(self) -> None:
+        paths, chain = self.paths, self.chain
+        self.leaves = [x.detach().requires_grad_(True) for x in paths.states[:-1].unbind(0)]
+        self.shifts = [c.detach().requires_grad_(True) for c in paths.shifts.unbind(0)]
+        nothing = torch.zeros_like(self.shifts[0])
+        parts = list(enumerate(zip(self.leaves, self.shifts)))
+        step = lambda j, x, xi, c: chain.step(self.first + j, x, xi, c, paths.condition)  # noqa: E731
+        self.moving = True
+        self.outputs = (
+            tuple(step(j, x, nothing, c) for j, (x, c) in parts),
+            tuple(step(j, x, paths.noises[j], c) for j, (x, c) in parts),
+        )
+
+    def pulled_back(self, a: StatePaths, z: StatePaths | None) -> NoisePaths:
+        """``(d x_{j+1}/d c_j)^T a_j``, less the same of the noiseless step with z, of all steps."""
+        if not self.maps:
+            return self.scales_transposed(a if z is None else a - z)
+        found = torch.autograd.grad(self.outputs[1], self.shifts, list(a.unbind(0)), retain_graph=True)
+        return torch.stack(found) if z is None else torch.stack(found) - self.scales_transposed(z)
+
     def scale_transposed(self, j: int, v: States) -> Noises:
-        """``scale_j^T v``."""
+        """``scale_j^T v``, of a map that of the noiseless step."""
+        if self.maps:
+            return torch.autograd.grad(self.outputs[0][j], self.shifts[j], v, retain_graph=True)[0]
         return apply_scale_transposed(self.scales[j], v, self.ndim)
 
     def scales_transposed(self, v: StatePaths) -> NoisePaths:
@@ -198,7 +233,8 @@ def own_noise(
     most: int,
 ) -> tuple[StatePaths, float]:
     """``z_k = J_k^{-T} (d c_k/d x)^T xi_k``: how the own step's noise enters the adjoint after it; and the relative
-    residual of the first guess (nan where it was not looked at).
+    residual of the first guess (nan where it was not looked at). Where steps are maps, ``z_k = (d c_k/d x)^T xi_k``, of
+    tangent parts alone: O(h) from its whole.
 
     The vector-Jacobian products of the control do not depend on the adjoint, so they are taken for all steps in one
     call. The systems are solved by iteration, ``z <- z + A_k^{-T} (w - J_k^T z)``, with A_k the affine fit of the
@@ -213,6 +249,9 @@ def own_noise(
     """
     paths = jacobians.paths
     products = _control_products(states, shifts)
+    if jacobians.maps:
+        project, at = jacobians.chain.tangent, states.detach()
+        return project(at, products(project(at, paths.noises))).detach(), math.nan
     w = products(paths.noises)
     z, best = loop.inverse_transposed(w), torch.zeros_like(w)
     if not most:
@@ -288,7 +327,7 @@ def lean_targets(
         whole = torch.stack(adjoints[::-1])
     if not own_step:
         return jacobians.scales_transposed(whole[:-1])
-    return jacobians.scales_transposed(whole[1:] if noise_part is None else whole[1:] - noise_part)
+    return jacobians.pulled_back(whole[1:], noise_part)
 
 
 def lean_targets_again(

@@ -18,6 +18,7 @@ word. :func:`gradient_fault` finds out by values alone, at states of the process
 Random functions have no difference to compare with: they are looked at for a graph alone.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -213,16 +214,19 @@ def _functions(problem: ControlProblem) -> Iterator[tuple[str, Function, Tensor,
             x = draw(problem.terminal_law, rows, derive_seed(1, Place.GRADIENT_STATES))  # type: ignore[attr-defined]
             yield "log_density", lambda x: density(x, *few), x, True
         return
-    states = process_states(problem)
+    states, onto = process_states(problem), reference.onto
+    if reference.angles:  # every other row a turn away: between them lies the cut, where a function may jump
+        turns = 2 * math.pi * (torch.arange(len(states[0][1])) % 2)
+        states = [(t, x + turns.to(x).unsqueeze(1)) for t, x in states]
     for t, x in states[:-1]:
         for name, function in reference.differentiated(t).items():
             yield name, lambda x, f=function: f(x, *more), x, not reference.pretrained
         if (f := problem.running_cost_function) is not None:
-            yield "running_cost", lambda x, f=f, t=t: f(x, x.new_tensor(t), *more), x, True
+            yield "running_cost", lambda x, f=f, t=t: f(onto(x), x.new_tensor(t), *more), x, True
     if (r := problem.reward_function) is not None:
         end = states[-1][1][:rows]
         if not reference.decodes:
-            yield "reward", lambda x: r(x, *few), reference.decode(end, *few), True
+            yield "reward", lambda x: r(onto(x), *few), reference.decode(end, *few), True
         else:
             with torch.no_grad():
                 data = reference.decode(end, *few)

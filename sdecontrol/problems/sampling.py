@@ -45,7 +45,11 @@ def simulate_solver(
     if scheme == "probability-flow":
         return _flow(problem, chain, control, seed, (x, condition), how.keep, tolerance)
     sde = problem.reference
-    assert isinstance(sde, SDE)
+    if not isinstance(sde, SDE) or sde.tangential:
+        raise ValueError(
+            f"scheme={scheme!r} is a solver of stochastic differential equations on R^d, and the reference is a "
+            f"{type(sde).__name__}. Leave scheme out."
+        )
     kind = noise_kind(sde, x, chain.times[-1] * 0.5)
     solver = check_solver(scheme, kind, tolerance is not None)
     noises, *areas = how.sources(chain, num_paths, seed, 2 if solver.area else 1)

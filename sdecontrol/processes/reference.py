@@ -33,6 +33,9 @@ class Reference(Definition):
             control has a part in them.
         pretrained: it is a pre-trained model (:class:`sdecontrol.processes.pretrained.Pretrained`). decodes: its
             ``decode`` calls the model.
+        tangential: its noises and controls are vectors at the state, of which :meth:`tangent` is what acts, and steps
+            are maps of them that need not be affine. angles: states are angles, of which networks see cosines and
+            sines. coordinate_spread: by which networks scale what they see, where it is known of all states; else None.
         model, mixture: the pre-trained model, and the mixture in its place.
         exporter: how a tuned copy of the model goes back into another library's format (``pipeline_of(model)`` and
             ``save_pretrained(model, folder, states, condition)``), where it came from one; else None.
@@ -57,6 +60,9 @@ class Reference(Definition):
     constant_diffusion: Any = None
     reverse_target: bool = False
     controlled_target: bool = False
+    tangential: bool = False
+    angles: bool = False
+    coordinate_spread: float | None = None
     pretrained: bool = False
     decodes: bool = False
     model: Any = None
@@ -107,6 +113,14 @@ class Reference(Definition):
 
     def probe_ends(self, x: Tensor, seed: int = 0) -> Tensor:
         """For states of :meth:`probe_states`, as many that the last one may be: what is decoded for rewards."""
+        return x
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """The part of a control, or of a shift, that acts at x."""
+        return v
+
+    def onto(self, x: Tensor) -> Tensor:
+        """The state nearest to numbers ``(..., *event)`` that need not be one."""
         return x
 
     def check_states(self, name: str, x: Tensor) -> None:

@@ -130,6 +130,7 @@ def test_weights_of_a_map_that_is_no_kernel_are_exact_against_quadrature():
 
 
 METHODS = {
+    "adjoint-matching": sc.AdjointMatching(),
     "reward-backprop": sc.RewardBackprop(),
     "soft-ppo": sc.SoftPPO(),
     "log-variance": sc.LogVariance(),

@@ -55,6 +55,17 @@ def test_the_page_on_jump_processes_runs_and_tells_the_truth():
     assert abs(found.value - float(made["chain"].log_z)) < 4 * found.stderr
 
 
+def test_the_page_on_manifolds_runs_and_tells_the_truth():
+    made = run_page("manifolds.md")
+    error = sc.control_error(made["solution"], made["exact"], n=512)
+    assert error.relative.value < 0.02, error
+    assert float(made["moved"][0, 0]) == pytest.approx(4 - 2 * torch.pi, abs=1e-5)
+    assert float((made["flat"] * torch.eye(3)).sum(1).abs().max()) < 1e-6
+    x = made["exact"].sample(8, seed=0)
+    u = made["solution"].control(x, 0.5).detach()
+    assert float((u * x).sum(1).abs().max()) < 1e-5 < float(u.norm(dim=1).max())
+
+
 @pytest.mark.usefixtures("_own_registries")
 def test_the_examples_of_extending_run_and_do_what_the_page_says():
     made = run_page("extending.md")

@@ -91,6 +91,18 @@ def letters(k, x):
     return torch.zeros(*x.shape, 3).log_softmax(-1)
 
 
+def height(x):
+    return x[:, -1]
+
+
+def spin(x, t):
+    return torch.stack((-x[:, 1], x[:, 0], 0 * x[:, 2]), 1)
+
+
+def louder(t):
+    return 0.5 + t
+
+
 def uniform(x, s):
     return torch.zeros(*x.shape, 3)
 
@@ -197,6 +209,11 @@ def jumps(rates=None, sparse=False):
     return sc.ControlProblem(process, reward=tokens)
 
 
+def sphere(drift=None, sigma=1.0):
+    reference = sc.ManifoldSDE(sc.Sphere(2), drift, sigma, initial=sc.Dirac(torch.tensor([0.0, 0.6, 0.8])))
+    return sc.ControlProblem(reference, reward=height, running_cost=effort, alpha=0.7)
+
+
 REFERENCES = {
     "SDE": lambda: of(sc.SDE(pull, noise, dim=2)),
     "SDE of torchsde": lambda: of(sc.SDE.from_torchsde(Foreign(), dim=2)),
@@ -216,6 +233,11 @@ REFERENCES = {
     "CategoricalChain": categorical,
     "MaskedDiffusionChain": masked,
     "MaskedDiffusionChain, in random order": lambda: masked("random"),
+    "ManifoldSDE": sphere,
+    "ManifoldSDE, with a drift and noise of time": lambda: sphere(spin, louder),
+    "ManifoldSDE, a torus": lambda: sc.ControlProblem(
+        sc.ManifoldSDE(sc.Torus(2), swirl), sc.Torus(2).uniform(), reward=tokens
+    ),
     "JumpProcess": jumps,
     "JumpProcess, sparse": lambda: jumps(sparse=True),
     "JumpProcess of time": lambda: jumps(growing),
@@ -237,6 +259,7 @@ CHAINS = {
     "NoiseDrivenChain": lambda: REFERENCES["NoiseDrivenChain"]().chain(),
     "CategoricalChain": lambda: categorical().chain(),
     "MaskedDiffusionChain": lambda: masked().chain(),
+    "ManifoldChain": lambda: sphere().chain(K),
     "JumpChain": lambda: jumps().chain(K),
     "JumpChain, sparse": lambda: jumps(sparse=True).chain(K),
 }
@@ -289,6 +312,7 @@ EXACT = {
     "MixtureSolution": lambda: sc.exact_solution(generative()),
     "GridSolution": lambda: sc.exact_solution(one_dimensional()),
     "GridChainSolution": lambda: sc.exact_solution(one_dimensional(), time_steps=K),
+    "ManifoldSolution": lambda: sc.exact_solution(sphere(), time_steps=K),
     "FiniteChainSolution": lambda: sc.exact_solution(categorical()),
     "FiniteProcessSolution": lambda: sc.exact_solution(jumps()),
 }
@@ -441,7 +465,7 @@ def test_solutions(worker, kind):
 def optimum(exact):
     d = exact.problem.event_shape[0]
     x = torch.linspace(-1, 1, 4 * d).reshape(4, d)
-    x = x if exact.problem.reference.state_dtype is None else x.abs().round().long()
+    x = exact.problem.reference.onto(x) if exact.problem.reference.state_dtype is None else x.abs().round().long()
     return torch.cat((exact.control(x, 0.25).flatten(), exact.value(x, 0.25), exact.log_z.reshape(1)))
 
 
