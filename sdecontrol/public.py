@@ -48,7 +48,7 @@ from .models.lora import LoRA
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
-from .problems.rewards import Linear, LogProb, Quadratic, QuadraticCost
+from .problems.rewards import Linear, LogProb, OneHot, Quadratic, QuadraticCost
 from .problems.sampling import log_likelihood
 from .problems.simulate import simulate
 from .processes.generative import generative_sde
@@ -107,6 +107,7 @@ __all__ = [
     "NoLikelihood",
     "NonFiniteError",
     "NotDifferentiable",
+    "OneHot",
     "OrnsteinUhlenbeck",
     "ParticleMatching",
     "PathConsistency",

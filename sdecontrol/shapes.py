@@ -27,6 +27,8 @@ Times = Float[Tensor, "K"]
 
 #: x of one time
 States = Num[Tensor, "batch *event"]
+#: tokens of one time, or their probabilities with one dimension more (``chains/relaxed.py``)
+TokensOrRelaxed = Num[Tensor, "batch ..."]
 #: ``x_k`` of several steps
 StatePaths = Num[Tensor, "K batch *event"]
 #: ``x_0 .. x_K`` of whole paths

@@ -21,7 +21,18 @@ from ..precision import at_least_single
 from ..processes.finite import StateSpace, check_tokens, probe_tokens
 from ..processes.laws import Dirac
 from ..processes.reference import Reference
-from ..shapes import ControlPaths, Controls, DrawPaths, NoisePaths, Noises, PerStep, Scalar, StatePaths, States
+from ..shapes import (
+    ControlPaths,
+    Controls,
+    DrawPaths,
+    NoisePaths,
+    Noises,
+    PerStep,
+    Scalar,
+    StatePaths,
+    States,
+    TokensOrRelaxed,
+)
 from ..tensors import check_count, check_output, event_sum, probing
 from .base import Chain
 from .transitions import product_transition
@@ -123,7 +134,7 @@ class CategoricalKernels(Chain):
     def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
         return torch.stack([self.shift_at(k, x, here, condition) for k, x, here in zip(steps, states, u)])
 
-    def together(self, k: int, x: States, first: Noises, second: Noises, condition: Any = None) -> Noises:
+    def together(self, k: int, x: TokensOrRelaxed, first: Noises, second: Noises, condition: Any = None) -> Noises:
         return self.shift_at(k, x, self.control(k, first + second), condition)
 
     def control(self, k: int, c: Noises) -> Controls:

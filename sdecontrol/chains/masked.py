@@ -25,7 +25,7 @@ from ..precision import at_least_single, dtype_of
 from ..processes.adapters import as_reference
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..randomness import Place, generator_for
-from ..shapes import Controls, Noises, PerPath, Scalar, States
+from ..shapes import Controls, Noises, PerPath, Scalar, States, TokensOrRelaxed
 from ..tensors import check_count, check_output, nonfinite_rows
 from .categorical import CategoricalChain, gumbel
 from .transitions import single_transition
@@ -125,12 +125,12 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
 
     # ---------------------------------------------------------------- the step as a law
 
-    def prediction_at(self, k: int, x: States, condition: Any = None) -> Controls:
+    def prediction_at(self, k: int, x: TokensOrRelaxed, condition: Any = None) -> Controls:
         """The pre-trained model's logits ``(batch, *shape, V)`` at step k: once a step, though control, step and KL
         ask for it."""
         return recall(self, k, x, lambda: self.predict(self.model, x, self.clock[k], condition))
 
-    def predict(self, model: Model, x: States, t: Tensor | float, condition: Any = None) -> Tensor:
+    def predict(self, model: Model, x: TokensOrRelaxed, t: Tensor | float, condition: Any = None) -> Tensor:
         """A model's logits.
 
         Raises:
@@ -202,13 +202,14 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         new = torch.where(here == self.mask, chosen.flatten(1).gather(1, place), here)
         return flat.scatter(1, place, new).unflatten(1, x.shape[1:])
 
-    def shift_at(self, k: int, x: States, u: Controls, condition: Any = None) -> Noises:
+    def shift_at(self, k: int, x: TokensOrRelaxed, u: Controls, condition: Any = None) -> Noises:
         tokens = self.prediction_at(k, x, condition).log_softmax(-1)
         return self._shift(x, u - (tokens + u).logsumexp(-1, keepdim=True))
 
-    def _shift(self, x: States, c: Tensor) -> Noises:
-        """Log-ratios of tokens as shifts: 0 of the mask, and where a position is unmasked."""
-        c = torch.where((x == self.mask).unsqueeze(-1), c, 0.0)
+    def _shift(self, x: TokensOrRelaxed, c: Tensor) -> Noises:
+        """Log-ratios of tokens as shifts: 0 of the mask, and where a position is unmasked; x may be relaxed."""
+        masked = x[..., self.mask :] > 0 if x.is_floating_point() else (x == self.mask).unsqueeze(-1)
+        c = torch.where(masked, c, 0.0)
         return torch.nn.functional.pad(c, (0, 1))
 
     def control(self, k: int, c: Noises) -> Controls:

@@ -20,7 +20,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
-from ..shapes import Controls, NoisePaths, StatePaths, States
+from ..shapes import Controls, NoisePaths, StatePaths, TokensOrRelaxed
 from .base import Control
 from .log_value import LogValue
 from .network import FEATURES, Layers, layers_for, time_features, uniform
@@ -62,11 +62,14 @@ class TokenLayers(nn.Module):
         self.condition = uniform(widths[1], layers.condition_size, generator) if layers.condition_size else None
         self.pairs = nn.Parameter(torch.zeros(outputs, seen)) if outputs * seen <= _PAIRS else None
 
-    def forward(self, x: States, phi: Tensor, y: Any = None) -> tuple[Tensor, Tensor | float]:
+    def forward(self, x: TokensOrRelaxed, phi: Tensor, y: Any = None) -> tuple[Tensor, Tensor | float]:
         """The last hidden layer ``(batch, width)`` and the linear part ``(batch, outputs)``, at time features ``(batch
-        | 1, FEATURES)``."""
+        | 1, FEATURES)``; x tokens, or their probabilities ``(batch, *shape, values)``."""
         table = self.one_hot if self.embedding is None else self.embedding
-        z = nn.functional.embedding(x.flatten(1), table).flatten(1)
+        if x.is_floating_point():
+            z = (x.flatten(1, -2) @ table).flatten(1)
+        else:
+            z = nn.functional.embedding(x.flatten(1), table).flatten(1)
         hidden = nn.functional.linear(z, self.weights[0]) + (phi @ self.time.mT + self.biases[0])
         if self.condition is not None:
             hidden = hidden + self.layers.condition(y, z.dtype) @ self.condition.mT
@@ -114,14 +117,14 @@ class TokenControl(Control):
     def _features(self, t: Tensor) -> Tensor:
         return time_features((t.reshape(-1) / self.last_time).clamp(0.0, 1.0))
 
-    def _tilt(self, x: States, phi: Tensor, y: Any) -> Controls:
+    def _tilt(self, x: TokensOrRelaxed, phi: Tensor, y: Any) -> Controls:
         hidden, linear = self.trunk(x, phi, y)
         u = nn.functional.linear(hidden, self.last)
         if self.spread is not None:
             u = (u.unflatten(1, (-1, _ONE_HOT)) @ self.spread.mT).flatten(1)
         return (u + linear + phi @ self.offset).unflatten(1, self.control_shape)
 
-    def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
+    def at(self, x: TokensOrRelaxed, t: Tensor, y: Any = None) -> Controls:
         return self._tilt(x, self._features(t), y)
 
     def tables(self, chain: Chain) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..chains.relaxed import RelaxedMasking
 from ..chains.shifts import shift_function
 from ..controls.base import Control
 from ..controls.reward_network import SumControl
@@ -14,10 +15,23 @@ from ..errors import NotDifferentiable, check_name
 from ..paths.continuous_adjoint import CONTINUOUS_MODES, backpropagate_continuous, check_continuous
 from ..paths.gradients import GRADIENT_MODES, Objective, backpropagate
 from ..paths.integrator import integrate
-from ..problems.differentiability import JUMPS, gradient_fault, process_states
+from ..problems.differentiability import JUMPS, gradient_fault, missing_relaxations, process_states
+from ..problems.problem import ControlProblem
 from ..randomness import Place, generator_for
 from ..shapes import StatePaths
-from .base import ControlState, Method, Run, Visited, few_of, gradient_free, metrics_of, parameters_of, register
+from ..tensors import check_positive
+from .base import (
+    ControlState,
+    Method,
+    Run,
+    Visited,
+    few_of,
+    gradient_free,
+    metrics_of,
+    not_differentiable,
+    parameters_of,
+    register,
+)
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
 
@@ -41,12 +55,23 @@ class RewardBackprop(Method):
             contracting drifts. "reversible-heun": an algebraically reversible scheme with its adjoint (Kidger et al.
             2105.13493): the same memory, the exact gradient of that scheme's own cost. Both replace sums over steps by
             integrals, need scheme="euler", and are slower than "adjoint".
+        temperature: of a masked diffusion, whose steps are made differentiable by the Gumbel-softmax relaxation
+            (:mod:`~sdecontrol.chains.relaxed`; Wang et al. 2410.13643 go through the last steps of it). The model must
+            take probabilities of tokens ``(batch, *shape, V+1)`` in the place of tokens, as the default one does, and
+            the reward those of the V tokens: :class:`OneHot`. The gradient is biased, less at a lower temperature, at
+            which it has more noise.
+        straight_through: run the chain's own tokens, with the slopes of relaxed ones, for rewards and models that
+            mean something at one-hot tokens alone; what it reports is then the chain's. False: relaxed tokens, with the
+            gradient of their own objective, less biased at the same temperature.
     """
 
     anneals: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
+    masked_tokens: ClassVar[bool] = True
     gradient: str | int = "full"
+    temperature: float = 0.2
+    straight_through: bool = False
 
     needs_gradient: ClassVar[bool] = True
 
@@ -57,6 +82,17 @@ class RewardBackprop(Method):
             raise ValueError(
                 f"gradient must be one of {', '.join(_MODES)} or a number of last steps >= 1, got {self.gradient!r}."
             )
+
+        check_positive("temperature", self.temperature)
+
+    def check(self, problem: ControlProblem) -> None:
+        super().check(problem)
+        if problem.reference.state_dtype is None:
+            return
+        if self.gradient in CONTINUOUS_MODES:
+            raise ValueError(f"gradient={self.gradient!r} is for SDEs, and tokens have steps; use 'full' or 'adjoint'.")
+        if missing := missing_relaxations(problem):
+            raise not_differentiable(self.name, problem, missing)
 
     def setup(self, run: Run) -> nn.Module:
         if self.gradient in CONTINUOUS_MODES:
@@ -75,12 +111,25 @@ class RewardBackprop(Method):
         """
         t, x = process_states(run.problem)[0]
         y = run.problem.draw_condition(len(x), 1)
-        fault = gradient_fault(lambda z: control.at(z, z.new_tensor(t), y), x)
+        relaxed = self._relaxed(run)
+        x = x if relaxed is None else relaxed.relaxed(x)
+        try:
+            fault = gradient_fault(lambda z: control.at(z, z.new_tensor(t), y), x, values=relaxed is None)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if relaxed is None:
+                raise
+            fault = f"called with probabilities of tokens {tuple(x.shape)} it says: {error}"
         if fault is not None and fault != JUMPS:
             raise NotDifferentiable(
                 f"{self.name} differentiates the control by the state, and cannot here: {fault}. Use adjoint-matching, "
                 f"which does not, or one of {', '.join(gradient_free(run.problem))}; or mend the control."
             )
+
+    def _relaxed(self, run: Run) -> RelaxedMasking | None:
+        """The chain with differentiable steps, where the problem's has none."""
+        if run.problem.reference.state_dtype is None:
+            return None
+        return RelaxedMasking(run.chain, self.temperature, self.straight_through)  # type: ignore[arg-type]
 
     def _visited(self, run: Run, control: Control, states: StatePaths | None) -> Visited:
         """The states of this iteration, drawn again for a few paths where they were not kept."""
@@ -95,7 +144,8 @@ class RewardBackprop(Method):
         return Visited.of(states, batch.condition)
 
     def step(self, state: ControlState, run: Run) -> dict[str, float]:
-        problem, chain = run.problem, run.chain
+        problem, relaxed = run.problem, self._relaxed(run)
+        chain: Any = relaxed or run.chain
         parameters = parameters_of(state)
         found = []
         for part in range(run.accumulate):
@@ -112,8 +162,12 @@ class RewardBackprop(Method):
             objective = Objective(
                 terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
             )
-            found.append(backward(chain, state.control, batch.x0, batch.noise, objective, **options))
-        run.descend(self._visited(run, state.control, found[0].states))
+            start = batch.x0 if relaxed is None else relaxed.relaxed(batch.x0)
+            found.append(backward(chain, state.control, start, batch.noise, objective, **options))
+        states = found[0].states
+        if relaxed is not None and states is not None:
+            states = relaxed.nearest(states)
+        run.descend(self._visited(run, state.control, states))
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
         ratios = [c.log_ratio for c in found if c.log_ratio is not None]
         return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha, torch.cat(ratios) if ratios else None)

@@ -32,6 +32,7 @@ from ..precision import own_precision
 from ..processes.laws import draw
 from ..randomness import Place, derive_seed, generator_for
 from .problem import ControlProblem
+from .rewards import takes_probabilities
 from .simulate import simulate_chain
 
 #: a function of states alone, ``(batch, *event) -> (batch, ...)``
@@ -198,6 +199,34 @@ def missing_gradients(problem: ControlProblem) -> dict[str, str]:
                 if name not in found and (why := gradient_fault(function, x, values=values)) is not None:
                     found[name] = why
         _known[problem] = found
+    return found
+
+
+def missing_relaxations(problem: ControlProblem) -> dict[str, str]:
+    """The same of a masked diffusion on relaxed tokens, their probabilities: name -> why."""
+    reference, found = problem.reference, {}
+    y = problem.draw_condition(_ROWS, 1)
+    more = () if y is None else (y,)
+    x = reference.probe_states(_ROWS, problem.dtype, problem.device, seed=1)
+    near = torch.nn.functional.one_hot(x, reference.values).to(problem.dtype)
+    z = 0.7 * near + 0.3 * near.roll(1, 0)
+    with problem.evaluating():
+        try:
+            why = gradient_fault(lambda z: reference.predict(reference.model, z, 0.5, y), z, values=False)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            why = f"called with probabilities of tokens {tuple(z.shape)}, the mask's the last, it says: {error}"
+        if why is not None:
+            found["model"] = why
+        if problem.running_cost_function is not None:
+            found["running_cost"] = TOKENS
+        if (r := problem.reward_function) is not None and not takes_probabilities(r):
+            found["reward"] = (
+                "it is a function of tokens (one of their probabilities is sc.OneHot(function, vocabulary))"
+            )
+        elif r is not None:
+            ends = z[..., : reference.vocabulary] / z[..., : reference.vocabulary].sum(-1, keepdim=True).clamp(min=0.1)
+            if (why := gradient_fault(lambda z: r(z, *more), ends)) is not None:
+                found["reward"] = why
     return found
 
 

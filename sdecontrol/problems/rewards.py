@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..precision import at_least_single, call
+from ..processes.finite import check_tokens
 from ..shapes import PerPath, PerStep, Samples, Scalar, StatePaths, States, Times
-from ..tensors import as_float, check_tensor, symmetric
+from ..tensors import as_float, check_count, check_tensor, symmetric
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
@@ -79,6 +80,42 @@ class LogProb:
                 "LogProb(label=None) needs the problem's condition: ControlProblem(..., condition=labels)."
             )
         return log_probs.gather(1, y.long().reshape(-1, 1))[:, 0]
+
+
+class OneHot(nn.Module):
+    """A function of tokens that is written for their probabilities: ``function(z) -> (batch, ...)``, z
+    ``(batch, *shape, V)`` floats, ``function(z, y)`` where it is given a condition.
+
+    Called with int64 tokens it encodes them one-hot; called with probabilities it hands them on, and so has a gradient
+    by them. It is how a reward of tokens says that :class:`RewardBackprop` may go through it: ``OneHot(reward, V)``, or
+    ``LogProb(OneHot(classifier, V), label)``.
+
+    Args:
+        vocabulary: V. dtype: of the one-hot numbers; None: the function's parameters', else torch's default.
+
+    Raises:
+        TypeError, ValueError: no function, no count, or tokens out of range.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], vocabulary: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not callable(function):
+            raise TypeError(f"function must be callable, probabilities -> numbers; got {type(function).__name__}.")
+        check_count("vocabulary", vocabulary, 2)
+        self.function, self.vocabulary, self.dtype = function, vocabulary, dtype
+
+    def forward(self, x: Samples, y: Any = None) -> Tensor:
+        if not x.is_floating_point():
+            check_tokens("x", x, self.vocabulary)
+            like = next(self.parameters(), None)
+            own = torch.get_default_dtype() if like is None else at_least_single(like.dtype)
+            x = nn.functional.one_hot(x, self.vocabulary).to(self.dtype or own)
+        return call(self.function, x) if y is None else call(self.function, x, y)
+
+
+def takes_probabilities(reward: Any) -> bool:
+    """Whether a reward of tokens takes their probabilities too."""
+    return isinstance(reward, OneHot) or isinstance(getattr(reward, "classifier", None), OneHot)
 
 
 class QuadraticCost:

@@ -64,12 +64,14 @@ class TokenModel(nn.Module):
         self.level.copy_((counts / counts.sum(-1, keepdim=True)).log())
 
     def forward(self, x: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """The logits; those of positions that are not masked mean nothing.
+        """The logits; those of positions that are not masked mean nothing. x may be probabilities of tokens
+        ``(batch, *shape, V+1)``, the mask's the last, at which the logits have a gradient by them.
 
         Raises:
             ValueError: without y, where no unconditional model was trained.
         """
-        h = self.token(x.flatten(1)) + self.position
+        tokens = x.flatten(1, -2) @ self.token.weight if x.is_floating_point() else self.token(x.flatten(1))
+        h = tokens + self.position
         if self.condition is not None:
             h = h + self._seen(y, len(x), h).unsqueeze(1)
         for block in self.blocks:
