@@ -114,9 +114,10 @@ class Letters:
     @torch.no_grad()
     def gap(self, problem: sc.ControlProblem, control: Any) -> float:
         """``KL(P^u || Q_fine)`` of a control, by its cost to go from every state."""
-        if problem.chain().independent:
+        chain: Any = problem.chain()
+        V = self.vocabulary
+        if chain.independent:
             return self._gap_of_products(problem, control)
-        chain, V = problem.chain(), self.vocabulary
         masked = self.states == V
         cost = -self.reward_of.clone()
         plain = self.logits.double().log_softmax(-1)
@@ -133,7 +134,8 @@ class Letters:
 
     def _gap_of_products(self, problem: sc.ControlProblem, control: Any) -> float:
         """The same where positions are unmasked by themselves, by the matrices between all states."""
-        chain, states = problem.chain(), self.states
+        chain: Any = problem.chain()
+        states = self.states
         shift, cost = shift_function(chain, control), -self.reward_of.numpy().copy()
         for k in reversed(range(chain.steps)):
             c = shift(k, states, None)

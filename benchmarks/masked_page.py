@@ -39,8 +39,8 @@ def write_page(cells: list[Cell]) -> str:
         "control is the default network of tokens, the batch 256. The gap, `KL(P^u || Q_fine)`, is exact: a recursion "
         "over all states, no estimate. In random order, one position a step, tilts of tokens reach the tilt: the floor "
         "is 0. Where positions are unmasked by themselves in 8 steps a position a floor stays, which "
-        "`exact_solution(...).floor` knows, that of the best product in every state. `python -m benchmarks masked` runs "
-        "a cell; CPU-s are of training, one thread.",
+        "`exact_solution(...).floor` knows, that of the best product in every state. `python -m benchmarks masked` "
+        "runs a cell; CPU-s are of training, one thread.",
         "",
         NOTES.read_text().rstrip(),
         "",
