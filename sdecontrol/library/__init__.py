@@ -8,10 +8,12 @@
   runs, which the package's cache keeps (:class:`ReferenceSamples`).
 * :func:`mixture_inverse_problem` makes linear inverse problems with a Gaussian-mixture prior, of any number and
   dimension; :func:`mixture_observation` says what was observed.
+* :class:`Ising` is the Ising model on a rectangle, a Gibbs target on tokens with its exact log Z.
 * ``sdecontrol.library.digits`` has scikit-learn's 8x8 digits and a classifier of them.
 """
 
 from .inverse import mixture_inverse_problem, mixture_observation
+from .ising import Ising
 from .problems import ProblemCard, named_problem, problem_card, problem_names
 from .samples import ReferenceSamples, reference_samples
 from .target_base import Card, Target
@@ -19,6 +21,7 @@ from .targets import named_target, target_card, target_names
 
 __all__ = [
     "Card",
+    "Ising",
     "ProblemCard",
     "ReferenceSamples",
     "Target",
