@@ -14,7 +14,7 @@ import torch
 import sdecontrol as sc
 
 CENTRES = torch.tensor([[0.0, 0.0, 1.0], [0.8, -0.6, 0.0], [-0.6, -0.8, 0.0]])
-CONCENTRATIONS = torch.tensor([8.0, 4.0, 6.0])
+CONCENTRATIONS = torch.tensor([5.0, 3.0, 4.0])
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 

@@ -49,14 +49,14 @@ METHODS = {
     "soft-ppo": (sc.SoftPPO(), 40, 0.1),
     "soft-ppo, groups": (sc.SoftPPO(group_size=16, baseline="per-time"), 40, 0.1),
     "path-consistency": (sc.PathConsistency(), 60, 0.1),
-    "path-consistency, 1 step": (sc.PathConsistency(1), 120, 0.2),
+    "path-consistency, 1 step": (sc.PathConsistency(1), 400, 0.35),
     "path-consistency, 3 steps": (sc.PathConsistency(3), 120, 0.2),
     "reinforce": (sc.Reinforce(), 60, 0.2),
     "reward-weighted-mle": (sc.RewardWeightedMLE(), 60, 0.2),
     "particle-matching": (sc.ParticleMatching(num_particles=512), 60, 0.15),
     "value-guidance": (sc.ValueGuidance("monte-carlo"), 120, 0.2),
-    "value-guidance, soft-q": (sc.ValueGuidance("soft-q"), 120, 0.3),
-    "path-integral-guidance": (sc.PathIntegralGuidance(num_paths=256), None, 0.1),
+    "value-guidance, soft-q": (sc.ValueGuidance("soft-q"), 400, 0.1),
+    "path-integral-guidance": (sc.PathIntegralGuidance(num_paths=512), None, 0.1),
 }
 FIRST = {"adjoint-matching", "log-variance", "reward-backprop, adjoint"}
 
