@@ -1,6 +1,7 @@
 """``sc.metrics``: distances between sets of samples, coverage of modes, the error of a control.
 
-They are written in ``evaluation/metrics.py``; the file here is the name by which users know them.
+They are written in ``evaluation/metrics.py`` and ``evaluation/sequence_metrics.py``; the file here is the name by which
+users know them.
 """
 
 from .evaluation.metrics import (
@@ -14,15 +15,19 @@ from .evaluation.metrics import (
     sliced_wasserstein,
     wasserstein,
 )
+from .evaluation.sequence_metrics import kmer_distance, kmer_spectrum, total_variation
 
 __all__ = [
     "ControlError",
     "ModeCoverage",
     "control_error",
     "energy_wasserstein",
+    "kmer_distance",
+    "kmer_spectrum",
     "mmd",
     "mode_coverage",
     "sinkhorn",
     "sliced_wasserstein",
+    "total_variation",
     "wasserstein",
 ]
