@@ -83,7 +83,8 @@ def test_their_lists_are_what_they_have_and_the_page_of_the_library_names_it(mod
     found = getattr(sc, module)
     assert all(hasattr(found, name) for name in found.__all__)
     if module == "metrics":
-        functions = {n for n, f in inspect.getmembers(sys.modules["sdecontrol.evaluation.metrics"], inspect.isfunction)}
+        files = [sys.modules[f"sdecontrol.evaluation.{name}"] for name in ("metrics", "sequence_metrics")]
+        functions = {n for file in files for n, f in inspect.getmembers(file, inspect.isfunction)}
         own = {n for n in functions if not n.startswith("_") and getattr(found, n, None) is not None}
         assert own == {n for n in found.__all__ if n.islower()}
     else:
