@@ -80,7 +80,9 @@ KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "discrete model" else ()) for kind in KINDS]
+)
 def test_solve_takes_the_first_choice_on_every_kind_of_problem(kind: str, tmp_path) -> None:
     make, settings, control = KINDS[kind]
     problem, more = make(), {} if control is None else {"control": control()}

@@ -171,7 +171,9 @@ def test_chains_tend_to_continuous_time_at_first_order(make):
         assert (abs(ratios - 2) < 0.25).all() and errors[-1][0] > 1e-4
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "sphere, a cost" else ()) for n in CASES]
+)
 def test_log_z_and_laws_are_those_of_weighted_paths(name):
     """Under the exact control: the mean weight of each start is ``psi(x_0)``, and weighted moments are those of
     ``marginal`` on the way and of ``sample`` at the end (4.5 standard errors)."""

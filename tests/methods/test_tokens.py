@@ -87,7 +87,12 @@ class Fast(Table):
     [
         (sc.PathConsistency(1), {"iterations": 300, "learning_rate": 0.003, "batch_size": 128}, 0.4),
         (sc.PathConsistency(2), {"iterations": 200, "learning_rate": 0.01, "batch_size": 128}, 0.1),
-        (sc.SoftPPO(group_size=64, baseline="per-time"), {"iterations": 150, "learning_rate": 0.003}, 0.1),
+        pytest.param(
+            sc.SoftPPO(group_size=64, baseline="per-time"),
+            {"iterations": 150, "learning_rate": 0.003},
+            0.1,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["path-consistency-1", "path-consistency-2", "soft-ppo-groups"],
 )
@@ -99,7 +104,7 @@ def test_slower_methods_come_to_the_exact_tilt(method, options, most):
     assert JOINT.gap_of(problem, solution.control) < most
 
 
-@pytest.mark.parametrize("value", ["monte-carlo", "soft-q"])
+@pytest.mark.parametrize("value", [pytest.param("monte-carlo", marks=pytest.mark.slow), "soft-q"])
 def test_trained_values_guide_to_the_exact_tilt(value):
     problem = JOINT.problem(order="random")
     solution = sc.solve(problem, sc.ValueGuidance(value), iterations=300, batch_size=128, seed=0, progress=False)

@@ -16,6 +16,7 @@ from sdecontrol import errors
 from sdecontrol.chains.annealed import ReversedChain
 from sdecontrol.chains.base import Chain
 from sdecontrol.chains.categorical import CategoricalChain
+from sdecontrol.chains.relaxed import RelaxedMasking
 from sdecontrol.controls.build import build_control, corrected
 from sdecontrol.controls.given import given_control
 from sdecontrol.controls.guidance import (
@@ -203,6 +204,15 @@ def masked(order="independent"):
     return sc.ControlProblem(sc.masked_diffusion(uniform, 2, 3, order=order), reward=tokens)
 
 
+def of_probabilities(x, s):
+    """Logits of tokens, or of probabilities of tokens."""
+    return torch.zeros(*x.shape[:2], 3) + 0.1 * x.sum(-1).reshape(len(x), -1)[:, :1, None]
+
+
+def relaxed():
+    return sc.ControlProblem(sc.masked_diffusion(of_probabilities, 2, 3), reward=tokens)
+
+
 def jumps(rates=None, sparse=False):
     given = ring() if rates is None else rates
     process = sc.JumpProcess(given.to_sparse() if sparse else given, initial=1)
@@ -259,6 +269,7 @@ CHAINS = {
     "NoiseDrivenChain": lambda: REFERENCES["NoiseDrivenChain"]().chain(),
     "CategoricalChain": lambda: categorical().chain(),
     "MaskedDiffusionChain": lambda: masked().chain(),
+    "RelaxedMasking": lambda: RelaxedMasking(relaxed().chain(), 0.5, True),
     "ManifoldChain": lambda: sphere().chain(K),
     "JumpChain": lambda: jumps().chain(K),
     "JumpChain, sparse": lambda: jumps(sparse=True).chain(K),

@@ -65,7 +65,11 @@ def test_float64_is_used_where_float32_cannot_resolve_the_target():
 
 @pytest.mark.parametrize("method", [sc.TemperedSMC(num_particles=64), sc.MALA(num_chains=64)], ids=["smc", "mala"])
 @pytest.mark.parametrize(
-    "mean, sd, worst", [([0.5, 2000.0], [1e-3, 1e3], 1), ([0.5, 0.0, 2000.0], [1e-3, 1.0, 1e3], 2)]
+    "mean, sd, worst",
+    [
+        ([0.5, 2000.0], [1e-3, 1e3], 1),
+        pytest.param([0.5, 0.0, 2000.0], [1e-3, 1.0, 1e3], 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_target_outside_of_what_the_pilot_found_is_not_reliable(mean, sd, worst, method):
     problem = sc.gibbs_problem(gaussian(mean, sd), len(mean), seed=0)
