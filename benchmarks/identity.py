@@ -513,6 +513,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "soft-ppo/groups": lambda: sc.SoftPPO(epochs=2, baseline="batch", group_size=4),
     "bridge-matching": sc.BridgeMatching,
     "bridge-matching/reference": lambda: sc.BridgeMatching("reference", 0.5),
+    "bridge-matching/reinforce": lambda: sc.BridgeMatching(target="reinforce", steps=2),
+    "bridge-matching/simple": lambda: sc.BridgeMatching(target="reinforce", path_cost=False, normalise=True),
+    "bridge-matching/adjoint": lambda: sc.BridgeMatching(target="adjoint"),
     "particle-matching": lambda: sc.ParticleMatching(64, 2),
     "value-guidance": sc.ValueGuidance,
     "value-guidance/soft-q": lambda: sc.ValueGuidance("soft-q", 0.3),
@@ -549,6 +552,8 @@ _OWN = {
     "adjoint-matching/reciprocal": "lq-no-cost gibbs gibbs-brownian gibbs-pilot",
     "socm/adjoint": "lq scalar lq-controlled observed mixture-flow model-noise model-velocity chain-ddim gibbs",
     "socm": "lq scalar lq-controlled observed mixture-flow model-noise gibbs",
+    "bridge-matching/reference": _BRIDGES,
+    "bridge-matching/": "mixture-flow model-noise chain-ddpm chain-condition",  # those that noise ends anew
     "bridge-matching": _BRIDGES,
     "particle-matching": "lq scalar lq-controlled by-state mixture-flow model-velocity chain-ddim gibbs gibbs-brownian",
     "value-guidance/tweedie": _MODELS,

@@ -170,6 +170,9 @@ class Place(enum.IntEnum):
     MATCHING_BATCH = 625  # [iteration, part]
     MATCHING_JUDGE = 626  # bridges on which a correction is judged [iteration, part]
     MATCHING_TOKENS = 627  # rows of particles of tokens, and where their ends are masked [iteration, part]
+    BRIDGE_ANCHOR = 628  # the anchor of bridges, where it is a network of its own
+    MATCHING_UNTUNED = 629  # ends of the untuned model
+    MATCHING_ANCHORED = 634  # rows of particles and untuned ends, and the noise between [iteration, part]
     FIRST_MIXTURE = 630  # particles of the first mixtures [turn]
     FIRST_MIXTURE_FIT = 631  # [turn]
     FIRST_MIXTURE_DRAWS = 632  # independent draws that begin with the second one [block]

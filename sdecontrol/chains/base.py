@@ -62,6 +62,8 @@ class Chain(Definition):
         of_noise: whether a step's log-ratio and KL are functions of its noise and shift alone: states may then be None.
         memo_shape: of one row of what a step computes at its state and later questions there ask for again
             (:meth:`memo`); None: nothing.
+        noising_levels: of a discrete diffusion model, mu and std of the K + 1 states under its noising process, each
+            ``(K+1,)`` float64.
         scheme: what ``problem.chain(..., scheme=)`` calls its kind, of the process itself where a learned start comes
             first; "" for chains that are not made from an SDE and a grid.
     """
@@ -77,6 +79,7 @@ class Chain(Definition):
     gaussian: bool = True
     of_noise: bool = True
     memo_shape: torch.Size | None = None
+    noising_levels: tuple[Tensor, Tensor] | None = None
     scheme: str = ""
 
     def set_times(self, clock: list[float], dtype: torch.dtype, device: torch.device) -> None:

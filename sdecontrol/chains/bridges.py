@@ -1,30 +1,20 @@
-"""Bridges: the reference conditioned on its ends. In closed form for affine chains, exactly; and for generative
-references that forget their start, whose bridge to an end is the noising process from it."""
+"""Bridges: the reference conditioned on its ends. In closed form for affine chains, exactly; of generative references
+that forget their start the noising process (``noising.py``), of masked diffusion masking (``masking.py``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..processes.laws import Dirac, Gaussian, factor
-from ..shapes import NoisePaths, PerStep, StatePaths, States, Trajectories
-from ..tensors import event_sum, is_matrix_scale, symmetric
+from ..shapes import NoisePaths, StatePaths, States, Trajectories
+from ..tensors import is_matrix_scale, symmetric
 from .base import Chain
 from .masking import MaskingBridge
-
-
-class GaussianBridge:
-    """What the bridges of Gaussian kernels share."""
-
-    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
-        """``E[xi_k | x_k, x_K]`` at states of all steps."""
-        raise NotImplementedError
-
-    def misfit(self, c: NoisePaths, states: StatePaths, end: States, condition: Any = None) -> PerStep:
-        """``|c_k - E[xi_k | x_k, x_K]|^2/2`` of shifts c at states of all steps: minimal in the mean at the optimum."""
-        return event_sum(0.5 * (c - self.noise_given_end(states, end, condition)) ** 2, c.ndim - 2)
+from .noising import GaussianBridge, NoisingBridge, at_steps
 
 
 class ChainBridge(GaussianBridge):
@@ -98,11 +88,11 @@ class ChainBridge(GaussianBridge):
         gain, keep, root = (v.to(end) for v in _conditioned(cov, M, C))
         return keep @ mean.to(end) + (end - m.to(end)) @ gain.mT + noise @ root.mT
 
-    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
-        """States of all steps given both ends, each of its own law (independent of the other steps'); noise standard
-        normal."""
-        mean = start @ self._first.mT + end @ self._gain.mT + self._shift.unsqueeze(1)
-        return mean + noise @ self._root.mT
+    def between(self, start: States, end: States, noise: StatePaths, steps: Sequence[int] | None = None) -> StatePaths:
+        """States of all steps (or of these) given both ends, each of its own law (independent of the other steps');
+        noise standard normal."""
+        first, gain, shift, root = (at_steps(v, steps) for v in (self._first, self._gain, self._shift, self._root))
+        return start @ first.mT + end @ gain.mT + shift.unsqueeze(1) + noise @ root.mT
 
     def path_given_end(self, start: States, end: States, noise: NoisePaths) -> Trajectories:
         """Whole paths of the reference given both ends; noise standard normal."""
@@ -118,9 +108,13 @@ class ChainBridge(GaussianBridge):
             states.append(x)
         return torch.stack([*states, end])
 
-    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
-        """``E[xi_k | x_k, x_K]`` at states of all steps."""
-        return states @ self._noise_of_state.mT + end @ self._noise_of_end.mT + self._noise_shift.unsqueeze(1)
+    def noise_given_end(
+        self, states: StatePaths, end: States, condition: Any = None, steps: Sequence[int] | None = None
+    ) -> NoisePaths:
+        of_state, of_end, shift = (
+            at_steps(v, steps) for v in (self._noise_of_state, self._noise_of_end, self._noise_shift)
+        )
+        return states @ of_state.mT + end @ of_end.mT + shift.unsqueeze(1)
 
 
 def _conditioned(cov: Tensor, M: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,45 +137,6 @@ def bridge_of(chain: Chain, start: str) -> ChainBridge | NoisingBridge | Masking
     """
     if chain.reference.keeps_tokens:
         return MaskingBridge(chain.reference)
-    if chain.reference.schedule is not None and start == "memoryless":
+    if start == "memoryless" and (chain.reference.schedule is not None or chain.noising_levels is not None):
         return NoisingBridge(chain)
     return ChainBridge(chain)
-
-
-class NoisingBridge(GaussianBridge):
-    """The same for a generative reference that forgets its start: ``x_t = mu_t x_T + std_t eps`` given its end,
-    whatever the start.
-
-    Those are laws of continuous time, O(h) from the chain's. ``E[xi | x_t, x_T]`` is
-    ``-sqrt(h) g (eps - eps^(x_t))/std``: what the score of the noising kernel has beyond the model's own [26], [45].
-
-    Raises:
-        ValueError: another reference, a controlled start, or another noise level than that of the reversal, under which
-            state and end have another joint law.
-    """
-
-    def __init__(self, chain: Chain) -> None:
-        sde = chain.reference
-        if chain.start or sde.schedule is None:
-            raise ValueError("the noising process is the bridge of a generative_sde without a controlled start.")
-        if not sde.reversal:
-            raise ValueError(
-                "the noising process is the bridge of a generative_sde with noise_level='reverse' only: with another "
-                "level state and end have another joint law."
-            )
-        c = sde.coefficients(chain.times[:-1])
-        shape = lambda v: v.to(chain.times).reshape(-1, 1, *(1,) * chain.event_ndim)  # noqa: E731
-        self._mu, self._std = shape(c.mu), shape(c.std)
-        gains = torch.tensor([float(chain.gain(k)) for k in range(chain.steps)], dtype=torch.float64)
-        self._gain = shape(gains * c.level / c.std)
-        self._denoise = sde.denoiser_on_grid(chain.times)
-
-    def between(self, start: States, end: States, noise: StatePaths) -> StatePaths:
-        """States of all steps given the end, each of its own law; the start is forgotten."""
-        return self._mu * end + self._std * noise
-
-    @torch.no_grad()
-    def noise_given_end(self, states: StatePaths, end: States, condition: Any = None) -> NoisePaths:
-        """``E[xi_k | x_k, x_K]`` at states of all steps."""
-        denoised = torch.stack([self._denoise(k, x, condition) for k, x in enumerate(states.unbind(0))])
-        return self._gain * self._mu / self._std * (end - denoised)

@@ -67,6 +67,18 @@ class SamplerSteps:
         mu, std = [b[0] for b in begins], [b[1] for b in begins]
         return cls(list(levels), mu, std, x0_part, eps_part, scale)
 
+    @property
+    def reverses(self) -> bool:
+        """Whether every step with noise is the noising's posterior given x0^: implicit with eta = 1."""
+        if not self.decodes:
+            return False
+        sizes, noisy = list(zip(self.mu, self.std)), len(self.scale)
+        posterior = SamplerSteps.implicit(self.levels, sizes, [*sizes[1:], (1.0, 0.0)], 1.0)
+        numbers = ((s.x0_part[:noisy], s.eps_part[:noisy], s.scale[:noisy]) for s in (self, posterior))
+        return all(
+            math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for own, true in zip(*numbers) for a, b in zip(own, true)
+        )
+
     def noisy(self, count: int) -> "SamplerSteps":
         """With noise in the first steps alone."""
         return replace(self, scale=self.scale[:count])
@@ -122,7 +134,10 @@ class DiffusionChain(PretrainedChain):
         ]
         self._scales = torch.tensor(steps.scale, dtype=torch.float64).to(self.times)
         self.own_initial = Gaussian(self.times.new_zeros(self.event_shape), 1.0)
-        self.memory = self._memory()
+        self.memory, self.reversal = self._memory(), steps.reverses
+        clean = [] if steps.decodes else [(1.0, 0.0)]
+        mu, std = torch.tensor([*zip(steps.mu, steps.std), *clean], dtype=torch.float64).unbind(1)
+        self.noising_levels = mu, std
 
     def _memory(self) -> float:
         """Correlation of start and end for standard Gaussian data, where ``x0^ = mu x / (mu^2 + std^2)``."""

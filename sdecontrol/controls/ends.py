@@ -183,7 +183,7 @@ def ends_of(problem: ControlProblem) -> Ends:
     if problem.condition is None:
         if isinstance(problem, GibbsProblem) and isinstance(reference, TimeChanged):
             return TimeChangedEnds(reference)
-        if reference.reversal and problem.start == "memoryless":
+        if reference.schedule is not None and reference.reversal and problem.start == "memoryless":
             return NoisingEnds(reference)
     raise TypeError(
         "a mixture's control needs a gibbs_problem with reference='ou' or 'brownian', or a memoryless generative_sde "

@@ -1,68 +1,26 @@
 """``ParticleMatching``: particles find the target, bridges to them teach the control, and the control moves the next
 particles."""
 
-import contextlib
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..chains.bridges import ChainBridge, NoisingBridge, bridge_of
 from ..chains.masking import MaskingBridge
 from ..chains.shifts import shifts_along
 from ..controls.base import Control
-from ..controls.build import build_control, corrected
 from ..controls.mixture import CorrectedControl
-from ..particles.smc import resample
-from ..particles.tempering import NoiseTarget, adapt
-from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
-from ..randomness import Place, derive_seed, generator_for
+from ..randomness import Place, generator_for
 from ..tensors import check_count
-from .base import Method, Run, Visited, path_metrics, register
-from .mixture_start import first_mixture, tempered_ends
-from .regression import RegressionState, regress
+from .base import Method, Run, Visited, register
+from .forward_process import Ends, Noised, anchored_target, regress_both
+from .on_paths import steps_of
+from .regression import regress
+from .target_particles import TargetParticles
 
 _JUDGING = 8  # batches of new bridges on which a correction is judged
-
-
-class _State(RegressionState):
-    """The control, and particles of the target: both ends of their paths where bridges are known, else all of the
-    paths."""
-
-    def __init__(self, run: Run, size: int) -> None:
-        problem, chain = run.problem, run.chain
-        super().__init__(run, _control(run, size))
-        #: what draws the middle of a path anew given its end, under Q_fine as under the reference; None: nothing known
-        #: does
-        self.bridge: ChainBridge | NoisingBridge | MaskingBridge | None = None
-        if problem.running_cost_function is None:
-            with contextlib.suppress(ValueError):
-                self.bridge = bridge_of(chain, problem.start)
-        kept = 2 if self.bridge is not None else chain.steps + 1
-        self.states: Tensor
-        self.draws: Tensor
-        self.facts: Tensor
-        kind = chain.state_dtype or chain.times.dtype
-        self.register_buffer("states", chain.times.new_zeros(kept, size, *chain.event_shape, dtype=kind))
-        shape = (chain.steps, size, *chain.noise_shape) if self.bridge is None and chain.of_noise else (0,)
-        self.register_buffer("draws", chain.times.new_zeros(shape))
-        # reward, running cost, KL, objective and its error, log Z, ESS: of the control, when the particles were last
-        # run
-        self.register_buffer("facts", torch.full((7,), math.nan, dtype=torch.float64, device=chain.times.device))
-
-
-def _control(run: Run, size: int) -> Control:
-    """The user's, or a tuned copy of the model; else a network, beside the control towards a mixture fitted to
-    particles where that pays."""
-    problem, chain = run.problem, run.chain
-    place = derive_seed(run.seed, Place.MATCHING_START)
-    base = first_mixture(problem, chain, size, place) if run.control is None else None
-    if base is None:
-        return build_control(problem, chain, run.control, seed=run.seed)
-    return corrected(problem, chain, base, seed=run.seed)
 
 
 @register
@@ -88,8 +46,14 @@ class ParticleMatching(Method):
     own paths do. Of a corrected mixture the mixture's control alone is kept, unless the correction has lowered the loss
     on new bridges.
 
+    A pre-trained model that is tuned itself is anchored as in :class:`BridgeMatching`, on as many ends of the untuned
+    model beside the particles: relative to the mixture of both no weight exceeds 2. Equal rewards then leave the model
+    as it is, where the plain form pays for the difference between it and the denoiser of its own samples.
+
     Args:
         num_particles: kept to learn from. refresh: iterations between two runs of the particles.
+        anchor: False: the plain form on a pre-trained model too.
+        steps: of a pre-trained model that is anchored, regress on so many randomly drawn steps (unbiased); None: all.
 
     Raises:
         ValueError: a problem with conditions.
@@ -97,6 +61,8 @@ class ParticleMatching(Method):
 
     num_particles: int = 4096
     refresh: int = 200
+    anchor: bool = True
+    steps: int | None = None
 
     of_noise: ClassVar[bool] = True
     tokens: ClassVar[bool] = True
@@ -106,6 +72,7 @@ class ParticleMatching(Method):
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
         check_count("refresh", self.refresh, 1)
+        check_count("steps", self.steps, 1, optional=True)
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
@@ -113,29 +80,48 @@ class ParticleMatching(Method):
             raise ValueError("particle-matching: particles need one target; make a problem with the condition fixed.")
 
     def setup(self, run: Run) -> nn.Module:
-        return _State(run, self.num_particles)
+        return TargetParticles(run, self.num_particles, self.anchor)
 
-    def step(self, state: _State, run: Run) -> dict[str, float]:
+    def step(self, state: TargetParticles, run: Run) -> dict[str, float]:
         if run.iteration % self.refresh == 0:
-            self.run_particles(state, run)
-        chain, means = run.chain, []
-        for part in range(run.accumulate):
-            if not chain.of_noise:
-                states, mean = self.learn_tokens(state, run, part)
-                means.append(mean)
-                continue
-            states, targets = self.draw(state, run, Place.MATCHING_BATCH, part)
-            shifts = shifts_along(chain, state.control, states)
-            means.append(regress(state, run, shifts, targets))
-        mean = torch.stack(means).mean(0)
-        state.observe(mean)
+            state.renew(run)
+        loss, states = (self._plain if state.anchor is None else self._anchored)(state, run)
         run.descend(Visited.of(states, None))
         reward, cost, kl, objective, error, log_z, ess = state.facts.tolist()
         found = {"objective": objective, "objective_stderr": error, "reward": reward, "running_cost": cost, "kl": kl}
-        return {**found, "log_z": log_z, "ess": ess, "loss": float(mean.sum())}
+        return {**found, "log_z": log_z, "ess": ess, "loss": loss}
+
+    def _plain(self, state: TargetParticles, run: Run) -> tuple[float, Tensor]:
+        """Add the gradients of all parts; their loss, and states of all steps."""
+        means = []
+        for part in range(run.accumulate):
+            if run.chain.of_noise:
+                states, targets = self.draw(state, run, Place.MATCHING_BATCH, part)
+                means.append(regress(state, run, shifts_along(run.chain, state.control, states), targets))
+            else:
+                states, mean = self.learn_tokens(state, run, part)
+                means.append(mean)
+        mean = torch.stack(means).mean(0)
+        state.observe(mean)
+        return float(mean.sum()), states
+
+    def _anchored(self, state: TargetParticles, run: Run) -> tuple[float, Tensor]:
+        """The same on particles and untuned ends, some of the steps."""
+        loss = 0.0
+        for part in range(run.accumulate):
+            rows, generator = _rows(state, run, Place.MATCHING_ANCHORED, part)
+            ends = Ends(state.states[0, rows], state.states[1, rows])
+            noised = Noised(state, run, ends, generator, steps_of(run, self.steps, part))
+            log_ratio = state.log_ratios[rows]
+            w, rho = 2 * log_ratio.sigmoid(), 2 * (-log_ratio).sigmoid()
+            targets = anchored_target(noised.z, noised.a.detach(), log_ratio)
+            loss += regress_both(state, run, noised, targets, w, rho) / run.accumulate
+        shape = (run.chain.steps, *noised.end.shape)
+        noise = torch.randn(shape, generator=generator, dtype=noised.z.dtype, device=noised.z.device)
+        return loss, noised.bridge.between(ends.start, ends.end, noise)
 
     @torch.no_grad()
-    def finish(self, state: _State, run: Run) -> Control:
+    def finish(self, state: TargetParticles, run: Run) -> Control:
         """The control; of a corrected mixture the mixture's alone, unless the correction has lowered the loss, which is
         the forward KL up to a constant."""
         control = super().finish(state, run)
@@ -150,50 +136,11 @@ class ParticleMatching(Method):
             gains.append((alone.square() - with_it.square()).flatten(2).sum((0, 2)))
         return control if float(torch.cat(gains).mean()) > 0 else control.base
 
-    # ---------------------------------------------------------------- particles
-
-    @torch.no_grad()
-    def run_particles(self, state: _State, run: Run) -> None:
-        problem, chain, N = run.problem, run.chain, self.num_particles
-        seed = derive_seed(run.seed, Place.MATCHING_PARTICLES, run.iteration)
-        target = tempered_ends(problem, chain, state.control)
-        _, found = adapt(target, N, seed)
-        generator = generator_for(chain.times.device, seed, Place.MATCHING_PICK)
-        rows = resample(found.log_weights, N, "systematic", generator)[0]
-        z, origin = found.z[0, rows], found.origin[0, rows]
-        if isinstance(target, NoiseTarget):
-            drawn = target.paths(z, origin)
-            if state.bridge is None:
-                state.states.copy_(drawn.states)
-                if chain.of_noise:
-                    state.draws.copy_(drawn.noises + drawn.shifts)
-            else:
-                state.states.copy_(torch.stack((drawn.states[0], drawn.end)))
-        else:
-            assert isinstance(state.bridge, ChainBridge)
-            end = target.states(z)
-            noise = torch.randn(end.shape, generator=generator, dtype=end.dtype, device=end.device)
-            state.states.copy_(torch.stack((state.bridge.start_given_end(problem.initial, end, noise), end)))
-        paths = target if isinstance(target, NoiseTarget) else NoiseTarget(problem, chain, state.control)
-        self._observe(state, run, paths, float(found.log_z))
-
-    def _observe(self, state: _State, run: Run, target: NoiseTarget, log_z: float) -> None:
-        """How good the control is now, from paths of its own."""
-        generator = generator_for(target.device, run.seed, Place.MATCHING_OWN, run.iteration)
-        z = torch.randn((run.batch_size, target.dim), generator=generator, dtype=target.dtype, device=target.device)
-        place = derive_seed(run.seed, Place.MATCHING_OWN_START, run.iteration)
-        paths = target.paths(z, target.draw_origin(run.batch_size, place))
-        metrics, log_w = path_metrics([paths]), paths.log_weights()
-        ess = float(effective_number(log_w)) / len(log_w)
-        names = ("reward", "running_cost", "kl", "objective", "objective_stderr")
-        state.facts.copy_(torch.tensor([*(metrics[name] for name in names), log_z, ess], dtype=torch.float64))
-
-    def learn_tokens(self, state: _State, run: Run, part: int) -> tuple[Tensor, Tensor]:
+    def learn_tokens(self, state: TargetParticles, run: Run, part: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of the cross-entropy of tokens: given the ends where the bridges are known, else of the
         steps of whole paths. States of all steps, and the loss of each ``(K,)``."""
         chain = run.chain
-        generator = generator_for(chain.times.device, run.seed, Place.MATCHING_TOKENS, run.iteration, part)
-        rows = torch.randint(state.states.shape[1], (run.batch_size,), generator=generator, device=chain.times.device)
+        rows, generator = _rows(state, run, Place.MATCHING_TOKENS, part)
         if state.bridge is None:
             states = state.states[:-1, rows]
             losses = -chain.log_ratio(shifts_along(chain, state.control, states), state.states[1:, rows])
@@ -206,17 +153,25 @@ class ParticleMatching(Method):
         (losses.sum(0).mean() / run.accumulate).backward()
         return states, losses.detach().mean(1)
 
-    def draw(self, state: _State, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
-        """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends."""
-        chain = run.chain
-        generator = generator_for(chain.times.device, run.seed, place, run.iteration, part)
-        size, device = state.states.shape[1], chain.times.device
-        rows = torch.randint(size, (run.batch_size,), generator=generator, device=device)
+    def draw(self, state: TargetParticles, run: Run, place: Place, part: int) -> tuple[Tensor, Tensor]:
+        """States ``(K, batch, *event)`` of paths of Q_fine, and what their noises are given the ends, less the
+        anchor."""
+        rows, generator = _rows(state, run, place, part, state.size)
         if state.bridge is None:
             return state.states[:-1, rows], state.draws[:, rows]
         start, end = state.states[0, rows], state.states[1, rows]
-        shape = (chain.steps, *end.shape)
-        noise = torch.randn(shape, generator=generator, dtype=end.dtype, device=device)
+        shape = (run.chain.steps, *end.shape)
+        noise = torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)
         assert not isinstance(state.bridge, MaskingBridge)  # its particles are learned from by learn_tokens
         states = state.bridge.between(start, end, noise)
-        return states, state.bridge.noise_given_end(states, end)
+        targets = state.bridge.noise_given_end(states, end)
+        return states, targets if state.anchor is None else targets - shifts_along(run.chain, state.anchor, states)
+
+
+def _rows(
+    state: TargetParticles, run: Run, place: Place, part: int, among: int | None = None
+) -> tuple[Tensor, torch.Generator]:
+    """Of the stored ends at random, or of the first ones, and the generator that drew them."""
+    device, among = run.chain.times.device, among or state.states.shape[1]
+    generator = generator_for(device, run.seed, place, run.iteration, part)
+    return torch.randint(among, (run.batch_size,), generator=generator, device=device), generator

@@ -39,8 +39,8 @@ class Reference(Definition):
         model, mixture: the pre-trained model, and the mixture in its place.
         exporter: how a tuned copy of the model goes back into another library's format (``pipeline_of(model)`` and
             ``save_pretrained(model, folder, states, condition)``), where it came from one; else None.
-        schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is its
-            exact time reversal.
+        schedule: the noising process, in continuous time, whose marginals it has backwards; ``reversal``: it is the
+            time reversal of its noising, exact where the model is (a discrete model's as well).
     """
 
     event_shape: torch.Size

@@ -8,7 +8,8 @@ import torch
 from cases import F64, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
-from sdecontrol.chains.bridges import ChainBridge, NoisingBridge
+from sdecontrol.chains.bridges import ChainBridge
+from sdecontrol.chains.noising import NoisingBridge
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.mixture import CorrectedControl, MixtureControl
 from sdecontrol.controls.tuned import TunedControl
@@ -245,7 +246,7 @@ def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not(mon
     state = method.setup(run)
     assert isinstance(state.control, CorrectedControl)
     assert method.finish(state, run) is state.control.base  # nothing was drawn yet
-    method.run_particles(state, run)
+    state.renew(run)
     right = MixtureControl(problem, law)
     off = MixtureControl(problem, sc.GaussianMixture(law.weights, law.means + 0.2, law.covariances))
     parts, draw = [], sc.ParticleMatching.draw
