@@ -64,7 +64,7 @@ class ByHand:
 
     def __init__(self, problem: sc.ControlProblem, batch: int, ppo: bool) -> None:
         self.problem, self.batch, self.ppo = problem, batch, ppo
-        self.chain: Any = problem.chain()
+        self.chain: Any = problem.chain().main
         self.model: Any = self.chain.model.requires_grad_(False)
         self.tuned = copy.deepcopy(self.model).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.tuned.parameters(), _RATE, fused=True)
