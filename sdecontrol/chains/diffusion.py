@@ -93,7 +93,9 @@ class Thresholding:
     largest: float = 1.0
 
     def __call__(self, x0: Tensor) -> Tensor:
-        s = torch.quantile(x0.flatten(1).abs(), self.ratio, dim=1).clamp(1.0, max(self.largest, 1.0))
+        s = torch.quantile(x0.flatten(1).abs(), self.ratio, dim=1).clamp(
+            1.0, self.largest
+        )  # as torch has it, the largest where that is below 1
         s = s.reshape(-1, *(1,) * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 

@@ -169,5 +169,6 @@ class RewardBackprop(Method):
             states = relaxed.nearest(states)
         run.descend(self._visited(run, state.control, states))
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
-        ratios = [c.log_ratio for c in found if c.log_ratio is not None]
+        # relaxed tokens have no likelihood, and so no lower bound of log Z
+        ratios = [] if relaxed is not None else [c.log_ratio for c in found if c.log_ratio is not None]
         return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha, torch.cat(ratios) if ratios else None)

@@ -67,9 +67,15 @@ class DiffusersModel(nn.Module):
             )
 
     def forward(self, x: Tensor, n: Tensor, y: Tensor | None = None) -> Tensor:
-        if y is None or self.guidance is None:
+        if self.guidance is None:
             return self._predicted(x, n, y)
+        if y is None:
+            raise ValueError("guidance needs a condition to guide to: ControlProblem(..., condition=...).")
         assert self.null is not None
+        if self.null.shape != y.shape[1:]:
+            raise ValueError(
+                f"null_condition must have the shape of one y, {tuple(y.shape[1:])}, got {tuple(self.null.shape)}."
+            )
         nothing = self.null.to(y).expand_as(y)
         without, given = self._predicted(torch.cat((x, x)), torch.cat((n, n)), torch.cat((nothing, y))).chunk(2)
         return without + self.guidance * (given - without)
@@ -305,6 +311,8 @@ def from_diffusers(
         guidance = as_float("guidance", guidance)
         if null_condition is None:
             raise ValueError("guidance needs null_condition, what stands for no condition (of an empty prompt, say).")
+    elif null_condition is not None:
+        raise ValueError("null_condition is for guidance=, the weight of classifier-free guidance, which is not given.")
     if steps is None and timesteps is None:
         steps = 50
     if lora is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..processes.modules import copied
-from ..tensors import check_count
+from ..tensors import check_count, check_positive
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
+        check_positive("alpha", self.alpha, optional=True)
+        if isinstance(self.targets, str) or not all(isinstance(name, str) for name in self.targets):
+            raise TypeError(f"targets must be several names of layers, such as ('to_q', 'to_v'), got {self.targets!r}.")
 
     def added_to(self, network: nn.Module) -> nn.Module:
         """A network with the same weights and these adapters; the given one stays as it is.
@@ -39,7 +42,11 @@ class LoRA:
             raise ImportError("LoRA needs PEFT; pip install 'sdecontrol[diffusers]'.") from error
         weights = tuple(network.parameters())
         flags = [p.requires_grad for p in weights]
-        settings = {"r": self.rank, "target_modules": list(self.targets), "lora_alpha": self.alpha or self.rank}
+        settings = {
+            "r": self.rank,
+            "target_modules": list(self.targets),
+            "lora_alpha": self.rank if self.alpha is None else self.alpha,
+        }
         try:
             return get_peft_model(copied(network, shared=weights), LoraConfig(**settings))  # type: ignore[arg-type]
         finally:

@@ -58,6 +58,11 @@ def read_scheduler(
     eta = as_float("eta", eta)
     if not 0 < eta <= 1:
         raise ValueError(f"eta must be within (0, 1], got {eta:g}: without noise there are no likelihood ratios.")
+    if use_clipped_model_output and read is not _ddim:
+        raise ValueError(
+            f"use_clipped_model_output is DDIMScheduler's, and means nothing for {names[0]}: leave it out (DDPM's mean "
+            "is made of the clipped x0^ anyway)."
+        )
     own = type(scheduler).from_config(scheduler.config)
     if timesteps is not None and steps is not None:
         raise ValueError("steps or timesteps, not both: timesteps say how many they are.")
@@ -132,18 +137,12 @@ def _ddpm(scheduler: Any, steps: int | None, timesteps: Sequence[int] | None, et
     before = [int(scheduler.previous_timestep(t)) for t in times]
     abar, ends = [every[t] for t in times], [every[n] if n >= 0 else 1.0 for n in before]
     _check_reachable(prediction, times, abar)
-    scales, x0_part, eps_part = [], [], []
-    for t, a, b in zip(times, abar, ends):
-        beta = 1 - a / b
-        of_x = math.sqrt(a / b) * (1 - b) / (1 - a)
-        variance = beta if config.variance_type == "fixed_large" else (1 - b) / (1 - a) * beta
-        scales.append(math.sqrt(variance) if t > 0 else 0.0)
-        x0_part.append(math.sqrt(b) * beta / (1 - a) + of_x * math.sqrt(a))
-        eps_part.append(of_x * math.sqrt(1 - a))
-    count = _with_noise(times, scales, "DDPMScheduler")
-    mu, std = (list(part) for part in zip(*_sizes(abar)))
-    parts = SamplerSteps(times, mu, std, x0_part, eps_part, scales).noisy(count)
-    return Sampler(scheduler, parts, prediction, _limit(config), True, {})
+    whole = SamplerSteps.implicit(times, _sizes(abar), _sizes(ends), 1.0)  # DDPM's mean is that of eta = 1
+    if config.variance_type == "fixed_large":
+        whole = replace(whole, scale=[math.sqrt(1 - a / b) for a, b in zip(abar, ends)])
+    whole = replace(whole, scale=[scale if t > 0 else 0.0 for t, scale in zip(times, whole.scale)])
+    count = _with_noise(times, whole.scale, "DDPMScheduler")
+    return Sampler(scheduler, whole.noisy(count), prediction, _limit(config), True, {})
 
 
 def _ddim(scheduler: Any, steps: int | None, timesteps: Sequence[int] | None, eta: float, clipped: bool) -> Sampler:

@@ -150,7 +150,7 @@ def solve(
         tolerance=tolerance,
         budget=_seconds(budget),
         checkpoint_every=checkpoint_every,
-        callbacks=[*callbacks, *reporting(report_to, checkpoint_dir)],
+        callbacks=[*callbacks, *reporting(report_to, checkpoint_dir, resume)],
         progress=progress,
         reason=reason,
     )

@@ -90,6 +90,7 @@ class Reporting(Callback):
     def __init__(self, tracker: Any) -> None:
         self.tracker, self._log = tracker, _log_function(tracker)
         self._failed = False
+        self._pictures = hasattr(tracker, "images")  # until a sample is none
 
     def _try(self, function: Any, *arguments: Any, **named: Any) -> None:
         if self._failed or function is None:
@@ -108,12 +109,12 @@ class Reporting(Callback):
 
     def on_step_end(self, state: TrainingState) -> None:
         self._try(self._log, dict(state.metrics), step=state.iteration)
-        images = getattr(self.tracker, "images", None)
-        if images is not None and not self._failed and state.iteration % _IMAGES_EVERY == 0:
+        if self._pictures and not self._failed and state.iteration % _IMAGES_EVERY == 0:
             assert state.solution is not None
             x = state.solution().sample(_IMAGES, seed=0)
-            if x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3):
-                self._try(images, (x.float().cpu() / 2 + 0.5).clamp(0, 1), state.iteration)
+            self._pictures = x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3)
+            if self._pictures:
+                self._try(self.tracker.images, (x.float().cpu() / 2 + 0.5).clamp(0, 1), state.iteration)
 
     def on_exception(self, state: TrainingState) -> None:
         self._try(getattr(self.tracker, "finish", None))
@@ -133,11 +134,12 @@ def _log_function(tracker: Any) -> Any:
     )
 
 
-def reporting(report_to: Any, checkpoint_dir: Any) -> list[Reporting]:
+def reporting(report_to: Any, checkpoint_dir: Any, resume: bool) -> list[Reporting]:
     """Callbacks that hand a run's metrics to what ``report_to`` names.
 
     Raises:
-        ValueError: an unknown name, or no folder. TypeError: no tracker. ImportError: its package is not installed.
+        ValueError: an unknown name, no folder, or one with the lines of another run. TypeError: no tracker.
+        ImportError: its package is not installed.
     """
     if report_to is None:
         return []
@@ -151,5 +153,9 @@ def reporting(report_to: Any, checkpoint_dir: Any) -> list[Reporting]:
             if not folder and checkpoint_dir is None:
                 raise ValueError(f"report_to={one!r}: say where, '{one}:folder', or give checkpoint_dir.")
             one = made[name](Path(folder or checkpoint_dir))
+            if isinstance(one, JsonLines) and one.path.exists() and not resume:
+                raise ValueError(
+                    f"report_to={report_to!r}: {one.path} is of another run; give another folder, or move it."
+                )
         found.append(Reporting(one))
     return found

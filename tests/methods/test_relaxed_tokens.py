@@ -289,3 +289,13 @@ def test_a_control_of_tokens_alone_is_refused():
 def test_temperatures_are_positive(temperature):
     with pytest.raises(ValueError, match="temperature"):
         sc.RewardBackprop(temperature=temperature)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_no_lower_bound_is_reported_where_there_is_no_likelihood(straight_through):
+    """It would be E r/alpha without the KL, which the end of a run is decided by."""
+    method = sc.RewardBackprop(straight_through=straight_through)
+    control = Table(a_table(), JOINT.states, V + 1)
+    options = {"iterations": 2, "batch_size": 64, "seed": 0, "progress": False}
+    history = sc.solve(problem_of(), method, control=control, **options).history
+    assert all(metrics["kl"] > 0.1 and "elbo" not in metrics for metrics in history)

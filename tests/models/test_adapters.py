@@ -158,5 +158,9 @@ def test_adapters_that_cannot_be_trained_are_refused():
         problem_of(model)
     with pytest.raises(ValueError, match="rank"):
         sc.LoRA(0)
+    with pytest.raises(ValueError, match="alpha"):
+        sc.LoRA(2, alpha=0.0)
+    with pytest.raises(TypeError, match="targets must be several names"):
+        sc.LoRA(2, "to_q")
     with pytest.raises(ValueError, match="to_nothing"):
         sc.from_diffusers(unet(), DDPMScheduler(), lora=sc.LoRA(2, ("to_nothing",)))

@@ -112,6 +112,7 @@ LIMITS = {
     "none": {"clip_sample": False},
     "clipped": {"clip_sample": True, "clip_sample_range": 0.8},
     "thresholded": {"thresholding": True, "sample_max_value": 1.3, "dynamic_thresholding_ratio": 0.9},
+    "thresholded below 1": {"thresholding": True, "sample_max_value": 0.7},
 }
 
 
@@ -176,9 +177,18 @@ def test_timesteps_of_one_s_own(fixed_noise):
         assert torch.allclose(mean, own, atol=1e-12) and torch.allclose(scale, own_scale, atol=1e-12)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_flow_with_its_own_noise_has_its_scheduler_s_steps(shift, fixed_noise):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+SIGMAS = {
+    "plain": {},
+    "shifted": {"shift": 3.0},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("sigmas", SIGMAS)
+def test_a_flow_with_its_own_noise_has_its_scheduler_s_steps(sigmas, fixed_noise):
+    scheduler = FlowMatchEulerDiscreteScheduler(**SIGMAS[sigmas], stochastic_sampling=True)
     chain = sc.from_diffusers(StandIn(), scheduler, steps=8, shape=SHAPE)
     scheduler.set_timesteps(8)
     check(chain, scheduler, scheduler.timesteps, atol=1e-5)  # its step is in float32
@@ -376,6 +386,13 @@ def test_embeddings_and_guidance_reach_a_conditional_network():
         given = model(x, clock, encoder_hidden_states=y).sample
         nothing = model(x, clock, encoder_hidden_states=null.expand(5, -1, -1)).sample
         assert torch.allclose(chain.prediction_at(2, x, y), nothing + 2.5 * (given - nothing), atol=1e-5)
+    reward = lambda x, y=None: x.flatten(1).sum(1)  # noqa: E731
+    with pytest.raises(ValueError, match="guidance needs a condition to guide to"):
+        sc.ControlProblem(chain, reward=reward, start="fixed")
+    with pytest.raises(ValueError, match=r"null_condition must have the shape of one y, \(2, 6\)"):
+        sc.ControlProblem(chain, reward=reward, start="fixed", condition=torch.zeros(4, 2, 6))
+    with pytest.raises(ValueError, match="null_condition is for guidance="):
+        sc.from_diffusers(model, DDIMScheduler(), null_condition=null)
     with pytest.raises(ValueError, match="guidance needs null_condition"):
         sc.from_diffusers(model, DDIMScheduler(), guidance=2.0)
 
@@ -459,6 +476,12 @@ BAD = {
         {},
         ValueError,
         "use_dynamic_shifting",
+    ),
+    "clipping of another sampler": (
+        (DDPMScheduler(),),
+        {"use_clipped_model_output": True},
+        ValueError,
+        "use_clipped_model_output is DDIMScheduler's",
     ),
     "an unknown condition": ((DDPMScheduler(),), {"condition_kwarg": "prompt"}, ValueError, "condition_kwarg='prompt'"),
 }

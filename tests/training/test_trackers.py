@@ -57,6 +57,14 @@ def test_of_a_resumed_run_every_iteration_has_one_line(tmp_path):
     assert [line["objective"] for line in lines(path)] == [metrics["objective"] for metrics in solution.history]
 
 
+def test_lines_of_another_run_are_not_lost(tmp_path):
+    quick(iterations=2, report_to=f"jsonl:{tmp_path}")
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="is of another run"):
+        quick(iterations=2, report_to=f"jsonl:{tmp_path}")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize("name", ["log", "log_metrics"])
 def test_trackers_of_one_s_own_get_all_metrics(name):
     seen = []
