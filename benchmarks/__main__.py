@@ -18,6 +18,7 @@ from .methods import methods
 from .mixture import mixture
 from .optimum import optimum
 from .orders import orders
+from .receding_horizon import receding_horizon
 from .speed.command import speed
 from .unet import unet_suite
 from .verdicts import verdicts
@@ -37,6 +38,7 @@ app.command()(methods)
 app.command()(mixture)
 app.command()(optimum)
 app.command()(orders)
+app.command("receding-horizon")(receding_horizon)
 app.command()(speed)
 app.command("unet")(unet_suite)
 app.command()(verdicts)

@@ -15,12 +15,13 @@ from .evaluation.metrics import (
     sliced_wasserstein,
     wasserstein,
 )
-from .evaluation.sequence_metrics import kmer_distance, kmer_spectrum, total_variation
+from .evaluation.sequence_metrics import edit_diversity, kmer_distance, kmer_spectrum, total_variation
 
 __all__ = [
     "ControlError",
     "ModeCoverage",
     "control_error",
+    "edit_diversity",
     "energy_wasserstein",
     "kmer_distance",
     "kmer_spectrum",

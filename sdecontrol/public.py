@@ -13,6 +13,7 @@ from .chains.masked import masked_diffusion
 from .chains.noise_driven import discrete_dynamics
 from .comparison.auto import Auto
 from .comparison.compare import compare
+from .comparison.receding_horizon import RecedingHorizon
 from .comparison.recommend import recommend
 from .controls.base import Control
 from .errors import BadFileError, ImproperTarget, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
@@ -114,6 +115,7 @@ __all__ = [
     "PathIntegralGuidance",
     "Quadratic",
     "QuadraticCost",
+    "RecedingHorizon",
     "Reinforce",
     "RewardBackprop",
     "RewardWeightedMLE",

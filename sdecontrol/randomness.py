@@ -210,6 +210,8 @@ class Place(enum.IntEnum):
     AUTO_SEARCH = 910  # auto: for modes, before the first round
     AUTO_ROUND = 911  # [iteration]
     AUTO_FIT = 912  # [rounds]
+    RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
+    RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]
 
     # cli
     SAMPLE_EVALUATION = 1001  # sdecontrol sample

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    FIGURES,
     BatchOption,
     DebugOption,
     JsonOption,
@@ -17,6 +18,7 @@ from .common import (
     ProblemArgument,
     SaveOption,
     StepsOption,
+    check_file,
     given,
     handles_errors,
     note,
@@ -39,6 +41,9 @@ def solve(
     batch_size: BatchOption = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.", show_default="the control's")] = None,
     paths: Annotated[int, typer.Option(min=64, help="Paths of the evaluation.")] = 4096,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a figure: paths, control, what is spent, value.")
+    ] = None,
     save: SaveOption = None,
     seed: OwnSeedOption = None,
     as_json: JsonOption = False,
@@ -56,10 +61,13 @@ def solve(
 
     Example:  [bold]sdecontrol solve ou-quadratic-easy --iterations 500 --seed 0[/bold]
 
+    Example:  [bold]sdecontrol solve double-well-1d --figure solution.png[/bold]
+
     Example:  [bold]sdecontrol solve problem.toml --save runs/first --json[/bold]
     """
     from ..training import solve as training
 
+    check_file("--figure", figure, FIGURES)
     made, defaults, name = problem_of(problem)
     settings: dict[str, Any] = {
         "seed": 0,
@@ -74,6 +82,9 @@ def solve(
     exact = _exact(solution, paths)
     if save is not None:
         solution.save(save)
+    if figure is not None:
+        drawn, _ = solution.plot(seed=settings["seed"], title=f"{name}: {solution.method}")
+        drawn.savefig(figure, facecolor="white")
     if as_json:
         print_json(
             {
@@ -85,6 +96,7 @@ def solve(
                 "evaluation": evaluation.as_dict(),
                 "exact": exact,
                 "saved": None if save is None else str(save),
+                "figure": None if figure is None else str(figure),
             }
         )
         return
@@ -93,6 +105,8 @@ def solve(
     _print_exact(exact)
     if save is not None:
         note(f"saved in {save}")
+    if figure is not None:
+        note(f"figure in {figure}")
 
 
 def problem_of(text: str) -> tuple[ControlProblem, dict[str, Any], str]:

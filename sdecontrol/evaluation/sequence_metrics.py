@@ -1,4 +1,4 @@
-"""Distances between sets of token sequences: total variation where states can be listed, and spectra of k-mers."""
+"""Of sets of token sequences: total variation where states can be listed, spectra of k-mers, diversity by edits."""
 
 from __future__ import annotations
 
@@ -73,3 +73,31 @@ def kmer_spectrum(samples: Tensor, vocabulary: int, k: int = 3) -> Tensor:
 def kmer_distance(a: Tensor, b: Tensor, vocabulary: int, k: int = 3) -> float:
     """Total variation between the k-mer spectra of two sets of sequences ``(n, L)``, ``(m, L')``, between 0 and 1."""
     return float(0.5 * (kmer_spectrum(a, vocabulary, k) - kmer_spectrum(b, vocabulary, k)).abs().sum())
+
+
+def edit_diversity(samples: Tensor, most: int = 1024) -> float:
+    """The mean Levenshtein distance (insertions, deletions, substitutions) between two of the samples, over their
+    length: 0 where all are alike. Of independent uniform letters it is less than the share of places that differ, since
+    sequences are aligned: hold it against that of exact samples, or of the untuned model's.
+
+    Args:
+        samples: ``(n, L)`` int64 tokens, n >= 2. most: compare the first so many only, in the time of their square.
+
+    Raises:
+        TypeError, ValueError: naming the argument. ImportError: the extra "sequences" is missing.
+    """
+    check_count("most", most, 2)
+    values = int(samples.max()) + 1 if isinstance(samples, Tensor) and samples.numel() else 1
+    x = _tokens("samples", samples, values)[:most]
+    if len(x) < 2:
+        raise ValueError("samples must have at least two rows: diversity is of pairs.")
+    if not x.shape[1]:
+        raise ValueError("samples must have at least one token a row.")
+    try:
+        from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.process import cdist
+    except ImportError as error:
+        raise ImportError("edit_diversity needs rapidfuzz: pip install 'sdecontrol[sequences]'.") from error
+    rows = ["".join(map(chr, row)) for row in x.tolist()]
+    total = int(cdist(rows, rows, scorer=Levenshtein.distance, workers=1).sum())
+    return total / (len(rows) * (len(rows) - 1) * x.shape[1])

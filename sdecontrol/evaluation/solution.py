@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
 from ..randomness import Place, derive_seed
-from ..shapes import PerPath, Samples
+from ..shapes import PerPath, Samples, States
 from ..tensors import check_count
 from .evaluate import Evaluation, evaluate
 
@@ -158,6 +159,44 @@ class Solution:
             samples = paths.samples  # the last step of a discrete model calls it
             reward = self.problem.reward(samples, paths.condition)
             return samples, paths.towards(self.problem, reward).log_weights()
+
+    def value(
+        self, x: States, t: float, n: int = 256, seed: int | None = None, *, condition: Tensor | None = None
+    ) -> PerPath:
+        """``v(x, t) = alpha log E_{Q0}[exp((r - int_t f)/alpha) | X_t = x]``, ``(batch,)``, estimated by n weighted
+        paths of the control from each state: ``alpha log mean w``, too small in the mean by about
+        ``alpha var(w)/(2 n)``, the less the better the control.
+
+        Args:
+            x: ``(batch, *event)``. t: the step of the chain that contains it. condition: of each row, where the problem
+                has one.
+        """
+        check_count("n", n)
+        chain, alpha = self.chain, self.problem.alpha
+        y = None if condition is None else condition.repeat_interleave(n, 0)
+        how = SimulationOptions(state=x.repeat_interleave(n, 0), step=chain.step_at(float(t)))
+        options: dict[str, Any] = {"seed": seed, "keep": "end", "condition": y, "how": how}
+        paths = simulate_chain(self.problem, chain, len(x) * n, self.control, **options).towards(self.problem)
+        with torch.no_grad():
+            return alpha * (paths.log_weights().unflatten(0, (-1, n)).logsumexp(1) - math.log(n))
+
+    def plot(self, n: int = 256, seed: int = 0, title: str = "") -> tuple[Any, Any]:
+        """Paths beside the reference's, the control, what is spent until t and the value, in panels: matplotlib's
+        ``(figure, axes)``, neither shown nor written (``figure.savefig("solution.png")``).
+
+        Args:
+            n: paths of the control, and as many of the reference. seed: of both. title: of the figure.
+
+        Raises:
+            ValueError: states are tokens.
+        """
+        from .path_figure import path_figure
+
+        if not self.chain.of_noise:
+            raise ValueError("plot is of states that are numbers; of tokens look at solution.sample(n).")
+        own = self.simulate(n, seed).towards(self.problem)
+        free = simulate_chain(self.problem, self.chain, n, None, seed=seed, keep="states")
+        return path_figure(own, free, lambda x, t, m, y: self.value(x, t, m, seed, condition=y), title)
 
     def evaluate(
         self, n: int = 4096, seed: int | None = None, *, confirm: bool | int = True, batch_size: int | None = None

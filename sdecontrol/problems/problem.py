@@ -266,6 +266,14 @@ class ControlProblem(Definition):
         other.alpha = as_float("alpha", alpha, positive=True)
         return other
 
+    def started_at(self, x: Tensor) -> ControlProblem:
+        """The same problem from a point ``x (*event)``, on the same chains."""
+        other = copy.copy(self)
+        other.initial = other.origin = Dirac(x)
+        other.start, other.from_point, other.random_start = "fixed", True, False
+        other._chains = {} if self.start == "controlled" else self._chains
+        return other
+
     def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
         """The chain that simulates this problem: the reference's, after the learned start.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class SDE(Reference):
     ) -> None:
         if (dim is None) == (shape is None):
             raise TypeError("give exactly one of dim (vector states) and shape (states of any rank).")
+        if dim is not None and not isinstance(dim, Integral):
+            raise TypeError(f"dim must be an int, the size of a vector state, got {dim!r}; shape=(...) is for images.")
         self.event_shape = torch.Size((int(dim),) if dim is not None else tuple(int(n) for n in shape or ()))
         if len(self.event_shape) == 0 or min(self.event_shape) < 1:
             raise ValueError(

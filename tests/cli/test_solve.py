@@ -148,3 +148,12 @@ def test_debug_shows_the_traceback(run) -> None:
 def test_help_has_an_example(run, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0 and f"Example:  sdecontrol {command}" in result.stdout
+
+
+def test_figure(run, tmp_path: Path) -> None:
+    arguments = ("solve", "ou-linear", "--iterations", "2", "--time-steps", "5", "--paths", "64", "--json")
+    path = tmp_path / "solution.png"
+    assert only_json(run(*arguments, "--figure", str(path)))["figure"] == str(path)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    result = run(*arguments, "--figure", str(tmp_path / "solution.txt"))
+    assert result.exit_code != 0 and "--figure" in result.stderr

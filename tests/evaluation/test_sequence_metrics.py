@@ -34,6 +34,28 @@ def test_spectra_count_words_in_order():
     assert sc.metrics.kmer_distance(x, x.flip(1), 3, k=1) == 0.0 < sc.metrics.kmer_distance(x, x.flip(1), 3, k=2)
 
 
+def test_diversity_counts_edits_of_all_pairs():
+    x = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0], [0, 1, 2, 3]])  # a shift: one deletion, one insertion
+    assert sc.metrics.edit_diversity(x) == pytest.approx((2 + 0 + 2) / 3 / 4)
+    assert sc.metrics.edit_diversity(x[::2]) == 0.0
+    assert sc.metrics.edit_diversity(x, most=2) == pytest.approx(0.5)
+    torch.manual_seed(0)
+    y = torch.randint(3, (40, 7))
+    pairs = [(a, b) for i, a in enumerate(y.tolist()) for b in y.tolist()[:i]]
+    assert sc.metrics.edit_diversity(y) == pytest.approx(sum(edits(a, b) for a, b in pairs) / len(pairs) / 7)
+
+
+def edits(a, b):
+    """The Levenshtein distance by its recursion."""
+    last = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        row = [i]
+        for j, right in enumerate(b, 1):
+            row.append(min(row[-1] + 1, last[j] + 1, last[j - 1] + (left != right)))
+        last = row
+    return last[-1]
+
+
 def test_bad_input_is_named():
     x = torch.tensor([[0, 1, 1]])
     with pytest.raises(TypeError, match="law must be a single FiniteLaw"):
@@ -46,3 +68,9 @@ def test_bad_input_is_named():
         sc.metrics.kmer_spectrum(x - 1, 2)
     with pytest.raises(ValueError, match="k must be 3 at most"):
         sc.metrics.kmer_spectrum(x, 2, k=4)
+    with pytest.raises(ValueError, match="samples must have at least two rows"):
+        sc.metrics.edit_diversity(x)
+    with pytest.raises(TypeError, match="samples must be int64"):
+        sc.metrics.edit_diversity(x.float())
+    with pytest.raises(ValueError, match="samples has tokens from -1"):
+        sc.metrics.edit_diversity(torch.tensor([[0, -1], [0, 1]]))
