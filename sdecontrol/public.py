@@ -46,6 +46,7 @@ from .methods import (
 )
 from .models.diffusers import from_diffusers
 from .models.lora import LoRA
+from .models.pyro import from_pyro
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
@@ -136,6 +137,7 @@ __all__ = [
     "fit_masked_diffusion",
     "fit_score",
     "from_diffusers",
+    "from_pyro",
     "generative_sde",
     "gibbs_problem",
     "library",

@@ -60,6 +60,7 @@ class Place(enum.IntEnum):
     GIBBS_PILOT = 212  # the pilot run of a Gibbs problem
     GIBBS_END = 213  # draws of the reference's end at which the density is tried
     GIBBS_END_CONDITION = 214
+    PRIOR = 215  # draws of a density's priors
     PILOT_SCAN = 220  # [count]
     PILOT_SCAN_CONDITION = 221  # [count]
     PILOT_CHAINS = 222
@@ -114,6 +115,9 @@ class Place(enum.IntEnum):
     PARTICLE_LOOK = 513  # as EVALUATION_LOOK
     CANDIDATES = 514  # of rejection sampling [round]
     ACCEPTANCE = 515  # [round]
+    POSTERIOR_EVALUATION = 518  # what is said beside draws
+    POSTERIOR_WEIGHTED = 516  # weighted draws
+    POSTERIOR_DRAWN = 517  # draws among these
     CHAIN_ORDER = 520  # of draws of Markov chains
     CHAIN_LOG_Z = 521  # a run for log Z alone
     BRIDGE_FIT = 522  # the mixture of bridge sampling
@@ -191,6 +195,7 @@ class Place(enum.IntEnum):
 
     # models
     SCHEDULER_STEPS = 750  # states at which a scheduler's own steps are compared with its numbers
+    PYRO_TRACE = 752  # a run of a model that shows its variables
     LAST_STEP = 751  # paths at whose ends a stock sampler's last step is compared with this one
 
     # library
@@ -222,6 +227,7 @@ class Place(enum.IntEnum):
     SAMPLE_FIGURE = 1006
     SAMPLE_CERTIFICATE = 1007
     SAMPLE_CERTIFICATE_EXACT = 1008
+    SAMPLE_CORNER = 1009
     DEMO_SPLIT = 1020  # sdecontrol demo: digits to train on and to test with
     DEMO_CLASSIFIER = 1021
     DEMO_MODEL = 1022

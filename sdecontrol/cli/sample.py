@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _FILES = (".npy", ".pt", ".safetensors")
 _DENSE = 20_000  # exact samples of the figure
+_MOST_RANKED = 100_000  # samples of quantiles
 _MOST_NOISES = 1000  # of a path, up to which a certificate without exact samples is made unasked
 
 
@@ -44,6 +45,23 @@ def sample(
     ],
     dim: Annotated[
         int | None, typer.Option(min=1, help="Dimension of the states; needed for a function of your own.")
+    ] = None,
+    names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of the parameters of a function of your own.")
+    ] = None,
+    support: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,...",
+            help="Where each lives: low:high, with an open end left out (0:), or real, positive, unit_interval; one "
+            "for all, or one for each.",
+        ),
+    ] = None,
+    one_point: Annotated[
+        bool, typer.Option("--one-point", help="Your function takes one point, (dim,), and gives a number.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that call it at once; with --one-point.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="The method.", show_default="recommend's first: auto")] = None,
     budget: Annotated[
@@ -95,8 +113,10 @@ def sample(
 
     Named targets: gmm9, gmm40-2d, gmm40-50d, funnel, many-well-5,
     many-well-32, many-well-50, dw-4, lj-13, logistic-regression, phi4-8. Or a function module:function of your own,
-    (batch, dim) -> (batch,), the log density up to a constant, in a module in this folder or importable (its code
-    runs).
+    (batch, dim) -> (batch,), the log density up to a constant, of torch's tensors or numpy's arrays, in a module in
+    this folder or importable (its code runs); or a gibbs_problem that your module has made, with priors and all.
+
+    Samples are in your own parameters; --figure is a corner plot where they have names or bounds.
 
     Log weights of samples are towards the density: the mean of their exponentials estimates Z. A .npy file holds the
     samples, and a second one beside it, FILE-log-weights.npy, their log weights.
@@ -106,26 +126,37 @@ def sample(
     Example:  [bold]sdecontrol sample funnel --method particle-matching --budget 60s --json[/bold]
 
     Example:  [bold]sdecontrol sample my_model:log_density --dim 10 --samples draws.npy[/bold]
+
+    Example:  [bold]sdecontrol sample my_model:log_density --names rate,size --support 0:,0:1 --figure fit.png[/bold]
     """
     from ..problems.gibbs import gibbs_problem
     from ..training import solve as training
 
     check_file("--figure", figure, FIGURES)
     check_file("--samples", samples, _FILES)
-    density, known, dim, name = _density(target, dim)
+    density, known, dim, name = _density(target, dim, names is not None or support is not None)
+    stated = _stated(names, support, one_point, workers)
+    made = _is_made(density)
+    if stated and (known is not None or made):
+        raise ValueError("--names, --support, --one-point and --workers: only for a log density of your own.")
     if reference_samples and known is None:
         raise ValueError("--reference-samples: only for named targets; a function of your own has no long runs.")
-    counted = _Counted(density, name)
     began = time.monotonic()
-    problem = gibbs_problem(counted, dim, reference=reference, scale=scale, seed=seed)
+    if made:
+        problem, reference = density, density.kind
+        if scale is not None:
+            raise ValueError("--scale: the problem has been made already; leave it out.")
+    else:
+        problem = gibbs_problem(density, dim, reference=reference, scale=scale, seed=seed, **stated)
     settings: dict[str, Any] = {"method": method, "seed": seed, "time_steps": time_steps}
     settings.update(given(iterations=iterations, budget=budget))
     solution = training.solve(problem, progress=True, **settings)
-    seconds, evaluations = time.monotonic() - began, counted.rows
+    seconds, evaluations = time.monotonic() - began, problem.density.evaluations
     found = _judge(solution, known, n, seed, certificate, reference_samples)
-    total = {"seconds": time.monotonic() - began, "evaluations": counted.rows}
+    total = {"seconds": time.monotonic() - began, "evaluations": problem.density.evaluations}
     if samples is not None:
-        _write(samples, *found.weighted)
+        x, log_w = found.weighted
+        _write(samples, problem.parameters.flat(x), log_w)
     if figure is not None:
         found.figure(f"{name}: {solution.method}", seed).savefig(figure, facecolor="white")
     if save is not None:
@@ -136,7 +167,7 @@ def sample(
             {
                 "target": name,
                 "version": None if known is None else known.version,
-                "dim": dim,
+                "dim": problem.dim,
                 "settings": {**settings, "method": solution.method, "reference": reference, "scale": scale},
                 "reason": solution.details.get("reason"),
                 "iterations": solution.iterations,
@@ -149,7 +180,7 @@ def sample(
             }
         )
         return
-    print(f"{name}, d = {dim}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s")
+    print(f"{name}, d = {problem.dim}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s")
     print(f"{evaluations} evaluations of the log density, {total['evaluations']} with those of what follows\n")
     found.show()
     for what, path in files.items():
@@ -187,9 +218,24 @@ class _Judged:
             return None
         return {"nats": found.value - log_z, "standard_errors": (found.value - log_z) / found.stderr}
 
+    @property
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Moments and quantiles of each number of the parameters, by the sampler's samples."""
+        import torch
+
+        parameters: Any = self.solution.problem.parameters  # type: ignore[attr-defined]
+        x = parameters.flat(self.own).double()
+        low, middle, high = torch.quantile(x[:_MOST_RANKED], torch.tensor([0.05, 0.5, 0.95], dtype=x.dtype), dim=0)
+        columns = {"mean": x.mean(0), "sd": x.std(0), "5%": low, "50%": middle, "95%": high}
+        return {
+            label: {name: float(values[i]) for name, values in columns.items()}
+            for i, label in enumerate(parameters.labels)
+        }
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "report": self.solution.details.get("report"),
+            "parameters": self.summary,
             "evaluation": self.evaluation.as_dict(),
             "exact_log_z": self.log_z,
             "deviation": self.deviation,
@@ -201,6 +247,10 @@ class _Judged:
         from ..evaluation.sample_figure import sample_figure
         from ..randomness import Place, derive_seed
 
+        if not _unnamed(self.solution.problem):
+            figure = self.solution.plot_corner(len(self.own), derive_seed(seed, Place.SAMPLE_CORNER))[0]
+            figure.suptitle(title, fontsize=10)
+            return figure
         exact, name = None if self.exact is None else self.exact.x, "long tempered runs"
         if self.known is not None and self.known.has_samples:
             exact, name = self.known.sample(_DENSE, derive_seed(seed, Place.SAMPLE_FIGURE)), "exact samples"
@@ -232,6 +282,11 @@ class _Judged:
             print(f"left of wells {shares}")
         if self.known is not None and exact is None and self.known.name:
             print("reference     no exact sampler; --reference-samples compares with long tempered runs")
+        if not _unnamed(self.solution.problem):
+            width = max(len(label) for label in self.summary)
+            print(f"\n{'':<{width}}  {'mean':>10} {'sd':>10} {'5%':>10} {'50%':>10} {'95%':>10}")
+            for label, row in self.summary.items():
+                print(f"{label:<{width}}  " + " ".join(f"{value:>10.4g}" for value in row.values()))
         if self.certificate is not None:
             of = "the control's paths" if _particles(self.solution) else "the sampler's paths"
             print(f"\ncertificate of {of}\n{self.certificate}")
@@ -246,7 +301,7 @@ def _judge(
 
     note("evaluating ...")
     evaluation = solution.evaluate(n, seed=derive_seed(seed, Place.SAMPLE_EVALUATION))
-    x, log_w = solution.weighted_sample(n, seed=derive_seed(seed, Place.SAMPLE_WEIGHTED))
+    x, log_w = solution.weighted_sample(n, seed=derive_seed(seed, Place.SAMPLE_WEIGHTED), raw=True)
     exact = _reference(known, n, seed, long_runs)
     certified, why_not = _certificate(solution, known, n, seed, certificate)
     own = _drawn(solution, x, log_w, seed)
@@ -254,22 +309,41 @@ def _judge(
     return _Judged(solution, known, evaluation, (x, log_w), own, exact, certified, why_not, distances)
 
 
-class _Counted:
-    """A log density that counts the rows it is called with (with a gradient or without)."""
+def _stated(names: str | None, support: str | None, one_point: bool, workers: int | None) -> dict[str, Any]:
+    """What the options say of a function's parameters, as arguments of gibbs_problem."""
+    found: dict[str, Any] = {"vectorised": False} if one_point else {}
+    if workers is not None:
+        found["workers"] = workers
+    if names is not None:
+        found["names"] = [name.strip() for name in names.split(",")]
+    if support is not None:
+        each = [_support(part.strip()) for part in support.split(",")]
+        found["support"] = each if len(each) > 1 or names is not None else each[0]
+        if len(each) == 1 and names is not None:
+            found["support"] = each * len(found["names"])
+    return found
 
-    def __init__(self, function: Any, name: str) -> None:
-        self.function, self.rows, self.__name__ = function, 0, name
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.rows += x.shape[0]
-        return self.function(x)
+def _support(text: str) -> Any:
+    if ":" not in text:
+        return text
+    try:
+        low, high = (float(end) if end.strip() else None for end in text.split(":"))
+    except ValueError:
+        raise ValueError(f"--support: {text!r} is no low:high; an open end is left out, as in 0: .") from None
+    return low, high
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
-        return self  # copies of a solution count here too
+
+def _is_made(found: Any) -> bool:
+    """Whether it is a whole problem, and no function."""
+    from ..problems.gibbs import GibbsProblem
+
+    return isinstance(found, GibbsProblem)
 
 
-def _density(text: str, dim: int | None) -> tuple[Any, Target | None, int, str]:
-    """The log density, the target if it is one, its dimension and name."""
+def _density(text: str, dim: int | None, stated: bool) -> tuple[Any, Target | None, int | None, str]:
+    """The log density (or a whole problem), the target if it is one, its dimension and name; of a function whose
+    parameters are ``stated`` otherwise the dimension may be missing."""
     from ..library.target_base import Target
     from ..library.targets import named_target
     from .objects import import_object
@@ -281,15 +355,24 @@ def _density(text: str, dim: int | None) -> tuple[Any, Target | None, int, str]:
             found = import_object(text, Path.cwd())
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from error
+    if _is_made(found):
+        if dim is not None:
+            raise ValueError(f"--dim: {text} has been made already, with {found.dim} coordinates; leave it out.")
+        return found, None, None, text
     if not isinstance(found, Target):
         if not callable(found):
             raise TypeError(f"{text} is a {type(found).__name__}, not a log density x -> (batch,).")
-        if dim is None:
+        if dim is None and not stated:
             raise ValueError(f"--dim is missing: the dimension of the states of {text}, e.g. --dim 2.")
         return found, None, dim, text
     if dim is not None and dim != found.dim:
         raise ValueError(f"--dim: {text} has dimension {found.dim}, not {dim}; leave it out.")
     return found, found, found.dim, found.name or text
+
+
+def _unnamed(problem: Any) -> bool:
+    """Whether its parameters are plain numbers without names of their own."""
+    return problem.parameters.identity and problem.parameters.labels[0] == "x[0]"
 
 
 def _particles(solution: Solution) -> bool:

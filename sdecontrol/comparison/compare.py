@@ -307,7 +307,7 @@ def _measure(
 ) -> dict[str, Estimate]:
     """All columns of one solution."""
     with measuring(solution.problem.device) as sampling:
-        samples = solution.sample(n, seed=derive_seed(seed, Place.COMPARISON_SAMPLES))
+        samples = solution.sample(n, seed=derive_seed(seed, Place.COMPARISON_SAMPLES), raw=True)
     place = derive_seed(seed, Place.COMPARISON_EVALUATION)
     evaluation = solution.evaluate(n, seed=place)
     out = {name: getattr(evaluation, name) for name in ("reward", "kl", "gap", "ess")}

@@ -103,8 +103,8 @@ def certify(
 
     Args:
         samples: independent draws of the target, ``(m, *event)``, where there are any (linear references without
-            running cost: Gibbs problems among them). None: tempered particles stand for them, whose own errors are then
-            part of all that is said.
+            running cost: Gibbs problems among them, whose samples are in the user's own parameters). None: tempered
+            particles stand for them, whose own errors are then part of all that is said.
         modes: ``(modes, *event)``; the share of samples nearest to each is reported, and one that is visited far too
             rarely raises the alarm.
         n: paths of the sampler, and particles.
@@ -116,6 +116,8 @@ def certify(
     check_count("n", n, 64)
     if problem.condition is not None:
         raise ValueError("condition: certify one target at a time; make a problem with the condition fixed.")
+    samples = None if samples is None else problem.coordinates_of(samples)
+    modes = None if modes is None else problem.coordinates_of(modes)
     paths = solution.simulate(n, seed, keep="end")
     with torch.no_grad(), problem.evaluating():
         reverse, ends = log_weights(problem, paths).double(), paths.samples

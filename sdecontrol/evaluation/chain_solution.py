@@ -20,7 +20,7 @@ from ..particles.tempering import StateTarget, points_at
 from ..problems.problem import ControlProblem
 from ..processes.laws import draw
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
-from ..shapes import PerPath, Samples
+from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, bridge_log_z, chain_mean, log_mean_weight, pareto_k
 from .evaluate import Evaluation, budget_of
@@ -127,16 +127,21 @@ class ChainSolution(Solution):
 
     # ---------------------------------------------------------------- samples
 
-    def sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> Samples:
-        """``(n, dim)`` draws in random order, as many of each chain as are needed. Draws of one chain depend on one
-        another."""
+    def sample(self, n: int, seed: int | None = None, *, condition: Any = None, raw: bool = False) -> Any:
+        """n draws in random order, as many of each chain as are needed, in the user's own parameters
+        (:meth:`Solution.sample`). Draws of one chain depend on one another."""
         if condition is not None:
             raise ValueError("condition: chains sample one density, which has none.")
         seed = fresh_seed(seed)
         found = self.run(-(-n // self.chains.num_chains), seed)
         flat = found.z.flatten(0, 1)
         generator = generator_for(flat.device, seed, Place.CHAIN_ORDER)
-        return self.target.states(flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:n]])
+        x = self.target.states(flat[torch.randperm(len(flat), generator=generator, device=flat.device)[:n]])
+        return x if raw else self.problem.as_stated(x)
+
+    def coordinates_by_chain(self, n: int, seed: int) -> torch.Tensor:
+        """As many draws of each chain as n need, in order: ``(chains, draws, dim)``, unconstrained coordinates."""
+        return self.target.states(self.run(-(-n // self.chains.num_chains), seed).z)
 
     @cached_property
     def log_z(self) -> Estimate:
@@ -144,11 +149,13 @@ class ChainSolution(Solution):
         seed = derive_seed(fresh_seed(self.seed), Place.CHAIN_LOG_Z)
         return self._bridge(self.run(_LEAST_DRAWS, seed), seed)[0]
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
+    def weighted_sample(
+        self, n: int, seed: int | None = None, *, condition: Any = None, raw: bool = False
+    ) -> tuple[Any, PerPath]:
         """:meth:`sample` with equal log weights ``(n,)``, each :attr:`log_z`: draws of chains know no Z of their own,
         and all stand for the same share of the target."""
-        x = self.sample(n, seed, condition=condition)
-        return x, torch.full_like(x[:, 0], self.log_z.value)
+        x = self.sample(n, seed, condition=condition, raw=True)
+        return x if raw else self.problem.as_stated(x), torch.full_like(x[:, 0], self.log_z.value)
 
     # ---------------------------------------------------------------- evaluation
 

@@ -19,7 +19,7 @@ from ..paths.rows import by_chunks
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
-from ..shapes import PerPath, Samples
+from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
 from .evaluate import Evaluation, budget_of, gap_estimate, log_weights
@@ -81,9 +81,10 @@ class ParticleSolution(Solution):
     def _one_each(self) -> bool:
         return self.particles.independent or self.problem.condition is not None
 
-    def _decode(self, x: Tensor, condition: Any, batch_size: int | None) -> Tensor:
+    def _decode(self, x: Tensor, condition: Any, batch_size: int | None, raw: bool) -> Any:
         with torch.no_grad(), self.problem.evaluating():
-            return by_chunks(lambda x, y: [self.chain.decode(x, y)], batch_size, x, condition)[0]
+            decoded = by_chunks(lambda x, y: [self.chain.decode(x, y)], batch_size, x, condition)[0]
+            return decoded if raw else self.problem.as_stated(decoded)
 
     def _pick(self, found: Particles, seed: int) -> Tensor:
         """The particle of each system that is its sample, ``(M,)``."""
@@ -96,60 +97,75 @@ class ParticleSolution(Solution):
         return torch.randperm(count, generator=generator_for(device, seed, Place.PARTICLE_ORDER), device=device)
 
     def sample(
-        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
-    ) -> Samples:
-        """``(n, *event)`` decoded samples, all of the same weight.
+        self,
+        n: int,
+        seed: int | None = None,
+        *,
+        condition: Any = None,
+        batch_size: int | None = None,
+        raw: bool = False,
+    ) -> Any:
+        """``(n, *event)`` decoded samples, all of the same weight; of a density in the user's own parameters, as of
+        :meth:`Solution.sample`.
 
         Warns where they come from few effective particles: they are then not what they stand for.
 
         Args:
             batch_size: call models and rewards with so many particles at a time (a multiple of 64), in the memory of
                 these: the samples are the same.
+            raw: of a density, the unconstrained coordinates ``(n, dim)`` instead.
         """
         if batch_size is not None:
             check_chunk(batch_size, "end", name="batch_size")
         seed, settings = fresh_seed(seed), self.particles
         if settings.selection == "rejection":
-            return self._accepted(n, seed, condition, batch_size)
+            accepted = self._accepted(n, seed, condition, batch_size)
+            return accepted if raw else self.problem.as_stated(accepted)
         systems = n if self._one_each else -(-n // settings.num_particles)
         found = self.run(systems, seed, condition=condition, batch_size=batch_size)
         if self._one_each:
             if settings.selection == "weights":
                 self._warn_where_few(1 / (2 * found.log_weights).exp().sum(1).mean(), settings.num_particles)
             rows = torch.arange(n, device=found.end.device)
-            return self._decode(found.end[rows, self._pick(found, seed)], found.condition, batch_size)
+            return self._decode(found.end[rows, self._pick(found, seed)], found.condition, batch_size, raw)
         log_w = (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         self._warn_where_few(effective_sample_size(log_w) * len(log_w), len(log_w))
         generator = generator_for(log_w.device, seed, Place.PARTICLE_RESAMPLING)
         index = resample(log_w.unsqueeze(0), n, "systematic", generator)[0]
         index = index[self._shuffled(n, seed, index.device)]  # copies of a particle are neighbours before
-        return self._decode(found.end.flatten(0, 1)[index], None, batch_size)
+        return self._decode(found.end.flatten(0, 1)[index], None, batch_size, raw)
 
     def weighted_sample(
-        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
-    ) -> tuple[Samples, PerPath]:
-        """Samples ``(n, *event)`` with log weights ``(n,)`` towards the exact law: ``mean(exp(log_w))`` is Z without
-        bias.
+        self,
+        n: int,
+        seed: int | None = None,
+        *,
+        condition: Any = None,
+        batch_size: int | None = None,
+        raw: bool = False,
+    ) -> tuple[Any, PerPath]:
+        """Samples ``(n, *event)``, as of :meth:`sample`, with log weights ``(n,)`` towards the exact law:
+        ``mean(exp(log_w))`` is Z without bias.
 
         Particles of one system depend on one another. Where samples are chosen as the best, or accepted, these are the
         candidates instead, since what is chosen so has no weight.
 
         Args:
-            batch_size: as of :meth:`sample`.
+            batch_size, raw: as of :meth:`sample`.
         """
         seed, N = fresh_seed(seed), self.particles.num_particles
         if self._one_each and self.particles.selection == "weights":
             found = self.run(n, seed, condition=condition, batch_size=batch_size)
             rows = torch.arange(n, device=found.end.device)
             picked = found.end[rows, self._pick(found, seed)]
-            return self._decode(picked, found.condition, batch_size), found.log_z.to(found.end)
+            return self._decode(picked, found.condition, batch_size, raw), found.log_z.to(found.end)
         each = 1 if self.problem.condition is not None else N
         found = self.run(-(-n // each), seed, condition=condition, batch_size=batch_size)
         log_w = found.log_weights + found.log_z.unsqueeze(1) + math.log(N)
         if self.problem.condition is not None:  # nothing is resampled here, so that all candidates are alike
-            return self._decode(found.end[:, 0], found.condition, batch_size), log_w[:, 0].to(found.end)
+            return self._decode(found.end[:, 0], found.condition, batch_size, raw), log_w[:, 0].to(found.end)
         some = self._shuffled(log_w.numel(), seed, log_w.device)[:n]  # any n of them: unbiased whatever their order
-        return self._decode(found.end.flatten(0, 1)[some], None, batch_size), log_w.flatten()[some].to(found.end)
+        return self._decode(found.end.flatten(0, 1)[some], None, batch_size, raw), log_w.flatten()[some].to(found.end)
 
     def _accepted(self, n: int, seed: int, condition: Any, batch_size: int | None) -> Tensor:
         """Rejection sampling: exact draws of the target law.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +23,9 @@ from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
 from ..randomness import Place, derive_seed
-from ..shapes import PerPath, Samples, States
+from ..shapes import PerPath, States
 from ..tensors import check_count
+from . import posterior
 from .evaluate import Evaluation, evaluate
 
 SOLUTIONS = Kinds("solution")
@@ -136,21 +137,31 @@ class Solution:
         return y.expand(n, *y.shape[1:]) if y.ndim and y.shape[0] == 1 else y.expand(n) if y.ndim == 0 else y
 
     def sample(
-        self, n: int, seed: int | None = None, *, condition: Any = None, batch_size: int | None = None
-    ) -> Samples:
-        """n decoded samples of the controlled process.
+        self,
+        n: int,
+        seed: int | None = None,
+        *,
+        condition: Any = None,
+        batch_size: int | None = None,
+        raw: bool = False,
+    ) -> Any:
+        """n decoded samples of the controlled process, ``(n, *event)``. Of a density in the user's own parameters:
+        ``(n, size)``, or a dictionary of ``(n, *shape)`` where they have names.
 
         Args:
             batch_size: draw so many at a time (a multiple of 64), in the memory of these: the samples are the same.
+            raw: of a density, the unconstrained coordinates ``(n, dim)`` instead.
         """
         check_count("n", n)
         y, how = self._condition(n, condition), SimulationOptions(chunk=batch_size, weigh=False)
         paths = simulate_chain(self.problem, self.chain, n, self.control, seed=seed, keep="end", condition=y, how=how)
         with torch.no_grad(), self.problem.evaluating():
-            return paths.samples
+            return paths.samples if raw else self.problem.as_stated(paths.samples)
 
-    def weighted_sample(self, n: int, seed: int | None = None, *, condition: Any = None) -> tuple[Samples, PerPath]:
-        """n samples with log importance weights towards the exact law.
+    def weighted_sample(
+        self, n: int, seed: int | None = None, *, condition: Any = None, raw: bool = False
+    ) -> tuple[Any, PerPath]:
+        """n samples, as of :meth:`sample`, with log importance weights towards the exact law.
 
         The weights are not normalised: ``mean(exp(log_w))`` estimates Z.
         """
@@ -158,7 +169,8 @@ class Solution:
         with torch.no_grad(), self.problem.evaluating():
             samples = paths.samples  # the last step of a discrete model calls it
             reward = self.problem.reward(samples, paths.condition)
-            return samples, paths.towards(self.problem, reward).log_weights()
+            log_w = paths.towards(self.problem, reward).log_weights()
+            return samples if raw else self.problem.as_stated(samples), log_w
 
     def value(
         self, x: States, t: float, n: int = 256, seed: int | None = None, *, condition: Tensor | None = None
@@ -214,6 +226,50 @@ class Solution:
         known = self._exact_values()
         options: dict[str, Any] = {"confirm": confirm, "known": known, "batch_size": batch_size}
         return evaluate(self.problem, self.control, self.chain, n, seed, **options)
+
+    # ---------------------------------------------------------------- a density's draws, for other programs
+
+    def to_arviz(self, n: int = 4096, seed: int | None = None, *, evaluation: Evaluation | None = None) -> Any:
+        """Draws of a density as an ArviZ ``DataTree``: "posterior", n draws of equal weight; "weighted_posterior" and
+        "weighted_sample_stats", the n weighted ones that they are drawn among, with log weights towards the density
+        (of Markov chains these are the draws, of weight 0). Attributes of the root and of "posterior": log Z and its
+        error, Pareto k, the verdict, method, seed and evaluations.
+
+        Args:
+            evaluation: what :meth:`evaluate` has returned, whose numbers are told; None: one is made.
+
+        Raises:
+            ImportError: arviz-base is missing. ValueError: the problem is no density.
+        """
+        return posterior.to_arviz(self, n, seed, evaluation)
+
+    def to_dataframe(self, n: int = 4096, seed: int | None = None) -> Any:
+        """n draws of a density, all of the same weight, as a pandas data frame with one column for each number of its
+        parameters.
+
+        Raises:
+            ImportError: pandas is missing. ValueError: the problem is no density.
+        """
+        return posterior.to_dataframe(self, n, seed)
+
+    def plot_corner(
+        self,
+        n: int = 4096,
+        seed: int | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        truth: Sequence[float] | None = None,
+    ) -> tuple[Any, Any]:
+        """Marginals of a density's parameters with median and central 68 per cent, and pairs with contours that hold
+        39, 68 and 95 per cent of the draws; ``(figure, axes)``, nothing is shown or written.
+
+        Args:
+            names: which numbers of the parameters; None: the first twelve. truth: a number for each, to be marked.
+
+        Raises:
+            ValueError: the problem is no density; an unknown name.
+        """
+        return posterior.plot_corner(self, n, seed, names, truth)
 
     @property
     def initial(self) -> Any:

@@ -257,6 +257,15 @@ class ControlProblem(Definition):
 
     # ---------------------------------------------------------------- what the rest of the package asks
 
+    def as_stated(self, samples: Samples) -> Any:
+        """Samples in the form in which the problem was stated: as they are, but for densities of named or bounded
+        parameters (:class:`GibbsProblem`)."""
+        return samples
+
+    def coordinates_of(self, samples: Any) -> Samples:
+        """The states of samples in the form of :meth:`as_stated`."""
+        return samples
+
     def at_temperature(self, alpha: float) -> ControlProblem:
         """The same problem with another alpha, on the same chains."""
         if alpha == self.alpha:

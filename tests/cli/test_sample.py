@@ -18,12 +18,20 @@ from .conftest import only_json
 QUICK = ("--method", "log-variance", "--iterations", "1", "--time-steps", "5", "--n", "128")
 SMC = ("--method", "tempered-smc", "--n", "256")
 MODULE = """
+import numpy as np
 import torch
 import sdecontrol as sc
 from sdecontrol.library.target_base import Target
 
 def log_density(x):                                    # N((1, 1), I), normalised, times e^2
     return 2 - 0.5 * (x - 1).square().sum(1) - torch.tensor(2 * torch.pi).log()
+
+def box(x):                                            # of numpy's arrays: uniform on 2 numbers above 0 with sum < 1
+    return np.where(x.sum(1) < 1, np.log(2.0), -np.inf)
+
+def point(x): return -0.5 * float(np.sum((np.asarray(x) - 1) ** 2))
+prior = {"a": torch.distributions.Normal(0.0, 1.0)}
+made = sc.gibbs_problem(log_likelihood=lambda v: -0.5 * (v["a"] - 1) ** 2, prior=prior)
 
 def column(x): return -x.square().sum(1, keepdim=True)
 def improper(x): return x[:, 0]
@@ -69,7 +77,12 @@ def test_evaluations_are_those_of_the_log_density(run, monkeypatch) -> None:
     assert sys.path == before  # nothing of the folder stays on the path
     module = sys.modules["my_sampled_module"]
     own = module.log_density
-    monkeypatch.setattr(module, "log_density", lambda x: (rows.append(len(x)), own(x))[1])
+
+    def counted(x):
+        rows.append(len(x) * (1 + bool(getattr(x, "requires_grad", False))))  # a gradient is one more
+        return own(x)
+
+    monkeypatch.setattr(module, "log_density", counted)
     second = only_json(run("sample", "my_sampled_module:log_density", "--dim", "2", *QUICK, "--json"))
     assert sum(rows) == second["with_evaluation"]["evaluations"] == first["with_evaluation"]["evaluations"]
 
@@ -104,6 +117,29 @@ def test_auto_on_a_function_of_ones_own_with_all_its_files(run) -> None:
 
     problem = sc.gibbs_problem(my_sampled_module.log_density, 2, seed=0)
     assert sc.load("kept", problem).details["report"] == result["report"]
+
+
+def test_numpy_names_and_bounds_from_the_command_line(run) -> None:
+    """Samples are in the function's own parameters, and Z is of these: the triangle has Z = 1 and means 1/3."""
+    how = ("--names", "left,right", "--support", "0:1", *SMC, "--samples", "s.npy", "--figure", "f.png")
+    result = only_json(run("sample", "my_sampled_module:box", *how, "--json"))
+    found = result["evaluation"]["log_z"]
+    assert abs(found["value"]) < 5 * found["stderr"] + 0.02, found
+    x, w = np.load("s.npy"), np.exp(np.load("s-log-weights.npy"))
+    assert x.min() > 0 and x.sum(1)[w > 0].max() < 1
+    assert list(result["parameters"]) == ["left", "right"]
+    for row in result["parameters"].values():
+        assert abs(row["mean"] - 1 / 3) < 0.06 and abs(row["sd"] - 18**-0.5) < 0.05 and row["5%"] < row["50%"]
+    assert Path("f.png").read_bytes()[:4] == b"\x89PNG"
+    assert "right" in run("sample", "my_sampled_module:box", *how).output
+
+
+def test_one_point_and_a_whole_problem_from_the_command_line(run) -> None:
+    found = only_json(run("sample", "my_sampled_module:point", "--dim", "1", "--one-point", *SMC, "--json"))
+    assert abs(found["evaluation"]["log_z"]["value"] - 0.919) < 0.1
+    whole = only_json(run("sample", "my_sampled_module:made", *SMC, "--json"))
+    assert list(whole["parameters"]) == ["a"] and abs(whole["parameters"]["a"]["mean"] - 0.5) < 0.2
+    assert abs(whole["evaluation"]["log_z"]["value"] + 0.25 + 0.5 * math.log(2)) < 0.1
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -93,7 +93,7 @@ def test_all_nine_modes_and_what_that_cost():
     density's rows, spent on better beginnings: no round after the first costs more than it."""
     target = sc.library.named_target("gmm9")
     density = Counted(target)
-    problem = sc.gibbs_problem(density, 2)
+    problem = sc.gibbs_problem(density, 2).settle()
     before = density.rows
     solution = sc.solve(problem, SMALL, seed=0)
     assert density.rows - before == int(solution.history[-1]["evaluations"]) + solution.evaluations
@@ -244,10 +244,11 @@ def test_the_search_finds_wells_from_near_and_from_far():
     centres = torch.tensor([[0.5, 0.0], [20.0, 0.0]])
     density = LogDensity(lambda x: (-50 * torch.cdist(x, centres).square()).logsumexp(1))
     density.probe(torch.randn(7, 2), None)
+    known = density.values
     x = search(density, problem.centre, torch.tensor(1.0), 512, 0)
     distance, nearest = torch.cdist(x, centres).min(1)
     assert set(nearest.tolist()) == {0, 1} and float((distance < 0.5).double().mean()) > 0.9
-    assert density.values <= 1 + 512 * 202
+    assert density.values - known <= 1 + 512 * 202
 
 
 def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
