@@ -265,7 +265,7 @@ def test_seeds_files_and_counts(name, tmp_path):
     """The same seed gives the same bits, from a file too; every row of the density is counted; torch's global generator
     is left alone."""
     density = Counted(curved)
-    problem = sc.gibbs_problem(density, 2, scale=1.5, dtype=F64)
+    problem = sc.gibbs_problem(density, 2, scale=1.5, dtype=F64).settle()
     method = made(name)
     began, state = density.rows, torch.random.get_rng_state()
     solution = sc.solve(problem, method, seed=3)
@@ -350,8 +350,8 @@ def test_what_is_refused(method, monkeypatch):
 
 def test_densities_that_fail():
     """-inf at all starts, and a NaN that only chains meet."""
-    problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, scale=1.0)
-    target = problem.density
+    problem = sc.gibbs_problem(lambda x: -0.5 * x.square().sum(1), 2, scale=1.0).settle()
+    target = problem.density.user
     target.function = lambda x: torch.where(x[:, 0] > 1e9, x.sum(1), -math.inf)
     with pytest.raises(sc.NonFiniteError, match="-inf at all 256"):
         sc.solve(problem, sc.MALA(), seed=0)

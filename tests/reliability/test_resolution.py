@@ -43,13 +43,13 @@ def test_whether_a_density_is_proper_depends_on_no_unit_and_no_origin(a, s):
     assert float(problem.scale.min()) / s > 1 and float(problem.scale.max()) / s < 8
     for improper in (flat, rising):
         with pytest.raises(sc.ImproperTarget):
-            sc.gibbs_problem(moved(improper, a, s), 2, seed=0, dtype=F64)
+            sc.gibbs_problem(moved(improper, a, s), 2, seed=0, dtype=F64).settle()
 
 
 @pytest.mark.parametrize("s", [1e-6, 1.0, 1e6])
 def test_a_pole_that_cannot_be_integrated_is_improper_in_every_unit(s):
     with pytest.raises(sc.ImproperTarget):
-        sc.gibbs_problem(moved(pole, 0.0, s), 2, seed=0, dtype=F64)
+        sc.gibbs_problem(moved(pole, 0.0, s), 2, seed=0, dtype=F64).settle()
 
 
 def test_float64_is_used_where_float32_cannot_resolve_the_target():
