@@ -58,6 +58,7 @@ from .processes.jump import JumpProcess
 from .processes.laws import Dirac, Gaussian, GaussianMixture
 from .processes.linear import BrownianMotion, LinearSDE, OrnsteinUhlenbeck
 from .processes.manifolds import ManifoldSDE, Sphere, Torus
+from .processes.region import Region
 from .processes.schedules import VE, VP, CosineVP, FlowMatching
 from .processes.sde import SDE
 from .processes.semilinear import SemilinearSDE
@@ -117,6 +118,7 @@ __all__ = [
     "Quadratic",
     "QuadraticCost",
     "RecedingHorizon",
+    "Region",
     "Reinforce",
     "RewardBackprop",
     "RewardWeightedMLE",

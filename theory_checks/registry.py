@@ -34,7 +34,19 @@ CHECKS: dict[str, Check] = {}
 _ORDER = {
     name: i
     for i, name in enumerate(
-        ("models", "chain", "finite", "mixtures", "continuous", "paths", "estimators", "sampling", "solvers", "errata")
+        (
+            "models",
+            "chain",
+            "finite",
+            "mixtures",
+            "continuous",
+            "stopping",
+            "paths",
+            "estimators",
+            "sampling",
+            "solvers",
+            "errata",
+        )
     )
 }
 
@@ -163,8 +175,8 @@ def check(
 
 
 def all_checks() -> list[Check]:
-    """All checks: models, the theory on chains, on finite spaces, of mixtures, in continuous time, paths, estimators,
-    samples, solvers, errata."""
+    """All checks: models, the theory on chains, on finite spaces, of mixtures, in continuous time, with stopping,
+    paths, estimators, samples, solvers, errata."""
     from . import statements  # noqa: F401  (importing registers them)
 
     return sorted(CHECKS.values(), key=lambda c: _ORDER.get(c.function.__module__.rsplit(".", 1)[-1], len(_ORDER)))

@@ -158,6 +158,15 @@ class Chain(Definition):
         """The part of a shift that acts at x, of one step or several: all of it, but on manifolds."""
         return c
 
+    def while_running(self, x: Tensor, values: Tensor) -> Tensor:
+        """``values`` at states ``(..., *event)``, 0 where the process has stopped: as they are, but for a chain that
+        stops (:mod:`.stopped`)."""
+        return values
+
+    def inside(self, x: Tensor) -> Tensor | None:
+        """Whether states ``(..., *event)`` have stopped, ``(...)``; None: nothing stops this chain."""
+        return None
+
     def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
         """What the step at x has computed, ``(batch, *memo_shape)``, to be kept with stored states: inside
         ``memory.stored(chain, steps, states, memos)`` shifts and KLs there cost no second call of it."""

@@ -26,7 +26,10 @@ def bridged(problem: ControlProblem) -> bool:
     """Whether paths to given ends can be drawn: a Gaussian or point start, no running cost, no conditions."""
     initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
     return (
-        problem.running_cost_function is None and problem.condition is None and isinstance(initial, (Dirac, Gaussian))
+        problem.running_cost_function is None
+        and problem.stop is None
+        and problem.condition is None
+        and isinstance(initial, (Dirac, Gaussian))
     )
 
 

@@ -45,6 +45,16 @@ def log_action(matrix: sparse.csr_array, w: np.ndarray) -> np.ndarray:
         return level + np.log(np.add.reduceat(np.exp(terms - np.repeat(level, np.diff(matrix.indptr))), starts))
 
 
+def _kept(matrix: Any, stopped: np.ndarray) -> sparse.csr_array:
+    """The transitions of which none leaves the ``stopped`` states."""
+    from scipy import sparse
+
+    found = sparse.diags_array((~stopped).astype(float)) @ sparse.csr_array(matrix)
+    found = sparse.csr_array(found + sparse.diags_array(stopped.astype(float)))
+    found.eliminate_zeros()
+    return found
+
+
 class FiniteSolution(ExactSolution):
     """What the chain's and the process's solutions share. ``v/alpha`` is an array over all states, in the order of
     ``space``; laws are :class:`FiniteLaw`.
@@ -66,6 +76,7 @@ class FiniteSolution(ExactSolution):
         super().__init__(problem, settings, chain)
         self.space = space
         self._start = self._first_law()
+        self._stopped = self._where_stopped()
 
     # ---------------------------------------------------------------- what each of the two provides
 
@@ -87,6 +98,18 @@ class FiniteSolution(ExactSolution):
         """All states or some, on the problem's device, so many at a time."""
         index = torch.arange(self.space.size) if some is None else torch.from_numpy(some)
         return [self.space.states(rows) for rows in index.to(self.problem.device).split(_ROWS)]
+
+    def _where_stopped(self) -> np.ndarray | None:
+        """Which states the process stops in, ``(n,)``; None: it never stops."""
+        region = self.problem.stop
+        if region is None:
+            return None
+        if self.space.positions > 1:
+            raise NoExactSolution(
+                "stop: finite chains of several positions that stop are not solved; estimate (sc.SMC)."
+            )
+        with torch.no_grad(), self.problem.evaluating():
+            return torch.cat([region.contains(x, 1) for x in self._states()]).cpu().numpy()
 
     def _asked(self) -> ControlProblem:
         """The problem in the dtype that its functions return, where more digits are wanted of its solution."""
@@ -120,7 +143,7 @@ class FiniteSolution(ExactSolution):
         costs = torch.cat(parts).double().cpu().numpy() / problem.alpha
         if not np.isfinite(costs).all():
             raise NoExactSolution(f"running_cost is not finite at {int((~np.isfinite(costs)).sum())} states.")
-        return costs
+        return costs if self._stopped is None else np.where(self._stopped, 0.0, costs)
 
     def _first_law(self) -> np.ndarray:
         """Probabilities of the first state, ``(n,)``."""
@@ -218,9 +241,10 @@ class FiniteChainSolution(FiniteSolution):
     def _transition(self, k: int) -> sparse.csr_array:
         with torch.no_grad(), self.problem.evaluating():
             try:
-                return self.chain.transition(k)
+                matrix = self.chain.transition(k)
             except OverflowError as error:
                 raise NoExactSolution(f"reference: {error}") from error
+        return matrix if self._stopped is None else _kept(matrix, self._stopped)
 
     def _ends(self, last: sparse.csr_array) -> np.ndarray:
         """The states at which rewards are asked for: those that the last step leads to; of masked diffusion those

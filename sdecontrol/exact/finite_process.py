@@ -58,6 +58,8 @@ class FiniteProcessSolution(FiniteSolution):
         """``Q - diag(f/alpha)``."""
         costs = self._costs(time)
         rates = self._process.rates_at(time)
+        if self._stopped is not None:  # no jumps from there
+            rates = rates * (~self._stopped)[:, None]
         return rates if costs is None else less_diagonal(rates, costs)
 
     def _flow(self, s: float, t: float, y: np.ndarray, forward: bool = False) -> np.ndarray:

@@ -20,6 +20,7 @@ from .manifolds import ManifoldSolution
 from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
+from .stopped import StoppedChainSolution
 
 _FEW = 1024  # states, with which a solution costs as little as a closed form
 
@@ -70,10 +71,14 @@ def exact_solution(
     if reference.state_dtype is not None:
         return _finite(problem, discrete, time_steps, scheme, grids)
     if reference.tangential:
+        if problem.stop is not None:
+            raise NoExactSolution("stop: no exact solution is known on a manifold with a region to stop in.")
         if not grids and not (reference.still and problem.running_cost_function is None):
             raise NoExactSolution("grids: with a drift or a running cost a series on a manifold is made step by step.")
         chain = problem.chain(time_steps, scheme) if discrete else None
         return ManifoldSolution(problem, {} if chain is None else _settings(chain, time_steps), chain)
+    if problem.stop is not None or problem.vanishes:
+        return _stopped(problem, discrete, time_steps, scheme, grids)
     if not isinstance(reference, SDE):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(reference).__name__}.")
     linear = reference.as_linear()
@@ -96,6 +101,24 @@ def _settings(chain: Chain, time_steps: Any) -> dict[str, Any]:
     steps: Any = DEFAULT_TIME_STEPS if time_steps is None else time_steps
     steps = int(steps) if isinstance(steps, Integral) else [float(t) for t in steps]
     return {"time_steps": steps, "scheme": chain.scheme}
+
+
+def _stopped(
+    problem: ControlProblem, discrete: bool, time_steps: Any, scheme: str | None, grids: bool
+) -> StoppedChainSolution:
+    """Of a chain that stops, or whose reward is -inf somewhere."""
+    what = "stop" if problem.stop is not None else "reward"
+    if not grids:
+        raise NoExactSolution(f"{what}: no closed form is known where a process stops or a reward is -inf.")
+    if not discrete:
+        raise NoExactSolution(
+            f"{what}: where a process stops or a reward is -inf, the solution of a chain is known: pass time_steps. "
+            "(With sc.Region(..., boundary_correction=True) hitting is that of continuous time up to o(sqrt(h)).)"
+        )
+    if not isinstance(problem.reference, SDE):
+        raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
+    chain = problem.chain(time_steps, scheme)
+    return StoppedChainSolution(problem, chain, _settings(chain, time_steps))
 
 
 def _finite(

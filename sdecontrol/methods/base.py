@@ -20,7 +20,7 @@ from ..controls.build import build_control
 from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.differentiability import missing_gradients
-from ..problems.problem import ControlProblem
+from ..problems.problem import ZERO_WEIGHTS, ControlProblem
 from ..randomness import Place, SeededNoise, derive_seed
 
 #: what every method on paths of the current control reports
@@ -149,6 +149,8 @@ class Method:
     reference_steps: ClassVar[bool] = True
     #: whether the target must not depend on the control
     fixed_target: ClassVar[bool] = True
+    #: whether paths of weight 0 are taken, whose reward is -inf
+    zero_weights: ClassVar[bool] = False
     #: whether steps must be Gaussian kernels, whose means a control moves; or at least functions of a noise that it
     #: shifts
     gaussian: ClassVar[bool] = False
@@ -176,6 +178,11 @@ class Method:
                 f"{self.name} fits a control to a target that must not depend on it, but with reference='annealed' the "
                 "control has a part in the backward kernels. Use log-variance or reward-backprop, or "
                 "gibbs_problem(..., backward_control=False)."
+            )
+        if problem.vanishes and not self.zero_weights:
+            raise ValueError(
+                f"{self.name} needs a reward that is a number everywhere, and this one is -inf at some states. "
+                f"{ZERO_WEIGHTS}"
             )
         kind = type(problem.reference).__name__
         if problem.reference.state_dtype is not None and (
@@ -230,10 +237,11 @@ def not_differentiable(asking: str, problem: ControlProblem, missing: Mapping[st
     """The error of a method that needs gradients where some are ``missing`` (name -> why)."""
     listed = "; ".join(f"{name} has no gradient to go by: {why}" for name, why in missing.items())
     free = gradient_free(problem)
+    theirs = [name for name in missing if name != "stop"]  # no smooth function stops a path
     return NotDifferentiable(
         f"{asking} needs gradients, but {listed}. Use a method that needs none"
         + (f" ({', '.join(free)}; sc.recommend says which)" if free else " (sc.recommend says which)")
-        + f", or write {' and '.join(missing)} in smooth torch operations."
+        + (f", or write {' and '.join(theirs)} in smooth torch operations." if theirs else ".")
     )
 
 

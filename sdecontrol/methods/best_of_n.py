@@ -37,6 +37,7 @@ class BestOfN(Method):
 
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
+    zero_weights: ClassVar[bool] = True
     n: int = 16
     selection: str = "best"
     bound: float | None = None

@@ -103,6 +103,11 @@ class BridgeMatching(PathMethod):
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
+        if problem.stop is not None:
+            raise ValueError(
+                "bridge-matching: the bridges of a process that stops are not the reference's. Use cross-entropy or "
+                "particle-matching, which regress on whole paths."
+            )
         if problem.running_cost_function is not None:
             raise ValueError(
                 "bridge-matching: with a running cost the bridges of the target are not the reference's. Use "

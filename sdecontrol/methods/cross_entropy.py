@@ -37,6 +37,7 @@ class CrossEntropy(PathMethod):
     """
 
     tempers: ClassVar[bool] = True
+    zero_weights: ClassVar[bool] = True
     reference_steps: ClassVar[bool] = False
     paths: Any = "current"
     trust_region: float | None = None

@@ -65,6 +65,7 @@ class ParticleMatching(Method):
     steps: int | None = None
 
     of_noise: ClassVar[bool] = True
+    zero_weights: ClassVar[bool] = True
     tokens: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 1000
     steady: ClassVar[bool] = True

@@ -39,6 +39,7 @@ class RewardWeightedMLE(PathMethod):
     roll_in: str = "current"
 
     residual: ClassVar[bool] = True
+    zero_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name("roll_in", self.roll_in, ROLL_INS)

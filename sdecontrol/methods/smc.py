@@ -66,6 +66,10 @@ class SMC(Method):
             )
 
     @property
+    def zero_weights(self) -> bool:  # type: ignore[override]
+        return not isinstance(self.proposal, Method) or self.proposal.zero_weights
+
+    @property
     def default_iterations(self) -> int:  # type: ignore[override]
         return self.proposal.default_iterations if isinstance(self.proposal, Method) else 0
 

@@ -45,6 +45,7 @@ class TemperedSMC(Method):
 
     reference_steps: ClassVar[bool] = False
     fixed_target: ClassVar[bool] = False
+    zero_weights: ClassVar[bool] = True
     num_particles: int = 1024
     space: str = "auto"
     gradient: bool | None = None

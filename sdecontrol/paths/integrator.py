@@ -96,7 +96,7 @@ def integrate(
         for k in steps:
             xi, before, version = noise[k], x, x._version
             if running_cost is not None and along is None and chain.clock[k] >= 0:
-                here = running_cost(x, chain.times[k], condition)
+                here = chain.while_running(x, running_cost(x, chain.times[k], condition))
                 totals.running_cost = torch.add(totals.running_cost, here, alpha=chain.step_sizes[k])
                 if record.costs is not None:
                     record.costs.append(here)
@@ -124,7 +124,8 @@ def integrate(
             elif sums is not None and c is not None:
                 sums.add(k, before, xi, c, x)
     if along is not None and record.states is not None and (begun := max(steps.start, chain.start)) < steps.stop:
-        record.costs = along(torch.stack(record.states[begun - steps.start : -1]), chain.times[begun : steps.stop])
+        states = torch.stack(record.states[begun - steps.start : -1])
+        record.costs = chain.while_running(states, along(states, chain.times[begun : steps.stop]))
         h = record.costs.new_tensor(chain.step_sizes[begun : steps.stop]).unsqueeze(1)
         totals.running_cost = (record.costs * h).sum(0)
     if not everything:
@@ -183,7 +184,8 @@ def explain_nonfinite(paths: Paths, shift: ShiftFunction | None, running_cost: R
         for j, x in enumerate(states[:-1]):
             k = paths.first + j
             if running_cost is not None and chain.clock[k] >= 0:
-                rows = nonfinite_rows(running_cost(x, chain.times[k], paths.condition))
+                here = chain.while_running(x, running_cost(x, chain.times[k], paths.condition))
+                rows = nonfinite_rows(here)
                 if rows:
                     return _nonfinite("running cost", k, rows, chain)
             if bool(torch.isfinite(states[j + 1]).all()):

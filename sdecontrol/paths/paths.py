@@ -264,6 +264,35 @@ class Paths:
         start = max(self.chain.start, self.first)
         return torch.stack([self.chain.control(k, self.shifts[k - self.first]) for k in range(start, self.last)])
 
+    @cached_property
+    def stopped(self) -> Tensor:
+        """``(batch,)``: whether the path has stopped, at the last of its states at the latest.
+
+        Raises:
+            ValueError: the problem has no region to stop in.
+        """
+        return self._stopped_at[1]
+
+    @property
+    def stopping_steps(self) -> Tensor:
+        """``(batch,)``: the first step k whose ``x_k`` is in the region where the process stops; the last one where
+        none is."""
+        return self._stopped_at[0]
+
+    @property
+    def stopping_times(self) -> PerPath:
+        """The times of :attr:`stopping_steps`."""
+        return self.chain.times[self._stopped_at[0]]
+
+    @cached_property
+    def _stopped_at(self) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), self._evaluating():
+            inside = self.chain.inside(self.states)
+        if inside is None:
+            raise ValueError("these paths are of a problem that never stops; pass ControlProblem(..., stop=region).")
+        ends = torch.cat((inside[:-1], torch.ones_like(inside[:1])))
+        return self.first + ends.int().argmax(0), inside[-1]
+
     def rows(self, index: Any) -> Paths:
         """Some of the paths."""
         kept = {name: self.recorded(name)[:, index] for name, parts in vars(self.record).items() if parts is not None}

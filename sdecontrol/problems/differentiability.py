@@ -46,6 +46,7 @@ NO_GRAPH = "it returns a tensor without a graph for an input that requires one (
 CUT = "its gradient is not that of its values: finite differences disagree, so a part of it is cut off by .detach(), "
 CUT += "no_grad or numpy, or stands for another"
 TOKENS = "it is made of tokens, by which there are no derivatives"
+STOPS = "a step over the boundary of the region ends a path, and how that depends on the control is not in its graph"
 JUMPS = "its values jump (a comparison, rounding, sign), which no gradient sees"
 
 
@@ -194,6 +195,8 @@ def missing_gradients(problem: ControlProblem) -> dict[str, str]:
         if problem.reference.state_dtype is not None:
             found = _known[problem] = {"state": TOKENS}
             return found
+        if problem.stop is not None:
+            found["stop"] = STOPS
         with problem.evaluating():
             for name, function, x, values in _functions(problem):
                 if name not in found and (why := gradient_fault(function, x, values=values)) is not None:

@@ -15,12 +15,14 @@ from torch.distributions import Distribution
 from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
+from ..chains.stopped import StoppedChain
 from ..counting import count_reward
 from ..errors import NonFiniteError, NotDifferentiable, check_name, warn
 from ..precision import at_least_single, call, full_precision
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
 from ..processes.reference import Reference
+from ..processes.region import Region, as_region
 from ..processes.sde import MEMORYLESS, check_memoryless
 from ..randomness import Place, derive_seed, published_generator
 from ..shapes import PerPath, Samples, Scalar, States
@@ -38,7 +40,13 @@ from ..tensors import (
 from .rewards import Linear, Quadratic, QuadraticCost
 
 DEFAULT_TIME_STEPS = 100
+#: what can be done about a reward of -inf
+ZERO_WEIGHTS = (
+    "Methods of weights take it as it is (tempered-smc, particle-matching, cross-entropy, smc, best-of-n, "
+    "reward-weighted-mle); for others floor it (e.g. torch.clamp)."
+)
 STARTS = ("fixed", "controlled", "memoryless")
+_PROBED = 64  # states at which a region is tried
 
 
 def draw_conditions(condition: Any, n: int, seed: int) -> Any:
@@ -65,7 +73,9 @@ class ControlProblem(Definition):
             :func:`masked_diffusion`.
         initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None
             for the reference's own (generative references).
-        reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too.
+        reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too. It
+            may be -inf where paths are to have the weight 0 (an event, a payoff's logarithm): log Z is then that of
+            what remains, and methods of weights take it as it is.
         running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor (``f(x, t, y)`` with a condition), or None.
         alpha: temperature of the entropy (KL) cost, > 0.
         start: "fixed" (X_0 keeps its law), "controlled" (a learned start: time before 0 makes it part of the
@@ -74,6 +84,10 @@ class ControlProblem(Definition):
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
             Reward, running cost, drift, model and control are then all given y, as their last positional argument.
         reward_batch_size: call the reward on at most so many states at once.
+        stop: where the process stops: a function ``x -> (batch,)`` of booleans, or a level function that is <= 0
+            there, or a :class:`Region`. A path then ends at its first state inside, with its running costs and its
+            log-ratio (``sum_{k < kappa}``), and its reward is that of the state in which it stopped, or of X_T where it
+            never did. None: it never stops.
 
     Attributes:
         event_shape, control_shape, horizon: the reference's. dtype, device: of the states.
@@ -90,6 +104,10 @@ class ControlProblem(Definition):
     #: the unnormalised log density that a Gibbs problem is about, where it is and how wide and rough; None for all
     #: other problems
     density: Any = None
+    #: whether the reward may be -inf, where paths have the weight 0
+    zero_weights: bool = True
+    #: whether it is, at some of the states it was tried at
+    vanishes: bool = False
     centre: Any
     scale: Any
     roughness: float
@@ -106,6 +124,7 @@ class ControlProblem(Definition):
         start: str | None = None,
         condition: Any = None,
         reward_batch_size: int | None = None,
+        stop: Callable[[Tensor], Tensor] | Region | None = None,
     ) -> None:
         check_recording("ControlProblem(...)")
         if not isinstance(reference, Reference):
@@ -133,8 +152,11 @@ class ControlProblem(Definition):
         self.origin = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
         self.from_point = isinstance(self.origin, Dirac)
         self.random_start = self.start == "fixed" and not self.from_point
+        self.stop = as_region(stop)
         self._chains: dict[Any, Chain] = {}
         with self.evaluating():
+            if self.stop is not None:
+                self._probe_stop(self.stop)
             self._probe()
         self.control_shape: torch.Size = self.reference.control_shape
 
@@ -190,6 +212,20 @@ class ControlProblem(Definition):
     def memory(self) -> float | None:
         """Correlation of X_0 and X_T under the reference (largest canonical one), or None where it is not known."""
         return self.reference.memory_from(self.initial)
+
+    def _probe_stop(self, region: Region) -> None:
+        if self.reference.pretrained or self.start == "controlled":
+            what = "a pre-trained model" if self.reference.pretrained else "a learned start (start='controlled')"
+            raise ValueError(f"stop goes with processes whose time is their own, and not with {what}; leave stop out.")
+        region.probe(self.reference.probe_states(_PROBED, self.dtype, self.device))
+        with torch.no_grad():
+            inside = region.contains(draw(self.initial, 1 if self.from_point else _PROBED, 0), len(self.event_shape))
+        if bool(inside.all()):
+            where = "the start" if self.from_point else f"all of {_PROBED} starts drawn"
+            raise ValueError(
+                f"stop contains {where}: every path stops before its first step. A level function is <= 0 inside and "
+                "> 0 outside, and booleans are True inside; has it the wrong sign?"
+            )
 
     def _probe(self) -> None:
         rows = next(n for n in range(6, 64) if n not in self.event_shape)
@@ -248,9 +284,10 @@ class ControlProblem(Definition):
             elif isinstance(value, Tensor) and value.ndim == 0:
                 hint += " Do not average over the batch."
             check_output("reward", value, (x.shape[0],), self._number(x), hint)
+            self.vanishes = bool((value == -torch.inf).any())
             with torch.no_grad():
                 _warn_if_random(value, self._call_reward(x, y))
-            if not value.requires_grad or not smooth:
+            if not value.requires_grad or not smooth or self.vanishes:
                 return False
             gradient = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
         return gradient is not None
@@ -283,6 +320,12 @@ class ControlProblem(Definition):
         other._chains = {} if self.start == "controlled" else self._chains
         return other
 
+    def with_numbers(self) -> ControlProblem:
+        """The same problem, on the same chains, whose reward must not be -inf."""
+        other = copy.copy(self)
+        other._chains, other.zero_weights = self._chains, False
+        return other
+
     def chain(self, time_steps: Any = None, scheme: str | None = None) -> Chain:
         """The chain that simulates this problem: the reference's, after the learned start.
 
@@ -305,11 +348,21 @@ class ControlProblem(Definition):
         key = key, self.dtype, self.device
         if key not in self._chains:
             main = chain_of(reference, time_steps, scheme or "own", self.dtype, self.device)
+            main = main if self.stop is None else self._stopped(main, self.stop)
             if self.start == "controlled":
                 learned = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
                 main = SegmentedChain(learned, main)
             self._chains[key] = main
         return self._chains[key]
+
+    def _stopped(self, main: Chain, region: Region) -> Chain:
+        chain = StoppedChain(main, region)
+        if region.boundary_correction and self.from_point and bool(chain.inside(self.draw_start(1, 0)).any()):
+            raise ValueError(
+                f"boundary_correction: the start lies within the enlarged region of {main.steps} steps; use more "
+                "time_steps."
+            )
+        return chain
 
     def draw_start(self, n: int, seed: int) -> States:
         """``n`` states to start the chain from: draws of ``initial``, or the point before a controlled start."""
@@ -346,15 +399,25 @@ class ControlProblem(Definition):
             )
         value = self._with_graph("reward", x, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         if not bool(torch.isfinite(value).all()):
-            rows = nonfinite_rows(value)
-            large = float(x.detach().abs().max())
-            raise NonFiniteError(
-                f"reward is not finite in {rows} of {len(value)} rows (largest |x|: {large:.3g}). "
-                "A reward must be finite wherever the process can go; floor it (e.g. torch.clamp).",
-                what="reward",
-                rows=rows,
-            )
+            self._check_reward(x, value)
         return value
+
+    def _check_reward(self, x: Samples, value: PerPath) -> None:
+        """Raise where a reward is nan or +inf, or -inf for a method that cannot take that."""
+        rows, zero = nonfinite_rows(value), int((value == -torch.inf).sum())
+        if rows == zero and self.zero_weights:
+            return
+        large = float(x.detach().abs().max())
+        raise NonFiniteError(
+            f"reward is not finite in {rows} of {len(value)} rows (largest |x|: {large:.3g}). "
+            + (
+                "It may be -inf where paths are to have the weight 0, but nothing else that is not finite."
+                if rows > zero
+                else f"It is -inf there, and this method needs numbers. {ZERO_WEIGHTS}"
+            ),
+            what="reward",
+            rows=rows,
+        )
 
     def _with_graph(self, name: str, x: Tensor, value: Tensor) -> Tensor:
         """A value that is the same in all rows has gradient 0; where rows differ, a value without a graph has none.
@@ -393,6 +456,7 @@ class ControlProblem(Definition):
             self.reward_function,
             getattr(self.reward_function, "classifier", None),
             self.running_cost_function,
+            None if self.stop is None else self.stop.function,
         ]
         return [p for p in parts if isinstance(p, nn.Module)]
 
@@ -422,6 +486,9 @@ class ControlProblem(Definition):
                     numbers["reward"] = first
             if self.running_cost_function is not None:
                 numbers["running_cost"] = self.running_cost(x, t, y)
+            if self.stop is not None:
+                probes = self.reference.probe_states(16, self.dtype, self.device, seed=1)
+                numbers["stop"] = self.stop.numbers(probes)
             numbers["initial"] = draw(self.initial, 2, 1)
             if former:
                 known = y is None and x.is_floating_point()

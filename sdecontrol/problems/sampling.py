@@ -41,6 +41,8 @@ def simulate_solver(
         raise ValueError(f"noise, antithetic, state and step do not go with {why}.")
     if resumed and step and scheme == "reversible-heun":
         raise ValueError("step: reversible-heun carries more than the state from step to step and cannot be resumed.")
+    if problem.stop is not None:
+        raise ValueError(f"stop: scheme={scheme!r} does not stop its paths; leave scheme out.")
     x, condition = how.begin(problem, chain, num_paths, control, seed)
     if scheme == "probability-flow":
         return _flow(problem, chain, control, seed, (x, condition), how.keep, tolerance)

@@ -264,6 +264,7 @@ class Trainer:
             and (control is None or isinstance(control, str))
             and not problem.reference.reverse_target
         )
+        self.target = problem if method.zero_weights else problem.with_numbers()
         self.history: list[dict[str, float]] = []
         self.scores: list[Score] = []  # of the iterations at the problem's own temperature
         self.done = 0
@@ -374,7 +375,7 @@ class Trainer:
         self.whole = False
         self.descent.begin(self.schedule.factor(self.done, elapsed))
         annealing = self.annealing.active
-        self.run.problem = self.problem.at_temperature(self.problem.alpha / self.annealing.beta)
+        self.run.problem = self.target.at_temperature(self.problem.alpha / self.annealing.beta)
         metrics = self.method.step(self.state, self.run)
         if annealing:
             self._lower_temperature(metrics, elapsed)

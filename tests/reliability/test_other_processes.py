@@ -213,10 +213,22 @@ def relaxed():
     return sc.ControlProblem(sc.masked_diffusion(of_probabilities, 2, 3), reward=tokens)
 
 
-def jumps(rates=None, sparse=False):
+def jumps(rates=None, sparse=False, stop=None):
     given = ring() if rates is None else rates
     process = sc.JumpProcess(given.to_sparse() if sparse else given, initial=1)
-    return sc.ControlProblem(process, reward=tokens)
+    return sc.ControlProblem(process, reward=tokens, stop=stop)
+
+
+def at_two(x):
+    return x[:, 0] == 2
+
+
+def far(x):
+    return 1.2 - x.norm(dim=1)
+
+
+def stopping():
+    return of(sc.SDE(pull, noise, dim=2), stop=sc.Region(far, boundary_correction=False))
 
 
 def sphere(drift=None, sigma=1.0):
@@ -272,6 +284,8 @@ CHAINS = {
     "RelaxedMasking": lambda: RelaxedMasking(relaxed().chain(), 0.5, True),
     "ManifoldChain": lambda: sphere().chain(K),
     "JumpChain": lambda: jumps().chain(K),
+    "StoppedChain": lambda: stopping().chain(K),
+    "StoppedChain of tokens": lambda: jumps(stop=at_two).chain(K),
     "JumpChain, sparse": lambda: jumps(sparse=True).chain(K),
 }
 
@@ -326,12 +340,13 @@ EXACT = {
     "ManifoldSolution": lambda: sc.exact_solution(sphere(), time_steps=K),
     "FiniteChainSolution": lambda: sc.exact_solution(categorical()),
     "FiniteProcessSolution": lambda: sc.exact_solution(jumps()),
+    "StoppedChainSolution": lambda: sc.exact_solution(one_dimensional(stop=far), time_steps=K),
 }
 
 
-def one_dimensional():
+def one_dimensional(**options):
     sde = sc.SDE(pull, torch.tensor(1.0), dim=1)
-    return sc.ControlProblem(sde, sc.Dirac(torch.zeros(1)), reward=reward, alpha=1.0)
+    return sc.ControlProblem(sde, sc.Dirac(torch.zeros(1)), reward=reward, alpha=1.0, **options)
 
 
 def kinds(base):
