@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,7 +139,7 @@ def hitting(setting: Setting, defect: str) -> Lines:
         extra = OVERSHOOT * K**-0.5 if defect.startswith("twice") else 0.0
         stop = sc.Region(lambda x, e=extra: a - e - x[:, 0], boundary_correction=corrected)
         sde = sc.SDE(still, torch.tensor(1.0, dtype=torch.float64), dim=1)
-        chain = sc.ControlProblem(sde, sc.Dirac(tensor([0.0])), stop=stop).chain(K)
+        chain: Any = sc.ControlProblem(sde, sc.Dirac(tensor([0.0])), stop=stop).chain(K)
         event = lambda x, c=chain: torch.where(c.inside(x), 0 * x[:, 0], -torch.inf)  # noqa: E731
         found = sc.exact_solution(sc.ControlProblem(sde, sc.Dirac(tensor([0.0])), event, stop=stop), K)
         sizes.append(1 / K)
