@@ -115,7 +115,7 @@ def _stopped(
             f"{what}: where a process stops or a reward is -inf, the solution of a chain is known: pass time_steps. "
             "(With sc.Region(..., boundary_correction=True) hitting is that of continuous time up to o(sqrt(h)).)"
         )
-    if not isinstance(problem.reference, SDE):
+    if not (problem.reference.gaussian and problem.reference.continuous):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     chain = problem.chain(time_steps, scheme)
     return StoppedChainSolution(problem, chain, _settings(chain, time_steps))
