@@ -1,5 +1,7 @@
 """The errors of the package. Each is a ValueError, TypeError or RuntimeError, so that ordinary handlers catch them."""
 
+from __future__ import annotations
+
 import difflib
 import functools
 import pickle
@@ -42,6 +44,37 @@ def _nonfinite(kind: type[NonFiniteError], arguments: tuple[Any, ...], what: str
     error = kind("", what=what)
     error.args = arguments
     return error
+
+
+class RewardError(RuntimeError):
+    """A reward that is no torch function (:class:`BlackBox`) raised, returned no finite number or not as many as there
+    were samples, crashed, or was too slow.
+
+    Attributes:
+        cause: in words.
+        index, last: of the sample in the batch; where a call of several failed as a whole, of its first and its last.
+        name: of the reward among several, or None.
+        solution: the last good one, where training was stopped (set by ``solve``).
+    """
+
+    def __init__(self, cause: str, index: int = 0, last: int | None = None, name: str | None = None) -> None:
+        super().__init__(cause, index, last, name)
+        self.cause, self.index, self.last, self.name = cause, index, last, name
+        self.note = ""  # of who stops for it
+        self.solution: Any = None
+
+    def __str__(self) -> str:
+        which = "reward" if self.name is None else f"reward {self.name!r}"
+        where = f"sample {self.index}" if self.last is None else f"samples {self.index} to {self.last}"
+        return f"{which} failed at {where}: {self.cause}.{self.note}"
+
+    def moved(self, rows: int) -> RewardError:
+        """The same, of a part of a batch that begins after so many rows."""
+        self.index, self.last = self.index + rows, None if self.last is None else self.last + rows
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.args, {**vars(self), "solution": None}  # it need not be one that can be pickled
 
 
 class NotDifferentiable(TypeError):

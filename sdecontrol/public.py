@@ -16,7 +16,15 @@ from .comparison.compare import compare
 from .comparison.receding_horizon import RecedingHorizon
 from .comparison.recommend import recommend
 from .controls.base import Control
-from .errors import BadFileError, ImproperTarget, NoExactSolution, NoLikelihood, NonFiniteError, NotDifferentiable
+from .errors import (
+    BadFileError,
+    ImproperTarget,
+    NoExactSolution,
+    NoLikelihood,
+    NonFiniteError,
+    NotDifferentiable,
+    RewardError,
+)
 from .evaluation.certificates import certify
 from .evaluation.metrics import control_error
 from .exact import exact_solution
@@ -47,10 +55,12 @@ from .methods import (
 from .models.diffusers import from_diffusers
 from .models.lora import LoRA
 from .models.pyro import from_pyro
+from .problems.black_box import BlackBox
 from .problems.f_divergence import FDivergence
 from .problems.gibbs import gibbs_problem
 from .problems.problem import ControlProblem
-from .problems.rewards import Linear, LogProb, OneHot, Quadratic, QuadraticCost
+from .problems.prompts import Prompts
+from .problems.rewards import Linear, LogProb, OneHot, Quadratic, QuadraticCost, WeightedRewards
 from .problems.sampling import log_likelihood
 from .problems.simulate import simulate
 from .processes.generative import generative_sde
@@ -84,6 +94,7 @@ __all__ = [
     "Auto",
     "BadFileError",
     "BestOfN",
+    "BlackBox",
     "BridgeMatching",
     "BrownianMotion",
     "ClassifierFreeGuidance",
@@ -115,12 +126,14 @@ __all__ = [
     "ParticleMatching",
     "PathConsistency",
     "PathIntegralGuidance",
+    "Prompts",
     "Quadratic",
     "QuadraticCost",
     "RecedingHorizon",
     "Region",
     "Reinforce",
     "RewardBackprop",
+    "RewardError",
     "RewardWeightedMLE",
     "SemilinearSDE",
     "SoftPPO",
@@ -128,6 +141,7 @@ __all__ = [
     "TemperedSMC",
     "Torus",
     "ValueGuidance",
+    "WeightedRewards",
     "certify",
     "compare",
     "control_error",

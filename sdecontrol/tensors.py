@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import RewardError
 from .precision import call
 
 
@@ -223,6 +224,8 @@ def probing(name: str, called_as: str, unconditional: str = "", arguments: Seque
             else ""
         )
         raise TypeError(f"{name} failed when called as {called_as}: {error}.{remedy}") from error
+    except RewardError:
+        raise  # it says itself what failed
     except RuntimeError as error:
         if "in-place operation" in str(error):
             raise changed_in_place(name) from error

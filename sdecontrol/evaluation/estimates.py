@@ -46,6 +46,8 @@ def as_plain(made: Any) -> Any:
     as None."""
     if is_dataclass(made):
         return {field.name: as_plain(getattr(made, field.name)) for field in fields(made)}
+    if isinstance(made, dict):
+        return {name: as_plain(value) for name, value in made.items()}
     if isinstance(made, Tensor):
         return made.tolist()
     return None if isinstance(made, float) and not math.isfinite(made) else made

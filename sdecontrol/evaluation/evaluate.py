@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from ..paths.paths import Paths
 from ..paths.weights import effective_number
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
+from ..problems.reward_groups import reward_groups
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed
@@ -23,6 +25,7 @@ from .second_look import Ways, look_again
 from .verdict import CONFIRMED, UNRELIABLE, judge
 
 _REPLICAS = 32  # paths per start, where the start is random and fixed
+_SHOWN = 5  # prompts with the lowest rewards in a table, and as many with the highest
 _START_ESS = 0.3  # effective fraction of those below which their log mean weight is biased
 
 
@@ -63,6 +66,8 @@ class Evaluation:
         n: number of paths.
         discretisation: log Z of the chain less that of continuous time, what its grid and scheme make of the problem,
             where the latter is known in closed form (a mixture in a model's place); else None.
+        details: of :class:`WeightedRewards` the mean of each without its weight ("reward/NAME"), and of
+            :class:`Prompts` the mean reward of each text ("prompt/TEXT").
     """
 
     log_z_from: ClassVar[str] = "by importance weights"
@@ -82,6 +87,16 @@ class Evaluation:
     exact: bool
     n: int
     discretisation: Estimate | None = None
+    details: dict[str, Estimate] = field(default_factory=dict)
+
+    def _detailed(self) -> list[tuple[str, Estimate, str]]:
+        """Rows of a table: each reward, and prompts, of many those with the lowest and the highest rewards."""
+        split = [(*name.partition("/")[::2], mean) for name, mean in self.details.items()]
+        several = [("  " + name, mean, "of which") for kind, name, mean in split if kind == "reward"]
+        prompts = sorted(((name, mean) for kind, name, mean in split if kind == "prompt"), key=lambda p: p[1].value)
+        if len(prompts) > 2 * _SHOWN:
+            prompts = [*prompts[:_SHOWN], *prompts[-_SHOWN:]]
+        return [*several, *(("  " + shorten(text, 30), mean, "reward at this prompt") for text, mean in prompts)]
 
     @property
     def reliable(self) -> bool:
@@ -95,6 +110,7 @@ class Evaluation:
     def __str__(self) -> str:
         how = "exact" if self.exact else "estimated"
         rows = [("reward", self.reward, "E r(X_T)")]
+        rows += self._detailed()
         if self.running_cost.value or self.running_cost.stderr > 0:
             rows.append(("running cost", self.running_cost, "E sum h f, or of backward kernels"))
         rows += [
@@ -110,9 +126,9 @@ class Evaluation:
         if self.discretisation is not None:
             rows.append(("discretised", self.discretisation, "log Z of the chain less that of continuous time"))
         rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
-        width = max(len(str(r[1])) for r in rows)
-        lines = [f"{name:<13} {value!s:<{width}}  {what}" for name, value, what in rows]
-        return "\n".join([*lines, f"{'verdict':<13} {self.verdict:<{width}}  {self.reliability}"])
+        width, first = max(len(str(r[1])) for r in rows), max(13, *(len(r[0]) for r in rows))
+        lines = [f"{name:<{first}} {value!s:<{width}}  {what}" for name, value, what in rows]
+        return "\n".join([*lines, f"{'verdict':<{first}} {self.verdict:<{width}}  {self.reliability}"])
 
 
 @full_precision()
@@ -173,6 +189,7 @@ def evaluate(
         start_gap = (Estimate(log_z, 0.0) if log_z is not None else estimated) - top
     known_z = estimated if log_z is None else Estimate(log_z, 0.0)
     continuous = (known or {}).get("continuous_log_z")
+    groups = reward_groups(problem, reward, paths.reward_parts, paths.condition)
     return Evaluation(
         reward=mean_estimate(reward),
         running_cost=mean_estimate(cost),
@@ -189,6 +206,7 @@ def evaluate(
         exact=log_z is not None and (not problem.random_start or start_value is not None),
         n=n,
         discretisation=None if continuous is None else known_z - Estimate(continuous, 0.0),
+        details={name: mean_estimate(values) for name, values in groups.items()},
     )
 
 

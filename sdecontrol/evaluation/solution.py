@@ -19,6 +19,7 @@ from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint, check_finite, load_tensors, plain_settings
 from ..paths.paths import Paths
 from ..problems.problem import ControlProblem
+from ..problems.prompts import encoded
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..processes.modules import numbers_of
@@ -131,6 +132,7 @@ class Solution:
     def _condition(self, n: int, condition: Any) -> Any:
         if condition is None:
             return None
+        condition = encoded(self.problem.condition, condition)
         drawn = self.problem.draw_condition(1, 0)
         like = None if isinstance(condition, Tensor) or drawn is None else drawn.dtype  # of numbers: the problem's own
         y = torch.as_tensor(condition, dtype=like, device=self.problem.device)
@@ -149,6 +151,7 @@ class Solution:
         ``(n, size)``, or a dictionary of ``(n, *shape)`` where they have names.
 
         Args:
+            condition: on which, one for all or one for each; of :class:`Prompts` a string or a list of them.
             batch_size: draw so many at a time (a multiple of 64), in the memory of these: the samples are the same.
             raw: of a density, the unconstrained coordinates ``(n, dim)`` instead.
         """

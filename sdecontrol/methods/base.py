@@ -21,10 +21,12 @@ from ..errors import NotDifferentiable, check_name
 from ..paths.paths import Paths
 from ..problems.differentiability import missing_gradients
 from ..problems.problem import ZERO_WEIGHTS, ControlProblem
+from ..problems.reward_groups import reward_groups
 from ..randomness import Place, SeededNoise, derive_seed
 
 #: what every method on paths of the current control reports
 METRICS = ("objective", "objective_stderr", "reward", "running_cost", "kl")
+_PROMPTS = 64  # at most, of which each is reported in every iteration
 
 
 @dataclass
@@ -324,7 +326,18 @@ def path_metrics(parts: Sequence[Paths]) -> dict[str, float]:
     from all parts of a batch."""
     fields = ((p.reward, p.cost, p.kl(), p.log_ratio()) for p in parts)
     rewards, costs, kls, ratios = map(torch.cat, zip(*fields))
-    return metrics_of(rewards, costs, kls, parts[0].alpha, ratios)
+    found = metrics_of(rewards, costs, kls, parts[0].alpha, ratios)
+    problem: Any = parts[0].target
+    return {**found, **named_means(problem, [(p.reward, p.reward_parts, p.condition) for p in parts])}
+
+
+def named_means(problem: ControlProblem, seen: Sequence[tuple[Tensor, Tensor | None, Any]]) -> dict[str, float]:
+    """The means of :func:`reward_groups`, from rewards, their parts and conditions, batch by batch."""
+    rewards, parts, conditions = zip(*seen)
+    several = None if any(part is None for part in parts) else torch.cat(parts)
+    y = None if conditions[0] is None else torch.cat(conditions)
+    groups = reward_groups(problem, torch.cat(rewards), several, y, most=_PROMPTS)
+    return {name: float(values.mean()) for name, values in groups.items()}
 
 
 def metrics_of(

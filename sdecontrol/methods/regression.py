@@ -85,17 +85,19 @@ def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[P
 def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor]:
     batch = run.batch(part)
     paths = roll_out(run.problem, run.chain, state.control, batch.x0, batch.noise, batch.condition)
-    reward, slope = reward_slope(run.problem, paths)
-    return paths.towards(run.problem, reward), slope
+    _, slope = reward_slope(run.problem, paths)
+    return paths, slope
 
 
 def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
-    """Rewards ``(batch,)`` and ``grad r(x_K)/alpha`` ``(batch, *event)``, through ``decode``."""
+    """Rewards ``(batch,)`` and ``grad r(x_K)/alpha`` ``(batch, *event)``, through ``decode``. The paths then know their
+    problem and rewards."""
     with torch.enable_grad():
         end = paths.end.detach().requires_grad_(True)
-        reward = problem.reward(paths.chain.decode(end, paths.condition), paths.condition)
+        reward, parts = problem.rewards(paths.chain.decode(end, paths.condition), paths.condition)
         slope = torch.autograd.grad(reward.sum(), end)[0]
-    return reward.detach(), slope / problem.alpha
+    paths.towards(problem, reward.detach(), parts)
+    return paths.reward, slope / problem.alpha
 
 
 def regress(

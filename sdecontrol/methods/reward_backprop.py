@@ -28,6 +28,7 @@ from .base import (
     few_of,
     gradient_free,
     metrics_of,
+    named_means,
     not_differentiable,
     parameters_of,
     register,
@@ -147,12 +148,14 @@ class RewardBackprop(Method):
         problem, relaxed = run.problem, self._relaxed(run)
         chain: Any = relaxed or run.chain
         parameters = parameters_of(state)
-        found = []
+        found, seen = [], []
         for part in range(run.accumulate):
             batch = run.batch(part)
 
             def terminal(x: Tensor, y: Tensor | None = batch.condition) -> Tensor:
-                return -problem.reward(chain.decode(x, y), y) / problem.alpha
+                reward, several = problem.rewards(chain.decode(x, y), y)
+                seen.append((reward.detach(), several, y))
+                return -reward / problem.alpha
 
             backward: Any = backpropagate_continuous if self.gradient in CONTINUOUS_MODES else backpropagate
             options: dict[str, Any] = {"parameters": parameters, "mode": self.gradient}
@@ -171,4 +174,6 @@ class RewardBackprop(Method):
         terminals, costs, kls = map(torch.cat, zip(*((c.terminal, c.cost, c.kl) for c in found)))
         # relaxed tokens have no likelihood, and so no lower bound of log Z
         ratios = [] if relaxed is not None else [c.log_ratio for c in found if c.log_ratio is not None]
-        return metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha, torch.cat(ratios) if ratios else None)
+        ratio = torch.cat(ratios) if ratios else None
+        metrics = metrics_of(-problem.alpha * terminals, costs, kls, problem.alpha, ratio)
+        return {**metrics, **named_means(problem, seen)}

@@ -36,7 +36,7 @@ class Target(Protocol):
 
     alpha: float
 
-    def reward(self, x: Samples, condition: Any = None) -> PerPath: ...
+    def rewards(self, x: Samples, condition: Any = None) -> tuple[PerPath, Tensor | None]: ...
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]: ...
 
@@ -174,6 +174,7 @@ class Paths:
     def __post_init__(self) -> None:
         self._stacks: dict[str, Tensor] = {}
         self._reward: PerPath | None = None
+        self._reward_parts: Tensor | None = None
 
     @classmethod
     def of_states(cls, chain: Chain, states: Trajectories, draws: DrawPaths | None = None) -> Paths:
@@ -309,6 +310,7 @@ class Paths:
             self.target,
         )
         some._reward = None if self._reward is None else self._reward[index]
+        some._reward_parts = None if self._reward_parts is None else self._reward_parts[index]
         return some
 
     def without_steps(self) -> Paths:
@@ -317,7 +319,7 @@ class Paths:
         light = Paths(
             self.chain, self.first, self.last, self.end, self.condition, totals, Record(), None, self.target, self.chunk
         )
-        light._reward = self._reward
+        light._reward, light._reward_parts = self._reward, self._reward_parts
         return light
 
     # ---------------------------------------------------------------- the reference's law, and any control's
@@ -399,9 +401,9 @@ class Paths:
 
     # ---------------------------------------------------------------- the target's law
 
-    def towards(self, target: Target, reward: PerPath | None = None) -> Paths:
-        """Say which problem weights are towards, and the rewards where they are known."""
-        self.target, self._reward = target, reward
+    def towards(self, target: Target, reward: PerPath | None = None, parts: Tensor | None = None) -> Paths:
+        """Say which problem weights are towards, and the rewards where they are known; of several each."""
+        self.target, self._reward, self._reward_parts = target, reward, parts
         return self
 
     @property
@@ -416,10 +418,18 @@ class Paths:
         """``r`` at the decoded ends, without a graph unless it was given with one."""
         if self._reward is None:
             assert self.alpha and self.target is not None
-            reward = self.target.reward
+            rewards = self.target.rewards
             with torch.no_grad(), self.target.evaluating():
-                self._reward = by_chunks(lambda x, y: [reward(x, y)], self.chunk, self.samples, self.condition)[0]
+                known = lambda x, y: [part for part in rewards(x, y) if part is not None]  # noqa: E731
+                self._reward, *parts = by_chunks(known, self.chunk, self.samples, self.condition)
+                self._reward_parts = parts[0] if parts else None
         return self._reward
+
+    @property
+    def reward_parts(self) -> Tensor | None:
+        """Of several weighted rewards each without its weight, ``(batch, rewards)``; None where there is one, or where
+        only their sum was kept."""
+        return self._reward_parts if self.reward is not None else None
 
     @property
     def cost(self) -> PerPath:

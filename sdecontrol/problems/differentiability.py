@@ -209,7 +209,6 @@ def missing_relaxations(problem: ControlProblem) -> dict[str, str]:
     """The same of a masked diffusion on relaxed tokens, their probabilities: name -> why."""
     reference, found = problem.reference, {}
     y = problem.draw_condition(_ROWS, 1)
-    more = () if y is None else (y,)
     x = reference.probe_states(_ROWS, problem.dtype, problem.device, seed=1)
     near = torch.nn.functional.one_hot(x, reference.values).to(problem.dtype)
     z = 0.7 * near + 0.3 * near.roll(1, 0)
@@ -228,7 +227,7 @@ def missing_relaxations(problem: ControlProblem) -> dict[str, str]:
             )
         elif r is not None:
             ends = z[..., : reference.vocabulary] / z[..., : reference.vocabulary].sum(-1, keepdim=True).clamp(min=0.1)
-            if (why := gradient_fault(lambda z: r(z, *more), ends)) is not None:
+            if (why := gradient_fault(lambda z: r(z, *problem.for_reward(y)), ends)) is not None:
                 found["reward"] = why
     return found
 
@@ -256,13 +255,13 @@ def _functions(problem: ControlProblem) -> Iterator[tuple[str, Function, Tensor,
         if (f := problem.running_cost_function) is not None:
             yield "running_cost", lambda x, f=f, t=t: f(onto(x), x.new_tensor(t), *more), x, True
     if (r := problem.reward_function) is not None:
-        end = states[-1][1][:rows]
+        end, told = states[-1][1][:rows], problem.for_reward(few[0] if few else None)
         if not reference.decodes:
-            yield "reward", lambda x: r(onto(x), *few), reference.decode(end, *few), True
+            yield "reward", lambda x: r(onto(x), *told), reference.decode(end, *few), True
         else:
             with torch.no_grad():
                 data = reference.decode(end, *few)
-            yield "reward", lambda x: r(x, *few), data, True
+            yield "reward", lambda x: r(x, *told), data, True
             yield "decode", lambda x: reference.decode(x, *few), end, False
 
 

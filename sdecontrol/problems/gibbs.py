@@ -283,9 +283,9 @@ class GibbsProblem(ControlProblem):
     def modules(self) -> list[nn.Module]:
         return [*(super().modules() if self.settled else ()), *self.density.modules()]
 
-    def reward(self, x: Samples, condition: Any = None) -> PerPath:
+    def rewards(self, x: Samples, condition: Any = None) -> tuple[PerPath, Tensor | None]:
         try:
-            return super().reward(x, condition)
+            return super().rewards(x, condition)
         except NonFiniteError as error:
             raise _bad_values(error.rows or 0, x) from None
 

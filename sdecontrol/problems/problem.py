@@ -17,7 +17,7 @@ from ..chains.build import chain_of, make_grid
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..chains.stopped import StoppedChain
 from ..counting import count_reward
-from ..errors import NonFiniteError, NotDifferentiable, check_name, warn
+from ..errors import NonFiniteError, NotDifferentiable, RewardError, check_name, warn
 from ..precision import at_least_single, call, full_precision
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
@@ -37,7 +37,8 @@ from ..tensors import (
     nonfinite_rows,
     probing,
 )
-from .rewards import Linear, Quadratic, QuadraticCost
+from .prompts import Prompts
+from .rewards import Linear, Quadratic, QuadraticCost, WeightedRewards, modules_of
 
 DEFAULT_TIME_STEPS = 100
 #: what can be done about a reward of -inf
@@ -51,7 +52,11 @@ _PROBED = 64  # states at which a region is tried
 
 def draw_conditions(condition: Any, n: int, seed: int) -> Any:
     """``n`` conditions, or None."""
-    return None if condition is None else draw(condition, n, derive_seed(seed, Place.CONDITION))
+    if condition is None:
+        return None
+    if isinstance(condition, Prompts):
+        return condition.embeddings[draw(condition.rows, n, derive_seed(seed, Place.CONDITION))]
+    return draw(condition, n, derive_seed(seed, Place.CONDITION))
 
 
 def _warn_if_random(value: Tensor, again: Tensor) -> None:
@@ -73,9 +78,10 @@ class ControlProblem(Definition):
             :func:`masked_diffusion`.
         initial: law of X_0: ``Dirac``, ``Gaussian``, ``GaussianMixture`` or any torch distribution over states; None
             for the reference's own (generative references).
-        reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function; black boxes too. It
-            may be -inf where paths are to have the weight 0 (an event, a payoff's logarithm): log Z is then that of
-            what remains, and methods of weights take it as it is.
+        reward: ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), or None for 0. Any function of tensors, with a
+            gradient or without; :class:`BlackBox` of others, :class:`WeightedRewards` of several. It may be -inf where
+            paths are to have the weight 0 (an event, a payoff's logarithm): log Z is then that of what remains, and
+            methods of weights take it as it is.
         running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor (``f(x, t, y)`` with a condition), or None.
         alpha: temperature of the entropy (KL) cost, > 0.
         start: "fixed" (X_0 keeps its law), "controlled" (a learned start: time before 0 makes it part of the
@@ -83,6 +89,7 @@ class ControlProblem(Definition):
             references: memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
             Reward, running cost, drift, model and control are then all given y, as their last positional argument.
+            Of :class:`Prompts` the reward gets strings, all others embeddings.
         reward_batch_size: call the reward on at most so many states at once.
         stop: where the process stops: a function ``x -> (batch,)`` of booleans, or a level function that is <= 0
             there, or a :class:`Region`. A path then ends at its first state inside, with its running costs and its
@@ -147,6 +154,11 @@ class ControlProblem(Definition):
         check_count("reward_batch_size", reward_batch_size, optional=True)
         self.reward_function, self.running_cost_function = reward, running_cost
         self.reward_batch_size = reward_batch_size
+        if isinstance(condition, (str, list, tuple)):
+            raise TypeError(
+                "condition must be a tensor (N, ...), a torch distribution or n -> (n, ...), got a "
+                f"{type(condition).__name__}; of strings: sc.Prompts(texts, encoder), of numbers: torch.tensor(values)."
+            )
         self.condition = condition
         self.start = self._choose_start(start)
         self.origin = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
@@ -279,6 +291,8 @@ class ControlProblem(Definition):
                 with probing("reward", f"reward(x{more})", alone, (x, y)):  # a black box that leaves torch
                     value = self._call_reward(x, y)
             hint = "A reward gives one number per row, shape (batch,)."
+            if not isinstance(value, Tensor):
+                hint += " sc.BlackBox(function) takes functions of arrays, images or single samples."
             if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
                 hint += " Use .squeeze(-1)."
             elif isinstance(value, Tensor) and value.ndim == 0:
@@ -373,34 +387,56 @@ class ControlProblem(Definition):
         return draw_conditions(self.condition, n, seed)
 
     def _call_reward(self, x: Tensor, condition: Any) -> Tensor:
-        assert self.reward_function is not None
-        value = ask("reward", self.reward_function, x, *(() if condition is None else (condition,)))
-        count_reward(value, len(x))
-        return value
+        return self._ask_reward(x, condition)[0]
 
-    @full_precision()
+    def _ask_reward(self, x: Tensor, condition: Any) -> tuple[Tensor, Tensor | None]:
+        """The reward, and of several each without its weight, ``(batch, rewards)``."""
+        function: Any = self.reward_function
+        several = isinstance(function, WeightedRewards)
+        found = ask("reward", function.parts if several else function, x, *self.for_reward(condition))
+        value = function.total(found) if several else found
+        count_reward(value, len(x))
+        return value, found if several else None
+
+    def for_reward(self, condition: Any) -> tuple[Any, ...]:
+        """What the reward is given beside states: conditions, of :class:`Prompts` their strings; nothing without."""
+        if isinstance(self.condition, Prompts) and condition is not None:
+            condition = self.condition.texts_of(condition)
+        return () if condition is None else (condition,)
+
     def reward(self, x: Samples, condition: Any = None) -> PerPath:
         """``r`` at decoded states, checked; in pieces of ``reward_batch_size``.
 
         Raises:
-            NonFiniteError: with the number of rows.
+            NonFiniteError: with the number of rows. RewardError: of a :class:`BlackBox`, with the sample and the cause.
         """
+        return self.rewards(x, condition)[0]
+
+    @full_precision()
+    def rewards(self, x: Samples, condition: Any = None) -> tuple[PerPath, Tensor | None]:
+        """The same, and of :class:`WeightedRewards` each without its weight, ``(batch, rewards)``, detached; else
+        None."""
         if self.reward_function is None:
-            return self._with_graph("reward", x, self._number(x).new_zeros(x.shape[0]))
+            return self._with_graph("reward", x, self._number(x).new_zeros(x.shape[0])), None
         if not x.shape[0]:  # a function of the user's may not take an empty batch
-            return self._number(x).new_zeros(0)
+            return self._number(x).new_zeros(0), None
         size = self.reward_batch_size or x.shape[0]
-        pieces = []
+        pieces, parts = [], []
         for i in range(0, x.shape[0], size):
             y = None if condition is None else condition[i : i + size]
-            piece = self._call_reward(x[i : i + size], y)
+            try:
+                piece, several = self._ask_reward(x[i : i + size], y)
+            except RewardError as error:
+                error.moved(i)
+                raise
             pieces.append(
                 check_output("reward", piece, (min(size, x.shape[0] - i),), self._number(x), "One number per row.")
             )
+            parts.append(several if several is None else several.detach())
         value = self._with_graph("reward", x, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         if not bool(torch.isfinite(value).all()):
             self._check_reward(x, value)
-        return value
+        return value, None if parts[0] is None else torch.cat(parts)
 
     def _check_reward(self, x: Samples, value: PerPath) -> None:
         """Raise where a reward is nan or +inf, or -inf for a method that cannot take that."""
@@ -451,14 +487,9 @@ class ControlProblem(Definition):
 
     def modules(self) -> list[nn.Module]:
         """The user's modules: they leave every call with their gradients, modes and flags untouched."""
-        parts = [
-            *self.reference.modules(),
-            self.reward_function,
-            getattr(self.reward_function, "classifier", None),
-            self.running_cost_function,
-            None if self.stop is None else self.stop.function,
-        ]
-        return [p for p in parts if isinstance(p, nn.Module)]
+        own = [self.running_cost_function, None if self.stop is None else self.stop.function]
+        others = [part for part in own if isinstance(part, nn.Module)]
+        return [*self.reference.modules(), *modules_of(self.reward_function), *others]
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode (a reference with dropout would be no fixed law), restored

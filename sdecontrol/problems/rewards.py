@@ -1,15 +1,17 @@
 """Rewards ``r(x) -> (batch,)`` and running costs ``f(x, t) -> (batch,)`` with a structure that exact solutions know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import NonFiniteError, RewardError
 from ..precision import at_least_single, call
 from ..processes.finite import check_tokens
 from ..shapes import PerPath, PerStep, Samples, Scalar, StatePaths, States, Times
-from ..tensors import as_float, check_count, check_tensor, symmetric
+from ..tensors import as_float, check_count, check_output, check_tensor, nonfinite_rows, symmetric
+from .black_box import BlackBox
 
 
 def _check_symmetric(name: str, matrix: Tensor) -> Tensor:
@@ -79,6 +81,11 @@ class LogProb:
             raise ValueError(
                 "LogProb(label=None) needs the problem's condition: ControlProblem(..., condition=labels)."
             )
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                "LogProb(label=None) needs labels as the problem's condition, (batch,) integers; got a "
+                f"{type(y).__name__}."
+            )
         return log_probs.gather(1, y.long().reshape(-1, 1))[:, 0]
 
 
@@ -113,8 +120,87 @@ class OneHot(nn.Module):
         return call(self.function, x) if y is None else call(self.function, x, y)
 
 
+class WeightedRewards:
+    """``r(x) = sum_i w_i r_i(x)``, each reward reported by its name.
+
+    The means of the ``r_i`` without their weights are in the history and in what trackers get as "reward/NAME", and in
+    ``solution.evaluate().details``.
+
+    Args:
+        rewards: name -> ``(weight, reward)``, or the reward alone, of weight 1. Each is what a problem's reward may be:
+            ``r(x) -> (batch,)`` (``r(x, y)`` with a condition), a module, a :class:`BlackBox`.
+
+    Attributes:
+        names, weights, rewards: in the order given.
+
+    The sum has a gradient where each of them has one, or is the same in all rows: a gradient of some of them would be
+    that of another reward.
+
+    Raises:
+        TypeError, ValueError: no rewards, or a weight or function that is none. NonFiniteError, RewardError: naming the
+            reward.
+    """
+
+    def __init__(self, rewards: Mapping[str, Any]) -> None:
+        if not isinstance(rewards, Mapping) or not rewards:
+            raise TypeError("rewards must be a dictionary, name -> (weight, reward), with one reward at least.")
+        pairs = {name: one if isinstance(one, (tuple, list)) else (1.0, one) for name, one in rewards.items()}
+        for name, pair in pairs.items():
+            if not isinstance(name, str):
+                raise TypeError(f"rewards must have strings as names, got {name!r}.")
+            if len(pair) != 2 or not callable(pair[1]):
+                raise TypeError(f"rewards[{name!r}] must be (weight, reward) or a reward, x -> (batch,); got {pair!r}.")
+        self.names = tuple(pairs)
+        self.weights = tuple(as_float(f"the weight of reward {name!r}", weight) for name, (weight, _) in pairs.items())
+        self.rewards: tuple[Callable[..., Tensor], ...] = tuple(reward for _, reward in pairs.values())
+
+    def parts(self, x: Samples, *y: Any) -> Tensor:
+        """Each reward without its weight, ``(batch, rewards)``."""
+        found: list[Tensor] = []
+        for name, reward in zip(self.names, self.rewards):
+            try:
+                value = call(reward, x, *y)
+            except RewardError as error:
+                error.name = name
+                raise
+            like = x if x.is_floating_point() else found[0] if found else value
+            check_output(f"reward {name!r}", value, (len(x),), like, "A reward gives one number per row.")
+            if rows := nonfinite_rows(value):
+                raise NonFiniteError(
+                    f"reward {name!r} is not finite in {rows} of {len(x)} rows. A reward must be finite wherever the "
+                    "process can go; floor it (e.g. torch.clamp).",
+                    what="reward",
+                    rows=rows,
+                )
+            found.append(value)
+        cut = any(not v.requires_grad and bool((v != v[:1]).any()) for v in found)
+        stacked = torch.stack(found, 1)
+        return stacked.detach() if cut else stacked
+
+    def total(self, parts: Tensor) -> PerPath:
+        """Their weighted sum, of :meth:`parts`."""
+        return parts @ parts.new_tensor(self.weights)
+
+    def __call__(self, x: Samples, *y: Any) -> PerPath:
+        return self.total(self.parts(x, *y))
+
+    def __repr__(self) -> str:
+        terms = (f"{weight:g} {name}" for name, weight in zip(self.names, self.weights))
+        return f"WeightedRewards({' + '.join(terms)})"
+
+
+def modules_of(reward: Any) -> list[nn.Module]:
+    """The modules that a reward is, or is made of."""
+    if isinstance(reward, WeightedRewards):
+        return [module for part in reward.rewards for module in modules_of(part)]
+    inner = reward.function if isinstance(reward, BlackBox) else getattr(reward, "classifier", None)
+    return [part for part in (reward, inner) if isinstance(part, nn.Module)]
+
+
 def takes_probabilities(reward: Any) -> bool:
     """Whether a reward of tokens takes their probabilities too."""
+    if isinstance(reward, WeightedRewards):
+        return all(map(takes_probabilities, reward.rewards))
     return isinstance(reward, OneHot) or isinstance(getattr(reward, "classifier", None), OneHot)
 
 

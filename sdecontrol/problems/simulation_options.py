@@ -12,6 +12,7 @@ from ..randomness import Place, SeededNoise, SuppliedNoise, derive_seed
 from ..shapes import States
 from ..tensors import check_tensor
 from .problem import ControlProblem
+from .prompts import encoded
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SimulationOptions:
         self, problem: ControlProblem, chain: Chain, num_paths: int, control: Any, seed: int
     ) -> tuple[States, Any]:
         """The states and conditions to begin with, and checks of the arguments that every simulation shares."""
-        state, step, condition = self.state, self.step, self.condition
+        state, step, condition = self.state, self.step, encoded(problem.condition, self.condition)
         check_name("keep", self.keep, KEEP)
         if control is not None and not callable(control):
             raise TypeError(

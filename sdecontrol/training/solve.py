@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import continued
-from ..errors import NoExactSolution, NonFiniteError, renamed
+from ..errors import NoExactSolution, NonFiniteError, RewardError, renamed
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
@@ -116,6 +116,7 @@ def solve(
 
     Raises:
         NonFiniteError: naming the quantity, the iteration and the rows; its ``solution`` is the last good one.
+        RewardError: of a :class:`BlackBox`, naming the sample and the cause; likewise.
     """
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
@@ -423,14 +424,19 @@ class Trainer:
     def _stop(self, error: BaseException) -> None:
         """Keep the last good state: parameters change only after a whole iteration, so they are good."""
         self._notify("on_exception", exception=error)
-        if isinstance(error, NonFiniteError):
-            error.args = (
-                f"{error.args[0]} Training stopped at iteration {self.done}; the last good solution is in this "
-                "error's .solution" + (" and in the checkpoint." if self.checkpoints is not None else "."),
+        if isinstance(error, (NonFiniteError, RewardError)):
+            note = (
+                f" Training stopped at iteration {self.done}; the last good solution is in this error's .solution"
+                + (" and in the checkpoint." if self.checkpoints is not None else ".")
             )
+            if isinstance(error, RewardError):
+                error.note = note
+            else:
+                error.args = (f"{error.args[0]}{note}",)
             error.solution = self._solution()
         # an interrupt may come between the steps of one iteration, which a resumed run would take twice
-        good = isinstance(error, NonFiniteError) or (isinstance(error, KeyboardInterrupt) and self.whole)
+        stopped = isinstance(error, (NonFiniteError, RewardError))
+        good = stopped or (isinstance(error, KeyboardInterrupt) and self.whole)
         if self.checkpoints is not None and self.done and good:
             self._save()
 
