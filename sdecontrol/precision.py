@@ -63,7 +63,10 @@ def own_precision() -> Iterator[list[torch.dtype]]:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype | None:
-    """Of its first floating-point parameter or buffer; None where it has none."""
+    """In which a module is called: its ``own_dtype`` where it says one (its parameters may be of several), else that of
+    its first floating-point parameter or buffer; None where it has none."""
+    if isinstance(own := getattr(module, "own_dtype", None), torch.dtype):
+        return own
     tensors = (*module.parameters(), *module.buffers())
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 

@@ -12,7 +12,7 @@ from ..errors import check_name
 from ..problems.problem import ControlProblem
 from ..problems.rewards import Linear, Quadratic, QuadraticCost
 from ..problems.simulate import simulate_chain
-from ..processes.modules import copied
+from ..processes.modules import copied, load_plain_state, plain_state
 from ..randomness import Place, derive_seed
 from .base import Control, StartedControl, as_control, check_shapes
 from .langevin_term import langevin_scale
@@ -87,7 +87,7 @@ def continued(problem: ControlProblem, chain: Chain, given: Any, *, seed: int = 
     x, y = problem.reference.probe_states(3, problem.dtype, problem.device, seed=3), problem.draw_condition(3, 0)
     try:
         made = CONTROLS.make(CONTROLS.describe(control), Context(problem, home, copied(own)))
-        made.load_state_dict(control.state_dict())
+        load_plain_state(made, plain_state(control))
         for old, new in zip(control.modules(), made.modules()):
             if isinstance(old, MixtureControl) and isinstance(new, MixtureControl):
                 new.move_law(old)

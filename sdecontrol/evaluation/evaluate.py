@@ -206,7 +206,7 @@ def evaluate(
         exact=log_z is not None and (not problem.random_start or start_value is not None),
         n=n,
         discretisation=None if continuous is None else known_z - Estimate(continuous, 0.0),
-        details={name: mean_estimate(values) for name, values in groups.items()},
+        details={name: mean_estimate(values) for name, values in groups.items() if len(values)},
     )
 
 

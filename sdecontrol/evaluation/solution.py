@@ -22,7 +22,7 @@ from ..problems.problem import ControlProblem
 from ..problems.prompts import encoded
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
-from ..processes.modules import numbers_of
+from ..processes.modules import numbers_of, plain_state
 from ..randomness import Place, derive_seed
 from ..shapes import PerPath, States
 from ..tensors import check_count
@@ -352,7 +352,7 @@ class Solution:
             "solution": SOLUTIONS.describe(self),
             "problem": self.problem.fingerprint(),
         }
-        tensors = self.control.state_dict()
+        tensors = plain_state(self.control)
         check_finite(self.control, tensors)
         write_bundle(folder, _KIND, tensors | self._tensors(), settings)
 

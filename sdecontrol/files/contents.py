@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadFileError
+from ..processes.modules import load_plain_state, plain_names, plain_state
 from ..tensors import check_tensor
 
 
@@ -43,7 +44,8 @@ def check_finite(module: nn.Module, tensors: dict[str, Tensor], every: bool = Tr
     Raises:
         ValueError: naming the tensor.
     """
-    buffers = {name for name, _ in module.named_buffers()}
+    names = plain_names(module)
+    buffers = {names.get(name, name) for name, _ in module.named_buffers()}
     for name, value in tensors.items():
         if not value.is_floating_point() or (name in buffers and not every):
             continue
@@ -51,7 +53,7 @@ def check_finite(module: nn.Module, tensors: dict[str, Tensor], every: bool = Tr
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, finite_buffers: bool = True) -> None:
-    """Fill a module from saved tensors, all names and shapes matching.
+    """Fill a module from saved tensors, all plain names and shapes matching.
 
     Args:
         finite_buffers: False: what training keeps of its course in buffers may be anything.
@@ -59,7 +61,8 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, fi
     Raises:
         BadFileError: naming what does not fit.
     """
-    wanted = module.state_dict()
+    wanted, names = plain_state(module), plain_names(module)
+    tensors = {names.get(name, name): value for name, value in tensors.items()}  # older files have wrappers' names
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted:
             raise BadFileError(
@@ -71,7 +74,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Any, *, fi
                 f"{tuple(tensors[name].shape)}, wanted {wanted[name].dtype} {tuple(wanted[name].shape)}."
             )
     check_finite(module, tensors, every=finite_buffers)
-    module.load_state_dict(tensors)
+    load_plain_state(module, tensors)
 
 
 def check_fingerprint(saved: Any, fingerprint: Callable[[bool], dict[str, Any]], path: Any) -> None:

@@ -337,7 +337,11 @@ def named_means(problem: ControlProblem, seen: Sequence[tuple[Tensor, Tensor | N
     several = None if any(part is None for part in parts) else torch.cat(parts)
     y = None if conditions[0] is None else torch.cat(conditions)
     groups = reward_groups(problem, torch.cat(rewards), several, y, most=_PROMPTS)
-    return {name: float(values.mean()) for name, values in groups.items()}
+    if not groups:
+        return {}
+    sums = torch.stack([values.double().sum() for values in groups.values()]).tolist()
+    counts = [len(values) for values in groups.values()]
+    return {name: total / count for name, total, count in zip(groups, sums, counts) if count}
 
 
 def metrics_of(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..chains.diffusion import DiffusionChain
 from ..errors import warn
 from ..processes.adapters import Adapters, WithoutAdapters
-from ..processes.modules import copied
+from ..processes.masters import MasterWeights
+from ..processes.modules import copied, unwrapped
 from ..shapes import Samples, States
 from ..tensors import as_float
 from .lora import LoRA
@@ -27,8 +28,10 @@ _NOTICED = 0.01  # by which a stock sampler's last step may move clean states wi
 
 
 def _inner(network: Any) -> Any:
-    """The network that PEFT's wrapper holds, adapters in its layers; others themselves."""
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
+    """The network that wrappers hold (PEFT's, adapters in its layers; of compiling and data parallelism); others
+    themselves."""
+    network = unwrapped(network)
+    return unwrapped(network.get_base_model()) if hasattr(network, "get_base_model") else network
 
 
 class DiffusersModel(nn.Module):
@@ -118,9 +121,9 @@ class DiffusersModel(nn.Module):
 
 def _network(model: Any) -> nn.Module:
     """The network of diffusers in a pre-trained model, or in a tuned copy of it (with its adapters)."""
-    whole: Any = model.whole() if isinstance(model, Adapters) else model
+    whole: Any = model.whole() if isinstance(model, (Adapters, MasterWeights)) else model
     adapter: Any = whole.base if isinstance(whole, WithoutAdapters) else whole
-    return adapter.network
+    return unwrapped(unwrapped(adapter).network)
 
 
 class DiffusersChain(DiffusionChain):
@@ -285,7 +288,8 @@ def from_diffusers(
 
     Args:
         model: a network (``UNet2DModel``, ``UNet2DConditionModel``, a transformer of the same call form) or a pipeline,
-            whose scheduler and autoencoder are then taken.
+            whose scheduler and autoencoder are then taken. In whatever precision: a copy of one of bfloat16 is tuned
+            with weights in float32, and saved in its own. It may be compiled; files have its plain names.
         scheduler: ``DDPMScheduler``, ``DDIMScheduler`` or ``FlowMatchEulerDiscreteScheduler``; prediction type,
             spacing, final alpha, variance, zero terminal SNR, clipping, thresholding and shift are read from it. It is
             not changed.
@@ -307,6 +311,8 @@ def from_diffusers(
         TypeError, ValueError: a model, a scheduler or a setting of it that is not understood, by name.
     """
     network, scheduler, pipeline = _parts(model, scheduler)
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        network = network.module
     if guidance is not None:
         guidance = as_float("guidance", guidance)
         if null_condition is None:

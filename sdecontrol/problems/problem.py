@@ -54,9 +54,9 @@ def draw_conditions(condition: Any, n: int, seed: int) -> Any:
     """``n`` conditions, or None."""
     if condition is None:
         return None
-    if isinstance(condition, Prompts):
-        return condition.embeddings[draw(condition.rows, n, derive_seed(seed, Place.CONDITION))]
-    return draw(condition, n, derive_seed(seed, Place.CONDITION))
+    prompts = isinstance(condition, Prompts)
+    found = draw(condition.rows if prompts else condition, n, derive_seed(seed, Place.CONDITION))
+    return condition.embeddings[found] if prompts else found
 
 
 def _warn_if_random(value: Tensor, again: Tensor) -> None:

@@ -13,8 +13,9 @@ from .rewards import WeightedRewards
 def reward_groups(
     problem: ControlProblem, reward: PerPath, parts: Tensor | None, condition: Any, most: int | None = None
 ) -> dict[str, Tensor]:
-    """ "reward/NAME" -> each of several rewards without its weight ``(batch,)``; "prompt/TEXT" -> the rewards at each
-    text among the conditions. Empty where the problem has one reward and no :class:`Prompts`.
+    """Of several rewards "reward/NAME" -> each without its weight ``(batch,)``, and "prompt/TEXT" -> the rewards at
+    each of the texts, of which some may not be among the conditions. Empty where the problem has one reward and no
+    :class:`Prompts`.
 
     Args:
         parts: as ``ControlProblem.rewards`` gives them. most: prompts; where there are more, they are left out.
@@ -25,6 +26,5 @@ def reward_groups(
     prompts = problem.condition
     if isinstance(prompts, Prompts) and condition is not None and (most is None or prompts.count <= most):
         which = prompts.indices(condition)
-        for i in which.unique().tolist():
-            found[f"prompt/{prompts.texts[i]}"] = reward[which == i]
+        found |= {f"prompt/{prompts.texts[i]}": reward[which == i] for i in range(prompts.count)}
     return found

@@ -9,9 +9,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .modules import copied
+from ..precision import at_least_single
+from .masters import MasterWeights, half_parameters
+from .modules import copied, standing_in, without_compiling
 
 
 def _layers(model: nn.Module) -> list[Any]:
@@ -54,31 +57,49 @@ class WithoutAdapters(nn.Module):
         return Adapters(self._given[0])
 
 
+def _to_single(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.data = at_least_single(p.data)
+
+
 class Adapters(nn.Module):
     """A model whose adapters are its parameters; its other weights are those of another one, and not its own to train,
-    to copy or to save."""
+    to copy or to save.
+
+    Low-rank adapters of half precision are kept in float32, so that no step of training is lost; the layers of PEFT
+    take both.
+
+    Attributes:
+        own_dtype: in which the model is called: that of its other weights.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         theirs = {id(p) for p in _own(model)}
-        self.network = copied(model, shared=[p for p in model.parameters() if id(p) not in theirs])
-        self._given, self._fixed = [model], []
+        self.network = without_compiling(copied(model, shared=[p for p in model.parameters() if id(p) not in theirs]))
+        self._given: list[nn.Module] = [model]
+        self._fixed: list[tuple[nn.Module, str, Tensor]] = []
         own = {id(p) for p in _own(self.network)}
         for layer in _layers(self.network):
             layer._disable_adapters = False
+            for name in layer.adapter_layer_names:
+                if name.startswith("lora_") and isinstance(part := getattr(layer, name, None), nn.Module):
+                    _to_single(part)
         for part in self.network.modules():
             for name, p in list(part._parameters.items()):
                 if p is not None and id(p) not in own:
                     del part._parameters[name]
-                    self._fixed.append(p.detach())
-                    part.__dict__[name] = self._fixed[-1]
+                    self._fixed.append((part, name, p.detach()))
+                    part.__dict__[name] = self._fixed[-1][2]
+        floating = (t.dtype for *_, t in self._fixed if t.is_floating_point())
+        self.own_dtype: torch.dtype | None = next(floating, None)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        return self.network(*args, **named)
+        with standing_in(self._fixed):
+            return self.network(*args, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapters:
-        fixed: list[Tensor] = self._fixed
-        memo.update({id(t): t for t in fixed} | {id(self._given): self._given})
+        memo.update({id(t): t for *_, t in self._fixed} | {id(self._given): self._given})
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -86,7 +107,7 @@ class Adapters(nn.Module):
 
     def whole(self) -> nn.Module:
         """The model as it was given, a copy, with these adapters."""
-        made = copied(self._given[0])
+        made = without_compiling(copied(self._given[0]))
         made.load_state_dict(self.network.state_dict(), strict=False)
         for layer in _layers(made):
             layer._disable_adapters = False
@@ -103,5 +124,10 @@ def as_reference(model: Any) -> Any:
 
 
 def tunable_copy(model: nn.Module) -> nn.Module:
-    """A copy to be trained: of a model with adapters these alone are its own."""
-    return model.tunable() if isinstance(model, WithoutAdapters) else copied(model)
+    """A copy to be trained: of a model with adapters these alone are its own, and one of half precision has its weights
+    in float32."""
+    if isinstance(model, WithoutAdapters):
+        return model.tunable()
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # gradients are summed over processes elsewhere
+        model = model.module
+    return MasterWeights(model) if half_parameters(model) else copied(model)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -84,6 +84,75 @@ def held_fixed(parameters: Sequence[Tensor]) -> Iterator[None]:
                 if _leave(p):
                     _, flag, p.grad = _flags.pop(id(p))
                     p.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def standing_in(places: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Tensors as the parameters of modules ``(module, name, tensor)``, for what asks a module for its parameters (their
+    dtype, say) in the midst of a call; those that were there come back."""
+    before = [part._parameters.get(name) for part, name, _ in places]
+    known = [name in part._parameters for part, name, _ in places]
+    for part, name, tensor in places:
+        part._parameters[name] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for (part, name, _), parameter, there in zip(places, before, known):
+            if there:
+                part._parameters[name] = parameter
+            else:
+                part._parameters.pop(name, None)
+
+
+#: attributes by which wrappers hold a module: of ``torch.compile``, and of data parallelism
+_WRAPPED = "_orig_mod", "module"
+
+
+def _held_by(module: nn.Module) -> str | None:
+    """By which attribute a wrapper holds its module; None of what is none."""
+    if _WRAPPED[0] in module._modules:  # of its own: PEFT's hand on what their base has
+        return _WRAPPED[0]
+    parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return _WRAPPED[1] if parallel else None
+
+
+def unwrapped(module: Any) -> Any:
+    """What ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` have wrapped; others themselves."""
+    while isinstance(module, nn.Module) and (name := _held_by(module)) is not None:
+        module = getattr(module, name)
+    return module
+
+
+def without_compiling(module: nn.Module) -> nn.Module:
+    """A module whose own and whose parts' wrappers are gone; the parts are changed in place."""
+    module = unwrapped(module)
+    for name, part in module.named_children():
+        if (inner := without_compiling(part)) is not part:
+            setattr(module, name, inner)
+    return module
+
+
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """Names in ``module.state_dict()`` -> what they are without the parts that such wrappers add."""
+    held = [(name, own) for name, part in module.named_modules() if (own := _held_by(part)) is not None]
+    found = {name: name for name in module.state_dict()}
+    for name, own in sorted(held, key=lambda pair: -len(pair[0])):  # inner ones first
+        outer = f"{name}." if name else ""
+        prefix = f"{outer}{own}."
+        found |= {key: outer + plain[len(prefix) :] for key, plain in found.items() if plain.startswith(prefix)}
+    return found
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """What a module has to save, by plain names: a compiled or data-parallel model has those of the model itself."""
+    state, names = module.state_dict(), plain_names(module)
+    return {names[name]: value for name, value in state.items()}
+
+
+def load_plain_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill a module by plain names, all of them."""
+    own = {plain: name for name, plain in plain_names(module).items()}
+    module.load_state_dict({own.get(name, name): value for name, value in tensors.items()})
 
 
 def modules_in(*things: Any) -> list[nn.Module]:

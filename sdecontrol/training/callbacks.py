@@ -18,6 +18,7 @@ class TrainingState:
         metrics: of the last iteration.
         history: of all iterations.
         solution: ``solution()`` gives the current solution (averaged weights, a copy).
+        settings: of the run, plain: method, seed, batch size and what else its numbers depend on.
         evaluation, path, exception: with on_evaluate, on_save, on_exception.
     """
 
@@ -26,6 +27,7 @@ class TrainingState:
     metrics: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     solution: Callable[[], Solution] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     evaluation: Any = None
     path: Any = None
     exception: BaseException | None = None

@@ -21,7 +21,7 @@ from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of, suggested
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
-from ..processes.modules import copied, held_fixed
+from ..processes.modules import copied, held_fixed, plain_state
 from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import as_float, check_count, check_recording
 from .annealing import Annealing
@@ -59,6 +59,7 @@ def solve(
     resume: bool = False,
     callbacks: Sequence[Any] = (),
     report_to: Any = None,
+    images_every: int | None = 100,
     progress: bool | None = None,
 ) -> Solution:
     """Solve a control problem, ``min_u KL(P^u || Q_fine)``.
@@ -107,8 +108,11 @@ def solve(
         callbacks: objects with on_train_begin, on_step_end, on_evaluate, on_save, on_exception, on_train_end.
         report_to: where metrics go, beside the history: "jsonl" (``metrics.jsonl``), "tensorboard" or "wandb" (offline
             unless WANDB_MODE says otherwise), in ``checkpoint_dir`` or in a folder after a colon, "jsonl:runs/first";
-            an object with ``log(metrics, step=)`` or ``log_metrics(metrics, step=)``; or several. Images among samples
-            go to the second and the third every hundred iterations. One that raises warns once.
+            an object with ``log(metrics, step=)``, or of sbi's protocol (``log_metrics(metrics, step=)`` or
+            ``log_metric(name, value, step=)``, and where it has them ``log_params``, ``add_figure``, ``flush``); or
+            several. One that raises warns once.
+        images_every: where samples are images, 16 of them go to the trackers but "jsonl" after every so many
+            iterations, of prompts with their text; None: never.
         progress: show a progress bar; None: if the terminal can.
 
     Returns:
@@ -124,6 +128,7 @@ def solve(
     check_count("accumulate", accumulate)
     check_count("checkpoint_every", checkpoint_every)
     check_count("iterations", iterations, optional=True)
+    check_count("images_every", images_every, optional=True)
     training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
     reason = None
     if method is None:
@@ -151,7 +156,7 @@ def solve(
         tolerance=tolerance,
         budget=_seconds(budget),
         checkpoint_every=checkpoint_every,
-        callbacks=[*callbacks, *reporting(report_to, checkpoint_dir, resume)],
+        callbacks=[*callbacks, *reporting(report_to, checkpoint_dir, resume, images_every)],
         progress=progress,
         reason=reason,
     )
@@ -306,7 +311,7 @@ class Trainer:
     def _save(self) -> None:
         assert self.checkpoints is not None
         tensors, plain = self.descent.tensors()
-        tensors.update(with_part("state", self.state.state_dict()))
+        tensors.update(with_part("state", plain_state(self.state)))
         path = self.checkpoints.write(
             self.done,
             tensors,
@@ -442,7 +447,8 @@ class Trainer:
 
     def _notify(self, event: str, **more: Any) -> None:
         latest = self.history[-1] if self.history else {}
-        state = TrainingState(self.done, self.schedule.last, latest, self.history, self._solution, **more)
+        done = self.done, self.schedule.last, latest, self.history
+        state = TrainingState(*done, self._solution, self.identity, **more)
         notify(self.plan.callbacks, event, state)
 
     def _solution(self) -> Solution:

@@ -9,15 +9,16 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import check_name, warn
+from ..problems.prompts import Prompts
 from .callbacks import Callback, TrainingState
 
 TRACKERS = ("jsonl", "tensorboard", "wandb")
-_IMAGES_EVERY = 100
 _IMAGES = 16
 
 
@@ -51,7 +52,7 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def images(self, images: Tensor, step: int) -> None:
+    def images(self, images: Tensor, titles: Sequence[str], step: int) -> None:
         self._writer.add_images("samples", images, step)
 
     def finish(self) -> None:
@@ -69,8 +70,9 @@ class Wandb:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._run.log(metrics, step=step)
 
-    def images(self, images: Tensor, step: int) -> None:
-        pictures = [self._wandb.Image(image.movedim(0, -1).numpy()) for image in images]
+    def images(self, images: Tensor, titles: Sequence[str], step: int) -> None:
+        pairs = zip(images, titles or [None] * len(images))
+        pictures = [self._wandb.Image(image.movedim(0, -1).numpy(), caption=title) for image, title in pairs]
         self._run.log({"samples": pictures}, step=step)
 
     def finish(self) -> None:
@@ -84,13 +86,43 @@ def _imported(name: str, package: str) -> Any:
         raise ImportError(f"report_to={package!r} needs it; pip install {package}.") from error
 
 
-class Reporting(Callback):
-    """Hands metrics to a tracker; one that raises is told of once, and not asked again."""
+def picture_figure(images: Tensor, titles: Sequence[str] = ()) -> Any:
+    """Images ``(n, 1 or 3, height, width)`` in [0, 1] side by side, as a figure of matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def __init__(self, tracker: Any) -> None:
-        self.tracker, self._log = tracker, _log_function(tracker)
+    across = math.ceil(math.sqrt(len(images)))
+    figure: Any = Figure(figsize=(1.5 * across, 1.6 * math.ceil(len(images) / across)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, image in enumerate(images):
+        axes = figure.add_subplot(math.ceil(len(images) / across), across, i + 1)
+        axes.imshow(image.movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+        if titles:
+            axes.set_title(shorten(titles[i], 24), fontsize=7)
+    return figure
+
+
+class Reporting(Callback):
+    """Hands metrics to a tracker, and images of samples every so many iterations; one that raises is told of once, and
+    not asked again."""
+
+    def __init__(self, tracker: Any, images_every: int | None) -> None:
+        self.tracker, self._log, self._every = tracker, _log_function(tracker), images_every
         self._failed = False
-        self._pictures = hasattr(tracker, "images")  # until a sample is none
+        self._pictures = _image_function(tracker)  # None where it takes none, or samples are none
+
+    def _show(self, state: TrainingState) -> None:
+        assert state.solution is not None
+        solution = state.solution()
+        y = solution.problem.draw_condition(_IMAGES, 0)
+        x = solution.sample(_IMAGES, seed=0, condition=y)
+        if not (x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3)):
+            self._pictures = None
+            return
+        prompts = solution.problem.condition
+        titles = prompts.texts_of(y) if isinstance(prompts, Prompts) else ()
+        self._try(self._pictures, (x.float().cpu() / 2 + 0.5).clamp(0, 1), titles, state.iteration)
 
     def _try(self, function: Any, *arguments: Any, **named: Any) -> None:
         if self._failed or function is None:
@@ -106,15 +138,13 @@ class Reporting(Callback):
 
     def on_train_begin(self, state: TrainingState) -> None:
         self._try(getattr(self.tracker, "begin", None), state.history)
+        self._try(getattr(self.tracker, "log_params", None), dict(state.settings))
 
     def on_step_end(self, state: TrainingState) -> None:
         self._try(self._log, dict(state.metrics), step=state.iteration)
-        if self._pictures and not self._failed and state.iteration % _IMAGES_EVERY == 0:
-            assert state.solution is not None
-            x = state.solution().sample(_IMAGES, seed=0)
-            self._pictures = x.is_floating_point() and x.ndim == 4 and x.shape[1] in (1, 3)
-            if self._pictures:
-                self._try(self.tracker.images, (x.float().cpu() / 2 + 0.5).clamp(0, 1), state.iteration)
+        due = self._every is not None and state.iteration % self._every == 0
+        if due and self._pictures is not None and not self._failed:
+            self._show(state)
 
     def on_exception(self, state: TrainingState) -> None:
         self._try(getattr(self.tracker, "finish", None))
@@ -128,13 +158,26 @@ def _log_function(tracker: Any) -> Any:
     for name in ("log", "log_metrics"):
         if callable(getattr(tracker, name, None)):
             return getattr(tracker, name)
+    one = getattr(tracker, "log_metric", None)
+    if callable(one):
+        return lambda metrics, step: [one(name, value, step=step) for name, value in metrics.items()]
     raise TypeError(
         f"report_to must be one of {', '.join(TRACKERS)}, with a folder after a colon ('jsonl:runs/first'), or an "
         f"object with log(metrics, step=) or log_metrics(metrics, step=), got {type(tracker).__name__}."
     )
 
 
-def reporting(report_to: Any, checkpoint_dir: Any, resume: bool) -> list[Reporting]:
+def _image_function(tracker: Any) -> Any:
+    """``(images, titles, step)``, by the tracker's own ``images`` or sbi's ``add_figure``; None where it takes none."""
+    if callable(getattr(tracker, "images", None)):
+        return tracker.images
+    add = getattr(tracker, "add_figure", None)
+    if not callable(add):
+        return None
+    return lambda images, titles, step: add("samples", picture_figure(images, titles), step=step)
+
+
+def reporting(report_to: Any, checkpoint_dir: Any, resume: bool, images_every: int | None) -> list[Reporting]:
     """Callbacks that hand a run's metrics to what ``report_to`` names.
 
     Raises:
@@ -157,5 +200,5 @@ def reporting(report_to: Any, checkpoint_dir: Any, resume: bool) -> list[Reporti
                 raise ValueError(
                     f"report_to={report_to!r}: {one.path} is of another run; give another folder, or move it."
                 )
-        found.append(Reporting(one))
+        found.append(Reporting(one, images_every))
     return found
