@@ -49,8 +49,9 @@ class BlackBox:
             with it; ``close()`` ends them before.
         timeout: seconds that a call may take; None: any. A process that takes longer is ended; a thread cannot be: its
             result is not waited for.
-        on_failure: "raise", or the reward of a sample at which the function raises, returns no finite number, crashes
-            or is too slow. (Where it has never returned a number it is raised all the same.)
+        on_failure: "raise", or the reward of a sample at which the function raises, returns nan or inf (-inf is a
+            reward: a weight of 0), crashes or is too slow. (Where it has never returned a number it is raised all the
+            same.)
 
     Conditions are the strings of :class:`Prompts` (a list, or one), else numbers as an array, of "torch" a tensor.
 
@@ -124,7 +125,7 @@ class BlackBox:
             RewardError: for the first of them, where that is to be raised.
         """
         for row in range(rows.start, rows.stop):
-            if math.isfinite(values[row]):
+            if math.isfinite(values[row]) or values[row] == -math.inf:  # which is for the problem to judge
                 self._succeeded = True
                 continue
             cause = found.cause if found.values is None else f"it returned {values[row]}"

@@ -10,7 +10,7 @@ from ..errors import NonFiniteError, RewardError
 from ..precision import at_least_single, call
 from ..processes.finite import check_tokens
 from ..shapes import PerPath, PerStep, Samples, Scalar, StatePaths, States, Times
-from ..tensors import as_float, check_count, check_output, check_tensor, nonfinite_rows, symmetric
+from ..tensors import as_float, check_count, check_output, check_tensor, symmetric
 from .black_box import BlackBox
 
 
@@ -165,10 +165,11 @@ class WeightedRewards:
                 raise
             like = x if x.is_floating_point() else found[0] if found else value
             check_output(f"reward {name!r}", value, (len(x),), like, "A reward gives one number per row.")
-            if rows := nonfinite_rows(value):
+            rows = int((value.isnan() | (value == torch.inf)).sum())
+            if rows:  # -inf, a weight of 0, is for the problem to judge
                 raise NonFiniteError(
-                    f"reward {name!r} is not finite in {rows} of {len(x)} rows. A reward must be finite wherever the "
-                    "process can go; floor it (e.g. torch.clamp).",
+                    f"reward {name!r} is nan or infinite in {rows} of {len(x)} rows. It must be a number wherever the "
+                    "process can go; bound it (e.g. torch.clamp).",
                     what="reward",
                     rows=rows,
                 )

@@ -100,9 +100,18 @@ def test_modules_among_them_are_called_in_evaluation_mode_and_stay_as_they_were(
     assert len(made.modules()) == 3
 
 
+def test_a_reward_of_minus_infinity_is_a_weight_of_0_here_too():
+    outside = sc.BlackBox(lambda x: [-float("inf") if one[0] < 0 else 0.0 for one in x])
+    made = problem(sc.WeightedRewards({"outside": outside, "bowl": bowl}))
+    solution = quick(made, sc.SMC(num_particles=64), iterations=None, batch_size=256)
+    assert float(solution.sample(64, seed=0)[:, 0].min()) >= 0
+    with pytest.raises(ValueError, match="soft-ppo needs a reward that is a number everywhere"):
+        quick(made, sc.SoftPPO())
+
+
 def test_what_fails_among_them_is_named():
     bad = {
-        "infinite": (lambda x: x[:, 0] / 0, sc.NonFiniteError, "reward 'infinite' is not finite in 3 of 3 rows"),
+        "infinite": (lambda x: x[:, 0] / 0, sc.NonFiniteError, "reward 'infinite' is nan or infinite in 3 of 3 rows"),
         "short": (lambda x: x[:2, 0], ValueError, r"reward 'short' must return shape \(3,\), got \(2,\)"),
         "failing": (
             sc.BlackBox(lambda x: {}[0]),
