@@ -95,6 +95,12 @@ class Place(enum.IntEnum):
     LADDER_POINTS = 413
     TEMPERED = 414  # moves and resampling on a given ladder
     TEMPERED_GROUP = 415  # systems that are run at once [first]
+    EVENT_POINTS = 416  # noises of the first particles of a ladder to a rare event
+    EVENT_START = 417  # the same, starts of their paths
+    EVENT_SCALE = 418  # particles by which such a ladder finds its first noise scale [power]
+    EVENT_LADDER = 419  # its moves and resampling while it is chosen
+    EVENT_GROUP = 426  # systems that are run at once [first]
+    EVENTS = 427  # moves and resampling on a given one
     WARM_UP = 420  # moves of Markov chains while their kernel is adapted
     WARM_UP_POINTS = 421
     CHAINS = 422  # moves of warm chains
@@ -143,6 +149,7 @@ class Place(enum.IntEnum):
     # exact
     EXACT_SAMPLES = 551
     GRID_WALK = 552  # paths that show where a grid must reach
+    STOPPED_WALK = 555  # of chains that stop: paths that say where panels must be
     GRID_PROBES = 553
     GRID_CHECK = 554  # paths on which a solution is tried
 

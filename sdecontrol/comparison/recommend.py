@@ -133,6 +133,22 @@ _FOR_DENSITIES = (
 )
 
 
+_FOR_EVENTS = Suggestion(
+    TemperedSMC(),
+    "the reward is -inf at some states, and nothing is to be learned from paths of weight 0: particles find the way by "
+    "a ladder of noise scales (of levels, where level= says which states are nearer), and log Z has an honest error. "
+    "Particle matching learns a control from them.",
+)
+
+
+_FAR = Suggestion(
+    ParticleMatching(),
+    "no gradient needed; particles find modes that the control's own paths never reach, and the control learns "
+    "from them: on mixture posteriors with modes far apart, where it begins with a mixture fitted to particles, "
+    "nothing else that was trained came as near to the target (docs/tables/mixture.md).",
+)
+
+
 _FOR_NETWORKS = Suggestion(
     ValueGuidance("ratio"),
     "a pre-trained network: a value fitted to its own samples as a log density ratio guides it, nothing of the network "
@@ -161,18 +177,14 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
             "reward is the cost (tutorial Section 7.2)." + part,
         ),
     ]
-    far = Suggestion(
-        ParticleMatching(),
-        "no gradient needed; particles find modes that the control's own paths never reach, and the control learns "
-        "from them: on mixture posteriors with modes far apart, where it begins with a mixture fitted to particles, "
-        "nothing else that was trained came as near to the target (docs/tables/mixture.md).",
-    )
+    if problem.vanishes:
+        return [_FOR_EVENTS, _FAR, *black_box]
     # a model that is not to be tuned itself: the control begins with a mixture
     begun = (
         problem.reference.pretrained and problem.event_shape.numel() <= 64 and ends_for_a_mixture(problem) is not None
     )
     if missing_gradients(problem):
-        return [far, *black_box] if begun else [*black_box, far]
+        return [_FAR, *black_box] if begun else [*black_box, _FAR]
     first = [
         Suggestion(
             AdjointMatching(steps=steps),
@@ -201,7 +213,7 @@ def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | Non
         ),
     )
     known = problem.reference.pretrained and not problem.reference.trainable
-    first.insert(0 if begun else 1 if known else len(first), far)
+    first.insert(0 if begun else 1 if known else len(first), _FAR)
     return [*first, black_box[0]]
 
 

@@ -79,6 +79,8 @@ def log_mean_weight(log_w: PerPath) -> Estimate:
     v = log_w.detach().double()
     n = len(v)
     value = float(torch.logsumexp(v, 0)) - math.log(n)
+    if value == -math.inf:  # no weight is above 0
+        return Estimate(value)
     relative = (v - value).exp()
     return Estimate(value, float(relative.std()) / math.sqrt(n) if n > 1 else float("nan"))
 
@@ -94,6 +96,8 @@ def pareto_k(log_w: PerPath) -> float:
     from scipy.stats import genpareto
 
     v = log_w.detach().double().cpu().numpy()
+    if not np.isfinite(v.max()):
+        return float("nan")
     w = np.sort(np.exp(v - v.max()))
     count = int(min(0.2 * len(w), 3 * math.sqrt(len(w))))
     if count < 5:

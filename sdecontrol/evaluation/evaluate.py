@@ -125,6 +125,9 @@ class Evaluation:
             rows.append(("start gap", self.start_gap, "left by a fixed random start, or by conditions"))
         if self.discretisation is not None:
             rows.append(("discretised", self.discretisation, "log Z of the chain less that of continuous time"))
+        if self.elbo.value == -math.inf:  # then no control has a finite one, or this one has none
+            rows = [row for row in rows if row[0] not in ("objective", "gap", "reward")]
+            rows[[row[0] for row in rows].index("ELBO")] = ("ELBO", self.elbo, "paths of weight 0: none; log Z alone")
         rows = [row for row in rows if not math.isnan(row[1].value)]  # particles have no KL
         width, first = max(len(str(r[1])) for r in rows), max(13, *(len(r[0]) for r in rows))
         lines = [f"{name:<{first}} {value!s:<{width}}  {what}" for name, value, what in rows]
@@ -182,7 +185,10 @@ def evaluate(
                 mean_estimate(start_value(problem.draw_start(n, seed)).double() - log_w),
             )
         else:
-            top, gap, effective = _per_start(problem, control, chain, n, seed, how)
+            if bool((log_w == -math.inf).any()):  # of a start with such paths no mean log weight is known
+                top, gap, effective = Estimate(math.nan), Estimate(math.inf), float(_REPLICAS)
+            else:
+                top, gap, effective = _per_start(problem, control, chain, n, seed, how)
             if effective < _START_ESS * _REPLICAS and verdict != UNRELIABLE:
                 verdict = UNRELIABLE
                 why = f"only {effective:.1f} effective of {_REPLICAS} paths per start: log Z(X_0) is biased low there"

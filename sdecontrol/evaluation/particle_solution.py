@@ -233,8 +233,8 @@ class ParticleSolution(Solution):
         check_count("n", n, 64, why="particles to estimate from")
         seed, settings, alpha = fresh_seed(seed), self.particles, self.problem.alpha
         found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed, batch_size=batch_size)
-        if not bool(torch.isfinite(found.log_z).all()):
-            raise NonFiniteError("the weights of all particles of a system are 0 or not finite.", what="weights")
+        if not bool((found.log_z < math.inf).all()):  # nan too
+            raise NonFiniteError("the weights of a system are not finite.", what="weights")
         log_z = log_mean_weight(found.log_z)
         exact_z = (self._exact_values() or {}).get("log_z")
         top = log_z if exact_z is None else Estimate(exact_z, 0.0)
@@ -278,7 +278,9 @@ class ParticleSolution(Solution):
 
     def _expected(self, found: Particles, values: Tensor, independent: bool | None = None) -> Estimate:
         """Expectation of a sample's ``values`` (M, N): the mean over systems, or weighted by their Z^."""
-        each = (found.log_weights.exp() * values).sum(1)
+        weights = found.log_weights.exp()
+        counts = (weights > 0) & (found.log_z.unsqueeze(1) > -math.inf)
+        each = torch.where(counts, weights * values, 0.0).sum(1)
         if self._one_each if independent is None else independent:
             return mean_estimate(each)
         shares = found.log_z.softmax(0)
@@ -288,6 +290,11 @@ class ParticleSolution(Solution):
     def _verdict(
         self, found: Particles, log_z: Estimate, tail: float, budget: int, seed: int, batch_size: int | None
     ) -> tuple[str, str]:
+        if lost := int((found.log_z == -math.inf).sum()):
+            return UNRELIABLE, (
+                f"{lost} of {len(found.log_z)} systems have no particle of a weight above 0: use more particles, or "
+                "tempered-smc, which finds the way to where the reward is a number"
+            )
         end, log_w = found.end.flatten(0, 1), (found.log_weights + found.log_z.unsqueeze(1)).flatten()
         if unresolved := resolution_problems(self.problem, end, log_w):
             return UNRELIABLE, unresolved[0]

@@ -1,7 +1,8 @@
 """``TemperedSolution``: a solution that is a way of sampling by tempered particles."""
 
+from collections.abc import Callable
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from ..controls.given import ZeroControl
 from ..controls.mixture import MixtureControl
 from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
+from ..particles.levels import EventLadder, climb, run_events
 from ..particles.smc import Particles, ParticleSettings
-from ..particles.tempering import Ladder, NoiseTarget, StateTarget, adapt, run_tempered
+from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
 from ..paths.chunks import check_chunk
 from ..paths.rows import by_chunks
 from ..problems.problem import ControlProblem
@@ -36,12 +38,15 @@ class TemperedSettings:
         gradient: move by gradients, or without.
         width: of the Gaussian that a Gibbs problem's particles begin with, in units of the reference's end.
         mixture: begin with the law of a :class:`MixtureControl` instead, a little widened.
+        events: go up a ladder of noise scales, or of events of a level function, in place of temperatures
+            (``particles/levels.py``).
     """
 
     space: str
     gradient: bool
     width: float = 2.0
     mixture: bool = False
+    events: bool = False
 
 
 def tempered_target(
@@ -96,17 +101,27 @@ class TemperedSolution(ParticleSolution):
         *args: Any,
         particles: ParticleSettings,
         tempering: TemperedSettings,
-        ladder: Ladder | None = None,
+        ladder: Ladder | EventLadder | None = None,
+        level: Callable[[Tensor], Tensor] | None = None,
         **facts: Any,
     ) -> None:
         super().__init__(*args, particles=particles, **facts)
-        self.tempering, self.evaluations = tempering, 0
+        self.evaluations, self.level = 0, level
         self.target = tempered_target(self.problem, self.chain, self.control, tempering)
         if ladder is None:
             with self.problem.evaluating():
-                ladder, first = adapt(self.target, particles.num_particles, fresh_seed(self.seed))
+                ladder, first = self._adapted(particles.num_particles, fresh_seed(self.seed))
             self.evaluations += first.evaluations
+        self.tempering = replace(tempering, events=isinstance(ladder, EventLadder))
         self.ladder = ladder
+
+    def _adapted(self, particles: int, seed: int) -> tuple[Ladder | EventLadder, Population]:
+        """A ladder of temperatures; of noise scales where hardly any path has a reward that is a number; of events
+        where there is a level function."""
+        target = self.target
+        if isinstance(target, NoiseTarget):
+            return climb(target, particles, seed, self.level)
+        return adapt(target, particles, seed)
 
     @torch.no_grad()
     def run(
@@ -118,7 +133,12 @@ class TemperedSolution(ParticleSolution):
         target = copy(self.target)
         target.batch_size = batch_size
         with self.problem.evaluating():
-            found = run_tempered(target, self.ladder, systems, self.particles.num_particles, fresh_seed(seed))
+            size, seed = self.particles.num_particles, fresh_seed(seed)
+            if isinstance(self.ladder, EventLadder):
+                assert isinstance(target, NoiseTarget)
+                found = run_events(target, self.ladder, systems, size, seed, self.level)
+            else:
+                found = run_tempered(target, self.ladder, systems, size, seed)
             self.evaluations += found.evaluations
             flat, shape = found.z.flatten(0, 1), found.log_weights.shape
             origin = found.origin.flatten(0, 1)
@@ -151,7 +171,11 @@ class TemperedSolution(ParticleSolution):
 
     @property
     def configuration(self) -> dict[str, Any]:
-        return {**super().configuration, "tempering": asdict(self.tempering)}
+        return {
+            **super().configuration,
+            "tempering": asdict(self.tempering),
+            "level": self.level is not None,
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         return super()._tensors() | with_part("ladder", vars(self.ladder))
@@ -159,5 +183,8 @@ class TemperedSolution(ParticleSolution):
     @classmethod
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
         tempering = Saved(saved["tempering"], saved.where).settings(TemperedSettings)
-        ladder = Saved(part_of(tensors, "ladder"), f"{saved.where}'s ladder").settings(Ladder)
-        return {**super().from_saved(saved, context, tensors), "tempering": tempering, "ladder": ladder}
+        kind: Any = EventLadder if tempering.events else Ladder
+        ladder = Saved(part_of(tensors, "ladder"), f"{saved.where}'s ladder").settings(kind)
+        level = context.own_value("level function") if dict(saved).get("level") else None
+        found = {"tempering": tempering, "ladder": ladder, "level": level}
+        return {**super().from_saved(saved, context, tensors), **found}

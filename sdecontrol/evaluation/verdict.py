@@ -63,6 +63,11 @@ def judge(
     worse = ""
     if look is not None and lead is not None and lead.value > SIGMAS * lead.stderr + _ROUNDING:
         worse = f"worse than no control, whose ELBO is {look.reference_elbo}; "
+    if not bool((log_w > -math.inf).any()):
+        return UNRELIABLE, (
+            f"none of {len(log_w)} paths has a weight above 0 (a reward of -inf at all of them): tempered-smc and "
+            "particle-matching find where it is a number"
+        )
     effective = effective_sample_size(log_w) * len(log_w)
     if not tail < HEAVY:
         return UNRELIABLE, f"{worse}heavy-tailed weights (Pareto k = {tail:.2f}, must be < {HEAVY})"

@@ -150,7 +150,7 @@ class StoppedChainSolution(ExactSolution):
     def _range(self) -> tuple[float, float, float]:
         """Where the reference's paths go, and the narrowest step there."""
         x = draw(self.problem.origin, _PATHS, 0).to("cpu", torch.float64)
-        generator = generator_for("cpu", 0, Place.GRID_WALK)
+        generator = generator_for("cpu", 0, Place.STOPPED_WALK)
         low, high, narrow = float(x.min()), float(x.max()), math.inf
         for k in range(self._wide.steps):
             mean, scale = self._functions.step(x, k)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..paths.paths import Paths
-from ..paths.weights import self_normalised
+from ..paths.weights import self_normalised, tempered
 from ..tensors import check_count
 from .base import Run, register
 from .on_paths import PathMethod, add_scores, moved, regression_loss, steps_of
@@ -57,7 +57,7 @@ class CrossEntropy(PathMethod):
             weights, exponent, ess = self_normalised(paths.log_weights(), self.group_size, self.trust_region)
         else:
             exponent = state.exponent
-            weights, _, ess = self_normalised(exponent * paths.log_weights(), self.group_size)
+            weights, _, ess = self_normalised(tempered(paths.log_weights(), exponent), self.group_size)
         # the mean score under P^u is 0: on its own paths, and on others where they are weighted by dP^u/dP^v
         own = torch.zeros_like(weights)
         if state.behaviour is None:

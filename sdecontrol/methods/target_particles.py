@@ -9,6 +9,7 @@ from torch import Tensor
 from ..chains.bridges import ChainBridge, bridge_of
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
+from ..particles.levels import climb
 from ..particles.smc import resample
 from ..particles.tempering import NoiseTarget, adapt
 from ..paths.weights import effective_number
@@ -52,7 +53,7 @@ class TargetParticles(ForwardState):
         problem, chain, N = run.problem, run.chain, self.size
         seed = derive_seed(run.seed, Place.MATCHING_PARTICLES, run.iteration)
         target = tempered_ends(problem, chain, self.control)
-        _, found = adapt(target, N, seed)
+        _, found = climb(target, N, seed) if isinstance(target, NoiseTarget) else adapt(target, N, seed)
         generator = generator_for(chain.times.device, seed, Place.MATCHING_PICK)
         rows = resample(found.log_weights, N, "systematic", generator)[0]
         z, origin = found.z[0, rows], found.origin[0, rows]

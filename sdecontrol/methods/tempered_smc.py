@@ -1,9 +1,10 @@
 """``TemperedSMC``: particles tempered from a Gaussian to the target, moved by Hamiltonian Monte Carlo."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..controls.base import Control
 from ..controls.given import given_control
@@ -34,6 +35,12 @@ class TemperedSMC(Method):
         gradient: Hamiltonian moves by the gradient of the log density; None: in the space of states where there is one
             (a gradient through a whole path costs more than it moves).
         proposal: in the space of noises, a control or solution whose paths the particles are; None: the reference.
+        level: ``phi(x) -> (batch,)`` of the (decoded) end of a path, the smaller the nearer to where the reward is a
+            number, if that is known of a rare event (a reward of -inf at nearly all paths): particles then go through
+            ``{phi <= q}`` for falling q, which the first run chooses and freezes. None: where fewer than a tenth of the
+            reference's paths have a reward that is a number, particles begin with so much more noise that enough have,
+            and go through falling scales of it (``particles/levels.py``). No file holds it: it is given again to
+            ``load(..., value=level)``.
         width: of the Gaussian that the particles of a Gibbs problem begin with, in units of the reference's end: wide
             enough for all modes.
 
@@ -51,6 +58,7 @@ class TemperedSMC(Method):
     gradient: bool | None = None
     proposal: Any = None
     width: float = 2.0
+    level: Callable[[Tensor], Tensor] | None = None
 
     default_iterations: ClassVar[int] = 0
 
@@ -58,6 +66,8 @@ class TemperedSMC(Method):
         check_count("num_particles", self.num_particles, 16)
         check_positive("width", self.width)
         check_name("space", self.space, SPACES)
+        if self.level is not None and not callable(self.level):
+            raise TypeError(f"level must be a function x -> (batch,) or None, got {type(self.level).__name__}.")
 
     def _settings(self, problem: ControlProblem) -> TemperedSettings:
         space = self.space
@@ -73,6 +83,8 @@ class TemperedSMC(Method):
             raise ValueError("gradient=True, but the reward has no gradient; leave gradient out.")
         if settings.space == "states" and self.proposal is not None:
             raise ValueError("proposal moves paths: it goes with space='noises'.")
+        if settings.space == "states" and self.level is not None:
+            raise ValueError("level is a function of the ends of paths: it goes with space='noises'.")
 
     def setup(self, run: Run) -> nn.Module:
         control = given_control(run.problem, self.proposal)
@@ -85,5 +97,6 @@ class TemperedSMC(Method):
             control,
             particles=ParticleSettings(self.num_particles),
             tempering=self._settings(problem),
+            level=self.level,
             **facts,
         )

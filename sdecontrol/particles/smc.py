@@ -186,9 +186,11 @@ def _run(
             reward = psi
             psi = reward / alpha
         cost, ratio, other = cost + step_cost, ratio + step_ratio, other + step_other
-        log_w = log_w + (psi - before - step_cost / alpha - step_ratio).reshape(M, N)
+        # a weight of 0 stays 0, whatever comes after
+        change = torch.where(before > -math.inf, psi - before.clamp(min=-1e300), -math.inf)
+        log_w = log_w + (change - step_cost / alpha - step_ratio).reshape(M, N)
         level = log_w.logsumexp(1)
-        fraction = effective_number(log_w, 1) / N
+        fraction = torch.where(level > -math.inf, effective_number(log_w, 1) / N, 1.0)
         ess[k] = fraction.mean()
         poor = fraction < settings.ess_threshold
         if k + 1 < K and bool(poor.any()):
@@ -200,9 +202,10 @@ def _run(
             log_z = log_z + torch.where(poor, level - math.log(N), 0.0)
             log_w = torch.where(poor.unsqueeze(1), 0.0, log_w)
     level = log_w.logsumexp(1)
+    lost = level.unsqueeze(1) == -math.inf  # a system whose Z^ is 0: its particles are alike
     return Particles(
         end=x.unflatten(0, (M, N)),
-        log_weights=log_w - level.unsqueeze(1),
+        log_weights=torch.where(lost, -math.log(N), log_w - level.unsqueeze(1).clamp(min=-1e300)),
         log_z=log_z + level - math.log(N),
         reward=reward.reshape(M, N),
         running_cost=cost.reshape(M, N),

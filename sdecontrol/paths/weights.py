@@ -1,12 +1,13 @@
 """Self-normalised importance weights in log space, tempered by a trust region."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import warn
+from ..errors import NonFiniteError, warn
 from ..shapes import PerPath
 
 _FEW = 4.0  # effective paths below which a weighted average is hardly one
@@ -49,13 +50,27 @@ def self_normalised(log_w: PerPath, group_size: int | None = None, trust_region:
     """
     v = log_w.detach().double()
     v = v.reshape(-1, len(v) if group_size is None else group_size)
-    v = v - v.amax(1, keepdim=True)
+    top = v.amax(1, keepdim=True)
+    if bool((top == -math.inf).any()):
+        raise NonFiniteError(
+            f"none of {v.shape[1]} weighted paths has a weight above 0: the reward is -inf at all of them. Use a "
+            "larger batch, or methods that find where it is a number (tempered-smc, particle-matching).",
+            what="weights",
+            rows=v.shape[1],
+        )
+    v = v - top
     beta = torch.ones_like(v[:, :1])
     if trust_region is not None:  # hundreds of tiny operations: numpy's are cheaper
         beta = torch.from_numpy(_exponents(v.cpu().numpy(), trust_region)).to(v.device)
-    shares = (beta * v).softmax(1)
+    shares = tempered(v, beta).softmax(1)
     ess = float(effective_fraction(shares, 1).mean())
     return Weights((shares * v.shape[1]).flatten().to(log_w.dtype), float(beta.mean()), ess)
+
+
+def tempered(log_w: Tensor, exponent: float | Tensor) -> Tensor:
+    """``exponent * log_w``; -inf where a weight is 0, whatever the exponent."""
+    counts = log_w > -math.inf
+    return torch.where(counts, exponent * torch.where(counts, log_w, 0.0), -math.inf)
 
 
 def largest_exponent(log_w: PerPath, group_size: int | None, trust_region: float) -> float:
@@ -81,7 +96,7 @@ def _exponents(v: np.ndarray, most: float, together: bool = False) -> np.ndarray
 
 def _kl(v: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """``KL(softmax(beta v) || uniform)`` of each row, ``(groups, 1)``."""
-    powers = beta * v
+    powers = np.where(v > -np.inf, beta * np.where(v > -np.inf, v, 0.0), -np.inf)
     weights = np.exp(powers)
     total = weights.sum(1, keepdims=True)
     # where v is -inf the weight is 0, and 0 log 0 too

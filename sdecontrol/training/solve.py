@@ -417,7 +417,9 @@ class Trainer:
         residual = -math.log(max(metrics["loss"], 1e-300)) if self.method.residual else math.nan
         objective, error = (metrics.get(name, math.nan) / alpha for name in ("objective", "objective_stderr"))
         spread = metrics.get("elbo_stderr", error) * math.sqrt(paths)
-        return Score(objective, metrics.get("elbo", math.nan), residual, spread)
+        elbo = metrics.get("elbo", math.nan)
+        known = [v if math.isfinite(v) else math.nan for v in (objective, elbo)]  # paths of weight 0: none
+        return Score(known[0], known[1], residual, spread)
 
     def _good_enough(self) -> bool:
         if self.plan.tolerance is None or self.done % self.evaluate_every:
