@@ -37,6 +37,8 @@ else:
     def __getattr__(name: str) -> Any:
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "ranks":  # which rooms import while the face is being made
+            return importlib.import_module(".ranks", __name__)
         public = _public()
         return globals()[name] if name in globals() else getattr(public, name)
 

@@ -93,6 +93,10 @@ class ImproperTarget(ValueError):
     """A log density whose exponential has no finite integral: there is no law to sample."""
 
 
+class RankError(RuntimeError):
+    """Of several processes one has stopped, or they have gone different ways; the message says which, and why."""
+
+
 class BadFileError(ValueError):
     """A saved file is corrupt, truncated, foreign, or belongs to another problem."""
 
@@ -101,9 +105,20 @@ class MissingFileError(BadFileError, FileNotFoundError):
     """There is no such file."""
 
 
+_shown = True
+
+
+def show_warnings(shown: bool) -> None:
+    """Whether :func:`warn` is heard: of several processes that do the same work, in one."""
+    global _shown
+    _shown = shown
+
+
 def warn(message: str, category: type[Warning] = RuntimeWarning, stacklevel: int = 2) -> None:
     """``warnings.warn`` that is shown each time: Python's own is shown once for each line of code, and the next problem
     with the same fault is another one. The user's filters hold as ever."""
+    if not _shown:
+        return
     frame = sys._getframe(1)
     for _ in range(stacklevel - 1):
         frame = frame.f_back or frame

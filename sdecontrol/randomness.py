@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ranks import agreed
+
 BLOCK = 64
 _SEGMENT_NUMBERS = 1 << 16
 
@@ -252,13 +254,13 @@ class Place(enum.IntEnum):
 
 def fresh_seed(seed: int | None) -> int:
     """The seed itself, or a new one from torch's global generator where it is None (so ``torch.manual_seed`` fixes
-    it).
+    it); of several processes the first one's.
 
     Raises:
         TypeError, ValueError: it is not an int from 0 to 2^64 - 1.
     """
     if seed is None:
-        return int(torch.randint(2**63 - 1, ()).item())
+        return agreed(int(torch.randint(2**63 - 1, ()).item()), "a seed")
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}; pass e.g. seed=0.")
     if not 0 <= seed < 2**64:

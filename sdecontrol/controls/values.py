@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..problems.problem import ControlProblem
 from .guidance import NetworkValue, value_network
@@ -50,4 +51,4 @@ class LearnedLogZ(nn.Module):
     def follow(self, residual: Tensor) -> None:
         """Move the number by what ``Y + log Z`` was on a batch."""
         self.count += 1
-        self.level -= residual.mean() * max(1 / int(self.count), 0.1)
+        self.level -= ranks.mean(residual.mean()) * max(1 / int(self.count), 0.1)

@@ -15,7 +15,7 @@ from ..files.contents import load_tensors, part_of, with_part
 from ..particles.resolution import resolution_problems
 from ..particles.smc import Particles, ParticleSettings, Proposal, resample, run_particles
 from ..paths.chunks import check_chunk
-from ..paths.rows import by_chunks
+from ..paths.rows import between_ranks
 from ..problems.simulate import simulate_chain
 from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
@@ -83,7 +83,7 @@ class ParticleSolution(Solution):
 
     def _decode(self, x: Tensor, condition: Any, batch_size: int | None, raw: bool) -> Any:
         with torch.no_grad(), self.problem.evaluating():
-            decoded = by_chunks(lambda x, y: [self.chain.decode(x, y)], batch_size, x, condition)[0]
+            decoded = between_ranks(lambda x, y: [self.chain.decode(x, y)], batch_size, x, condition)[0]
             return decoded if raw else self.problem.as_stated(decoded)
 
     def _pick(self, found: Particles, seed: int) -> Tensor:

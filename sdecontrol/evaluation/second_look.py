@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.base import Chain
 from ..chains.shifts import ShiftsBeside
 from ..errors import NonFiniteError
@@ -21,7 +22,7 @@ from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
 from ..particles.tempering import LadderError, NoiseTarget, StateTarget, adapt
 from ..paths.integrator import integrate
 from ..paths.paths import Paths, sum_steps
-from ..paths.rows import by_chunks
+from ..paths.rows import between_ranks
 from ..problems.pilot import search
 from ..problems.problem import ControlProblem
 from ..problems.simulate import simulate_chain
@@ -155,7 +156,7 @@ def _reference(
 
 
 def _part(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int, batch_size: int | None) -> _Drawn:
-    whole = batch_size is None or batch_size >= n
+    whole = (batch_size is None or batch_size >= n) and ranks.size() == 1
     noise = SeededNoise(seed, n, chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device)
     start, condition = (None, None) if whole else (problem.draw_start(n, seed), problem.draw_condition(n, seed))
 
@@ -172,7 +173,7 @@ def _part(problem: ControlProblem, chain: Chain, control: Any, n: int, seed: int
         found = [paths.log_weights(dtype=torch.float64).unsqueeze(1)]
         return found if control is not None else [*found, paths.end.flatten(1)]
 
-    log_w, *beside = by_chunks(drawn, batch_size, torch.arange(n, device=problem.device))
+    log_w, *beside = between_ranks(drawn, batch_size, torch.arange(n, device=problem.device))
     other = beside[0] if beside else None
     return (log_w, None, other) if control is None else (log_w, other, None)
 
@@ -244,7 +245,7 @@ def _tempered(
         if control is not None:
             along = weights_to(problem, chain, control, ends, derive_seed(seed, Place.LOOK_TEMPERED_PATHS))
     else:
-        ends, *beside = by_chunks(lambda *rows: _along(problem, target, control, *rows), batch_size, z, origin)
+        ends, *beside = between_ranks(lambda *rows: _along(problem, target, control, *rows), batch_size, z, origin)
         along = beside[0] if beside else None
     return SecondLook(source, log_z, log_w, _column(along), ends.flatten(1))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..controls.base import Control, StartedControl
 from ..controls.saved import CONTROLS, Context, Kinds, Saved
@@ -18,6 +19,7 @@ from ..errors import warn
 from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint, check_finite, load_tensors, plain_settings
 from ..paths.paths import Paths
+from ..paths.rows import between_ranks
 from ..problems.problem import ControlProblem
 from ..problems.prompts import encoded
 from ..problems.simulate import simulate_chain
@@ -171,7 +173,7 @@ class Solution:
         paths = self.simulate(n, seed, condition=self._condition(n, condition), keep="end")
         with torch.no_grad(), self.problem.evaluating():
             samples = paths.samples  # the last step of a discrete model calls it
-            reward = self.problem.reward(samples, paths.condition)
+            (reward,) = between_ranks(lambda x, y: [self.problem.reward(x, y)], None, samples, paths.condition)
             log_w = paths.towards(self.problem, reward).log_weights()
             return samples if raw else self.problem.as_stated(samples), log_w
 
@@ -336,10 +338,12 @@ class Solution:
         """
         exporter, model = self._exported()
         paths = self.simulate(64, derive_seed(0, Place.LAST_STEP), keep="end")
-        exporter.save_pretrained(model, folder, paths.end, paths.condition)
+        if ranks.leads():
+            exporter.save_pretrained(model, folder, paths.end, paths.condition)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the solution to a folder: tensors as safetensors, settings as JSON.
+        """Write the solution to a folder: tensors as safetensors, settings as JSON. Of several processes the first
+        writes; :func:`load` waits for it.
 
         Raises:
             ValueError: a parameter that is not finite, or a buffer that is NaN, which :func:`load` would refuse.
@@ -354,7 +358,8 @@ class Solution:
         }
         tensors = plain_state(self.control)
         check_finite(self.control, tensors)
-        write_bundle(folder, _KIND, tensors | self._tensors(), settings)
+        if ranks.leads():
+            write_bundle(folder, _KIND, tensors | self._tensors(), settings)
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -382,6 +387,7 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     Raises:
         BadFileError: no such file; or corrupt, truncated, foreign, or of another problem.
     """
+    ranks.agreed(None, "sc.load")  # what the first process saves is there
     tensors, saved = read_bundle(folder, _KIND, _KIND)
     check_fingerprint(saved["problem"], problem.fingerprint, folder)
     chain = problem.chain(**saved["settings"])

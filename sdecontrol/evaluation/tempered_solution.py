@@ -18,7 +18,7 @@ from ..particles.levels import EventLadder, climb, run_events
 from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
 from ..paths.chunks import check_chunk
-from ..paths.rows import by_chunks
+from ..paths.rows import between_ranks
 from ..problems.problem import ControlProblem
 from ..randomness import fresh_seed
 from ..tensors import check_count
@@ -143,7 +143,7 @@ class TemperedSolution(ParticleSolution):
             flat, shape = found.z.flatten(0, 1), found.log_weights.shape
             origin = found.origin.flatten(0, 1)
             ends = partial(_ends, self.problem, target)
-            end, cost, ratio, reward = by_chunks(ends, batch_size, flat, origin)
+            end, cost, ratio, reward = between_ranks(ends, batch_size, flat, origin)
             if isinstance(target, StateTarget):
                 self.evaluations += len(end)
         return Particles(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.shifts import shifts_along
 from ..errors import check_name
 from ..paths.closed_loop import ClosedLoop
@@ -131,6 +132,10 @@ class AdjointMatching(Method):
             raise ValueError("adjoint-matching with reciprocal=True does not take conditions; use AdjointMatching().")
 
     @property
+    def splits(self) -> bool:  # type: ignore[override]
+        return not self.reciprocal
+
+    @property
     def same_paths(self) -> int:  # type: ignore[override]
         return self.refresh if self.reciprocal else 1
 
@@ -160,7 +165,7 @@ class AdjointMatching(Method):
         loss = descend(state, run, parts, means)
         state.sizes[0] = loss
         if noises:
-            state.sizes[1] = torch.cat(noises).mean()
+            state.sizes[1] = ranks.mean(torch.cat(noises).mean())
         return {**path_metrics(parts), "loss": loss}
 
     def _options(self, run: Run, batch: _Batch) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import build_control
@@ -31,7 +32,8 @@ _PROMPTS = 64  # at most, of which each is reported in every iteration
 
 @dataclass
 class Batch:
-    """What a batch of paths starts from: states, noise and conditions, all functions of one seed."""
+    """What a batch of paths starts from: states, noise and conditions, all functions of one seed and of a path's place
+    in the batch."""
 
     x0: Tensor
     noise: SeededNoise
@@ -70,7 +72,7 @@ class Visited(NamedTuple):
     @classmethod
     def of(cls, states: Tensor, condition: Any) -> "Visited":
         """A quarter of the paths, four at least."""
-        few = slice(few_of(states.shape[1]))
+        few = spread(states.shape[1], few_of(states.shape[1]))
         return cls(states[:, few].detach(), None if condition is None else condition[few])
 
 
@@ -79,12 +81,19 @@ def few_of(batch: int) -> int:
     return max(4, -(-batch // 4))
 
 
+def spread(count: int, few: int, first: int = 0) -> slice:
+    """Rows at equal distances, ``few`` of ``count`` or more. Distances are a power of two, and 16 at most: so each
+    process has as many of them in its own blocks of 64 rows, and the same ones however many processes there are."""
+    distance = min(16, 1 << max(0, (count // few).bit_length() - 1)) if few else 1
+    return slice(first % distance, None, distance)
+
+
 @dataclass
 class Run:
     """What a method sees of a run.
 
     Attributes:
-        batch_size: paths per gradient; ``accumulate`` of them make one step.
+        batch_size: paths per gradient, of all processes together; ``accumulate`` of them make one step.
         control: the user's own control, or None.
         iteration: number of the current iteration.
         descend: take one optimiser step from the gradients of the state's parameters (checked to be finite); given a
@@ -104,16 +113,25 @@ class Run:
     descend: Callable[..., bool] = field(default=lambda *at: True)
     take_back: Callable[[], Callable[[], None] | None] = field(default=lambda: None)
 
-    def batch(self, part: int = 0) -> Batch:
-        """The ``part``-th batch of this iteration."""
+    def batch(self, part: int = 0, group_size: int = 1) -> Batch:
+        """The ``part``-th batch of this iteration; of several processes that split it, the own rows.
+
+        Args:
+            group_size: so many consecutive paths share start and condition.
+        """
         seed = derive_seed(self.seed, Place.BATCH, self.iteration, part)
-        chain, problem = self.chain, self.problem
+        chain, problem, rows = self.chain, self.problem, ranks.own_rows(self.batch_size)
         noise = SeededNoise(
             seed, self.batch_size, chain.steps, chain.noise_shape, dtype=chain.times.dtype, device=chain.times.device
         )
-        return Batch(
-            problem.draw_start(self.batch_size, seed), noise, problem.draw_condition(self.batch_size, seed), seed
-        )
+        x0, y = problem.draw_start(self.batch_size, seed), problem.draw_condition(self.batch_size, seed)
+        noise = noise.rows(rows.start, rows.stop)
+        if group_size == 1:
+            return Batch(x0[rows], noise, None if y is None else y[rows], seed)
+        first = torch.arange(rows.start, rows.stop, device=x0.device) // group_size
+        # a reverse law leads to the start: with one Y is constant over all of them
+        x0 = x0[first] if chain.reverse is None else x0[rows]
+        return Batch(x0, noise, None if y is None else y[first], seed)
 
 
 class ControlState(nn.Module):
@@ -153,6 +171,8 @@ class Method:
     fixed_target: ClassVar[bool] = True
     #: whether paths of weight 0 are taken, whose reward is -inf
     zero_weights: ClassVar[bool] = False
+    #: whether several processes may split its batches: whatever it decides is then made of all rows (``ranks.py``)
+    splits: ClassVar[bool] = False
     #: whether steps must be Gaussian kernels, whose means a control moves; or at least functions of a noise that it
     #: shifts
     gaussian: ClassVar[bool] = False
@@ -339,18 +359,22 @@ def named_means(problem: ControlProblem, seen: Sequence[tuple[Tensor, Tensor | N
     groups = reward_groups(problem, torch.cat(rewards), several, y, most=_PROMPTS)
     if not groups:
         return {}
-    sums = torch.stack([values.double().sum() for values in groups.values()]).tolist()
-    counts = [len(values) for values in groups.values()]
+    sums = torch.stack([values.double().sum() for values in groups.values()])
+    sums, counts = ranks.whole_sum(torch.stack((sums, sums.new_tensor([len(v) for v in groups.values()])))).tolist()
     return {name: total / count for name, total, count in zip(groups, sums, counts) if count}
 
 
 def metrics_of(
     reward: Tensor, running_cost: Tensor, kl: Tensor, alpha: float, log_ratio: Tensor | None = None
 ) -> dict[str, float]:
-    """The same from their parts, ``(batch,)``. The mean log-weight has the mean of objective / alpha; its noise, not
-    that of the objective, vanishes as the control nears the optimum."""
+    """The same from their parts, ``(batch,)`` (of a batch that is split, the own rows). The mean
+    log-weight has the mean of objective / alpha; its noise, not that of the objective, vanishes as the control nears
+    the optimum."""
     found = {}
-    if log_ratio is not None:
+    if log_ratio is None:
+        reward, running_cost, kl = ranks.wholes(reward, running_cost, kl)
+    else:
+        reward, running_cost, kl, log_ratio = ranks.wholes(reward, running_cost, kl, log_ratio)
         found["elbo"], found["elbo_stderr"] = _mean((reward - running_cost) / alpha - log_ratio)
     objective, error = _mean(reward - running_cost - alpha * kl)
     return {

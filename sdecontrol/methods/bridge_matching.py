@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.bridges import bridge_of
 from ..chains.shifts import shifts_along
 from ..errors import check_name
@@ -152,9 +153,8 @@ class BridgeMatching(PathMethod):
         """Whatever the bridge is; tokens, too."""
         chain, y, bridge = run.chain, paths.condition, state.bridge
         assert bridge is not None
-        count, like = chain.steps if steps is None else len(steps), chain.times
-        shape = (count, *paths.end.shape)
-        noise = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+        count = chain.steps if steps is None else len(steps)
+        noise = ranks.own_normals((count, *paths.end.shape), 1, generator, chain.times)
         states = bridge.between(paths.states[0], paths.end, noise, steps)
         c = shifts_along(chain, state.control, states, y, steps=steps)
         loss = (weights * bridge.misfit(c, states, paths.end, y, steps).sum(0)).mean() * (chain.steps / count)
@@ -180,9 +180,10 @@ class BridgeMatching(PathMethod):
 
     def scores(self, paths: Paths) -> Tensor:
         """``r/alpha`` ``(batch,)``, less the mean of the others (exactly 0 where all are equal)."""
-        value = (paths.reward - paths.reward[:1]) / paths.alpha
+        rewards = ranks.whole(paths.reward)
+        value = (paths.reward - rewards[:1]) / paths.alpha
         if self.normalise:
-            value = value / paths.reward.std().clamp(min=1e-6)
+            value = value / rewards.std().clamp(min=1e-6)
         return leave_one_out(value)
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.bridges import ChainBridge
 from ..chains.masking import MaskingBridge
 from ..chains.noising import NoisingBridge
@@ -97,8 +98,7 @@ class Noised:
         self.bridge = state.bridge
         self.steps = list(range(run.chain.steps) if steps is None else steps)
         self.share = run.chain.steps / len(self.steps)
-        shape = (len(self.steps), *self.end.shape)
-        noise = torch.randn(shape, generator=generator, dtype=self.end.dtype, device=self.end.device)
+        noise = ranks.own_normals((len(self.steps), *self.end.shape), 1, generator, self.end)
         draw = self.bridge.path_given_end if joint else self.bridge.between
         self.states = draw(start, self.end, noise, steps)
         self.z = self.bridge.noise_given_end(self.states, self.end, self.y, steps)
@@ -122,7 +122,7 @@ def anchored_target(z: Tensor, a: Tensor, log_ratio: Tensor) -> Tensor:
     Args:
         log_ratio: ``log(w/rho)`` ``(batch,)``.
     """
-    keep = -torch.expm1(log_ratio.min() - log_ratio)
+    keep = -torch.expm1(-ranks.largest(-log_ratio.min()) - log_ratio)
     return keep.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 2)) * (z - a)
 
 
@@ -167,7 +167,7 @@ def regress_both(
     by_step = torch.ones_like(state.residuals)
     if state.anchor is not None:
         residuals = (others * noised.half_square(noised.a - noised.z)).mean(1)
-        _observe(state, rows, residuals.detach())
+        _observe(state, rows, ranks.mean(residuals.detach()))
         by_step = state.step_weights()
         total = total + (by_step[rows] * residuals).sum()
     loss = 0.0

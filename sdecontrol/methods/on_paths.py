@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..controls.given import given_control
@@ -51,9 +52,10 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
     Raises:
         ValueError: a batch that is no multiple of ``group_size``.
     """
-    if group_size is not None and run.batch_size % group_size:
+    if group_size is not None and run.batch_size % (group_size * ranks.parts()):
+        times = "" if ranks.parts() == 1 else f" x {ranks.parts()} processes"
         raise ValueError(
-            f"batch_size must be a multiple of group_size={group_size} (paths that share a start), got "
+            f"batch_size must be a multiple of group_size={group_size}{times} (paths that share a start), got "
             f"{run.batch_size}."
         )
     behaviour = None
@@ -65,15 +67,9 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
 def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Paths:
     """The paths of the ``part``-th batch of this iteration; ``group_size`` consecutive ones share start and
     condition."""
-    batch = run.batch(part)
-    x0, condition = batch.x0, batch.condition
-    if group_size is not None:
-        first = torch.arange(len(x0) // group_size, device=x0.device).repeat_interleave(group_size)
-        condition = None if condition is None else condition[first]
-        if run.chain.reverse is None:  # a reverse law leads to the start: with one Y is constant over all of them
-            x0 = x0[first]
+    batch = run.batch(part, group_size or 1)
     control = state.control if state.behaviour is None else state.behaviour
-    return roll_out(run.problem, run.chain, control, x0, batch.noise, condition, until)
+    return roll_out(run.problem, run.chain, control, batch.x0, batch.noise, batch.condition, until)
 
 
 def moved(control: Control, laws: StepLaws) -> PerStep:
@@ -139,6 +135,7 @@ class PathMethod(Method):
         ValueError: an unknown name, or a trust region that has no effect. TypeError: no control.
     """
 
+    splits: ClassVar[bool] = True
     annealing: ClassVar[bool] = False
     #: whether paths are weighted: a trust region tempers the weights of every batch
     tempers: ClassVar[bool] = False

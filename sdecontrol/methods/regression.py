@@ -2,10 +2,12 @@
 step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..errors import NonFiniteError
@@ -68,18 +70,27 @@ def controlled_paths(state: RegressionState, run: Run, part: int = 0) -> tuple[P
     Where something of them is not finite the last steps may have gone too far: the parameters go back to the best so
     far, if there are any. If that does not help it was no step, and nothing is changed.
     """
-    try:
-        return _controlled(state, run, part)
-    except NonFiniteError:
-        if (undo := run.take_back()) is None:
-            raise
-        try:
-            found = _controlled(state, run, part)
-        except NonFiniteError:
-            undo()
-            raise
-        state.since_taken_back.zero_()
+    found, error = _tried(state, run, part)
+    if error is None:
         return found
+    if (undo := run.take_back()) is None:
+        raise error
+    found, error = _tried(state, run, part)
+    if error is not None:
+        undo()
+        raise error
+    state.since_taken_back.zero_()
+    return found
+
+
+def _tried(state: RegressionState, run: Run, part: int) -> tuple[Any, NonFiniteError | None]:
+    """The paths, or what is not finite of them; or, of another process' part of the batch, that it is so there."""
+    found, error = None, None
+    try:
+        found = _controlled(state, run, part)
+    except NonFiniteError as own:
+        error = own
+    return found, ranks.first_error(error)
 
 
 def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Tensor]:
@@ -128,7 +139,7 @@ def regress(
     if not state.knows_weights:
         # Adam would remember the size of one unweighted gradient for a thousand steps; least squares is damped relative
         # to it
-        state.observe(means.detach())
+        state.observe(ranks.mean(means.detach()))
     by_step = state.step_weights() * means
     total = by_step.sum() if steps is None else by_step[list(steps)].sum() * (run.chain.steps / len(steps))
     # not to the states, too: their gradient serves nobody
@@ -214,8 +225,8 @@ def longest_residuals(
         plain = jacobians.scales_transposed(source.expand(jacobians.count, *source.shape))
     else:
         plain = jacobians.scale_transposed(step, source).unsqueeze(0)
-    longest = event_sum(residuals**2, ndim).nan_to_num(torch.inf).median(1).values.sqrt()
-    own = event_sum(plain**2, ndim).amax(1).sqrt()
+    longest = ranks.whole(event_sum(residuals**2, ndim), 1).nan_to_num(torch.inf).median(1).values.sqrt()
+    own = ranks.largest(event_sum(plain**2, ndim).amax(1)).sqrt()
     return torch.maximum(times * longest, own).clamp(max=torch.finfo(own.dtype).max ** 0.25)
 
 
@@ -237,8 +248,8 @@ def descend(
     """
     objective = None
     if parts[0].target is not None:
-        objective = torch.cat([p.reward - p.cost - p.alpha * p.kl() for p in parts])
-    mean = torch.stack(means).mean(0)
+        objective = ranks.whole(torch.cat([p.reward - p.cost - p.alpha * p.kl() for p in parts]))
+    mean = ranks.mean(torch.stack(means).mean(0))
     step_weights = state.step_weights()
     states = torch.cat([paths.states[:-1] for paths in parts], 1)
     y = None if parts[0].condition is None else torch.cat([paths.condition for paths in parts])

@@ -32,6 +32,7 @@ from .base import (
     not_differentiable,
     parameters_of,
     register,
+    spread,
 )
 
 _MODES = (*GRADIENT_MODES, *CONTINUOUS_MODES)
@@ -75,6 +76,7 @@ class RewardBackprop(Method):
     straight_through: bool = False
 
     needs_gradient: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.gradient, str):
@@ -136,7 +138,7 @@ class RewardBackprop(Method):
         """The states of this iteration, drawn again for a few paths where they were not kept."""
         batch = run.batch()
         if states is None:
-            few = slice(few_of(run.batch_size))
+            few = spread(len(batch.x0), few_of(len(batch.x0)))
             noise, y = [batch.noise[k][few] for k in range(run.chain.steps)], batch.condition
             y = None if y is None else y[few]
             with torch.no_grad():

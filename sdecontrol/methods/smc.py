@@ -82,6 +82,10 @@ class SMC(Method):
         return (self.proposal if isinstance(self.proposal, Method) else Method).averaging
 
     @property
+    def splits(self) -> bool:  # type: ignore[override]
+        return isinstance(self.proposal, Method) and self.proposal.splits
+
+    @property
     def anneals(self) -> bool:  # type: ignore[override]
         return isinstance(self.proposal, Method) and self.proposal.anneals
 

@@ -93,6 +93,7 @@ class SOCM(Method):
     needs_gradient: ClassVar[bool] = True
     residual: ClassVar[bool] = True
     averaging: ClassVar[float] = 0.9
+    splits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_name("matrices", self.matrices, MATRICES)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.blocks import Block, blocks_for
 from ..chains.shifts import gradient_blocks
 from ..controls.values import learned_value
@@ -54,6 +55,7 @@ class SoftPPO(Method):
     """
 
     anneals: ClassVar[bool] = True
+    splits: ClassVar[bool] = True
     clip: float = 0.2
     epochs: int = 4
     minibatches: int = 1
@@ -90,13 +92,13 @@ class SoftPPO(Method):
                 state.zero_grad()
                 for part, (batch, order) in enumerate(zip(batches, orders)):
                     place = (epoch * self.minibatches + turn) * run.accumulate + part
-                    chosen = batch.rows(order[turn]) if self.minibatches > 1 else batch
-                    loss, changes = self.learn(state, run, chosen, steps_of(run, self.steps, place))
+                    chosen, weight = _own(batch, order[turn]) if self.minibatches > 1 else (batch, 1.0)
+                    loss, changes = self.learn(state, run, chosen, steps_of(run, self.steps, place), weight)
                     if self.baseline == "value" and epoch == 0:  # not in later ones: it costs as much as the control
-                        self.learn_value(state, run, chosen)
+                        self.learn_value(state, run, chosen, weight)
                     measured["loss"].append(loss)
-                    measured["clip_fraction"].append(float((changes.abs() > self.clip).float().mean()))
-                    measured["ratio_std"].append(float(changes.square().mean().sqrt()))
+                    measured["clip_fraction"].append(weight * float((changes.abs() > self.clip).float().mean()))
+                    measured["ratio_std"].append(float(ranks.mean(weight * changes.square().mean()).sqrt()))
                 run.descend(batches[0].paths)
         metrics = current_metrics(state, [b.paths for b in batches])
         return {**metrics, **{name: sum(v) / len(v) for name, v in measured.items()}}
@@ -125,22 +127,25 @@ class SoftPPO(Method):
             scale = 1 / costs.std(1).clamp(min=1e-6).repeat_interleave(self.group_size)
         return _Batch(paths, log_ratios, to_come, advantages, scale)
 
-    def learn(self, state: Any, run: Run, batch: _Batch, steps: list[int] | None) -> tuple[float, Tensor]:
-        """Add the surrogate's gradient, block by block; the loss, and what the ratios differ from 1 by."""
+    def learn(
+        self, state: Any, run: Run, batch: _Batch, steps: list[int] | None, weight: float
+    ) -> tuple[float, Tensor]:
+        """Add the surrogate's gradient, ``weight`` times and block by block; the loss, and what the ratios differ from
+        1 by."""
         paths, loss, changes = batch.paths, 0.0, []
         chosen = list(range(paths.steps)) if steps is None else steps
         for block in gradient_blocks(run.chain, state.control, paths.states[chosen], paths.condition, chosen):
             here = batch if block.rows == slice(0, len(paths)) else batch.rows(block.rows)
             part = chosen[block.steps]
             value, ratios = self.surrogate(state, here, None if len(part) == paths.steps else part)
-            value = value * (ratios.numel() / (len(chosen) * len(paths)))
+            value = value * (weight * ratios.numel() / (len(chosen) * len(paths)))
             (value / run.accumulate).backward()
             loss += float(value.detach())
             changes.append((ratios - 1).flatten())
         return loss, torch.cat(changes)
 
-    def learn_value(self, state: Any, run: Run, batch: _Batch) -> None:
-        """Add the gradient of half the mean square of what the value is from the costs to come."""
+    def learn_value(self, state: Any, run: Run, batch: _Batch, weight: float) -> None:
+        """Add the gradient, ``weight`` times, of half the mean square of what the value is from the costs to come."""
         x, t, y = batch.paths.states[:-1], batch.paths.times[:-1], batch.paths.condition
 
         def value(block: Block) -> Tensor:
@@ -148,7 +153,7 @@ class SoftPPO(Method):
 
         for block in blocks_for(state.value, x, value):
             squares = (value(block) + block.of(batch.to_come)).square().sum() / batch.to_come.numel()
-            (0.5 * squares / run.accumulate).backward()
+            (0.5 * weight * squares / run.accumulate).backward()
 
     def surrogate(self, state: Any, batch: _Batch, steps: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and the ratios ``(steps, batch)``."""
@@ -181,3 +186,13 @@ class _Batch:
             self.advantages[:, index],
             self.scale[index],
         )
+
+
+def _own(batch: _Batch, chosen: Tensor) -> tuple[_Batch, float]:
+    """Those of the chosen paths of a whole batch that are among the own rows, and the weight with which the mean over
+    them enters that over all of them."""
+    rows = ranks.own_rows(len(batch.scale) * ranks.parts())
+    some = chosen[(chosen >= rows.start) & (chosen < rows.stop)] - rows.start
+    if not len(some):  # with no weight: gradients are exchanged all the same
+        return batch.rows(slice(0, 1)), 0.0
+    return batch.rows(some), len(some) * ranks.parts() / len(chosen)

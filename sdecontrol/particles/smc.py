@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.base import Chain
 from ..chains.shifts import shift_function
 from ..controls.given import ZeroControl
@@ -24,7 +25,7 @@ from ..paths.rows import chunks_of, padded_rows
 from ..paths.weights import effective_number
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
-from ..randomness import Place, SeededNoise, derive_seed, generator_for
+from ..randomness import BLOCK, Place, SeededNoise, derive_seed, generator_for
 
 RESAMPLING = ("systematic", "stratified", "multinomial")
 _ROWS = 8192  # particles moved at once
@@ -218,7 +219,8 @@ def _run(
 
 
 class _Moves:
-    """The steps of all particles, ``batch_size`` of them at a time: whatever calls a model, a twist or the reward."""
+    """The steps of all particles, ``batch_size`` of them at a time: whatever calls a model, a twist or the reward. Of
+    several processes each moves a part, and all get all of them."""
 
     def __init__(
         self,
@@ -232,29 +234,41 @@ class _Moves:
         self.problem, self.chain, self.proposal = problem, chain, proposal
         control = proposal.control
         self.shift = None if control is None or isinstance(control, ZeroControl) else shift_function(chain, control)
-        self.parts: list[tuple[int, Any, SeededNoise, Any]] = [(noise.batch, slice(None), noise, condition)]
-        if batch_size is not None and batch_size < noise.batch:
-            self.parts = []
-            for part in chunks_of(noise.batch, batch_size):
-                # the last part has copies of its last row, up to the row counts that give the same bits
-                rows = padded_rows(part, chain.times.device)
-                y, source = (
-                    None if condition is None else condition[rows],
-                    noise.rows(part.start, part.start + len(rows)),
-                )
-                self.parts.append((len(part), rows, source, y))
+        shares = ranks.shares(noise.batch, BLOCK)
+        self.counts = [noise.batch] if shares is None else [len(share) for share in shares]
+        mine = range(noise.batch) if shares is None else shares[ranks.rank()]
+        self.parts: list[tuple[int, Any, SeededNoise, Any]] = []
+        for part in chunks_of(len(mine), batch_size or len(mine)):
+            part = range(mine.start + part.start, mine.start + part.stop)
+            # the last part has copies of its last row, up to the row counts that give the same bits
+            chunked = len(part) < len(mine)
+            rows = padded_rows(part, chain.times.device) if chunked else slice(part.start, part.stop)
+            stop = part.start + len(rows) if isinstance(rows, Tensor) else part.stop
+            y = None if condition is None else condition[rows]
+            self.parts.append((len(part), rows, noise.rows(part.start, stop), y))
 
     def first(self, x: Tensor) -> Tensor:
         """log psi of the starts."""
         if self.proposal.twist is None:
             return x.new_zeros(len(x)).double()
-        found = [self.proposal.twist(x[rows], self.chain.times[0], y)[:n] for n, rows, _, y in self.parts]
-        return torch.cat(found).double()
+        twist, t = self.proposal.twist, self.chain.times[0]
+        return self._of_all(lambda rows, _, y: (twist(x[rows], t, y).double(),))[0]
 
     def __call__(self, k: int, x: Tensor) -> tuple[Tensor, ...]:
         """States after step k, log psi there (at the end the reward), and the step's running costs, log-ratios and
         log-ratios of the control beside."""
-        found = [tuple(v[:n] for v in self._some(k, x[rows], source, y)) for n, rows, source, y in self.parts]
+        return self._of_all(lambda rows, source, y: self._some(k, x[rows], source, y))
+
+    def _of_all(self, some: Callable[[Any, SeededNoise, Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What a function gives of each part of the particles."""
+        if len(self.counts) == 1:
+            return self._of_parts(some)
+        with ranks.together(), ranks.alone():
+            found = self._of_parts(some)
+        return tuple(ranks.gathered(v, self.counts, "particles") for v in found)
+
+    def _of_parts(self, some: Callable[[Any, SeededNoise, Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        found = [tuple(v[:n] for v in some(rows, source, y)) for n, rows, source, y in self.parts]
         return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found)))
 
     def _some(self, k: int, x: Tensor, noise: SeededNoise, y: Any) -> tuple[Tensor, ...]:

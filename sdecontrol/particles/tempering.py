@@ -34,7 +34,7 @@ from ..chains.shifts import shift_function
 from ..errors import NonFiniteError
 from ..paths.integrator import integrate
 from ..paths.paths import Paths
-from ..paths.rows import by_chunks
+from ..paths.rows import between_ranks
 from ..paths.weights import effective_fraction
 from ..precision import full_precision
 from ..problems.problem import ControlProblem
@@ -248,7 +248,7 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
     Raises:
         NonFiniteError: a log density that is nan or +inf (far outside that counts as -inf).
     """
-    phi, slope = by_chunks(lambda *rows: _value_and_slope(target, *rows), target.batch_size, z.detach(), origin)
+    phi, slope = between_ranks(lambda *rows: _value_and_slope(target, *rows), target.batch_size, z.detach(), origin)
     z = z.detach()
     if target.law is not None:
         rows = max(64, _HELD // target.law.means.numel())  # few at a time stay in the cache

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..shapes import Scale, StatePaths
 from ..tensors import apply_scale
@@ -47,15 +48,16 @@ class ClosedLoop(nn.Module):
             return
         states = paths.states[:-1].flatten(2).double()  # a path gone far must not hide how the others vary
         _, batch, n = states.shape
-        if batch < 2 * (n + 1):
+        if batch * ranks.parts() < 2 * (n + 1):
             return
         ndim = paths.chain.event_ndim
         kicks = torch.stack([apply_scale(scale, xi, ndim) for scale, xi in zip(scales, paths.noises)])
         moves = paths.states[1:].flatten(2).double() - kicks.flatten(2).double() - states
         weights = _nearness(states)
-        mean = (weights * states).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        x = states - mean
-        cov, cross = (weights * x).mT @ x / batch, (weights * x).mT @ moves / batch
+        total = ranks.mean(torch.cat((weights * states, weights), 2).sum(1, keepdim=True))
+        x = states - total[..., :-1] / total[..., -1:]
+        cov, cross = ((weights * x).mT @ torch.cat((x, moves), 2) / batch).split(n, 2)
+        cov, cross = ranks.mean(cov), ranks.mean(cross)
         level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
         ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
         slopes = torch.linalg.solve(cov + ridge, cross).mT
@@ -77,7 +79,7 @@ class ClosedLoop(nn.Module):
 def _nearness(states: Tensor) -> Tensor:
     """Weights ``(K, batch, 1)``, that of a path ``1/(1 + d^2/_FAR^2)`` with d its distance from the median in robust
     spreads: a path gone far says nothing of how the others move. (No weights change the fit of what is affine.)"""
-    some = states[:, :_LOOKED_AT]
+    some = ranks.first_rows(states[:, :_LOOKED_AT], 1)
     centre = _median(some)
     spread = 1.5 * _median((some - centre).abs())
     away = states - centre

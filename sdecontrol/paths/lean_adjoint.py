@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.base import Chain
 from ..chains.blocks import LARGE_ROW, LEAST, bytes_per_row, parts_of, room_for
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
@@ -217,7 +218,7 @@ def with_a_first_slope(
     there, is off by O(h) only, and as much a function of the start alone.
     """
     first = states[0].detach()
-    if len(states) < 2 or bool((first != first[:1]).any()):
+    if len(states) < 2 or ranks.anywhere(bool((first != first[:1]).any()), "the starts"):
         return shifts
     ratio = (chain.step_sizes[0] / chain.step_sizes[1]) ** 0.5
     return torch.cat((ratio * shifts_along(chain, control, states[:1], condition, first=1), shifts[1:]))
@@ -256,12 +257,12 @@ def own_noise(
     z, best = loop.inverse_transposed(w), torch.zeros_like(w)
     if not most:
         return z.detach(), math.nan
-    lowest = w.flatten(1).norm(dim=1)
+    lowest = _sizes(w)
     whole, guess = float(lowest.norm()), math.nan
     aim = tolerance * whole
     for _ in range(most):
         rest = w - jacobians.mean_products(z) - products(jacobians.scales_transposed(z))
-        sizes = rest.flatten(1).norm(dim=1)
+        sizes = _sizes(rest)
         if math.isnan(guess):
             guess = float(sizes.norm()) / max(whole, 1e-300)
             if not guess < ENOUGH * tolerance:
@@ -277,6 +278,12 @@ def own_noise(
         lowest = torch.where(better, sizes, lowest)
         z = torch.where(chosen, moved, z)
     return best.detach(), guess
+
+
+def _sizes(v: StatePaths) -> Tensor:
+    """Norms of all paths' vectors at each step, ``(K,)``."""
+    own = v.flatten(1).norm(dim=1)
+    return own if ranks.parts() == 1 else ranks.whole_sum(own.square()).sqrt()
 
 
 def _control_products(states: StatePaths, shifts: NoisePaths) -> Callable[[NoisePaths], StatePaths]:
@@ -382,7 +389,7 @@ def _rows_at_once(jacobians: StepJacobians, shift: ShiftFunction | None) -> int:
         return [chain.kernel(k, x, y)[0]] + ([] if shift is None else [shift(k, x, y)])
 
     per_row = bytes_per_row(model, "mean" if shift is None else "mean and shift", step, chain.reference.modules())
-    return max(1, int(room_for(paths.end.device) / max(per_row, 1.0)))
+    return ranks.least(max(1, int(room_for(paths.end.device) / max(per_row, 1.0))), "the room for graphs")
 
 
 @torch.enable_grad()

@@ -28,7 +28,7 @@ from ..shapes import (
     Times,
     Trajectories,
 )
-from .rows import by_chunks
+from .rows import between_ranks, by_chunks
 
 
 class Target(Protocol):
@@ -89,7 +89,11 @@ class Totals:
     kl: PerPath | None = None
 
     def rows(self, index: Any) -> Totals:
-        some: Any = {name: None if part is None else part[index] for name, part in vars(self).items()}
+        return self.map(lambda part: part[index])
+
+    def map(self, function: Callable[[PerPath], PerPath]) -> Totals:
+        """A function of each of them."""
+        some: Any = {name: None if part is None else function(part) for name, part in vars(self).items()}
         return Totals(**some)
 
     @classmethod
@@ -155,6 +159,7 @@ class Paths:
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
 
         chunk: how many are decoded and rewarded at a time, where they were simulated in chunks; None: all.
+        shared: whether all processes have all of these paths, and split the work on them.
 
     What was not kept (``keep="states" | "end"``) is drawn again from its seed when asked for. Rewards and weights need
     to know the target's problem: paths of ``simulate`` and of a solution do (:meth:`towards`).
@@ -170,6 +175,7 @@ class Paths:
     replay: Callable[[], Paths] | None = None
     target: Target | None = None
     chunk: int | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self._stacks: dict[str, Tensor] = {}
@@ -250,7 +256,10 @@ class Paths:
     def samples(self) -> Samples:
         """The decoded ends: what rewards and metrics see."""
         with self._evaluating(), full_precision():
-            return by_chunks(lambda x, y: [self.chain.decode(x, y)], self.chunk, self.end, self.condition)[0]
+            return self._by_rows(lambda x, y: [self.chain.decode(x, y)], self.end)[0]
+
+    def _by_rows(self, function: Callable[..., Sequence[Tensor]], x: Tensor) -> tuple[Tensor, ...]:
+        return (between_ranks if self.shared else by_chunks)(function, self.chunk, x, self.condition)
 
     def _evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The user's modules in evaluation mode: those of the problem, or of the reference where no problem is
@@ -316,9 +325,7 @@ class Paths:
     def without_steps(self) -> Paths:
         """Ends, rewards and sums over the steps alone, in the memory of these."""
         totals = replace(self.totals, kl=self.kl(), log_ratio=self.log_ratio())
-        light = Paths(
-            self.chain, self.first, self.last, self.end, self.condition, totals, Record(), None, self.target, self.chunk
-        )
+        light = replace(self, totals=totals, record=Record(), replay=None)
         light._reward, light._reward_parts = self._reward, self._reward_parts
         return light
 
@@ -421,7 +428,7 @@ class Paths:
             rewards = self.target.rewards
             with torch.no_grad(), self.target.evaluating():
                 known = lambda x, y: [part for part in rewards(x, y) if part is not None]  # noqa: E731
-                self._reward, *parts = by_chunks(known, self.chunk, self.samples, self.condition)
+                self._reward, *parts = self._by_rows(known, self.samples)
                 self._reward_parts = parts[0] if parts else None
         return self._reward
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from .paths import Paths, Record, Target, Totals
 
@@ -46,25 +47,26 @@ class ReplayBuffer(nn.Module):
 
     @torch.no_grad()
     def add(self, paths: Paths) -> None:
-        """Store paths that know their target, over the oldest."""
-        where = (torch.arange(len(paths), device=self.chain.times.device) + int(self.count)) % self.size
+        """Store paths that know their target, over the oldest; of a batch that is split, all of them everywhere."""
+        where = (torch.arange(len(paths) * ranks.parts(), device=self.chain.times.device) + int(self.count)) % self.size
         rows = {"reward": paths.reward, "running_cost": paths.running_cost, "log_reverse": paths.totals.log_reverse}
         if self.conditional:
             rows["condition"] = paths.condition
         for name, values in rows.items():
             if values is not None:
-                getattr(self, name).index_copy_(0, where, values)
+                getattr(self, name).index_copy_(0, where, ranks.whole(values))
         for name in self.record:
-            getattr(self, name).index_copy_(1, where, paths.recorded(name))
-        self.count += len(paths)
+            getattr(self, name).index_copy_(1, where, ranks.whole(paths.recorded(name), 1))
+        self.count += len(where)
 
     def draw(self, n: int, generator: torch.Generator, target: Target, group_size: int = 1) -> Paths:
         """``n`` of the stored paths, uniformly, without repetition (n is at most what was stored); ``group_size``
-        consecutive ones stay together."""
+        consecutive ones stay together. Of a batch that is split, the own rows."""
         stored = min(int(self.count), self.size) // group_size
         index = torch.randperm(stored, generator=generator)[: n // group_size].to(self.chain.times.device)
         if group_size > 1:
             index = (index.unsqueeze(1) * group_size + torch.arange(group_size, device=index.device)).flatten()
+        index = ranks.own(index)
         record = Record(**{name: getattr(self, name)[:, index] for name in self.record})
         reverse = None if self.chain.reverse is None else self.log_reverse[index]  # type: ignore[index]
         totals = Totals(self.running_cost[index], reverse)  # type: ignore[index]

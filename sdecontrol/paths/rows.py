@@ -1,10 +1,11 @@
-"""Rows that do not know of one another, a chunk at a time."""
+"""Rows that do not know of one another: a chunk at a time, and split between processes."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..randomness import BLOCK
 
 
@@ -34,3 +35,19 @@ def by_chunks(function: Callable[..., Sequence[Tensor]], size: int | None, *rows
         some = padded_rows(chunk, device)
         found.append([v[: len(chunk)] for v in function(*(None if v is None else v[some] for v in rows))])
     return tuple(map(torch.cat, zip(*found)))
+
+
+def between_ranks(
+    function: Callable[..., Sequence[Tensor]], size: int | None, *rows: Tensor | None
+) -> tuple[Tensor, ...]:
+    """:func:`by_chunks` of rows that all processes have: each asks for a part of them, and gets the whole, without a
+    graph."""
+    count = next(len(v) for v in rows if v is not None)
+    if (shares := ranks.shares(count, BLOCK)) is None:
+        return by_chunks(function, size, *rows)
+    mine = shares[ranks.rank()]
+    some = slice(mine.start, mine.stop)
+    with ranks.together(), ranks.alone():
+        found = by_chunks(function, size, *(None if v is None else v[some] for v in rows))
+    counts = [len(share) for share in shares]
+    return tuple(ranks.gathered(v, counts) for v in found)

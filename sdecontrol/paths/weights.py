@@ -1,4 +1,5 @@
-"""Self-normalised importance weights in log space, tempered by a trust region."""
+"""Self-normalised importance weights in log space, tempered by a trust region. Of a batch that is split between
+processes all functions take and give the own rows, and look at all of them."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import NonFiniteError, warn
 from ..shapes import PerPath
 
@@ -48,7 +50,7 @@ def self_normalised(log_w: PerPath, group_size: int | None = None, trust_region:
             from the law P that drew
             the paths to Q. None: beta = 1.
     """
-    v = log_w.detach().double()
+    v = ranks.whole(log_w.detach().double())
     v = v.reshape(-1, len(v) if group_size is None else group_size)
     top = v.amax(1, keepdim=True)
     if bool((top == -math.inf).any()):
@@ -64,7 +66,7 @@ def self_normalised(log_w: PerPath, group_size: int | None = None, trust_region:
         beta = torch.from_numpy(_exponents(v.cpu().numpy(), trust_region)).to(v.device)
     shares = tempered(v, beta).softmax(1)
     ess = float(effective_fraction(shares, 1).mean())
-    return Weights((shares * v.shape[1]).flatten().to(log_w.dtype), float(beta.mean()), ess)
+    return Weights(ranks.own((shares * v.shape[1]).flatten().to(log_w.dtype)), float(beta.mean()), ess)
 
 
 def tempered(log_w: Tensor, exponent: float | Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def tempered(log_w: Tensor, exponent: float | Tensor) -> Tensor:
 def largest_exponent(log_w: PerPath, group_size: int | None, trust_region: float) -> float:
     """The largest ``beta <= 1`` for which ``KL(w^beta weighted || unweighted)``, the mean over the groups, is at most
     ``trust_region``: one for all of them, where :func:`self_normalised` has one for each."""
-    v = log_w.detach().double().cpu().numpy()
+    v = ranks.whole(log_w.detach().double()).cpu().numpy()
     v = v.reshape(-1, len(v) if group_size is None else group_size)
     return float(_exponents(v - v.max(1, keepdims=True), trust_region, together=True)[0, 0])
 
@@ -118,6 +120,8 @@ def warn_where_few(name: str, ess: float, count: int, remedy: str) -> None:
 def leave_one_out(values: Tensor, group_size: int | None = None) -> Tensor:
     """``values`` ``(..., batch)`` less the mean of the others of their group (consecutive; None: of all): a baseline
     that does not depend on the path itself, so that score-function gradients stay unbiased."""
+    if ranks.parts() > 1:
+        values = ranks.whole(values, -1)
     size = values.shape[-1] if group_size is None else group_size
     v = values.unflatten(-1, (-1, size))
-    return ((v - v.mean(-1, keepdim=True)) * (size / (size - 1))).flatten(-2)
+    return ranks.own(((v - v.mean(-1, keepdim=True)) * (size / (size - 1))).flatten(-2), -1)

@@ -140,7 +140,7 @@ def _run(
         drawing = drawing and counted_control(control, drawing, lambda k, x, y: len(x))
     shift = None if control is None else drawing or shift_function(chain, control)
     with torch.no_grad(), problem.evaluating(), evaluating(modules_in(control)):
-        if how.chunk is not None and keep == "end":
+        if keep == "end":
             paths = integrate_in_chunks(chain, *begun, shift, how.chunk, **options)  # type: ignore[arg-type]
         else:
             paths = integrate(chain, *begun, shift, keep=keep, **options)

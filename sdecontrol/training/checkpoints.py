@@ -26,8 +26,11 @@ class Checkpoints:
         """Oldest first."""
         return sorted(p.stem for p in self.folder.glob("checkpoint-*.json")) if self.folder.is_dir() else []
 
+    def path(self, iteration: int) -> Path:
+        return self.folder / f"checkpoint-{iteration:08d}.json"
+
     def write(self, iteration: int, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Path:
-        path = write_bundle(self.folder, f"checkpoint-{iteration:08d}", tensors, {"kind": _KIND, **settings})
+        path = write_bundle(self.folder, self.path(iteration).stem, tensors, {"kind": _KIND, **settings})
         for old in self.names()[:-_KEPT]:
             (self.folder / f"{old}.json").unlink(missing_ok=True)  # first: without it the tensors do not count
             for tensors_file in self.folder.glob(f"{old}-*.safetensors"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..controls.linear_part import Gram, LinearPart
 from ..errors import BadFileError
 from ..methods.base import Regression
@@ -69,6 +70,7 @@ class LinearSteps:
             part.gram(batch.chain, batch.states, batch.condition, batch.weights, batch.step_weights)
             for part in self.parts
         ]
+        ranks.mean_([block for gram in new for block in gram.blocks])
         self.grams = [old.lerp_(g, 1 - self.decay) for old, g in zip(self.grams, new)] if self.count else new
         self.count += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import NonFiniteError
 from ..methods.base import Regression
 from ..precision import at_least_single
@@ -95,6 +96,7 @@ class Descent:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise RuntimeError("no gradient reached any parameter of the control; does its output depend on them?")
+        ranks.mean_(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
             bad = sum(int((~torch.isfinite(g)).sum()) for g in gradients)

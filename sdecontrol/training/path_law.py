@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..chains.base import Chain
 from ..chains.shifts import shifts_along
 from ..errors import NonFiniteError
-from ..methods.base import Visited
+from ..methods.base import Visited, spread
 from ..processes.modules import evaluating, modules_in
 
 _FOURTH = 4  # of the paths at hand
@@ -78,9 +79,9 @@ class PathLaw:
         steps, and their ``condition``."""
         visited = at if isinstance(at, Visited) else Visited.of(at.states, at.condition)
         self.looks, self.rested = self.looks + 1, 0
-        steps, paths = self.chain.steps, visited.states.shape[1]
+        steps, paths = self.chain.steps, visited.states.shape[1] * ranks.parts()
         few = min(paths, max(_FEWEST, -(-paths // max(_FOURTH, steps // _AT))))
-        rows = [(self.looks * few + i) % paths for i in range(few)]
+        rows = spread(paths, few, self.looks)
         condition = None if visited.condition is None else visited.condition[rows]
         return Look(self, visited.states[:steps, rows], condition)
 
@@ -109,7 +110,8 @@ class Look:
 
     def _kl(self, shifts: Tensor, other: Tensor | None) -> float:
         chain = self.law.chain
-        return float(chain.kl(shifts, self.states, range(chain.steps), self.condition, other).sum(0).mean())
+        each = chain.kl(shifts, self.states, range(chain.steps), self.condition, other).sum(0)
+        return float(ranks.mean(each.mean()))
 
     @torch.no_grad()
     def bound(self, parameters: list[Tensor], before: list[Tensor]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import continued
@@ -32,6 +33,7 @@ from .optimiser import Descent
 from .path_law import PathLaw
 from .progress import ProgressBar
 from .schedule import LearningRateSchedule, Score
+from .several import Interrupts, check_split, same_numbers, same_problem
 from .trackers import reporting
 
 
@@ -79,7 +81,8 @@ def solve(
             less than half of that). Then the learning rate falls to 0 over half as many iterations as have passed, and
             the run is over. It looks from a hundred iterations on; a run that stands still before it finds more, such
             as a mode that no path has reached yet, ends there: give it ``iterations``.
-        batch_size: paths per gradient; ``accumulate`` such gradients make one step.
+        batch_size: paths per gradient; ``accumulate`` such gradients make one step. Of all processes together where
+            ``torchrun`` has started several: a multiple of 64 times their number.
         seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same
             result, bit for bit, on the same machine and thread count.
         control: your own nn.Module ``(x, t) -> (batch, m)``, or a solution to go on from, of this problem or of one
@@ -129,6 +132,7 @@ def solve(
     check_count("checkpoint_every", checkpoint_every)
     check_count("iterations", iterations, optional=True)
     check_count("images_every", images_every, optional=True)
+    same_problem(problem)
     training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
     reason = None
     if method is None:
@@ -142,6 +146,7 @@ def solve(
     if control is not None and not chosen.takes_control:
         raise ValueError(f"control: {chosen.name} trains no control, so leave control out.")
     chosen.check(problem)
+    check_split(chosen, batch_size)
     plan = _Plan(
         settings={"time_steps": time_steps, "scheme": scheme},
         batch_size=batch_size,
@@ -161,7 +166,7 @@ def solve(
         reason=reason,
     )
     check_recording("solve(...)")
-    with torch.enable_grad(), problem.evaluating():  # called under no_grad, too
+    with ranks.together(), torch.enable_grad(), problem.evaluating():  # called under no_grad, too
         return Trainer(problem, chosen, plan, checkpoint_dir, resume).train()
 
 
@@ -260,7 +265,9 @@ class Trainer:
         self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and plan.seed is None else plan.seed)
         control = continued(problem, chain, plan.control, seed=self.seed)
         self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
-        self.state = method.setup(self.run)
+        with ranks.split_batches(method.splits):
+            self.state = method.setup(self.run)
+        same_numbers(self.state)
         self.descent, self.schedule = plan.descent(method, self.state, chain), plan.schedule(method)
         self.run.descend, self.run.take_back = self.descent.step, self.descent.take_back
         # a control that is given may be near its optimum already; backward kernels say what a whole reward is
@@ -276,8 +283,10 @@ class Trainer:
         self.done = 0
         self.out_of_time = False
         self.whole = True
+        self.interrupts = Interrupts()
         if saved is not None:
             self._restore(*saved)
+        ranks.check_same("the run", {**self.identity, "iterations done": self.done})
 
     # ------------------------------------------------------------ checkpoints
 
@@ -308,11 +317,20 @@ class Trainer:
             )
         return self.checkpoints.newest(self.problem.fingerprint) if self.checkpoints is not None and resume else None
 
-    def _save(self) -> None:
+    def _save(self, stopped: bool = False) -> None:
+        """Write a checkpoint: of several processes the first does, and all wait for it (unless they have stopped)."""
+        assert self.checkpoints is not None
+        if not stopped:
+            ranks.once(self._write, "a checkpoint")
+        elif ranks.leads():
+            self._write()
+        self._notify("on_save", path=self.checkpoints.path(self.done))
+
+    def _write(self) -> None:
         assert self.checkpoints is not None
         tensors, plain = self.descent.tensors()
         tensors.update(with_part("state", plain_state(self.state)))
-        path = self.checkpoints.write(
+        self.checkpoints.write(
             self.done,
             tensors,
             {
@@ -325,7 +343,6 @@ class Trainer:
                 "problem": self.fingerprint,
             },
         )
-        self._notify("on_save", path=path)
 
     def _restore(self, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():
@@ -355,13 +372,17 @@ class Trainer:
             # by time alone, no number of iterations is known
             known = None if self.plan.by_time else self.schedule.last
             measure, fresh = self.method.estimates or "objective", self.method.estimates is not None
-            made = ProgressBar(known, self.method.name, self.plan.progress, measure, latest=fresh)
-            with made as bar, held_fixed(_fixed(self.problem, parameters_of(self.state))):
+            shown = self.plan.progress if ranks.leads() else False
+            made = ProgressBar(known, self.method.name, shown, measure, latest=fresh)
+            fixed = held_fixed(_fixed(self.problem, parameters_of(self.state)))
+            with ranks.together(), self.interrupts, made as bar, fixed:
                 if self.plan.reason is not None:
                     bar.note(f"{self.method.name}, chosen by recommend: {self.plan.reason}")
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.schedule.last and not finished:
-                    elapsed = (time.monotonic() - began) / self.plan.budget if self.plan.budget is not None else 0.0
+                    elapsed = 0.0
+                    if self.plan.budget is not None:  # by one clock
+                        elapsed = ranks.agreed((time.monotonic() - began) / self.plan.budget, "the time")
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
@@ -382,7 +403,8 @@ class Trainer:
         self.descent.begin(self.schedule.factor(self.done, elapsed))
         annealing = self.annealing.active
         self.run.problem = self.target.at_temperature(self.problem.alpha / self.annealing.beta)
-        metrics = self.method.step(self.state, self.run)
+        with ranks.split_batches(self.method.splits):
+            metrics = ranks.mean_numbers(self.method.step(self.state, self.run))
         if annealing:
             self._lower_temperature(metrics, elapsed)
         metrics["gradient_norm"] = self.descent.norm
@@ -396,6 +418,7 @@ class Trainer:
             self.schedule.observe(self.done, self.scores)
         self.done += 1
         self.whole = True
+        self.interrupts.check()
         self._notify("on_step_end")
         if self.checkpoints is not None and self.done % self.plan.checkpoint_every == 0:
             self._save()
@@ -445,7 +468,7 @@ class Trainer:
         stopped = isinstance(error, (NonFiniteError, RewardError))
         good = stopped or (isinstance(error, KeyboardInterrupt) and self.whole)
         if self.checkpoints is not None and self.done and good:
-            self._save()
+            self._save(stopped=True)
 
     def _notify(self, event: str, **more: Any) -> None:
         latest = self.history[-1] if self.history else {}

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import ranks
 from ..errors import check_name, warn
 from ..problems.prompts import Prompts
 from .callbacks import Callback, TrainingState
@@ -144,7 +145,8 @@ class Reporting(Callback):
         self._try(self._log, dict(state.metrics), step=state.iteration)
         due = self._every is not None and state.iteration % self._every == 0
         if due and self._pictures is not None and not self._failed:
-            self._show(state)
+            with ranks.alone():  # of several processes, one reports
+                self._show(state)
 
     def on_exception(self, state: TrainingState) -> None:
         self._try(getattr(self.tracker, "finish", None))
@@ -178,7 +180,7 @@ def _image_function(tracker: Any) -> Any:
 
 
 def reporting(report_to: Any, checkpoint_dir: Any, resume: bool, images_every: int | None) -> list[Reporting]:
-    """Callbacks that hand a run's metrics to what ``report_to`` names.
+    """Callbacks that hand a run's metrics to what ``report_to`` names; of several processes, in the first.
 
     Raises:
         ValueError: an unknown name, no folder, or one with the lines of another run. TypeError: no tracker.
@@ -195,10 +197,12 @@ def reporting(report_to: Any, checkpoint_dir: Any, resume: bool, images_every: i
             check_name("report_to", name, TRACKERS)
             if not folder and checkpoint_dir is None:
                 raise ValueError(f"report_to={one!r}: say where, '{one}:folder', or give checkpoint_dir.")
+            if not ranks.leads():
+                continue
             one = made[name](Path(folder or checkpoint_dir))
             if isinstance(one, JsonLines) and one.path.exists() and not resume:
                 raise ValueError(
                     f"report_to={report_to!r}: {one.path} is of another run; give another folder, or move it."
                 )
         found.append(Reporting(one, images_every))
-    return found
+    return found if ranks.leads() else []

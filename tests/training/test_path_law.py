@@ -10,7 +10,7 @@ from cases import F64, SmallControl, randn, random_lq
 import sdecontrol as sc
 from sdecontrol.chains.categorical import CategoricalChain
 from sdecontrol.chains.shifts import shifts_along
-from sdecontrol.methods.base import Visited
+from sdecontrol.methods.base import Visited, spread
 from sdecontrol.training.optimiser import Descent
 from sdecontrol.training.path_law import PathLaw
 
@@ -149,11 +149,21 @@ def test_all_steps_of_a_quarter_of_the_paths_at_hand_are_looked_at_others_each_t
     for _ in range(looks):
         look = law.look(at)
         assert look.states.shape == (steps, each, 2)
-        rows = [int((states[0, :16] == x).all(1).nonzero()) for x in look.states[0]]
+        rows = [int((states[0] == x).all(1).nonzero()) for x in look.states[0]]
         torch.testing.assert_close(look.states, states[:steps, rows])
         torch.testing.assert_close(look.before, shifts_along(chain, control, states[:steps, rows]))
         seen += rows
-    assert sorted(seen) == list(range(16))
+    assert sorted(seen) == list(range(0, 64, 4))
+
+
+@pytest.mark.parametrize(("count", "few"), [(128, 32), (320, 80), (1024, 13), (192, 4)])
+def test_each_part_of_a_batch_has_its_share_of_the_rows_that_are_looked_at(count, few):
+    """The same ones as of the whole batch, in each 64 rows."""
+    whole = spread(count, few, 5)
+    rows = range(count)[whole]
+    assert len(rows) >= few
+    each = [[row + i for row in range(64)[whole]] for i in range(0, count, 64)]
+    assert [row for part in each for row in part] == list(rows)
 
 
 @pytest.mark.parametrize(("steps", "paths", "few"), [(100, 64, 8), (1000, 64, 4), (8, 3, 3)])
