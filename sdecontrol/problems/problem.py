@@ -298,7 +298,7 @@ class ControlProblem(Definition):
             elif isinstance(value, Tensor) and value.ndim == 0:
                 hint += " Do not average over the batch."
             check_output("reward", value, (x.shape[0],), self._number(x), hint)
-            self.vanishes = bool((value == -torch.inf).any())
+            self.vanishes = bool((value == -torch.inf).any()) and bool((value < torch.inf).all())
             with torch.no_grad():
                 _warn_if_random(value, self._call_reward(x, y))
             if not value.requires_grad or not smooth or self.vanishes:
