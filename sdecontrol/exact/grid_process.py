@@ -26,6 +26,25 @@ _LEVELS = 193  # times at which a plane's values are kept, denser towards the ho
 _MOST_CALLS = 30_000  # of the equation's right-hand side: a minute for a plane of the finest grid
 
 
+def _why(grid: Grid, root: Tensor, cost: Tensor, end: np.ndarray) -> str:
+    """What may be at fault, and what to do."""
+    noisy = torch.linalg.eigvalsh(root @ root.mT)
+    if float(noisy[:, 0].max()) <= 1e-12 * float(noisy[:, -1].max()):
+        return (
+            "the noise does not act in all directions of these coordinates, and central differences do not hold where "
+            "nothing smooths the value. Give the others a little noise, or estimate log Z with particles (sc.SMC, "
+            "sc.TemperedSMC)"
+        )
+    steep = "reward or drift are too steep or the noise too small for it. Use a larger alpha or a shorter horizon"
+    inner = np.ones((grid.count,) * grid.dim, dtype=bool)
+    inner[(slice(1, -1),) * grid.dim] = False
+    edge = inner.ravel()  # where what has no bound is largest
+    bounded = all(float(v[edge].max()) < float(v[~edge].max()) or np.ptp(v) == 0 for v in (end, -cost.numpy()))
+    if bounded:
+        return steep
+    return f"E exp(R/alpha) is infinite (reward or -running cost too convex), or {steep}, or a less convex reward"
+
+
 class ContinuousGrid:
     """``w = v/alpha`` of a process on a grid, from the HJB equation backwards from the horizon::
 
@@ -98,9 +117,8 @@ class ContinuousGrid:
         if found is None or found.status != 0 or not np.isfinite(found.y[:, -1]).all():
             ends = ", ".join(f"[{low:.3g}, {high:.3g}]" for low, high in zip(grid.lows, grid.highs))
             raise NoExactSolution(
-                "the HJB equation could not be integrated back to time 0 on a grid: E exp(R/alpha) is infinite "
-                "(reward or -running cost too convex), or reward or drift are too steep or the noise too small for "
-                f"the grid ({ends}). Use a larger alpha, a less convex reward or a shorter horizon."
+                f"the HJB equation could not be integrated back to time 0 on a grid ({ends}): "
+                f"{_why(grid, *coefficients(span[0])[1:], end)}."
             )
         self._dense = found.sol
         if grid.dim == 2:

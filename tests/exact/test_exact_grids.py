@@ -497,3 +497,20 @@ def test_a_law_on_a_grid():
             .max()
         )
         assert float(gap) < 1.95 / 20_000**0.5  # Kolmogorov-Smirnov at 1e-3
+
+
+def test_where_an_equation_is_not_solved_the_reason_is_true():
+    """A bounded reward has no infinite expectation: noise in one of two directions is what central differences fail
+    on."""
+    drift = lambda x, t: torch.stack([x[:, 1], -9.81 * torch.sin(x[:, 0]) - 0.1 * x[:, 1]], 1)  # noqa: E731
+    pendulum = sc.ControlProblem(
+        sc.SDE(drift, torch.tensor([[0.0], [2.0]]), dim=2, horizon=3.0),
+        sc.Dirac(torch.zeros(2)),
+        lambda x: -10 * (1 + torch.cos(x[:, 0])) - 0.5 * x[:, 1] ** 2,
+        alpha=0.5,
+    )
+    with pytest.raises(sc.NoExactSolution, match=r"noise does not act in all directions.*TemperedSMC") as caught:
+        sc.exact_solution(pendulum)
+    assert "infinite" not in str(caught.value)
+    with pytest.raises(sc.NoExactSolution, match="infinite"):  # E exp(X^2) at a variance of 1
+        GridSolution(ou(lambda x: 2.0 * x[..., 0] ** 2 + 0.1 * x[..., 0].sin(), alpha=0.5, horizon=2.0))
