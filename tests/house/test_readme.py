@@ -45,13 +45,23 @@ class Model(nn.Module):
 
 def of_diffusers() -> dict[str, object]:
     """What a user of diffusers has."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
     unet = UNet2DModel(block_out_channels=(8, 16), norm_num_groups=4, **blocks, **sizes)
-    return {"unet": unet, "scheduler": DDPMScheduler(), "reward": lambda x: x.flatten(1).mean(1), "folder": "tuned"}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
+    sizes |= {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 6}
+    texts = UNet2DConditionModel(**blocks, **sizes)
+    scheduler = DDPMScheduler()
+    DDPMPipeline(unet, scheduler).save_pretrained("model")
+
+    def encode(prompts: list[str]) -> Tensor:
+        return torch.tensor([[[len(text), text.count("a"), 1.0, 0.0, 0.0, 0.0]] for text in prompts])
+
+    own = {"unet": unet, "scheduler": scheduler, "model_folder": "model", "folder": "tuned", "run_folder": "run"}
+    return {**own, "reward": lambda x: x.flatten(1).mean(1), "text_unet": texts, "encode": encode}
 
 
 @pytest.mark.parametrize("page", PAGES)
