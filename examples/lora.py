@@ -51,8 +51,9 @@ def main(quick: bool = False) -> None:
         model: Any = PeftModel.from_pretrained(unet, folder)
     print(f"the network has {size / 1e3:.0f} kB, its adapters {saved / 1e3:.0f} kB")
     x, n = torch.randn(4, 1, 8, 8, generator=torch.manual_seed(2)), torch.full((4,), 500)
+    control: Any = solution.control
     with torch.no_grad():
-        theirs, ours = model(x.bfloat16(), n).sample.float(), solution.control.predicted(x, n)  # pyright: ignore[reportAttributeAccessIssue]
+        theirs, ours = model(x.bfloat16(), n).sample.float(), control.predicted(x, n)
     print(f"PEFT's model differs from the tuned one by {float((theirs - ours).abs().max()):.2g}")
 
 
