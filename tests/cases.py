@@ -1,10 +1,23 @@
 """Problems that several tests share. Random ones are functions of a seed."""
 
+import pytest
 import torch
 
 import sdecontrol as sc
 
 F64 = torch.float64
+
+
+def slow_but(cases, *quick):
+    """Cases of a parametrised test: those that are named run by default, the others are slow tests."""
+    assert set(quick) <= set(cases), quick
+    values = ((case, case if isinstance(case, tuple) else (case,)) for case in cases)
+    return [pytest.param(*value, marks=() if case in quick else pytest.mark.slow) for case, value in values]
+
+
+def but_slow(cases, *slow):
+    """The same, where those are named that are slow."""
+    return slow_but(cases, *(case for case in cases if case not in slow))
 
 
 def randn(*shape, seed, dtype=F64):

@@ -23,7 +23,8 @@ from .base import ControlState, Run, path_metrics
 from .ratio_fit import DECAYS, Moments, exponent_for, fit_slopes, fit_values, observed, value_rows
 
 _HIDDEN = (96, 96, 96)
-_STEPS = 600
+#: of the regression on paths of the reference
+STEPS = 600
 _ROUND = 3  # a round on its own paths has so many times fewer of them
 _FLOOR = 100.0  # effective paths below which a higher temperature comes first
 _LITTLE = 0.005  # nats that a round must gain for another one
@@ -93,7 +94,7 @@ def _lower(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
             f"{run.problem.alpha / beta:.3g} so far, not {run.problem.alpha:.3g}, and lowered in the next iterations."
         )
     value.level.copy_((beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1]))
-    loss = fit_values(run, value, rows, beta, _STEPS)[1]
+    loss = fit_values(run, value, rows, beta, STEPS)[1]
     state.beta.fill_(beta)
     return {**path_metrics(shown), "loss": loss, "temperature": run.problem.alpha / beta}
 

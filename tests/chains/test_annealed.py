@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import slow_but
 from torch import Tensor, nn
 
 import sdecontrol as sc
@@ -259,7 +260,12 @@ def _run(problem: GibbsProblem, control: Any, batch: int = 64, seed: int = 7) ->
 
 
 @pytest.mark.parametrize(
-    ("method", "both"), [(sc.LogVariance(), False), (sc.Reinforce(), False), (sc.Reinforce(), True)]
+    ("method", "both"),
+    [
+        pytest.param(sc.LogVariance(), False, marks=pytest.mark.slow),
+        pytest.param(sc.Reinforce(), False, marks=pytest.mark.slow),
+        (sc.Reinforce(), True),
+    ],
 )
 def test_score_function_gradients_are_those_of_the_kl_in_expectation(method: Any, both: bool) -> None:
     """Against the pathwise gradient, entry by entry within 4 standard errors (6 entries: false alarm 4e-4)."""
@@ -359,7 +365,7 @@ class _Noise:
 
 
 @pytest.mark.filterwarnings("ignore:smc. only")
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("threshold", slow_but([0.0, 0.5, 1.0], 0.5))
 def test_particles_are_unbiased_and_twisted_by_the_annealed_density(threshold: float, tmp_path: Any) -> None:
     problem = annealed()
     solution: Any = sc.solve(

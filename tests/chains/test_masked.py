@@ -1,10 +1,11 @@
 """Masked diffusion as a chain, its controls and its tuned models, against enumeration of all states."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from cases import F64, randn
+from cases import F64, but_slow, randn
 from tokens import Joint, Net, chi_square_is_fine
 from torch import nn
 
@@ -15,6 +16,7 @@ from sdecontrol.controls.build import build_control
 from sdecontrol.controls.given import given_control
 
 ORDERS = ("independent", "random")
+TWICE = ("frozen", "independent"), ("both", "independent"), ("user", "independent")
 
 
 class Tilt(nn.Module):
@@ -184,8 +186,10 @@ def foreign_sampler(model, joint, n, steps, order, seed):
     return x
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("way", ["tuned", "frozen", "both", "user"])
+@pytest.mark.parametrize(
+    ("way", "order"),
+    but_slow(list(itertools.product(("tuned", "frozen", "both", "user"), ORDERS)), *TWICE),
+)
 def test_solution_model_has_the_same_law_in_a_foreign_sampler(order, way):
     joint = Joint()
     problem = joint.problem(Net(), order=order, steps=4)
@@ -356,6 +360,7 @@ def test_rewards_see_no_mask():
     assert max(seen) == 2
 
 
+@pytest.mark.slow
 def test_the_face_runs_as_written():
     data = torch.randint(4, (64, 50), generator=torch.Generator().manual_seed(0))
     my_reward = lambda x: (x == 2).float().mean(1)  # noqa: E731

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import F64, SmallControl, randn
+from cases import F64, SmallControl, randn, slow_but
 from torch import nn
 
 import sdecontrol as sc
@@ -143,7 +143,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", slow_but(METHODS, "adjoint-matching", "log-variance", "reinforce", "particle-matching")
+)
 def test_every_method_of_noises_trains_on_a_simulator(name):
     """The gap falls to less than a third of the reference's."""
     _, problem = pair()

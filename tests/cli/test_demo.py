@@ -10,14 +10,23 @@ import pytest
 from .conftest import only_json
 
 
-def test_demo_writes_figure_and_numbers_and_uses_its_cache(run, tmp_path: Path) -> None:
-    first = only_json(run("demo", "--quick", "--json", "--output", "out/demo.png"))
+def test_demo_writes_figure_and_numbers(run, tmp_path: Path) -> None:
+    writes(run, tmp_path, "--iterations", "1")
+
+
+def writes(run, tmp_path: Path, *options: str) -> dict:
+    first = only_json(run("demo", "--quick", "--json", "--output", "out/demo.png", *options))
     assert (tmp_path / "out/demo.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "out/demo.json").read_text()) == first
     assert not first["models_cached"] and first["label"] == 3
     for column in ("before", "guided", "one_network", "exact_tilt"):
         assert {"reward", "kl", "log_z", "ess", "share", "sliced_wasserstein"} <= first[column].keys()
+    return first
 
+
+@pytest.mark.slow
+def test_demo_writes_figure_and_numbers_and_uses_its_cache(run, tmp_path: Path) -> None:
+    first = writes(run, tmp_path)
     again = run("demo", "--quick", "--output", "out/demo.png")
     assert again.exit_code == 0 and "from the cache" in again.stdout and "sliced W1" in again.stdout
     second = json.loads((tmp_path / "out/demo.json").read_text())

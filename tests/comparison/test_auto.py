@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import Counted
+from cases import Counted, slow_but
 
 import sdecontrol as sc
 from sdecontrol.comparison import auto
@@ -60,9 +60,7 @@ def close(estimate, truth, most=0.02):
     assert abs(estimate.value - truth) < 4 * estimate.stderr, (estimate, truth)
 
 
-@pytest.mark.parametrize(
-    "density", [ring, unequal, *(pytest.param(f, marks=pytest.mark.slow) for f in (banana, annulus))]
-)
+@pytest.mark.parametrize("density", slow_but([ring, unequal, banana, annulus], unequal))
 def test_log_z_of_densities_in_the_plane(density):
     """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was
     kept; samples lie where the density does."""
@@ -206,7 +204,7 @@ def test_densities_without_a_gradient_or_with_a_score():
     close(solution.evaluate(8192, seed=1).log_z, truth)
 
 
-@pytest.mark.parametrize(("dim", "scale"), [(1, 1e3), (3, 1e-3)])
+@pytest.mark.parametrize(("dim", "scale"), slow_but([(1, 1e3), (3, 1e-3)], (1, 1e3)))
 def test_any_scale_and_one_dimension(dim, scale):
     """Two wells in each coordinate, far from 0 and of size ``scale``, in float32, with nothing said of it."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, random_lq
+from cases import F64, but_slow, random_lq
 from torch import Tensor, nn
 
 import sdecontrol as sc
@@ -80,9 +80,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "discrete model" else ()) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", but_slow(KINDS, "model", "discrete model"))
 def test_solve_takes_the_first_choice_on_every_kind_of_problem(kind: str, tmp_path) -> None:
     make, settings, control = KINDS[kind]
     problem, more = make(), {} if control is None else {"control": control()}

@@ -3,7 +3,7 @@ can represent stays."""
 
 import pytest
 import torch
-from cases import random_lq
+from cases import but_slow, random_lq
 
 import sdecontrol as sc
 from sdecontrol.chains.shifts import shifts_along
@@ -72,7 +72,7 @@ def test_a_saved_solution_keeps_its_scale(tmp_path):
     assert torch.equal(again.sample(64, seed=1), solution.sample(64, seed=1))
 
 
-@pytest.mark.parametrize("method", ["log-variance", "soft-ppo", "path-consistency", "reinforce"])
+@pytest.mark.parametrize("method", but_slow(["log-variance", "soft-ppo", "path-consistency", "reinforce"], "soft-ppo"))
 def test_training_on_a_steep_reward_goes_up_and_not_away(method):
     """Without the scale all four end in a gradient that is not finite within a dozen iterations."""
     solution = sc.solve(problem_of(200.0), method, iterations=40, **QUICK)

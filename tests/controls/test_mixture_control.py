@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, randn, spd
+from cases import F64, randn, slow_but, spd
 
 import sdecontrol as sc
 from sdecontrol.chains.bridges import ChainBridge
@@ -248,11 +248,14 @@ def test_in_float32_the_control_at_the_end_is_that_of_float64(reference):
         assert torch.allclose(b.at(x.to(F32), torch.tensor(t)).double(), truth, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("law", [product(), joint()], ids=["product", "joint"])
-@pytest.mark.parametrize("reference", ["ou", "brownian"])
+@pytest.mark.parametrize(
+    ("reference", "law"),
+    slow_but(list(itertools.product(("ou", "brownian"), (product, joint))), ("ou", joint), ("brownian", product)),
+)
 def test_where_the_target_is_the_mixture_the_gap_falls_with_the_steps(law, reference):
     """Its mean-shift chain is optimal up to discretisation: ELBO below log Z = 0 by a gap that falls like 1/K, weights
     that average to 1, and ends of its law."""
+    law = law()
     problem, control = towards(law, reference)
     gaps = []
     for K in (10, 40, 160):

@@ -73,6 +73,7 @@ def test_reward_backprop_reaches_twice_the_floor_on_random_linear_quadratic_prob
     near_the_floor(d, seed, start, iterations=400)
 
 
+@pytest.mark.slow
 def test_reward_backprop_reaches_twice_the_floor():
     near_the_floor(2, 31, "dirac", time_steps=20, iterations=150, batch_size=128)
 

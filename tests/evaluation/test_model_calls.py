@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import sdecontrol as sc
+from sdecontrol.methods import ratio_guidance
 
 K, N = 5, 256
 RUN: dict[str, Any] = {"seed": 0, "progress": False}
@@ -71,9 +72,12 @@ def solved(control: str, reference: str, conditions: bool) -> Any:
 @pytest.mark.parametrize("conditions", [False, True], ids=["", "conditions"])
 @pytest.mark.parametrize("reference", ["sde", "chain"])
 @pytest.mark.parametrize("control", CALLS)
-def test_a_model_is_called_once_a_step_by_whom_it_serves(control: str, reference: str, conditions: bool) -> None:
+def test_a_model_is_called_once_a_step_by_whom_it_serves(
+    control: str, reference: str, conditions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``evaluate``: its paths, with conditions as many again for the normaliser of each, and the reference's paths of
     its second look, where the control is asked too. A chain's last, noiseless step is the reference's one call more."""
+    monkeypatch.setattr(ratio_guidance, "STEPS", 20)  # calls are the same of any value
     solution = solved(control, reference, conditions)
     step, alone = CALLS[control]
     last, groups = int(reference == "chain"), 2 if conditions else 1

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import F64, randn
+from cases import F64, randn, slow_but
 
 import sdecontrol as sc
 from sdecontrol.evaluation.evaluate import log_weights
@@ -119,6 +119,7 @@ def test_linear_quadratic_chains(start, convex, m, steps, scheme, varying):
         close(grid.marginal(t).log_prob(x5[1:4]), want.marginal(t).log_prob(x5[1:4]), 1e-8)
 
 
+@pytest.mark.slow
 def test_mixture_models_in_one_dimension():
     """The drift of a mixture model as a plain function, against the mixture's closed form."""
     mixture = sc.GaussianMixture(torch.tensor([0.6, 0.4]), torch.tensor([[-1.5], [1.0]]), torch.tensor([0.2, 0.4]))
@@ -260,6 +261,7 @@ def wells():
     return made
 
 
+@pytest.mark.slow
 def test_double_well_published_figures(wells):
     """Mean |u*|^2 0.587 on Euler paths of K = 200, and the discretised optimum 2.3e-3 away from the continuous one."""
     problem, continuous, chain = wells
@@ -423,7 +425,7 @@ def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
     problem = sc.ControlProblem(
         sc.SDE(lambda x, t: -(x**3), 0.8, dim=d), sc.Dirac(torch.zeros(d)), lambda x: -(x - 1).abs().pow(4).sum(-1)
     )
-    exact = sc.exact_solution(problem, 20)
+    exact = sc.exact_solution(problem, 4)
     assert [len(b.members) for b in exact.blocks] == [d]
 
 
@@ -452,7 +454,7 @@ def test_what_has_no_grid_solution_says_why():
         sc.exact_solution(ou(), [0.0, 0.5, 1 - 1e-6, 1.0]).kernel(x5, 2)
 
 
-@pytest.mark.parametrize("module", [False, True])
+@pytest.mark.parametrize("module", slow_but([False, True], True))
 def test_single_precision_follows_the_problem(module):
     """Plain functions are asked in float64; a float32 module is asked as it is."""
     torch.manual_seed(0)

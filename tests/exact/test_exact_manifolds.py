@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import F64, randn
+from cases import F64, but_slow, randn
 from scipy.special import dawsn
 
 import sdecontrol as sc
@@ -80,7 +80,7 @@ def noises(problem):
     return at, density
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", but_slow(CASES, "sphere, a cost"))
 def test_values_and_controls_are_bellmans_on_the_chain_itself(name):
     """``exp(v_k/alpha) = e^{-h f/alpha} E exp(v_{k+1}(x')/alpha)`` and ``c_k = E_{p*} P xi``, x' by ``chain.step``."""
     problem = CASES[name]()

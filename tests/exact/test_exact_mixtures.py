@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, randn
+from cases import F64, randn, slow_but
 from dense_gaussian import SCHEDULES, mixture_2d, mixture_problem
 
 import sdecontrol as sc
@@ -95,7 +95,7 @@ def hjb_terms(exact, x, t, drift, sigma):
     return residual, gradient
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", slow_but(SCHEDULES, "vp"))
 def test_one_component_agrees_with_the_riccati_route(schedule):
     """The same problem through two routes that share only the algebra of one Gaussian."""
     problem = mixture_problem(schedule, components=1)
@@ -257,7 +257,7 @@ def test_a_model_of_one_coordinate_is_solved_on_a_grid_and_agrees_with_the_mixtu
         assert torch.allclose(grid.value(x, t), closed.value(x, t), atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["euler", "exponential"])
+@pytest.mark.parametrize("scheme", slow_but(["euler", "exponential"], "exponential"))
 def test_the_chain_of_a_tuned_mixture_is_solved_by_dynamic_programming(scheme):
     """Its log Z is the mean weight of the chain's paths, under its own control (few paths are enough); that of
     another chain is not."""

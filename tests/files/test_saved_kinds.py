@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import SmallControl, random_lq
+from cases import SmallControl, but_slow, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.base import Control
@@ -541,7 +541,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("what", [pytest.param("annealed", marks=pytest.mark.slow), *list(RESUMED)[1:]])
+@pytest.mark.parametrize("what", but_slow(RESUMED, "annealed", "with a learned start"))
 def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
     make, method, iterations = RESUMED[what]
 

@@ -55,6 +55,7 @@ def test_the_page_on_jump_processes_runs_and_tells_the_truth():
     assert abs(found.value - float(made["chain"].log_z)) < 4 * found.stderr
 
 
+@pytest.mark.slow
 def test_the_page_on_manifolds_runs_and_tells_the_truth():
     made = run_page("manifolds.md")
     error = sc.control_error(made["solution"], made["exact"], n=512)
@@ -66,6 +67,7 @@ def test_the_page_on_manifolds_runs_and_tells_the_truth():
     assert float((u * x).sum(1).abs().max()) < 1e-5 < float(u.norm(dim=1).max())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_own_registries")
 def test_the_examples_of_extending_run_and_do_what_the_page_says():
     made = run_page("extending.md")

@@ -12,7 +12,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 #: and the others, which take as long each, with the slow tests
-FIRST = ("control_problem", "finetune_model")
+FIRST = ("control_problem",)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 bodies and signatures."""
 
 import ast
+import functools
 import re
 
 import pytest
@@ -62,6 +63,7 @@ def test_no_private_name_is_imported_from_another_file() -> None:
     assert not private, private
 
 
+@functools.cache
 def _functions() -> list[tuple[str, ast.FunctionDef]]:
     return [
         (name, node) for name, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import but_slow
 from torch import Tensor, nn
 
 import sdecontrol as sc
@@ -64,7 +65,7 @@ def of_diffusers() -> dict[str, object]:
     return {**own, "reward": lambda x: x.flatten(1).mean(1), "text_unet": texts, "encode": encode}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", but_slow(PAGES, "README.md", "docs/densities.md", "docs/diffusers.md"))
 def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # what a page writes
     solve = sc.solve

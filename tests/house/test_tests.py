@@ -1,6 +1,7 @@
 """The house's rules for its tests: short ids, no names that are private to the package, no clock, no signal."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,11 @@ PLANTING = {"test_power.py"}
 CLOCKS = {"time.sleep", "time.monotonic", "time.perf_counter", "time.time", "os.kill"}
 #: a real process is killed at a random moment in them: they wait for a file, and are slow tests
 WAITING = {"test_damaged_files.py"}
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def private(name: str) -> bool:
@@ -52,12 +58,12 @@ def of_others(tree: ast.Module) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_private_name_of_another_module_is_used(path: Path) -> None:
-    assert not of_others(ast.parse(path.read_text(encoding="utf-8"))) or path.name in PLANTING
+    assert not of_others(parsed(path)) or path.name in PLANTING
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_clock_and_no_signal(path: Path) -> None:
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
     waits = {dotted(call.func) for call in calls} & CLOCKS
     assert not waits or path.name in WAITING, waits
 

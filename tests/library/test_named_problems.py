@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import but_slow
 
 import sdecontrol as sc
 from sdecontrol.evaluation.evaluate import log_weights
@@ -49,7 +50,10 @@ def test_start_is_that_of_the_published_seed(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("name", "steps", "size"),
-    [("ou-quadratic-easy", 50, 1.995), ("ou-quadratic-hard", 50, 31.30), ("ou-quadratic-hard", 150, 30.99)],
+    but_slow(
+        [("ou-quadratic-easy", 50, 1.995), ("ou-quadratic-hard", 50, 31.30), ("ou-quadratic-hard", 150, 30.99)],
+        ("ou-quadratic-hard", 150, 30.99),
+    ),
 )
 def test_mean_square_of_the_optimal_control(name: str, steps: int, size: float) -> None:
     """``E T^-1 int |u*|^2 dt`` of the continuous-time control on its Euler paths, as published."""

@@ -333,13 +333,17 @@ def test_unweighted_socm_with_the_closed_loops_jacobians_has_the_gradient_of_rew
     ("method", "bar"),
     [
         pytest.param(sc.AdjointMatching(), 1e-6, id="adjoint-matching"),
-        pytest.param(sc.AdjointMatching(zero_variance=False), 3e-3, id="adjoint-matching, with its noise"),
-        pytest.param(sc.AdjointMatching(steps=6), 1e-6, id="adjoint-matching, some steps"),
+        pytest.param(
+            sc.AdjointMatching(zero_variance=False), 3e-3, id="adjoint-matching, with its noise", marks=pytest.mark.slow
+        ),
+        pytest.param(sc.AdjointMatching(steps=6), 1e-6, id="adjoint-matching, some steps", marks=pytest.mark.slow),
         # seeds 0, 1 and 2 give 0.053, 0.034 and 0.040
-        pytest.param(sc.AdjointMatching(reciprocal=True), 1e-1, id="adjoint-matching, reciprocal"),
+        pytest.param(
+            sc.AdjointMatching(reciprocal=True), 1e-1, id="adjoint-matching, reciprocal", marks=pytest.mark.slow
+        ),
         pytest.param(sc.SOCM(), 1e-6, id="socm"),
-        pytest.param(sc.SOCM(matrices="full"), 3e-3, id="socm, full"),
-        pytest.param(sc.SOCM(weighted=False), 1e-6, id="socm, unweighted"),
+        pytest.param(sc.SOCM(matrices="full"), 3e-3, id="socm, full", marks=pytest.mark.slow),
+        pytest.param(sc.SOCM(weighted=False), 1e-6, id="socm, unweighted", marks=pytest.mark.slow),
     ],
 )
 def test_default_training_reaches_the_linear_quadratic_optimum(method, bar):

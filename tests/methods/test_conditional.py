@@ -80,6 +80,7 @@ def learned():
     return sc.solve(observed(), sc.SOCM(), time_steps=K, iterations=150, batch_size=256, seed=0)
 
 
+@pytest.mark.slow
 def test_the_learned_control_is_the_exact_one_for_every_condition(learned):
     """Relative squared error at most 3e-2 for each y (1.3e-2 to 1.8e-2 measured), 0.5 and more with another y's
     control."""
@@ -90,6 +91,7 @@ def test_the_learned_control_is_the_exact_one_for_every_condition(learned):
     assert relative_error(stand_in, YS[2]) > 0.5
 
 
+@pytest.mark.slow
 def test_samples_given_y_have_the_conditional_law(learned):
     """Weighted samples: mean and covariance of ``p(x | y)``, and the evidence ``p(y)``, within 4 standard errors (error
     rate 6e-5 each; the posteriors of neighbouring y are 60 such errors apart). Unweighted ones carry the floor of mean
@@ -113,6 +115,7 @@ def test_samples_given_y_have_the_conditional_law(learned):
         assert ((plain.mean(0) - mean).abs() < 0.1 * covariance.diagonal().sqrt()).all()
 
 
+@pytest.mark.slow
 def test_over_all_conditions_the_samples_have_the_reference_s_law_and_the_kl_is_the_mutual_information(learned):
     """y from its own law: ``E_y p(x | y) = p(x)``, and ``E_y KL(p(x | y) || p(x)) = I(x; y) = log(1 + H C
     H'/noise^2)/2``; both to the floor of mean shifts. The ELBO is below ``E log p(y)``, minus the entropy of y."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, linear, mixture, randn, random_lq
+from cases import F64, linear, mixture, randn, random_lq, slow_but
 
 import sdecontrol as sc
 from sdecontrol.controls.guidance import value_network
@@ -316,7 +316,7 @@ def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
         assert abs(mean.value - 1) < 4 * mean.stderr and mean.stderr < 0.05
 
 
-@pytest.mark.parametrize("value", ["monte-carlo", "soft-q"])
+@pytest.mark.parametrize("value", slow_but(["monte-carlo", "soft-q"], "soft-q"))
 def test_learned_values_reach_the_exact_one_on_a_linear_quadratic_chain(value):
     problem = lq(dtype=F32)
     exact = sc.exact_solution(problem, time_steps=K)

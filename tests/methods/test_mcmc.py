@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import F64, Counted, randn, spd
+from cases import F64, Counted, but_slow, randn, spd
 from scipy.signal import lfilter
 
 import sdecontrol as sc
@@ -131,7 +131,13 @@ def test_moves_keep_a_law_that_is_no_gaussian(leapfrog_steps):
     assert found.evaluations == n * (1 + 2 * 3 * leapfrog_steps)
 
 
-@pytest.mark.parametrize("method", [sc.MALA(64, 200), sc.HMC(64, 200, leapfrog_steps=3)], ids=["mala", "hmc"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(sc.MALA(64, 200), id="mala", marks=pytest.mark.slow),
+        pytest.param(sc.HMC(64, 200, leapfrog_steps=3), id="hmc"),
+    ],
+)
 def test_moments_and_log_z_of_a_correlated_gaussian(method):
     problem, mean, cov = gaussian()
     solution = sc.solve(problem, method, seed=0)
@@ -260,7 +266,7 @@ def made(name):
     return {"mala": lambda: sc.MALA(32, 40), "hmc": lambda: sc.HMC(32, 40), "nuts": lambda: nuts(2, 25)}[name]()
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", but_slow(["mala", "hmc", "nuts"], "mala"))
 def test_seeds_files_and_counts(name, tmp_path):
     """The same seed gives the same bits, from a file too; every row of the density is counted; torch's global generator
     is left alone."""

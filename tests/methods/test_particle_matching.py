@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, nonlinear, randn, random_lq, spd
+from cases import F64, but_slow, nonlinear, randn, random_lq, spd
 
 import sdecontrol as sc
 from sdecontrol.chains.bridges import ChainBridge
@@ -66,7 +66,9 @@ def test_noising_is_the_bridge_of_a_generative_reference_to_first_order():
     assert 1.6 < errors[0] / errors[1] < 2.6 and 1.6 < errors[1] / errors[2] < 2.6, errors
 
 
-@pytest.mark.parametrize(("start", "running"), [("dirac", False), ("controlled", True), ("dirac", True)])
+@pytest.mark.parametrize(
+    ("start", "running"), but_slow([("dirac", False), ("controlled", True), ("dirac", True)], ("dirac", True))
+)
 def test_linear_quadratic_controls_are_found(start, running):
     """With bridges (no running cost) and with whole paths (a cost, a controlled start): the exact control of the chain,
     to 3 % in squared error. Targets with the sign, scale or step of another process leave more than half of it."""

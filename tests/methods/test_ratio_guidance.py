@@ -12,12 +12,19 @@ from torch import nn
 import sdecontrol as sc
 from sdecontrol.controls.guidance import ValueControl
 from sdecontrol.controls.ratio_value import RatioValue
+from sdecontrol.methods import ratio_guidance
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.ratio_fit import exponent_for, fit_slopes, fit_values, observed, to_come, value_rows
 from sdecontrol.problems.reward_view import RewardView
 from sdecontrol.problems.simulate import simulate_chain
 
 K = 6
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Of the regression, where nothing is said of how good its value is."""
+    monkeypatch.setattr(ratio_guidance, "STEPS", 20)
 
 
 def guided(problem, iterations=3, num_paths=2048, **options):
@@ -170,6 +177,7 @@ def test_a_classifiers_view_are_its_logits_and_a_networks_its_last_layers_input(
         assert not any(vars(m)["_forward_hooks"] for m in module.modules())  # the user's module is as it was
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_of_a_function_its_number_alone_is_seen_and_said_and_of_a_black_box_nothing():
     plain = RewardView(generative(lambda x: -x.square().sum(1)))
     assert plain.size == 0 and "function" in plain.hidden and plain.gradient
@@ -180,6 +188,7 @@ def test_of_a_function_its_number_alone_is_seen_and_said_and_of_a_black_box_noth
         guided(generative(lambda x: -x.square().sum(1)), iterations=1, num_paths=256)
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_guided_step_calls_the_model_once_and_the_reward_never():
     """The gradient's prediction is handed on to the kernel; without that there are two calls a step."""
     problem = generative()
@@ -252,6 +261,7 @@ def test_uneven_weights_go_to_a_ladder_of_temperatures_with_the_numbers():
     assert all(a >= b for a, b in itertools.pairwise(temperatures))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_run_resumes_bit_for_bit_and_is_saved_and_pickled(tmp_path):
     problem = generative()
     whole = guided(problem, iterations=3, num_paths=256)

@@ -1,5 +1,6 @@
 """Particle samplers: unbiased Z at every step size, resampling, twists, best of n, rejection, against closed forms."""
 
+import itertools
 import math
 
 import pytest
@@ -41,15 +42,23 @@ def close(estimate, truth, most):
 # ------------------------------------------------------------------------------------------------ the recursion
 
 
+WAYS = {"none": (None, None), "proposal": (other, None), "twist": (None, wrong), "both": (other, wrong)}
+SCHEMES = [(0.0, "systematic"), *((t, scheme) for t in (0.6, 1.0) for scheme in RESAMPLING)]
+
+
 @pytest.mark.parametrize(
-    ("threshold", "scheme"), [(0.0, "systematic"), *((t, scheme) for t in (0.6, 1.0) for scheme in RESAMPLING)]
+    ("way", "threshold", "scheme"),
+    [
+        pytest.param(way, *how, marks=() if way == "both" or how == (0.6, "systematic") else pytest.mark.slow)
+        for way, how in itertools.product(WAYS, SCHEMES)
+    ],
 )
-@pytest.mark.parametrize(("proposal", "twist"), [(None, None), (other, None), (None, wrong), (other, wrong)])
-def test_z_is_unbiased_whatever_the_proposal_the_twist_and_the_resampling(scheme, threshold, proposal, twist):
+def test_z_is_unbiased_whatever_the_proposal_the_twist_and_the_resampling(scheme, threshold, way):
     """E Z^ = Z and E[Z^ sum_i W_i x_i] = Z E_p*[x_T]: a dropped increment, a normaliser left out at resampling, weights
     not reset after it, or a biased resampling shift one or the other by far more than four standard errors."""
     problem = lq()
     exact = sc.exact_solution(problem, time_steps=K)
+    proposal, twist = WAYS[way]
     value = None if twist is None else GivenValue(twist, problem.alpha).at
     settings = ParticleSettings(8, ess_threshold=threshold, resampling=scheme)
     found = run_particles(problem, exact.chain, Proposal(proposal, value), 10_000, settings, 3)

@@ -1,11 +1,12 @@
 """Tempered particles: unbiased Z on a fixed ladder, moves that keep their law, states and noises, against closed
 forms."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from cases import F64, nonlinear, randn, random_lq, spd
+from cases import F64, nonlinear, randn, random_lq, slow_but, spd
 
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
@@ -107,8 +108,13 @@ def test_moves_on_a_fitted_gaussian_are_never_rejected():
     assert float((factor - root).abs().max()) < 0.03 and float(mean.abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("start", ["dirac", "fixed", "controlled"])
-@pytest.mark.parametrize("smooth", [True, False])
+@pytest.mark.parametrize(
+    ("smooth", "start"),
+    slow_but(
+        list(itertools.product((True, False), ("dirac", "fixed", "controlled"))),
+        *((True, "controlled"), (False, "dirac"), (False, "fixed")),
+    ),
+)
 def test_noises_of_paths_have_the_chains_own_z_and_end(start, smooth):
     """In the space of noises the target is exact on the chain at K = 6, running cost and start included."""
     problem = random_lq(2, 3, seed=1, start=start, alpha=1.0)
@@ -245,8 +251,10 @@ def wells_from(law, smooth=True):
     return StateTarget(two_wells, torch.zeros(2, dtype=F64), torch.full((2,), 2.0, dtype=F64), smooth, law)
 
 
-@pytest.mark.parametrize("smooth", [True, False])
-@pytest.mark.parametrize("kind", ["product", "joint"])
+@pytest.mark.parametrize(
+    ("kind", "smooth"),
+    slow_but(list(itertools.product(("product", "joint"), (True, False))), ("product", False), ("joint", True)),
+)
 def test_z_is_unbiased_from_a_wrong_law(kind, smooth):
     """As from the Gaussian, with levels between the law and the target, draws from the law among the moves, and
     exactly as many evaluations as are told."""

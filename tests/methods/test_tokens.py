@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import F64
+from cases import F64, but_slow
 from tokens import Joint, Net, chi_square_is_fine
 from torch import nn
 
@@ -67,7 +67,7 @@ TRAINED = {
 OPTIONS = {"batch_size": 256, "learning_rate": 0.1, "seed": 0, "progress": False}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", but_slow(TRAINED, "soft-ppo", "reward-weighted-mle", "cross-entropy", "reinforce"))
 def test_trained_methods_come_to_the_exact_tilt(name):
     """The exact gap, by enumeration, from more than a nat."""
     problem, (method, iterations) = JOINT.problem(order="random"), TRAINED[name]
@@ -85,7 +85,12 @@ class Fast(Table):
 @pytest.mark.parametrize(
     ("method", "options", "most"),
     [
-        (sc.PathConsistency(1), {"iterations": 300, "learning_rate": 0.003, "batch_size": 128}, 0.4),
+        pytest.param(
+            sc.PathConsistency(1),
+            {"iterations": 300, "learning_rate": 0.003, "batch_size": 128},
+            0.4,
+            marks=pytest.mark.slow,
+        ),
         (sc.PathConsistency(2), {"iterations": 200, "learning_rate": 0.01, "batch_size": 128}, 0.1),
         pytest.param(
             sc.SoftPPO(group_size=64, baseline="per-time"),
@@ -104,13 +109,15 @@ def test_slower_methods_come_to_the_exact_tilt(method, options, most):
     assert JOINT.gap_of(problem, solution.control) < most
 
 
-@pytest.mark.parametrize("value", [pytest.param("monte-carlo", marks=pytest.mark.slow), "soft-q"])
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["monte-carlo", "soft-q"])
 def test_trained_values_guide_to_the_exact_tilt(value):
     problem = JOINT.problem(order="random")
     solution = sc.solve(problem, sc.ValueGuidance(value), iterations=300, batch_size=128, seed=0, progress=False)
     assert JOINT.gap_of(problem, solution.control) < 0.1
 
 
+@pytest.mark.slow
 def test_a_tuned_copy_comes_to_the_exact_tilt():
     problem = JOINT.problem(Net(), order="random")
     before = JOINT.gap_of(problem, free)
@@ -235,7 +242,7 @@ def test_classifier_free_guidance_samples_the_conditional_model():
         sc.SMC(num_particles=64, twist="tweedie"),
         sc.SMC(num_particles=16, proposal=sc.ValueGuidance("tweedie"), twist="proposal"),
         sc.TemperedSMC(num_particles=256),
-        sc.BestOfN(n=32, selection="softmax"),
+        pytest.param(sc.BestOfN(n=32, selection="softmax"), marks=pytest.mark.slow),
     ],
     ids=["smc", "exact-twist", "denoised-twist", "denoised-guidance", "tempered-smc", "best-of-n"],
 )

@@ -114,10 +114,14 @@ LIMITS = {
     "thresholded": {"thresholding": True, "sample_max_value": 1.3, "dynamic_thresholding_ratio": 0.9},
     "thresholded below 1": {"thresholding": True, "sample_max_value": 0.7},
 }
+#: each spacing without limits and each limit with one spacing by default
+PAIRS = [
+    pytest.param(spacing, limit, marks=() if spacing == "leading" or limit == "none" else pytest.mark.slow)
+    for spacing, limit in product(SPACINGS, LIMITS)
+]
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("spacing", "limit"), PAIRS)
 def test_steps_are_ddpm_s_own(spacing, limit, fixed_noise):
     count = 0
     for prediction, variance, offset, steps in product(
@@ -134,8 +138,7 @@ def test_steps_are_ddpm_s_own(spacing, limit, fixed_noise):
     assert count == 36
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("spacing", "limit"), PAIRS)
 def test_steps_are_ddim_s_own(spacing, limit):
     for prediction, clipped, eta, one, steps in product(PREDICTIONS, (False, True), (0.3, 1.0), (False, True), (7, 20)):
         settings = {"prediction_type": prediction, "set_alpha_to_one": one, "steps_offset": int(not one)}

@@ -1,10 +1,11 @@
 """``fit_mixture``: known laws are found again, by the number of nats that the fit lacks on fresh draws of the truth."""
 
+import functools
 import math
 
 import pytest
 import torch
-from cases import F64, randn, spd
+from cases import F64, randn, slow_but, spd
 
 import sdecontrol as sc
 from sdecontrol.particles import mixture_fit
@@ -50,13 +51,19 @@ def scales():
         (grid([-5.0, 0.0, 5.0]), ProductMixture, 0.02),
         (ring(), GaussianMixture, 0.03),
         (scales(), GaussianMixture, 0.04),
-        (GaussianMixture(torch.ones(1, dtype=F64), randn(1, 5, seed=1), spd(5, 2).unsqueeze(0)), GaussianMixture, 0.01),
-        (
+        pytest.param(
+            GaussianMixture(torch.ones(1, dtype=F64), randn(1, 5, seed=1), spd(5, 2).unsqueeze(0)),
+            GaussianMixture,
+            0.01,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ProductMixture(
                 *(v.repeat(12, 1) for v in torch.tensor([[[0.3, 0.7]], [[-2.0, 1.5]], [[0.2, 0.1]]], dtype=F64))
             ),
             ProductMixture,
             0.02,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["grid", "ring", "scales", "one", "wells"],
@@ -121,7 +128,7 @@ def test_few_samples_are_one_component_and_many_no_more_than_most():
     assert len(fit_mixture(x, seed=0, most=3).means) <= 3
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e3])
+@pytest.mark.parametrize("shift", slow_but([0.0, 1e3], 1e3))
 def test_axes_of_very_different_widths_in_float32(shift):
     """A correlated Gaussian with standard deviations 1e3, 1 and 1e-4: its covariance is singular to float32, its law is
     not."""
@@ -157,11 +164,15 @@ def test_one_sample_does_not_choose():
     assert float(law.log_prob(y).mean()) > 0.0  # 1.4; unguarded -5
 
 
+@functools.cache
+def lack_of_a_ring():
+    return lacks(ring(), fit_mixture(draw(ring(), 3000, 1), seed=0), 4000)
+
+
 @pytest.mark.parametrize("spoilt", ["found", "anew"])
 def test_of_the_fit_that_chose_and_the_one_begun_anew_the_better_is_kept(spoilt, monkeypatch):
     """Whichever of the two is spoilt after it was made, the law that comes out is the other one's."""
-    x, fit = draw(ring(), 3000, 1), mixture_fit.first_fit
-    whole = lacks(ring(), fit_mixture(x, seed=0), 4000)
+    x, fit, whole = draw(ring(), 3000, 1), mixture_fit.first_fit, lack_of_a_ring()
 
     def spoiling(kind, size, z, w, seed):
         made = fit(kind, size, z, w, seed)

@@ -1,11 +1,12 @@
 """Gradients by adjoint equations against the exact gradient of the chain; and the measured orders."""
 
+import itertools
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from cases import F64, SmallControl, nonlinear, random_lq
+from cases import F64, SmallControl, nonlinear, random_lq, slow_but
 
 import sdecontrol as sc
 from sdecontrol.controls.build import build_control
@@ -74,8 +75,13 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("mode", CONTINUOUS_MODES)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=() if (i + j) % 2 else pytest.mark.slow)
+        for (i, name), (j, mode) in itertools.product(enumerate(PROBLEMS), enumerate(CONTINUOUS_MODES))
+    ],
+)
 def test_the_gradients_error_is_of_order_one(name, mode):
     """Against the exact gradient of the Euler chain on the same Brownian paths (order 1/2 at least for the noise that
     depends on the state; the slope is then between)."""
@@ -143,7 +149,7 @@ def test_the_forward_path_of_the_continuous_adjoint_is_the_euler_chains_for_addi
         assert torch.allclose(getattr(mine, part), getattr(exact, part), atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", CONTINUOUS_MODES)
+@pytest.mark.parametrize("mode", slow_but(CONTINUOUS_MODES, "continuous-adjoint"))
 def test_training_with_it_reaches_the_optimum(mode):
     problem = random_lq(2, seed=1)
     solution = sc.solve(problem, sc.RewardBackprop(gradient=mode), time_steps=8, iterations=40, batch_size=64, seed=0)

@@ -63,7 +63,13 @@ def test_float64_is_used_where_float32_cannot_resolve_the_target():
     assert sc.gibbs_problem(gaussian([0.5], [0.1]), 1, seed=0).dtype == F32  # where there is no need, nothing changes
 
 
-@pytest.mark.parametrize("method", [sc.TemperedSMC(num_particles=64), sc.MALA(num_chains=64)], ids=["smc", "mala"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(sc.TemperedSMC(num_particles=64), id="smc", marks=pytest.mark.slow),
+        pytest.param(sc.MALA(num_chains=64), id="mala"),
+    ],
+)
 @pytest.mark.parametrize(
     "mean, sd, worst",
     [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import F64
+from cases import F64, slow_but
 from tokens import Joint, Net
 from torch import nn
 
@@ -34,7 +34,7 @@ def excess(model, s=0.5):
     return float((weight * kl).sum() / weight.sum())
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["default", "own"])
+@pytest.mark.parametrize("own", slow_but([False, True], True), ids=["default", "own"])
 def test_the_conditionals_of_the_data_are_learned(own):
     """Frequencies alone are 0.15 nats from them."""
     model = Net(3, 3, dtype=torch.float32) if own else None
