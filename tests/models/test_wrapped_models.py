@@ -2,6 +2,7 @@
 data-parallel."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -89,8 +90,8 @@ def test_gradients_are_those_of_the_rounded_weights_added_up_in_float32():
     sum(masters(part, s).float().square().sum() for part in x).backward()
     for name, p in masters.network.named_parameters():
         assert torch.allclose(p.grad, wanted[name], atol=1e-6), name
-    again = copy.deepcopy(masters)
-    assert torch.equal(again(x[0], s), masters(x[0], s)) and {p.dtype for p in again.whole().parameters()} == {BF16}
+    for again in (copy.deepcopy(masters), pickle.loads(pickle.dumps(masters))):
+        assert torch.equal(again(x[0], s), masters(x[0], s)) and {p.dtype for p in again.whole().parameters()} == {BF16}
     tied = Net()
     tied.second = nn.Linear(16, 2, bias=False)
     tied.third = nn.Linear(16, 2, bias=False)
