@@ -9,6 +9,7 @@ from .control import control
 from .default_runs import default_runs
 from .digits import digits
 from .digits_floor import digits_floor
+from .few_evaluations import few_evaluations
 from .gibbs import gibbs
 from .grids import grids
 from .identity import identity
@@ -29,6 +30,7 @@ app.command()(control)
 app.command()(default_runs)
 app.command()(digits)
 app.command()(digits_floor)
+app.command("few-evaluations")(few_evaluations)
 app.command()(gibbs)
 app.command()(grids)
 app.command()(identity)

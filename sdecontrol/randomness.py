@@ -109,6 +109,13 @@ class Place(enum.IntEnum):
     NUTS_WARM_UP = 423  # [chain]
     NUTS_WARM_UP_POINTS = 424
     NUTS = 425  # [chain]
+    IMPORTANCE_BATCH = 440  # draws of adaptive importance sampling [batch]
+    IMPORTANCE_FIT = 441  # [batch]
+    IMPORTANCE_FINAL = 442  # [batch]
+    IMPORTANCE_WIDE = 443  # [factor]
+    IMPORTANCE_ORDER = 444
+    IMPORTANCE_LOCATED = 445
+    IMPORTANCE_LAW = 446
     MIXTURE_SPLIT = 430  # which samples choose a mixture and which judge it
     MIXTURE_FIT = 431  # means to begin with [size, kind]
     MIXTURE_LAST_FIT = 432

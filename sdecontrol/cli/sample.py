@@ -70,6 +70,10 @@ def sample(
             metavar="TIME", help="Stop solving there: 60s, 5m; auto ends between two rounds, then is evaluated."
         ),
     ] = None,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the log density, for auto and adaptive-importance.", show_default="20 million"),
+    ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many, or rounds of auto.", show_default="the method's")
     ] = None,
@@ -136,22 +140,20 @@ def sample(
     check_file("--samples", samples, _FILES)
     density, known, dim, name = _density(target, dim, names is not None or support is not None)
     stated = _stated(names, support, one_point, workers)
-    made = _is_made(density)
-    if stated and (known is not None or made):
-        raise ValueError("--names, --support, --one-point and --workers: only for a log density of your own.")
     if reference_samples and known is None:
         raise ValueError("--reference-samples: only for named targets; a function of your own has no long runs.")
     began = time.monotonic()
-    if made:
-        problem, reference = density, density.kind
-        if scale is not None:
-            raise ValueError("--scale: the problem has been made already; leave it out.")
-    else:
-        problem = gibbs_problem(density, dim, reference=reference, scale=scale, seed=seed, **stated)
-    settings: dict[str, Any] = {"method": method, "seed": seed, "time_steps": time_steps}
+    how = {"reference": reference, "scale": scale, "seed": seed}
+    problem = density if _is_made(density) else gibbs_problem(density, dim, **how, **stated)
+    if (stated and known is not None) or (_is_made(density) and (stated or scale is not None)):
+        raise ValueError("--names, --support, --one-point, --workers and --scale: for a log density of your own.")
+    chosen: Any = method
+    if evaluations is not None:
+        chosen = _within(method, evaluations)
+    settings: dict[str, Any] = {"method": chosen, "seed": seed, "time_steps": time_steps}
     settings.update(given(iterations=iterations, budget=budget))
     solution = training.solve(problem, progress=True, **settings)
-    seconds, evaluations = time.monotonic() - began, problem.density.evaluations
+    seconds, spent = time.monotonic() - began, problem.density.evaluations
     found = _judge(solution, known, n, seed, certificate, reference_samples)
     total = {"seconds": time.monotonic() - began, "evaluations": problem.density.evaluations}
     if samples is not None:
@@ -168,12 +170,18 @@ def sample(
                 "target": name,
                 "version": None if known is None else known.version,
                 "dim": problem.dim,
-                "settings": {**settings, "method": solution.method, "reference": reference, "scale": scale},
+                "settings": {
+                    **settings,
+                    "method": solution.method,
+                    "evaluations": evaluations,
+                    "reference": problem.kind,
+                    "scale": scale,
+                },
                 "reason": solution.details.get("reason"),
                 "iterations": solution.iterations,
                 "reproducible": solution.reproducible,
                 "seconds": seconds,
-                "evaluations": evaluations,
+                "evaluations": spent,
                 "with_evaluation": total,
                 **found.as_dict(),
                 **{key: None if path is None else str(path) for key, path in files.items()},
@@ -181,7 +189,7 @@ def sample(
         )
         return
     print(f"{name}, d = {problem.dim}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s")
-    print(f"{evaluations} evaluations of the log density, {total['evaluations']} with those of what follows\n")
+    print(f"{spent} evaluations of the log density, {total['evaluations']} with those of what follows\n")
     found.show()
     for what, path in files.items():
         if path is not None:
@@ -307,6 +315,18 @@ def _judge(
     own = _drawn(solution, x, log_w, seed)
     distances = {} if known is None else _distances(known, exact, own, n, seed)
     return _Judged(solution, known, evaluation, (x, log_w), own, exact, certified, why_not, distances)
+
+
+def _within(method: str | None, evaluations: int) -> Any:
+    """The method with so many evaluations."""
+    from dataclasses import replace
+
+    from ..methods.base import find_method
+
+    chosen: Any = find_method(method or "auto")
+    if not hasattr(chosen, "evaluations"):
+        raise ValueError(f"--evaluations: {chosen.name} has no such setting; auto and adaptive-importance have.")
+    return replace(chosen, evaluations=evaluations)
 
 
 def _stated(names: str | None, support: str | None, one_point: bool, workers: int | None) -> dict[str, Any]:

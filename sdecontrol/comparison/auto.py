@@ -13,6 +13,7 @@ from ..controls.mixture import MixtureControl
 from ..evaluation.estimates import Estimate
 from ..evaluation.particle_solution import ParticleSettings
 from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
+from ..methods.adaptive_importance import AdaptiveImportance
 from ..methods.base import Method, Run, register
 from ..particles.mixture_fit import fit_mixture
 from ..particles.tempering import Ladder, Population, adapt
@@ -21,6 +22,7 @@ from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed
 from ..tensors import check_count
 
+_FEW, _FEW_WITHOUT = 100_000, 1_000_000  # evaluations below which no particles are moved, with and without a gradient
 _SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
 _GAIN = 0.8  # of the cost, below which a round was worth it
 _MOST_UNCHANGED = 2  # rounds without a change, after which no more are made
@@ -135,7 +137,8 @@ class Auto(Method):
 
     Args:
         num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log
-            density at which no new round begins.
+            density at which no new round begins, the pilot run's among them. Below 1e5 (1e6 of a density without a
+            gradient) they are all there is, and :class:`AdaptiveImportance` takes the place of particles.
         components: of the mixture at most.
 
     Raises:
@@ -146,6 +149,7 @@ class Auto(Method):
     evaluations: int = 20_000_000
     components: int = 64
 
+    anytime: ClassVar[bool] = True
     default_iterations: ClassVar[int] = 12
     steady: ClassVar[bool] = True
     takes_control: ClassVar[bool] = False
@@ -155,6 +159,13 @@ class Auto(Method):
         check_count("num_particles", self.num_particles, 64)
         check_count("evaluations", self.evaluations)
         check_count("components", self.components)
+
+    def prepare(self, problem: ControlProblem) -> tuple[Method, ControlProblem]:
+        if problem.density is not None and problem.condition is None:
+            few = _FEW if problem.has_gradient else _FEW_WITHOUT
+            if self.evaluations < few:
+                return AdaptiveImportance(self.evaluations, min(16, self.components)).prepare(problem)
+        return self, problem
 
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)

@@ -371,6 +371,11 @@ class Solution:
         return {}
 
     @classmethod
+    def problem_of(cls, problem: Any, tensors: dict[str, Tensor]) -> Any:
+        """The problem that a saved solution is of, where it has found a part of it: of the user's."""
+        return problem
+
+    @classmethod
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """What a solution of this class is made of beyond what all have: keyword arguments."""
         return {}
@@ -389,11 +394,12 @@ def load(folder: str | os.PathLike[str], problem: ControlProblem, control: Any =
     """
     ranks.agreed(None, "sc.load")  # what the first process saves is there
     tensors, saved = read_bundle(folder, _KIND, _KIND)
+    kind = SOLUTIONS.find(Saved(saved["solution"], f"{folder}: the solution")["kind"], folder)
+    problem = kind.problem_of(problem, tensors)
     check_fingerprint(saved["problem"], problem.fingerprint, folder)
     chain = problem.chain(**saved["settings"])
     context = Context(problem, chain, control, value, folder)
     module = CONTROLS.make(saved["control"], context)
     own = Saved(saved["solution"], f"{folder}: the solution")
-    kind = SOLUTIONS.find(own["kind"], folder)
     load_tensors(module, {n: v for n, v in tensors.items() if n.split(".")[0] not in kind.parts}, folder)
     return kind(problem, module, **{name: saved[name] for name in _FACTS}, **kind.from_saved(own, context, tensors))

@@ -1,5 +1,6 @@
 """One file per algorithm: where its paths come from, and its loss."""
 
+from .adaptive_importance import AdaptiveImportance
 from .adjoint_matching import AdjointMatching
 from .base import Method, find_method, method_names
 from .best_of_n import BestOfN
@@ -27,6 +28,7 @@ __all__ = [
     "NUTS",
     "SMC",
     "SOCM",
+    "AdaptiveImportance",
     "AdjointMatching",
     "BestOfN",
     "BridgeMatching",

@@ -19,6 +19,7 @@ from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import build_control
 from ..errors import NotDifferentiable, check_name
+from ..evaluation.solution import Solution
 from ..paths.paths import Paths
 from ..problems.differentiability import missing_gradients
 from ..problems.problem import ZERO_WEIGHTS, ControlProblem
@@ -162,6 +163,8 @@ class Method:
     averaging: ClassVar[float] = 0.99
     #: whether it gains from higher temperatures first: what sees a target far from its paths through few of them does
     anneals: ClassVar[bool] = False
+    #: whether a run that is interrupted (Ctrl-C) gives the solution of what was done
+    anytime: ClassVar[bool] = False
     #: whether what it trains is a control, which may be given
     takes_control: ClassVar[bool] = True
     #: whether the target's steps must be the reference's own: a value function, an adjoint or bridges have no reverse
@@ -224,6 +227,10 @@ class Method:
         if self.needs_gradient and (missing := missing_gradients(problem)):
             raise not_differentiable(self.name, problem, missing)
 
+    def prepare(self, problem: ControlProblem) -> tuple["Method", ControlProblem]:
+        """The method that is to run, and the problem that it is about, before anything is asked of that."""
+        return self, problem
+
     def setup(self, run: Run) -> nn.Module:
         return ControlState(build_control(run.problem, run.chain, run.control, seed=run.seed))
 
@@ -236,6 +243,12 @@ class Method:
 
     def finish(self, state: Any, run: Run) -> Control:
         return state.control
+
+    def solution(self, state: Any, run: Run, problem: ControlProblem, **facts: Any) -> Solution:
+        """What the run gives: by ``make_solution(problem, control, **facts)`` of a method that samples in a way of its
+        own."""
+        make = getattr(self, "make_solution", Solution)
+        return make(problem, self.finish(state, run), **facts)
 
 
 METHODS: dict[str, type[Method]] = {}

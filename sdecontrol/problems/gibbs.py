@@ -92,7 +92,11 @@ class GibbsReward:
         return out.index_copy(0, inside, self.density(x[inside], None if y is None else y[inside]))
 
     def __call__(self, x: States, y: Any = None) -> PerPath:
-        value = self.log_density(x, y)
+        return self.of(self.log_density(x, y), x)
+
+    def of(self, value: Tensor, x: States) -> PerPath:
+        """The reward at states whose log density is known, its zeros floored or not."""
+        value = value.clamp(min=self.floor) if not value.requires_grad else value
         square = 0.5 * ((x - self.centre) / self.scale).square().sum(1)
         floored = value.detach() == self.floor
         if bool(floored.any()):
@@ -106,7 +110,8 @@ class Statement:
 
     Attributes:
         centre: ``(dim,)`` the guess, or as given (``keep_centre``). scale: as given, 0-d or ``(dim,)``; None: by a
-            pilot run. highest: the largest log density known, where the problem needs no look at its end.
+            pilot run. highest: the largest log density known, where the problem needs no look at its end. guessed:
+            whether centre and scale stand for what is to be found yet.
         finer: whether states may be of double precision, where the pilot shows that they must be.
     """
 
@@ -122,6 +127,7 @@ class Statement:
     condition: Any = None
     reward_batch_size: int | None = None
     highest: float | None = None
+    guessed: bool = False
 
 
 #: what a problem has once its reference is made
@@ -198,7 +204,8 @@ class GibbsProblem(ControlProblem):
             self.settled = True
         finally:
             self._settling = False
-        self.spent["pilot"] = self.density.evaluations - before
+        if self.density.evaluations > before:
+            self.spent["pilot"] = self.density.evaluations - before
         return self
 
     def _settle(self, s: Statement) -> None:
@@ -231,17 +238,16 @@ class GibbsProblem(ControlProblem):
         )
         return None
 
-    def located(self, centre: Tensor, scale: Tensor, highest: float) -> GibbsProblem:
+    def located(self, centre: Tensor, scale: Tensor, highest: float, guessed: bool = False) -> GibbsProblem:
         """The same density with a reference that ends in ``N(centre, scale^2)``, made without an evaluation.
 
         Args:
-            highest: the largest log density known.
+            highest: the largest log density known. guessed: whether these stand for what is to be found yet.
         """
-        statement = replace(
-            self.statement, kind=self.kind, centre=centre, scale=scale, keep_centre=True, highest=highest
-        )
+        known: dict[str, Any] = {"keep_centre": True, "finer": False, "highest": highest, "guessed": guessed}
+        statement = replace(self.statement, centre=centre, scale=scale, **known)
         made = GibbsProblem(self.density, self.parameters, statement)
-        made.spent = self.spent
+        made.spent = dict(self.spent)
         return made.settle()
 
     def as_stated(self, samples: Samples) -> Any:
@@ -287,7 +293,7 @@ class GibbsProblem(ControlProblem):
         try:
             return super().rewards(x, condition)
         except NonFiniteError as error:
-            raise _bad_values(error.rows or 0, x) from None
+            raise bad_values(error.rows or 0, x) from None
 
     def __repr__(self) -> str:
         if not self.settled:
@@ -537,7 +543,7 @@ def _check_end(
     values = density.value(x, y)
     bad = int((values.isnan() | (values == math.inf)).sum())
     if bad:
-        raise _bad_values(bad, x)
+        raise bad_values(bad, x)
     inside = values.isfinite()
     if not bool(inside.any()) and pilot is None:
         raise ValueError(
@@ -562,7 +568,8 @@ def _check_end(
     return max(float(values.max()), -math.inf if pilot is None else pilot.highest)
 
 
-def _bad_values(rows: int, x: Tensor) -> NonFiniteError:
+def bad_values(rows: int, x: Tensor) -> NonFiniteError:
+    """The error for a log density that is NaN or +inf in so many of the rows x."""
     return NonFiniteError(
         f"log_density is NaN or +inf in {rows} of {len(x)} rows (largest |x|: {float(x.detach().abs().max()):.3g}). It "
         "must be a number wherever the process can go; where the density is 0, return -inf (e.g. torch.where(x > 0, "

@@ -81,7 +81,7 @@ def run_pilot(
     """
     scan_scale, known, values = _scan(density, guess, conditions, seed)
     states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
-    centre, scale = _spread(states, guess, keep_centre)
+    centre, scale = spread_of(states, guess, keep_centre)
     if float(scale.max()) < _LEAST_SCALE * min(1.0, scan_scale):
         raise ImproperTarget(
             f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks "
@@ -259,7 +259,7 @@ def _chains(
     return states, scores, (x, value), y, accepted
 
 
-def _spread(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor, Tensor]:
+def spread_of(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor, Tensor]:
     """Centre ``(d,)`` and scale (0-d or ``(d,)``) of the chains' states ``(n, d)``."""
     x = states.double()
     levels = torch.tensor([0.02, 0.16, 0.5, 0.84, 0.98], dtype=x.dtype, device=x.device)

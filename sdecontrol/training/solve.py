@@ -15,7 +15,7 @@ from .. import ranks
 from ..chains.base import Chain
 from ..controls.base import Control
 from ..controls.build import continued
-from ..errors import NoExactSolution, NonFiniteError, RewardError, renamed
+from ..errors import NoExactSolution, NonFiniteError, RewardError, renamed, warn
 from ..evaluation import solution as solutions
 from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
@@ -145,6 +145,7 @@ def solve(
             raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")
     if control is not None and not chosen.takes_control:
         raise ValueError(f"control: {chosen.name} trains no control, so leave control out.")
+    chosen, problem = chosen.prepare(problem)
     chosen.check(problem)
     check_split(chosen, batch_size)
     plan = _Plan(
@@ -391,6 +392,8 @@ class Trainer:
                     finished = self.method.finished(self.state, self.run) or self._good_enough()
         except BaseException as error:
             self._stop(error)
+            if (found := self._interrupted(error)) is not None:
+                return found
             raise
         if self.checkpoints is not None and self.done % self.plan.checkpoint_every:
             self._save()
@@ -454,7 +457,11 @@ class Trainer:
     def _stop(self, error: BaseException) -> None:
         """Keep the last good state: parameters change only after a whole iteration, so they are good."""
         self._notify("on_exception", exception=error)
-        if isinstance(error, (NonFiniteError, RewardError)):
+        stopped = isinstance(error, (NonFiniteError, RewardError))
+        if stopped:
+            with contextlib.suppress(NonFiniteError):  # of a run that has nothing yet
+                error.solution = self._solution()
+        if isinstance(error, (NonFiniteError, RewardError)) and error.solution is not None:
             note = (
                 f" Training stopped at iteration {self.done}; the last good solution is in this error's .solution"
                 + (" and in the checkpoint." if self.checkpoints is not None else ".")
@@ -463,12 +470,28 @@ class Trainer:
                 error.note = note
             else:
                 error.args = (f"{error.args[0]}{note}",)
-            error.solution = self._solution()
         # an interrupt may come between the steps of one iteration, which a resumed run would take twice
-        stopped = isinstance(error, (NonFiniteError, RewardError))
-        good = stopped or (isinstance(error, KeyboardInterrupt) and self.whole)
+        whole = self.whole or self.method.anytime
+        good = stopped or (isinstance(error, KeyboardInterrupt) and whole)
         if self.checkpoints is not None and self.done and good:
             self._save(stopped=True)
+
+    def _interrupted(self, error: BaseException) -> Solution | None:
+        """What there is when a run is interrupted, where its method can say; else None."""
+        if not (isinstance(error, KeyboardInterrupt) and self.method.anytime and self.history):
+            return None
+        self.out_of_time = True
+        with contextlib.suppress(ValueError, RuntimeError):  # of too little
+            found = self._solution()
+            found.details["interrupted"] = True
+            warn(
+                f"{self.method.name} was interrupted after {self.done} iterations; this is the solution of what was "
+                "done." + (" resume=True goes on with it." if self.checkpoints else ""),
+                UserWarning,
+                stacklevel=4,
+            )
+            return found
+        return None
 
     def _notify(self, event: str, **more: Any) -> None:
         latest = self.history[-1] if self.history else {}
@@ -483,10 +506,10 @@ class Trainer:
             for p, mean in zip(parameters_of(state), self.descent.averaged()):
                 p.copy_(mean)
                 p.grad = None
-        make = getattr(self.method, "make_solution", Solution)  # of what samples in a way of its own
-        made = make(
+        made = self.method.solution(
+            state,
+            self.run,
             self.problem,
-            self.method.finish(state, self.run),
             method=self.method.name,
             settings=self.settings,
             history=list(self.history),

@@ -152,8 +152,9 @@ def test_stopped_and_resumed_it_ends_with_the_same_numbers(tmp_path, stop):
             if state.iteration == stop:
                 raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()])
+    with pytest.warns(UserWarning, match="auto was interrupted after"):
+        there = sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()])
+    assert there.iterations == stop and not there.reproducible and there.details["interrupted"]
     resumed = sc.solve(problem, method, iterations=3, seed=0, checkpoint_dir=tmp_path, resume=True)
     assert told(resumed) == told(whole)
     assert torch.equal(whole.sample(64, seed=1), resumed.sample(64, seed=1))
@@ -173,12 +174,23 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 
 def test_the_budget_of_evaluations_ends_it_between_rounds():
     problem = sc.gibbs_problem(ring, 2, scale=2.5)
-    whole = sc.solve(problem, sc.Auto(num_particles=128), iterations=5, seed=0)
+    whole = sc.solve(problem, sc.Auto(num_particles=2560), iterations=2, seed=0)
     spent = [int(row["evaluations"]) for row in whole.history]
-    for most, rounds in ((1, 1), (spent[0] + 1, 2), (spent[1], 2), (spent[2] + 1, 4)):
-        stopped = sc.solve(problem, sc.Auto(num_particles=128, evaluations=most), seed=0)
+    assert spent[0] > 100_000
+    for most, rounds in ((spent[0] + 1, 2), (spent[1], 2)):
+        stopped = sc.solve(problem, sc.Auto(num_particles=2560, evaluations=most), seed=0)
         assert stopped.iterations == rounds, (most, spent)
         assert [row["log_z"] for row in stopped.history] == [row["log_z"] for row in whole.history[:rounds]]
+
+
+def test_few_evaluations_are_all_there_are():
+    """Below 1e5 importance sampling takes the place of particles, and none is asked for beyond them."""
+    density = Counted(ring)
+    solution = sc.solve(sc.gibbs_problem(density, 2), sc.Auto(evaluations=6000), seed=0)
+    assert solution.method == "adaptive-importance"
+    close(solution.evaluate(4096, seed=1).log_z, quadrature(ring), 0.05)
+    solution.sample(4096, seed=1)
+    assert density.rows <= 6000 == solution.details["evaluations"]["total"]
 
 
 @pytest.mark.slow

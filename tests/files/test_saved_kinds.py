@@ -151,6 +151,7 @@ SOLUTION_CASES = {
     ),
     "tempered": (gibbs, sc.TemperedSMC(num_particles=64), {}),
     "chains": (gibbs, sc.MALA(num_chains=32, warm_up=30), {}),
+    "importance": (gibbs, sc.AdaptiveImportance(evaluations=3000), {}),
 }
 
 
@@ -213,7 +214,7 @@ def test_solutions_survive_their_files(tmp_path, kind):
     assert type(again) is type(solution) and SOLUTIONS.describe(again) == SOLUTIONS.describe(solution)
     assert SOLUTIONS.describe(solution)["kind"] == kind
     assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
-    assert again.history == solution.history and type(again.settings) is dict
+    assert repr(again.history) == repr(solution.history) and type(again.settings) is dict  # some are nan
 
 
 # ------------------------------------------------------------------------------------------------ a user's own
@@ -527,7 +528,7 @@ def test_solutions_in_former_names_are_read(tmp_path, monkeypatch, kind):
     problem = make()
     solution = sc.solve(problem, method, batch_size=64, seed=0, progress=False, **options)
     solution.save(tmp_path)
-    in_former_names(tmp_path, problem, monkeypatch)
+    in_former_names(tmp_path, solution.problem, monkeypatch)
     again = sc.load(tmp_path, problem)
     assert SOLUTIONS.describe(again) == SOLUTIONS.describe(solution)
     assert torch.equal(again.sample(32, seed=2), solution.sample(32, seed=2))
@@ -552,7 +553,8 @@ def test_checkpoints_in_former_names_are_resumed(tmp_path, monkeypatch, what):
 
     options = {"iterations": iterations, "batch_size": 64, "seed": 0, "progress": False, "checkpoint_every": 1}
     whole = sc.solve(make(), method, **options)
-    with pytest.raises(KeyboardInterrupt):
+    stopped = pytest.warns(UserWarning, match="interrupted") if method.anytime else pytest.raises(KeyboardInterrupt)
+    with stopped:
         sc.solve(make(), method, **options, checkpoint_dir=tmp_path, callbacks=[Stop()])
     in_former_names(tmp_path, make(), monkeypatch)
     resumed = sc.solve(make(), method, **options, checkpoint_dir=tmp_path, resume=True)

@@ -329,6 +329,7 @@ SOLUTION_CASES = {
     "control": (lq, sc.RewardBackprop(), {"iterations": 2, "time_steps": K}),
     "particles": (lq, sc.SMC(num_particles=16, proposal=sc.ValueGuidance(), twist="proposal"), {"time_steps": K}),
     "tempered": (gibbs, sc.TemperedSMC(num_particles=64), {}),
+    "importance": (gibbs, sc.AdaptiveImportance(evaluations=3000), {}),
     "chains": (gibbs, sc.MALA(num_chains=32, warm_up=30), {}),
 }
 EXACT = {
