@@ -67,7 +67,8 @@ def few_evaluations(
 ) -> None:
     """Each density with ``sc.AdaptiveImportance``, as a table in Markdown."""
     print(
-        "| density | evaluations | log Z - true, seeds 0, 1, ... | verdict | effective | CPU-s |\n|---|---:|---|---|---|---:|"
+        "| density | evaluations | log Z - true, seeds 0, 1, ... | verdict | effective | CPU-s |\n"
+        "|---|---:|---|---|---|---:|"
     )
     for name, make in CASES.items():
         if only not in (None, name):

@@ -147,9 +147,7 @@ def sample(
     problem = density if _is_made(density) else gibbs_problem(density, dim, **how, **stated)
     if (stated and known is not None) or (_is_made(density) and (stated or scale is not None)):
         raise ValueError("--names, --support, --one-point, --workers and --scale: for a log density of your own.")
-    chosen: Any = method
-    if evaluations is not None:
-        chosen = _within(method, evaluations)
+    chosen = method if evaluations is None else _within(method, evaluations)
     settings: dict[str, Any] = {"method": chosen, "seed": seed, "time_steps": time_steps}
     settings.update(given(iterations=iterations, budget=budget))
     solution = training.solve(problem, progress=True, **settings)

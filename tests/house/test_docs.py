@@ -151,3 +151,18 @@ def test_the_drawing_has_every_room_and_no_arrow_back():
     arrows = [pair for line in lines for pair in pairwise(line)]
     assert {room for pair in arrows for room in pair} == {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert all(floor[one] < floor[other] for one, other in arrows)
+
+
+@pytest.mark.slow
+def test_posteriors_on_the_page_of_densities():
+    """From numpy's function with names and bounds to evidence, samples, figure, ArviZ object and data frame."""
+    text = (DOCS / "densities.md").read_text(encoding="utf-8")
+    section = text[text.index("## Posteriors as you have them") : text.index("## Where every evaluation is dear")]
+    names = {"__name__": "page", "sc": sc}
+    for block in re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/densities.md", "exec"), names)
+    assert names["x"].shape == (1000, 2) and names["solution"].problem.parameters.labels == ("top", "half")
+    assert list(names["tree"]["posterior"].data_vars) == ["top", "half"]
+    assert list(names["frame"].columns) == ["top", "half"] and names["axes"].shape == (2, 2)
+    assert set(names["draws"]) == {"mu", "tau"} and float(names["draws"]["tau"].min()) > 0
+    assert abs(float(names["x"][:, 0].mean()) - 0.9) < 0.1
