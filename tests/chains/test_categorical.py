@@ -245,6 +245,7 @@ def test_other_methods_refuse_tokens_by_name(name):
     assert method.tokens or not (method.needs_gradient or method.gaussian or method.of_noise)
 
 
+@pytest.mark.slow
 def test_the_default_network_comes_to_the_exact_tilt_too():
     space = Space(1, size=3.0)
     solution = sc.solve(space.problem, sc.LogVariance(), iterations=200, batch_size=128, seed=0, progress=False)

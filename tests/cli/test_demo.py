@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sdecontrol.methods import ratio_guidance
+
 from .conftest import only_json
 
 
-def test_demo_writes_figure_and_numbers(run, tmp_path: Path) -> None:
+def test_demo_writes_figure_and_numbers(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ratio_guidance, "STEPS", 20)
     writes(run, tmp_path, "--iterations", "1")
 
 

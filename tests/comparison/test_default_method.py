@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", but_slow(KINDS, "model", "discrete model"))
+@pytest.mark.parametrize("kind", but_slow(KINDS, "mixture", "model", "discrete model"))
 def test_solve_takes_the_first_choice_on_every_kind_of_problem(kind: str, tmp_path) -> None:
     make, settings, control = KINDS[kind]
     problem, more = make(), {} if control is None else {"control": control()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import but_slow
+from cases import slow_but
 from torch import Tensor, nn
 
 import sdecontrol as sc
@@ -27,6 +27,7 @@ PAGES = (
     "docs/sequences.md",
     "docs/which.md",
 )
+QUICK = ("docs/index.md", "docs/getting_started.md", "docs/control_problems.md", "docs/sequences.md")
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
@@ -65,7 +66,7 @@ def of_diffusers() -> dict[str, object]:
     return {**own, "reward": lambda x: x.flatten(1).mean(1), "text_unet": texts, "encode": encode}
 
 
-@pytest.mark.parametrize("page", but_slow(PAGES, "README.md", "docs/densities.md", "docs/diffusers.md"))
+@pytest.mark.parametrize("page", slow_but(PAGES, *QUICK))
 def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # what a page writes
     solve = sc.solve

@@ -356,6 +356,7 @@ def test_default_training_reaches_the_linear_quadratic_optimum(method, bar):
     assert sc.control_error(solution, exact, n=1024).relative.value < bar
 
 
+@pytest.mark.slow
 def test_a_controlled_start_is_learned_too():
     problem = random_lq(2, seed=9, start="controlled")
     solution = sc.solve(problem, sc.AdjointMatching(), time_steps=8, iterations=100, batch_size=128, seed=0)

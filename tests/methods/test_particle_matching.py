@@ -94,6 +94,7 @@ def test_a_nonlinear_problem_with_its_own_paths():
     assert log_z - solution.evaluate(4096, seed=1).elbo.value < 0.25 * (log_z - reference)
 
 
+@pytest.mark.slow
 def test_both_wells_of_a_density_get_their_share():
     """Unequal wells six standard deviations apart: shares to 5 %, where log-variance on its own paths may keep one of
     them."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, but_slow
+from cases import F64, slow_but
 from tokens import Joint, Net, chi_square_is_fine
 from torch import nn
 
@@ -67,7 +67,7 @@ TRAINED = {
 OPTIONS = {"batch_size": 256, "learning_rate": 0.1, "seed": 0, "progress": False}
 
 
-@pytest.mark.parametrize("name", but_slow(TRAINED, "soft-ppo", "reward-weighted-mle", "cross-entropy", "reinforce"))
+@pytest.mark.parametrize("name", slow_but(TRAINED, "log-variance", "path-consistency", "bridge-matching"))
 def test_trained_methods_come_to_the_exact_tilt(name):
     """The exact gap, by enumeration, from more than a nat."""
     problem, (method, iterations) = JOINT.problem(order="random"), TRAINED[name]
@@ -91,7 +91,12 @@ class Fast(Table):
             0.4,
             marks=pytest.mark.slow,
         ),
-        (sc.PathConsistency(2), {"iterations": 200, "learning_rate": 0.01, "batch_size": 128}, 0.1),
+        pytest.param(
+            sc.PathConsistency(2),
+            {"iterations": 200, "learning_rate": 0.01, "batch_size": 128},
+            0.1,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             sc.SoftPPO(group_size=64, baseline="per-time"),
             {"iterations": 150, "learning_rate": 0.003},

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import F64, SmallControl, nonlinear, randn, random_lq
+from cases import F64, SmallControl, nonlinear, randn, random_lq, slow_but
 
 import sdecontrol as sc
 from sdecontrol.paths.weights import self_normalised
@@ -283,7 +283,7 @@ REACHED_SLOW = {
 }
 
 
-@pytest.mark.parametrize("name", [*REACHED, *(pytest.param(n, marks=pytest.mark.slow) for n in REACHED_SLOW)])
+@pytest.mark.parametrize("name", slow_but([*REACHED, *REACHED_SLOW], "log-variance"))
 def test_each_method_reaches_the_optimum_of_a_linear_quadratic_problem(name):
     method, iterations, error = {**REACHED, **REACHED_SLOW}[name]
     problem = random_lq(2, seed=1, dtype=F32)

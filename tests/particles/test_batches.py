@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from cases import F64
+from cases import F64, but_slow
 
 import sdecontrol as sc
 from sdecontrol.evaluation.second_look import look_again
@@ -72,7 +72,7 @@ def estimates(evaluation):
     return [str((v.value, v.stderr) if hasattr(v, "stderr") else v) for v in values]
 
 
-@pytest.mark.parametrize("name", SOLUTIONS)
+@pytest.mark.parametrize("name", but_slow(SOLUTIONS, "smc, twisted, conditions"))
 def test_particles_in_batches_are_those_of_all_at_once_bit_for_bit(name):
     problem, method, steps = SOLUTIONS[name]()
     solution = sc.solve(problem, method, time_steps=steps, seed=0, progress=False)

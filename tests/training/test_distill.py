@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, but_slow
+from cases import F64, slow_but
 from torch import Tensor, nn
 
 import sdecontrol as sc
@@ -47,7 +47,7 @@ def tuned(p: sc.ControlProblem) -> Solution:
     return Solution(p, TunedControl(p.reference, model), method="mine", settings={"time_steps": STEPS, "scheme": None})
 
 
-@pytest.mark.parametrize("paths", but_slow(["teacher", "student", "both"], "both"))
+@pytest.mark.parametrize("paths", slow_but(["teacher", "student", "both"], "teacher"))
 def test_a_copy_that_can_be_the_control_becomes_it(paths: str) -> None:
     teacher = tuned(problem())
     student = sc.distill(teacher, paths=paths, iterations=500, learning_rate=2e-2, **RUN)

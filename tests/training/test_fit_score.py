@@ -143,6 +143,7 @@ def test_events_of_any_shape_and_float64() -> None:
     assert torch.allclose(mixed, model(x, torch.tensor(0.3, dtype=torch.float64).expand(5)), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_samples_have_the_law_of_the_data() -> None:
     data = gaussian_data(4096)
     model = sc.fit_score(data, sc.VP(), iterations=100, seed=0)

@@ -127,6 +127,7 @@ def test_a_time_budget_marks_the_result_as_not_reproducible():
     assert not solution.reproducible and solution.iterations > 1
 
 
+@pytest.mark.slow
 def test_without_a_number_of_iterations_training_gets_near_the_optimum_untouched():
     problem = random_lq(2, seed=4, dtype=F32)
     solution = sc.solve(problem, "reward-backprop", time_steps=20, batch_size=128, seed=0)
