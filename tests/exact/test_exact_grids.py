@@ -425,7 +425,7 @@ def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
     problem = sc.ControlProblem(
         sc.SDE(lambda x, t: -(x**3), 0.8, dim=d), sc.Dirac(torch.zeros(d)), lambda x: -(x - 1).abs().pow(4).sum(-1)
     )
-    exact = sc.exact_solution(problem, 4)
+    exact = sc.exact_solution(problem, 20)
     assert [len(b.members) for b in exact.blocks] == [d]
 
 
