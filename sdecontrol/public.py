@@ -13,6 +13,7 @@ from .chains.masked import masked_diffusion
 from .chains.noise_driven import discrete_dynamics
 from .comparison.auto import Auto
 from .comparison.compare import compare
+from .comparison.design import design
 from .comparison.receding_horizon import RecedingHorizon
 from .comparison.recommend import recommend
 from .controls.base import Control
@@ -76,6 +77,7 @@ from .processes.semilinear import SemilinearSDE
 from .training.distill import distill
 from .training.fit_bridge import fit_bridge
 from .training.fit_masked import fit_masked_diffusion
+from .training.fit_reward import fit_reward
 from .training.fit_score import fit_score
 from .training.solve import load, solve
 
@@ -147,12 +149,14 @@ __all__ = [
     "certify",
     "compare",
     "control_error",
+    "design",
     "diffusion_chain",
     "discrete_dynamics",
     "distill",
     "exact_solution",
     "fit_bridge",
     "fit_masked_diffusion",
+    "fit_reward",
     "fit_score",
     "from_diffusers",
     "from_pyro",

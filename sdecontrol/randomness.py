@@ -209,6 +209,10 @@ class Place(enum.IntEnum):
     BRIDGE_MOMENTS = 722
     BRIDGE_STARTS = 723  # [iteration]
 
+    REWARD_MEMBER = 730  # fit_reward: weights and dropout [member]
+    REWARD_ROWS = 731  # which rows a member sees, and its batches [member]
+    REWARD_HELD_OUT = 732  # rows that none sees
+
     # models
     SCHEDULER_STEPS = 750  # states at which a scheduler's own steps are compared with its numbers
     PYRO_TRACE = 752  # a run of a model that shows its variables
@@ -233,6 +237,10 @@ class Place(enum.IntEnum):
     AUTO_FIT = 912  # [rounds]
     RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
     RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]
+    DESIGN_FIRST = 930  # design: samples before anything is known
+    DESIGN_FIT = 931  # [round]
+    DESIGN_SOLVE = 932  # [round]
+    DESIGN_SAMPLES = 933  # among which the next batch is [round, turn]
 
     # cli
     SAMPLE_EVALUATION = 1001  # sdecontrol sample

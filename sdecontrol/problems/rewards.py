@@ -104,6 +104,8 @@ class OneHot(nn.Module):
         TypeError, ValueError: no function, no count, or tokens out of range.
     """
 
+    takes_probabilities = True
+
     def __init__(self, function: Callable[..., Tensor], vocabulary: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not callable(function):
@@ -202,7 +204,7 @@ def takes_probabilities(reward: Any) -> bool:
     """Whether a reward of tokens takes their probabilities too."""
     if isinstance(reward, WeightedRewards):
         return all(map(takes_probabilities, reward.rewards))
-    return isinstance(reward, OneHot) or isinstance(getattr(reward, "classifier", None), OneHot)
+    return any(getattr(r, "takes_probabilities", False) for r in (reward, getattr(reward, "classifier", None)))
 
 
 class QuadraticCost:

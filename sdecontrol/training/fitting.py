@@ -1,4 +1,4 @@
-"""What ``fit_score`` and ``fit_bridge`` share: checks of data and model, the descent, and the residual network."""
+"""What the fits share: checks of data and model, the descent, and the residual network."""
 
 import math
 from collections.abc import Callable
@@ -47,11 +47,38 @@ def trained_copy(model: Any, called: str, x: Tensor, *rest: Tensor) -> nn.Module
     return copied(model).train()
 
 
+class _Best:
+    """The averaged weights that were best by a judge so far, which looks twenty times."""
+
+    def __init__(self, network: nn.Module, parameters: list[Tensor], judge: Callable[[], Tensor], count: int) -> None:
+        self.network, self.parameters, self.judge, self.every = network, parameters, judge, max(1, count // 20)
+        self.least, self.kept = math.inf, [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def look(self, i: int, average: list[Tensor]) -> None:
+        if (i + 1) % self.every:
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, average)
+        mode = self.network.training
+        error = float(self.network.eval() and self.judge())
+        self.network.train(mode)
+        if error < self.least:
+            self.least, self.kept = error, [p.detach().clone() for p in average]
+        torch._foreach_copy_(self.parameters, own)
+
+
 def descend(
-    network: nn.Module, loss: Callable[[int], Tensor], iterations: int, rate: Any, title: str, progress: bool | None
+    network: nn.Module,
+    loss: Callable[[int], Tensor],
+    iterations: int,
+    rate: Any,
+    title: str,
+    progress: bool | None,
+    judge: Callable[[], Tensor] | None = None,
 ) -> nn.Module:
     """Adam on ``loss(i)`` with a warm-up and a cosine decay, clipped gradients, and at the end an average of the
-    weights.
+    weights; with a ``judge``, an error on data that are not learned from, the average at which that was least.
 
     Returns:
         The network, in evaluation mode.
@@ -62,6 +89,7 @@ def descend(
     rate = as_float("learning_rate", rate, positive=True)
     parameters: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
+    best = None if judge is None else _Best(network, parameters, judge, iterations)
     fused = parameters[0].device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), fused=fused)
     with ProgressBar(iterations, title, progress, measure="loss") as bar:
@@ -84,9 +112,11 @@ def descend(
             optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - min(_AVERAGE, (i + 1) / (i + 10)))
+            if best is not None:
+                best.look(i, average)
             bar.update(i + 1, iterations, {"loss": number})
     with torch.no_grad():
-        for p, mean in zip(parameters, average):
+        for p, mean in zip(parameters, average if best is None else best.kept):
             p.copy_(mean)
     return network.eval()
 

@@ -44,7 +44,7 @@ def test_dir_is_what_users_write_and_every_name_is_there() -> None:
     # OneHot, by which a reward of tokens has a gradient; RecedingHorizon; from_pyro; Region, where a process stops;
     # BlackBox, WeightedRewards and Prompts, which are rewards and conditions as people have them, and RewardError,
     # which a failing one raises; AdaptiveImportance
-    assert dir(sc) == sorted([*sc.__all__, "__version__"]) and len(set(sc.__all__)) == len(sc.__all__) <= 83
+    assert dir(sc) == sorted([*sc.__all__, "__version__"]) and len(set(sc.__all__)) == len(sc.__all__) <= 85
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert all(getattr(sc, name) is not None for name in sc.__all__)

@@ -25,6 +25,7 @@ PAGES = (
     "docs/diffusers.md",
     "docs/densities.md",
     "docs/sequences.md",
+    "docs/unknown_rewards.md",
     "docs/which.md",
 )
 QUICK = ("docs/index.md", "docs/getting_started.md", "docs/control_problems.md", "docs/sequences.md")
