@@ -237,8 +237,7 @@ class Place(enum.IntEnum):
     AUTO_FIT = 912  # [rounds]
     RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
     RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]
-    DESIGN_FIRST = 930  # design: samples before anything is known
-    DESIGN_FIT = 931  # [round]
+    DESIGN_FIT = 931  # design [round]
     DESIGN_SOLVE = 932  # [round]
     DESIGN_SAMPLES = 933  # among which the next batch is [round, turn]
 

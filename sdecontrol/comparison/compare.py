@@ -18,7 +18,7 @@ from ..evaluation.particle_solution import ParticleSolution
 from ..evaluation.solution import Solution
 from ..exact.base import ExactSolution
 from ..methods.base import Method, find_method, suggested
-from ..problems.problem import ControlProblem
+from ..problems.problem import ControlProblem, check_problem
 from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
 from ..processes.linear import LinearSDE
@@ -222,8 +222,7 @@ def compare(
     Raises:
         ValueError, TypeError: bad arguments, unknown methods. Errors of other kinds inside a method are not caught.
     """
-    if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_problem(problem)
     trainings = _seeds(seeds, seed)
     check_count("n", n, 64)
     check_count("batch_size", batch_size)

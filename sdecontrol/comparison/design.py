@@ -17,7 +17,7 @@ from ..files.bundles import read_bundle, register_bundle, write_bundle
 from ..files.contents import check_fingerprint
 from ..methods.base import Method
 from ..problems.learned_reward import LearnedReward
-from ..problems.problem import ControlProblem
+from ..problems.problem import ControlProblem, check_problem
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import as_float, check_count
@@ -274,8 +274,7 @@ def design(
         ValueError, TypeError: naming the argument. NonFiniteError: a measurement failed, by ``failed="raise"``; all
             before it are in the folder.
     """
-    if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_problem(problem)
     if problem.reward_function is not None:
         raise ValueError("problem has a reward; what is to be measured is the oracle's: make it without one.")
     if not callable(oracle):

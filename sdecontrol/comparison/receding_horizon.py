@@ -17,7 +17,7 @@ from ..methods.base import Method, find_method
 from ..methods.path_integral import PathIntegralGuidance
 from ..paths.integrator import integrate
 from ..paths.weights import effective_number, self_normalised
-from ..problems.problem import ControlProblem
+from ..problems.problem import ControlProblem, check_problem
 from ..processes.modules import out_of_inference_mode
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import Controls, Noises, States
@@ -105,8 +105,7 @@ class RecedingHorizon:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.problem, ControlProblem):
-            raise TypeError(f"problem must be a ControlProblem, got {type(self.problem).__name__}.")
+        check_problem(self.problem)
         self.method = find_method(self.method)
         check_count("replan", self.replan)
         check_count("rounds", self.rounds)

@@ -33,7 +33,7 @@ from ..methods import (
 from ..methods.base import Suggestion, advises
 from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.differentiability import missing_gradients
-from ..problems.problem import ControlProblem
+from ..problems.problem import ControlProblem, check_problem
 from ..processes.laws import draw
 from ..tensors import as_float, check_recording
 from .auto import Auto
@@ -102,8 +102,7 @@ def recommend(
     Returns:
         :class:`Advice`.
     """
-    if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_problem(problem)
     check_recording("recommend(...)")
     limit = as_float("memory", memory, positive=True)
     chain = problem.chain(time_steps)

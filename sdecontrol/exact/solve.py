@@ -8,7 +8,7 @@ import torch
 from ..chains.base import Chain
 from ..errors import NoExactSolution
 from ..precision import full_precision
-from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem
+from ..problems.problem import DEFAULT_TIME_STEPS, ControlProblem, check_problem
 from ..processes.sde import SDE
 from .base import ExactSolution
 from .discrete import ChainSolution
@@ -55,8 +55,7 @@ def exact_solution(
     Raises:
         NoExactSolution: naming what is missing.
     """
-    if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_problem(problem)
     discrete, time_steps, scheme = _discretisation(time_steps, like, scheme)
     if problem.condition is not None:
         raise NoExactSolution(

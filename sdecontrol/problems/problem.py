@@ -545,3 +545,9 @@ class ControlProblem(Definition):
             f"ControlProblem({type(self.reference).__name__}{tuple(self.event_shape)}, horizon={self.horizon:g}, "
             f"start={self.start!r}, reward={reward}, alpha={self.alpha:g})"
         )
+
+
+def check_problem(problem: Any) -> None:
+    """Raise TypeError unless it is one."""
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")

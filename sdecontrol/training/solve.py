@@ -21,7 +21,7 @@ from ..evaluation.solution import Solution
 from ..files.contents import load_tensors, part_of, plain_settings, with_part
 from ..methods.base import Method, Run, find_method, parameters_of, suggested
 from ..precision import full_precision
-from ..problems.problem import ControlProblem
+from ..problems.problem import ControlProblem, check_problem
 from ..processes.modules import copied, held_fixed, plain_state
 from ..randomness import Place, derive_seed, fresh_seed
 from ..tensors import as_float, check_count, check_recording
@@ -125,8 +125,7 @@ def solve(
         NonFiniteError: naming the quantity, the iteration and the rows; its ``solution`` is the last good one.
         RewardError: of a :class:`BlackBox`, naming the sample and the cause; likewise.
     """
-    if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}.")
+    check_problem(problem)
     check_count("batch_size", batch_size)
     check_count("accumulate", accumulate)
     check_count("checkpoint_every", checkpoint_every)
