@@ -100,15 +100,18 @@ def to_arviz(solution: Any, n: int, seed: int | None, evaluation: Evaluation | N
     except ImportError as error:
         raise ImportError("to_arviz needs arviz-base: pip install 'sdecontrol[arviz]'.") from error
     seed = fresh_seed(seed)
-    if evaluation is None:
-        evaluation = solution.evaluate(max(n, 64), seed=derive_seed(seed, Place.POSTERIOR_EVALUATION))
+    known: Evaluation = (
+        solution.evaluate(max(n, 64), seed=derive_seed(seed, Place.POSTERIOR_EVALUATION))
+        if evaluation is None
+        else evaluation
+    )
     found = posterior_of(solution, n, seed)
     groups = {
         "posterior": found.variables(found.drawn),
         "weighted_posterior": found.variables(found.weighted.unsqueeze(0)),
         "weighted_sample_stats": {"log_weight": found.log_w.cpu().numpy()[None]},
     }
-    attributes = _attributes(solution, evaluation)
+    attributes = _attributes(solution, known)
     return arviz_base.from_dict(groups, attrs={"posterior": attributes, "/": attributes})
 
 
