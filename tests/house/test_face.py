@@ -43,7 +43,7 @@ def test_dir_is_what_users_write_and_every_name_is_there() -> None:
     # 66 of numbers; of sequences a chain and a fit; JumpProcess; from_diffusers and LoRA; ManifoldSDE, Sphere, Torus;
     # OneHot, by which a reward of tokens has a gradient; RecedingHorizon; from_pyro; Region, where a process stops;
     # BlackBox, WeightedRewards and Prompts, which are rewards and conditions as people have them, and RewardError,
-    # which a failing one raises; AdaptiveImportance
+    # which a failing one raises; AdaptiveImportance; fit_reward and design
     assert dir(sc) == sorted([*sc.__all__, "__version__"]) and len(set(sc.__all__)) == len(sc.__all__) <= 85
     with warnings.catch_warnings():
         warnings.simplefilter("error")
