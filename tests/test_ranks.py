@@ -192,6 +192,15 @@ def test_what_is_not_finite_in_one_process_ends_both(tmp_path) -> None:
         assert found["status"] != 0 and "reward is not finite" in found["errors"]
 
 
+@pytest.mark.slow
+def test_the_example_prints_the_same_in_two_processes() -> None:
+    example = str(HERE.parent / "examples" / "torchrun.py")
+    one = subprocess.run([sys.executable, example, "--quick"], capture_output=True, text=True, timeout=WAIT)
+    (first, printed, errors), (second, nothing, _) = ended(started(2, example, "--quick"))
+    assert first == second == one.returncode == 0, errors
+    assert printed == one.stdout and "log Z" in printed and not nothing
+
+
 def test_one_process_exchanges_nothing() -> None:
     assert (ranks.size(), ranks.rank(), ranks.leads(), ranks.parts()) == (1, 0, True, 1)
     rows = torch.randn(6, 2)
