@@ -145,7 +145,7 @@ def evaluation() -> Numbers:
     """Of paths whose last block is not full, and of replicated starts."""
     found = {}
     for name, problem in (("fixed", two_modes()), ("spread", two_modes(spread_start()))):
-        solution = solved(problem, sc.RewardBackprop(), 2)
+        solution = solved(problem, sc.RewardBackprop(), 2, batch_size=384)  # into three, too
         ev = solution.evaluate(n=200, seed=3).as_dict()
         samples, weights = solution.weighted_sample(150, seed=4)
         found[name] = [flat(ev), samples.tolist(), weights.tolist(), solution.sample(130, seed=5).tolist()]
