@@ -64,7 +64,8 @@ TRAINED = [
 @pytest.mark.parametrize("method", TRAINED, ids=lambda m: m.name)
 def test_a_trained_control_nears_the_best_one(method, exact):
     """Without a control the ELBO is 0.2 below the best one's."""
-    solution = solved(method, 3 if getattr(method, "value", "") == "ratio" else 80)
+    iterations = {"ratio": 3, "soft-q": 400}.get(getattr(method, "value", ""), 80)  # an error goes from step to step
+    solution = solved(method, iterations)
     found = solution.evaluate(4096, seed=1, confirm=False)
     assert abs(found.log_z.value - float(exact.log_z)) < 4 * found.log_z.stderr
     assert found.elbo.value > float(exact.elbo) - 0.1
