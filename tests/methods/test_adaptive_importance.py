@@ -3,6 +3,7 @@ changes nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -182,7 +183,7 @@ def test_a_missed_mode_that_the_search_has_seen_is_told() -> None:
     draws = solution.draws
     assert solution.evaluate(seed=0).verdict == "unconfirmed"
     assert abs(float(draws.other[0])) < 4 * float(draws.other[1]) < 0.5
-    object.__setattr__(draws, "log_w", draws.log_w - 1.0)  # a part of the target is missing
+    solution.draws = dataclasses.replace(draws, log_w=draws.log_w - 1.0)  # a part of the target is missing
     judged = solution.evaluate(seed=0)
     assert judged.verdict == "unreliable" and "draws of the search find more" in judged.reliability
 
