@@ -110,7 +110,7 @@ def test_accumulated_gradients_are_means(name):
         run = Run(problem, problem.chain(4), 64, accumulate, 3, SmallControl(2, 2))
         if batches is not None:
             original = run.batch
-            run.batch = lambda part=0: original(batches)
+            run.batch = lambda part=0, group_size=1: original(batches, group_size)
         state = METHODS[name].setup(run)
         seen = []
         run.descend = lambda *_: seen.append(torch.cat([p.grad.flatten() for p in state.control.parameters()]).clone())
