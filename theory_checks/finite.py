@@ -399,9 +399,9 @@ class OnPaths(Run):
 
     paths: np.ndarray | None = None
 
-    def batch(self, part: int = 0) -> Batch:
+    def batch(self, part: int = 0, group_size: int = 1) -> Batch:
         if self.paths is None:
-            return super().batch(part)
+            return super().batch(part, group_size)
         case = self.case  # type: ignore[attr-defined]
         # Gumbel-max of these picks the given token, whatever its probability
         chosen = case.states[torch.as_tensor(self.paths.T)]

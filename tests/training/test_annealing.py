@@ -82,7 +82,8 @@ def test_what_is_trained_in_the_end_is_the_problem_itself():
     alphas = [p.alpha for p in spy.seen]
     assert alphas[1:] == sorted(alphas[1:], reverse=True) and alphas[0] == pytest.approx(1e3 * problem.alpha)
     assert 3 < sum(a > problem.alpha for a in alphas) <= 10
-    assert all(p is problem for p in spy.seen[10:]) and problem.alpha == 0.5
+    assert all(p.reward_function is problem.reward_function for p in spy.seen)
+    assert all(p.alpha == problem.alpha for p in spy.seen[10:]) and problem.alpha == 0.5
 
 
 def test_history_is_of_the_problem_at_its_own_temperature():
