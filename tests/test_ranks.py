@@ -94,6 +94,7 @@ def one_like(name: str) -> dict[str, Any]:
     return json.loads(json.dumps(CASES[name]()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", FIRST)
 def test_two_processes_find_what_one_finds(name: str, of_two) -> None:

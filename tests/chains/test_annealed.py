@@ -259,6 +259,7 @@ def _run(problem: GibbsProblem, control: Any, batch: int = 64, seed: int = 7) ->
     return Run(problem, problem.chain(8), batch, 1, seed, control)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "both"),
     [
@@ -310,6 +311,7 @@ def test_stored_paths_give_the_weights_of_any_control() -> None:
 # ------------------------------------------------------------------ the user's face
 
 
+@pytest.mark.slow
 def test_training_improves_on_annealed_importance_sampling_and_saves(tmp_path: Any) -> None:
     target = sc.library.named_target("gmm9")
     problem = sc.gibbs_problem(target, 2, reference="annealed", seed=0)

@@ -186,6 +186,7 @@ def foreign_sampler(model, joint, n, steps, order, seed):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "order"),
     but_slow(list(itertools.product(("tuned", "frozen", "both", "user"), ORDERS)), *TWICE),
@@ -372,6 +373,7 @@ def test_the_face_runs_as_written():
     assert x.shape == (8, 50) and solution.model(x, torch.zeros(8)).shape == (8, 50, 4)
 
 
+@pytest.mark.slow
 def test_recommend_and_compare_know_tokens():
     problem = sc.ControlProblem(sc.masked_diffusion(uniform, 4, 3), reward=lambda x: x.float().sum(1), alpha=1.0)
     names = [suggestion.method.name for suggestion in sc.recommend(problem)]

@@ -143,6 +143,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_but(METHODS, "adjoint-matching", "log-variance", "reinforce", "particle-matching")
 )

@@ -134,6 +134,7 @@ def test_numpy_names_and_bounds_from_the_command_line(run) -> None:
     assert "right" in run("sample", "my_sampled_module:box", *how).output
 
 
+@pytest.mark.slow
 def test_one_point_and_a_whole_problem_from_the_command_line(run) -> None:
     found = only_json(run("sample", "my_sampled_module:point", "--dim", "1", "--one-point", *SMC, "--json"))
     assert abs(found["evaluation"]["log_z"]["value"] - 0.919) < 0.1

@@ -60,6 +60,7 @@ def close(estimate, truth, most=0.02):
     assert abs(estimate.value - truth) < 4 * estimate.stderr, (estimate, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", slow_but([ring, unequal, banana, annulus], unequal))
 def test_log_z_of_densities_in_the_plane(density):
     """Within four standard errors of the integral on a grid; the report has a line for every round and one for what was
@@ -172,6 +173,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     assert torch.equal(whole.sample(64, seed=1), again.sample(64, seed=1))
 
 
+@pytest.mark.slow
 def test_the_budget_of_evaluations_ends_it_between_rounds():
     problem = sc.gibbs_problem(ring, 2, scale=2.5)
     whole = sc.solve(problem, sc.Auto(num_particles=2560), iterations=2, seed=0)

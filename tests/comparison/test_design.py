@@ -62,6 +62,7 @@ def test_other_proposals(propose):
     assert len(found.r) == 32 and found.table()[1]["mean"] > found.table()[0]["mean"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_to_the_same_measurements(tmp_path):
     options = OPTIONS | {"rounds": 2}
     whole = sc.design(problem(), Oracle(), **options)
@@ -78,6 +79,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_measurements(tmp_path):
         sc.design(problem(alpha=1.0), oracle, folder=tmp_path, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_failed_measurements_are_named_dropped_or_asked_again():
     with pytest.raises(sc.NonFiniteError, match=r"oracle gave no finite number for 2 of 16 rows .*failed='drop'"):
         sc.design(problem(), Oracle(lost=2), **OPTIONS)

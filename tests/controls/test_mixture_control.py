@@ -248,6 +248,7 @@ def test_in_float32_the_control_at_the_end_is_that_of_float64(reference):
         assert torch.allclose(b.at(x.to(F32), torch.tensor(t)).double(), truth, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "law"),
     slow_but(list(itertools.product(("ou", "brownian"), (product, joint))), ("ou", joint), ("brownian", product)),

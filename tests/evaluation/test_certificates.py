@@ -43,6 +43,7 @@ def sampler_of(problem, mean, variance, time_steps=60):
     return Solution(problem, given_control(problem, exact), method="exact", settings=settings, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", slow_but(["ou", "brownian"], "ou"))
 def test_a_sampler_on_one_of_nine_modes_is_off_by_log_nine_and_found_out(reference):
     """The fingerprint of collapse: log Z^ is log 9 = 2.197 too low with a reverse ESS of 0.7 and more; the alarm fires

@@ -253,6 +253,7 @@ def by_ode(p, s, t, n=5):
     return solve_ivp(slope, (s, t), np.eye(n).ravel(), "DOP853", rtol=1e-13, atol=1e-15).y[:, -1].reshape(n, n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", but_slow(PROCESSES, "sparse, of time"))
 def test_continuous_time_against_kolmogorovs_equation(case):
     make, tolerance = PROCESSES[case]

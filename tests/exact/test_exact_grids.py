@@ -183,6 +183,7 @@ def nonlinear(steps_matter=None):
     )
 
 
+@pytest.mark.slow
 def test_two_steps_by_nested_quadrature():
     """Both dynamic programmes of a nonlinear chain with state-dependent noise, by brute force."""
     problem = nonlinear()
@@ -294,6 +295,7 @@ def test_double_well_in_continuous_time_has_0_635():
     assert abs(float(limit.mean()) - 0.635) < 4 * float(limit.std()) / 8192**0.5 + 1e-3
 
 
+@pytest.mark.slow
 def test_double_well_log_z_by_the_linear_equation(wells):
     """``psi`` by its eigenfunctions: with ``b = -U'``, ``exp(-U) psi`` solves a Schroedinger equation of potential
     ``(U'^2 - U'')/2``, here on sinc functions. Shares nothing with the solver."""
@@ -420,6 +422,7 @@ def test_blocks_that_differ_have_grids_of_their_own_and_constants_count_once():
     assert exact.control(torch.zeros(2, 3), 0.5).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
     d = 300
     problem = sc.ControlProblem(

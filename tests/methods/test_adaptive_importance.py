@@ -77,6 +77,7 @@ def test_one_point_at_a_time_within_its_evaluations() -> None:
     assert calls < function.calls <= calls + 21_000 and again.verdict == "confirmed", again.reliability
 
 
+@pytest.mark.slow
 def test_modes_far_apart_and_scales_six_orders_apart() -> None:
     close(sc.solve(sc.gibbs_problem(nine, 2, dtype=F64), sc.AdaptiveImportance(5000), seed=0), 0.0, 0.03)
     solution = sc.solve(sc.gibbs_problem(scales, 2), sc.AdaptiveImportance(15_000), seed=0)

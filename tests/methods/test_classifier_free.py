@@ -96,6 +96,7 @@ def test_the_shift_is_1_plus_w_times_that_to_the_conditional_chain_s_own_mean(ki
             assert torch.allclose(chain.shift_at(k, x, u), want, rtol=1e-9, atol=1e-9), (k, w)
 
 
+@pytest.mark.slow
 def test_w_0_has_the_class_conditional_law_as_its_samples_and_its_kl_is_that_of_the_laws():
     """In continuous time ``KL(P^u || Q0) = KL(p(x|y) || p(x))`` (the noising of both laws is the same), so the gap
     towards ``r = log p(y|x)`` at alpha = 1 vanishes. On the chain both are O(h) away, with h = 0.01 here."""

@@ -316,6 +316,7 @@ def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
         assert abs(mean.value - 1) < 4 * mean.stderr and mean.stderr < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", slow_but(["monte-carlo", "soft-q"], "soft-q"))
 def test_learned_values_reach_the_exact_one_on_a_linear_quadratic_chain(value):
     problem = lq(dtype=F32)

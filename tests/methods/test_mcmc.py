@@ -156,6 +156,7 @@ def test_moments_and_log_z_of_a_correlated_gaussian(method):
     assert "by bridge sampling" in str(evaluation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -224,6 +225,7 @@ def test_the_error_of_a_bridge_counts_autocorrelation():
     assert math.isfinite(bridge_log_z(some, ratio(x)).value)
 
 
+@pytest.mark.slow
 def test_log_z_of_a_box():
     """A density that vanishes outside: -inf at some starts and at some of the mixture's draws."""
     problem = sc.gibbs_problem(

@@ -63,6 +63,7 @@ METHODS = {
 FIRST = ("sphere", "adjoint-matching"), ("torus", "log-variance")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), slow_but(list(itertools.product(PROBLEMS, METHODS)), *FIRST))
 def test_methods_come_near_the_exact_control(kind, name):
     problem, (method, iterations, bound) = PROBLEMS[kind](), METHODS[name]
@@ -118,6 +119,7 @@ def test_what_is_subtracted_from_the_adjoint_is_odd_in_the_steps_noise(kind):
 TORUS_FIRST = [pytest.param(kind, marks=() if kind == "torus" else pytest.mark.slow) for kind in PROBLEMS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TORUS_FIRST)
 def test_the_variance_of_the_adjoint_nearly_vanishes_at_the_optimum(kind):
     """To a fifth of the plain lean adjoint's residual, where no curvature of the manifold is in the way."""

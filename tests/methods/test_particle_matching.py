@@ -126,6 +126,7 @@ def small_inverse():
     )
 
 
+@pytest.mark.slow
 def test_a_generative_reference_begins_with_the_mixture():
     """The base is the tilted law's own control up to the fit, whatever little training adds: the shares of its modes, a
     gap near that of the exact control on the same chain. A mixture fitted without the particles' weights, or to the

@@ -287,6 +287,7 @@ def test_a_run_resumes_bit_for_bit_and_is_saved_and_pickled(tmp_path):
     assert torch.equal(copy.deepcopy(again).sample(64, seed=3), want)
 
 
+@pytest.mark.slow
 def test_it_is_proposal_and_twist_of_particles_and_the_base_of_a_trained_control():
     problem = mixture(dtype=torch.float32)
     steps = 12  # of 6, the last one is too long for weights of finite variance

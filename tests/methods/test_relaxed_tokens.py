@@ -73,6 +73,7 @@ def a_table():
     return 0.5 * randn(len(JOINT.states), L, V, seed=7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "steps", "straight"),
     [

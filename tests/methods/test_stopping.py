@@ -61,6 +61,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED, ids=lambda m: m.name)
 def test_a_trained_control_nears_the_best_one(method, exact):
     """Without a control the ELBO is 0.2 below the best one's."""

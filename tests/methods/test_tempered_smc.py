@@ -108,6 +108,7 @@ def test_moves_on_a_fitted_gaussian_are_never_rejected():
     assert float((factor - root).abs().max()) < 0.03 and float(mean.abs().max()) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("smooth", "start"),
     slow_but(
@@ -130,6 +131,7 @@ def test_noises_of_paths_have_the_chains_own_z_and_end(start, smooth):
             close(mean_estimate(mean), value, 0.05)
 
 
+@pytest.mark.slow
 def test_a_control_moves_the_target_and_not_z():
     """phi = R/alpha - log dP^u/dQ0: the exact control leaves little to temper, any other one the same Z."""
     problem = random_lq(2, seed=1, alpha=0.7)

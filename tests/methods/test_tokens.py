@@ -67,6 +67,7 @@ TRAINED = {
 OPTIONS = {"batch_size": 256, "learning_rate": 0.1, "seed": 0, "progress": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(TRAINED, "log-variance", "path-consistency", "bridge-matching"))
 def test_trained_methods_come_to_the_exact_tilt(name):
     """The exact gap, by enumeration, from more than a nat."""

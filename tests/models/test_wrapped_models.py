@@ -129,6 +129,7 @@ def test_checkpointed_layers_are_computed_again_and_give_the_same_gradients(dtyp
     assert all(bool(p.isfinite().all()) for p in solution.control.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_of_half_precision_is_saved_resumed_and_exported_in_its_own(tmp_path):
     whole = solved(images_of(unet(BF16)), 6)
 
@@ -158,6 +159,7 @@ def test_a_model_of_half_precision_is_saved_resumed_and_exported_in_its_own(tmp_
     assert {value.dtype for value in stored.values()} == {BF16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", ["LoRA", "PEFT's, of half precision too"])
 def test_adapters_in_float32_on_a_model_of_half_precision(whose, tmp_path):
     options = {"lora": sc.LoRA(2, ("to_q", "to_v"))} if whose == "LoRA" else {}
@@ -260,6 +262,7 @@ def test_a_part_of_a_user_s_own_that_is_called_module_keeps_its_name(tmp_path):
     assert names(tmp_path) == {f"model.module.{n}" for n in Net().state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "adapters", "half"])
 def test_a_compiled_network_of_diffusers_is_exported_as_the_network(kind, tmp_path):
     options = {"lora": sc.LoRA(2, ("to_q", "to_v"))} if kind == "adapters" else {}

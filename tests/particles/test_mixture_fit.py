@@ -45,6 +45,7 @@ def scales():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("truth", "kind", "most"),
     [

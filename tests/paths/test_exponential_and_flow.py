@@ -140,6 +140,7 @@ def test_log_likelihood_of_a_mixture_is_its_density(schedule):
     assert result.stderr.abs().max() == 0 and result.latent.shape == x.shape
 
 
+@pytest.mark.slow
 def test_hutchinsons_divergence_is_unbiased_with_its_standard_error():
     x = MIXTURE.sample((20,))
     sde = sc.generative_sde(MIXTURE, sc.VP())

@@ -245,6 +245,7 @@ def test_no_worker_outlives_its_run(how, code, tmp_path):
     assert done.returncode == code and done.stdout == "[0.0, 0.0]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(tests=TESTS).replace('if __name__ == "__main__":', "if True:"))

@@ -194,6 +194,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_real_limit_on_file_sizes_is_an_os_error_and_earlier_checkpoints_survive(tmp_path):
     code = FULL.format(tests=TESTS, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -566,6 +566,7 @@ def cubic(x, t):
     return 1e6 * x**3
 
 
+@pytest.mark.slow
 def test_a_simulation_that_explodes_in_a_worker_says_so(worker):
     problem = of(sc.SDE(cubic, 1.0, dim=2), initial=sc.Dirac(torch.ones(2)), running_cost=None)
     with pytest.raises(sc.NonFiniteError, match="drift is not finite at step"):

@@ -69,6 +69,7 @@ def test_many_steps_keep_nothing(steps):
     assert late - early < 100 and after[2] - after[1] < 100
 
 
+@pytest.mark.slow
 def test_training_leaves_no_objects_behind():
     problem = random_lq(2, seed=1, dtype=torch.float32)
     counts = []

@@ -127,6 +127,7 @@ def test_guidance_becomes_one_network_that_asks_for_no_reward() -> None:
     assert not calls and torch.allclose(one.model.w, -g, atol=5e-3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_conditions_and_learned_starts_are_learned_too() -> None:
     p = problem(condition=lambda n, seed=None: 1.0 + torch.arange(n) % 2, start="controlled")
     teacher = sc.solve(p, "reward-backprop", time_steps=8, iterations=30, batch_size=64, control="tuned", **RUN)
@@ -151,6 +152,7 @@ def test_what_has_no_control_to_learn_is_refused_by_name() -> None:
         sc.distill(tuned(problem()), paths="theirs")
 
 
+@pytest.mark.slow
 def test_no_step_of_a_distillation_moves_the_path_law_by_more_than_the_bound():
     """With a learning rate of 10 the first whole step is many nats."""
     problem = sc.ControlProblem(

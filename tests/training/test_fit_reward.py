@@ -80,6 +80,7 @@ def test_tokens_are_learned_wherever_a_motif_stands_and_probabilities_have_a_gra
     assert solution.iterations == 2
 
 
+@pytest.mark.slow
 def test_images_and_a_regressor_of_your_own():
     x = torch.randn(120, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     reward = sc.fit_reward(x, x[:, 0, 0].sum(1), **QUICK)

@@ -48,6 +48,7 @@ def error_against_exact(model: nn.Module, schedule, prediction: str) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "prediction"),
     [
@@ -183,6 +184,7 @@ class PlainConditional(Plain):
         return self.layers(torch.cat((x, s[:, None]), 1) + self.labels(y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", slow_but([False, True], False), ids=["default network", "a user's"])
 def test_with_dropped_labels_one_model_is_the_conditional_and_the_unconditional_one(own: bool) -> None:
     """Root mean square errors of the noise, of size 1, at every label and without one; unconditional noise in a label's
@@ -209,6 +211,7 @@ def test_with_dropped_labels_one_model_is_the_conditional_and_the_unconditional_
             assert (found - noise_of_labelled(noisy, s, label)).square().mean().sqrt() < (0.3 if own else 0.15)
 
 
+@pytest.mark.slow
 def test_numbers_as_conditions() -> None:
     """Data ``y + N(0, 1/4)``: without y its noise is another."""
     generator = torch.Generator().manual_seed(0)
