@@ -109,6 +109,20 @@ def test_workers_give_the_same_in_the_same_order(workers: Any) -> None:
     assert many.density.values == one.density.values - 2  # tried with numpy's arrays at once
 
 
+def fails_at_large_values(x: np.ndarray) -> float:
+    if x[0] > 2.5:
+        raise ArithmeticError("too large for the solver")
+    return -0.5 * float(x @ x)
+
+
+@pytest.mark.slow
+def test_what_a_worker_raises_is_named() -> None:
+    problem = sc.gibbs_problem(fails_at_large_values, 2, scale=2.0, vectorised=False, workers=2)
+    assert torch.isfinite(problem.density.value(torch.zeros(9, 2, dtype=F64))).all()
+    with pytest.raises(RuntimeError, match="log_density failed in a worker process: ArithmeticError: too large"):
+        problem.density.value(3 * torch.ones(9, 2, dtype=F64))
+
+
 def test_what_cannot_go_to_processes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"log_density cannot go to worker processes .* top level of a module"):
         sc.gibbs_problem(lambda x: 0.0, 2, vectorised=False, workers=2)
