@@ -137,8 +137,9 @@ class Auto(Method):
 
     Args:
         num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log
-            density at which no new round begins, the pilot run's among them. Below 1e5 (1e6 of a density without a
-            gradient) they are all there is, and :class:`AdaptiveImportance` takes the place of particles.
+            density at which no new round begins; the pilot run, the round that has begun and ``evaluate`` come on top.
+            Below 1e5 (1e6 of a density without a gradient) they are all there is, and :class:`AdaptiveImportance`
+            takes the place of particles.
         components: of the mixture at most.
 
     Raises:
