@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..errors import NonFiniteError, check_name, warn
 from ..evaluation.solution import Solution
 from ..files.bundles import read_bundle, register_bundle, write_bundle
@@ -137,27 +138,29 @@ class _Loop:
         """The oracle's answers, nan where it has none.
 
         Raises:
-            TypeError, ValueError: it gives no number for each. NonFiniteError: some failed, by ``failed="raise"``.
+            TypeError, ValueError: it gives no number for each.
         """
         answer = self.oracle(x)
         r = torch.as_tensor(answer).detach().to(dtype=self.problem.dtype, device=x.device)
         if r.shape != (len(x),):
             raise ValueError(f"oracle must give one number for each of {len(x)} rows, got shape {tuple(r.shape)}.")
         bad = ~torch.isfinite(r)
-        if not bool(bad.any()):
-            return r
-        rows = bad.nonzero().flatten()
-        if self.failed == "raise":
-            raise NonFiniteError(
-                f"oracle gave no finite number for {len(rows)} of {len(x)} rows (the first: {int(rows[0])}). "
-                "failed='drop' goes on without them, failed='again' asks once more first.",
-                what="oracle",
-                rows=len(rows),
-            )
-        if self.failed == "again" and again:
+        if bool(bad.any()) and self.failed == "again" and again:
             r = r.clone()
-            r[rows] = self.measured(x[rows], again=False)
+            r[bad] = self.measured(x[bad], again=False)
         return torch.where(torch.isfinite(r), r, math.nan)
+
+    def check_failed(self) -> None:
+        """Raise where measurements failed and that was not allowed for; what was measured is kept."""
+        bad = (~torch.isfinite(self.found.r)).nonzero().flatten()
+        if self.failed == "raise" and len(bad):
+            where = "" if self.folder is None else f" All {len(self.found.r)} answers are in {self.folder}."
+            raise NonFiniteError(
+                f"oracle gave no finite number for {len(bad)} of {len(self.found.r)} rows (the first: {int(bad[0])})."
+                f"{where} failed='drop' goes on without them, failed='again' asks once more first.",
+                what="oracle",
+                rows=len(bad),
+            )
 
     # ------------------------------------------------------------ a round
 
@@ -166,6 +169,7 @@ class _Loop:
         solution = None if not len(self.found.r) else self.tuned(self.learned(index), index)
         x = self.proposed(solution, index)
         self.add(x, self.measured(x), index)
+        self.check_failed()
 
     def learned(self, index: int) -> LearnedReward:
         """The reward from all that was measured.
@@ -193,8 +197,9 @@ class _Loop:
             reward = reward.member(index % len(reward.members))
         p = self.problem
         known = ControlProblem(
-            p.reference, p.initial, reward, p.running_cost_function, p.alpha, start=p.start, condition=p.condition
-        )
+            p.reference, p.initial, reward, p.running_cost_function, p.alpha, p.start,
+            reward_batch_size=p.reward_batch_size, stop=p.stop,
+        )  # fmt: skip
         seed = derive_seed(self.seed, Place.DESIGN_SOLVE, index)
         return solve(known, self.method, seed=seed, **{"progress": False, **self.train})
 
@@ -272,11 +277,17 @@ def design(
 
     Raises:
         ValueError, TypeError: naming the argument. NonFiniteError: a measurement failed, by ``failed="raise"``; all
-            before it are in the folder.
+            answers, those of its round too, are in the folder.
     """
     check_problem(problem)
     if problem.reward_function is not None:
         raise ValueError("problem has a reward; what is to be measured is the oracle's: make it without one.")
+    if problem.condition is not None:
+        raise ValueError(
+            "problem has a condition; an oracle measures x alone: fix the condition first."
+        )
+    if ranks.size() > 1:
+        raise ValueError("design would ask the oracle in each of the processes: run it in one.")
     if not callable(oracle):
         raise TypeError(f"oracle must be a function x -> (n,), got {type(oracle).__name__}.")
     check_count("rounds", rounds)
@@ -287,7 +298,7 @@ def design(
         raise ValueError("seed must be given with a folder, so that a run can go on where it was.")
     x = problem.draw_start(1, 0)[:0]
     with torch.no_grad(), problem.evaluating():
-        x = problem.reference.decode(x, None) if problem.condition is None else x
+        x = problem.reference.decode(x, None)
     empty = Design(x, torch.zeros(0, dtype=problem.dtype, device=x.device), torch.zeros(0, dtype=torch.int64))
     loop = _Loop(
         problem, oracle, batch, method, as_float("beta", beta), propose, failed, fresh_seed(seed), fit or {},
@@ -297,6 +308,7 @@ def design(
         loop.restore()
     elif data is not None:
         loop.add(*_known(data, problem), -1)
+    loop.check_failed()
     done = int(loop.found.rounds.max()) + 1 if len(loop.found.rounds) else 0
     for index in range(max(0, done), rounds):
         loop.run(index)

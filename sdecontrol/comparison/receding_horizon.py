@@ -24,6 +24,8 @@ from ..shapes import Controls, Noises, States
 from ..tensors import as_float, check_count
 from ..training.solve import solve
 
+_TRUST = 2.0  # nats
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -98,7 +100,7 @@ class RecedingHorizon:
     replan: int = 1
     rounds: int = 1
     bounds: tuple[Any, Any] | None = None
-    trust_region: float | None = 2.0
+    trust_region: float | None = _TRUST
     iterations: int | None = None
     time_steps: Any = None
     scheme: str | None = None
@@ -125,13 +127,16 @@ class RecedingHorizon:
         if isinstance(self.method, PathIntegralGuidance):
             self._proposal = given_control(self.problem, self.method.proposal)
             self._plans_alone = isinstance(self._proposal, ZeroControl)
+            if self.iterations is not None:
+                raise ValueError("iterations is for methods that train; plans of PathIntegralGuidance have rounds=.")
         else:
             self._check_trained()
         self.model_steps = self._rounds_done = 0
         self.reset()
 
     def _check_trained(self) -> None:
-        for name, given in (("horizon", self.horizon), ("bounds", self.bounds)):
+        changed = None if self.trust_region == _TRUST else self
+        for name, given in (("horizon", self.horizon), ("bounds", self.bounds), ("trust_region", changed)):
             if given is not None:
                 raise ValueError(
                     f"{name} is for plans of PathIntegralGuidance; {self.method} solves the whole problem."
@@ -157,8 +162,8 @@ class RecedingHorizon:
         Raises:
             ValueError, TypeError: naming x, t or condition.
         """
-        now = self._steps_gone(as_float("t", t))
         self._check(x, condition)
+        now = self._steps_gone(as_float("t", t))
         with torch.no_grad(), out_of_inference_mode(), self.problem.evaluating():
             if not isinstance(self.method, PathIntegralGuidance):
                 return self._by_solving(x, now, condition)
@@ -210,6 +215,8 @@ class RecedingHorizon:
             )
         if x.dtype != problem.dtype:
             raise TypeError(f"x has dtype {x.dtype}, the problem {problem.dtype}; use x.to({problem.dtype}).")
+        if x.device != problem.device:
+            raise ValueError(f"x is on {x.device}, the problem on {problem.device}; use x.to({str(problem.device)!r}).")
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"x is not finite in {int((~torch.isfinite(x.flatten(1)).all(1)).sum())} of {len(x)} rows."
@@ -296,8 +303,7 @@ class RecedingHorizon:
         last = self.solution
         if last is None or now - self._solved_at >= min(self.replan, self._chain.steps):
             options: dict[str, Any] = {"time_steps": self.time_steps, "scheme": self.scheme, "progress": False}
-            if find_method(self.method).default_iterations:
-                options |= {"iterations": self.iterations}
+            options["iterations"] = self.iterations
             seed = derive_seed(self.seed or 0, Place.RECEDING_HORIZON_SOLVE, self._rounds_done)
             self._rounds_done += 1
             started = self.problem.started_at(x[0])

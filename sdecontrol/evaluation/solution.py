@@ -182,7 +182,7 @@ class Solution:
     ) -> PerPath:
         """``v(x, t) = alpha log E_{Q0}[exp((r - int_t f)/alpha) | X_t = x]``, ``(batch,)``, estimated by n weighted
         paths of the control from each state: ``alpha log mean w``, too small in the mean by about
-        ``alpha var(w)/(2 n)``, the less the better the control.
+        ``alpha var(w/E w)/(2 n)``, the less the better the control.
 
         Args:
             x: ``(batch, *event)``. t: the step of the chain that contains it. condition: of each row, where the problem

@@ -80,9 +80,12 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_measurements(tmp_path):
 
 
 @pytest.mark.slow
-def test_failed_measurements_are_named_dropped_or_asked_again():
-    with pytest.raises(sc.NonFiniteError, match=r"oracle gave no finite number for 2 of 16 rows .*failed='drop'"):
-        sc.design(problem(), Oracle(lost=2), **OPTIONS)
+def test_failed_measurements_are_named_dropped_or_asked_again(tmp_path):
+    with pytest.raises(sc.NonFiniteError, match=r"2 of 16 rows .*All 16 answers are in .*failed='drop'"):
+        sc.design(problem(), Oracle(lost=2), folder=tmp_path, **OPTIONS)
+    kept = Oracle()
+    found = sc.design(problem(), kept, folder=tmp_path, **OPTIONS | {"failed": "drop", "rounds": 1})
+    assert not kept.asked and len(found.r) == 16  # what the failed round measured was not lost
     oracle = Oracle(lost=2)
     found = sc.design(problem(), oracle, **OPTIONS | {"failed": "drop", "rounds": 2})
     assert int(found.r.isnan().sum()) == 4 and [row["failed"] for row in found.table()] == [2, 2]
@@ -119,11 +122,24 @@ def test_all_that_there_is_was_measured():
         sc.design(tiny, lambda x: x.sum(1).float(), **OPTIONS | {"rounds": 2})
 
 
+@pytest.mark.slow
+def test_a_process_that_stops_is_tuned_as_one_that_stops():
+    walk = sc.SDE(lambda x, t: 0 * x, diffusion=torch.tensor(1.0), dim=1, horizon=1.0)
+    stopped = sc.ControlProblem(walk, sc.Dirac(torch.zeros(1)), alpha=1.0, stop=lambda x: x[:, 0] > 0.5)
+    options = OPTIONS | {"method": sc.SoftPPO(), "rounds": 1}
+    options["train"] = {"iterations": 2, "batch_size": 64, "time_steps": 5}
+    found = sc.design(stopped, lambda x: x[:, 0], **options)
+    assert found.solution.problem.stop is stopped.stop
+
+
 def test_bad_input_is_named():
     rewarded = sc.ControlProblem(problem().reference, reward=lambda x: x.sum(1).float(), alpha=1.0)
+    chain = sc.masked_diffusion(lambda x, s, y: torch.zeros(*x.shape, V), L, V, steps=10)
+    conditional = sc.ControlProblem(chain, alpha=1.0, condition=torch.arange(3))
     for arguments, more, kind, message in (
         ((rewarded, Oracle()), {}, ValueError, "problem has a reward"),
         ((problem(), None), {}, TypeError, "oracle must be a function"),
+        ((conditional, Oracle()), {}, ValueError, "problem has a condition"),
         ((problem().reference, Oracle()), {}, TypeError, "problem must be a ControlProblem"),
         ((problem(), Oracle()), {"propose": "ucb"}, ValueError, "propose"),
         ((problem(), Oracle()), {"rounds": 0}, ValueError, "rounds must be an int >= 1"),

@@ -203,6 +203,10 @@ def test_bad_input_is_named() -> None:
         make(method=sc.AdjointMatching(), rounds=2)
     with pytest.raises(ValueError, match="bounds is for plans of PathIntegralGuidance"):
         make(method="soft-ppo", bounds=(-1, 1))
+    with pytest.raises(ValueError, match="trust_region is for plans of PathIntegralGuidance"):
+        make(method="soft-ppo", trust_region=None)
+    with pytest.raises(ValueError, match="iterations is for methods that train"):
+        make(iterations=3)
     planner = make(method=sc.PathIntegralGuidance(num_paths=8))
     with pytest.raises(TypeError, match=r"x must be a tensor .* use torch.as_tensor\(x\)"):
         planner.act(x.numpy(), 0.0)
