@@ -69,6 +69,21 @@ def test_a_plan_begins_with_what_is_left_of_the_last_one() -> None:
     assert errors[0] > 1.25 * max(errors[2:]) and again > 1.25 * max(errors[2:]), (errors, again)
 
 
+def test_what_is_left_of_a_plan_is_of_the_steps_to_come() -> None:
+    """Of a linear reward and linear dynamics the best plan makes all weights equal, whatever the state: so does what
+    is left of it later, and nothing else does."""
+    sde = sc.LinearSDE(A=-4 * torch.eye(1, dtype=F64), sigma=torch.eye(1, dtype=F64), offset=None, horizon=1.0)
+    start = sc.Dirac(torch.zeros(1, dtype=F64))
+    problem = sc.ControlProblem(sde, start, reward=sc.Linear(4 * torch.ones(1, dtype=F64)), alpha=1.0)
+    planner = sc.RecedingHorizon(
+        problem, sc.PathIntegralGuidance(num_paths=N), horizon=1.0, time_steps=20, rounds=4, seed=0
+    )
+    planner.act(torch.zeros(1, 1, dtype=F64), 0.0)
+    planner.rounds = 1
+    planner.act(torch.ones(1, 1, dtype=F64), 0.5)
+    assert planner.ess is not None and float(planner.ess) > 0.99 * N
+
+
 def test_between_plans_the_next_steps_of_the_last_one_are_taken() -> None:
     problem, x = quadratic(), states()
     planner = sc.RecedingHorizon(problem, sc.PathIntegralGuidance(num_paths=64), time_steps=20, replan=3, seed=0)

@@ -58,11 +58,11 @@ def test_the_calibration_is_of_rows_that_nobody_saw():
 
 @pytest.mark.slow
 def test_the_third_of_the_rows_that_a_member_did_not_draw_ends_its_learning_in_time():
-    """Of pure noise the best is the mean, and a network of this size would learn all of it by heart."""
+    """Of pure noise the best is the mean; learned by heart, it is far off everywhere else (2.7 to 8 variances)."""
     x = vectors(60, 6)
     r = torch.randn(60, generator=torch.Generator().manual_seed(7), dtype=F64)
     reward = sc.fit_reward(x, r, **QUICK | {"iterations": 2000, "held_out": 0.0})
-    assert float((reward(x) - r).square().mean()) > 0.4 * float(r.var())
+    assert float((reward(vectors(2000, 99)) - r.mean()).square().mean()) < r.var()
 
 
 @pytest.mark.slow
