@@ -47,9 +47,20 @@ def test_bounds_are_the_mean_and_so_many_spreads():
     assert len({round(float(v), 9) for v in each[:, 0]}) == 3  # members differ
 
 
+def test_the_rows_of_the_calibration_teach_nobody():
+    """Whatever was measured at half of the rows, members are the same to the bit; the calibration is not."""
+    x, options = vectors(12), QUICK | {"iterations": 2, "held_out": 0.5}
+    r, unseen = truth(x), 0
+    plain = sc.fit_reward(x, r, **options)
+    for row in range(12):
+        other = sc.fit_reward(x, r.index_add(0, torch.tensor([row]), torch.ones(1, dtype=F64)), **options)
+        unseen += torch.equal(other.each(x), plain.each(x))
+        assert other.calibration.rmse != plain.calibration.rmse
+    assert unseen == 6
+
+
 @pytest.mark.slow
-def test_the_calibration_is_of_rows_that_nobody_saw():
-    """Were they learned from, pure noise would seem to be explained."""
+def test_of_pure_noise_nothing_is_explained_and_errors_are_of_one_spread():
     x, r = vectors(200), torch.randn(200, generator=torch.Generator().manual_seed(5), dtype=F64)
     held = sc.fit_reward(x, r, **QUICK | {"iterations": 600, "held_out": 0.5}).calibration
     assert held.r2 < 0.1 and held.rmse > 0.8 and 0.5 < held.within_one < 0.9
