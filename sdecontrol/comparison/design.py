@@ -283,9 +283,7 @@ def design(
     if problem.reward_function is not None:
         raise ValueError("problem has a reward; what is to be measured is the oracle's: make it without one.")
     if problem.condition is not None:
-        raise ValueError(
-            "problem has a condition; an oracle measures x alone: fix the condition first."
-        )
+        raise ValueError("problem has a condition; an oracle measures x alone: fix the condition first.")
     if ranks.size() > 1:
         raise ValueError("design would ask the oracle in each of the processes: run it in one.")
     if not callable(oracle):
