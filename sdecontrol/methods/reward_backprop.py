@@ -135,16 +135,16 @@ class RewardBackprop(Method):
         return RelaxedMasking(run.chain, self.temperature, self.straight_through)  # type: ignore[arg-type]
 
     def _visited(self, run: Run, control: Control, states: StatePaths | None) -> Visited:
-        """The states of this iteration, drawn again for a few paths where they were not kept."""
+        """The states of a few paths of this iteration, drawn again where they were not kept."""
         batch = run.batch()
+        few = spread(len(batch.x0), few_of(len(batch.x0)))
+        y = None if batch.condition is None else batch.condition[few]
         if states is None:
-            few = spread(len(batch.x0), few_of(len(batch.x0)))
-            noise, y = [batch.noise[k][few] for k in range(run.chain.steps)], batch.condition
-            y = None if y is None else y[few]
+            noise = [batch.noise[k][few] for k in range(run.chain.steps)]
             with torch.no_grad():
                 paths = integrate(run.chain, batch.x0[few], noise, shift_function(run.chain, control), condition=y)
-            return Visited(paths.states, y)
-        return Visited.of(states, batch.condition)
+            states = paths.states
+        return Visited(states, y)
 
     def step(self, state: ControlState, run: Run) -> dict[str, float]:
         problem, relaxed = run.problem, self._relaxed(run)
@@ -164,9 +164,9 @@ class RewardBackprop(Method):
             if self.gradient == "random":
                 generator = generator_for("cpu", run.seed, Place.BACKPROP_TRUNCATION, run.iteration, part)
                 options["truncation"] = float(torch.rand((), generator=generator, dtype=torch.float64))
-            objective = Objective(
-                terminal, problem.running_cost_or_none, problem.alpha, batch.condition, weight=1 / run.accumulate
-            )
+            few = None if part else spread(len(batch.x0), few_of(len(batch.x0)))
+            common = {"condition": batch.condition, "weight": 1 / run.accumulate, "seen": few}
+            objective = Objective(terminal, problem.running_cost_or_none, problem.alpha, **common)
             start = batch.x0 if relaxed is None else relaxed.relaxed(batch.x0)
             found.append(backward(chain, state.control, start, batch.noise, objective, **options))
         states = found[0].states

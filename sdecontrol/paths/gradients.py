@@ -49,6 +49,7 @@ class Objective:
     Attributes:
         terminal: a function of ``x_K``, differentiable. running_cost: f, or None. alpha: by which it is divided.
         condition: ``(batch, ...)`` or None. weight: of the mean over these paths in the whole gradient.
+        seen: rows of which the states of all steps are returned; None: of none.
     """
 
     terminal: Callable[[States], PerPath]
@@ -56,6 +57,7 @@ class Objective:
     alpha: float = 1.0
     condition: Any = None
     weight: float = 1.0
+    seen: slice | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,8 +68,8 @@ class Objective:
 @dataclass(frozen=True)
 class PathCost:
     """Detached parts of the cost of each path: ``cost`` is the running cost, less alpha times the
-    logarithm of a reverse law; the last states; ``log P^u/Q0`` where it is known; and the states of all steps,
-    ``(K, batch, *event)``, where they are at hand."""
+    logarithm of a reverse law; the last states; ``log P^u/Q0`` where it is known; and the states of all steps of the
+    paths that were asked for, ``(K, rows, *event)``, where they are at hand."""
 
     terminal: PerPath
     cost: PerPath
@@ -102,6 +104,17 @@ class _Setting:
         y = self.objective.condition
         objective = replace(self.objective, condition=None if y is None else y[rows])
         return replace(self, noise=_SomeNoise(self.noise, rows), objective=objective)
+
+    @property
+    def keep(self) -> str:
+        """What :func:`integrate` is to keep where no graph is wanted."""
+        return "end" if self.objective.seen is None else "states"
+
+    def visited(self, paths: Paths) -> list[States]:
+        """The states from which the steps of these paths were taken, of the rows that are asked for."""
+        return (
+            [] if self.objective.seen is None else [x.detach()[self.objective.seen] for x in paths.record.states[:-1]]
+        )
 
     def spent(self, paths: Paths) -> PerPath:
         reverse = paths.totals.log_reverse
@@ -140,24 +153,25 @@ def backpropagate(
 def _full(setting: _Setting, x0: States, last_steps: int) -> PathCost:
     chain, objective, cut = setting.chain, setting.objective, setting.chain.steps - last_steps
     x, early_cost, early_kl, ratio = x0, *(chain.times.new_zeros(len(x0)) for _ in range(3))
+    states: list[States] = []
     if cut:
         with torch.no_grad():
             early = integrate(
-                chain, x0, setting.noise, setting.shift(), keep="end", steps=range(cut), **objective.options
+                chain, x0, setting.noise, setting.shift(), keep=setting.keep, steps=range(cut), **objective.options
             )
+        states += setting.visited(early)
         x, early_cost, early_kl, ratio = early.end, setting.spent(early), early.kl(), early.log_ratio()
     paths = integrate(chain, x, setting.noise, setting.shift(), steps=range(cut, chain.steps), **objective.options)
     terminal, cost, kl = objective.terminal(paths.end), setting.spent(paths), paths.kl()
     check_likelihood(kl, chain)
     loss = objective.weight * (terminal + cost / objective.alpha + kl).mean()
     torch.autograd.backward(loss, inputs=list(setting.parameters))
-    states = None if cut else torch.stack([x.detach() for x in paths.record.states[:-1]])
+    states += setting.visited(paths)
     with torch.no_grad():
         ratio = ratio + paths.log_ratio()
     end = paths.end.detach()
-    return PathCost(
-        terminal.detach(), (early_cost + cost).detach(), (early_kl + kl).detach(), end, ratio.detach(), states
-    )
+    spent, kls = (early_cost + cost).detach(), (early_kl + kl).detach()
+    return PathCost(terminal.detach(), spent, kls, end, ratio.detach(), torch.stack(states) if states else None)
 
 
 def _rows_at_once(setting: _Setting, x0: States) -> int:
@@ -192,13 +206,15 @@ def _by_segments(
     # segment's rows and not the whole tables; their gradient is passed on at the end
     tables = tuple(control.tables(chain)) if hasattr(control, "tables") else ()
     firsts, starts = range(0, chain.steps, size), [x0]
+    states: list[States] = []
     cost = kl = ratio = chain.times.new_zeros(x0.shape[0])
     with torch.no_grad():
         shift, options = setting.shift([table.detach() for table in tables]), setting.objective.options
         for first in firsts:
             steps = range(first, min(first + size, chain.steps))
-            part = integrate(chain, starts[-1], setting.noise, shift, keep="end", steps=steps, **options)
+            part = integrate(chain, starts[-1], setting.noise, shift, keep=setting.keep, steps=steps, **options)
             starts.append(part.end)
+            states += setting.visited(part)
             cost, kl, ratio = cost + setting.spent(part), kl + part.kl(), ratio + part.log_ratio()
     end = starts.pop().requires_grad_(True)
     terminal = setting.objective.terminal(end)
@@ -224,7 +240,7 @@ def _by_segments(
     if reached:
         slopes = [torch.stack([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]) for _, rows in reached]
         torch.autograd.backward([table for table, _ in reached], slopes, inputs=list(setting.parameters))
-    return PathCost(terminal.detach(), cost, kl, end.detach(), ratio)
+    return PathCost(terminal.detach(), cost, kl, end.detach(), ratio, torch.stack(states) if states else None)
 
 
 def _recompute(

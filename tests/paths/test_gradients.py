@@ -6,7 +6,11 @@ from cases import F64, SmallControl, nonlinear, random_lq
 from runs import gradient, perturbed_default
 
 import sdecontrol as sc
+from sdecontrol.chains.shifts import shift_function
 from sdecontrol.controls.build import build_control
+from sdecontrol.methods.base import Run
+from sdecontrol.paths.gradients import Objective, backpropagate
+from sdecontrol.paths.integrator import integrate
 
 MODES = ["full", "checkpoint", "adjoint"]
 
@@ -63,6 +67,23 @@ def test_the_gradient_is_the_derivative_of_the_cost(mode):
                 p.sub_(sign * 1e-5 * d)
     slope = (values[0] - values[1]) / 2e-5
     assert slope == pytest.approx(sum(float((g * d).sum()) for g, d in zip(grads, direction)), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [*MODES, 2])
+def test_states_that_are_asked_for_are_those_of_the_paths(mode):
+    problem = random_lq(2, seed=2)
+    chain = problem.chain(7)
+    control = perturbed_default(problem, chain)
+    batch = Run(problem, chain, 8, 1, seed=1).batch()
+    with torch.no_grad():
+        paths = integrate(chain, batch.x0, batch.noise, shift_function(chain, control))
+    rows = slice(1, None, 3)
+    objective = Objective(lambda x: x.square().sum(1), seen=rows)
+    cost = backpropagate(
+        chain, control, batch.x0, batch.noise, objective, parameters=list(control.parameters()), mode=mode
+    )
+    torch.testing.assert_close(cost.states, paths.states[:-1, rows], rtol=0, atol=1e-12)
+    assert gradient(problem, chain, control, mode)[0].states is None
 
 
 def test_the_last_k_steps_give_the_full_gradient_when_k_is_all_of_them_and_another_one_otherwise():
