@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import sdecontrol as sc
 from sdecontrol.chains.categorical import CategoricalKernels
 from sdecontrol.chains.gaussian import EulerChain
 from sdecontrol.chains.jump import JumpChain
@@ -18,7 +19,7 @@ from sdecontrol.paths.paths import Paths
 from sdecontrol.processes.linear import Transition
 from sdecontrol.processes.schedules import VP
 from sdecontrol.tensors import event_sum, symmetric
-from theory_checks import Setting, all_checks
+from theory_checks import Setting, all_checks, run_check
 
 
 def _fails(name: str) -> bool:
@@ -193,3 +194,31 @@ def test_planted_bug_is_caught(monkeypatch, plant, name):
 def test_without_bugs_they_pass():
     assert not any(_fails(name) for name in {n for _, n in PLANTED} - SLOW)
     assert base is not None
+
+
+#: checks that once held equations against one another only, and what each of them now runs
+ABOUT_METHODS = [
+    ("algorithm-1-soft-ppo", "SoftPPO"),
+    ("algorithm-2-backpropagation", "RewardBackprop"),
+    ("on-policy-fixed-points", "LogVariance"),
+    ("on-policy-fixed-points", "PathConsistency"),
+    ("eq-32-path-integral", "PathIntegralGuidance"),
+    ("eq-31-tweedie", "ValueGuidance"),
+    ("eq-31-tweedie-mixture", "ValueGuidance"),
+    ("adjoint-matching", "AdjointMatching"),
+    ("remark-7-f-divergence", "FDivergence"),
+    ("erratum-21-clip", "SoftPPO"),
+    ("erratum-21-cost", "SoftPPO"),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), ABOUT_METHODS)
+def test_a_method_that_raises_fails_its_check(monkeypatch, name, method):
+    def raises(self, *arguments, **options):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(getattr(sc, method), "__init__", raises)
+    check = next(c for c in all_checks() if c.name == name)
+    assert f"sdecontrol.{method}" in check.implements
+    outcome = run_check(check, Setting(), controls=False)
+    assert not outcome.passed and "planted" in outcome.error

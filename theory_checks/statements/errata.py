@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 import sdecontrol as sc
+from sdecontrol.methods.on_paths import collect
 
 from ..cases import linear_cases, tensor
 from ..gaussian import Joint, gaussian_kl, log_density, path_law
+from ..iterations import EIGHT, AffineModule, combinations, iteration, run_on
 from ..quadrature import NoiseNodes
 from ..registry import Measurement, Setting, check, compare, within
 from .estimators import _a_policy, _pathwise_gradient, one_dimensional, soft_ppo_gradient
@@ -57,11 +59,17 @@ def variance_of_vp(setting: Setting, defect: str) -> Lines:
     yield compare("VP: variance", float(schedule.std(one)) ** 2, variance)
 
 
-@check("erratum-21-clip", "[21]", kind=KIND, controls=["min, as printed", "no clipping"])
+@check(
+    "erratum-21-clip",
+    "[21]",
+    kind=KIND,
+    implements=["sdecontrol.SoftPPO"],
+    controls=["min, as printed", "no clipping", "clipped elsewhere"],
+)
 def clip(setting: Setting, defect: str) -> Lines:
     """The surrogate of a *cost* is conservative with max{c ratio, c clip(ratio)}: never below the unclipped one, and
     equal to it where the step improves within the region; its slope is zero where a further improvement lies beyond it.
-    Printed is min."""
+    Printed is min. The library's surrogate of a control that has moved is this one, over dense paths of the old one."""
     ratio = torch.linspace(0.3, 1.9, 33, dtype=torch.float64).requires_grad_()
     rule = torch.minimum if defect.startswith("min") else torch.maximum
     for cost in (2.0, -3.0):
@@ -75,13 +83,45 @@ def clip(setting: Setting, defect: str) -> Lines:
         yield within(f"slope beyond the region where cost falls, c={cost:g}", float(slope[beyond].abs().max()), 1e-12)
         worse = ratio > 1.2 if cost > 0 else ratio < 0.8
         yield compare(f"slope back into the region, c={cost:g}", slope[worse], torch.full_like(slope[worse], cost))
+    yield from _library_surrogate(setting, defect)
+
+
+def _library_surrogate(setting: Setting, defect: str) -> Lines:
+    """``SoftPPO``'s loss after a step that takes many ratios out of the region, and the ratios."""
+    for case in one_dimensional(setting):
+        U, w = _a_policy(setting, case)
+        module, noise = AffineModule(case, U, w), combinations(EIGHT, case.K, 1)
+        run, method = run_on(case, module, noise), sc.SoftPPO(clip=0.1, baseline="per-time")
+        state = method.setup(run)
+        batch = method.advantages(state, run, collect(state, run, 0))
+        module.U.data += 0.3
+        module.w.data -= 0.4
+        loss, ratios = method.surrogate(state, batch)
+        x, xi = batch.paths.states[:-1, :, 0].numpy(), noise[..., 0].numpy()
+        root = np.sqrt(case.h)[:, None]
+        old, new = (root * (V[:, :, 0] * x + v) for V, v in ((U, w), (U + 0.3, w - 0.4)))
+        F = np.array([case.F_at(t)[0, 0] for t in case.grid[:-1]])[:, None]
+        steps = old * xi + 0.5 * old**2 + case.h[:, None] * 0.5 * F * x**2 / case.alpha
+        reward = case.problem().reward(batch.paths.end).numpy() / case.alpha
+        to_come = steps[::-1].cumsum(0)[::-1] - steps - reward
+        n = x.shape[1]
+        A = (to_come - to_come.mean(1, keepdims=True)) * n / (n - 1)
+        ratio = np.exp(0.5 * xi**2 - 0.5 * (xi + old - new) ** 2)
+        clipped = (
+            ratio if defect == "no clipping" else np.clip(ratio, 0.9, 1.2 if defect.startswith("clipped") else 1.1)
+        )
+        rule = np.minimum if defect.startswith("min") else np.maximum
+        want = (rule(A * ratio, A * clipped) + 0.5 * new**2).sum(0).mean()
+        yield compare("ratios of SoftPPO", ratios, ratio)
+        yield within("1 less the ratios out of the region", 1.0 - float((np.abs(ratio - 1) > 0.1).sum()), 0.0)
+        yield compare("surrogate of SoftPPO", float(loss.detach()), want)
 
 
 @check(
     "erratum-21-cost",
     "[21]",
     kind=KIND,
-    about=["sdecontrol.SoftPPO"],
+    implements=["sdecontrol.SoftPPO"],
     controls=["own KL only, not differentiated", "own KL only, differentiated"],
 )
 def ppo_cost(setting: Setting, defect: str) -> Lines:
@@ -90,9 +130,10 @@ def ppo_cost(setting: Setting, defect: str) -> Lines:
     differentiated or not."""
     for case in one_dimensional(setting, cost=False):
         U, w = _a_policy(setting, case)
-        yield compare(
-            "gradient of -J/alpha", soft_ppo_gradient(case, U, w, defect), _pathwise_gradient(case, U, w), 1e-8
-        )
+        want = _pathwise_gradient(case, U, w)
+        yield compare("gradient of -J/alpha", soft_ppo_gradient(case, U, w, defect), want, 1e-8)
+        _, slope = iteration(case, sc.SoftPPO(epochs=1), U, w, combinations(EIGHT, case.K, 1))
+        yield compare("gradient of SoftPPO", slope, want, 1e-8)
 
 
 @check(

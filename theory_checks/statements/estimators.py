@@ -19,6 +19,7 @@ from sdecontrol.evaluation.evaluate import log_weights
 
 from ..cases import LinearCase, linear_cases, spoil, tensor
 from ..gaussian import gaussian_kl
+from ..iterations import EIGHT, SIGNS, AffineModule, combinations, iteration, run_on
 from ..quadrature import NoiseNodes
 from ..registry import Measurement, Setting, check, compare, order, within
 from ..statistics import z_test
@@ -115,8 +116,7 @@ def soft_ppo_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray, reading: s
     "algorithm-1-soft-ppo",
     "Algorithm 1, [21]",
     kind=KIND,
-    implements=["sdecontrol.simulate"],
-    about=["sdecontrol.SoftPPO"],
+    implements=["sdecontrol.simulate", "sdecontrol.SoftPPO"],
     controls=[
         "own KL only, not differentiated",
         "own KL only, differentiated",
@@ -127,23 +127,42 @@ def soft_ppo_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray, reading: s
 )
 def soft_ppo(setting: Setting, defect: str) -> Lines:
     """At theta = theta_old the surrogate's gradient, with the costs and KLs still to come and the direct derivative of
-    the step's own KL, is the gradient of -J/alpha (dense laws), on a linear-quadratic chain with running cost."""
+    the step's own KL, is the gradient of -J/alpha (dense laws), on a linear-quadratic chain with running cost; so is
+    that of the library's first optimiser step. A baseline of the other n - 1 paths, which are the other nodes here,
+    makes its score part n/(n - 1) times as large."""
     for case in one_dimensional(setting):
         U, w = _a_policy(setting, case)
-        yield compare(
-            "gradient", soft_ppo_gradient(spoil(case, defect), U, w, defect), _pathwise_gradient(case, U, w), 1e-8
-        )
+        want, given = _pathwise_gradient(case, U, w), spoil(case, defect)
+        yield compare("gradient", soft_ppo_gradient(given, U, w, defect), want, 1e-8)
+        noise = combinations(EIGHT, case.K, 1)
+        _, slope = iteration(given, sc.SoftPPO(epochs=1), U, w, noise)
+        yield compare("gradient of SoftPPO", slope, want, 1e-8)
+        _, slope = iteration(given, sc.SoftPPO(epochs=1, baseline="per-time"), U, w, noise)
+        n, own = noise.shape[1], _own_kl_gradient(case, U, w)
+        yield compare("gradient of SoftPPO, baseline per time", slope, n / (n - 1) * (want - own) + own, 1e-8)
+
+
+def _own_kl_gradient(case: LinearCase, U: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Gradient of ``sum_k h |u_k(x_k)|^2/2`` in (U, w) with the law of the states held, from its moments."""
+    law, parts = case.reference(0, case.mean, (U, w)), []
+    for k in range(case.K):
+        mean, square = law.of(k).mean[0], float(law.of(k).cov[0, 0] + law.of(k).mean[0] ** 2)
+        slope, offset = U[k, 0, 0], w[k, 0]
+        parts.append(case.h[k] * np.array([slope * square + offset * mean, slope * mean + offset]))
+    return np.stack(parts).T.ravel()
 
 
 @check(
     "algorithm-2-backpropagation",
     "Algorithm 2, [22]",
     kind=KIND,
-    about=["sdecontrol.RewardBackprop"],
+    implements=["sdecontrol.RewardBackprop", "sdecontrol.Reinforce"],
     controls=["KL terms left out", "last step only", "alpha off by 5 %", "drift off by 1 %", "running cost left out"],
 )
 def backpropagation(setting: Setting, defect: str) -> Lines:
-    """The pathwise gradient of E[-R/alpha + sum h |u|^2/2] through the simulated chain is the gradient of -J/alpha."""
+    """The pathwise gradient of E[-R/alpha + sum h |u|^2/2] through the simulated chain is the gradient of -J/alpha, and
+    so is the library's, whichever way it goes through the simulation; the score-function gradient (``Reinforce``) is
+    the same one."""
     for case in one_dimensional(setting):
         U, w = _a_policy(setting, case)
         nodes, policy, given = NoiseNodes(case.K, 8), Policy(U, w), spoil(case, defect)
@@ -161,7 +180,14 @@ def backpropagation(setting: Setting, defect: str) -> Lines:
             sigma = sde.diffusion(x[:, None], time)[0, 0, 0]
             x = x + h * (sde.drift(x[:, None], time)[:, 0] + sigma * u) + np.sqrt(h) * sigma * nodes.noise[k, :, 0]
         loss = (cost - problem.reward(x[:, None])) / problem.alpha + (0.0 if defect == "KL terms left out" else kl)
-        yield compare("gradient", policy.gradient(nodes.mean(loss)), _pathwise_gradient(case, U, w), 1e-8)
+        want = _pathwise_gradient(case, U, w)
+        yield compare("gradient", policy.gradient(nodes.mean(loss)), want, 1e-8)
+        for mode in ("full", "checkpoint", "adjoint", case.K):
+            last = 1 if defect == "last step only" else mode
+            _, slope = iteration(given, sc.RewardBackprop(last), U, w, combinations(SIGNS, case.K, 1))
+            yield compare(f"gradient of RewardBackprop({mode!r})", slope, want, 1e-8)
+        _, slope = iteration(given, sc.Reinforce(baseline="none"), U, w, combinations(EIGHT, case.K, 1))
+        yield compare("gradient of Reinforce", slope, want, 1e-8)
 
 
 def _residual(case: LinearCase, policy: Policy, draws) -> torch.Tensor:
@@ -179,8 +205,7 @@ def _best(case: LinearCase) -> tuple[np.ndarray, np.ndarray]:
     "on-policy-fixed-points",
     "MATH 3: any paths; [33], [35]",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.control"],
-    about=["sdecontrol.LogVariance", "sdecontrol.PathConsistency"],
+    implements=["sdecontrol.exact_solution.control", "sdecontrol.LogVariance", "sdecontrol.PathConsistency"],
     controls=[
         "paths of the reference",
         "alpha off by 5 %",
@@ -192,7 +217,7 @@ def _best(case: LinearCase) -> tuple[np.ndarray, np.ndarray]:
 def fixed_points(setting: Setting, defect: str) -> Lines:
     """Mean-shift kernels cannot be p*, but the gradients of log-variance and of the T-step path-consistency loss vanish
     exactly at the best mean-shift control, on paths of that control; E[Y] there is minus the ELBO, where a learned log
-    Z settles."""
+    Z settles. The library's losses have these gradients, and that learned log Z."""
     for case in one_dimensional(setting):
         answers = spoil(case, defect).chain()
         U, w = answers.control()
@@ -223,6 +248,13 @@ def fixed_points(setting: Setting, defect: str) -> Lines:
         yield compare(
             "log E[exp(-Y)] = log Z", float(nodes.mean((-Y.detach()).exp()).log()), float(answers.exact.log_z)
         )
+        whose = "reference" if defect.startswith("paths of") else "current"
+        for method in (sc.LogVariance(paths=whose), sc.PathConsistency("all", paths=whose)):
+            metrics, slope = iteration(
+                spoil(case, defect), method, U.reshape(-1, 1, 1), w.reshape(-1, 1), combinations(EIGHT, case.K, 1)
+            )
+            yield within(f"gradient of {method.name}", float(np.abs(slope).max()) / scale, 1e-9)
+        yield compare("learned log Z", metrics["learned_log_z"], float(case.chain().exact.elbo), 1e-8)
 
 
 @check(
@@ -313,14 +345,15 @@ def soft_q(setting: Setting, defect: str) -> Lines:
     "eq-32-path-integral",
     "[32], Section 6.2.3",
     kind=KIND,
-    implements=["sdecontrol.simulate", "sdecontrol.exact_solution.control"],
-    about=["sdecontrol.PathIntegralGuidance"],
+    implements=["sdecontrol.simulate", "sdecontrol.exact_solution.control", "sdecontrol.PathIntegralGuidance"],
+    tests=6,
     controls=["1/alpha too many, as printed", "alpha off by 5 %", "noise off by 1 %", "running cost left out"],
 )
 def path_integral(setting: Setting, defect: str) -> Lines:
     """u = E_Q0[exp(R/alpha) xi_k | x_k] / (sqrt(h) E_Q0[exp(R/alpha) | x_k]): no gradient of r. On linear-quadratic
     chains it is exactly the best mean-shift control; with paths of another control v, xi becomes xi + sqrt(h) v and the
-    weight carries dQ0/dP^v."""
+    weight carries dQ0/dP^v. The library's averages over random paths have it as their mean, and do not vary where the
+    weights do not: for a linear reward, with paths of the optimum."""
     for case in one_dimensional(setting):
         problem, nodes = spoil(case, defect).problem(), NoiseNodes(case.K, 40)
         U, w = case.chain().control()
@@ -333,6 +366,33 @@ def path_integral(setting: Setting, defect: str) -> Lines:
                 if defect.startswith("1/alpha"):
                     u = u / case.alpha
                 yield compare(f"u(x_0), paths of {name}", u, U[0, 0, 0] * x0 + w[0, 0])
+        yield from _averages(setting, case, problem, defect)
+
+
+def _averages(setting: Setting, case: LinearCase, problem: sc.ControlProblem, defect: str) -> Lines:
+    """``PathIntegralGuidance`` at one state, many averages of many paths each."""
+    (U, w), rows = case.chain().control(), 96
+    size = 1 / case.alpha if defect.startswith("1/alpha") else 1.0
+    options: dict[str, Any] = {"time_steps": list(case.grid), "progress": False, "seed": setting.seed}
+    for name, proposal, antithetic in (
+        ("paths of the reference", None, False),
+        ("antithetic pairs", None, True),
+        ("paths of another control", lambda x, t: 0.3 - 0.2 * x, False),
+    ):
+        method = sc.PathIntegralGuidance(2048, proposal=proposal, antithetic=antithetic)
+        control = sc.solve(problem, method, **options).control
+        for k, x0 in ((0, 0.9), (case.K - 1, -0.7)):
+            x, t = torch.full((rows, 1), x0, dtype=torch.float64), torch.tensor(case.grid[k], dtype=torch.float64)
+            u = size * control(x, t)[:, 0]
+            yield z_test(f"PathIntegralGuidance, {name}, step {k}", u, U[k, 0, 0] * x0 + w[k, 0])
+    linear = replace(case, G=0 * case.G, F=None)
+    best = AffineModule(linear, *linear.chain().control())
+    method = sc.PathIntegralGuidance(4, proposal=best)
+    control = sc.solve(spoil(linear, defect).problem(), method, **options).control
+    x = tensor([[0.4], [-1.1]])
+    for k in range(case.K):
+        t = torch.tensor(case.grid[k], dtype=torch.float64)
+        yield compare(f"four paths of the optimum, step {k}", size * control(x, t), best(x, t.expand(2)))
 
 
 @check(
@@ -368,16 +428,17 @@ def path_integral_error(setting: Setting, defect: str) -> Lines:
     "eq-31-tweedie",
     "[30], [31], Section 6.2.2",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.value"],
-    about=["sdecontrol.ValueGuidance"],
+    implements=["sdecontrol.exact_solution.value", "sdecontrol.ValueGuidance"],
     controls=["Tweedie's value taken for exact", "alpha off by 5 %", "posterior covariance left out of the bias"],
 )
 def tweedie(setting: Setting, defect: str) -> Lines:
     """r(E[x_0|x_t]) in place of v_t is biased in closed form for a Gaussian reference: with posterior N(m, C), v_t -
     r(m) = (g - G m)' C_r (g - G m)/(2 alpha) - alpha log det(I + C G/alpha)/2, C_r = (I + C G/alpha)^{-1} C. For a
-    linear reward that is the constant g'Cg/(2 alpha): a right control all the same."""
+    linear reward that is the constant g'Cg/(2 alpha): a right control all the same. Guided by a given value, the
+    library's control is sigma^T grad v/alpha."""
     for case in linear_cases(setting):
         answers = spoil(case, defect).chain()
+        yield from _guided_by(case, spoil(case, defect), setting)
         for k in (0, 1):
             x = case.points(setting.rng(82))
             C = case.reference(k, x[0]).of(-1).cov * (0.5 if defect.startswith("posterior") else 1.0)
@@ -397,16 +458,27 @@ def tweedie(setting: Setting, defect: str) -> Lines:
             )
 
 
+def _guided_by(case: LinearCase, given: LinearCase, setting: Setting) -> Lines:
+    """``ValueGuidance`` by a quadratic value that changes with time."""
+    G, g = tensor(case.G), tensor(case.g)
+    value = lambda x, t: (1 + t) * (x @ g - 0.5 * ((x @ G) * x).sum(1))  # noqa: E731
+    steps: dict[str, Any] = {"time_steps": list(case.grid), "progress": False}
+    control = sc.solve(given.problem(), sc.ValueGuidance(value), **steps).control
+    x, t = case.points(setting.rng(85)), case.grid[1]
+    u = (1 + t) * (case.g - x @ case.G) @ case.sigma_at(t) / case.alpha
+    yield compare(f"sigma^T grad v/alpha, d={case.d}", control(tensor(x), torch.tensor(t).double()), u)
+
+
 @check(
     "eq-31-tweedie-mixture",
     "[31], MATH 4",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.control"],
+    implements=["sdecontrol.exact_solution.control", "sdecontrol.ValueGuidance"],
     controls=["claimed for mixtures too", "alpha off by 5 %"],
 )
 def tweedie_mixture(setting: Setting, defect: str) -> Lines:
     """With a linear reward Tweedie's guidance is exact for one Gaussian, and wrong for a mixture: there its control
-    differs from the library's exact one by what the dense posterior says."""
+    differs from the library's exact one by what the dense posterior says. It is what the library guides by."""
     for case in mixture_cases(setting, dims=(2,)):
         one = replace(case, weights=np.ones(1), means=case.means[:1], covs=case.covs[:1])
         x, t = setting.rng(83).normal(size=(4, 2)), 0.5
@@ -422,20 +494,23 @@ def tweedie_mixture(setting: Setting, defect: str) -> Lines:
             if defect.startswith("claimed") or name == "one Gaussian":
                 gap = 0 * gap
             yield compare(f"u* - Tweedie's control, {name}", exact - guided, gap, 1e-8)
+            solution = sc.solve(spoil_mixture(model, defect).exact.problem, sc.ValueGuidance("tweedie"), progress=False)
+            got = solution.control(tensor(x), torch.tensor(t).double())
+            yield compare(f"ValueGuidance('tweedie'), {name}", got, guided, 1e-7)
 
 
 @check(
     "adjoint-matching",
     "MATH 3: adjoint matching on the chain",
     kind=KIND,
-    implements=["sdecontrol.exact_solution.control"],
-    about=["sdecontrol.AdjointMatching"],
+    implements=["sdecontrol.exact_solution.control", "sdecontrol.AdjointMatching", "sdecontrol.SOCM"],
     controls=["a_k in place of a_{k+1}", "sign of the running cost flipped", "alpha off by 5 %", "drift off by 1 %"],
 )
 def adjoint_matching(setting: Setting, defect: str) -> Lines:
     """The best mean-shift control satisfies u_k(x) = sigma^T E[a_{k+1} | x_k = x] with the lean adjoint a_K = grad
     r/alpha, a_k = (1 + h b')a_{k+1} - h grad f/alpha on its own paths: its regression is a fixed point exactly, paired
-    with a_{k+1}."""
+    with a_{k+1}. The library's regressions have no gradient there, with the own step's noise or less it, and then no
+    loss either (but of the first step, from a point); so has SOCM without weights, whatever its matrices."""
     sign = -1.0 if defect.startswith("sign") else 1.0
     for case in one_dimensional(setting):
         U, w = spoil(case, defect).chain().control()
@@ -450,20 +525,44 @@ def adjoint_matching(setting: Setting, defect: str) -> Lines:
             error = tensor(U[k, 0, 0]) * x[k] + w[k, 0] - y
             for name, phi in (("1", torch.ones_like(x[k])), ("x", x[k])):
                 yield within(f"E[(u - y) {name}] at step {k}", abs(float(nodes.mean(error * phi))), 1e-9)
+        yield from _regressions(case, spoil(case, defect), U, w, defect)
+
+
+def _regressions(case: LinearCase, given: LinearCase, U: np.ndarray, w: np.ndarray, defect: str) -> Lines:
+    """Regressions of ``case`` at the best control of ``given``: the gradients, and what is left of the loss."""
+    pairing = "continuous" if defect.startswith("a_k") else "chain"
+    if defect.startswith("sign"):
+        case = replace(case, F=None if case.F is None else -case.F)
+    matrices = ("closed-loop", "full", "diagonal", "scalar", "identity", "adjoint")
+    for name, method, exact in (
+        ("AdjointMatching", sc.AdjointMatching(pairing=pairing), True),
+        ("AdjointMatching, own noise", sc.AdjointMatching(pairing=pairing, zero_variance=False), False),
+        *((f"SOCM({kind!r})", sc.SOCM(kind, weighted=False), kind == "closed-loop") for kind in matrices),
+    ):
+        module = AffineModule(case, U, w)
+        run = run_on(case, module, combinations(EIGHT, case.K, 1))
+        state: Any = method.setup(run)
+        for run.iteration in range(9):  # each says how well the next must know the own noise
+            state.zero_grad()
+            method.step(state, run)
+        slope = max(float(p.grad.abs().max()) for p in (module.U, module.w))  # type: ignore[union-attr]
+        yield within(f"gradient of {name}", slope, 1e-8)
+        if exact:  # nothing is seen of how the control of the first step varies around a point
+            yield within(f"loss of {name} after the first step", float(state.residuals[1:].sum()), 1e-9)
 
 
 @check(
     "remark-7-f-divergence",
     "Remark 7",
     kind=KIND,
-    about=["sdecontrol.FDivergence"],
+    implements=["sdecontrol.FDivergence"],
     controls=["lambda left out", "maximum with 0 left out", "alpha off by 5 %", "KL's reward kept"],
 )
 def f_divergence(setting: Setting, defect: str) -> Lines:
     """argmax E_q[r] - alpha D_phi(q || p) is q = p max(0, (phi')^{-1}((r - lambda)/alpha)), lambda by normalisation,
     which is the KL problem with r~ = alpha log max(...): on a grid, q has mass 1, r - alpha phi'(q/p) is constant where
     q > 0 and lower elsewhere, and no other density does better (chi-square: phi' = t - 1; Jensen-Shannon like: phi' =
-    log(2t/(1 + t)))."""
+    log(2t/(1 + t))). The library's reward makes such a q of every generator, p being the law of its samples."""
     x = np.linspace(-6, 6, 601)
     p = np.exp(-0.5 * x**2)
     p /= p.sum()
@@ -498,3 +597,26 @@ def f_divergence(setting: Setting, defect: str) -> Lines:
         rival = np.abs(q + 0.02 * p * setting.rng(84).normal(size=len(x)))
         yield within(f"what another density gains, {name}", max(0.0, goal(rival / rival.sum()) - goal(q)), 1e-9)
         yield within(f"smallest mass, {name}", max(0.0, -q.min()), 1e-12)
+    yield from _library_divergences(used, setting)
+
+
+def _library_divergences(alpha: float, setting: Setting) -> Lines:
+    """``q/p = exp(r~/alpha)`` of the library for the law p of its samples, and the multiplier."""
+    x = tensor(setting.rng(86).normal(size=(400, 1)))
+    reward, true = lambda y: torch.sin(2 * y[:, 0]) + 0.3 * y[:, 0], 0.7
+    slopes = {
+        "kl": np.log,
+        "reverse-kl": lambda t: 1 - 1 / t,
+        "chi-squared": lambda t: 2 * (t - 1),
+        "hellinger": lambda t: 0.5 * (1 - t**-0.5),
+        "jensen-shannon": lambda t: 0.5 * np.log(2 * t / (1 + t)),
+        "alpha-divergence": lambda t: (t**0.7 - 1) / 0.7,
+    }
+    for name, slope in slopes.items():
+        options = {"order": 1.7} if name == "alpha-divergence" else {}
+        shaped = sc.FDivergence(reward, name, alpha=alpha, samples=x, floor=-60.0, **options)
+        ratio = np.exp(shaped(x).numpy() / true)
+        yield compare(f"mass of q, FDivergence({name!r})", ratio.mean(), 1.0)
+        some = ratio > 1e-9
+        got = reward(x).numpy()[some] - true * slope(ratio[some])
+        yield compare(f"r - alpha phi'(q/p), FDivergence({name!r})", got, np.full(some.sum(), shaped.multiplier), 1e-8)

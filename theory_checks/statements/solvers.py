@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 import sdecontrol as sc
 from sdecontrol.evaluation.solution import Solution
 
 from ..cases import LinearCase, spoil, tensor
+from ..iterations import AffineModule
 from ..registry import Measurement, Setting, check, compare, within
 from ..user import verify
 from .sampling import drifting
@@ -34,21 +34,6 @@ ALL = (
     "SOCM",
     "Reinforce",
 )
-
-
-class AffineModule(nn.Module):
-    """``u(x, t) = U_k x + w_k``: as general as the optimum of a linear-quadratic chain."""
-
-    def __init__(self, case: LinearCase) -> None:
-        super().__init__()
-        self.U = nn.Parameter(torch.zeros(case.K, case.m, case.d, dtype=torch.float64))
-        self.w = nn.Parameter(torch.zeros(case.K, case.m, dtype=torch.float64))
-        self.grid: torch.Tensor
-        self.register_buffer("grid", tensor(case.grid))
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        k = (self.grid[:-1][None] <= t[:, None] + 1e-9).sum(1) - 1
-        return torch.einsum("bij,bj->bi", self.U[k], x) + self.w[k]
 
 
 def learnable(**changes) -> LinearCase:
