@@ -15,7 +15,7 @@ from .evaluation.metrics import (
     sliced_wasserstein,
     wasserstein,
 )
-from .evaluation.sequence_metrics import edit_diversity, kmer_distance, kmer_spectrum, total_variation
+from .evaluation.sequence_metrics import edit_diversity, kmer_correlation, kmer_distance, kmer_spectrum, total_variation
 
 __all__ = [
     "ControlError",
@@ -23,6 +23,7 @@ __all__ = [
     "control_error",
     "edit_diversity",
     "energy_wasserstein",
+    "kmer_correlation",
     "kmer_distance",
     "kmer_spectrum",
     "mmd",

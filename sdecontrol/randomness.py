@@ -226,6 +226,10 @@ class Place(enum.IntEnum):
     REFERENCE_MOVES = 805
     CLASSIFIER_WEIGHTS = 810
     CLASSIFIER_BATCH = 811
+    LETTERS = 820  # draws of a Markov chain of letters
+    ENHANCERS = 821  # sequences with planted motifs
+    ENHANCER_WEIGHTS = 823  # of their model
+    MASKED_BOUND = 822  # which letters are masked, where a likelihood is bounded
 
     # comparison
     COMPARISON_EVALUATION = 901  # compare

@@ -75,6 +75,22 @@ def kmer_distance(a: Tensor, b: Tensor, vocabulary: int, k: int = 3) -> float:
     return float(0.5 * (kmer_spectrum(a, vocabulary, k) - kmer_spectrum(b, vocabulary, k)).abs().sum())
 
 
+def kmer_correlation(a: Tensor, b: Tensor, vocabulary: int, k: int = 3) -> float:
+    """Pearson's correlation between the k-mer spectra of two sets of sequences ``(n, L)``, ``(m, L')``: how alike they
+    are as papers on DNA models say it (Wang et al. 2410.13643). It sees no order beyond k: :func:`kmer_distance` and a
+    model's likelihood beside it.
+
+    Raises:
+        TypeError, ValueError: naming the argument; a spectrum in which all words are equally frequent has none.
+    """
+    x, y = (kmer_spectrum(sequences, vocabulary, k) for sequences in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    size = float(x.norm() * y.norm())
+    if size < 1e-12:
+        raise ValueError(f"k={k}: all words are equally frequent on one side, so that there is no correlation.")
+    return float(x @ y) / size
+
+
 def edit_diversity(samples: Tensor, most: int = 1024) -> float:
     """The mean Levenshtein distance (insertions, deletions, substitutions) between two of the samples, over their
     length: 0 where all are alike. Of independent uniform letters it is less than the share of places that differ, since

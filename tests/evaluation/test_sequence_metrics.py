@@ -34,6 +34,15 @@ def test_spectra_count_words_in_order():
     assert sc.metrics.kmer_distance(x, x.flip(1), 3, k=1) == 0.0 < sc.metrics.kmer_distance(x, x.flip(1), 3, k=2)
 
 
+def test_correlation_of_spectra_is_pearsons():
+    x, y = torch.tensor([[0, 1, 2], [0, 1, 1]]), torch.tensor([[0, 1, 0, 2], [2, 1, 1, 0]])
+    spectra = torch.stack([sc.metrics.kmer_spectrum(z, 3, k=2) for z in (x, y)])
+    assert sc.metrics.kmer_correlation(x, y, 3, k=2) == pytest.approx(float(torch.corrcoef(spectra)[0, 1]), abs=1e-12)
+    assert sc.metrics.kmer_correlation(x, x, 3, k=2) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="all words are equally frequent"):
+        sc.metrics.kmer_correlation(torch.tensor([[0, 1, 2]]), x, 3, k=1)
+
+
 def test_diversity_counts_edits_of_all_pairs():
     x = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0], [0, 1, 2, 3]])  # a shift: one deletion, one insertion
     assert sc.metrics.edit_diversity(x) == pytest.approx((2 + 0 + 2) / 3 / 4)
