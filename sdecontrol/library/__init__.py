@@ -12,6 +12,7 @@
 * :func:`sequence_task` makes a task of sequence design by its name, :func:`sequence_task_names` lists them,
   :func:`sequence_card` says what of one is real and what is made: a model of DNA or RNA, an activity, and what is
   natural (:class:`SequenceTask`). :class:`MarkovLetters` is a model of letters whose conditionals are exact.
+* :class:`SimplexDiffusion` is a diffusion of letters' probabilities that stays on the simplex.
 * ``sdecontrol.library.digits`` has scikit-learn's 8x8 digits and a classifier of them.
 """
 
@@ -21,6 +22,7 @@ from .markov_letters import MarkovLetters
 from .problems import ProblemCard, named_problem, problem_card, problem_names
 from .samples import ReferenceSamples, reference_samples
 from .sequences import SequenceTask, sequence_card, sequence_task, sequence_task_names
+from .simplex import SimplexDiffusion
 from .target_base import Card, Target
 from .targets import named_target, target_card, target_names
 
@@ -31,6 +33,7 @@ __all__ = [
     "ProblemCard",
     "ReferenceSamples",
     "SequenceTask",
+    "SimplexDiffusion",
     "Target",
     "mixture_inverse_problem",
     "mixture_observation",
