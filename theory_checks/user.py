@@ -14,6 +14,7 @@ from scipy import stats
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import effective_sample_size, pareto_k
 from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.exact.grids import GridLaw
 from sdecontrol.paths.paths import Paths
 
 from .registry import FAMILY_WISE_ERROR
@@ -108,9 +109,12 @@ def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int =
 
     Always: the path weights are a change of measure (``E_Q0[dP/dQ0] = 1``, ``E_P[dQ0/dP] = 1``), the KL is the mean
     log-ratio and not negative, both estimates of Z agree, the gap is not negative. Where the exact solution of the
-    chain is known, too: Z itself, and Theorems 1 to 3 for the *weighted* paths, which must obey them within sampling
-    error whatever the control. The unweighted samples of a learned control are off by what its gap allows: their
-    distance is reported and judged against Pinsker's bound, ``distance <= sqrt(gap/2)``.
+    chain is known (:func:`sdecontrol.exact_solution`, on grids and as series too), also: Z itself, the value from the
+    middle of the paths on (Lemma 2), and, where it has their laws, Theorems 1 to 3 for the *weighted* paths, which must
+    obey them within sampling error whatever the control. The unweighted samples of a learned control are off by what
+    its gap allows: their distance is reported and judged against Pinsker's bound, ``distance <= sqrt(gap/2)``. Which of
+    these are known depends on the kind of chain: of simulators, discrete diffusion samplers and annealed Langevin only
+    what holds always.
 
     Args:
         solution: a ``Solution``, an exact solution, or anything with a ``control`` (``control.settings`` says on which
@@ -131,7 +135,7 @@ def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int =
     reference = sc.simulate(problem, n, seed=seed + 1, **settings)
     exact, note = _exact(problem, settings)
     found = list(_weights(problem, control, paths, reference, exact))
-    if exact is not None:
+    if exact is not None and exact.tilted:
         found += list(_theorems(problem, paths, exact))
     evaluation = solution.evaluate(n, seed=seed + 2) if hasattr(solution, "evaluate") else None
     if evaluation is not None:
@@ -150,14 +154,23 @@ def _settings(solution: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if v is not None}
 
 
-def _exact(problem: sc.ControlProblem, settings: dict[str, Any]) -> tuple[Any, str]:
-    """The exact law Q_fine of the chain: its start tilted too, which is what weighted paths are drawn from."""
-    if not isinstance(problem.reference, sc.SDE) or problem.condition is not None:
+@dataclass(frozen=True)
+class _Known:
+    """An exact solution of the chain, and whether its laws are those of Q_fine, its start tilted too, which is what
+    weighted paths are drawn from."""
+
+    solution: Any
+    tilted: bool
+
+
+def _exact(problem: sc.ControlProblem, settings: dict[str, Any]) -> tuple[_Known | None, str]:
+    """What is known exactly of the chain."""
+    if problem.condition is not None:
         return None, "none is known"
-    tilted = problem
-    if problem.start != "controlled" and not isinstance(problem.initial, sc.Dirac):
+    given, tilted = problem, problem.from_point or problem.start == "controlled"
+    if not tilted and isinstance(problem.reference, sc.SDE) and not problem.reference.tangential:
         try:
-            tilted = sc.ControlProblem(
+            given = sc.ControlProblem(
                 problem.reference,
                 problem.initial,
                 problem.reward_function,
@@ -165,11 +178,12 @@ def _exact(problem: sc.ControlProblem, settings: dict[str, Any]) -> tuple[Any, s
                 alpha=problem.alpha,
                 start="controlled",
             )
-        except ValueError:
-            return None, "none is known for this start"
+            tilted = True
+        except (ValueError, TypeError):
+            given = problem
+    known: dict[str, Any] = {"time_steps": 100, **settings} if problem.reference.continuous else {}
     try:
-        known: dict[str, Any] = {"time_steps": 100, **settings}
-        return sc.exact_solution(tilted, **known), "of the chain"
+        return _Known(sc.exact_solution(given, **known), tilted), "of the chain"
     except sc.NoExactSolution as error:
         return None, f"none of the chain ({error})"
 
@@ -194,10 +208,14 @@ def _mean_is(statement: str, what: str, values: torch.Tensor, expected: float, h
 def _heavy(log_w: torch.Tensor) -> bool:
     if float(log_w.max() - log_w.min()) < 1e-6:
         return False
-    return not pareto_k(log_w) < _HEAVY or effective_sample_size(log_w) * len(log_w) < 100
+    few = effective_sample_size(log_w) * len(log_w) < 100
+    # weights of finitely many values are bounded, and their tail is no Pareto law
+    return few or (len(log_w.unique()) > len(log_w) // 2 and not pareto_k(log_w) < _HEAVY)
 
 
-def _weights(problem: sc.ControlProblem, control: Any, paths: Paths, reference: Paths, exact: Any) -> Iterator[Finding]:
+def _weights(
+    problem: sc.ControlProblem, control: Any, paths: Paths, reference: Paths, exact: _Known | None
+) -> Iterator[Finding]:
     ratio, other = paths.log_ratio().double(), None
     yield _mean_is("change of measure", "E_P[dQ0/dP]", (-ratio).exp(), 1.0, _heavy(-ratio))
     with torch.no_grad():
@@ -219,7 +237,30 @@ def _weights(problem: sc.ControlProblem, control: Any, paths: Paths, reference: 
         both_heavy,
     )
     if exact is not None:
-        yield _mean_is("E_P[w] = Z", "mean weight / exact Z", (log_w - float(exact.log_z)).exp(), 1.0, _heavy(log_w))
+        yield _mean_is("E_P[w] = Z", "mean weight / exact Z", (log_w - _log_z(exact)).exp(), 1.0, _heavy(log_w))
+        yield from _lemma_2(problem, paths, exact.solution)
+
+
+def _log_z(exact: _Known) -> float:
+    return float(exact.solution.log_z)
+
+
+def _lemma_2(problem: sc.ControlProblem, paths: Paths, exact: Any) -> Iterator[Finding]:
+    """``E[exp(R_k/alpha) dQ0/dP (from step k on) | x_k] = exp(v_k(x_k)/alpha)``, on average and against a function of
+    the state: of every kind of chain."""
+    clock = [float(t) for t in paths.times]
+    main = [k for k, t in enumerate(clock[:-1]) if t >= -1e-9]
+    k = main[len(main) // 2]
+    with torch.no_grad():
+        steps = (paths.log_target() - paths.log_ratio(per_step=True)).double()
+        x = paths.states[k]
+        rest = (
+            paths.reward.double() / problem.alpha + steps[k:].sum(0) - exact.value(x, clock[k]).double() / problem.alpha
+        )
+    heavy, first = _heavy(rest), torch.tanh(x.flatten(1)[:, 0].double())
+    for name, phi in (("", torch.ones_like(rest)), (" tanh(x)", first)):
+        values = (rest.exp() - 1) * phi
+        yield _mean_is("Lemma 2", f"E[(w/psi - 1){name}] from t={clock[k]:.3g} on", values, 0.0, heavy)
 
 
 def _cdf(law: Any, direction: np.ndarray) -> Callable[[float], float]:
@@ -241,55 +282,89 @@ def _directions(d: int) -> list[np.ndarray]:
     return rows
 
 
-def _theorems(problem: sc.ControlProblem, paths: Paths, exact: Any) -> Iterator[Finding]:
-    """Theorems 1 to 3 for the weighted paths."""
-    log_w = log_weights(problem, paths).double()
-    w, heavy = (log_w - float(exact.log_z)).exp(), _heavy(log_w)
-    clock = [float(t) for t in paths.times]
-    steps = [k for k, t in enumerate(clock) if t >= -1e-9]
-    end = len(clock) - 1
-    for name, k in (("Theorem 1", end), ("Theorem 2", steps[len(steps) // 2])):
-        law, x = exact.marginal(clock[k]), paths.states[k].double().cpu()
-        for i, direction in enumerate(_directions(x.shape[-1])):
-            cdf, y = _cdf(law, direction), x @ torch.as_tensor(direction)
-            centre, spread = (
-                float(direction @ law.mean.double().numpy()),
-                math.sqrt(float(direction @ law.covariance_matrix.double().numpy() @ direction)),
-            )
+def _events(law: Any, x: torch.Tensor, angles: bool = False) -> Iterator[tuple[str, torch.Tensor, float]]:
+    """Functions of states ``(n, *event)``, what they are called, and their means under a law."""
+    if hasattr(law, "probs"):
+        for i in law.probs.topk(min(4, law.space.size)).indices.tolist():
+            state = law.space.states(torch.tensor(i))
+            name = ",".join(map(str, state.flatten().tolist()))
+            yield f"P(X = {name})", (law.space.index(x.cpu()) == i).double(), float(law.probs[i])
+        return
+    y = x.double().cpu()
+    if hasattr(law, "covariance_matrix"):
+        for i, direction in enumerate(_directions(y.shape[-1])):
+            cdf, a = _cdf(law, direction), torch.as_tensor(direction)
+            centre = float(a @ law.mean.double())
+            spread = math.sqrt(float(a @ law.covariance_matrix.double() @ a))
             for level in _LEVELS:
                 c = centre + level * spread
-                yield _mean_is(
-                    name, f"P(a{i + 1}.X <= m{level:+g}s) at t={clock[k]:.3g}, weighted", w * (y <= c), cdf(c), heavy
-                )
-    if problem.running_cost_function is None:
-        s, x = steps[len(steps) // 2], paths.end.double().cpu()
-        law = exact.bridge(clock[s], clock[end], paths.end.cpu().to(problem.dtype))
-        residual = paths.states[s].double().cpu() - law.mean.double()
-        for name, phi in (("1", torch.ones(len(x))), ("tanh(X_T)", torch.tanh(x[:, 0]))):
-            yield _mean_is(
-                "Theorem 3", f"E[(X_s - E_pre[X_s|X_T]) {name}], weighted", w * residual[:, 0] * phi, 0.0, heavy
-            )
-        variance = residual[:, 0] ** 2 - float(law.covariance_matrix.double()[0, 0, 0])
-        yield _mean_is(
-            "Theorem 3", "variance of X_s given X_T less the reference's, weighted", w * variance, 0.0, heavy
-        )
+                yield f"P(a{i + 1}.X <= m{level:+g}s)", (y @ a <= c).double(), cdf(c)
+        return
+    mean = law.mean.double().cpu()
+    for i in range(min(2, mean.numel())):
+        if angles:
+            yield f"E sin(X_{i + 1} - m)", torch.sin(y[:, i] - mean[i]), 0.0
+            continue
+        yield f"E X_{i + 1}", y[:, i], float(mean[i])
+        if isinstance(law, GridLaw):
+            yield f"var X_{i + 1}", (y[:, i] - mean[i]) ** 2, float(law.variance[i])
 
 
-def _gap(problem: sc.ControlProblem, paths: Paths, exact: Any, evaluation: Any) -> Iterator[Finding]:
+def _theorems(problem: sc.ControlProblem, paths: Paths, known: _Known) -> Iterator[Finding]:
+    """Theorems 1 to 3 for the weighted paths, of chains whose laws are known."""
+    exact = known.solution
+    log_w = log_weights(problem, paths).double()
+    w, heavy = (log_w - _log_z(known)).exp(), _heavy(log_w)
+    clock = [float(t) for t in paths.times]
+    steps = [k for k, t in enumerate(clock) if t >= -1e-9]
+    end, middle = len(clock) - 1, steps[len(steps) // 2]
+    for name, k in (("Theorem 1", end), ("Theorem 2", middle)):
+        try:
+            law = exact.marginal(clock[k])
+        except sc.NoExactSolution:
+            continue
+        for what, values, expected in _events(law, paths.states[k], bool(problem.reference.angles)):
+            yield _mean_is(name, f"{what} at t={clock[k]:.3g}, weighted", w * values, expected, heavy)
+    if problem.running_cost_function is not None:
+        return
+    try:
+        law = exact.bridge(clock[middle], clock[end], paths.end.cpu())
+    except sc.NoExactSolution:
+        return
+    for what, values in _residuals(law, paths.states[middle].cpu(), paths.end.cpu()):
+        yield _mean_is("Theorem 3", f"{what}, weighted", w * values, 0.0, heavy)
+
+
+def _residuals(law: Any, x: torch.Tensor, end: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What of X_s the reference's bridge to X_T does not foretell."""
+    if hasattr(law, "probs"):
+        for i in law.probs.mean(0).topk(min(3, law.space.size)).indices.tolist():
+            state = ",".join(map(str, law.space.states(torch.tensor(i)).flatten().tolist()))
+            yield f"1(X_s = {state}) - P_pre(.|X_T)", (law.space.index(x) == i).double() - law.probs[:, i].double()
+        return
+    residual = x.double() - law.mean.double()
+    for name, phi in (("1", torch.ones(len(x))), ("tanh(X_T)", torch.tanh(end.double()[:, 0]))):
+        yield f"E[(X_s - E_pre[X_s|X_T]) {name}]", residual[:, 0] * phi
+    variance = residual[:, 0] ** 2 - float(law.covariance_matrix.double()[0, 0, 0])
+    yield "variance of X_s given X_T less the reference's", variance
+
+
+def _gap(problem: sc.ControlProblem, paths: Paths, known: _Known | None, evaluation: Any) -> Iterator[Finding]:
     gap, error = evaluation.gap.value, max(evaluation.gap.stderr, 1e-12)
     p = float(stats.norm.sf(-gap / error))
     yield Finding("J <= alpha log Z", f"gap, {'exact' if evaluation.exact else 'estimated'}", gap, None, gap, p, True)
-    if exact is None or (problem.start == "fixed" and not isinstance(problem.initial, sc.Dirac)):
+    if known is None or (problem.start == "fixed" and problem.random_start):
         return
-    upper = max(0.0, gap + 5 * error)
-    law, x, n = exact.marginal(problem.horizon), paths.end.double().cpu().numpy(), paths.end.shape[0]
+    try:
+        law = known.solution.marginal(problem.horizon)
+    except sc.NoExactSolution:
+        return
+    upper, n = max(0.0, gap + 5 * error), len(paths.end)
     allowed = math.sqrt(upper / 2) + math.sqrt(math.log(2 / (FAMILY_WISE_ERROR / 10)) / (2 * n))
-    for i, direction in enumerate(_directions(x.shape[-1])):
-        cdf = _cdf(law, direction)
-        distance = float(stats.kstest(x @ direction, np.vectorize(cdf)).statistic)
+    for what, distance in _distances(law, paths.end):
         yield Finding(
             "Theorem 1 and Pinsker",
-            f"distance of unweighted a{i + 1}.X_T to p_r",
+            f"distance of unweighted {what} to p_r",
             distance,
             None,
             distance,
@@ -297,6 +372,18 @@ def _gap(problem: sc.ControlProblem, paths: Paths, exact: Any, evaluation: Any) 
             distance <= allowed,
             f"its gap allows {allowed:.3f}",
         )
+
+
+def _distances(law: Any, end: torch.Tensor) -> Iterator[tuple[str, float]]:
+    """Distances of samples from a law that are at most total variation and sampling error."""
+    if hasattr(law, "covariance_matrix"):
+        x = end.double().cpu().numpy()
+        for i, direction in enumerate(_directions(x.shape[-1])):
+            cdf = np.vectorize(_cdf(law, direction))
+            yield f"a{i + 1}.X_T", float(stats.kstest(x @ direction, cdf).statistic)
+    elif hasattr(law, "probs"):
+        for what, values, expected in _events(law, end):
+            yield what, abs(float(values.mean()) - expected)
 
 
 def _judged(found: list[Finding]) -> tuple[Finding, ...]:

@@ -4,7 +4,8 @@ formulas of their own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -78,6 +79,12 @@ def noise_driven(setting: Setting, defect: str) -> Lines:
     yield compare("Z of two controls", sizes[1], sizes[0], 1e-8)
 
 
+def _flow_of(rate: Callable[[float], np.ndarray], t: float, s: float) -> np.ndarray:
+    """The matrix of ``y' = A(r) y`` from time s to t."""
+    slope = lambda r, y: (rate(r) @ y.reshape(2, 2)).ravel()  # noqa: E731
+    return solve_ivp(slope, (s, t), np.eye(2).ravel(), rtol=1e-11, atol=1e-13).y[:, -1].reshape(2, 2)
+
+
 @check(
     "exponential-steps",
     "MATH 8: linear parts",
@@ -109,16 +116,13 @@ def exponential(setting: Setting, defect: str) -> Lines:
             shove = (lambda r: a(r)) if varying else (lambda r: a(0.0))
             true = np.array([[0.5, 0.1], [0.0, 0.4]])
 
-            def flow(r: float, t: float = t, rate: Any = rate) -> np.ndarray:
-                slope = lambda q, y: (rate(q) @ y.reshape(2, 2)).ravel()  # noqa: E731
-                return solve_ivp(slope, (r, t), np.eye(2).ravel(), rtol=1e-11, atol=1e-13).y[:, -1].reshape(2, 2)
-
+            carried = partial(_flow_of, rate, t)
             options: dict[str, Any] = {"epsabs": 1e-11, "epsrel": 1e-10}
-            effect = quad_vec(flow, s, t, **options)[0]
-            offset = quad_vec(lambda r: flow(r) @ shove(r), s, t, **options)[0]
-            cov = quad_vec(lambda r: flow(r) @ true @ true.T @ flow(r).T, s, t, **options)[0]
+            effect = quad_vec(carried, s, t, **options)[0]
+            offset = quad_vec(lambda r: carried(r) @ shove(r), s, t, **options)[0]
+            cov = quad_vec(lambda r: carried(r) @ true @ true.T @ carried(r).T, s, t, **options)[0]
             held = np.sin(x.numpy()[:, ::-1]) + (t if defect.startswith("nonlin") else s)
-            mean = x.numpy() @ flow(s).T + held @ effect.T + offset
+            mean = x.numpy() @ carried(s).T + held @ effect.T + offset
             chain = problem.chain(list(grid), "exponential")
             got, scale = chain.kernel(k, x)
             label = f"step {k}{', of time' if varying else ''}"
