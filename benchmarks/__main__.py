@@ -17,6 +17,7 @@ from .imports import imports
 from .masked import masked
 from .methods import methods
 from .mixture import mixture
+from .mutants.command import mutants
 from .optimum import optimum
 from .orders import orders
 from .receding_horizon import receding_horizon
@@ -38,6 +39,7 @@ app.command()(imports)
 app.command()(masked)
 app.command()(methods)
 app.command()(mixture)
+app.command()(mutants)
 app.command()(optimum)
 app.command()(orders)
 app.command("receding-horizon")(receding_horizon)

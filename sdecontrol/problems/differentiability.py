@@ -226,7 +226,8 @@ def missing_relaxations(problem: ControlProblem) -> dict[str, str]:
                 "it is a function of tokens (one of their probabilities is sc.OneHot(function, vocabulary))"
             )
         elif r is not None:
-            ends = z[..., : reference.vocabulary] / z[..., : reference.vocabulary].sum(-1, keepdim=True).clamp(min=0.1)
+            ends = z[..., : reference.vocabulary]
+            ends = ends + (1 - ends.sum(-1, keepdim=True)) / reference.vocabulary  # the mask's part, as any token
             if (why := gradient_fault(lambda z: r(z, *problem.for_reward(y)), ends)) is not None:
                 found["reward"] = why
     return found

@@ -268,6 +268,9 @@ def test_numbers_are_those_of_the_solutions_and_refusals_are_rows() -> None:
         assert result[label].estimates == {} and what in str(result[label].reason)
     text, markdown = str(result), result.table()
     assert "classifier is missing" in text and text.count("\n") < 20 and markdown.count("| ") > 20
+    head, ruler, *body = (line.split("|")[1:-1] for line in markdown.splitlines() if line.startswith("|"))
+    assert {len(line) for line in (ruler, *body)} == {len(head)} and len(body) == len(result.rows)
+    assert ruler[0] == "---" and set(ruler[1:]) == {"---:"}
     plain = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert plain["rows"][1]["reason"] and plain["rows"][0]["kl"]["value"] == row.estimates["kl"].value
 

@@ -1,6 +1,7 @@
 """Bounds of log Z from both sides, and the alarm: against closed forms, and on samplers that have collapsed."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_a_sampler_on_one_of_nine_modes_is_off_by_log_nine_and_found_out(referen
     assert found.elbo.value < found.log_z_two_sided.value < found.eubo.value
     blind = sc.certify(collapsed, seed=2)
     assert blind.collapsed and blind.source == "tempered particles"
+
+
+def test_a_collapsed_sampler_raises_three_alarms_that_say_how_much_is_missed():
+    """One of nine equal modes: 8/9 of the target is missed, by log Z from both sides and by the modes' shares."""
+    collapsed = sampler_of(gibbs(), MODES[8], VARIANCE, time_steps=30)
+    low, few, missed = sc.certify(collapsed, nine_samples(4096, 1), modes=MODES, seed=2).alarms
+    for text in (low, missed):
+        assert abs(int(re.search(r"(\d+)%", text)[1]) - 100 * 8 / 9) < 2
+    assert "its reverse ESS" in low and "forward ESS" in few and "8 of 9 modes" in missed
 
 
 def test_a_good_sampler_raises_no_alarm_and_its_bounds_hold():

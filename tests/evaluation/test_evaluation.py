@@ -122,22 +122,26 @@ def test_weight_estimates():
     assert mean_estimate(torch.tensor([1.0, 3.0])).stderr == pytest.approx(1.0)
 
 
-def test_control_error_of_a_control_with_a_known_error():
+@pytest.mark.parametrize("grid", [10, [0.0, 0.05, 0.3, 0.4, 0.75, 1.0]], ids=["even", "uneven"])
+def test_control_error_of_a_control_with_a_known_error(grid):
+    """Off by a constant: its square, whatever the grid, since it is an integral over time. Off by a factor of 1.3: 0.09
+    of the optimal control's own size, path by path."""
     problem = random_lq(2, m=3, seed=3)
-    exact = sc.exact_solution(problem, time_steps=10)
+    exact = sc.exact_solution(problem, time_steps=grid)
     offset = torch.tensor([0.1, -0.2, 0.3], dtype=F64)
 
-    class Off(torch.nn.Module):
-        def forward(self, x, t):
-            return exact.control(x, t) + offset
+    def error(control):
+        settings = {"time_steps": grid, "scheme": None}
+        solution = Solution(problem, given_control(problem, control), method="given", settings=settings)
+        return sc.control_error(solution, exact, n=256)
 
-    def solution(control):
-        settings = {"time_steps": 10, "scheme": None}
-        return Solution(problem, given_control(problem, control), method="given", settings=settings)
-
-    error = sc.control_error(solution(Off()), exact, n=256)
-    assert error.absolute.value == pytest.approx(0.14, rel=1e-9) and error.absolute.stderr < 1e-12
-    assert sc.control_error(solution(exact.control), exact, n=256).absolute.value < 1e-25
+    off = error(lambda x, t: exact.control(x, t) + offset)
+    assert off.absolute.value == pytest.approx(0.14, rel=1e-9) and off.absolute.stderr < 1e-12
+    assert off.relative.stderr > 1e-4  # the size of u* differs from path to path
+    for factor in (1.3, 0.0):
+        relative = error(lambda x, t, factor=factor: factor * exact.control(x, t)).relative
+        assert relative.value == pytest.approx((factor - 1) ** 2, rel=1e-9) and relative.stderr < 1e-9
+    assert error(exact.control).absolute.value < 1e-25
 
 
 def test_solution_weights_are_those_of_its_paths_and_unbiased():

@@ -66,6 +66,31 @@ def test_mean_square_of_the_optimal_control(name: str, steps: int, size: float) 
     assert abs(float(per_path.mean()) - size) < 4 * error + 0.005
 
 
+@pytest.mark.parametrize("name", [*CARD, *OTHERS])
+def test_every_row_is_a_state_of_its_own(name: str) -> None:
+    """Rewards, costs and steps of a batch are those of its rows; so many rows as coordinates too."""
+    problem = sc.library.named_problem(name)
+    chain, cost = problem.chain(10), problem.running_cost_function
+    for rows in {5, *problem.event_shape}:
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(rows, *problem.event_shape, generator=generator)
+        xi = torch.randn(rows, *chain.noise_shape, generator=generator)
+        for function in (
+            lambda x, xi: problem.reward(x),
+            lambda x, xi: chain.step(3, x, xi),
+            lambda x, xi: problem.reward(x) if cost is None else cost(x, chain.times[3]),
+        ):
+            alone = torch.cat([function(x[i : i + 1], xi[i : i + 1]) for i in range(rows)])
+            torch.testing.assert_close(function(x, xi), alone)
+
+
+def test_the_ring_is_of_radius_two() -> None:
+    x = torch.tensor([[2.0, 0.0], [0.0, -2.0], [0.0, 0.0], [1.0, 1.0]])
+    torch.testing.assert_close(
+        sc.library.named_problem("ring-steering").reward(x), torch.tensor([0.0, 0.0, -4.0, -1.0])
+    )
+
+
 def test_double_well_by_hand() -> None:
     problem = sc.library.named_problem("double-well")
     x = torch.full((1, 10), 2.0)

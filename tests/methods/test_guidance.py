@@ -7,7 +7,8 @@ import torch
 from cases import F64, linear, mixture, randn, random_lq, slow_but
 
 import sdecontrol as sc
-from sdecontrol.controls.guidance import value_network
+from sdecontrol.controls.guidance import NetworkValue, value_network
+from sdecontrol.controls.network import Layers, Scales, time_features
 from sdecontrol.evaluation.estimates import Estimate, mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
 from sdecontrol.methods.base import Run
@@ -309,7 +310,11 @@ def test_what_a_path_has_to_come_has_the_value_as_its_log_mean(start):
     paths, guided = roll(run, state.control, run.batch())
     gains = paths.log_target() - paths.log_ratio(per_step=True)
     aim = problem.reward(paths.samples) / problem.alpha + gains.flip(0).cumsum(0).flip(0)
-    assert 0.5 < guided.double().mean() < 1 and guided[-1].all()
+    part = torch.arange(guided.shape[1]) % 4
+    assert guided[:, part != 3].all() and guided[-1].all()  # three of four from the first step on
+    share = guided[:, part == 3].double().mean(1)
+    want = torch.arange(1, chain.steps + 1) / chain.steps  # the fourth from a uniform step
+    assert float((share - want).abs().max()) < 5 * 0.5 / (guided.shape[1] / 4) ** 0.5
     for k in range(chain.steps):
         d = aim[k] - exact.value(paths.states[k], float(chain.times[k])) / problem.alpha
         mean = mean_estimate(d[guided[k]].exp())
@@ -365,6 +370,30 @@ def test_a_network_for_values_is_normalised_and_starts_at_log_z():
     assert torch.allclose(level, level[:1].expand(5)) and abs(float(level[0] - exact.log_z)) < 0.5
     along = network.along(x.expand(4, 5, 2), chain.times[:4])
     assert torch.allclose(along[2], network.at(x, chain.times[2]))
+
+
+def test_a_network_for_values_begins_as_its_coefficients_say():
+    """Without its hidden layers it is a quadratic form about the centre, in units of the spread, with coefficients that
+    are functions of time: its derivatives there are known. The layers begin with a variance of 1/3 a unit."""
+    scales = Scales(centre=randn(2, seed=1), spread=randn(2, seed=2).exp())
+    network = (
+        NetworkValue(2, (0.5, 2.0), Layers((400, 300)), scales, level=0.7, size=3.0).double().requires_grad_(False)
+    )
+    for layer in network.layers:
+        unit = layer.weight * math.sqrt(layer.in_features)
+        assert 0.99 < float(unit.abs().max()) <= 1 + 1e-6 and abs(float(unit.square().mean()) - 1 / 3) < 0.01
+    for i, part in enumerate((network.constant, network.slope, network.square)):
+        part.copy_(randn(*part.shape, seed=3 + i))
+    phi, t = time_features(torch.tensor([1 / 3], dtype=F64))[0], torch.tensor(1.0, dtype=F64)
+
+    def value(x):
+        return network.at(x.unsqueeze(0), t)[0]
+
+    spread, square = network.spread, torch.einsum("f,fij->ij", phi, network.square)
+    gradient, curvature = torch.func.grad(value)(network.centre), torch.func.hessian(value)(network.centre)
+    assert float(value(network.centre)) == pytest.approx(0.7 + 3 * float(phi @ network.constant))
+    assert torch.allclose(gradient, 3 * (phi @ network.slope) / spread)
+    assert torch.allclose(curvature, 1.5 * (square + square.mT) / torch.outer(spread, spread))
 
 
 # ------------------------------------------------------------------------------------------------ files, refusals

@@ -177,6 +177,25 @@ def test_a_classifiers_view_are_its_logits_and_a_networks_its_last_layers_input(
         assert not any(vars(m)["_forward_hooks"] for m in module.modules())  # the user's module is as it was
 
 
+def test_the_layers_see_x_and_where_there_is_a_denoiser_x0_but_neither_of_what_is_too_large():
+    def images(size):
+        sde = sc.generative_sde(lambda x, s: x, sc.VP(), prediction="noise", shape=(size,))
+        return sc.ControlProblem(sde, reward=lambda x: x[:, 0], alpha=0.5)
+
+    for problem, state, denoised in (
+        (linear(), True, False),
+        (images(1 << 14), True, True),
+        (images((1 << 14) + 1), False, False),
+    ):
+        value = RatioValue.of(problem, problem.chain(2), (8,), 0)
+        n = problem.event_shape.numel()
+        assert (value.layers.state, value.layers.denoised) == (state, denoised)
+        x = problem.reference.probe_states(2, problem.dtype, problem.device, seed=1)
+        seen = value.seeing(problem.chain(2))(0, x, None)
+        assert seen.shape[1] == n * (state + denoised) + int(not value.layers.student)  # r/alpha where no student is
+        assert not state or torch.equal(seen[:, :n], x)
+
+
 @pytest.mark.usefixtures("few_steps")
 def test_of_a_function_its_number_alone_is_seen_and_said_and_of_a_black_box_nothing():
     plain = RewardView(generative(lambda x: -x.square().sum(1)))

@@ -228,6 +228,25 @@ def test_a_classifier_of_probabilities_is_a_reward():
     find_method("reward-backprop").check(problem_of(reward=sc.LogProb(net, 1)))
 
 
+class OfProbabilities(Table):
+    """Refuses what are no probabilities of tokens, but for the small differences by which derivatives are judged."""
+
+    def forward(self, x, *_):
+        if x.is_floating_point() and max(-x.detach().min(), (x.detach().sum(-1) - 1).abs().max()) > 1e-3:
+            raise ValueError("no probabilities")
+        return super().forward(x)
+
+
+def test_models_and_rewards_are_asked_at_probabilities_alone():
+    model = OfProbabilities(JOINT.logits, JOINT.states, V + 1).requires_grad_(False)
+    values = OfProbabilities(JOINT.r, JOINT.points, V).requires_grad_(False)
+    problem = sc.ControlProblem(
+        sc.masked_diffusion(model, L, V, dtype=F64), reward=sc.OneHot(values, V, F64), alpha=1.0
+    )
+    check(problem)
+    sc.solve(problem, "reward-backprop", iterations=1, batch_size=64, seed=0)
+
+
 # ---------------------------------------------------------------- what cannot work
 
 

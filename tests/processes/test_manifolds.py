@@ -97,6 +97,7 @@ def test_uniform_laws(manifold):
     assert torch.allclose(law.log_prob(x[:3]), torch.full((3,), -math.log(volume), dtype=F64))
     problem = sc.ControlProblem(sc.ManifoldSDE(manifold, initial=law), reward=height)
     assert problem.dtype == F64 and problem.random_start
+    assert problem.reference.coordinate_spread == pytest.approx(each**0.5)  # by which networks scale what they see
 
 
 BAD = {
