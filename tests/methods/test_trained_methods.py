@@ -1,5 +1,6 @@
 """Every method that learns from paths: wherever problems differ, resumed, refused, and at the optimum."""
 
+import itertools
 import math
 
 import pytest
@@ -79,7 +80,8 @@ PROBLEMS = {
 @pytest.mark.filterwarnings("ignore:.*weighted paths are effective")
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_method_runs_wherever_problems_differ(problem):
-    """Two batches a step: metrics finite and the control moved; what is not known of other paths is nan."""
+    """Two batches a step: metrics finite and the control moved; what is not known of other paths is nan; and what was
+    learned is a change of measure."""
     made = PROBLEMS[problem]()
     options = {} if problem == "diffusion chain" else {"time_steps": 6}
     for name, method in METHODS.items():
@@ -90,8 +92,10 @@ def test_every_method_runs_wherever_problems_differ(problem):
         own = "reference" not in name and "mle" not in name
         assert all(math.isfinite(v) for k, v in last.items() if own or k in ("loss", "ess")), (name, last)
         assert own or math.isnan(last["objective"])
-        paths = solution.simulate(8, seed=1)
+        paths = solution.simulate(1024, seed=1)
         assert bool((paths.shifts[-1] != 0).any()), name
+        inverse = (-paths.log_ratio()).exp().detach()  # dQ0/dP, of mean 1 whatever was learned
+        assert abs(float(inverse.mean()) - 1) < 5 * float(inverse.std()) / 32 < 0.5, name
         if problem != "conditions":  # which draw one thing more; the same seed, the same numbers
             continue
         again = sc.solve(made, method, iterations=2, batch_size=64, accumulate=2, seed=0, **options)
@@ -101,7 +105,7 @@ def test_every_method_runs_wherever_problems_differ(problem):
 
 @pytest.mark.parametrize("name", ["log-variance", "cross-entropy", "reinforce", "soft-ppo, groups"])
 def test_accumulated_gradients_are_means(name):
-    """Of so many batches with a gradient each."""
+    """Of so many batches with a gradient each, no two of them the same."""
     from sdecontrol.methods.base import Run
 
     problem = random_lq(2, seed=1)
@@ -118,6 +122,7 @@ def test_accumulated_gradients_are_means(name):
         return seen[0]
 
     found = [gradient(1, part) for part in range(3)]
+    assert not any(torch.allclose(a, b, rtol=1e-2) for a, b in itertools.combinations(found, 2))
     assert torch.allclose(torch.stack(found).mean(0), gradient(3, None), rtol=1e-9, atol=1e-12)
 
 
