@@ -21,6 +21,7 @@ from .mutants.command import mutants
 from .optimum import optimum
 from .orders import orders
 from .receding_horizon import receding_horizon
+from .sequences import sequences
 from .speed.command import speed
 from .unet import unet_suite
 from .verdicts import verdicts
@@ -43,6 +44,7 @@ app.command()(mutants)
 app.command()(optimum)
 app.command()(orders)
 app.command("receding-horizon")(receding_horizon)
+app.command()(sequences)
 app.command()(speed)
 app.command("unet")(unet_suite)
 app.command()(verdicts)

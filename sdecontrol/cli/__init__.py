@@ -8,6 +8,7 @@ import typer
 from .common import BAD_INPUT, INTERRUPTED, report
 from .compare import compare
 from .demo import demo
+from .design import design
 from .sample import sample
 from .solve import solve
 from .verify import verify
@@ -41,7 +42,7 @@ def _options(
     pass
 
 
-for _command in (demo, solve, sample, compare, verify):
+for _command in (demo, solve, sample, compare, design, verify):
     app.command()(_command)
 
 

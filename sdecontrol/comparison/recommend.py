@@ -33,7 +33,9 @@ from ..methods import (
 from ..methods.base import Suggestion, advises
 from ..methods.mixture_start import ends_for_a_mixture
 from ..problems.differentiability import missing_gradients
+from ..problems.learned_reward import LearnedReward
 from ..problems.problem import ControlProblem, check_problem
+from ..problems.rewards import modules_of
 from ..processes.laws import draw
 from ..tensors import as_float, check_recording
 from .auto import Auto
@@ -275,6 +277,7 @@ def _facts(problem: ControlProblem, chain: Chain, parameters: int) -> list[str]:
         "the reward has a gradient" if name not in missing and "state" not in missing else "the reward is a black box"
     )
     facts = [reward if problem.reward_function is not None else "no terminal reward"]
+    facts += [f"a reward that was learned ({learned.extra_repr()})" for learned in _learned(problem)]
     facts += [f"no gradient of {name} ({why})" for name, why in missing.items()]
     if problem.reference.pretrained:
         facts.append(
@@ -311,6 +314,7 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
             "(evaluate's start gap says what is left)."
             + (" start='controlled' removes that." if problem.reference.state_dtype is None else "")
         )
+    out += _unknown(problem)
     if not one_off and problem.condition is not None:
         out.append("one control is trained for all conditions; one condition alone may be cheaper with one_off=True.")
     try:
@@ -318,6 +322,35 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
         out.append("this problem has a closed form: sc.exact_solution(problem).")
     except NoExactSolution:
         pass
+    return out
+
+
+def _learned(problem: ControlProblem) -> list[LearnedReward]:
+    found = modules_of(problem.reward_function) if problem.reward_function is not None else []
+    return [reward for reward in found if isinstance(reward, LearnedReward)]
+
+
+def _unknown(problem: ControlProblem) -> list[str]:
+    """What the right half of Figure 3 says of rewards that are known from measurements alone."""
+    if problem.reward_function is None and problem.running_cost_function is None:
+        return [
+            "no reward: where it must be measured, sc.design asks for few measurements, and sc.fit_reward learns it."
+        ]
+    out = []
+    for learned in _learned(problem):
+        if learned.beta >= 0:
+            kind = "a bound for proposals" if learned.beta else "a mean, right near its data alone"
+            out.append(
+                f"the reward was learned, and is {kind}: where more can be measured use sc.design; where not, keep the "
+                "KL small (a larger alpha) and hold it against reward.pessimistic(beta). Its value is believed, not "
+                "true: what tuning to it gained was less than what it said (docs/tables/sequences.md)."
+            )
+        known = learned.calibration
+        if known is not None and not known.order > 0:
+            out.append(
+                f"the spread of the learned reward does not tell where it is wrong (rank correlation {known.order:.2f} "
+                f"on {known.rows} held-out rows): a bound by it is a guess."
+            )
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cases import nonlinear, random_lq
@@ -128,6 +130,26 @@ def test_no_method_that_would_refuse() -> None:
 def test_a_start_that_keeps_its_law_is_named() -> None:
     assert "keeps its law" in str(sc.recommend(random_lq(start="fixed")))
     assert "keeps its law" not in str(sc.recommend(random_lq(start="controlled")))
+
+
+def test_rewards_that_were_learned_or_are_missing_are_spoken_of():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 2, generator=generator)
+    learned = sc.fit_reward(x, x.sum(1), iterations=3, seed=0, progress=False)
+    sde, start = sc.SDE(lambda x, t: -x, diffusion=1.0, dim=2), sc.Dirac(torch.zeros(2))
+
+    def said(reward):
+        return str(sc.recommend(sc.ControlProblem(sde, start, reward=reward), time_steps=5))
+
+    assert "a reward that was learned (5 members, beta=0;" in said(learned)
+    assert "a mean, right near its data alone" in said(learned) and "sc.design" in said(learned)
+    assert "a bound for proposals" in said(learned.optimistic(1.0))
+    assert "sc.design" not in said(learned.pessimistic(1.0)) and "was learned (" in said(learned.pessimistic(1.0))
+    assert "sc.design asks for few measurements" in said(None)
+    assert "learned" not in said(lambda x: x.sum(1))
+    blind = dataclasses.replace(learned.calibration, order=-0.2)
+    learned.calibration = blind
+    assert "rank correlation -0.20 on 4 held-out rows" in said(learned)
 
 
 def test_bad_input() -> None:

@@ -26,6 +26,7 @@ PAGES = (
     "docs/densities.md",
     "docs/sequences.md",
     "docs/unknown_rewards.md",
+    "docs/design_study.md",
     "docs/which.md",
 )
 QUICK = ("docs/index.md", "docs/getting_started.md", "docs/control_problems.md", "docs/sequences.md")
