@@ -295,3 +295,6 @@ def test_a_trust_region_that_does_nothing_or_leads_nowhere_is_refused():
             make(replay=-1)
         with pytest.raises(ValueError, match="trust_region"):
             make(trust_region=math.nan, replay=2)
+    for paths in ("current", "reference"):  # without replay it tempers the weights of every batch: there is no ladder
+        method = sc.CrossEntropy(trust_region=1.0, paths=paths)
+        assert not method.rungs and method.same_paths == 1

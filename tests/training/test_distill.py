@@ -70,6 +70,19 @@ def test_every_round_draws_the_paths_of_the_student_as_it_then_is() -> None:
     assert state.stored[0].shape == first.shape and not torch.equal(state.stored[0], first)
 
 
+def test_of_both_every_second_batch_is_of_the_student() -> None:
+    p, stored = problem(), {}
+    for paths in ("teacher", "student", "both"):
+        run = Run(p, p.chain(STEPS), batch_size=64, accumulate=1, seed=0)
+        method = Distillation(tuned(p).control, paths=paths, num_paths=256)
+        state: Any = method.setup(run)
+        method.step(state, run)
+        stored[paths] = [part.unflatten(1, (4, 64)) for part in state.stored[:2]]
+    for both, teacher, student in zip(*(stored[name] for name in ("both", "teacher", "student"))):
+        assert torch.equal(both[:, ::2], teacher[:, ::2]) and torch.equal(both[:, 1::2], student[:, 1::2])
+    assert not torch.equal(stored["teacher"][0], stored["student"][0])
+
+
 @pytest.mark.parametrize("paths", ["teacher", "student"])
 def test_the_loss_is_the_divergence_of_the_two_path_laws(paths: str) -> None:
     """While the student is the reference: KL(P^teacher || Q0) or KL(Q0 || P^teacher); mean over draws of the steps."""
