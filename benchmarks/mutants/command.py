@@ -34,7 +34,8 @@ def mutants(
     again: Annotated[bool, typer.Option("--again", help="Run those that no test has seen again.")] = False,
     checks: Annotated[bool, typer.Option("--checks", help="Theory checks, where no test has seen anything.")] = False,
     tests: Annotated[
-        list[str] | None, typer.Option(help="Of the present commit, where nothing was seen: a file or an id.")
+        list[str] | None,
+        typer.Option(help="These where nothing was seen; then at the present commit."),
     ] = None,
     share: Annotated[bool, typer.Option("--share", help="Only: what of the package the theory suite runs.")] = False,
     cache: Annotated[Path, typer.Option(help="Where copies and traces of a commit are kept.")] = CACHE,
@@ -68,16 +69,20 @@ def _try(cell: Cell, commit: str, cache: Path, most: float, again: bool, checks:
     if checks and "checks" not in cell and not seen_by(cell):
         cell["checks"] = tried(tree, mutant, _traced(folder, "checks", tree), most)
         ran = True
-    if tests and not seen_by(cell):
-        present = _short("HEAD")
-        tree = planted_tree(cache / present, present)
+    for at in dict.fromkeys((commit, _short("HEAD"))) if tests else ():  # were they there when it was drawn?
+        if seen_by(cell):
+            break
+        tree = planted_tree(cache / at, at)
         now = _mutant(cell, (tree / cell["file"]).read_bytes())
         if now is None:
-            print(f"{cell['name']}: its line is not as it was at {present}")
-        else:
-            found = tried(tree, now, Traces(cache / present, "tests"), most, tests)
-            cell["later"] = {**found, "commit": present, "tests": list(tests)}
-            ran = True
+            print(f"{cell['name']}: its line is not as it was at {at}")
+            break
+        found = {**tried(tree, now, Traces(cache / at, "tests"), most, tests), "commit": at, "asked": list(tests)}
+        if at != commit:
+            cell["later"] = found
+        elif found["outcome"] in ("killed", "hung"):
+            cell["tests"] = {**cell["tests"], **found}
+        ran = True
     return ran
 
 

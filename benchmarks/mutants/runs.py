@@ -19,6 +19,7 @@ __all__ = ["planted", "tried"]
 
 _SLACK, _TIMES = 60.0, 3.0  # a run hangs after this many CPU-seconds and so many times those that it should take
 _WALL = 1800.0  # seconds after which a run that waits for something is ended
+_NONE_RAN = 5  # what pytest ends with then
 _MEMORY = 8 << 30  # bytes of data of one process: a wrong shape may ask for all there is
 Cell = dict[str, Any]
 
@@ -109,6 +110,8 @@ def _outcome(code: int, found: dict[str, Any], said: str) -> Cell:
         return {"outcome": "killed", "by": found["by"], "how": found["how"]}
     if code < 0:  # ended by a limit, or by a crash of compiled code
         return {"outcome": "hung", "by": found["running"] or "start", "how": f"ended by signal {-code}"}
+    if code == _NONE_RAN:  # ids that were not there yet
+        return {"outcome": "survived"}
     if code:
         last = (said.strip().splitlines() or [""])[-1]
         return {"outcome": "killed", "by": found["running"] or "start", "how": last[:160]}

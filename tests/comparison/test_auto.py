@@ -263,6 +263,23 @@ def test_the_search_finds_wells_from_near_and_from_far():
     assert density.values - known <= 1 + 512 * 202
 
 
+def test_the_search_begins_from_half_of_the_scale_to_eight_times_it():
+    """In 200 dimensions the length of a Gaussian's draw says its scale, which is uniform in octaves from -1 to 3."""
+    seen, n = [], 128
+
+    def log_density(x):
+        seen.append(x.detach())
+        return -0.5 * x.square().sum(1)
+
+    density = LogDensity(log_density)
+    density.probe(torch.randn(7, 200), None)
+    seen.clear()
+    search(density, torch.zeros(200), torch.tensor(3.0), n, 0)
+    octaves = (next(x for x in seen if len(x) == n).square().mean(1).sqrt() / 3).log2()
+    assert -1.3 < float(octaves.min()) < -0.7 and 2.7 < float(octaves.max()) < 3.3
+    assert abs(float(octaves.mean()) - 1) < 5 * 4 / (12 * n) ** 0.5
+
+
 def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
     """The mixture is kept where it is cheaper, unless its log Z is lower than the Gaussian's beyond half a nat and ten
     errors of both; every round has a seed of its own, and particles begin with the mixture a fifth wider than the
