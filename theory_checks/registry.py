@@ -47,6 +47,8 @@ _ORDER = {
             "estimators",
             "sampling",
             "particles",
+            "guidance",
+            "evaluation",
             "solvers",
             "errata",
         )

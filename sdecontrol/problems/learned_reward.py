@@ -72,8 +72,8 @@ class LearnedReward(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(members)
         like = next(self.members.parameters())
-        self.register_buffer("centre", torch.as_tensor(centre).to(like))
-        self.register_buffer("unit", torch.as_tensor(unit).to(like))
+        self.register_buffer("centre", torch.as_tensor(centre, dtype=like.dtype, device=like.device))
+        self.register_buffer("unit", torch.as_tensor(unit, dtype=like.dtype, device=like.device))
         self.calibration, self.vocabulary, self.beta = calibration, vocabulary, float(beta)
 
     @property
