@@ -154,9 +154,9 @@ def _solve(letters: Letters, order: str, method: sc.Method, seconds: float, seed
         sc.solve(problem, method, iterations=iterations, **options)
         return time.process_time() - began
 
-    first = min(spent_on(4), spent_on(4))  # what does not grow with the iterations: networks, probes, particles
-    each = max(1e-3, (spent_on(24) - first) / 20)
-    count = max(24, int((seconds - first) / each))
+    few, more = spent_on(55), spent_on(75)  # the first fifty look for a learning rate, and are dearer
+    each = max(1e-3, (more - few) / 20)
+    count = max(24, 55 + int((seconds - few) / each))
     began = time.process_time()
     solution = sc.solve(problem, method, iterations=count, **options)
     spent = time.process_time() - began

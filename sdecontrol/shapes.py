@@ -31,6 +31,8 @@ States = Num[Tensor, "batch *event"]
 TokensOrRelaxed = Num[Tensor, "batch ..."]
 #: ``x_k`` of several steps
 StatePaths = Num[Tensor, "K batch *event"]
+#: the same of some of the paths
+SomeStates = Num[Tensor, "K some *event"]
 #: ``x_0 .. x_K`` of whole paths
 Trajectories = Num[Tensor, "times batch *event"]
 #: decoded states, as rewards see them

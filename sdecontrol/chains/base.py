@@ -167,6 +167,27 @@ class Chain(Definition):
         """Whether states ``(..., *event)`` have stopped, ``(...)``; None: nothing stops this chain."""
         return None
 
+    def changing(self, k: int, x: States, xi: Noises) -> Tensor | None:
+        """Rows ``(batch,)`` that step k moves, where its noise alone says so: model and control enter it there only.
+        None: all."""
+        return None
+
+    def changed(self, before: StatePaths, after: StatePaths) -> Tensor | None:
+        """The same of stored states, ``(K, batch)``."""
+        return None
+
+    def path_kl(
+        self,
+        c: NoisePaths,
+        before: StatePaths | Sequence[States] | None,
+        after: StatePaths | Sequence[States],
+        steps: Iterable[int],
+        condition: Any = None,
+    ) -> PerStep:
+        """:meth:`kl` of steps that were taken, given that of their noise which no control enters: along paths of the
+        control the mean is the same."""
+        return self.kl(c, before, steps, condition)
+
     def memo(self, k: int, x: States, condition: Any = None) -> Tensor | None:
         """What the step at x has computed, ``(batch, *memo_shape)``, to be kept with stored states: inside
         ``memory.stored(chain, steps, states, memos)`` shifts and KLs there cost no second call of it."""

@@ -13,7 +13,7 @@ those of one joint law, no other tilt is better in continuous time, nor in rando
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,19 @@ from ..precision import at_least_single, dtype_of
 from ..processes.adapters import as_reference
 from ..processes.pretrained import ControlFunction, Model, Pretrained
 from ..randomness import Place, generator_for
-from ..shapes import Controls, Noises, PerPath, Scalar, States, TokensOrRelaxed
-from ..tensors import check_count, check_output, nonfinite_rows
+from ..shapes import (
+    ControlPaths,
+    Controls,
+    NoisePaths,
+    Noises,
+    PerPath,
+    PerStep,
+    Scalar,
+    StatePaths,
+    States,
+    TokensOrRelaxed,
+)
+from ..tensors import check_count, check_output, event_sum, nonfinite_rows
 from .categorical import CategoricalChain, gumbel
 from .transitions import single_transition
 
@@ -120,8 +131,10 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
         kept = schedule.kept(times).clamp(0.0, 1.0)
         kept[0], kept[-1] = 0.0, 1.0
+        probs = (kept[1:] - kept[:-1]) / (1 - kept[:-1])
         #: probability that a masked position is unmasked in step k
-        self.unmasked = ((kept[1:] - kept[:-1]) / (1 - kept[:-1])).tolist()
+        self.unmasked = probs.tolist()
+        self._below = torch.special.ndtri(probs).tolist()  # standard normal numbers are, as often
 
     # ---------------------------------------------------------------- the step as a law
 
@@ -189,25 +202,60 @@ class MaskedDiffusionChain(Pretrained, CategoricalChain):
         return torch.where(masked, torch.cat((tokens + q.log(), stay), -1), known)
 
     def step(self, k: int, x: States, xi: Noises, c: Noises | None = None, condition: Any = None) -> States:
+        opened, V = self.opened(k, x == self.mask, xi), self.vocabulary
+        tokens = self.prediction_at(k, x, condition)[opened].log_softmax(-1)
+        if c is not None:
+            tokens = tokens + self.checked(c, k)[opened][:, :V]
+        after = x.clone()
+        after[opened] = (tokens + gumbel(xi[opened][:, :V])).argmax(-1)
+        return after
+
+    def opened(self, k: int, masked: Tensor, xi: Noises) -> Tensor:
+        """The positions ``(batch, *shape)`` that step k unmasks, of those that are masked, by noise of their own: no
+        control enters it."""
+        here = xi[..., self.vocabulary]
         if self.independent:
-            return super().step(k, x, xi, c, condition)
-        noise, V = gumbel(xi), self.vocabulary
-        logits = self.prediction_at(k, x, condition).log_softmax(-1)
-        logits = logits if c is None else logits + self.checked(c, k)[..., :V]
-        chosen = (logits + noise[..., :V]).argmax(-1)
+            return masked & (here < self._below[k])
         # the masked position of the largest noise: all are equally likely
-        place = noise[..., V].masked_fill(x != self.mask, -math.inf).flatten(1).argmax(1, keepdim=True)
-        flat = x.flatten(1)
-        here = flat.gather(1, place)
-        new = torch.where(here == self.mask, chosen.flatten(1).gather(1, place), here)
-        return flat.scatter(1, place, new).unflatten(1, x.shape[1:])
+        place = here.masked_fill(~masked, -math.inf).flatten(1).argmax(1, keepdim=True)
+        return masked & torch.zeros_like(masked).flatten(1).scatter(1, place, True).unflatten(1, masked.shape[1:])
+
+    def changing(self, k: int, x: States, xi: Noises) -> Tensor | None:
+        return self.opened(k, x == self.mask, xi).flatten(1).any(1) if self.independent else None
+
+    def changed(self, before: StatePaths, after: StatePaths) -> Tensor | None:
+        return (before != after).flatten(2).any(2) if self.independent else None
+
+    def path_kl(
+        self,
+        c: NoisePaths,
+        before: StatePaths | Sequence[States] | None,
+        after: StatePaths | Sequence[States],
+        steps: Iterable[int],
+        condition: Any = None,
+    ) -> PerStep:
+        """Where positions are unmasked by themselves, given those that the step unmasks."""
+        if not self.independent:
+            return self.kl(c, before, steps, condition)
+        assert before is not None
+        opened = torch.stack([x != then for x, then in zip(before, after)])
+        logits = torch.stack([self.prediction_at(k, x, condition) for k, x in zip(steps, before)])
+        c = c[..., : self.vocabulary]
+        tilted = (logits.log_softmax(-1) + c).exp()
+        kl = (tilted * c.where(tilted > 0, 0.0)).sum(-1)
+        return event_sum(torch.where(opened, kl, 0.0), self.event_ndim)
 
     def shift_at(self, k: int, x: TokensOrRelaxed, u: Controls, condition: Any = None) -> Noises:
         tokens = self.prediction_at(k, x, condition).log_softmax(-1)
         return self._shift(x, u - (tokens + u).logsumexp(-1, keepdim=True))
 
-    def _shift(self, x: TokensOrRelaxed, c: Tensor) -> Noises:
-        """Log-ratios of tokens as shifts: 0 of the mask, and where a position is unmasked; x may be relaxed."""
+    def shifts_at(self, steps: Sequence[int], states: StatePaths, u: ControlPaths, condition: Any = None) -> NoisePaths:
+        logits = torch.stack([self.prediction_at(k, x, condition) for k, x in zip(steps, states)])
+        return self._shift(states, u - (logits.log_softmax(-1) + u).logsumexp(-1, keepdim=True))
+
+    def _shift(self, x: Tensor, c: Tensor) -> Tensor:
+        """Log-ratios of tokens as shifts, of one step or several: 0 of the mask, and where a position is unmasked; x
+        may be relaxed."""
         masked = x[..., self.mask :] > 0 if x.is_floating_point() else (x == self.mask).unsqueeze(-1)
         c = torch.where(masked, c, 0.0)
         return torch.nn.functional.pad(c, (0, 1))

@@ -64,16 +64,13 @@ class RelaxedMasking(Chain):
         letters = self.tokens.prediction_at(k, x, condition).log_softmax(-1)
         if c is not None:
             letters = letters + self.tokens.checked(c, k)[..., : self._mask]
-        here = self._unmasked(k, x[..., self._mask], xi[..., self._mask]).unsqueeze(-1)
+        here = self._unmasked(k, x[..., self._mask], xi).unsqueeze(-1)
         chosen = F.pad(self._chosen(letters + gumbel(xi[..., : self._mask])), (0, 1))
         return x * (1 - here) + chosen * here
 
-    def _unmasked(self, k: int, masked: Tensor, xi: Tensor) -> Tensor:
-        """1 at the positions that are unmasked in this step, else 0, by noise of their own ``(batch, *shape)``."""
-        if self.tokens.independent:
-            return (torch.special.ndtr(xi) < self.tokens.unmasked[k]).to(masked) * masked
-        first = xi.masked_fill(masked == 0, -torch.inf).flatten(1).argmax(1)  # all are equally likely
-        return F.one_hot(first, masked[0].numel()).reshape(masked.shape).to(masked) * masked
+    def _unmasked(self, k: int, masked: Tensor, xi: Noises) -> Tensor:
+        """1 at the positions that are unmasked in this step, else 0, as in the chain of tokens."""
+        return self.tokens.opened(k, masked > 0, xi).to(masked) * masked
 
     def _chosen(self, scores: Tensor) -> Tensor:
         soft = (scores / self.temperature).softmax(-1)

@@ -54,9 +54,23 @@ def shift_function(chain: Chain, control: Any, tables: Sequence[Any] | None = No
     return shift
 
 
+class AllRows:
+    """A shift function that knows its rows by their place, and is asked for all of them."""
+
+    all_rows = True
+
+    def __init__(self, shift: ShiftFunction) -> None:
+        self._function = shift
+
+    def __call__(self, k: int, x: States, condition: Any) -> Noises:
+        return self._function(k, x, condition)
+
+
 class ShiftsBeside:
     """A shift function that moves nothing and keeps what a control would do at the states of the reference's paths,
     within their steps: of a model that both ask for there is one call a step."""
+
+    all_rows = True
 
     def __init__(self, chain: Chain, control: Any) -> None:
         self._shift, self._nothing = shift_function(chain, control), chain.times.new_zeros(1, *chain.noise_shape)

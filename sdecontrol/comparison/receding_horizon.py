@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chains.base import Chain
-from ..chains.shifts import ShiftFunction, shift_function
+from ..chains.shifts import AllRows, ShiftFunction, shift_function
 from ..controls.given import ZeroControl, given_control
 from ..evaluation.solution import Solution
 from ..methods.base import Method, find_method
@@ -274,7 +274,7 @@ class RecedingHorizon:
         y = None if condition is None else condition.repeat_interleave(n, 0)
         f, begin = problem.running_cost_or_none, x.repeat_interleave(n, 0)
         options: dict[str, Any] = {"condition": y, "running_cost": f, "keep": "end", "steps": steps}
-        paths = integrate(chain, begin, drawn, self._shift(plan, n), **options).towards(problem)
+        paths = integrate(chain, begin, drawn, AllRows(self._shift(plan, n)), **options).towards(problem)
         log_w = paths.log_weights()
         w = self_normalised(log_w, n, self.trust_region).weights.unflatten(0, (-1, n)) / n
         centred = w - 1 / n if method.control_variate else w

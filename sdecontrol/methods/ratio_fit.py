@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..controls.guidance import ValueControl
@@ -148,30 +148,17 @@ def fit_values(
     Returns:
         That loss before and after.
     """
-    seen, s, held = rows.seen, rows.s, rows.held
-    with torch.no_grad():
-        f_old = torch.stack([value.ratio(seen[:, j], s[:, j]) for j in range(s.shape[1])], 1)
-        weight = (beta * rows.gains - rows.ratios - value.level - f_old).clamp(max=30.0).exp()
+    spread = _NOISE * value.spread
 
-    def loss(path: Tensor, column: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        g = value.ratio(seen[path, column] + noise, s[path, column]) - f_old[path, column]
-        return (weight[path, column] * F.softplus(-g) + F.softplus(g)).mean()
+    def away(seen: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(seen), len(spread), generator=generator, dtype=torch.float32)
+        return seen + noise.to(spread) * spread
 
-    generator = generator_for("cpu", run.seed, Place.RATIO_BATCH, run.iteration)
-    spread, size = _NOISE * value.spread, _batch_of(s)
-
-    def batch() -> Tensor:
-        path, column = _picked(generator, held, s, size)
-        away = torch.randn(size, len(spread), generator=generator, dtype=torch.float32).to(spread)
-        value_loss = loss(path, column, away * spread)
+    def beside(path: Tensor, column: Tensor) -> Tensor | float:
         if rows.ends is not None:
-            return value_loss + value.student_error(rows.ends[0][path], rows.ends[1][path])
-        if rows.asked is None:
-            return value_loss
-        return value_loss + value.student_error(seen[path, column], rows.asked[path, column])
+            return value.student_error(rows.ends[0][path], rows.ends[1][path])
+        return 0.0 if rows.asked is None else value.student_error(rows.seen[path, column], rows.asked[path, column])
 
-    every = torch.arange(held, device=s.device).repeat_interleave(s.shape[1])
-    columns = torch.arange(s.shape[1], device=s.device).repeat(held)
     hidden = len(value.last)
 
     def frozen() -> None:
@@ -180,12 +167,54 @@ def fit_values(
             value.slopes.grad[:, :hidden] = 0.0
             value.slopes.grad[:, value.slopes.shape[1] - value.layers.inner :] = 0.0
 
-    before, after = descend(value, batch, lambda: -float(loss(every, columns)), steps, rate, frozen)
+    return logistic(run, value, value.ratio, float(value.level), rows, beta, (steps, rate), (away, beside, frozen))
+
+
+def logistic(
+    run: Run,
+    value: nn.Module,
+    ratio: Callable[[Tensor, Tensor], Tensor],
+    level: float,
+    rows: Rows,
+    beta: float,
+    how: tuple[int, float],
+    more: tuple[Any, Any, Any] | None = None,
+) -> tuple[float, float]:
+    """Logistic regression of a log density ratio on stored rows at temperature alpha/beta.
+
+    Args:
+        ratio: ``(seen, s) -> f`` of a module, ``value``. how: its steps and their rate.
+        more: ``(seen, generator) -> seen``, by which rows are perturbed; a loss beside it of the rows ``(path,
+            column)``; what is done to the gradients.
+
+    Returns:
+        The held-out paths' loss before and after.
+    """
+    seen, s, held = rows.seen, rows.s, rows.held
+    away, beside, adjust = more or (lambda x, _: x, lambda *_: 0.0, lambda: None)
+    with torch.no_grad():
+        f_old = torch.stack([ratio(seen[:, j], s[:, j]) for j in range(s.shape[1])], 1)
+        weight = (beta * rows.gains - rows.ratios - level - f_old).clamp(max=30.0).exp()
+
+    def loss(path: Tensor, column: Tensor, x: Tensor) -> Tensor:
+        g = ratio(x, s[path, column]) - f_old[path, column]
+        return (weight[path, column] * F.softplus(-g) + F.softplus(g)).mean()
+
+    generator = generator_for("cpu", run.seed, Place.RATIO_BATCH, run.iteration)
+    size = _batch_of(s)
+
+    def batch() -> Tensor:
+        path, column = _picked(generator, held, s, size)
+        return loss(path, column, away(seen[path, column], generator)) + beside(path, column)
+
+    every = torch.arange(held, device=s.device).repeat_interleave(s.shape[1])
+    columns = torch.arange(s.shape[1], device=s.device).repeat(held)
+    before, after = descend(value, batch, lambda: -float(loss(every, columns, seen[every, columns])), *how, adjust)
     return -before, -after
 
 
 def descend(
-    value: RatioValue,
+    value: nn.Module,
     loss: Callable[[], Tensor],
     score: Callable[[], float],
     steps: int,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..chains.shifts import shift_function
+from ..chains.shifts import AllRows, shift_function
 from ..controls.guidance import GivenValue, TweedieValue, ValueControl, value_network
 from ..controls.token_guidance import guided_by
 from ..errors import check_name
@@ -20,6 +20,7 @@ from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
 from .base import Batch, ControlState, Method, Run, not_differentiable, path_metrics, register
 from .ratio_guidance import RatioState, ratio_state, ratio_step
+from .ratio_tokens import TokenRatioState, token_ratio_step
 
 _VALUES = ("monte-carlo", "soft-q", "tweedie", "ratio")
 
@@ -46,7 +47,8 @@ class ValueGuidance(Method):
               slowly following copy [29]: less noise, and an error that is handed from step to step;
             * "ratio": ``v/alpha - log Z = log E[w | x_t]``, a log density ratio, by logistic regression on paths of the
               reference, weighted by w; then rounds on its own paths (:mod:`.ratio_guidance`). No gradient of the reward
-              is needed; where there is one the value learns to see what the reward sees;
+              is needed; where there is one the value learns to see what the reward sees; of tokens every round is that
+              regression (:mod:`.ratio_tokens`), without conditions;
             * "tweedie": ``r`` of the denoised state [31], nothing trained, with an error that never vanishes;
             * a function ``v(x, t) -> (batch,)``, t ``(batch,)``, such as an exact solution's ``value``.
         follow: how much of the trained value its copy takes over in every iteration of "soft-q".
@@ -93,10 +95,10 @@ class ValueGuidance(Method):
     def check(self, problem: ControlProblem) -> None:
         super().check(problem)
         if problem.reference.state_dtype is not None:
-            if self.value == "ratio":
+            if self.value == "ratio" and problem.condition is not None:
                 raise ValueError(
-                    "value-guidance with value='ratio' learns a density ratio of numbers, and the states are tokens. "
-                    "Use value='monte-carlo' or 'soft-q'."
+                    "value-guidance with value='ratio' takes no conditions where states are tokens. Use "
+                    "value='monte-carlo' or 'soft-q'."
                 )
             return
         if self.value == "ratio" and not problem.reference.gaussian:
@@ -108,23 +110,28 @@ class ValueGuidance(Method):
             raise not_differentiable("value-guidance with value='tweedie'", problem, missing)
 
     def setup(self, run: Run) -> nn.Module:
-        if self.value == "ratio":
+        tokens = run.problem.reference.state_dtype is not None
+        if self.value == "ratio" and not tokens:
             return ratio_state(run)
         if self.value == "tweedie":
             value = TweedieValue(run.problem, run.chain)
         elif callable(self.value):
             value = GivenValue(self.value, run.problem.alpha)
-            if run.problem.reference.state_dtype is None:
+            if not tokens:
                 _check_value(self, run.problem, value)
         else:
             value = value_network(run.problem, run.chain, derive_seed(run.seed, Place.GUIDANCE_VALUE))
         control = guided_by(value, run.problem, run.chain)
+        if self.value == "ratio":
+            return TokenRatioState(control)
         control.learning_rate = getattr(value, "learning_rate", control.learning_rate)
         return ValueState(control, self.value == "soft-q")
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
         if isinstance(state, RatioState):
             return ratio_step(state, run, self.num_paths)
+        if isinstance(state, TokenRatioState):
+            return token_ratio_step(state, run, self.num_paths)
         value = state.control.value
         losses, parts = [], []
         for part in range(run.accumulate):
@@ -150,7 +157,7 @@ class ValueGuidance(Method):
         return {**path_metrics(parts), "loss": sum(losses) / len(losses)}
 
     def finished(self, state: Any, run: Run) -> bool:
-        return isinstance(state, RatioState) and bool(state.ended)
+        return isinstance(state, (RatioState, TokenRatioState)) and bool(state.ended)
 
 
 def _check_value(method: ValueGuidance, problem: ControlProblem, value: GivenValue) -> None:
@@ -202,5 +209,5 @@ def roll(run: Run, control: Any, batch: Batch) -> tuple[Paths, Tensor]:
 
     f = run.problem.running_cost_or_none
     with torch.no_grad():
-        paths = integrate(chain, x0, batch.noise, shift, condition=batch.condition, running_cost=f)
+        paths = integrate(chain, x0, batch.noise, AllRows(shift), condition=batch.condition, running_cost=f)
     return paths.towards(run.problem), guided

@@ -16,7 +16,8 @@ in the directions where the target is that Gaussian, and none from their number.
 (``law``) go through ``m^(1 - beta) (N(0, I) exp(phi))^beta``; each of them then moves in the coordinates of a component
 drawn given its place (:class:`Component`), and an independent draw from m is proposed after every such move
 (:meth:`Kernel.independence_move`). One leapfrog step, of this flow, is a MALA move; without a gradient it is the
-preconditioned Crank-Nicolson move (Cotter et al. 1202.0709).
+preconditioned Crank-Nicolson move (Cotter et al. 1202.0709). Of paths of tokens, whose maxima jump in the noises, a
+move draws the noises of some positions anew and keeps all others: reversible for the same reason, angle by angle.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class TemperedTarget(Protocol):
         dim: of z. smooth: whether phi has a gradient.
         law: what particles begin with, of z; None: N(0, I). Levels go from it to the target.
         batch_size: points that are evaluated at a time (a multiple of 64); None: all. Their values are the same.
+        parts: ``(dim,)`` int64, to which part a coordinate belongs, where phi jumps and moves redraw some of the parts;
+            None: moves turn all coordinates a little.
     """
 
     dim: int
@@ -73,6 +76,7 @@ class TemperedTarget(Protocol):
     device: torch.device
     law: GaussianMixture | ProductMixture | None
     batch_size: int | None
+    parts: Tensor | None
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         """What particles keep from the beginning and no move changes, ``(n, ...)``; mostly nothing, ``(n, 0)``."""
@@ -104,6 +108,7 @@ class StateTarget:
         self.law = law
         self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
         self.batch_size: int | None = None  # evaluations at a time
+        self.parts: Tensor | None = None
         self.constant = 0.5 * self.dim * math.log(2 * math.pi) + float(scale.double().log().sum())
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
@@ -133,6 +138,13 @@ class NoiseTarget:
         self.dim = self.before + math.prod(self.shape)
         self.dtype, self.device, self.smooth = problem.dtype, problem.device, problem.has_gradient
         self.batch_size: int | None = None  # paths at a time
+        self.parts = None if chain.state_dtype is None else self._parts()
+
+    def _parts(self) -> Tensor:
+        """Of tokens: the noises of a position, at all steps; of a single one, those of a step."""
+        steps, positions = self.chain.steps, self.chain.event_shape.numel()
+        index = torch.arange(positions) if positions > 1 else torch.arange(steps).unsqueeze(1)
+        return index.unsqueeze(-1).expand(steps, positions, self.chain.noise_shape[-1]).flatten().to(self.device)
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         if self.gaussian is not None:
@@ -353,6 +365,8 @@ class Kernel:
         v = torch.randn(p.z.shape, **like)
         turn = angle * torch.exp(-self.jitter * torch.rand((n, 1), **like))
         turn = turn.clamp(max=_COARSEST)
+        if target.parts is not None:
+            turn = _redrawn(turn, target.parts, generator)
         uniform = torch.rand(n, **like)
         frame = (
             Fitted(self.centre, self.factor) if target.law is None else Component(*target.law.component(p.z, generator))
@@ -384,6 +398,15 @@ class Kernel:
         uniform = torch.rand(len(p.z), generator=generator, dtype=p.z.dtype, device=p.z.device)
         change = self.beta * (new.phi.double() - p.phi.double())
         return new.where(uniform.double().log() < torch.nan_to_num(change, nan=-math.inf), p)
+
+
+def _redrawn(turn: Tensor, parts: Tensor, generator: torch.Generator) -> Tensor:
+    """Angles ``(n, dim)``: a quarter turn, which is a new draw, for some of the parts, one at least, and 0 for the
+    others; in the mean the share of a quarter turn that is ``turn (n, 1)``."""
+    like, count = {"generator": generator, "device": turn.device}, int(parts.max()) + 1
+    chosen = torch.rand((len(turn), count), dtype=turn.dtype, **like) < turn / _COARSEST
+    chosen.scatter_(1, torch.randint(count, (len(turn), 1), **like), True)
+    return torch.where(chosen[:, parts], _COARSEST, 0.0).to(turn)
 
 
 def fit_gaussian(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from ..chains.blocks import LEAST, bytes_per_row, parts_of, room_for
 from ..chains.shifts import ShiftFunction, shift_function
 from ..memory import once_a_step, remembering
 from ..processes.reference import Reference
-from ..shapes import Noises, PerPath, StatePaths, States
+from ..shapes import Noises, PerPath, SomeStates, States
 from .integrator import NoiseSource, RunningCost, check_likelihood, integrate
 from .paths import Paths
 
@@ -76,7 +76,7 @@ class PathCost:
     kl: PerPath
     end: States
     log_ratio: PerPath | None = None
-    states: StatePaths | None = None
+    states: SomeStates | None = None
 
 
 @dataclass(frozen=True)

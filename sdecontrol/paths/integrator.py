@@ -14,6 +14,7 @@ from ..precision import full_precision
 from ..shapes import Noises, PerPath, Scalar, States
 from ..tensors import changed_in_place, nonfinite_rows
 from .paths import Paths, Record, Totals, sum_steps
+from .rows import Some
 
 KEEP = ("all", "states", "end")
 
@@ -33,12 +34,16 @@ class _Sums:
         self.room = max(1, min(64, self.most // (64 * max(1, chain.noise_shape.numel()))))
         self.found: tuple[Tensor, Tensor] | None = None
 
-    def add(self, k: int, x: States, xi: Noises, c: Noises, after: States) -> None:
-        kept: tuple[Any, Any] = (None, None)
+    def add(self, k: int, step: tuple[States, Noises, Noises, States], y: Any, some: Some | None) -> None:
+        """A step, ``(x, xi, c, x')``, of some of the rows or all."""
+        x, xi, c, after = step
+        kept: list[Any] = [None, None]
         if not self.chain.of_noise:  # the step's law is at hand now
-            kl = sum_steps(self.chain.kl(c.unsqueeze(0), [x], (k,), self.condition))
-            kept = kl, self.chain.draws(*(part.unsqueeze(0) for part in (xi, c, after, x)))[0]
-        self.held.append((k, xi, c, *kept))
+            law = (c.unsqueeze(0), [x], [after], (k,), y)
+            kl = sum_steps(self.chain.path_kl(*law)) if len(x) else c.new_zeros(0)
+            kept = [kl, self.chain.draws(*(part.unsqueeze(0) for part in (xi, c, after, x)))[0]]
+        held = [xi, c, *kept]
+        self.held.append((k, *(held if some is None else map(some.among_zeros, held))))
         if len(self.held) >= self.room:
             self._reduce()
 
@@ -77,6 +82,9 @@ def integrate(
 ) -> Paths:
     """Run a chain from states x, all its steps or the given ones (consecutive).
 
+    Where a step's noise says which rows it moves (``Chain.changing``), model and control are asked for these alone, and
+    the shift that is kept of the others is 0 (but of :class:`.shifts.AllRows`).
+
     The graph is kept if gradients are enabled and something requires them. Log-ratios are reduced after the loop from
     what it stored; finiteness is checked afterwards and located from the stored states.
 
@@ -92,22 +100,21 @@ def integrate(
     shift = once_a_step(shift) if law is not None and shift is not None else shift
     # a cost that takes all states in one call waits for them
     along = getattr(running_cost, "along", None) if everything else None
+    by_itself = not getattr(shift, "all_rows", False)
     with remembering():
         for k in steps:
             xi, before, version = noise[k], x, x._version
             if running_cost is not None and along is None and chain.clock[k] >= 0:
                 here = chain.while_running(x, running_cost(x, chain.times[k], condition))
+                if x._version != version:
+                    raise changed_in_place("running cost")
                 totals.running_cost = torch.add(totals.running_cost, here, alpha=chain.step_sizes[k])
                 if record.costs is not None:
                     record.costs.append(here)
-            after_cost = x._version
-            c = None if shift is None else shift(k, x, condition)
-            after_control = x._version
-            x = chain.step(k, x, xi, c, condition)
+            part = Some.where(chain.changing(k, x, xi)) if by_itself else None
+            x, c, memo = _move(chain, k, (x, xi, condition), shift, part, sums)
             if everything and chain.memo_shape is not None:
-                record.memos.append(chain.memo(k, before, condition).detach())  # type: ignore[union-attr]
-            if before._version != version:
-                raise changed_in_place(_who(k, version, after_cost, after_control))
+                record.memos.append(memo)
             if law is not None:
                 back, b = law.draw(k, before, x, condition), None
                 if shift is not None and law.controlled:
@@ -121,8 +128,6 @@ def integrate(
             if everything:
                 record.noises.append(xi)
                 record.shifts.append(xi.new_zeros(()).expand_as(xi) if c is None else c)
-            elif sums is not None and c is not None:
-                sums.add(k, before, xi, c, x)
     if along is not None and record.states is not None and (begun := max(steps.start, chain.start)) < steps.stop:
         states = torch.stack(record.states[begun - steps.start : -1])
         record.costs = chain.while_running(states, along(states, chain.times[begun : steps.stop]))
@@ -155,11 +160,36 @@ def _started(chain: Chain, x: States, keep: str, costs: bool) -> Record:
     return record
 
 
-def _who(k: int, version: int, after_cost: int, after_control: int) -> str:
-    """Which function changed the states that it was given at step k, by the versions after each."""
-    if after_cost != version:
-        return "running cost"
-    return "control" if after_control != version else f"step {k} (drift, diffusion or model)"
+def _move(
+    chain: Chain,
+    k: int,
+    at: tuple[States, Noises, Any],
+    shift: ShiftFunction | None,
+    part: Some | None,
+    sums: _Sums | None,
+) -> tuple[States, Noises | None, Tensor | None]:
+    """Step k from ``(x, xi, condition)``: the next states, the shift, and what the chain remembers of the step; where
+    a part is given of its rows, and the others stay."""
+    x, xi, y = at if part is None else map(part.of, at)
+    version, c, memo, after = x._version, None, None, x
+    if len(x):
+        c = None if shift is None else shift(k, x, y)
+        if x._version != version:
+            raise changed_in_place("control")
+        after = chain.step(k, x, xi, c, y)
+        memo = None if sums is not None or chain.memo_shape is None else chain.memo(k, x, y)
+        if x._version != version:
+            raise changed_in_place(f"step {k} (drift, diffusion or model)")
+    else:
+        c = None if shift is None else xi
+        memo = None if chain.memo_shape is None else xi.new_zeros(0, *chain.memo_shape)
+    if sums is not None and c is not None:
+        sums.add(k, (x, xi, c, after), y, part)
+    memo = None if memo is None else memo.detach()
+    if part is None:
+        return after, c, memo
+    c, memo = (None if v is None else part.among_zeros(v) for v in (c, memo))
+    return part.put(after, at[0]), c, memo
 
 
 def check_likelihood(kl: PerPath, chain: Chain) -> None:

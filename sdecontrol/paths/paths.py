@@ -28,7 +28,7 @@ from ..shapes import (
     Times,
     Trajectories,
 )
-from .rows import between_ranks, by_chunks
+from .rows import SomeOfEach, between_ranks, by_chunks
 
 
 class Target(Protocol):
@@ -106,29 +106,44 @@ class Totals:
 @dataclass(frozen=True)
 class StepLaws:
     """A control at the states of stored paths, at all steps or some: all that a path loss is made of, with its
-    graph."""
+    graph.
+
+    Attributes:
+        asked: its shifts at the rows that were asked for, ``some`` of each step; None: all.
+    """
 
     paths: Paths
     steps: Sequence[int] | None
-    shifts: NoisePaths
+    asked: NoisePaths
     back_shifts: NoisePaths | None = None
+    some: SomeOfEach | None = None
 
     def _of(self, whole: Tensor) -> Tensor:
-        return whole if self.steps is None else whole[[k - self.paths.first for k in self.steps]]
+        whole = whole if self.steps is None else whole[[k - self.paths.first for k in self.steps]]
+        return whole if self.some is None else self.some.of(whole)
+
+    def _of_all(self, found: Tensor) -> Tensor:
+        return found if self.some is None else self.some.among_zeros(found)
+
+    @cached_property
+    def shifts(self) -> NoisePaths:
+        """``(steps, batch, *noise)``, 0 where the control was not asked."""
+        return self._of_all(self.asked)
 
     @cached_property
     def log_ratio(self) -> PerStep:
         """``log p^u(x_{k+1} | x_k) - log p0(x_{k+1} | x_k)``."""
-        return self.paths.chain.log_ratio(self.shifts, self._of(self.paths.draws))
+        return self._of_all(self.paths.chain.log_ratio(self.asked, self._of(self.paths.draws)))
 
     @cached_property
     def kl(self) -> PerStep:
-        """``KL(p^u(. | x_k) || p0(. | x_k))``."""
+        """``KL(p^u(. | x_k) || p0(. | x_k))``; of masked diffusion given which positions are unmasked."""
         paths = self.paths
         steps = range(paths.first, paths.last) if self.steps is None else self.steps
-        states = self._of(paths.states[:-1])
-        with paths.remembered(states, self.steps):
-            return paths.chain.kl(self.shifts, states, steps, paths.condition)
+        before, after = self._of(paths.states[:-1]), self._of(paths.states[1:])
+        with paths.remembered(before, self.steps, self.some):
+            y = paths.condition if self.some is None else None
+            return self._of_all(paths.chain.path_kl(self.asked, before, after, steps, y))
 
     @cached_property
     def log_reverse(self) -> PerStep | None:
@@ -154,7 +169,8 @@ class Paths:
         condition: what the paths were conditioned on, or None.
         times: ``(K+1,)``; with a controlled start they begin at -1.
         states: ``(K+1, batch, *event)``.
-        noises, shifts: ``(K, batch, *noise)``, the ``xi_k``, and the ``c_k`` of the control that drew the paths.
+        noises, shifts: ``(K, batch, *noise)``, the ``xi_k``, and the ``c_k`` of the control that drew the paths; of
+            masked diffusion with independent positions 0 where a step unmasks nothing, and no control was asked.
         draws: ``(K, batch, *noise)``, that of which log-ratios are functions (``xi_k + c_k`` of Gaussian kernels).
         running_cost: ``(batch,)``, ``sum_k h_k f(x_k, t_k)``.
 
@@ -346,41 +362,55 @@ class Paths:
         with self._evaluating(), evaluating(modules_in(control)):
             return self._under(control, steps, drew)
 
-    def _under_own(self, steps: Sequence[int] | None) -> StepLaws:
-        law = self.chain.reverse
-        back = self.recorded("back_shifts") if law is not None and law.controlled else None
-        if steps is None:
-            return StepLaws(self, None, self.shifts, back)
+    def _moved(self, steps: Sequence[int] | None) -> SomeOfEach | None:
+        """The rows of each step at which a control is asked for; None: all."""
+        if self.condition is not None:
+            return None
+        if self._moved_rows is None or steps is None:
+            return self._moved_rows
         rows = [k - self.first for k in steps]
-        return StepLaws(self, steps, self.shifts[rows], None if back is None else back[rows])
+        return replace(self._moved_rows, index=self._moved_rows.index[rows], real=self._moved_rows.real[rows])
+
+    @cached_property
+    def _moved_rows(self) -> SomeOfEach | None:
+        return SomeOfEach.where(self.chain.changed(self.states[:-1], self.states[1:]))
+
+    def _under_own(self, steps: Sequence[int] | None) -> StepLaws:
+        law, some, c = self.chain.reverse, self._moved(steps), self.shifts
+        back = self.recorded("back_shifts") if law is not None and law.controlled else None
+        if steps is not None:
+            rows = [k - self.first for k in steps]
+            c, back = c[rows], None if back is None else back[rows]
+        return StepLaws(self, steps, c if some is None else some.of(c), back, some)
 
     def _under(self, control: Any, steps: Sequence[int] | None, drew: bool) -> StepLaws:
         chain, law = self.chain, self.chain.reverse
         law = law if law is not None and law.controlled else None
-        x, y, b = self.states, self.condition, None
-        known = self._under_own(steps).shifts if drew else None
-        if steps is None:
-            with self.remembered(x, None):
-                c = shifts_along(chain, control, x[:-1], y, self.first, known=known)
-            if law is not None:
-                b = law.shifts(c, shift_function(chain, control)(chain.steps - 1, x[-1], y))
-        else:
-            some = x[[k - self.first for k in steps]]
-            with self.remembered(some, steps):
-                c = shifts_along(chain, control, some, y, steps=steps, known=known)
-            if law is not None:
-                shift = shift_function(chain, control)
+        x, y, b, some = self.states, self.condition, None, self._moved(steps)
+        known = self._under_own(steps).asked if drew else None
+        at = x[:-1] if steps is None else x[[k - self.first for k in steps]]
+        at = at if some is None else some.of(at)
+        with self.remembered(at, steps, some):
+            c = shifts_along(chain, control, at, y, self.first, steps=steps, known=known)
+        if law is not None:
+            shift = shift_function(chain, control)
+            if steps is None:
+                b = law.shifts(c, shift(chain.steps - 1, x[-1], y))
+            else:
                 b = torch.stack([law.shift(k, x[k + 1 - self.first], shift, y) for k in steps])
-        return StepLaws(self, steps, c, b)
+        return StepLaws(self, steps, c, b, some)
 
-    def remembered(self, states: Tensor, steps: Sequence[int] | None) -> contextlib.AbstractContextManager[None]:
-        """At these states, of all steps or the given ones, what the steps computed there is not computed again."""
+    def remembered(
+        self, states: Tensor, steps: Sequence[int] | None, some: SomeOfEach | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """At these states, of all steps or the given ones, and of some rows of each or all, what the steps computed
+        there is not computed again."""
         if self.record.memos is None:
             return contextlib.nullcontext()
         memos, every = self.recorded("memos"), range(self.first, self.last)
-        if steps is None:
-            return stored(self.chain, every, states, memos)
-        return stored(self.chain, steps, states, memos[[k - self.first for k in steps]])
+        memos = memos if steps is None else memos[[k - self.first for k in steps]]
+        memos = memos if some is None else some.of(memos)
+        return stored(self.chain, every if steps is None else steps, states, memos)
 
     @cached_property
     def _own(self) -> StepLaws:
@@ -401,7 +431,8 @@ class Paths:
 
     def kl(self, per_step: bool = False) -> PerPath | PerStep:
         """``sum_k KL(p^u || p0)`` of each path's steps, ``(batch,)`` or ``(K, batch)``: its mean is ``KL(P^u || Q0)``,
-        with less variance than the mean of :meth:`log_ratio`."""
+        with less variance than the mean of :meth:`log_ratio`. Of masked diffusion with independent positions given
+        which of them each step unmasks."""
         if not per_step and self.totals.kl is not None:
             return self.totals.kl
         return self._own.kl if per_step else sum_steps(self._own.kl)

@@ -1,12 +1,80 @@
-"""Rows that do not know of one another: a chunk at a time, and split between processes."""
+"""Rows that do not know of one another: a chunk at a time, some of them alone, and split between processes."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ranks
 from ..randomness import BLOCK
+
+_MOST = 0.75  # of the rows: beyond, all are taken
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some rows of a batch of ``size``: ``index``, each as often as it takes for a multiple of 64 of them."""
+
+    index: Tensor
+    size: int
+
+    @classmethod
+    def where(cls, chosen: Tensor | None) -> Some | None:
+        """The rows ``(batch,)`` that are chosen; None where all of them cost no more."""
+        if chosen is None:
+            return None
+        index = chosen.nonzero().flatten()
+        if not len(index):
+            return cls(index, len(chosen))
+        rows = padded_rows(range(len(index)), index.device)  # matrix products see counts that give the same bits
+        return None if len(rows) >= len(chosen) else cls(index[rows], len(chosen))
+
+    def of(self, values: Any) -> Any:
+        """These rows of ``(batch, ...)``, or of None."""
+        return None if values is None else values[self.index]
+
+    def put(self, values: Tensor, into: Tensor) -> Tensor:
+        """Values of these rows among those of all."""
+        return into.index_copy(0, self.index, values)
+
+    def among_zeros(self, values: Tensor) -> Tensor:
+        return self.put(values, values.new_zeros(self.size, *values.shape[1:]))
+
+
+@dataclass(frozen=True)
+class SomeOfEach:
+    """Some rows of each of K steps, as many of each: ``index (K, m)``, ``real (K, m)`` those that are no filling."""
+
+    index: Tensor
+    real: Tensor
+    size: int
+
+    @classmethod
+    def where(cls, chosen: Tensor | None) -> SomeOfEach | None:
+        """The rows ``(K, batch)`` that are chosen; None where all of them cost no more."""
+        if chosen is None:
+            return None
+        counts = chosen.sum(1, keepdim=True)
+        most, size = max(1, int(counts.max())), chosen.shape[1]
+        if most > _MOST * size:
+            return None
+        index = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        return cls(index, torch.arange(most, device=index.device) < counts, size)
+
+    def of(self, stored: Tensor) -> Tensor:
+        """These rows of ``(K, batch, ...)``."""
+        return stored[torch.arange(len(self.index), device=stored.device).unsqueeze(1), self.index]
+
+    def among_zeros(self, values: Tensor) -> Tensor:
+        """Values ``(K, m, ...)`` of these rows among zeros for the others, ``(K, batch, ...)``."""
+        wide = (*self.index.shape, *(1,) * (values.ndim - 2))
+        kept = torch.where(self.real.reshape(wide), values, 0.0)
+        zeros = values.new_zeros(len(values), self.size, *values.shape[2:])
+        return zeros.scatter_add(1, self.index.reshape(wide).expand_as(kept), kept)
 
 
 def chunks_of(count: int, size: int) -> list[range]:

@@ -170,8 +170,8 @@ def roll_out(
     """
     shift = None if control is None else shift_function(chain, control)
     if shift is not None and until is not None:
-        own, nothing = shift, chain.times.new_zeros(len(x0), *chain.noise_shape)
-        shift = lambda k, x, y: own(k, x, y) if k < until else nothing  # noqa: E731
+        own, nothing = shift, chain.times.new_zeros(1, *chain.noise_shape)
+        shift = lambda k, x, y: own(k, x, y) if k < until else nothing.expand(len(x), *chain.noise_shape)  # noqa: E731
     f = problem.running_cost_or_none
     paths = integrate(chain, x0, noise, shift, condition=condition, running_cost=f)
     check_likelihood(paths.kl(), chain)

@@ -11,9 +11,12 @@ from torch import nn
 
 import sdecontrol as sc
 from sdecontrol.chains.masked import MaskSchedule
+from sdecontrol.chains.shifts import AllRows, shift_function
 from sdecontrol.controls.base import Control
 from sdecontrol.controls.build import build_control
 from sdecontrol.controls.given import given_control
+from sdecontrol.paths.integrator import integrate
+from sdecontrol.randomness import SeededNoise
 
 ORDERS = ("independent", "random")
 TWICE = ("frozen", "independent"), ("both", "independent"), ("user", "independent")
@@ -127,13 +130,17 @@ def test_log_ratios_and_kls_are_those_of_the_enumerated_kernels(order):
     tuned = joint.chain_of(
         joint.tuned_letters(problem, lambda z, t: control(z, torch.full((len(z),), t, dtype=F64))), 4, order
     )
-    kls = joint.kls(tuned, plain)
+    kls, chain = joint.kls(tuned, plain), problem.chain()
     with torch.no_grad():
+        shifts = torch.stack([shift_function(chain, control)(k, z, None) for k, z in enumerate(paths.states[:-1])])
+        every = chain.kl(shifts, paths.states[:-1], range(4))
+        given = chain.path_kl(shifts, paths.states[:-1], paths.states[1:], range(4))
         for laws in (paths.under(), paths.under(control), paths.under(given_control(problem, control))):
             for k in range(4):
                 ratio = (tuned[k] / plain[k]).log()[x[k], x[k + 1]]
                 assert torch.allclose(laws.log_ratio[k], ratio, atol=1e-10)
-                assert torch.allclose(laws.kl[k], kls[k][x[k]], atol=1e-10)
+                assert torch.allclose(every[k], kls[k][x[k]], atol=1e-10)
+                assert torch.allclose(laws.kl[k], given[k], atol=1e-10)
     ends = sc.simulate(problem, 64, control, seed=2, keep="end", chunk=64)
     for get in (lambda p: p.log_ratio(), lambda p: p.kl(), lambda p: p.log_weights()):
         assert torch.allclose(get(ends), get(paths), atol=1e-10)
@@ -141,6 +148,51 @@ def test_log_ratios_and_kls_are_those_of_the_enumerated_kernels(order):
     assert chi_square_is_fine(joint.counts(sc.simulate(problem, 1 << 13, control, seed=3, keep="end").samples), law)
     ratio = (sc.simulate(problem, 1 << 13, control, seed=4).log_weights() - joint.log_z(plain)).exp()
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(len(ratio))
+
+
+def test_the_kl_given_what_is_unmasked_has_the_kernels_as_its_mean():
+    """Exactly, over all sets of masked positions that a step may unmask."""
+    joint, control, k = Joint(), Tilt(), 2
+    chain = joint.problem(steps=4).chain()
+    x = torch.tensor([[3, 3, 3, 3], [0, 3, 3, 1], [3, 2, 1, 3], [0, 1, 2, 3]])
+    with torch.no_grad():
+        c, q, mean = shift_function(chain, control)(k, x, None), chain.unmasked[k], 0.0
+        for opened in itertools.product((False, True), repeat=4):
+            opened = torch.tensor(opened)
+            weight = torch.where(x == 3, torch.where(opened, q, 1 - q), torch.where(opened, 0.0, 1.0)).prod(1)
+            after = torch.where((x == 3) & opened, 0, x)
+            mean = mean + weight * chain.path_kl(c[None], x[None], after[None], [k])[0]
+        assert torch.allclose(mean, chain.kl(c[None], x[None], [k])[0], atol=1e-12) and float(mean.min()) > 0
+
+
+@pytest.mark.parametrize("keep", ["all", "end"])
+def test_model_and_control_are_asked_for_rows_in_which_a_token_is_drawn_alone(keep):
+    """And all that is drawn, weighed and learned from is what it is where all rows are asked for."""
+    joint, tilt, rows, asked = Joint(), Tilt(), [], []
+    problem = joint.problem(lambda x, s: (rows.append(len(x)), joint.model(x, s))[1], steps=32)
+    control = lambda x, t: (asked.append(len(x)), tilt(x, t))[1]  # noqa: E731
+    chain = problem.chain()
+    rows.clear()
+    with torch.no_grad():
+        paths = sc.simulate(problem, 512, control, seed=1, keep=keep)
+        ratio, kl = paths.log_ratio(), paths.kl()
+        assert rows == asked and len(rows) == 32 and sum(rows) < 512 * 32 / 3 and all(n % 64 == 0 for n in rows)
+        noise = SeededNoise(1, 512, 32, chain.noise_shape, dtype=F64, device="cpu")
+        whole = integrate(chain, problem.draw_start(512, 1), noise, AllRows(shift_function(chain, control)))
+        assert asked[-1] == 512 and torch.equal(paths.states, whole.states)
+        moved = (whole.states[1:] != whole.states[:-1]).any(2)
+        for found, all_rows in ((ratio, whole.log_ratio()), (kl, whole.kl())):
+            assert torch.allclose(found, all_rows, atol=1e-12)
+        assert torch.allclose(paths.shifts[moved], whole.shifts[moved], atol=1e-12)
+        assert not bool(paths.shifts[~moved].any()) and bool(whole.shifts[~moved].any())
+    half = lambda x, t: 0.5 * tilt(x, t)  # noqa: E731
+    for steps in (None, [3, 17, 31]):
+        laws = paths.under(half, steps)
+        every = [shift_function(chain, half)(k, whole.states[k], None) for k in steps or range(32)]
+        every = chain.log_ratio(torch.stack(every), whole.draws if steps is None else whole.draws[steps])
+        assert torch.allclose(laws.log_ratio, every, atol=1e-12)
+        grads = [torch.autograd.grad(v.cos().sum(), tilt.table)[0] for v in (laws.log_ratio, every)]
+        assert torch.allclose(*grads, atol=1e-10) and laws.shifts.shape == (len(every), 512, 4, 4)
 
 
 def test_a_path_costs_one_call_of_each_model_and_learning_from_it_none_of_the_reference():
