@@ -5,28 +5,31 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..controls.base import Control
 from ..controls.given import given_control
 from ..controls.mixture import MixtureControl
-from ..evaluation.estimates import Estimate
+from ..evaluation.estimates import Estimate, log_mean_weight, pareto_k
+from ..evaluation.importance_solution import ImportanceSolution, located_draws
 from ..evaluation.particle_solution import ParticleSettings
-from ..evaluation.tempered_solution import TemperedSettings, TemperedSolution, tempered_target
+from ..evaluation.solution import Solution
+from ..evaluation.tempered_solution import WIDER, TemperedSettings, TemperedSolution
 from ..methods.adaptive_importance import AdaptiveImportance
 from ..methods.base import Method, Run, register
-from ..particles.mixture_fit import fit_mixture
-from ..particles.tempering import Ladder, Population, adapt
-from ..problems.pilot import search
+from ..particles.adaptive_importance import SYSTEMS
+from ..particles.ascent import Ascent
+from ..particles.tempering import StateTarget, run_tempered, start_points
+from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed
 from ..tensors import check_count
+from .rounds import GAUSSIAN, IMPORTANCE, MIXTURE, MOST_LEVELS, Allowance, Found, Rounds
 
-_FEW, _FEW_WITHOUT = 100_000, 1_000_000  # evaluations below which no particles are moved, with and without a gradient
-_SAME, _SIGMAS = 0.02, 3.0  # nats and standard errors within which two rounds agree on log Z
-_GAIN = 0.8  # of the cost, below which a round was worth it
-_MOST_UNCHANGED = 2  # rounds without a change, after which no more are made
-_LOST = 0.1  # nats of log Z below the population that is kept, at which a round does not take its place
+# Evaluations up to which no particles are moved: with a gradient in many dimensions; in few, or without one.
+_FEW, _FEW_IN_FEW, _FEW_DIMENSIONS = 300_000, 1_000_000, 20
+_MOST = 20_000_000  # with or without a gradient, at which no new round begins where no number was given
+_MOST_ROUNDS, _MOST_UNCHANGED = 12, 2  # rounds in all, and without a change, after which no more are made
 # Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
 # has chosen its own ladder leaves out what its moves do not forget, and is several times too small where levels are
 # many.
@@ -35,82 +38,14 @@ _FIRST = 4  # the first round's part of the particles: it only has to find somet
 _SEARCHED = 4  # particles of a round for one chain of the search
 _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not reach yet
 
-
-class _State(nn.Module):
-    """Two populations of particles (of the last round, and of the one before it that found most; at first, of the
-    search), and what rounds cost."""
-
-    z: Tensor
-    log_weights: Tensor
-    log_z: Tensor
-    cost: Tensor
-    seen: Tensor
-    spent: Tensor
-    unchanged: Tensor
-
-    def __init__(self, run: Run, size: int) -> None:
-        super().__init__()
-        problem = run.problem
-        numbers: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        buffers = {
-            "z": torch.zeros(2, size, problem.event_shape[0], dtype=problem.dtype, device=problem.device),
-            "log_weights": torch.zeros(2, size, **numbers),
-            "log_z": torch.full((2,), -math.inf, **numbers),
-            # of the first round, of the last one, and of the best before it: evaluations that bring the error of log Z
-            # to one nat
-            "cost": torch.full((3,), math.inf, **numbers),
-            # log Z of the first round and of the one before the last (-inf at first); standard errors of the last and
-            # of the first
-            "seen": torch.full((4,), math.nan, **numbers),
-            "spent": torch.zeros((), dtype=torch.long, device=problem.device),
-            "unchanged": torch.zeros((), dtype=torch.long, device=problem.device),  # rounds without a change
-        }
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self._law: Any = None
-        before = problem.density.values
-        place = derive_seed(run.seed, Place.AUTO_SEARCH)
-        ends = search(problem.density, problem.centre, problem.scale, size // _SEARCHED, place)
-        self.spent += problem.density.values - before
-        self.z[1, : len(ends)] = (ends - problem.centre) / problem.scale
-        self.log_weights[1] = -math.inf
-        self.log_weights[1, : len(ends)] = -math.log(max(1, len(ends)))
-
-    def law(self, run: Run, rounds: int, most: int) -> Any:
-        """The mixture fitted to both populations after so many rounds; None before the first."""
-        if self._law is None and bool(self.log_z[0] > -math.inf):
-            self._law = fit_mixture(
-                self.z.flatten(0, 1),
-                self.log_weights.flatten(),
-                seed=derive_seed(run.seed, Place.AUTO_FIT, rounds),
-                most=most,
-            )
-        return self._law
-
-    def add(self, z: Tensor, found: Population, ladder: Ladder) -> float:
-        """Keep a round's particles; the variance of its log Z^ times its particles."""
-        first = not bool(torch.isfinite(self.cost[0]))
-        # the first round has none before it: the ends of the search stay for the first mixture
-        if not first and bool(self.log_z[0] >= self.log_z[1] - _LOST):
-            for kept in (self.z, self.log_weights, self.log_z):
-                kept[1] = kept[0]
-        self.log_weights[0] = -math.inf
-        self.z[0, : len(z)], self.log_weights[0, : len(z)] = z, found.log_weights[0]
-        # what is left of the weights at each resampling, and at the end
-        last = torch.arange(len(ladder), device=z.device) == len(ladder) - 1
-        variance = float(((1 / found.ess - 1) * ((found.resampled > 0) | last)).sum())
-        self.cost[2] = torch.minimum(self.cost[1], self.cost[2])
-        self.cost[1] = variance * found.evaluations / len(z)
-        self.seen[1], self.seen[2] = self.log_z[0], math.sqrt(variance / len(z))
-        self.log_z[0] = found.log_z[0]
-        if first:
-            self.cost[0], self.seen[0], self.seen[3] = self.cost[1], found.log_z[0], self.seen[2]
-        self.spent += found.evaluations
-        self._law = None
-        same = abs(float(self.log_z[0] - self.seen[1])) < max(_SAME, _SIGMAS * float(self.seen[2]))
-        settled = same and float(self.cost[1]) > _GAIN * float(self.cost[2])
-        self.unchanged.fill_(int(self.unchanged) + 1 if settled else 0)
-        return variance
+# Of a number of evaluations: parts at which the first round, and all rounds end ...
+_FIRST_PART, _ROUNDS_PART = 0.45, 0.6
+_ROUND = 0.2  # ... and for one round; of a particle of the first one so many evaluations are expected, and so many
+_EXPECTED, _LEAST = 400, 128  # particles it has at least
+_TRIED_PART, _TRIED = 0.02, 4096  # part of all, and number at most, that try importance sampling from the mixture
+_LIGHT = 0.5  # Pareto k of its weights, below which it may be the estimate
+_AT_ONCE = 4  # systems of the estimate
+_FEWEST = 16  # particles of them
 
 
 @register
@@ -132,14 +67,23 @@ class Auto(Method):
     ladder, so that ``E Z^ = Z``. ``solution.control`` is the exact control of the problem's reference towards the
     mixture (:class:`MixtureControl`): paths with exact weights, for ``certify`` and as the start of other methods.
 
-    However easy the density, the search for modes costs 0.4 million evaluations with the default number of particles (2
-    million without a gradient).
+    ``evaluations=n`` or ``solve(..., budget="10m")`` bound everything: the pilot run, the search, the rounds, and an
+    estimate of 16 systems of particles within ``solve``, which is what samples and estimates then come from (an
+    :class:`ImportanceSolution`; nothing that is asked of it evaluates the density again). It goes the way that
+    has the smallest error: on the ladder from the Gaussian, on that from the mixture, or by importance sampling from
+    the mixture. So does a run that is interrupted (Ctrl-C) give what there is: the systems of the estimate, else the
+    particles of the last round, of which the verdict says that they are no estimate yet.
+
+    Without such bounds, and however easy the density, the search for modes costs 0.4 million evaluations with the
+    default number of particles (2 million without a gradient), no new round begins after 2e7, and every evaluation and
+    sample of the solution is of new particles.
 
     Args:
-        num_particles: of a round (a quarter in the first), and of each system of the solution. evaluations: of the log
-            density at which no new round begins; the pilot run, the round that has begun and ``evaluate`` come on top.
-            Below 1e5 (1e6 of a density without a gradient) they are all there is, and :class:`AdaptiveImportance`
-            takes the place of particles.
+        num_particles: of a round (a quarter in the first), and of each system of the solution; at most, where
+            evaluations or time are bounded.
+        evaluations: of the log density, all together: a value with its gradient counts as two, and what the problem has
+            spent before is among them. Up to 3e5 (1e6 in 20 dimensions or fewer, or without a gradient)
+            :class:`AdaptiveImportance` takes the place of particles. None: not bounded.
         components: of the mixture at most.
 
     Raises:
@@ -147,24 +91,24 @@ class Auto(Method):
     """
 
     num_particles: int = 8192
-    evaluations: int = 20_000_000
+    evaluations: int | None = None
     components: int = 64
 
     anytime: ClassVar[bool] = True
-    default_iterations: ClassVar[int] = 12
+    default_iterations: ClassVar[int] = _MOST_ROUNDS + SYSTEMS // _AT_ONCE
     steady: ClassVar[bool] = True
     takes_control: ClassVar[bool] = False
     estimates: ClassVar[str | None] = "log_z"
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles, 64)
-        check_count("evaluations", self.evaluations)
+        check_count("evaluations", self.evaluations, optional=True)
         check_count("components", self.components)
 
     def prepare(self, problem: ControlProblem) -> tuple[Method, ControlProblem]:
         if problem.density is not None and problem.condition is None:
-            few = _FEW if problem.has_gradient else _FEW_WITHOUT
-            if self.evaluations < few:
+            dear = not problem.has_gradient or problem.event_shape[0] <= _FEW_DIMENSIONS
+            if self.evaluations is not None and self.evaluations <= (_FEW_IN_FEW if dear else _FEW):
                 return AdaptiveImportance(self.evaluations, min(16, self.components)).prepare(problem)
         return self, problem
 
@@ -178,23 +122,40 @@ class Auto(Method):
             raise ValueError("auto: particles need one target; make a problem with the condition fixed.")
 
     def setup(self, run: Run) -> nn.Module:
-        return _State(run, self.num_particles)
+        problem: Any = run.problem
+        allowance = Allowance(self.evaluations, sum(problem.spent.values()), run)
+        return Rounds(run, self.num_particles, self.num_particles // _SEARCHED, allowance)
 
     @torch.no_grad()
-    def step(self, state: nn.Module, run: Run) -> dict[str, float]:
-        assert isinstance(state, _State)
-        problem = run.problem
-        law = state.law(run, run.iteration, self.components)
-        control = None if law is None else MixtureControl(problem, law)
-        settings = TemperedSettings("states", problem.has_gradient, mixture=law is not None)
-        target: Any = tempered_target(problem, run.chain, control, settings)
+    def step(self, state: Any, run: Run) -> dict[str, float]:
+        if state.allowance.limited and (bool(state.ready) or not self._another(state, run)):
+            state.ready.fill_(1)
+            return self._estimate(state, run)
+        return self._round(state, run)
+
+    # ---------------------------------------------------------------- rounds
+
+    def _round(self, state: Rounds, run: Run) -> dict[str, float]:
+        problem, law = run.problem, state.law(run, self.components)
+        target = self._target(run, law)
         seed = derive_seed(run.seed, Place.AUTO_ROUND, run.iteration)
-        if law is None:
-            ladder, found = adapt(target, max(64, self.num_particles // _FIRST), seed, last_moves=1)
-        else:
-            ladder, found = adapt(target, self.num_particles, seed, last_moves=_LAST_MOVES)
-        z = (target.states(found.z[0]) - problem.centre) / problem.scale
-        variance = state.add(z, found, ladder)
+        limited, before = state.allowance.limited, problem.density.evaluations
+        part = _FIRST_PART if law is None else _ROUNDS_PART
+        each = 2 if problem.has_gradient else 1
+
+        def may(work: int) -> bool:
+            used = state.used + problem.density.evaluations - before
+            return state.allowance.may(used + each * work, part)
+
+        ascent = Ascent(target, self._size(state, run), seed, last_moves=1 if law is None else _LAST_MOVES)
+        try:
+            ascent.climb(may if limited else None, MOST_LEVELS)
+        except KeyboardInterrupt:
+            state.partial = Found.by(ascent, target, problem.centre, problem.scale)
+            raise
+        ended = Found.by(ascent, target, problem.centre, problem.scale)
+        variance, found = state.add(ended), ended.population
+        state.spent += problem.density.evaluations - before
         assert found.variance is not None
         error = math.sqrt(found.variance)
         return {
@@ -202,24 +163,134 @@ class Auto(Method):
             "objective_stderr": error,
             "log_z": float(found.log_z[0]),
             "log_z_stderr": error,
-            "levels": float(len(ladder)),
+            "levels": float(len(ended.ladder)),
             "evaluations": float(state.spent),
             "cost": float(state.cost[1]),
             "ess": 1 / (1 + variance),
             "loss": variance,
         }
 
-    def finished(self, state: nn.Module, run: Run) -> bool:
-        assert isinstance(state, _State)
-        return int(state.spent) >= self.evaluations or int(state.unchanged) >= _MOST_UNCHANGED
+    def _target(self, run: Run, law: Any) -> StateTarget:
+        """From the wide Gaussian, or from a law, a little widened."""
+        problem: Any = run.problem
+        density, centre, scale = problem.density, problem.centre, problem.scale.expand(problem.dim)
+        if law is None:
+            return StateTarget(density, centre, TemperedSettings.width * scale, problem.has_gradient)
+        return StateTarget(density, centre, scale, problem.has_gradient, law.widened(WIDER))
 
-    def finish(self, state: nn.Module, run: Run) -> Control:
-        assert isinstance(state, _State)
-        law = state.law(run, run.iteration + 1, self.components)
-        lost = float(state.seen[0] - state.log_z[0]) > max(_WORSE, _WORSE_SIGMAS * float(state.seen[2:].norm()))
-        if law is None or lost or not float(state.cost[1:].min()) < float(state.cost[0]):
+    def _size(self, state: Rounds, run: Run) -> int:
+        """Particles of the next round."""
+        first = not bool(state.rounds)
+        size = max(64, self.num_particles // _FIRST) if first else self.num_particles
+        worth = state.allowance.worth(state.used)
+        if not (state.allowance.limited and math.isfinite(worth)):
+            return size
+        work = _EXPECTED if first else float(state.work)
+        each = 2 if run.problem.has_gradient else 1
+        return min(size, max(_LEAST, int(_ROUND * worth / (each * work))))
+
+    def _another(self, state: Rounds, run: Run) -> bool:
+        """Whether there is to be another round before the estimate."""
+        if not bool(state.rounds):
+            return True
+        if int(state.rounds) >= _MOST_ROUNDS or int(state.unchanged) >= _MOST_UNCHANGED:
+            return False
+        each = 2 if run.problem.has_gradient else 1
+        half = 0.5 * each * self._size(state, run) * float(state.work)
+        return state.allowance.may(state.used + int(half), _ROUNDS_PART)
+
+    # ---------------------------------------------------------------- the estimate
+
+    def _estimate(self, state: Rounds, run: Run) -> dict[str, float]:
+        """A few systems of particles; before the first of them the way is chosen."""
+        problem, before = run.problem, run.problem.density.evaluations
+        if int(state.way) < 0:
+            self._choose(state, run)
+        way, count = int(state.way), min(_AT_ONCE, SYSTEMS - int(state.drawn))
+        target = self._target(run, None if way == GAUSSIAN else state.law(run, self.components))
+        target.smooth = target.smooth and way != IMPORTANCE
+        seed, ladder = derive_seed(run.seed, Place.AUTO_ESTIMATE, int(state.drawn)), state.ladder()
+        found = run_tempered(target, ladder, count, int(state.each), seed)
+        level = target.log_density_at(found.z.flatten(0, 1), found.phi.flatten()).reshape(found.phi.shape)
+        state.add_estimate(target.states(found.z.flatten(0, 1)).unflatten(0, level.shape), level, found)
+        state.spent += problem.density.evaluations - before
+        state.estimated += problem.density.evaluations - before
+        log_w = state.log_w[: int(state.drawn), : int(state.each)]
+        log_z = log_mean_weight(log_w.logsumexp(1) - math.log(log_w.shape[1]))
+        return {
+            "objective": log_z.value,
+            "objective_stderr": log_z.stderr,
+            "log_z": log_z.value,
+            "log_z_stderr": log_z.stderr,
+            "systems": float(state.drawn),
+            "way": float(way),
+            "evaluations": float(state.spent),
+            "ess": float(effective_fraction(log_w.flatten().softmax(0))),
+        }
+
+    def _choose(self, state: Rounds, run: Run) -> None:
+        """The way of the estimate that needs fewest evaluations for its error, and how many particles there can be."""
+        each, worth = 2 if run.problem.has_gradient else 1, state.allowance.worth(state.used)
+        costs = {GAUSSIAN: each * float(state.cost[0])}
+        if not _lost(state):
+            costs[IMPORTANCE] = self._tried(state, run, worth)
+            if int(state.rounds) > 1:
+                costs[MIXTURE] = each * float(state.cost[1])
+        left = math.inf if math.isinf(worth) else max(0.0, worth - state.used - _TRIED)
+
+        def most(way: int) -> float:
+            state.way.fill_(way)
+            ladder = state.ladder()
+            work = ladder.work + (int(ladder.moves.sum()) if way == MIXTURE else 0)
+            return left / (SYSTEMS * work * (1 if way == IMPORTANCE else each))
+
+        # all in the order of their costs; the last resort asks for the least
+        ways = [w for w in sorted(costs, key=lambda w: costs[w]) if most(w) >= _FEWEST] or [IMPORTANCE]
+        particles = most(ways[0])
+        state.each.fill_(int(max(1, min(particles, state.x.shape[1]))))
+
+    def _tried(self, state: Rounds, run: Run, worth: float) -> float:
+        """Evaluations that bring the error of log Z to one nat by draws of the mixture; inf where weights are heavy."""
+        target = self._target(run, state.law(run, self.components))
+        target.smooth = False
+        n = int(min(_TRIED, _TRIED_PART * worth))
+        phi = start_points(target, n, derive_seed(run.seed, Place.AUTO_TRIED)).phi
+        if pareto_k(phi) >= _LIGHT:
+            return math.inf
+        return 1 / float(effective_fraction(phi.double().softmax(0))) - 1
+
+    # ---------------------------------------------------------------- the end
+
+    def finished(self, state: Any, run: Run) -> bool:
+        if state.allowance.limited:
+            return int(state.drawn) >= SYSTEMS
+        most = _MOST * (2 if run.problem.has_gradient else 1)
+        over = int(state.spent) >= most or int(state.rounds) >= _MOST_ROUNDS
+        return over or int(state.unchanged) >= _MOST_UNCHANGED
+
+    def finish(self, state: Any, run: Run) -> Control:
+        law = state.law(run, self.components)
+        if law is None or _lost(state) or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)
         return MixtureControl(run.problem, law)
+
+    def solution(self, state: Any, run: Run, problem: ControlProblem, **facts: Any) -> Solution:
+        limited, own = state.allowance.limited, run.problem
+        if not limited and facts["reproducible"]:
+            return self.make_solution(problem, self.finish(state, run), **facts)
+        x, log_rho, log_w = state.systems(own)
+        how: dict[str, Any] = {"components": self.components, "highest": log_rho.max()}
+        how["estimated"] = limited and int(state.drawn) > 0
+        draws, law = located_draws(problem, x, log_rho, log_w, run.seed, **how)
+        located: Any = problem.located(draws.centre, draws.scale, float(draws.highest))  # type: ignore[attr-defined]
+        return ImportanceSolution(
+            located,
+            MixtureControl(located, law),
+            particles=ParticleSettings(draws.log_w.shape[1]),
+            draws=draws,
+            details={"evaluations": _counted(state, located), "report": _report(facts["history"], law)},
+            **facts,
+        )
 
     def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> TemperedSolution:
         return TemperedSolution(
@@ -232,20 +303,51 @@ class Auto(Method):
         )
 
 
-def _report(history: list[dict[str, float]], control: Control) -> str:
-    """What each round began with, found and cost, and what was kept."""
+def _lost(state: Rounds) -> bool:
+    """Whether rounds from the mixture have found less than the first, so that it has lost something."""
+    return float(state.seen[0] - state.log_z[0]) > max(_WORSE, _WORSE_SIGMAS * float(state.seen[2:].norm()))
+
+
+def _counted(state: Rounds, problem: Any) -> dict[str, int]:
+    """Evaluations by what they were for."""
+    own = {"rounds": int(state.spent)}
+    if state.allowance.limited:
+        search, estimate = int(state.sought), int(state.estimated)
+        own = {"search": search, "rounds": int(state.spent) - search - estimate, "estimate": estimate}
+    found = {**problem.spent, **own}
+    return {**found, "total": sum(found.values())}
+
+
+_KEPT = {
+    GAUSSIAN: "tempering from the wide Gaussian, whose cost is the least",
+    MIXTURE: "tempering from the mixture",
+    IMPORTANCE: "importance sampling from the mixture",
+}
+
+
+def _report(history: list[dict[str, float]], kept: Any) -> str:
+    """What each round began with, found and cost, and what was kept: a control, or the law of draws that were made."""
+    rounds = [row for row in history if "levels" in row]
     lines = []
-    for i, row in enumerate(history):
+    for i, row in enumerate(rounds):
         start = "a wide Gaussian" if i == 0 else "the mixture"
         levels = int(row["levels"])
         lines.append(
             f"round {i + 1}, from {start}: log Z {Estimate(row['log_z'], row['objective_stderr'])}, {levels} "
             f"level{'s' if levels > 1 else ''}, {row['cost']:.3g} evaluations to know log Z to one nat"
         )
-    if isinstance(control, MixtureControl):
-        lines.append(f"kept: tempering from {control.law!r}")
+    if history and "way" in history[-1]:
+        last = history[-1]
+        lines.append(
+            f"kept: {_KEPT[int(last['way'])]}; {last['ess']:.0%} of the particles of {int(last['systems'])} systems "
+            "are effective"
+        )
+    elif not isinstance(kept, Control):
+        lines.append("kept: the particles of the last round, which ended before the estimate")
+    elif isinstance(kept, MixtureControl):
+        lines.append(f"kept: tempering from {kept.law!r}")
     else:
-        paid = any(row["cost"] < history[0]["cost"] for row in history)
+        paid = any(row["cost"] < rounds[0]["cost"] for row in rounds)
         why = "rounds from the mixture found less" if paid else "learning did not pay"
         lines.append(f"kept: tempering from the wide Gaussian; {why}")
     return "\n".join(lines)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from ..particles.ascent import adapt
 from ..particles.resolution import resolution_problems
 from ..particles.smc import resample
-from ..particles.tempering import StateTarget, adapt, run_tempered
+from ..particles.tempering import StateTarget, run_tempered
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count
 from .estimates import Estimate, as_plain, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
 from ..particles.adaptive_importance import SYSTEMS
-from ..particles.smc import Particles
-from ..randomness import Place, fresh_seed, generator_for
+from ..particles.mixture_fit import fit_mixture
+from ..particles.smc import Particles, resample
+from ..problems.pilot import spread_of
+from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath
 from ..tensors import check_count
 from .estimates import Estimate, log_mean_weight, pareto_k
@@ -23,6 +25,7 @@ from .second_look import HEAVY, Ways
 from .solution import SOLUTIONS
 from .verdict import SIGMAS, UNRELIABLE
 
+_LOCATED = 4096  # draws that say where the reference is to be
 _MARGIN = 0.02  # nats within which two estimates need not agree
 
 
@@ -151,6 +154,40 @@ class ImportanceSolution(ParticleSolution):
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:
         draws = Saved(part_of(tensors, "draws"), f"{saved.where}'s draws").settings(WeightedDraws)
         return {**super().from_saved(saved, context, tensors), "draws": draws}
+
+
+def located_draws(
+    problem: Any,
+    x: Tensor,
+    log_rho: Tensor,
+    log_w: Tensor,
+    seed: int,
+    *,
+    components: int,
+    highest: Tensor,
+    other: Tensor | None = None,
+    estimated: bool = True,
+) -> tuple[WeightedDraws, Any]:
+    """Draws ``(M, N, d)`` in M systems, with centre and scale of a reference that covers them, and a mixture fitted to
+    them in its coordinates.
+
+    Args:
+        log_rho, log_w: ``(M, N)``. highest: the largest log density met. other, estimated: of :class:`WeightedDraws`.
+
+    Raises:
+        ValueError: too few of them have a weight above 0 for a mixture.
+    """
+    flat, weights = x.double().flatten(0, 1), log_w.flatten()
+    generator = generator_for(x.device, seed, Place.IMPORTANCE_LOCATED)
+    typical = flat[resample(weights.unsqueeze(0), _LOCATED, "systematic", generator)[0]]
+    centre, scale = spread_of(typical, typical.mean(0), False)
+    scale = scale.expand(centre.shape).clamp(min=1e-12 * (1 + float(centre.abs().max())))
+    z, place = ((flat - centre) / scale).to(problem.dtype), derive_seed(seed, Place.IMPORTANCE_LAW)
+    law = fit_mixture(z, weights, seed=place, most=components)
+    nothing = log_w.new_full((2,), math.nan)
+    facts = (nothing if other is None else other, log_w.new_tensor(float(estimated)))
+    where = (centre.to(problem.dtype), scale.to(problem.dtype), highest)
+    return WeightedDraws(x.to(problem.dtype), log_rho, log_w, *facts, *where), law
 
 
 def other_estimate(log_w: Tensor) -> Tensor:

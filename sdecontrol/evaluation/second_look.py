@@ -17,9 +17,10 @@ from .. import ranks
 from ..chains.base import Chain
 from ..chains.shifts import ShiftsBeside
 from ..errors import NonFiniteError
+from ..particles.ascent import LadderError, adapt
 from ..particles.mixture_fit import fit_mixture
 from ..particles.smc import ParticleSettings, Proposal, resample, run_particles
-from ..particles.tempering import LadderError, NoiseTarget, StateTarget, adapt
+from ..particles.tempering import NoiseTarget, StateTarget
 from ..paths.integrator import integrate
 from ..paths.paths import Paths, sum_steps
 from ..paths.rows import between_ranks

@@ -14,9 +14,10 @@ from ..controls.given import ZeroControl
 from ..controls.mixture import MixtureControl
 from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
+from ..particles.ascent import adapt
 from ..particles.levels import EventLadder, climb, run_events
 from ..particles.smc import Particles, ParticleSettings
-from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, adapt, run_tempered
+from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, run_tempered
 from ..paths.chunks import check_chunk
 from ..paths.rows import between_ranks
 from ..problems.problem import ControlProblem
@@ -26,7 +27,7 @@ from .particle_solution import ParticleSolution
 from .second_look import Ways
 from .solution import SOLUTIONS
 
-_WIDER = 1.2  # variances of a fitted mixture that particles begin with: weights of its tails stay bounded
+WIDER = 1.2  # variances of a fitted mixture that particles begin with: weights of its tails stay bounded
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def tempered_target(
         width, law = settings.width, None
         if settings.mixture:
             assert isinstance(control, MixtureControl)
-            width, law = 1.0, control.law.widened(_WIDER)
+            width, law = 1.0, control.law.widened(WIDER)
         target = StateTarget(problem.density, problem.centre, width * problem.scale.expand(problem.dim), law=law)
     target.smooth = settings.gradient
     return target

@@ -11,8 +11,9 @@ from ..errors import BadFileError, warn
 from ..evaluation.estimates import Estimate, log_mean_weight, mean_estimate
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
 from ..files.bundles import register_bundle
+from ..particles.ascent import adapt
 from ..particles.smc import resample
-from ..particles.tempering import Kernel, StateTarget, adapt, points_at, run_tempered
+from ..particles.tempering import Kernel, StateTarget, points_at, run_tempered
 from ..problems.gibbs import gibbs_problem
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count, check_tensor

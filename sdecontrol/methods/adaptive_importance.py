@@ -9,21 +9,16 @@ from torch import Tensor, nn
 
 from ..controls.mixture import MixtureControl
 from ..errors import NonFiniteError
-from ..evaluation.importance_solution import ImportanceSolution, WeightedDraws, other_estimate
+from ..evaluation.importance_solution import ImportanceSolution, WeightedDraws, located_draws, other_estimate
 from ..evaluation.particle_solution import ParticleSettings
 from ..particles.adaptive_importance import SYSTEMS, TURN, AdaptiveSampler, Values, start_law
-from ..particles.mixture_fit import fit_mixture
-from ..particles.smc import resample
 from ..problems.gibbs import bad_values
-from ..problems.pilot import spread_of
 from ..problems.problem import ControlProblem
-from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_count
 from .base import Method, Run, register
 
 _LEAST, _LEAST_EACH = 500, 100  # evaluations that it needs, and for each dimension
 _AT_ONCE = 16  # points for each worker between which it may be interrupted
-_LOCATED = 4096  # draws that say where the reference is to be
 
 
 class _PriorLaw:
@@ -190,24 +185,15 @@ class AdaptiveImportance(Method):
         turn = TURN if final else 1  # each system has whole turns of the law and its wide parts
         kept = len(x) // (SYSTEMS * turn) * SYSTEMS * turn
         deal = lambda v: v[:kept].unflatten(0, (-1, SYSTEMS, turn)).transpose(0, 1).flatten(1, 2)  # noqa: E731
-        generator = generator_for(x.device, seed, Place.IMPORTANCE_LOCATED)
-        typical = x[resample(log_w.unsqueeze(0), _LOCATED, "systematic", generator)[0]]
-        centre, scale = spread_of(typical, typical.mean(0), False)
-        scale = scale.expand(centre.shape).clamp(min=1e-12 * (1 + float(centre.abs().max())))
         before = sampler.log_rho - sampler.level + math.log(max(1, len(sampler.x)))
-        other = other_estimate(before) if final else log_w.new_full((2,), math.nan)
-        law = fit_mixture(
-            ((x - centre) / scale).to(problem.dtype),
-            log_w,
-            seed=derive_seed(seed, Place.IMPORTANCE_LAW),
-            most=self.components,
+        return located_draws(
+            problem,
+            *(deal(x), deal(log_rho), deal(log_w), seed),
+            components=self.components,
+            highest=sampler.values.known[: int(sampler.values.count)].max(),
+            other=other_estimate(before) if final else None,
+            estimated=final,
         )
-        dtype = problem.dtype
-        draws = WeightedDraws(
-            *(deal(x).to(dtype), deal(log_rho), deal(log_w), other, log_w.new_tensor(float(final))),
-            *(centre.to(dtype), scale.to(dtype), sampler.values.known[: int(sampler.values.count)].max()),
-        )
-        return draws, law
 
 
 def _report(sampler: AdaptiveSampler, spent: dict[str, int]) -> str:

@@ -102,6 +102,7 @@ class Run:
             taken back instead. Given that, :class:`Paths` or :class:`Visited`, no step moves the path law too far.
         take_back: put a regression's best parameters so far in place, and take smaller steps from there. What undoes
             it, or None where there are none.
+        elapsed: the part of a budget of time that has passed; None where there is none.
     """
 
     problem: ControlProblem
@@ -113,6 +114,7 @@ class Run:
     iteration: int = 0
     descend: Callable[..., bool] = field(default=lambda *at: True)
     take_back: Callable[[], Callable[[], None] | None] = field(default=lambda: None)
+    elapsed: Callable[[], float] | None = None
 
     def batch(self, part: int = 0, group_size: int = 1) -> Batch:
         """The ``part``-th batch of this iteration; of several processes that split it, the own rows.

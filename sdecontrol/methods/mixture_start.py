@@ -11,8 +11,9 @@ from ..controls.base import Control
 from ..controls.ends import Ends, ends_of
 from ..controls.mixture import MixtureControl
 from ..evaluation.tempered_solution import TemperedSettings, tempered_target
+from ..particles.ascent import adapt
 from ..particles.mixture_fit import fit_mixture
-from ..particles.tempering import NoiseTarget, StateTarget, adapt, start_points
+from ..particles.tempering import NoiseTarget, StateTarget, start_points
 from ..paths.weights import effective_number
 from ..problems.problem import ControlProblem
 from ..randomness import Place, derive_seed

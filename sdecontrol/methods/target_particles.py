@@ -9,9 +9,10 @@ from torch import Tensor
 from ..chains.bridges import ChainBridge, bridge_of
 from ..controls.base import Control
 from ..controls.build import build_control, corrected
+from ..particles.ascent import adapt
 from ..particles.levels import climb
 from ..particles.smc import resample
-from ..particles.tempering import NoiseTarget, adapt
+from ..particles.tempering import NoiseTarget
 from ..paths.weights import effective_number
 from ..problems.simulate import simulate_chain
 from ..randomness import Place, derive_seed, generator_for

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..paths.weights import effective_fraction
 from ..processes.laws import GaussianMixture, draw
 from ..randomness import Place, derive_seed
-from .mixture_fit import fit_mixture
+from .noncentred import MappedLaw, fit_law
 from .tempering import fit_gaussian
 
 SYSTEMS = 16  # into which the last draws are dealt
@@ -174,7 +174,7 @@ class AdaptiveSampler:
         rows = torch.arange(first, first + n) % TURN
         found = self._draw(n, seed)
         for factor, places in _WIDE.items():
-            wide = draw(self.law.widened(factor), n, derive_seed(seed, Place.IMPORTANCE_WIDE, int(factor)))
+            wide = _drawn(self.law.widened(factor), n, derive_seed(seed, Place.IMPORTANCE_WIDE, int(factor)))
             chosen = torch.isin(rows, torch.tensor(places)).to(found.device)
             found = torch.where(chosen.unsqueeze(1), wide, found)
         return found
@@ -246,7 +246,7 @@ class AdaptiveSampler:
     def _fitted(self, log_w: Tensor, most: int) -> Any:
         try:
             seed = derive_seed(self.seed, Place.IMPORTANCE_FIT, self.batch)
-            return fit_mixture(self.x, log_w, seed=seed, most=most)
+            return fit_law(self.x, log_w, seed=seed, most=most)
         except ValueError:  # too few draws with density
             mean, factor = fit_gaussian(self.x, log_w.softmax(0))
             cov = factor @ factor.mT if factor.ndim == 2 else torch.diag(factor.square())
@@ -254,7 +254,7 @@ class AdaptiveSampler:
 
     def _use(self, law: Any) -> None:
         self.law = law
-        self._draw = lambda n, seed: draw(law, n, seed)
+        self._draw = lambda n, seed: _drawn(law, n, seed)
 
     def _judge(self, own: Tensor, law: Any, x: Tensor) -> None:
         """The law's own weights at its last batch: when they are even enough, or have grown no evener, the estimate
@@ -290,6 +290,10 @@ class AdaptiveSampler:
         if self.stage != "estimate" and len(asked):
             self._take(asked)
         return self.x, self.log_rho - self.level + math.log(max(1, len(self.x))), False
+
+
+def _drawn(law: Any, n: int, seed: int) -> Tensor:
+    return law.draw(n, seed) if isinstance(law, MappedLaw) else draw(law, n, seed)
 
 
 def start_law(centre: Tensor, scale: Tensor) -> tuple[Law, Callable[[int, int], Tensor]]:

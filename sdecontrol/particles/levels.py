@@ -33,8 +33,9 @@ from ..paths.weights import effective_fraction
 from ..precision import full_precision
 from ..randomness import Place, derive_seed, generator_for
 from ..tensors import check_output
+from .ascent import LadderError, adapt, ancestral_variance
 from .smc import resample
-from .tempering import Ladder, LadderError, NoiseTarget, Population, adapt, ancestral_variance
+from .tempering import Ladder, NoiseTarget, Population
 
 _ENOUGH = 0.1  # of the paths of the first scale, that count
 _WIDEST = 12  # powers of sqrt(2) that are tried: 64 times the noise
@@ -328,7 +329,7 @@ def climb(
     target: NoiseTarget, particles: int, seed: int, level: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Ladder | EventLadder, Population]:
     """:func:`adapt_events` with a level function, or where hardly any path has a reward that is a number; else
-    temperatures (:func:`~.tempering.adapt`)."""
+    temperatures (:func:`~.ascent.adapt`)."""
     if level is not None or (target.problem.vanishes and is_rare(target, particles, seed)):
         return adapt_events(target, particles, seed, level)
     return adapt(target, particles, seed)

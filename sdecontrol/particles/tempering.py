@@ -8,7 +8,7 @@ N(0, I). A Gibbs target has it in its own state space (:class:`StateTarget`), z 
 Particles go through ``N(0, I) exp(beta_j phi)``, ``0 = beta_0 < ... < beta_J = 1``. At each level they are weighted by
 ``exp((beta_{j+1} - beta_j) phi)``, resampled, and moved by a Markov kernel that leaves the new law invariant (Neal
 2001; Del Moral et al. 2006). With levels and kernels fixed beforehand ``E Z^ = Z`` exactly for any number of particles:
-:func:`adapt` chooses them on particles of its own, :func:`run_tempered` uses them on new ones.
+:func:`~.ascent.adapt` chooses them on particles of its own, :func:`run_tempered` uses them on new ones.
 
 The kernel is Hamiltonian Monte Carlo whose flow is split into the exact rotation of a Gaussian fitted to the particles,
 ``N(m, S)``, and kicks by what the target differs from it (Beskos et al. 1103.2643; Shahbaba et al. 1106.5941): no error
@@ -46,13 +46,11 @@ from .smc import resample
 _FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
 # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
 _JITTER = 3.0
-_MOST_LEAPFROG, _MOST_MOVES = 16, 24
+_MOST_LEAPFROG = 16
 _TURN = 1.2  # radians that a whole trajectory turns
-_ACCEPT = {True: 0.75, False: 0.35}  # wanted acceptance with and without a gradient
-_ROUGHEST, _COARSEST = 1e-4, math.pi / 2  # angles
-_MOST_LEVELS = 500
-_CORRELATION = 0.3  # of phi before and after the moves of a level, at which they are enough
-_RESAMPLE = 0.6  # effective fraction below which a system is resampled
+ACCEPT = {True: 0.75, False: 0.35}  # wanted acceptance with and without a gradient
+ROUGHEST, COARSEST = 1e-4, math.pi / 2  # angles
+RESAMPLE = 0.6  # effective fraction below which a system is resampled
 _FAR = 100.0  # standard deviations of the reference
 _GONE = 1e6  # and beyond which a trajectory has diverged
 _ROWS = 16384  # particles moved at once
@@ -86,6 +84,11 @@ class TemperedTarget(Protocol):
         """phi, ``(n,)``, with its graph where z wants one; -inf where the density vanishes."""
         ...
 
+    def log_joint(self, z: Tensor, origin: Tensor) -> Tensor:
+        """The log density of z, ``phi + log N(z; 0, I)``, likewise: what levels from another law are made of, without
+        the rounding of two large numbers where that Gaussian is far away."""
+        ...
+
 
 class StateTarget:
     """A log density in its own space: ``x = centre + scale z``.
@@ -109,7 +112,8 @@ class StateTarget:
         self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
         self.batch_size: int | None = None  # evaluations at a time
         self.parts: Tensor | None = None
-        self.constant = 0.5 * self.dim * math.log(2 * math.pi) + float(scale.double().log().sum())
+        self.volume = float(scale.double().log().sum())
+        self.constant = 0.5 * self.dim * math.log(2 * math.pi) + self.volume
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         return self.centre.new_zeros(n, 0)
@@ -119,6 +123,15 @@ class StateTarget:
 
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
         return self.log_density(self.states(z)) + 0.5 * z.square().sum(1) + self.constant
+
+    def log_joint(self, z: Tensor, origin: Tensor) -> Tensor:
+        return self.log_density(self.states(z)) + self.volume
+
+    def log_density_at(self, z: Tensor, phi: Tensor) -> Tensor:
+        """The log density ``(n,)`` at points whose phi (of :class:`Points`) is known, without asking for it again."""
+        if self.law is None:
+            return phi.double() - 0.5 * z.double().square().sum(1) - self.constant
+        return phi.double() + self.law.log_prob(z).double() - self.volume
 
 
 class NoiseTarget:
@@ -165,6 +178,9 @@ class NoiseTarget:
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
         paths = self.paths(z, origin, "all" if z.requires_grad else "end")
         return paths.towards(self.problem, self.problem.reward(paths.samples)).log_weights()
+
+    def log_joint(self, z: Tensor, origin: Tensor) -> Tensor:
+        return self.log_ratio(z, origin) - 0.5 * z.square().sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
@@ -245,12 +261,14 @@ class Points:
 
 
 def _value_and_slope(target: TemperedTarget, z: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """phi and its gradient, or of a target with a law of its own those of the log density."""
+    value = target.log_ratio if target.law is None else target.log_joint
     if not target.smooth:
         with torch.no_grad():
-            return target.log_ratio(z, origin), torch.zeros_like(z)
+            return value(z, origin), torch.zeros_like(z)
     with torch.enable_grad():
         leaf = z.requires_grad_(True)
-        phi = target.log_ratio(leaf, origin)
+        phi = value(leaf, origin)
         return phi.detach(), torch.autograd.grad(phi.sum(), leaf)[0]
 
 
@@ -265,10 +283,9 @@ def points_at(target: TemperedTarget, z: Tensor, origin: Tensor) -> Points:
     if target.law is not None:
         rows = max(64, _HELD // target.law.means.numel())  # few at a time stay in the cache
         pairs = [target.law.log_prob_and_score(part) for part in z.split(rows)]
-        normal = -0.5 * z.square().sum(1) - 0.5 * target.dim * math.log(2 * math.pi)
-        phi = phi + normal - torch.cat([p[0] for p in pairs])
+        phi = phi - torch.cat([p[0] for p in pairs])
         if target.smooth:
-            slope = slope - z - torch.cat([p[1] for p in pairs])
+            slope = slope - torch.cat([p[1] for p in pairs])
     # trajectories that diverge end far outside, where a density may well be inf - inf: those moves are rejected
     far = z.abs().amax(1) > _FAR
     phi = torch.where(far & ~phi.isfinite(), -math.inf, phi)
@@ -364,7 +381,7 @@ class Kernel:
         n, like = len(p.z), {"generator": generator, "dtype": p.z.dtype, "device": p.z.device}
         v = torch.randn(p.z.shape, **like)
         turn = angle * torch.exp(-self.jitter * torch.rand((n, 1), **like))
-        turn = turn.clamp(max=_COARSEST)
+        turn = turn.clamp(max=COARSEST)
         if target.parts is not None:
             turn = _redrawn(turn, target.parts, generator)
         uniform = torch.rand(n, **like)
@@ -404,9 +421,9 @@ def _redrawn(turn: Tensor, parts: Tensor, generator: torch.Generator) -> Tensor:
     """Angles ``(n, dim)``: a quarter turn, which is a new draw, for some of the parts, one at least, and 0 for the
     others; in the mean the share of a quarter turn that is ``turn (n, 1)``."""
     like, count = {"generator": generator, "device": turn.device}, int(parts.max()) + 1
-    chosen = torch.rand((len(turn), count), dtype=turn.dtype, **like) < turn / _COARSEST
+    chosen = torch.rand((len(turn), count), dtype=turn.dtype, **like) < turn / COARSEST
     chosen.scatter_(1, torch.randint(count, (len(turn), 1), **like), True)
-    return torch.where(chosen[:, parts], _COARSEST, 0.0).to(turn)
+    return torch.where(chosen[:, parts], COARSEST, 0.0).to(turn)
 
 
 def fit_gaussian(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,143 +439,6 @@ def fit_gaussian(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     shrink = min(1.0, z.shape[1] / count)
     cov = (1 - shrink) * (w * centred).mT @ centred + torch.diag(shrink * var + floor)
     return mean.to(z), torch.linalg.cholesky(cov).to(z)
-
-
-def _next_beta(beta: float, phi: Tensor, log_w: Tensor, fraction: float) -> float:
-    """The largest next beta at which the incremental weights keep this (conditional) effective fraction."""
-
-    def kept(new: float) -> float:
-        step = _increment(new - beta, phi)
-        one, two = torch.logsumexp(log_w + step, 0), torch.logsumexp(log_w + 2 * step, 0)
-        return float((2 * one - two).exp())
-
-    if kept(1.0) >= fraction:
-        return 1.0
-    low, high = beta, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if kept(middle) >= fraction else (low, middle)
-    return max(low, beta + 1e-12)
-
-
-@full_precision()
-def adapt(
-    target: TemperedTarget,
-    particles: int,
-    seed: int,
-    *,
-    fraction: float = 0.7,
-    most_moves: int = _MOST_MOVES,
-    last_moves: int = 1,
-    most_evaluations: int | None = None,
-) -> tuple[Ladder, Population]:
-    """Choose levels and kernels on one system of particles.
-
-    Args:
-        fraction: effective fraction that the incremental weights of a level keep.
-        most_moves: at a level; fewer where phi is forgotten sooner, but at the last one ``last_moves`` at least.
-        most_evaluations: that all of it may take; None: as many as it takes.
-
-    Returns:
-        The ladder, and the particles themselves: their Z^ has a bias of order 1/particles, since they chose the ladder.
-
-    A :func:`run_tempered` with the same seed shares no draw with it.
-
-    Raises:
-        NonFiniteError: a log density that is -inf at all particles, nan or +inf. RuntimeError: no end of levels, or of
-            evaluations.
-    """
-    generator = generator_for(target.device, seed, Place.LADDER)
-    p = start_points(target, particles, derive_seed(seed, Place.LADDER_POINTS))
-    log_w = torch.full((particles,), -math.log(particles), dtype=torch.float64, device=p.z.device)
-    beta, log_z, angle, work = 0.0, 0.0, 1.0 if target.smooth else 0.5, particles
-    found: list[tuple] = []
-    roots = torch.arange(particles, device=p.z.device)
-    while beta < 1:
-        _check_ends(beta, len(found), work + particles, most_evaluations)
-        new = _next_beta(beta, p.phi, log_w, fraction)
-        log_w = log_w + _increment(new - beta, p.phi)
-        level = torch.logsumexp(log_w, 0)
-        log_z, log_w, beta = log_z + float(level), log_w - level, new
-        centre, factor = fit_gaussian(p.z, log_w.exp())
-        ess = float(effective_fraction(log_w.exp()))
-        if resampled := ess < _RESAMPLE:
-            chosen = resample(log_w.unsqueeze(0), particles, "systematic", generator)[0]
-            p, roots = p.rows(chosen), roots[chosen]
-            log_w = torch.full_like(log_w, -math.log(particles))
-        began, moves = p.phi, 0
-        leapfrog_steps = leapfrog_steps_for(angle, target.smooth)
-        while moves < most_moves:
-            kernel = Kernel(beta, centre, factor, leapfrog_steps)
-            p, accept = kernel.move(target, p, angle, generator)
-            rate = float(accept.double().mean())
-            angle = min(_COARSEST, max(_ROUGHEST, angle * math.exp(rate - _ACCEPT[target.smooth])))
-            moves, work, leapfrog_steps = (
-                moves + 1,
-                work + particles * leapfrog_steps,
-                leapfrog_steps_for(angle, target.smooth),
-            )
-            if target.law is not None:
-                p, work = kernel.independence_move(target, p, generator), work + particles
-            enough = last_moves if beta == 1 else 1
-            if moves >= enough and _correlation(began, p.phi, log_w.exp()) < _CORRELATION:
-                break
-        found.append((beta, centre, factor, angle, leapfrog_steps, moves, ess, float(resampled)))
-    ladder, fractions, resamplings = _as_ladder(found)
-    population = Population(
-        p.z.unsqueeze(0),
-        p.phi.unsqueeze(0),
-        p.origin.unsqueeze(0),
-        log_w.unsqueeze(0),
-        log_w.new_tensor([log_z]),
-        fractions,
-        resamplings,
-        work,
-        ancestral_variance(roots, log_w.exp()),
-    )
-    return ladder, population
-
-
-def _as_ladder(found: list[tuple]) -> tuple[Ladder, Tensor, Tensor]:
-    """The ladder of levels as they were found; of each the effective fraction, and whether it was resampled."""
-    betas, centres, factors, angles, leapfrog_counts, move_counts, fractions, resamplings = zip(*found)
-    as_double = lambda v: torch.tensor(v, dtype=torch.float64, device=centres[0].device)  # noqa: E731
-    ladder = Ladder(
-        as_double(betas),
-        torch.stack(centres),
-        torch.stack(factors),
-        as_double(angles),
-        torch.tensor(leapfrog_counts),
-        torch.tensor(move_counts),
-    )
-    return ladder, as_double(fractions), as_double(resamplings)
-
-
-def ancestral_variance(roots: Tensor, weights: Tensor) -> float:
-    """The relative variance of Z^ of one system, from which of N first particles its particles descend: the sum of
-    squares of the families' shares, less that of equal ones (Chan & Lai 2013; Lee & Whiteley 2018, without its factor
-    that tends to 1). What moves do not forget is in it, since families differ.
-
-    Args:
-        roots: ``(N,)`` the first ancestor of each. weights: ``(N,)``, normalised.
-    """
-    shares = weights.new_zeros(len(roots)).index_add_(0, roots, weights)
-    return max(0.0, float(shares.square().sum()) - 1 / len(roots))
-
-
-class LadderError(RuntimeError):
-    """No ladder to the target within the levels or evaluations that it may take."""
-
-
-def _check_ends(beta: float, levels: int, work: int, most: int | None) -> None:
-    """Raise where a ladder has too many levels, or needs more evaluations than it may take."""
-    if levels == _MOST_LEVELS:
-        raise LadderError(
-            f"tempering has reached beta = {beta:.3g} after {levels} levels: the reference is too far from the target. "
-            "Give a centre and a scale that cover it."
-        )
-    if most is not None and work > most:
-        raise LadderError(f"{most} evaluations are spent at beta = {beta:.3g}.")
 
 
 @full_precision()
@@ -588,11 +468,11 @@ def run_tempered(target: TemperedTarget, ladder: Ladder, systems: int, particles
     beta, facts = 0.0, []
     for j in range(len(ladder)):
         new = float(ladder.betas[j])
-        log_w = log_w + _increment(new - beta, p.phi).reshape(M, N)
+        log_w = log_w + increment(new - beta, p.phi).reshape(M, N)
         level = log_w.logsumexp(1)
         log_z, log_w, beta = log_z + level, log_w - level.unsqueeze(1), new
         ess = effective_fraction(log_w.exp(), 1)
-        poor = (ess < _RESAMPLE).unsqueeze(1)
+        poor = (ess < RESAMPLE).unsqueeze(1)
         if bool(poor.any()):
             chosen = own[:, :1] + resample(log_w, N, "systematic", generator)
             p = p.rows(torch.where(poor, chosen, own).flatten())
@@ -642,16 +522,11 @@ def start_points(target: TemperedTarget, n: int, seed: int) -> Points:
     return p
 
 
-def _increment(step: float, phi: Tensor) -> Tensor:
+def increment(step: float, phi: Tensor) -> Tensor:
+    """What a step of the levels adds to log weights; -inf where the density vanishes."""
     return torch.where(phi > -math.inf, step * phi.double(), -math.inf)
 
 
 def leapfrog_steps_for(angle: float, smooth: bool) -> int:
     """Leapfrog steps of a move whose trajectory turns far enough; one where there is no gradient."""
     return max(1, min(_MOST_LEAPFROG, round(_TURN / angle))) if smooth else 1
-
-
-def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> float:
-    a, b = before.double(), after.double()
-    a, b = a - (weights * a).sum(), b - (weights * b).sum()
-    return float((weights * a * b).sum() / ((weights * a * a).sum() * (weights * b * b).sum()).sqrt().clamp(min=1e-300))

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import warn
 from ..shapes import PerPath, States
 from ..tensors import ask, check_output, probing
 from .parameters import Parameters
 from .user_function import UserFunction
 
+_MUCH_NOISE = 2.0  # standard deviation, from which weights are too uneven
 _SHAPE = "A log density gives one number per row, shape (batch,)."
 
 
@@ -135,9 +137,27 @@ class LogDensity:
             elif value.requires_grad:
                 self.differentiable = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] is not None
                 self.gradients += rows
+        self.user.settled = True
+        if self.user.noise:
+            self._say_noisy()
         if self.user.graph and not self.differentiable:
             self.user.graph = False
         return value.dtype
+
+    def _say_noisy(self) -> None:
+        """Gradients of noise lead nowhere, and no value is asked for again where it decides: then values that are
+        estimates do (Andrieu & Roberts 2009)."""
+        self.differentiable = False
+        noise = self.user.noise
+        much = f" Few draws would carry all weight: bring it below {_MUCH_NOISE:g}." if noise > _MUCH_NOISE else ""
+        warn(
+            f"{self.user.name} is noisy: two calls at the same points differ, by a standard deviation of {noise:.2g}. "
+            "Samplers then move by its values alone, each of them asked for once (pseudo-marginal): log Z and samples "
+            "are right where exp(log_density) is an unbiased estimate, as a particle filter's likelihood is, and only "
+            f"there. If it should not be random, fix its seed, or put its model in evaluation mode.{much}",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def takes(self, x: States, y: Any) -> bool:
         """Whether the function gives numbers of the dtype of x for it."""

@@ -1,6 +1,7 @@
 """A user's function of a density's parameters, in the form in which people have it: in torch or numpy, of many points
 at once or of one, of a vector or a dictionary, here or in a pool."""
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any
@@ -9,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_name
+from ..errors import check_name, warn
 from ..tensors import ask, probing
 from .pool import Pool
 
 ARRAYS = ("torch", "numpy")
+#: what a function raises of its arguments, rather than of itself
+REFUSED = (ValueError, ArithmeticError, torch.linalg.LinAlgError)
 _FEW = 2  # points with which a function of one point is tried
 _CLOSE = 1e-3
+_STEADY = 1e3  # times the spacing of numbers: what two calls at the same points may differ by
 
 
 class UserFunction:
@@ -29,6 +33,8 @@ class UserFunction:
     Attributes:
         graph: whether its results have had a graph (settled by :meth:`settle`).
         asked: rows of its calls by :meth:`settle`.
+        noise: standard deviation of its results at the same points; 0 where they are the same.
+        settled: whether it has been tried. refused: rows at which it has raised since.
     """
 
     def __init__(
@@ -55,7 +61,8 @@ class UserFunction:
         self.pool = Pool(function, workers, name)
         if workers is not None and arrays is None:
             self.arrays = "numpy"  # graphs do not cross processes
-        self.graph, self.asked = False, 0
+        self.graph, self.asked, self.noise = False, 0, 0.0
+        self.settled, self.refused = False, 0
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -63,7 +70,83 @@ class UserFunction:
 
     def __call__(self, values: Any, y: Any = None) -> Any:
         """At rows of ``values`` (a tensor ``(n, size)``, or a dictionary of tensors): ``(n,)`` with the graph of a
-        torch function, or whatever else the function has given, for :meth:`settle` to judge."""
+        torch function, or whatever else the function has given, for :meth:`settle` to judge.
+
+        Where it raises at some rows and not at all of them (a law that refuses an infinite scale, a solver that breaks
+        down), the density counts as 0 there; of a function of one point, where it raises.
+
+        Raises:
+            What it raises at all of them.
+        """
+        try:
+            return self._called(values, y)
+        except REFUSED as error:
+            if not self.settled:
+                raise
+            found = self._apart(values, y, error)
+            if found is None:
+                raise
+            return found
+
+    def _apart(self, values: Any, y: Any, error: Exception) -> Tensor | None:
+        """Its results where it gives any, by halves, and -inf elsewhere; None where it gives none."""
+        rows = len(_first(values))
+        parts, bad = self._halved(values, y, slice(0, rows)), 0
+        good = [p for p in parts if isinstance(p, Tensor)]
+        if not good:
+            return None
+        found = []
+        for part in parts:
+            if isinstance(part, int):
+                bad += part
+                found.append(good[0].new_full((part,), -math.inf))
+            else:
+                found.append(part)
+        self._say_refused(error, bad, rows)
+        return torch.cat(found)
+
+    def _say_refused(self, error: Exception, bad: int, rows: int) -> None:
+        if not self.refused:
+            warn(
+                f"{self.name} raised {type(error).__name__} at {bad} of {rows} points: {str(error)[:200]} The density "
+                "counts as 0 at such points. Return -inf there to say so yourself; where that is a mistake, correct "
+                "it.",
+                UserWarning,
+                stacklevel=5,
+            )
+        self.refused += bad
+
+    def _each(self, points: list[tuple[Any, ...]]) -> list[Any]:
+        """Results at points, each of them asked for once."""
+        if self.pool.workers is not None or not self.settled:
+            return self.pool(points)
+        found: list[Any] = []
+        last, bad = None, 0
+        for point in points:
+            try:
+                found.append(self.function(*point))
+            except REFUSED as error:
+                found.append(-math.inf)
+                last, bad = error, bad + 1
+        if last is not None:
+            self._say_refused(last, bad, len(points))
+        return found
+
+    def _halved(self, values: Any, y: Any, rows: slice) -> list[Tensor | int]:
+        """Results of parts of the rows, in order; of those at which it raises their number."""
+        n = rows.stop - rows.start
+        if n == 1:
+            return [1]
+        found: list[Tensor | int] = []
+        middle = rows.start + n // 2
+        for part in (slice(rows.start, middle), slice(middle, rows.stop)):
+            try:
+                found.append(self._called(_rows(values, part), None if y is None else y[part]))
+            except REFUSED:
+                found += self._halved(values, y, part)
+        return found
+
+    def _called(self, values: Any, y: Any) -> Any:
         if self.arrays == "numpy":
             return self._of_numpy(values, y)
         if self.vectorised:
@@ -71,7 +154,7 @@ class UserFunction:
             if isinstance(values, Mapping):
                 return self.function(values, *rest)
             return ask(self.name, self.function, values, *rest)
-        found = self.pool(_points(values, y))
+        found = self._each(_points(values, y))
         return torch.stack([self._number(v, _first(values)) for v in found]) if found else _first(values).new_zeros(0)
 
     def _of_numpy(self, values: Any, y: Any) -> Tensor:
@@ -86,7 +169,7 @@ class UserFunction:
                 raise ValueError(f"{self.name} must return shape ({rows},), got {found.shape}. {_hint(found)}")
         else:
             with np.errstate(all="ignore"):
-                each = [self._float(v) for v in self.pool(_points(given, y))]
+                each = [self._float(v) for v in self._each(_points(given, y))]
             found = np.array(each, dtype=np.float64)
         if not np.issubdtype(found.dtype, np.number) or np.iscomplexobj(found):
             raise TypeError(f"{self.name} must return numbers, got an array of {found.dtype}.")
@@ -124,11 +207,11 @@ class UserFunction:
             TypeError, ValueError, RuntimeError: its own, with its name.
         """
         if not self.vectorised:
-            values = _rows(values, _FEW)
+            values = _rows(values, slice(_FEW))
             y = None if y is None else y[:_FEW]
         plain = {k: v.detach() for k, v in values.items()} if isinstance(values, Mapping) else values.detach()
         if self.arrays == "numpy":
-            return self._tried(plain, y, called, alone)
+            return self._again(self._tried(plain, y, called, alone), plain, y)
         found, failed = None, None
         try:
             found = self._tried(values, y, called, alone)
@@ -140,7 +223,7 @@ class UserFunction:
         other = self._by_numpy(plain, y) if self.arrays is None and not self.modules else None
         if isinstance(other, Tensor) and not smooth:
             self.arrays = "numpy"
-            return other
+            return self._again(other, plain, y)
         if failed is not None:
             if not _wants_no_graph(failed):
                 raise failed
@@ -153,9 +236,32 @@ class UserFunction:
                 f"got {type(found).__name__}. Return torch.as_tensor(v, dtype=x.dtype) of shape (batch,); a function "
                 "of one point goes with vectorised=False."
             )
-        if isinstance(other, Tensor) and found.shape == other.shape:
-            self._compare(found.detach().double(), other)
         self.graph, self.arrays = found.requires_grad, "torch"
+        apart = isinstance(other, Tensor) and found.shape == other.shape
+        if apart and isinstance(other, Tensor) and self._alike(found.detach().double(), other):
+            return found  # which says that there is no noise, too
+        self._again(found, plain, y)
+        if apart and not self.noise:
+            raise ValueError(
+                f"{self.name} takes torch's tensors and numpy's arrays, and gives other numbers for each (std, var and "
+                "the like differ between the two): say which it is written for by arrays='torch' or arrays='numpy'."
+            )
+        return found
+
+    def _again(self, found: Tensor, values: Any, y: Any) -> Tensor:
+        """What it gave, and whether it gives the same once more."""
+        rows = len(_first(values))
+        if found.shape != (rows,) or not (found.is_floating_point() or self.arrays == "numpy"):
+            return found  # of which is said what is wrong
+        self.asked += rows
+        with torch.no_grad():
+            first = found.detach().double()
+            second = torch.as_tensor(self(values, y)).double().to(first.device)
+        close = _STEADY * torch.finfo(found.dtype if found.is_floating_point() else torch.float64).eps
+        apart = torch.where(first == second, 0.0, second - first)
+        known = apart.isfinite()
+        if bool((apart.abs() > close * (1 + first.abs()))[known].any()):
+            self.noise = float((0.5 * apart[known].square().mean()).sqrt())
         return found
 
     def _tried(self, values: Any, y: Any, called: str, alone: str) -> Any:
@@ -175,14 +281,10 @@ class UserFunction:
         finally:
             self.arrays = before
 
-    def _compare(self, found: Tensor, other: Tensor) -> None:
-        """Where both kinds of arrays do, they must agree: ``x.std()`` is another number in each."""
-        if torch.allclose(found.nan_to_num(), other.nan_to_num(), rtol=_CLOSE, atol=_CLOSE):
-            return
-        raise ValueError(
-            f"{self.name} takes torch's tensors and numpy's arrays, and gives other numbers for each (std, var and the "
-            "like differ between the two): say which it is written for by arrays='torch' or arrays='numpy'."
-        )
+    @staticmethod
+    def _alike(found: Tensor, other: Tensor) -> bool:
+        """Whether both kinds of arrays give the same: ``x.std()`` is another number in each."""
+        return torch.allclose(found.nan_to_num(), other.nan_to_num(), rtol=_CLOSE, atol=_CLOSE)
 
 
 def _wants_no_graph(error: Exception) -> bool:
@@ -193,8 +295,8 @@ def _first(values: Any) -> Tensor:
     return next(iter(values.values())) if isinstance(values, Mapping) else values
 
 
-def _rows(values: Any, n: int) -> Any:
-    return {k: v[:n] for k, v in values.items()} if isinstance(values, Mapping) else values[:n]
+def _rows(values: Any, rows: slice) -> Any:
+    return {k: v[rows] for k, v in values.items()} if isinstance(values, Mapping) else values[rows]
 
 
 def _array(value: Any) -> np.ndarray:

@@ -257,6 +257,7 @@ class Trainer:
 
     def __init__(self, problem: ControlProblem, method: Method, plan: _Plan, folder: Any, resume: bool) -> None:
         self.problem, self.method, self.plan = problem, method, plan
+        self.began = time.monotonic()  # before anything is asked of the problem, such as a pilot run
         chain = problem.chain(**plan.settings)
         self.settings = plain_settings(plan.settings)
         self.checkpoints = Checkpoints(folder) if folder is not None else None
@@ -265,6 +266,7 @@ class Trainer:
         self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and plan.seed is None else plan.seed)
         control = continued(problem, chain, plan.control, seed=self.seed)
         self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
+        self.run.elapsed = None if plan.budget is None else self.elapsed
         with ranks.split_batches(method.splits):
             self.state = method.setup(self.run)
         same_numbers(self.state)
@@ -367,7 +369,6 @@ class Trainer:
 
     def train(self) -> Solution:
         self._notify("on_train_begin")
-        began = time.monotonic()
         try:
             # by time alone, no number of iterations is known
             known = None if self.plan.by_time else self.schedule.last
@@ -380,9 +381,7 @@ class Trainer:
                     bar.note(f"{self.method.name}, chosen by recommend: {self.plan.reason}")
                 finished = self.done > 0 and self.method.finished(self.state, self.run)  # resumed after its end
                 while self.done < self.schedule.last and not finished:
-                    elapsed = 0.0
-                    if self.plan.budget is not None:  # by one clock
-                        elapsed = ranks.agreed((time.monotonic() - began) / self.plan.budget, "the time")
+                    elapsed = self.elapsed()
                     if elapsed >= 1:
                         self.out_of_time = True
                         break
@@ -398,6 +397,12 @@ class Trainer:
             self._save()
         self._notify("on_train_end")
         return self._solution()
+
+    def elapsed(self) -> float:
+        """The part of the budget of time that has passed, by one clock; 0 where there is none."""
+        if self.plan.budget is None:
+            return 0.0
+        return ranks.agreed((time.monotonic() - self.began) / self.plan.budget, "the time")
 
     def _iterate(self, elapsed: float) -> None:
         self.run.iteration = self.done
@@ -477,7 +482,7 @@ class Trainer:
 
     def _interrupted(self, error: BaseException) -> Solution | None:
         """What there is when a run is interrupted, where its method can say; else None."""
-        if not (isinstance(error, KeyboardInterrupt) and self.method.anytime and self.history):
+        if not (isinstance(error, KeyboardInterrupt) and self.method.anytime):
             return None
         self.out_of_time = True
         with contextlib.suppress(ValueError, RuntimeError):  # of too little

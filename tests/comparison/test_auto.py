@@ -2,6 +2,7 @@
 nothing."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ import sdecontrol as sc
 from sdecontrol.comparison import auto
 from sdecontrol.controls.given import ZeroControl
 from sdecontrol.controls.mixture import MixtureControl
+from sdecontrol.evaluation.estimates import mean_estimate
+from sdecontrol.evaluation.tempered_solution import TemperedSettings, tempered_target
 from sdecontrol.methods.base import Run
+from sdecontrol.particles.adaptive_importance import SYSTEMS
+from sdecontrol.particles.ascent import Ascent
+from sdecontrol.particles.tempering import run_tempered
 from sdecontrol.problems.density import LogDensity
 from sdecontrol.problems.pilot import search
 
@@ -93,9 +99,10 @@ def test_all_nine_modes_and_what_that_cost():
     target = sc.library.named_target("gmm9")
     density = Counted(target)
     problem = sc.gibbs_problem(density, 2).settle()
-    before = density.rows
+    before, counted = density.rows, problem.density.evaluations
     solution = sc.solve(problem, SMALL, seed=0)
-    assert density.rows - before == int(solution.history[-1]["evaluations"]) + solution.evaluations
+    own = problem.density.evaluations - counted  # a value with its gradient as two
+    assert own == int(solution.history[-1]["evaluations"]) + 2 * solution.evaluations
     known, before = solution.evaluations, density.rows
     x = solution.sample(4096, seed=2)
     assert density.rows - before == solution.evaluations - known > 4096
@@ -173,20 +180,119 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     assert torch.equal(whole.sample(64, seed=1), again.sample(64, seed=1))
 
 
-@pytest.mark.slow
-def test_the_budget_of_evaluations_ends_it_between_rounds():
+@pytest.mark.parametrize(
+    ("density", "evaluations"), slow_but([(ring, 310_000), (banana, 400_000), (unequal, 2_000_000)], (ring, 310_000))
+)
+def test_evaluations_bound_everything(density, evaluations, monkeypatch):
+    """Pilot, search, rounds, estimate and whatever is asked of the solution after them: no more than was said, with
+    a value and its gradient as two, all of them told, and log Z within four standard errors."""
+    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    problem = sc.gibbs_problem(density, 2)
+    solution = sc.solve(problem, sc.Auto(1024, evaluations), seed=0)
+    counted = solution.details["evaluations"]
+    assert set(counted) == {"probe", "pilot", "search", "rounds", "estimate", "total"}
+    assert counted["total"] == problem.density.evaluations <= evaluations
+    assert sum(n for name, n in counted.items() if name != "total") == counted["total"]
+    close(solution.evaluate(4096, seed=1).log_z, quadrature(density))
+    solution.sample(4096, seed=1)
+    assert problem.density.evaluations == counted["total"]
+    assert len(solution.draws.log_w) == SYSTEMS and solution.evaluate(4096, seed=1).verdict == "unconfirmed"
+
+
+class Interrupted:
+    """A density that is interrupted (Ctrl-C) at one of its calls."""
+
+    def __init__(self, density, at):
+        self.density, self.at, self.calls = density, at, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return self.density(x)
+
+
+def interrupted_at(density, at, method, **settings):
+    function = Interrupted(density, at)
+    problem = sc.gibbs_problem(function, 2, scale=2.5)
+    with pytest.warns(UserWarning, match="auto was interrupted after"):
+        return function, problem, sc.solve(problem, method, seed=0, **settings)
+
+
+@pytest.mark.parametrize("evaluations", [None, 400_000])
+def test_interrupted_in_its_first_round_it_gives_the_particles_on_their_way(evaluations, monkeypatch):
+    """In the midst of a level: their weights towards the target, an error, and the word that it is no estimate yet."""
+    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    rows = Counted(ring)
+    function, _, there = interrupted_at(rows, 214, sc.Auto(1024, evaluations))
+    assert function.calls == 214 and there.iterations == 0 and there.details["interrupted"]
+    found = there.evaluate(seed=1)
+    assert found.verdict == "unreliable" and "before the estimate began" in found.reliability
+    assert abs(found.log_z.value - quadrature(ring)) < 6 * found.log_z.stderr < 6
+    before = rows.rows
+    assert bool(torch.isfinite(ring(there.sample(100, seed=1))).all()) and rows.rows == before
+
+
+def test_interrupted_in_its_estimate_it_gives_the_systems_there_are_and_goes_on_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    method, settings = sc.Auto(256, 400_000), {"checkpoint_every": 1}
+    whole = sc.solve(sc.gibbs_problem(ring, 2, scale=2.5), method, seed=0)
+    rounds = sum("levels" in row for row in whole.history)
+    assert whole.iterations == rounds + 4 and [row["systems"] for row in whole.history[rounds:]] == [4, 8, 12, 16]
+
+    class Stop:
+        def on_step_end(self, state):
+            if state.iteration == rounds + 2:
+                raise KeyboardInterrupt
+
     problem = sc.gibbs_problem(ring, 2, scale=2.5)
-    whole = sc.solve(problem, sc.Auto(num_particles=2560), iterations=2, seed=0)
-    spent = [int(row["evaluations"]) for row in whole.history]
-    assert spent[0] > 100_000
-    for most, rounds in ((spent[0] + 1, 2), (spent[1], 2)):
-        stopped = sc.solve(problem, sc.Auto(num_particles=2560, evaluations=most), seed=0)
-        assert stopped.iterations == rounds, (most, spent)
-        assert [row["log_z"] for row in stopped.history] == [row["log_z"] for row in whole.history[:rounds]]
+    with pytest.warns(UserWarning, match="auto was interrupted after"):
+        there = sc.solve(problem, method, seed=0, checkpoint_dir=tmp_path, callbacks=[Stop()], **settings)
+    assert torch.equal(there.draws.log_w, whole.draws.log_w[:8])
+    close(there.evaluate(seed=1).log_z, quadrature(ring), 0.05)
+    resumed = sc.solve(problem, method, seed=0, checkpoint_dir=tmp_path, resume=True, **settings)
+    assert told(resumed) == told(whole)
+    assert torch.equal(resumed.draws.log_w, whole.draws.log_w) and torch.equal(resumed.draws.x, whole.draws.x)
+
+
+def test_a_round_that_its_evaluations_end_goes_to_the_target_at_once():
+    """With weights that say how far that was; levels and moves within what was allowed."""
+    problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, scale=4.0)
+    target = tempered_target(problem, problem.chain(5), None, TemperedSettings("states", True))
+    whole = Ascent(target, 256, 0)
+    whole.climb()
+    for most in (300, 3000, 10**9):
+        ascent = Ascent(target, 256, 0)
+        ascent.climb(lambda work, own=ascent, most=most: own.work + work <= most)
+        ladder, found = ascent.result()
+        assert found.evaluations == ascent.work <= most
+        assert float(ladder.betas[-1]) == 1.0 and bool((ladder.betas.diff() > 0).all())
+        assert int(ladder.moves[-1]) == 0 or most == 10**9
+        fixed = run_tempered(target, ladder, 400, 64, 1)  # such a ladder is one like any other
+        assert fixed.evaluations == 400 * 64 * ladder.work
+        close(mean_estimate(fixed.log_z.exp()), 1.0, 0.2)
+    assert torch.equal(found.log_z, whole.result()[1].log_z)
+
+
+@pytest.mark.slow
+def test_a_budget_of_time_bounds_the_estimate_too():
+    """A density of 20 microseconds a row: pilot, search, rounds and estimate end within it (and a moment)."""
+
+    def slow(x):
+        time.sleep(2e-5 * len(x))
+        return ring(x)
+
+    problem = sc.gibbs_problem(slow, 2)
+    began = time.monotonic()
+    solution = sc.solve(problem, sc.Auto(), budget=20.0, seed=0)
+    assert time.monotonic() - began < 30
+    assert not solution.reproducible or "way" in solution.history[-1]
+    found = solution.evaluate(seed=1)
+    assert abs(found.log_z.value - quadrature(ring)) < 4 * found.log_z.stderr < 0.4, found.log_z
 
 
 def test_few_evaluations_are_all_there_are():
-    """Below 1e5 importance sampling takes the place of particles, and none is asked for beyond them."""
+    """In few dimensions importance sampling takes the place of particles, and none is asked for beyond them."""
     density = Counted(ring)
     solution = sc.solve(sc.gibbs_problem(density, 2), sc.Auto(evaluations=6000), seed=0)
     assert solution.method == "adaptive-importance"
@@ -286,14 +392,13 @@ def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
     control's."""
     problem, method, seeds = sc.gibbs_problem(unequal, 2, scale=4.0), sc.Auto(num_particles=512), []
     sizes = []
-    adapt = auto.adapt
 
     def recorded(target, size, seed, **settings):
         seeds.append(seed)
         sizes.append(size)
-        return adapt(target, size, seed, **settings)
+        return Ascent(target, size, seed, **settings)
 
-    monkeypatch.setattr(auto, "adapt", recorded)
+    monkeypatch.setattr(auto, "Ascent", recorded)
     run = Run(problem, problem.chain(10), 64, 1, 0)
     state = method.setup(run)
     for run.iteration in range(3):
@@ -306,9 +411,9 @@ def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
         assert isinstance(method.finish(state, run), MixtureControl if kept else ZeroControl), loss
     state.seen[0], state.cost[0] = state.log_z[0], 0.5
     assert isinstance(method.finish(state, run), ZeroControl)
-    control = MixtureControl(problem, state.law(run, run.iteration + 1, 8))
-    settings = auto.TemperedSettings("states", True, mixture=True)
-    law = auto.tempered_target(problem, run.chain, control, settings).law
+    control = MixtureControl(problem, state.law(run, 8))
+    settings = TemperedSettings("states", True, mixture=True)
+    law = tempered_target(problem, run.chain, control, settings).law
     x = torch.randn(20, 2)
     assert torch.allclose(law.log_prob(x), control.law.widened(1.2).log_prob(x))
 

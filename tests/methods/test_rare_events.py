@@ -9,8 +9,9 @@ from cases import F64
 from runs import same
 
 import sdecontrol as sc
+from sdecontrol.particles.ascent import LadderError
 from sdecontrol.particles.levels import EventLadder, adapt_events, run_events
-from sdecontrol.particles.tempering import LadderError, NoiseTarget
+from sdecontrol.particles.tempering import NoiseTarget
 from sdecontrol.paths.weights import self_normalised
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")

@@ -11,6 +11,7 @@ from cases import F64, nonlinear, randn, random_lq, slow_but, spd
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import mean_estimate
 from sdecontrol.evaluation.evaluate import log_weights
+from sdecontrol.particles.ascent import adapt, ancestral_variance
 from sdecontrol.particles.tempering import (
     Component,
     Fitted,
@@ -18,8 +19,6 @@ from sdecontrol.particles.tempering import (
     NoiseTarget,
     Points,
     StateTarget,
-    adapt,
-    ancestral_variance,
     fit_gaussian,
     points_at,
     run_tempered,

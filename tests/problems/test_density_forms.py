@@ -123,6 +123,34 @@ def test_what_a_worker_raises_is_named() -> None:
         problem.density.value(3 * torch.ones(9, 2, dtype=F64))
 
 
+def test_where_it_raises_at_some_points_the_density_counts_as_0() -> None:
+    """A law that refuses an infinite scale, a solver that breaks down: said once, with the error; each point of a
+    function of one is asked for once, and an error at all points of a batch is one."""
+    x = torch.cat((Z, torch.full((2, 2), 4.0, dtype=F64)))
+
+    def strict(x: Tensor) -> Tensor:
+        if bool((x > 3).any()):
+            raise ValueError("x is too large for the solver.")
+        return plain(x)
+
+    problem = sc.gibbs_problem(strict, 2, scale=0.1)
+    with pytest.warns(UserWarning, match="log_density raised ValueError at 2 of 11 points: x is too large") as told:
+        value, score = problem.density.value_and_score(x)
+        problem.density.value(x)
+    assert len(told) == 1 and bool((value[9:] == -math.inf).all()) and problem.density.user.refused == 4
+    wanted = torch.autograd.grad(plain(leaf := Z.clone().requires_grad_(True)).sum(), leaf)[0]
+    torch.testing.assert_close(value[:9], plain(Z))
+    torch.testing.assert_close(score[:9], wanted)
+    with pytest.raises(ValueError, match="too large for the solver"):
+        problem.density.value(x[9:])
+    alone = sc.gibbs_problem(fails_at_large_values, 2, scale=0.1, vectorised=False)
+    before = alone.density.values
+    with pytest.warns(UserWarning, match="raised ArithmeticError at 2 of 11 points"):
+        value = alone.density.value(x)
+    assert alone.density.values - before == 11 and bool((value[9:] == -math.inf).all())
+    torch.testing.assert_close(value[:9], -0.5 * Z.square().sum(1))
+
+
 def test_what_cannot_go_to_processes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"log_density cannot go to worker processes .* top level of a module"):
         sc.gibbs_problem(lambda x: 0.0, 2, vectorised=False, workers=2)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -206,7 +207,8 @@ def test_pilot_is_a_function_of_its_seed_and_counts_what_it_asks() -> None:
 
     state = torch.get_rng_state()
     one = sc.gibbs_problem(density, 3)
-    assert rows == 18 and one.spent == {"probe": 24}  # six with gradients, of numpy's arrays, and of double precision
+    # six with gradients, once more, of numpy's arrays, and of double precision
+    assert rows == 24 and one.spent == {"probe": 30}
     one.settle()
     first, rows = rows, 0
     assert torch.equal(state, torch.get_rng_state())
@@ -468,3 +470,73 @@ def test_pilot_runs_without_a_problem() -> None:
     density.probe(torch.zeros(6, 2), None)
     pilot = run_pilot(density, torch.zeros(2), False, lambda n, seed: None, 0)
     assert pilot.values == density.values and 0.2 < pilot.acceptance < 0.6
+
+
+# ------------------------------------------------------------------ noise, constants, unequal weights
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "one point"])
+def test_a_noisy_density_is_noticed_and_moved_by_values_alone(form: str) -> None:
+    """By calling it twice at the same points, whatever it takes; one of fixed noise is none."""
+    generator = np.random.default_rng(0)
+
+    def noisy(x: Any) -> Any:
+        square = -0.5 * (x * x).sum(-1)
+        return (
+            square
+            + 0.3 * (torch.from_numpy(generator.standard_normal(len(x))) if form == "torch" else 0.0)
+            + (0.0 if form == "torch" else 0.3 * generator.standard_normal(x.shape[:-1]))
+        )
+
+    how: dict[str, Any] = {"torch": {}, "numpy": {"arrays": "numpy"}, "one point": {"vectorised": False}}[form]
+    with pytest.warns(UserWarning, match=r"log_density is noisy: two calls .* a standard deviation of 0\.\d"):
+        problem = sc.gibbs_problem(noisy, 2, scale=2.0, **how)
+    assert not problem.has_gradient and 0.1 < problem.density.user.noise < 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steady = sc.gibbs_problem(lambda x: -0.5 * (x * x).sum(-1), 2, scale=2.0, **how)
+    assert steady.density.user.noise == 0.0
+
+
+@pytest.mark.slow
+def test_log_z_of_an_unbiased_estimate_of_the_density() -> None:
+    """exp(noise) has the mean 1: log Z and moments are those without noise, by importance sampling and by particles."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(x: Tensor) -> Tensor:
+        noise = 0.5 * torch.randn(len(x), generator=generator, dtype=torch.float64)
+        return -0.5 * ((x - 1) / 0.7).square().sum(1) + noise - 0.125
+
+    with pytest.warns(UserWarning, match="noisy"):
+        problem = sc.gibbs_problem(noisy, 2, scale=2.0)
+    truth = 2 * math.log(0.7 * math.sqrt(2 * math.pi))
+    for method in (sc.AdaptiveImportance(20_000), sc.TemperedSMC(1024)):
+        solution = sc.solve(problem, method, seed=0)
+        found = solution.evaluate(8192, seed=1, confirm=False).log_z
+        assert abs(found.value - truth) < 4 * found.stderr < 0.15, (method, found)
+        x = solution.sample(8192, seed=2)
+        assert float((x.mean(0) - 1).abs().max()) < 0.06 and float((x.std(0) / 0.7 - 1).abs().max()) < 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [sc.AdaptiveImportance(10_000), sc.TemperedSMC(1024), sc.Auto(1024)], ids=lambda m: m.name
+)
+def test_a_constant_of_ten_million_changes_nothing_and_weights_far_apart_stay_right(method: Any) -> None:
+    """0.99 and 0.01 of the mass 30 standard deviations apart, plus 1e7 in double precision."""
+
+    def density(x: Tensor, constant: float = 0.0) -> Tensor:
+        first = -0.5 * (x - 15).square().sum(1) + math.log(0.99)
+        second = -0.5 * (x + 15).square().sum(1) + math.log(0.01)
+        return torch.logaddexp(first, second) - math.log(2 * math.pi) + constant
+
+    found = []
+    for constant in (0.0, 1e7):
+        problem = sc.gibbs_problem(lambda x, c=constant: density(x, c), 2, dtype=torch.float64)
+        solution = sc.solve(problem, method, seed=0)
+        found.append(solution.evaluate(8192, seed=1, confirm=False).log_z)
+        x, log_w = solution.weighted_sample(60_000, seed=2)
+        share = float(log_w.double().softmax(0)[x[:, 0] < 0].sum())
+        assert abs(found[-1].value - constant) < 4 * found[-1].stderr + 1e-6 and found[-1].stderr < 0.1
+        assert abs(share - 0.01) < 0.005, share
+    assert abs(found[1].value - 1e7 - found[0].value) < 0.02
