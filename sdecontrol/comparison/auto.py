@@ -278,10 +278,10 @@ class Auto(Method):
         limited, own = state.allowance.limited, run.problem
         if not limited and facts["reproducible"]:
             return self.make_solution(problem, self.finish(state, run), **facts)
-        x, log_rho, log_w = state.systems(own)
-        how: dict[str, Any] = {"components": self.components, "highest": log_rho.max()}
+        systems = state.systems(own)
+        how: dict[str, Any] = {"components": self.components, "highest": systems[1].max()}
         how["estimated"] = limited and int(state.drawn) > 0
-        draws, law = located_draws(problem, x, log_rho, log_w, run.seed, **how)
+        draws, law = located_draws(problem, systems, run.seed, **how)
         located: Any = problem.located(draws.centre, draws.scale, float(draws.highest))  # type: ignore[attr-defined]
         return ImportanceSolution(
             located,

@@ -158,9 +158,7 @@ class ImportanceSolution(ParticleSolution):
 
 def located_draws(
     problem: Any,
-    x: Tensor,
-    log_rho: Tensor,
-    log_w: Tensor,
+    systems: tuple[Tensor, Tensor, Tensor],
     seed: int,
     *,
     components: int,
@@ -168,15 +166,17 @@ def located_draws(
     other: Tensor | None = None,
     estimated: bool = True,
 ) -> tuple[WeightedDraws, Any]:
-    """Draws ``(M, N, d)`` in M systems, with centre and scale of a reference that covers them, and a mixture fitted to
+    """Draws in M systems, with centre and scale of a reference that covers them, and a mixture fitted to
     them in its coordinates.
 
     Args:
-        log_rho, log_w: ``(M, N)``. highest: the largest log density met. other, estimated: of :class:`WeightedDraws`.
+        systems: x ``(M, N, d)``, their log densities and log weights ``(M, N)``. highest: the largest log density met.
+            other, estimated: of :class:`WeightedDraws`.
 
     Raises:
         ValueError: too few of them have a weight above 0 for a mixture.
     """
+    x, log_rho, log_w = systems
     flat, weights = x.double().flatten(0, 1), log_w.flatten()
     generator = generator_for(x.device, seed, Place.IMPORTANCE_LOCATED)
     typical = flat[resample(weights.unsqueeze(0), _LOCATED, "systematic", generator)[0]]

@@ -188,7 +188,8 @@ class AdaptiveImportance(Method):
         before = sampler.log_rho - sampler.level + math.log(max(1, len(sampler.x)))
         return located_draws(
             problem,
-            *(deal(x), deal(log_rho), deal(log_w), seed),
+            (deal(x), deal(log_rho), deal(log_w)),
+            seed,
             components=self.components,
             highest=sampler.values.known[: int(sampler.values.count)].max(),
             other=other_estimate(before) if final else None,
