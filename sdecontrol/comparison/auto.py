@@ -278,6 +278,10 @@ class Auto(Method):
         limited, own = state.allowance.limited, run.problem
         if not limited and facts["reproducible"]:
             return self.make_solution(problem, self.finish(state, run), **facts)
+        if not state.found:  # the time was over before the first round: its first particles, unmoved
+            target = self._target(run, None)
+            ascent = Ascent(target, _LEAST, derive_seed(run.seed, Place.AUTO_UNMOVED))
+            state.partial = Found.by(ascent, target, own.centre, own.scale)
         systems = state.systems(own)
         how: dict[str, Any] = {"components": self.components, "highest": systems[1].max()}
         how["estimated"] = limited and int(state.drawn) > 0

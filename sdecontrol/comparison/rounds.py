@@ -266,18 +266,17 @@ class Rounds(nn.Module):
 
     def systems(self, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What there is: states ``(M, N, dim)`` of the estimate's systems, or of the particles of the last round, or of
-        one that was interrupted; with their log densities and log weights ``(M, N)``.
-
-        Raises:
-            ValueError: nothing yet.
-        """
+        one that was interrupted; with their log densities and log weights ``(M, N)``."""
         count = int(self.drawn) if self.allowance.limited else 0
         if count:
             n = int(self.each)
             return self.x[:count, :n], self.log_rho[:count, :n], self.log_w[:count, :n]
-        if self.log_z[0] > -math.inf or self.partial is not None:
-            return self._families(problem)
-        raise ValueError("nothing has been found yet.")
+        return self._families(problem)
+
+    @property
+    def found(self) -> bool:
+        """Whether there are particles of a round."""
+        return bool(self.log_z[0] > -math.inf) or self.partial is not None
 
     def _families(self, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Particles of one system, dealt by the first ones that they descend from into 16 systems (fewer where most of

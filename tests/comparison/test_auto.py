@@ -274,6 +274,13 @@ def test_a_round_that_its_evaluations_end_goes_to_the_target_at_once():
     assert torch.equal(found.log_z, whole.result()[1].log_z)
 
 
+def test_a_budget_that_is_over_at_once_gives_something_and_says_what_that_is():
+    solution = sc.solve(sc.gibbs_problem(ring, 2, scale=2.5), sc.Auto(256), budget=1e-6, seed=0)
+    found = solution.evaluate(seed=1)
+    assert solution.iterations == 0 and found.verdict == "unreliable" and math.isfinite(found.log_z.value)
+    assert bool(torch.isfinite(ring(solution.sample(10, seed=1))).all())
+
+
 @pytest.mark.slow
 def test_a_budget_of_time_bounds_the_estimate_too():
     """A density of 20 microseconds a row: pilot, search, rounds and estimate end within it (and a moment)."""
