@@ -241,6 +241,7 @@ class Place(enum.IntEnum):
     AUTO_FIT = 912  # [rounds]
     AUTO_TRIED = 913  # draws of its last mixture, by which it decides how to estimate
     AUTO_ESTIMATE = 914  # [first system]
+    AUTO_COVERED = 916  # the mixture on a reference that was put where the particles are
     AUTO_UNMOVED = 915  # particles of a run that was over before its first round
     RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
     RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]

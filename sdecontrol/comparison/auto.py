@@ -19,6 +19,8 @@ from ..methods.adaptive_importance import AdaptiveImportance
 from ..methods.base import Method, Run, register
 from ..particles.adaptive_importance import SYSTEMS
 from ..particles.ascent import Ascent
+from ..particles.mixture_fit import fit_mixture
+from ..particles.resolution import covers
 from ..particles.tempering import StateTarget, run_tempered, start_points
 from ..paths.weights import effective_fraction
 from ..problems.problem import ControlProblem
@@ -277,7 +279,8 @@ class Auto(Method):
     def solution(self, state: Any, run: Run, problem: ControlProblem, **facts: Any) -> Solution:
         limited, own = state.allowance.limited, run.problem
         if not limited and facts["reproducible"]:
-            return self.make_solution(problem, self.finish(state, run), **facts)
+            where, control = self._covered(state, run, self.finish(state, run))
+            return self.make_solution(where, control, **facts)
         if not state.found:  # the time was over before the first round: its first particles, unmoved
             target = self._target(run, None)
             ascent = Ascent(target, _LEAST, derive_seed(run.seed, Place.AUTO_UNMOVED))
@@ -295,6 +298,21 @@ class Auto(Method):
             details={"evaluations": _counted(state, located), "report": _report(facts["history"], law)},
             **facts,
         )
+
+    def _covered(self, state: Rounds, run: Run, control: Control) -> tuple[Any, Control]:
+        """The problem, with a reference that covers the particles where its own does not, and the control on it."""
+        problem: Any = run.problem
+        x, log_w = problem.centre + problem.scale * state.z.double(), state.log_weights
+        alive = log_w[0] > -math.inf
+        if covers(problem, x[0, alive], log_w[0, alive]):
+            return problem, control
+        draws, _ = located_draws(problem, state.systems(problem), run.seed, components=1, highest=state.level.max())
+        located = problem.located(draws.centre, draws.scale, float(draws.highest))
+        if not isinstance(control, MixtureControl):
+            return located, given_control(located, None)
+        z, seed = ((x - draws.centre) / draws.scale).flatten(0, 1), derive_seed(run.seed, Place.AUTO_COVERED)
+        law = fit_mixture(z.to(located.dtype), log_w.flatten(), seed=seed, most=self.components)
+        return located, MixtureControl(located, law)
 
     def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> TemperedSolution:
         return TemperedSolution(

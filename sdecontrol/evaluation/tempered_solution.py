@@ -95,7 +95,7 @@ class TemperedSolution(ParticleSolution):
             together.
     """
 
-    parts = ("twist", "ladder")
+    parts = ("twist", "ladder", "located")
 
     def __init__(
         self,
@@ -179,7 +179,19 @@ class TemperedSolution(ParticleSolution):
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        return super()._tensors() | with_part("ladder", vars(self.ladder))
+        found = super()._tensors() | with_part("ladder", vars(self.ladder))
+        statement = getattr(self.problem, "statement", None)
+        if statement is None or statement.highest is None:
+            return found
+        # a reference that was put where the particles are
+        highest = statement.centre.new_tensor(statement.highest, dtype=torch.float64)
+        own = {"centre": statement.centre, "scale": statement.scale, "highest": highest}
+        return found | with_part("located", own)
+
+    @classmethod
+    def problem_of(cls, problem: Any, tensors: dict[str, Tensor]) -> Any:
+        own = part_of(tensors, "located")
+        return problem.located(own["centre"], own["scale"], float(own["highest"])) if own else problem
 
     @classmethod
     def from_saved(cls, saved: Saved, context: Context, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -38,25 +38,34 @@ def resolution_problems(problem: Any, x: Tensor, log_w: Tensor | None = None) ->
             f"x[{i}] is near {float(mean[i]):.10g} with standard deviation {float(spread[i]):.2g}, where {x.dtype} "
             f"numbers are {float(spacing[i]):.1g} apart: use dtype=torch.float64, or subtract an offset"
         )
-    if problem.density is None:
-        return found
+    if problem.density is not None and (misplaced := _misplaced(problem, mean, spread)) is not None:
+        found.append(misplaced)
+    return found
+
+
+def covers(problem: Any, x: Tensor, log_w: Tensor) -> bool:
+    """Whether a Gibbs problem's reference covers weighted states of its target, and is not far wider than they are."""
+    return _misplaced(problem, *_moments(x.detach().double(), log_w.detach().double().softmax(0))) is None
+
+
+def _misplaced(problem: Any, mean: Tensor, spread: Tensor) -> str | None:
     centre = problem.centre.detach().double().flatten()
     scale = problem.scale.detach().double().expand(centre.shape)
     off, wider = (mean - centre).abs() / scale, spread / scale
     size = torch.maximum(off / _OFF, wider / _NARROWER)
     if float(size.max()) > 1:
         i = int(size.argmax())
-        found.append(
+        return (
             f"x[{i}] has mean {float(mean[i]):.3g} and standard deviation {float(spread[i]):.2g}, outside of the "
             f"reference, {float(centre[i]):.3g} +- {float(scale[i]):.2g}: pass centre= and scale= that cover it"
         )
-    elif float(wider.min()) < 1 / _WIDER:
+    if float(wider.min()) < 1 / _WIDER:
         i = int(wider.argmin())
-        found.append(
+        return (
             f"x[{i}] has standard deviation {float(spread[i]):.2g}, {1 / max(float(wider[i]), 1e-300):.0f} times less "
             f"than the reference's scale {float(scale[i]):.2g}: pass scale=, one for each coordinate"
         )
-    return found
+    return None
 
 
 def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
