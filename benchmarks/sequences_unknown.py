@@ -91,10 +91,10 @@ def offline_cell(coverage: str, seed: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- online
 
 
-def _designed(propose: str) -> Callable[[int], tuple[list[Tensor], list[Tensor]]]:
+def _designed(propose: str, alpha: float | None = None) -> Callable[[int], tuple[list[Tensor], list[Tensor]]]:
     def run(seed: int) -> tuple[list[Tensor], list[Tensor]]:
         task = sc.library.sequence_task("dna-8mer")
-        problem = sc.ControlProblem(task.reference, alpha=task.card.alpha)
+        problem = sc.ControlProblem(task.reference, alpha=alpha or task.card.alpha)
         found = sc.design(
             problem, task.reward, rounds=ROUNDS, batch=BATCH, method=sc.LogVariance(), propose=propose, seed=seed,
             fit=_FIT, train=_TRAIN,
@@ -138,6 +138,7 @@ def _genetic(seed: int) -> tuple[list[Tensor], list[Tensor]]:
 
 STRATEGIES: dict[str, Callable[[int], tuple[list[Tensor], list[Tensor]]]] = {
     "optimistic": _designed("optimistic"),
+    "optimistic, alpha 0.5": _designed("optimistic", 0.5),
     "mean": _designed("mean"),
     "thompson": _designed("thompson"),
     "genetic algorithm": _genetic,

@@ -23,7 +23,8 @@ _SITES = (2, 8)  # of a sequence, beside a pair
 _BONUS, _GAPS = 1.5, (6, 7, 8, 9, 10)  # of TAL1 before GATA1, bases between them
 _FIRST = (0.29, 0.21, 0.21, 0.29)
 _MOVE = ((0.34, 0.17, 0.26, 0.23), (0.34, 0.27, 0.05, 0.34), (0.27, 0.22, 0.27, 0.24), (0.2, 0.21, 0.26, 0.33))
-_SEQUENCES, _ITERATIONS, _BATCH, _RATE = 8192, 1000, 64, 4e-3  # by which the model is trained
+ITERATIONS = 1000  # of the model's training
+_SEQUENCES, _BATCH, _RATE = 8192, 64, 4e-3
 _CHANNELS, _WIDTH, _DILATIONS = 48, 7, (1, 2, 4, 1)
 
 
@@ -132,7 +133,7 @@ def enhancer_model() -> EnhancerModel:
         model = EnhancerModel().float()
     data = enhancer_sequences(_SEQUENCES, 1)
     trained = fit_masked_diffusion(
-        data, 4, model, iterations=_ITERATIONS, batch_size=_BATCH, learning_rate=_RATE, seed=0
+        data, 4, model, iterations=ITERATIONS, batch_size=_BATCH, learning_rate=_RATE, seed=0
     )
     assert isinstance(trained, EnhancerModel)
     write_cached(name, _KIND, trained.state_dict(), {"recipe": RECIPE})

@@ -66,7 +66,7 @@ class SequenceTask:
     Attributes:
         card: its version and definition, what of it is real and what is made. name: of the task.
         alphabet: its letters, in the order of the tokens 0, 1, 2, 3. length: L.
-        reference: the generative model, a masked diffusion chain. reward: of tokens ``(batch, L)``.
+        reference: the generative model, a masked diffusion chain of ``model``. reward: of tokens ``(batch, L)``.
         exact_likelihood: whether ``log_likelihood`` is exact; else a lower bound (ELBO), estimated.
     """
 
@@ -81,8 +81,8 @@ class SequenceTask:
     ) -> None:
         self.alphabet, self.reference, self.reward = _ALPHABETS[kind], reference, reward
         self.length = reference.event_shape.numel()
-        self._natural, self._law = natural, reference.model
-        self.exact_likelihood = isinstance(self._law, MarkovLetters)
+        self._natural, self.model = natural, reference.model
+        self.exact_likelihood = isinstance(self.model, MarkovLetters)
 
     @property
     def name(self) -> str:
@@ -154,15 +154,15 @@ class SequenceTask:
         many ``draws`` of masked letters."""
         self._check(x)
         check_count("draws", draws)
-        if isinstance(self._law, MarkovLetters):
-            return self._law.log_prob(x)
+        if isinstance(self.model, MarkovLetters):
+            return self.model.log_prob(x)
         generator, schedule = generator_for("cpu", seed, Place.MASKED_BOUND), MaskSchedule()
         found = torch.zeros(len(x), dtype=torch.float64)
         for _ in range(draws):
             masked, s = draw_masks(x, schedule, generator)
             hidden = x.masked_fill(masked, len(self.alphabet))
             for rows in torch.arange(len(x)).split(256):
-                logits = self._law(hidden[rows], s[rows].to(self.reference.dtype)).log_softmax(-1)
+                logits = self.model(hidden[rows], s[rows].to(self.reference.dtype)).log_softmax(-1)
                 each = logits.gather(-1, x[rows].unsqueeze(-1)).squeeze(-1).double() * masked[rows]
                 found[rows] += self.length * each.sum(1) / masked[rows].sum(1)
         return found / draws

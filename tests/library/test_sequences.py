@@ -173,8 +173,8 @@ def test_the_bound_of_a_markov_chain_in_random_order_is_its_likelihood():
     task = sequence_task("dna-8mer")
     x = task.natural(8, 0)
     exact = task.log_likelihood(x)
-    law = task._law
-    task._law = lambda *args: law(*args)  # a model of which no more is known
+    law = task.model
+    task.model = lambda *args: law(*args)  # a model of which no more is known
     assert torch.allclose(task.log_likelihood(x, draws=8000), exact, atol=0.12)
 
 
@@ -213,8 +213,13 @@ def test_the_model_of_enhancers_is_trained_once(tmp_path, monkeypatch):
     from sdecontrol.library import enhancers
 
     monkeypatch.setenv("SDECONTROL_CACHE", str(tmp_path))
-    monkeypatch.setattr(enhancers, "_ITERATIONS", 20)
+    monkeypatch.setattr(enhancers, "ITERATIONS", 20)
     first = enhancer_model()
-    monkeypatch.setattr(enhancers, "_ITERATIONS", 1 << 40)  # never again
+    monkeypatch.setattr(enhancers, "ITERATIONS", 1 << 40)  # never again
     again = enhancer_model()
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    task = sequence_task("dna-enhancer")
+    problem, x = task.problem(), task.natural(8, 0)
+    assert not task.exact_likelihood
+    tuned = sc.solve(problem, sc.RewardBackprop(gradient="adjoint"), iterations=1, batch_size=4, seed=0, progress=False)
+    assert tuned.sample(2, seed=0).shape == (2, 200) and -2.0 < task.naturalness(x, natural=8).log_likelihood < -1.2
