@@ -47,6 +47,7 @@ _ORDER = {
             "estimators",
             "sampling",
             "particles",
+            "gradients",
             "guidance",
             "evaluation",
             "solvers",

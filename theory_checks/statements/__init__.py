@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     estimators,
     evaluation,
     finite,
+    gradients,
     grids,
     guidance,
     kernels,
