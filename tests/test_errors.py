@@ -184,6 +184,8 @@ CASES = {
     "seed negative": (lambda: solve(seed=-1), ValueError, "seed must be from 0 to"),
     "seed a float": (lambda: solve(seed=1.5), TypeError, "seed must be an int"),
     "budget in words": (lambda: solve(budget="soon"), ValueError, "budget must be seconds"),
+    "no budget": (lambda: solve(budget="0s"), ValueError, "budget must be > 0 seconds, got 0"),
+    "negative budget": (lambda: solve(budget=-1.0), ValueError, "budget must be > 0 seconds, got -1"),
     "control of one argument": (
         lambda: solve(control=torch.nn.Linear(2, 2)),
         TypeError,
