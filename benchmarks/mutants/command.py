@@ -80,7 +80,7 @@ def _try(cell: Cell, commit: str, cache: Path, most: float, again: bool, checks:
         found = {**tried(tree, now, Traces(cache / at, "tests"), most, tests), "commit": at, "asked": list(tests)}
         if at != commit:
             cell["later"] = found
-        elif found["outcome"] in ("killed", "hung"):
+        elif found["outcome"] != "survived" or cell["tests"]["outcome"] == "not executed":
             cell["tests"] = {**cell["tests"], **found}
         ran = True
     return ran

@@ -12,7 +12,7 @@ from scipy.signal import lfilter
 import sdecontrol as sc
 from sdecontrol.evaluation.estimates import bridge_log_z, chain_mean, mean_estimate
 from sdecontrol.particles.diagnostics import bulk_ess, chain_ess, split_rhat
-from sdecontrol.particles.markov import WarmChains, run_chains
+from sdecontrol.particles.markov import WarmChains, run_chains, warm_up_chains
 from sdecontrol.particles.tempering import StateTarget
 
 
@@ -101,6 +101,14 @@ def test_rhat_and_ess_are_those_of_the_paper_by_hand():
 
 
 # ---------------------------------------------------------------- the kernels
+
+
+@pytest.mark.parametrize("moves", [40, 60])
+def test_where_the_law_is_the_kernels_gaussian_a_move_of_the_warm_up_is_one_quarter_turn(moves):
+    """Nothing is to be adapted: every step, from the first on, is accepted, and as long as it may be."""
+    target = StateTarget(lambda x: -0.5 * x.square().sum(1), torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
+    warm, evaluations = warm_up_chains(target, 64, moves, 0)
+    assert evaluations == 64 * (1 + moves) and float(warm.step_size) == math.pi / 2 and int(warm.leapfrog_steps) == 1
 
 
 @pytest.mark.parametrize("leapfrog_steps", [1, 3])
