@@ -66,7 +66,7 @@ def _try(cell: Cell, commit: str, cache: Path, most: float, again: bool, checks:
     if "tests" not in cell or (again and not seen_by(cell)):
         cell["tests"] = tried(tree, mutant, _traced(folder, "tests", tree), most)
         ran = True
-    if checks and "checks" not in cell and not seen_by(cell):
+    if checks and "checks" not in cell and cell["tests"]["outcome"] in ("survived", "not executed"):
         cell["checks"] = tried(tree, mutant, _traced(folder, "checks", tree), most)
         ran = True
     for at in dict.fromkeys((commit, _short("HEAD"))) if tests else ():  # were they there when it was drawn?

@@ -46,7 +46,7 @@ def _counts(cells: Sequence[Cell], verdicts: dict[str, tuple[str, str]]) -> list
 
 def _room_table(rooms: Sequence[Cell], verdicts: dict[str, tuple[str, str]]) -> list[str]:
     lines = [
-        "| room | mutants | seen when drawn | seen by tests added since | equivalent | missed |",
+        "| room | mutants | seen when drawn | seen by tests added since | equivalent | still missed |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     rows = [(f"`{r['room']}`", _counts(r["mutants"], verdicts)) for r in rooms if r["mutants"]]
@@ -65,15 +65,26 @@ def _survivors(cells: Sequence[Cell], verdicts: dict[str, tuple[str, str]]) -> l
         if seen_when_drawn(cell):
             continue
         verdict, why = verdicts.get(cell["name"], ("not judged yet", ""))
-        ran = cell.get("tests", {})
-        which = f"{ran.get('tried', 0)} of {ran.get('executing', 0)} tests that execute it were run"
-        now = f"; seen since by `{seen_by(cell)}`" if seen_by(cell) else ""
+        now = f" Seen since by `{seen_by(cell)}`." if seen_by(cell) else ""
         out += [
             f"**{cell['name']}**, {cell['kind']}, `{cell['file']}` line {cell['line']} (`{cell['function']}`): "
-            f"{_code(cell['before'])} became {_code(cell['after'])}. {which}{now}. *{verdict.capitalize()}.* {why}",
+            f"{_code(cell['before'])} became {_code(cell['after'])}. "
+            f"{_tried(cell)}{now} *{verdict.capitalize()}.* {why}",
             "",
         ]
     return out
+
+
+def _tried(cell: Cell) -> str:
+    """How many of the tests and checks that execute a mutant were run on it."""
+    parts = []
+    for what, one in (("tests", "test"), ("checks", "check")):
+        ran = cell.get(what, {})
+        if ran.get("outcome") == "not executed":
+            parts.append(f"no {one} executes it")
+        elif ran:
+            parts.append(f"{ran['tried']} of {ran['executing']} {what} that execute it were run")
+    return (", ".join(parts) or "not run yet").capitalize() + "."
 
 
 def _share_table(found: Cell) -> list[str]:
@@ -86,6 +97,11 @@ def _share_table(found: Cell) -> list[str]:
     order = [*((f"`{r}`", rows[r]) for r in ROOMS), ("these nine", total)]
     order += [(f"`{r}`", n) for r, n in rows.items() if r not in ROOMS]
     return lines + [f"| {name} | {n} | {ran} | {ran / n:.0%} |" for name, (n, ran) in order]
+
+
+def _idle(found: Cell) -> str:
+    files = [f"`{room}/{name}`" for room in ROOMS for name, f in found["rooms"][room].items() if not f["executed"]]
+    return f"Files of these rooms that no check runs: {', '.join(files) or 'none'}."
 
 
 def write_page(results: Path) -> str:
@@ -107,8 +123,10 @@ def write_page(results: Path) -> str:
         "",
         "Left out are annotations, decorators, texts and what makes them (errors, warnings, `__repr__`, prints), and "
         "files that draw figures or progress. Which tests execute a line is traced once for a commit. Of those the "
-        "quickest of every test file come first, until one fails or a minute is spent; a run that does not end "
-        "counts as seen. *Equivalent* is a mutant that leaves what the package promises as it was, as argued below.",
+        "quickest of every test file come first, until one fails or the time that a mutant has is spent; a run that "
+        "does not end counts as seen. What was seen is thus a lower bound: a test that was not tried may see more. "
+        "*Equivalent* is a mutant that leaves what the package promises as it was, *missed* one that does not and that "
+        "nothing saw when it was drawn; both are argued below.",
         "",
     ]
     for seed in sorted({r["seed"] for r in rooms}):
@@ -121,7 +139,7 @@ def write_page(results: Path) -> str:
     if share.exists():
         found = json.loads(share.read_text())
         parts += ["## What the theory suite runs", "", _SHARE.format(commit=found["commit"]), ""]
-        parts += [*_share_table(found), ""]
+        parts += [*_share_table(found), "", _idle(found), ""]
     PAGE.write_text("\n".join(parts).rstrip() + "\n")
     return PAGE.name
 

@@ -44,11 +44,15 @@ def tried(tree: Path, mutant: Mutant, traces: Traces, most: float, others: Seque
         others: these tests, rather than the ones that were traced.
     """
     source = (tree / mutant.file).read_bytes()
-    names = list(others) if others is not None else traces.executing(mutant, source)
+    if others is None:
+        names = traces.executing(mutant, source)
+        chosen = _within(names, traces, most)
+        planned = sum(traces.known[n]["seconds"] for n in chosen)
+    else:  # of a commit that has them
+        names = chosen = [name for name in others if (tree / name.split("::")[0]).exists()]
+        planned = most
     if not names:
         return {"outcome": "not executed", "executing": 0}
-    chosen = list(others) if others is not None else _within(names, traces, most)
-    planned = most if others is not None else sum(traces.known[n]["seconds"] for n in chosen)
     with planted(tree, mutant):
         seen = _run(tree, traces.what, chosen, _SLACK + _TIMES * planned)
     return {**seen, "executing": len(names), "tried": len(chosen)}
@@ -112,6 +116,8 @@ def _outcome(code: int, found: dict[str, Any], said: str) -> Cell:
         return {"outcome": "hung", "by": found["running"] or "start", "how": f"ended by signal {-code}"}
     if code == _NONE_RAN:  # ids that were not there yet
         return {"outcome": "survived"}
+    if "file or directory not found" in said:
+        raise RuntimeError(said)
     if code:
         last = (said.strip().splitlines() or [""])[-1]
         return {"outcome": "killed", "by": found["running"] or "start", "how": last[:160]}
