@@ -290,3 +290,47 @@ class _Held(torch.nn.Module):
         rows = [self.inner[0](row[None], float(s))[0] for row, s in zip(x, t)] if len(set(t.tolist())) > 1 else None
         u = torch.stack(rows) if rows is not None else self.inner[0](x, float(t[0]))
         return self.size * u + self.nothing
+
+
+class _Beside(torch.nn.Module):
+    """A control of the library's with a parameter that does nothing."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.nothing = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.inner(x, t) + self.nothing
+
+
+@check(
+    "verdicts",
+    "MATH 2: weights that can be trusted",
+    kind="statistical",
+    implements=["sdecontrol.evaluation.verdict.judge", "sdecontrol.evaluation.second_look.look_again"],
+    controls=["one mode called both", "log Z off by a half"],
+)
+def verdicts(setting: Setting, defect: str) -> Lines:
+    """Of a density with two modes far apart, whose log Z is known, a control that reaches both has log Z within its
+    standard errors and is confirmed by a second estimate; one that reaches the first alone has an even and wrong log Z,
+    the logarithm of its share, and is not."""
+    shares, means = tensor([0.3, 0.7]), tensor([[-2.5], [2.5]])
+    law = sc.GaussianMixture(shares, means, tensor([0.3, 0.3]))
+    log_z = 1.2 + (0.5 if defect.startswith("log Z") else 0.0)
+    density = lambda x: law.log_prob(x) + 1.2  # noqa: E731
+    problem = sc.gibbs_problem(density, 1, scale=2.5, centre=0.0, dtype=torch.float64, seed=0)
+    both = sc.GaussianMixture(shares, means / 2.5, tensor([0.3, 0.3]) / 6.25)
+    first = sc.GaussianMixture(tensor([1.0]), means[1:] / 2.5, tensor([0.3]) / 6.25)
+    options: dict[str, Any] = {"time_steps": 24, "iterations": 1, "learning_rate": 1e-14, "batch_size": 64, "seed": 0}
+    for name, given, reached in (("both modes", both, True), ("one mode", first, False)):
+        chosen = first if defect.startswith("one mode") else given
+        control = _Beside(MixtureControl(problem, chosen))
+        solution = sc.solve(problem, "log-variance", control=control, progress=False, **options)
+        found = solution.evaluate(4096, seed=setting.seed, confirm=True)
+        if reached:
+            yield from agrees("log Z", found.log_z, log_z, 0.05)
+            yield within(f"{name}: it is not confirmed", float(found.verdict != "confirmed"), 0.0)
+        else:
+            yield within(f"{name}: it is confirmed", float(found.verdict == "confirmed"), 0.0)
+            yield within("log Z less the share's", abs(found.log_z.value - 1.2 - math.log(0.7)), 0.1)

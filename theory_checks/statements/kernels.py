@@ -251,3 +251,65 @@ def solvers(setting: Setting, defect: str) -> Lines:
         yield order(f"x(T), {scheme}", sizes, errors, orders, 0.25)
         yield within(f"x(T), {scheme}, K = 80", errors[-1], 1e-2 if orders == 1 else 1e-4)
         yield within(f"int x^2 dt, {scheme}, K = 80", abs(cost - spent), 5e-3 if orders == 1 else 1e-4)
+    quiet = sc.SDE(lambda x, t: -rate * x, torch.tensor(1e-9, dtype=torch.float64), dim=1)
+    still = sc.ControlProblem(quiet, sc.Dirac(tensor([1.0])), running_cost=lambda x, t: price * x[:, 0] ** 2)
+    for scheme in ("srk", "heun"):
+        paths = sc.simulate(still, 2, lambda x, t: 0.0 * x, time_steps=20, scheme=scheme, tolerance=1e-7, seed=0)
+        yield compare(f"x(T), adaptive {scheme}", paths.end[:, 0], np.full(2, math.exp(-1)), 1e-4)
+        yield compare(f"int x^2 dt, adaptive {scheme}", paths.running_cost, np.full(2, 0.5 * (1 - math.exp(-2))), 1e-3)
+
+
+@check(
+    "ways-of-simulating",
+    "MATH 2: log w",
+    implements=[
+        "sdecontrol.simulate",
+        f"{PATHS}.log_ratio",
+        f"{PATHS}.log_weights",
+        f"{PATHS}.kl",
+        f"{PATHS}.running_cost",
+    ],
+    controls=["another seed", "alpha off by 5 %", "cost left out"],
+)
+def ways(setting: Setting, defect: str) -> Lines:
+    """Paths whose ends alone are kept, simulated in chunks, gone on with from their middle, or read through a part of
+    them, are the paths of one plain run: ends, log-ratios of the own control and of another, KLs, costs and weights,
+    which are those of Gaussian densities; and antithetic pairs of a linear process mirror each other in its mean."""
+    sde = sc.SDE(lambda x, t: torch.sin(x) - x.flip(1) * t, lambda x, t: 0.5 + 0.2 * torch.cos(x), dim=2)
+    cost = None if defect.startswith("cost") else (lambda x, t: x.square().sum(1) * (1 + t))
+    push, other = (lambda x, t: 0.4 * torch.cos(x) - t[:, None]), (lambda x, t: 0.2 * x)
+    alpha = 0.8 * (1.05 if defect.startswith("alpha") else 1.0)
+    problem = sc.ControlProblem(sde, sc.Dirac(tensor([0.2, -0.4])), lambda x: x.sin().sum(1), cost, alpha=alpha)
+    grid, n = [0.0, 0.3, 0.4, 1.0], 150
+    plain = sc.simulate(problem, n, push, time_steps=grid, seed=setting.seed)
+    x, h = plain.states.numpy(), np.diff(grid)
+    ratio, kl, spent, another = (np.zeros(n) for _ in range(4))
+    for k in range(3):
+        y, t = tensor(x[k]), torch.full((n,), grid[k], dtype=torch.float64)
+        scale = math.sqrt(h[k]) * (0.5 + 0.2 * np.cos(x[k]))
+        z = (x[k + 1] - x[k] - h[k] * (np.sin(x[k]) - x[k][:, ::-1] * grid[k])) / scale
+        c, d = (math.sqrt(h[k]) * u(y, t).numpy() for u in (push, other))
+        ratio += (c * z).sum(1) - 0.5 * (c**2).sum(1)
+        another += (d * z).sum(1) - 0.5 * (d**2).sum(1)
+        kl += 0.5 * (c**2).sum(1)
+        spent += h[k] * (x[k] ** 2).sum(1) * (1 + grid[k])
+    weights = (np.sin(x[-1]).sum(1) - spent) / 0.8 - ratio
+    seed = setting.seed + int(defect.startswith("another"))
+    options: dict[str, Any] = {"time_steps": grid, "seed": seed}
+    some = slice(10, 90, 3)
+    for name, paths, rows in (
+        ("plain", plain, slice(None)),
+        ("ends alone", sc.simulate(problem, n, push, keep="end", **options), slice(None)),
+        ("chunks of 64", sc.simulate(problem, n, push, keep="end", chunk=64, **options), slice(None)),
+        ("some rows", plain.rows(some), some),
+    ):
+        yield compare(f"ends, {name}", paths.end, x[-1][rows], 1e-9)
+        yield compare(f"log-ratio, {name}", paths.log_ratio(), ratio[rows], 1e-9)
+        yield compare(f"log-ratio of another control, {name}", paths.log_ratio(other), another[rows], 1e-9)
+        yield compare(f"KL, {name}", paths.kl(), kl[rows], 1e-9)
+        yield compare(f"cost, {name}", paths.running_cost, spent[rows], 1e-9)
+        yield compare(f"log weight, {name}", paths.log_weights(), weights[rows], 1e-9)
+    linear = sc.ControlProblem(sc.LinearSDE(-torch.eye(2, dtype=torch.float64), 0.7), sc.Dirac(tensor([1.0, -2.0])))
+    ends = sc.simulate(linear, 40, time_steps=grid, antithetic=True, seed=1).end
+    middle = np.prod(1 - h) * np.array([1.0, -2.0])
+    yield compare("antithetic pairs", ends.unflatten(0, (-1, 2)).mean(1), np.tile(middle, (20, 1)), 1e-9)
