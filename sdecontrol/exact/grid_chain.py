@@ -1,5 +1,5 @@
-"""The exact solution of a chain on grids: the dynamic programmes of each coordinate, of its soft values and of the best
-mean-shift chain.
+"""The exact solution of a chain on grids: the dynamic programmes of each coordinate (of a pair, ``plane_chain.py``), of
+its soft values and of the best mean-shift chain.
 
 Like the HJB equation (``grid_process.py``) for ``w = v/alpha``.
 """
@@ -18,8 +18,9 @@ from ..errors import NoExactSolution
 from ..problems.problem import ControlProblem
 from ..shapes import Controls, States
 from .grids import Grid, GridLaw, Table, differences, local_weights
-from .on_grids import OnGrids
-from .probing import MOMENTS, Block, watched
+from .on_grids import COUNTS, OnGrids
+from .plane_chain import PlaneGrid, plane_steps
+from .probing import MOMENTS, watched
 
 if TYPE_CHECKING:
     from scipy import sparse
@@ -50,7 +51,7 @@ class ChainGrid(NamedTuple):
         """Laws live on every so-many-th point: sums over a Gaussian need no finer grid than two fifths of its
         deviation."""
         narrowest = min(float(step.scale.min()) for step in self.steps)
-        return max(1, min(int(0.4 * narrowest / self.grid.spacings[0]), (self.grid.count - 1) // 512))
+        return max(1, min(int(0.4 * narrowest / self.grid.spacings[0]), (self.grid.counts[0] - 1) // 512))
 
     @property
     def law_points(self) -> tuple[np.ndarray, float]:
@@ -86,9 +87,9 @@ class _Interpolation:
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.extra, self.gap = grid.count // 2, max(1, grid.count // 24)
+        self.extra, self.gap = grid.counts[0] // 2, max(1, grid.counts[0] // 24)
         self.dx = float(grid.spacings[0])
-        self.lo, self.count = float(grid.lows[0]) - self.extra * self.dx, grid.count + 2 * self.extra
+        self.lo, self.count = float(grid.lows[0]) - self.extra * self.dx, grid.counts[0] + 2 * self.extra
         self._first, self._second = differences(self.count)
 
     def pad(self, values: np.ndarray) -> np.ndarray:
@@ -207,16 +208,22 @@ def _best_shift(step: ChainStep, averaged: Averaged) -> tuple[np.ndarray, np.nda
 
 
 class GridChainSolution(OnGrids):
-    """Exact solution of the chain of a problem that falls apart into single coordinates (error of u* about 1e-8).
+    """Exact solution of the chain of a problem that falls apart into coordinates (error of u* about 1e-8) and pairs of
+    them (about 1e-4).
 
     ``value``, ``log_z``, ``kernel``, ``marginal`` and ``sample`` are those of the soft-optimal chain p*; ``control``,
-    ``elbo`` and ``floor`` those of the best mean-shift chain. A time is matched to the grid of times within 1e-9 of the
-    horizon, else it means the step that contains it. :class:`GridLaw` is what laws are.
+    ``elbo`` and ``floor`` those of the best mean-shift chain. With pairs they are those of the mean shifts that are
+    nearest to p* step by step (:class:`.plane_chain.PlaneGrid`), and laws are not computed. A time is matched to the
+    grid of times within 1e-9 of the horizon, else it means the step that contains it. :class:`GridLaw` is what laws
+    are.
     """
 
     chain: Chain
-    _margin = 3.5  # more than in continuous time, since more digits are promised
-    _good = {1: 1e-8}  # noqa: RUF012
+    #: more than in continuous time, since more digits are promised; of pairs it is seen whether they are wide enough
+    _margin = {1: 3.5, 2: 1.5}  # noqa: RUF012
+    _good = {1: 1e-8, 2: 1e-4}  # noqa: RUF012
+    _counts = {1: COUNTS[1], 2: (65, 97, 161)}  # noqa: RUF012
+    _still = {2: 1e-4}  # noqa: RUF012
     _bias = 1e-6
 
     def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any]) -> None:
@@ -230,22 +237,17 @@ class GridChainSolution(OnGrids):
         self._times = [chain.clock[k] for k in watched(chain.steps, MOMENTS)]
         super().__init__(problem, settings, chain, chain.double())
 
-    def _group(self, blocks: list[tuple[int, ...]]) -> list[Block]:
-        wide = next((b for b in blocks if len(b) > 1), None)
-        if wide is not None:
-            raise NoExactSolution(
-                f"time_steps: coordinates {wide[0]} and {wide[1]} act on each other, and chains are solved in single "
-                "coordinates only; leave time_steps and like out for the solution in continuous time."
-            )
-        return super()._group(blocks)
-
     def _drift(self, x: Tensor, time: float) -> Tensor:
         return self._functions.step(x, self._step_at(time))[0]
 
     def _noise(self, x: Tensor, time: float) -> Tensor:
         return self._functions.step(x, self._step_at(time))[1]
 
-    def _solve(self, member: tuple[int, ...], x: Tensor, end: np.ndarray, grid: Grid, refinement: int) -> ChainGrid:
+    def _solve(self, member: tuple[int, ...], x: Tensor, end: np.ndarray, grid: Grid, refinement: int) -> Any:
+        if len(member) == 2:
+            local = [(h, self._local(x, member, t)) for t, h in zip(self.chain.clock, self.chain.step_sizes)]
+            parts = [(mean.numpy(), rows.numpy(), (h * cost).numpy()) for h, (mean, rows, cost) in local]
+            return PlaneGrid(grid, plane_steps(parts), end)
         steps = []
         for t, h in zip(self.chain.clock, self.chain.step_sizes):
             mean, rows, cost = self._local(x, member, t)
@@ -277,7 +279,15 @@ class GridChainSolution(OnGrids):
 
     # ---------------------------------------------------------------- laws
 
+    def _lines(self) -> None:
+        if any(block.dim > 1 for block in self.blocks):
+            raise NoExactSolution(
+                "the laws of a chain of two coupled coordinates are not computed; simulate with control."
+            )
+
     def _kernel_at(self, x: Tensor, k: int) -> GridLaw:
+        self._lines()
+
         def density(i: int, one: ChainGrid) -> Tensor:
             made = torch.from_numpy(one.optimal_kernel(k, x[..., i].reshape(-1).numpy()))
             return made.reshape(*x.shape[:-1], -1)
@@ -321,4 +331,5 @@ class GridChainSolution(OnGrids):
         k = self._state(self._snap(float(t)))
         if k == 0:
             return self.problem.origin
+        self._lines()
         return self._law(lambda i, one: self._marginals[i][k - 1])

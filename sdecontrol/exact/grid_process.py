@@ -36,7 +36,7 @@ def _why(grid: Grid, root: Tensor, cost: Tensor, end: np.ndarray) -> str:
             "sc.TemperedSMC)"
         )
     steep = "reward or drift are too steep or the noise too small for it. Use a larger alpha or a shorter horizon"
-    inner = np.ones((grid.count,) * grid.dim, dtype=bool)
+    inner = np.ones(grid.counts, dtype=bool)
     inner[(slice(1, -1),) * grid.dim] = False
     edge = inner.ravel()  # where what has no bound is largest
     bounded = all(float(v[edge].max()) < float(v[~edge].max()) or np.ptp(v) == 0 for v in (end, -cost.numpy()))
@@ -139,7 +139,7 @@ class GridSolution(OnGrids):
     ``control``.
     """
 
-    _margin = 2.5
+    _margin = {1: 2.5, 2: 2.5}  # noqa: RUF012
     _good = {1: 1e-6, 2: 1e-4}  # noqa: RUF012
     _bias = 0.1  # the sketch is a chain, so its J is biased
 

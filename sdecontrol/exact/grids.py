@@ -1,5 +1,7 @@
 """Uniform grids of one or two dimensions, and functions and laws on them. All in float64 on the CPU."""
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,37 +67,56 @@ class Grid:
 
     Beyond its ends values are continued by parabolas (the third derivative is zero there), which is exact for
     linear-quadratic problems; the ends are placed where optimal paths do not come.
+
+    Args:
+        counts: points of each axis; a number: of all of them.
     """
 
-    def __init__(self, lows: np.ndarray, highs: np.ndarray, count: int) -> None:
+    def __init__(self, lows: np.ndarray, highs: np.ndarray, counts: int | Sequence[int]) -> None:
+        self.lows, self.highs = np.asarray(lows, float), np.asarray(highs, float)
+        self.dim = len(self.lows)
+        self.counts = (counts,) * self.dim if isinstance(counts, int) else tuple(counts)
+        self.spacings = (self.highs - self.lows) / (np.array(self.counts) - 1)
+        self.axes = [np.linspace(*axis) for axis in zip(self.lows, self.highs, self.counts)]
+        self.points = np.stack(np.meshgrid(*self.axes, indexing="ij"), -1).reshape(-1, self.dim)
+
+    @cached_property
+    def _matrices(self) -> "tuple[list[Any], dict[tuple[int, int], Any], Any]":
+        """First derivatives, second ones by pairs of axes, and all in one."""
         from scipy import sparse
 
-        self.lows, self.highs, self.count = np.asarray(lows, float), np.asarray(highs, float), count
-        self.dim = len(self.lows)
-        self.spacings = (self.highs - self.lows) / (count - 1)
-        self.axes = [np.linspace(low, high, count) for low, high in zip(self.lows, self.highs)]
-        self.points = np.stack(np.meshgrid(*self.axes, indexing="ij"), -1).reshape(-1, self.dim)
-        eye = sparse.identity(count, format="csr")
-        first, second = differences(count)
+        parts = [differences(count) for count in self.counts]
+        eyes = [sparse.identity(count, format="csr") for count in self.counts]
 
         def whole(axis: int, matrix: Any) -> Any:
             if self.dim == 1:
                 return sparse.csr_matrix(matrix)
-            return sparse.csr_matrix(sparse.kron(matrix, eye) if axis == 0 else sparse.kron(eye, matrix))
+            return sparse.csr_matrix(sparse.kron(matrix, eyes[1]) if axis == 0 else sparse.kron(eyes[0], matrix))
 
-        self.D = [whole(a, first / self.spacings[a]) for a in range(self.dim)]
-        self.H = {(a, a): whole(a, second / self.spacings[a] ** 2) for a in range(self.dim)}
+        D = [whole(a, parts[a][0] / self.spacings[a]) for a in range(self.dim)]
+        H = {(a, a): whole(a, parts[a][1] / self.spacings[a] ** 2) for a in range(self.dim)}
         if self.dim == 2:
-            self.H[0, 1] = sparse.csr_matrix(self.D[0] @ self.D[1])
-        self._all = sparse.csr_matrix(sparse.vstack([*self.D, *self.H.values()]))
+            H[0, 1] = sparse.csr_matrix(D[0] @ D[1])
+        return D, H, sparse.csr_matrix(sparse.vstack([*D, *H.values()]))
+
+    @property
+    def D(self) -> list[Any]:
+        """Matrices of the first derivatives."""
+        return self._matrices[0]
+
+    @property
+    def H(self) -> dict[tuple[int, int], Any]:
+        """Matrices of the second derivatives, by pairs of axes."""
+        return self._matrices[1]
 
     def derivatives(self, w: np.ndarray) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
         """Gradient ``(n, N)``, and second derivatives by pairs of axes."""
-        parts = (self._all @ w).reshape(-1, len(w))
-        return parts[: self.dim], dict(zip(self.H, parts[self.dim :]))
+        _, H, together = self._matrices
+        parts = (together @ w).reshape(-1, len(w))
+        return parts[: self.dim], dict(zip(H, parts[self.dim :]))
 
     def table(self, channels: np.ndarray) -> Table:
-        return Table(channels.reshape(-1, *(self.count,) * self.dim), self.lows, self.spacings)
+        return Table(channels.reshape(-1, *self.counts), self.lows, self.spacings)
 
 
 def differences(count: int) -> "tuple[sparse.csr_matrix, ...]":

@@ -29,7 +29,8 @@ from .probing import PROBES, Block, Functions, Interactions, watched
 _PATHS = 512  # that say where the process goes
 _WATCHED = 40  # times at which they are looked at
 _MARGIN_REFERENCE = 1.0  # of a grid beyond the reference's paths
-_COUNTS = {1: (257, 513, 1025, 2049), 2: (33, 65, 97)}  # points of an axis, by dimension and refinement
+COUNTS = {1: (257, 513, 1025, 2049), 2: (33, 65, 97)}  # points of an axis, by dimension and refinement
+_DOUBLINGS = 4  # of a grid's width at most
 _BAD = 1e-2  # relative error of u* above which there is no reference worth the name
 
 
@@ -45,9 +46,13 @@ class OnGrids(ExactSolution):
 
     kind = "grids"
     error: float = math.nan
-    _margin: float  #: of a grid beyond the optimal paths
+    _margin: dict[int, float]  #: of a grid beyond the optimal paths, by a block's dimension
     _good: dict[int, float]  #: error of u* at which refinement stops, by a block's dimension
     _bias: float  #: relative error of J that the sketch's steps may make
+    _counts: dict[int, tuple[int, ...]] = COUNTS  #: points of an axis, by a block's dimension
+    #: nats by which values at the start may change as a grid is made twice as wide, by a block's dimension: where it
+    #: is asked. Paths that say where a grid must be do not know of rare ways far out.
+    _still: dict[int, float] = {}  # noqa: RUF012
     _times: list[float]  #: at which it is looked for what depends on what
 
     def __init__(self, problem: ControlProblem, settings: dict[str, Any], chain: Chain | None, sketch: Chain) -> None:
@@ -55,6 +60,7 @@ class OnGrids(ExactSolution):
         self._functions = f = Functions(problem, sketch)
         self._sketch = sketch  # a float64 chain on which paths say where the process goes
         self._base, self._probes, self._lows, self._highs = self._look_around()
+        self._wider = np.ones(len(self._lows), dtype=int)  # than where paths go, in each coordinate
         self._solved: list[Any] = []
         self._value_tables = Remembered(self._all_values, 1024)
         self._slope_tables = Remembered(self._all_slopes, 1024)
@@ -124,7 +130,7 @@ class OnGrids(ExactSolution):
         yield chain.steps, x
 
     @staticmethod
-    def _reach(paths: list[tuple[int, Tensor]], margin: float) -> tuple[np.ndarray, np.ndarray]:
+    def _reach(paths: list[tuple[int, Tensor]], margin: float | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The middle 99 % at all times and a margin on both sides, ``(d,)`` each; for a Gaussian 2.6 + 1.6 margin
         standard deviations."""
         ends = []
@@ -205,7 +211,8 @@ class OnGrids(ExactSolution):
         index = np.array(block.members)
         low, high = self._lows[index].min(0), self._highs[index].max(0)
         slack = widen * (high - low)
-        grid = Grid(low - slack, high + slack, _COUNTS[block.dim][refinement])
+        cells = (self._counts[block.dim][refinement] - 1) * self._wider[index].max(0)
+        grid = Grid(low - slack, high + slack, (cells + 1).tolist())
         x = self._at(torch.from_numpy(grid.points), block.members[0])
         end = self._share(self._functions.reward, x)
         if not bool(torch.isfinite(end).all()):
@@ -225,10 +232,13 @@ class OnGrids(ExactSolution):
     def _refine(self) -> None:
         """Solve, see where optimal paths go, widen the grids until they stay inside, and halve them until u* stands
         still."""
+        margin = torch.empty(len(self._lows), dtype=torch.float64)
+        for block in self.blocks:
+            margin[torch.tensor(block.members).flatten()] = self._margin[block.dim]
         for _ in range(8):
             solved = [self._on_grid(block, 0.0, 0) for block in self.blocks]
             walked = list(self._walk(solved))
-            lows, highs = self._reach(walked, self._margin)
+            lows, highs = self._reach(walked, margin)
             slack = 0.05 * (self._highs - self._lows)
             inside = bool((lows > self._lows - slack).all() and (highs < self._highs + slack).all())
             self._lows, self._highs = np.minimum(self._lows, lows), np.maximum(self._highs, highs)
@@ -239,12 +249,18 @@ class OnGrids(ExactSolution):
                 "optimal paths leave every grid: the reward drives them to infinity, or the noise there is too strong. "
                 "Use a bounded reward or a larger alpha."
             )
+        wide = [block for block in self.blocks if block.dim in self._still]
+        if wide:
+            for block in wide:
+                self._widen(block, walked[0][1])
+            solved = [self._on_grid(block, 0.0, 0) for block in self.blocks]
+            walked = list(self._walk(solved))
         visited = [(k, x, self._functions.step(x, k)[1] / self._sketch.step_sizes[k] ** 0.5) for k, x in walked[:-1]]
         errors = [math.inf] * len(self.blocks)
         size = 0.0
-        for level in range(1, max(len(c) for c in _COUNTS.values())):
+        for level in range(1, max(len(c) for c in self._counts.values())):
             for i, block in enumerate(self.blocks):
-                counts = _COUNTS[block.dim]
+                counts = self._counts[block.dim]
                 if errors[i] <= self._good[block.dim] or level >= len(counts):
                     continue
                 finer = self._on_grid(block, 0.05 * level, level)
@@ -258,6 +274,34 @@ class OnGrids(ExactSolution):
                 f"no grid resolves this problem: the error of u* is still about {self.error:.2g} (largest |u*|: "
                 f"{size:.2g}). A reward with jumps, or a time scale far below the step of the grid, does that."
             )
+
+    def _widen(self, block: Block, start: Tensor) -> None:
+        """Make a grid twice as wide in one coordinate after another, until values at the start stand still."""
+        (member,) = block.members
+
+        def values() -> Tensor:
+            return self._value_table(self._on_grid(block, 0.0, 0), self._marks[0])(start[:, list(member)])[0]
+
+        now = values()
+        for i in member:
+            for _ in range(_DOUBLINGS):
+                before = self._lows[i], self._highs[i], self._wider[i]
+                half, last = 0.5 * (self._highs[i] - self._lows[i]), now
+                self._lows[i] -= half
+                self._highs[i] += half
+                self._wider[i] *= 2
+                now = values()
+                apart = float((now - last).abs().max())
+                if apart <= self._still[block.dim]:
+                    self._lows[i], self._highs[i], self._wider[i] = before
+                    now = last
+                    break
+            else:
+                raise NoExactSolution(
+                    f"no grid is wide enough in coordinate {i}: values at the start still change by {apart:.2g} as one "
+                    f"from {before[0]:.3g} to {before[1]:.3g} is made twice as wide. Use a bounded reward, a shorter "
+                    "horizon, or particles (sc.SMC, sc.TemperedSMC)."
+                )
 
     def _change(self, block: Block, old: Any, new: Any, visited: list[Any]) -> tuple[float, float]:
         """Between two solutions of a block: the root mean square change of u* at its worst time, and the largest

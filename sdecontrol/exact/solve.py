@@ -40,17 +40,17 @@ def exact_solution(
     ``QuadraticCost`` or None, Dirac or Gaussian start), in continuous time and on chains; Gaussian-mixture models with
     a linear or quadratic reward, in continuous time; everything with finitely many states (a :class:`JumpProcess` in
     continuous time and on chains; chains on tokens of up to 5e7 transitions a step); and, on grids, any problem that
-    falls apart into coordinates (in continuous time also into pairs of them) that do not act on each other, those of
-    pre-trained models that compute in float64 among them; and, as series, any reward on the sphere S^2 without drift
-    and on tori of one or two angles (``ManifoldSDE``). For that nothing is declared: drift, diffusion, reward and
-    running cost are probed. Grid solutions say how exact they are (``error``).
+    falls apart into coordinates, or pairs of them (on chains with noise that does not depend on the state), that do not
+    act on each other, those of pre-trained models that compute in float64 among them; and, as series, any reward on the
+    sphere S^2 without drift and on tori of one or two angles (``ManifoldSDE``). For that nothing is declared: drift,
+    diffusion, reward and running cost are probed. Grid solutions say how exact they are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
         like: a solution, whose chain is meant (its ``settings``: "time_steps" and "scheme").
         scheme: "euler" or "exact", with time_steps; default: the problem's own.
-        grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state up to half a
-            minute), and so may more than 1024 states.
+        grids: False for closed forms only: a grid takes seconds (chains whose noise depends on the state, and pairs, up
+            to a minute), and so may more than 1024 states.
 
     Raises:
         NoExactSolution: naming what is missing.

@@ -362,8 +362,89 @@ def test_a_coupled_pair_is_solved_in_the_plane():
     for t in (0.0, 0.37, 0.9):
         close(grid.value(y @ Q.mT, t), want.value(y, t), 2e-5)
         close(grid.control(y @ Q.mT, t), want.control(y, t), 2e-4)
-    with pytest.raises(sc.NoExactSolution, match="coordinates 0 and 1 act on each other"):
-        sc.exact_solution(turned, 10)
+
+
+@pytest.mark.slow
+def test_the_chain_of_a_coupled_pair_is_solved_in_the_plane():
+    """Equal Euler steps in turned axes: values are those of the two coordinates, and the mean of the optimal kernel's
+    noise reaches what the best shift does but for a little."""
+    (straight, _), (turned, Q) = rotated(0.0), rotated(0.6)
+    want, grid = sc.exact_solution(straight, 10), sc.exact_solution(turned, 10)
+    y = 0.7 * randn(6, 2, seed=0)
+    close(grid.log_z, want.log_z, 1e-5)
+    close(grid.start_log_z, want.start_log_z, 1e-5)
+    for t in (0.0, 0.3, 0.9):
+        close(grid.value(y @ Q.mT, t), want.value(y, t), 2e-5)
+        mean, scale = want.chain.kernel(round(10 * t), y, None)
+        close(grid.control(y @ Q.mT, t) * 0.1**0.5, (want.kernel(y, round(10 * t)).mean - mean) @ scale[0].inverse(), 2e-4)
+    assert -1e-5 < float(want.elbo - grid.elbo) < 1e-3
+    with pytest.raises(sc.NoExactSolution, match="laws of a chain of two coupled coordinates"):
+        grid.sample(5)
+
+
+def oscillator(noise, reward, steps=20):
+    """A damped spring that is pushed; ``noise`` one column or two."""
+    A = torch.tensor([[0.0, 1.0], [-2.0, -0.3]])
+    start = sc.Dirac(torch.tensor([0.4, -0.3]))
+    return sc.ControlProblem(sc.LinearSDE(A, noise, horizon=1.0), start, reward), steps
+
+
+@pytest.mark.parametrize("columns", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_pair_with_noise_in_some_directions_is_that_of_the_linear_quadratic_chain(columns):
+    """Value, control and what it reaches, where the optimal kernel's mean is the best shift."""
+    noise = torch.tensor([[0.0], [0.8]]) if columns == 1 else torch.tensor([[0.5, 0.0], [0.3, 0.8]])
+    P, q = torch.tensor([[1.5, 0.4], [0.4, 0.6]]), torch.tensor([1.0, -0.5])
+    problem, steps = oscillator(noise, sc.Quadratic(P, q))
+    plain, _ = oscillator(noise, lambda x: -0.5 * ((x @ P) * x).sum(1) + x @ q)
+    want, grid = sc.exact_solution(problem, steps), sc.exact_solution(plain, steps)
+    assert [b.dim for b in grid.blocks] == [2]
+    shift = float(want.value(torch.zeros(1, 2), 1.0) - grid.value(torch.zeros(1, 2), 1.0))
+    close(grid.log_z + shift, want.log_z, 1e-5)
+    close(grid.elbo + shift, want.elbo, 1e-5)
+    x = torch.tensor([0.2, 0.1]) + 0.4 * randn(6, 2, seed=1)
+    for t in (0.0, 0.5, 0.95):
+        close(grid.value(x, t) + shift, want.value(x, t), 1e-4)
+        close(grid.control(x, t), want.control(x, t), 1e-3)
+
+
+@pytest.mark.slow
+def test_a_grid_of_a_pair_takes_in_a_rare_way_that_no_path_has_gone():
+    """A well at eight standard deviations with four in a thousand of the mass: paths that look around do not see it."""
+    noise = torch.tensor([[0.0], [1.0]])
+    still, steps = oscillator(noise, sc.Linear(torch.zeros(2)))
+    law = sc.exact_solution(still, steps).marginal(1.0)
+    mean, sd = float(law.mean[0]), float(law.variance[0].sqrt())
+    far, width, share = mean + 8 * sd, 0.5 * sd, 0.004
+    both = math.hypot(width, sd)
+    mass = width / both * math.exp(-0.5 * ((far - mean) / both) ** 2)
+    high = math.log(share / mass)
+    reward = lambda x: torch.log1p((high - 0.5 * ((x[:, 0] - far) / width) ** 2).exp())  # noqa: E731
+    grid = sc.exact_solution(oscillator(noise, reward)[0], steps)
+    assert abs(float(grid.log_z) - math.log1p(share)) < 2e-4
+
+
+def test_a_pair_with_noise_of_its_state_has_no_solution_on_a_chain():
+    sde = sc.SDE(lambda x, t: -x.roll(1, 1), lambda x, t: 1 + 0.1 * x.sin(), dim=2)
+    problem = sc.ControlProblem(sde, sc.Dirac(torch.zeros(2)), lambda x: -x.square().sum(1))
+    with pytest.raises(sc.NoExactSolution, match=r"diffusion.*does not depend on the state"):
+        sc.exact_solution(problem, 10)
+
+
+@pytest.mark.slow
+def test_a_pendulum_that_is_swung_up_by_the_noise_of_its_torque():
+    """Against a recursion that is periodic in the angle, -13.3166; paths of more than one turn are 0.0098 of it."""
+    drift = lambda x, t: torch.stack([x[:, 1], -9.81 * x[:, 0].sin() - 0.1 * x[:, 1]], 1)  # noqa: E731
+    reward = lambda x: -10 * (1 + x[:, 0].cos()) - 0.5 * x[:, 1] ** 2  # noqa: E731
+    problem = sc.ControlProblem(
+        sc.SDE(drift, torch.tensor([[0.0], [2.0]]), dim=2, horizon=3.0),
+        sc.Dirac(torch.zeros(2)),
+        reward,
+        lambda x, t: 1 + x[:, 0].cos(),
+        alpha=0.5,
+    )
+    exact = sc.exact_solution(problem, 60)
+    assert abs(float(exact.log_z) + 13.3166) < 1e-3
+    assert abs(float(exact.control(torch.zeros(1, 2), 0.0))) < 1e-3  # two ways, equally good
 
 
 def three(drift=None, reward=None, cost=None, sigma=1.0, d=3):

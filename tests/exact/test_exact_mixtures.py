@@ -190,8 +190,6 @@ def test_mixtures_without_a_closed_form_name_what_is_missing():
         sde, sde.marginal(0.0), reward=sc.Linear(g), start="controlled"
     )  # an equal start is the own start
     exact = sc.exact_solution(good)
-    with pytest.raises(sc.NoExactSolution, match="act on each other, and chains are solved in single coordinates only"):
-        sc.exact_solution(good, 50)
     with pytest.raises(sc.NoExactSolution, match="one step of a chain"):
         exact.kernel(torch.zeros(1, 2, dtype=F64), 0)
     single = sc.ControlProblem(
