@@ -6,6 +6,7 @@ Each finished cell is a JSON file under ``benchmarks/results/unet/``; a cell tha
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import sys
@@ -34,10 +35,13 @@ RESULTS = Path(__file__).parent / "results" / "unet"
 METHODS: dict[str, Callable[[], sc.Method]] = {
     "default": lambda: suggested(unet.unet_problem())[0].method,
     "reward-backprop": sc.RewardBackprop,
+    "reward-backprop, frozen": sc.RewardBackprop,
     "adjoint-matching": sc.AdjointMatching,
     "soft-ppo": sc.SoftPPO,
 }
-_MEASURED, _FIRST = 1024, 10
+#: where it is not that of ``solve``: the network beside the model, which sees the reward; smaller batches, more of them
+SETTINGS: dict[str, dict[str, Any]] = {"reward-backprop, frozen": {"control": "frozen", "batch_size": 64}}
+_MEASURED = 1024
 
 
 def _share(x: Tensor) -> Tensor:
@@ -67,13 +71,14 @@ def run_cell(label: str, seed: int, budget: float) -> dict[str, Any]:
     problem, log_z = unet.unet_problem(), tilt().log_z
     with measuring(problem.device) as making:
         method = METHODS[label]()
-    sc.solve(problem, method, iterations=1, seed=9, progress=False)
+    solve = functools.partial(sc.solve, problem, method, progress=False, **SETTINGS.get(label, {}))
+    solve(iterations=1, seed=9)
     began = time.process_time()
-    sc.solve(problem, method, iterations=2, seed=9, progress=False)
+    solve(iterations=2, seed=9)
     each = (time.process_time() - began) / 2
     iterations = max(2, int((budget - making.seconds) / each))
     with measuring(problem.device) as training:
-        solution = sc.solve(problem, method, iterations=iterations, seed=seed, progress=False)
+        solution = solve(iterations=iterations, seed=seed)
     paths = solution.simulate(_MEASURED, seed + 1, keep="end")
     log_w = log_weights(problem, paths).double()
     with torch.no_grad():
@@ -84,6 +89,7 @@ def run_cell(label: str, seed: int, budget: float) -> dict[str, Any]:
     return {
         "method": label,
         "name": method.name,
+        "settings": SETTINGS.get(label, {}),
         "seed": seed,
         "budget_cpu_seconds": budget,
         "iterations": iterations,

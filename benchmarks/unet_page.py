@@ -39,10 +39,11 @@ def _tuning(cells: dict[str, Cell]) -> list[str]:
     if tilt is None or not found:
         return []
     lines = [
-        "## Default settings",
+        "## Tuning",
         "",
-        "Batches of 256, the control a tuned copy of the network, and all else as `solve` has it; so many iterations "
-        "as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of 16384 samples of the "
+        'As `solve` has it: batches of 256, the control a tuned copy of the network. *Frozen*: `control="frozen"`, the '
+        "model as it is and beside it a small network that sees the reward at the denoised state, batches of 64. So "
+        "many iterations as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of 16384 samples of the "
         f"untuned chain; P({LABEL}) is {tilt['untuned']:.3f} there and {tilt['share']:.3f} under the tilt, KL "
         f"{number_text(tilt['kl'])}). **Step**: the largest KL between the path laws before and after one iteration, "
         "where the run has it; **KL at first**: of the first five iterations' path laws to the model.",
