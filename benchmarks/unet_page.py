@@ -41,12 +41,12 @@ def _tuning(cells: dict[str, Cell]) -> list[str]:
     lines = [
         "## Tuning",
         "",
-        'As `solve` has it: batches of 256, the control a tuned copy of the network. *Frozen*: `control="frozen"`, the '
-        "model as it is and beside it a small network that sees the reward at the denoised state, batches of 64. So "
-        "many iterations as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of 16384 samples of the "
-        f"untuned chain; P({LABEL}) is {tilt['untuned']:.3f} there and {tilt['share']:.3f} under the tilt, KL "
-        f"{number_text(tilt['kl'])}). **Step**: the largest KL between the path laws before and after one iteration, "
-        "where the run has it; **KL at first**: of the first five iterations' path laws to the model.",
+        "As `solve` has it: batches of 256, the control a tuned copy of the network. *Frozen*: `control='frozen'`, "
+        "the model as it is and beside it a small network that sees the reward at the denoised state, batches of 64. "
+        "So many iterations as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of "
+        f"16384 samples of the untuned chain; P({LABEL}) is {tilt['untuned']:.3f} there and {tilt['share']:.3f} under "
+        f"the tilt, KL {number_text(tilt['kl'])}). **Step**: the largest KL between the path laws before and after one "
+        "iteration, where the run has it; **KL at first**: of the first five iterations' path laws to the model.",
         "",
         f"| method | commit | CPU-s | iterations | gap | KL | P({LABEL}) | step | KL at first |",
         "|---|---|---|---|---|---|---|---|---|",
