@@ -72,11 +72,13 @@ def run_cell(label: str, seed: int, budget: float) -> dict[str, Any]:
     with measuring(problem.device) as making:
         method = METHODS[label]()
     solve = functools.partial(sc.solve, problem, method, progress=False, **SETTINGS.get(label, {}))
-    solve(iterations=1, seed=9)
-    began = time.process_time()
-    solve(iterations=2, seed=9)
-    each = (time.process_time() - began) / 2
-    iterations = max(2, int((budget - making.seconds) / each))
+    seconds = []
+    for count in (1, 1, 4):  # the first one warms up
+        began = time.process_time()
+        solve(iterations=count, seed=9)
+        seconds.append(time.process_time() - began)
+    each = (seconds[2] - seconds[1]) / 3
+    iterations = max(2, int((budget - making.seconds - (seconds[1] - each)) / each))
     with measuring(problem.device) as training:
         solution = solve(iterations=iterations, seed=seed)
     paths = solution.simulate(_MEASURED, seed + 1, keep="end")
