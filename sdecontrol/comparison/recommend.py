@@ -343,7 +343,7 @@ def _unknown(problem: ControlProblem) -> list[str]:
             out.append(
                 f"the reward was learned, and is {kind}: where more can be measured use sc.design; where not, keep the "
                 "KL small (a larger alpha) and hold it against reward.pessimistic(beta). Its value is believed, not "
-                "true: what tuning to it gained was less than what it said (docs/tables/sequences.md)."
+                "true: where a failure was not among the data it was far too high (docs/tables/sequences.md)."
             )
         known = learned.calibration
         if known is not None and not known.order > 0:
