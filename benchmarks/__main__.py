@@ -20,6 +20,7 @@ from .mixture import mixture
 from .mutants.command import mutants
 from .optimum import optimum
 from .orders import orders
+from .posteriors import posteriors
 from .receding_horizon import receding_horizon
 from .sequences import sequences
 from .speed.command import speed
@@ -43,6 +44,7 @@ app.command()(mixture)
 app.command()(mutants)
 app.command()(optimum)
 app.command()(orders)
+app.command()(posteriors)
 app.command("receding-horizon")(receding_horizon)
 app.command()(sequences)
 app.command()(speed)

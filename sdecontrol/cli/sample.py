@@ -66,13 +66,13 @@ def sample(
     method: Annotated[str | None, typer.Option(help="The method.", show_default="recommend's first: auto")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(
-            metavar="TIME", help="Stop solving there: 60s, 5m; auto ends between two rounds, then is evaluated."
-        ),
+        typer.Option(metavar="TIME", help="Stop solving there: 60s, 5m; of auto the estimate is within it, too."),
     ] = None,
     evaluations: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the log density, for auto and adaptive-importance.", show_default="20 million"),
+        typer.Option(
+            min=1, help="Of the log density at most, for auto and adaptive-importance.", show_default="no bound"
+        ),
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(min=1, help="Exactly so many, or rounds of auto.", show_default="the method's")
