@@ -29,7 +29,7 @@ from ..tensors import check_count
 from .rounds import GAUSSIAN, IMPORTANCE, MIXTURE, MOST_LEVELS, Allowance, Found, Rounds
 
 # Evaluations up to which no particles are moved: with a gradient in many dimensions; in few, or without one.
-_FEW, _FEW_IN_FEW, _FEW_DIMENSIONS = 300_000, 1_000_000, 20
+_FEW, _FEW_IN_FEW, FEW_DIMENSIONS = 300_000, 1_000_000, 20
 _MOST = 20_000_000  # with or without a gradient, at which no new round begins where no number was given
 _MOST_ROUNDS, _MOST_UNCHANGED = 12, 2  # rounds in all, and without a change, after which no more are made
 # Nats and errors below the first round's log Z at which the mixture has lost something: the error of one system that
@@ -109,7 +109,7 @@ class Auto(Method):
 
     def prepare(self, problem: ControlProblem) -> tuple[Method, ControlProblem]:
         if problem.density is not None and problem.condition is None:
-            dear = not problem.has_gradient or problem.event_shape[0] <= _FEW_DIMENSIONS
+            dear = not problem.has_gradient or problem.event_shape[0] <= FEW_DIMENSIONS
             if self.evaluations is not None and self.evaluations <= (_FEW_IN_FEW if dear else _FEW):
                 return AdaptiveImportance(self.evaluations, min(16, self.components)).prepare(problem)
         return self, problem

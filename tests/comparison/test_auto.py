@@ -187,7 +187,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
 def test_evaluations_bound_everything(density, evaluations, monkeypatch):
     """Pilot, search, rounds, estimate and whatever is asked of the solution after them: no more than was said, with
     a value and its gradient as two, all of them told, and log Z within four standard errors."""
-    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    monkeypatch.setattr(auto, "FEW_DIMENSIONS", 0)
     problem = sc.gibbs_problem(density, 2)
     solution = sc.solve(problem, sc.Auto(1024, evaluations), seed=0)
     counted = solution.details["evaluations"]
@@ -223,7 +223,7 @@ def interrupted_at(density, at, method, **settings):
 @pytest.mark.parametrize("evaluations", [None, 400_000])
 def test_interrupted_in_its_first_round_it_gives_the_particles_on_their_way(evaluations, monkeypatch):
     """In the midst of a level: their weights towards the target, an error, and the word that it is no estimate yet."""
-    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    monkeypatch.setattr(auto, "FEW_DIMENSIONS", 0)
     rows = Counted(ring)
     function, _, there = interrupted_at(rows, 214, sc.Auto(1024, evaluations))
     assert function.calls == 214 and there.iterations == 0 and there.details["interrupted"]
@@ -235,7 +235,7 @@ def test_interrupted_in_its_first_round_it_gives_the_particles_on_their_way(eval
 
 
 def test_interrupted_in_its_estimate_it_gives_the_systems_there_are_and_goes_on_to_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(auto, "_FEW_DIMENSIONS", 0)
+    monkeypatch.setattr(auto, "FEW_DIMENSIONS", 0)
     method, settings = sc.Auto(256, 400_000), {"checkpoint_every": 1}
     whole = sc.solve(sc.gibbs_problem(ring, 2, scale=2.5), method, seed=0)
     rounds = sum("levels" in row for row in whole.history)
