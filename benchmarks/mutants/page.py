@@ -112,9 +112,9 @@ def write_page(results: Path) -> str:
         "# Mutants",
         "",
         "A test that cannot fail is none. Here bugs are planted at random, one at a time, in a copy of the package, "
-        "and the default tests and the checks of the theory that execute the line are run on it. "
-        "`OMP_NUM_THREADS=1 python -m benchmarks mutants` draws them, runs what is not known yet, and writes this page "
-        "from the cells in `benchmarks/results/mutants/`.",
+        "and the default tests that execute the line are run on it. `OMP_NUM_THREADS=1 python -m benchmarks mutants` "
+        "draws them, runs what is not known yet, and writes this page from the cells in `benchmarks/results/mutants/`; "
+        "with `--checks` it runs the theory's checks, too, where no test saw anything.",
         "",
         "A mutant is one change of the text of one expression or statement. Rooms have mutants as they have lines, at "
         "least three; within a room every kind of change is drawn as often:",
@@ -134,6 +134,8 @@ def write_page(results: Path) -> str:
         cells = [c for r in of_seed for c in r["mutants"] if "tests" in c]
         known = [{**r, "mutants": [c for c in r["mutants"] if "tests" in c]} for r in of_seed]
         parts += [f"## Seed {seed}, drawn at {of_seed[0]['commit']}", "", *_room_table(known, verdicts), ""]
+        looked = sum("checks" in c for c in cells)
+        parts += [f"Checks of the theory were run on {looked or 'none'} of those that no test saw.", ""]
         parts += [f"### What was not seen (seed {seed})", "", *_survivors(cells, verdicts)]
     share = results / "theory_share.json"
     if share.exists():
