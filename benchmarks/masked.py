@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ METHODS: dict[str, sc.Method] = {
     "particle-matching": sc.ParticleMatching(),
     "value guidance, Monte Carlo": sc.ValueGuidance("monte-carlo"),
     "value guidance, soft Q": sc.ValueGuidance("soft-q"),
+    "value guidance, density ratio": sc.ValueGuidance("ratio"),
 }
 
 
@@ -90,6 +92,22 @@ class Letters:
         steps = None if order == "random" else _STEPS * self.length
         chain = sc.masked_diffusion(model, self.length, self.vocabulary, steps, order=order)
         return sc.ControlProblem(chain, reward=lambda x: r[self.at(x)], alpha=1.0)
+
+    def total_variations(self, problem: sc.ControlProblem, samples: Tensor) -> dict[str, float]:
+        """Of samples from the exact tilt, and of as many draws of it, the mean of twenty."""
+        chain: Any = problem.chain()
+        if chain.independent:
+            probs = sc.exact_solution(problem).marginal(1.0).probs.double()
+        else:
+            whole = (self.states < self.vocabulary).all(1)
+            probs = torch.where(whole, self.mass.log() + self.reward_of, -torch.inf).softmax(0)
+        generator, n = torch.Generator().manual_seed(1), len(samples)
+
+        def away(index: Tensor) -> float:
+            return 0.5 * float((torch.bincount(index, minlength=len(probs)) / n - probs).abs().sum())
+
+        draws = [away(torch.multinomial(probs, n, replacement=True, generator=generator)) for _ in range(20)]
+        return {"tv": away(self.at(samples)), "tv_exact": sum(draws) / 20}
 
     # ------------------------------------------------------------ exactly, over all states
 
@@ -145,18 +163,30 @@ class Letters:
         return float(sc.exact_solution(problem).log_z) + float(cost[-1])
 
 
+class _Clock:
+    """CPU-seconds at the end of every iteration."""
+
+    def __init__(self) -> None:
+        self.at = [time.process_time()]
+
+    def on_step_end(self, state: Any) -> None:
+        self.at.append(time.process_time())
+
+
+def _affordable(problem: sc.ControlProblem, method: sc.Method, seconds: float, options: dict[str, Any]) -> int:
+    """Iterations: the first fifty look for a learning rate, and are dearer."""
+    clock, first, some = _Clock(), 55, 80
+    sc.solve(problem, method, iterations=some, callbacks=[clock], **options)
+    each = sorted(b - a for a, b in pairwise(clock.at[first:]))[(some - first) // 2]
+    return max(24, first + int((seconds - clock.at[first] + clock.at[0]) / each))
+
+
 def _solve(letters: Letters, order: str, method: sc.Method, seconds: float, seed: int) -> dict[str, Any]:
     problem = letters.problem(order)
     options: dict[str, Any] = {"batch_size": 256, "seed": seed, "progress": False}
 
-    def spent_on(iterations: int) -> float:
-        began = time.process_time()
-        sc.solve(problem, method, iterations=iterations, **options)
-        return time.process_time() - began
-
-    few, more = spent_on(55), spent_on(75)  # the first fifty look for a learning rate, and are dearer
-    each = max(1e-3, (more - few) / 20)
-    count = max(24, 55 + int((seconds - few) / each))
+    # of the ratio each iteration is a whole regression
+    count = method.default_iterations if method.steady else _affordable(problem, method, seconds, options)
     began = time.process_time()
     solution = sc.solve(problem, method, iterations=count, **options)
     spent = time.process_time() - began
@@ -165,6 +195,7 @@ def _solve(letters: Letters, order: str, method: sc.Method, seconds: float, seed
         "iterations": count,
         "cpu_seconds": round(spent, 1),
         "gap": letters.gap(problem, solution.control),
+        **letters.total_variations(problem, solution.sample(4096, seed=1)),
         "floor": floor,
         "untuned": letters.gap(problem, lambda x, t: torch.zeros(*x.shape, letters.vocabulary)),
     }

@@ -428,7 +428,9 @@ def test_the_face_runs_as_written():
 @pytest.mark.slow
 def test_recommend_and_compare_know_tokens():
     problem = sc.ControlProblem(sc.masked_diffusion(uniform, 4, 3), reward=lambda x: x.float().sum(1), alpha=1.0)
-    names = [suggestion.method.name for suggestion in sc.recommend(problem)]
+    found = sc.recommend(problem)
+    names = [suggestion.method.name for suggestion in found]
+    assert found[1].method == sc.ValueGuidance("ratio")
     assert names[0] == "log-variance" and not {"adjoint-matching", "socm", "reward-backprop"} & set(names)
     assert "smc" in [suggestion.method.name for suggestion in sc.recommend(problem, one_off=True)]
     table = sc.compare(problem, [sc.SMC(num_particles=16), sc.BestOfN(), sc.AdjointMatching()], n=64, seeds=[0])
