@@ -259,9 +259,9 @@ CASES = {
     "mixture weights": (lambda: sc.GaussianMixture(torch.ones(2), torch.zeros(3, 2), 1.0), ValueError, "weights"),
     # exact solutions
     "no exact solution": (
-        lambda: sc.exact_solution(problem(reward=lambda x: x.prod(-1)), time_steps=10),
+        lambda: sc.exact_solution(problem(general(lambda x, t: -x.roll(1, 1), lambda x, t: 1 + 0.1 * x.sin())), 10),
         ValueError,
-        "act on each other",
+        "does not depend on the state",
     ),
     "reward too convex": (lambda: sc.exact_solution(problem(reward=sc.Quadratic(-9 * E))), ValueError, "too convex"),
     "reward too convex on the chain": (

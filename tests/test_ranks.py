@@ -117,6 +117,7 @@ def messages(failed: list[dict[str, Any]], name: str) -> list[str]:
     return [found[name]["kind"] + ": " + found[name]["message"] for found in failed]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_in_one_process_stops_both(failed) -> None:
     """Both have the error, by the process' name, and the same last good solution, which they can evaluate together."""
     first, second = messages(failed, "not_finite")

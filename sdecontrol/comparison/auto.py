@@ -281,13 +281,13 @@ class Auto(Method):
         if not limited and facts["reproducible"]:
             where, control = self._covered(state, run, self.finish(state, run))
             return self.make_solution(where, control, **facts)
-        if not state.found:  # the time was over before the first round: its first particles, unmoved
+        if not state.found:  # the time was over before the first round had any: its first particles, unmoved
             target = self._target(run, None)
             ascent = Ascent(target, _LEAST, derive_seed(run.seed, Place.AUTO_UNMOVED))
             state.partial = Found.by(ascent, target, own.centre, own.scale)
         systems = state.systems(own)
         how: dict[str, Any] = {"components": self.components, "highest": systems[1].max()}
-        how["estimated"] = limited and int(state.drawn) > 0
+        how["estimated"] = state.has_estimate
         draws, law = located_draws(problem, systems, run.seed, **how)
         located: Any = problem.located(draws.centre, draws.scale, float(draws.highest))  # type: ignore[attr-defined]
         return ImportanceSolution(

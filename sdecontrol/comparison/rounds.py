@@ -267,16 +267,25 @@ class Rounds(nn.Module):
     def systems(self, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What there is: states ``(M, N, dim)`` of the estimate's systems, or of the particles of the last round, or of
         one that was interrupted; with their log densities and log weights ``(M, N)``."""
-        count = int(self.drawn) if self.allowance.limited else 0
-        if count:
-            n = int(self.each)
+        if self.has_estimate:
+            count, n = int(self.drawn), int(self.each)
             return self.x[:count, :n], self.log_rho[:count, :n], self.log_w[:count, :n]
         return self._families(problem)
 
     @property
+    def has_estimate(self) -> bool:
+        """Whether there are systems of the estimate, with enough particles for a law."""
+        if not self.allowance.limited:
+            return False
+        weights = self.log_w[: int(self.drawn), : int(self.each)]
+        return int((weights > -math.inf).sum()) >= SYSTEMS
+
+    @property
     def found(self) -> bool:
-        """Whether there are particles of a round."""
-        return bool(self.log_z[0] > -math.inf) or self.partial is not None
+        """Whether there are particles of a round, enough of them for a law."""
+        if bool(self.log_z[0] > -math.inf):
+            return True
+        return self.partial is not None and int((self.partial.population.log_weights[0] > -math.inf).sum()) >= SYSTEMS
 
     def _families(self, problem: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Particles of one system, dealt by the first ones that they descend from into 16 systems (fewer where most of

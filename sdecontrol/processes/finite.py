@@ -109,7 +109,7 @@ class FiniteLaw(Distribution):
         edges = self.probs.double().cumsum(-1).expand(*shape, -1) if self.batch_shape else self.probs.double().cumsum(0)
         u = torch.rand((*shape, 1), dtype=torch.float64, device=edges.device) * edges[..., -1:]
         # right=True: a state of probability 0 is not drawn by a number on its edge
-        index = torch.searchsorted(edges, u.squeeze(-1) if edges.ndim == 1 else u.contiguous(), right=True)
+        index = torch.searchsorted(edges.contiguous(), u.squeeze(-1) if edges.ndim == 1 else u.contiguous(), right=True)
         last = (self.probs > 0).long().cumsum(-1).argmax(-1)  # of those with probability
         index = index.reshape(shape)
         return self.space.states(torch.minimum(index, last.expand(shape)))

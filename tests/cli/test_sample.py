@@ -119,6 +119,7 @@ def test_auto_on_a_function_of_ones_own_with_all_its_files(run) -> None:
     assert sc.load("kept", problem).details["report"] == result["report"]
 
 
+@pytest.mark.slow
 def test_numpy_names_and_bounds_from_the_command_line(run) -> None:
     """Samples are in the function's own parameters, and Z is of these: the triangle has Z = 1 and means 1/3."""
     how = ("--names", "left,right", "--support", "0:1", *SMC, "--samples", "s.npy", "--figure", "f.png")
@@ -264,6 +265,15 @@ def test_the_bar_shows_the_last_round_and_no_total_under_a_budget(capsys, monkey
     assert len(lines) == solution.iterations and not solution.reproducible
     for k, (line, row) in enumerate(zip(lines, solution.history), 1):
         assert line.startswith(f"auto {k}, log_z {Estimate(row['log_z'], row['log_z_stderr'])}, ")
+
+
+@pytest.mark.filterwarnings("ignore:.*effective of:RuntimeWarning")
+@pytest.mark.parametrize("budget", [0.02, 0.15, 0.25])
+def test_a_budget_that_ends_anywhere_gives_a_solution(budget: float) -> None:
+    """In the search, before the first round has enough particles for a law, after a few systems of the estimate."""
+    problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
+    solution = sc.solve(problem, sc.Auto(256), budget=budget, seed=0, progress=False)
+    assert solution.sample(4, seed=1).shape == (4, 2)
 
 
 # ---------------------------------------------------------------- the figure

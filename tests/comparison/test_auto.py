@@ -94,6 +94,7 @@ def annulus_mean():
     return float((annulus(x).softmax(0) * x[:, 0]).sum())
 
 
+@pytest.mark.slow
 def test_all_nine_modes_and_what_that_cost():
     """gmm9: log Z = 0, every mode with its ninth, a control whose own paths agree, and evaluations that are exactly the
     density's rows, spent on better beginnings: no round after the first costs more than it."""
@@ -132,6 +133,7 @@ def test_where_learning_does_not_pay_the_gaussian_is_kept(tmp_path):
     assert torch.equal(loaded.sample(100, seed=1), solution.sample(100, seed=1))
 
 
+@pytest.mark.slow
 def test_the_same_seed_a_saved_one_and_another_reference(tmp_path):
     """The same numbers, bit for bit; the kind of reference matters to the control alone."""
     problem = sc.gibbs_problem(unequal, 2, scale=4.0)
@@ -181,6 +183,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path):
     assert torch.equal(whole.sample(64, seed=1), again.sample(64, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("density", "evaluations"), slow_but([(ring, 310_000), (banana, 400_000), (unequal, 2_000_000)], (ring, 310_000))
 )
@@ -234,6 +237,7 @@ def test_interrupted_in_its_first_round_it_gives_the_particles_on_their_way(eval
     assert bool(torch.isfinite(ring(there.sample(100, seed=1))).all()) and rows.rows == before
 
 
+@pytest.mark.slow
 def test_interrupted_in_its_estimate_it_gives_the_systems_there_are_and_goes_on_to_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "FEW_DIMENSIONS", 0)
     method, settings = sc.Auto(256, 400_000), {"checkpoint_every": 1}
@@ -282,6 +286,7 @@ def test_a_budget_that_is_over_at_once_gives_something_and_says_what_that_is():
     assert bool(torch.isfinite(ring(solution.sample(10, seed=1))).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", slow_but([4.0, 20.0], 4.0))
 def test_a_budget_of_time_bounds_the_estimate_too(seconds, monkeypatch):
     """By a clock that a row of the density moves by 20 microseconds (twice that with its gradient): pilot, search,

@@ -217,6 +217,7 @@ print(costs.memory)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_counts_what_the_process_had_kept_for_reuse() -> None:
     """In a process of its own: what other tests have left in this one's heap would be used first."""
     done = subprocess.run([sys.executable, "-c", _SMALL_PIECES], capture_output=True, text=True, check=True)

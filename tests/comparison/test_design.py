@@ -104,6 +104,7 @@ def test_known_data_come_first():
     assert str(found).splitlines()[1].split()[0] == "given"
 
 
+@pytest.mark.slow
 def test_states_that_are_numbers():
     sde = sc.SDE(lambda x, t: -x, diffusion=torch.tensor(1.0), dim=2, horizon=1.0)
     plain = sc.ControlProblem(sde, sc.Dirac(torch.zeros(2)), alpha=0.5)

@@ -317,6 +317,7 @@ def test_double_well_log_z_by_the_linear_equation(wells):
     assert total == pytest.approx(-2.0874259757, abs=1e-8)  # the card's constant
 
 
+@pytest.mark.slow
 def test_value_solves_the_hjb_equation(wells):
     problem, exact, _ = wells
     x = 0.9 * randn(4, 10, seed=1).tanh()
@@ -518,6 +519,7 @@ def test_high_dimensions_cost_one_grid_if_coordinates_are_equal():
     assert [len(b.members) for b in exact.blocks] == [d]
 
 
+@pytest.mark.slow
 def test_what_has_no_grid_solution_says_why():
     explosive = sc.ControlProblem(sc.SDE(lambda x, t: x**3 * 9, 1.0, dim=1), sc.Dirac(torch.ones(1)), bumps)
     convex = ou(lambda x: 3 * (x**2).sum(-1) + 0 * x[:, 0])

@@ -126,6 +126,7 @@ def test_bridges_carry_a_later_marginal_to_an_earlier_one():
         close(second, want.covariance_matrix + torch.outer(want.mean, want.mean), 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start, schedule", [("controlled", sc.VP(0.1, 6.0)), (None, sc.VP(0.1, 20.0))])
 def test_the_simulated_optimum_ends_in_the_tilted_mixture(start, schedule):
     problem = sc.ControlProblem(

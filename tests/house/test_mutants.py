@@ -94,6 +94,7 @@ def test_changes_are_programs_and_know_where_they_are():
     }
 
 
+@pytest.mark.slow
 def test_every_room_has_its_share():
     number = 100
     wanted = shares(PACKAGE, number)

@@ -168,6 +168,7 @@ def test_natural_sequences_are_natural_and_the_best_are_not():
     assert best.kmer_correlation < 0.5 and "3-mer correlation" in str(best)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_markov_chain_in_random_order_is_its_likelihood():
     """Masked letters' conditionals are of one law, so that the bound over orders is attained by the chain rule."""
     task = sequence_task("dna-8mer")

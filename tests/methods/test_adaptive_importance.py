@@ -143,6 +143,7 @@ def test_weights_are_those_of_the_law_that_was_drawn_from() -> None:
     assert float(x[wide].std()) > 3 * float(x[torch.arange(len(x)) % TURN == 1].std())
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_gives_what_there_is_and_goes_on_to_the_same(tmp_path: Any) -> None:
     """Ctrl-C in the midst of a batch: a solution with a verdict; resumed, the numbers of a run that was never stopped,
     and no value is asked for twice."""

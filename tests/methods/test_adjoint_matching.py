@@ -146,6 +146,7 @@ class Affine:
         return torch.stack([x @ self.matrix[k] + self.offset[k] for k, x in enumerate(states)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [nonlinear, lambda: random_lq(2, seed=4)], ids=["nonlinear", "linear"])
 def test_subtracting_the_own_noise_changes_no_mean(make):
     """E[phi(x_k) target] is the same with and without, for any control: 4 standard errors of the paired difference,
@@ -329,6 +330,7 @@ def test_unweighted_socm_with_the_closed_loops_jacobians_has_the_gradient_of_rew
 # ---------------------------------------------------------------- through solve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "bar"),
     [

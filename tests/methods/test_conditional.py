@@ -175,6 +175,7 @@ def test_an_untuned_conditional_model_samples_its_classes():
         assert float(paths.kl().abs().max()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [sc.RewardBackprop(), pytest.param(sc.SoftPPO(), marks=pytest.mark.slow)], ids=lambda m: m.name
 )

@@ -139,6 +139,7 @@ def test_moves_keep_a_law_that_is_no_gaussian(leapfrog_steps):
     assert found.evaluations == n * (1 + 2 * 3 * leapfrog_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -93,6 +93,7 @@ def test_conditional_variance_over_a_fixed_random_start_has_the_gradient_of_the_
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_path_consistency_with_the_value_of_its_control_has_the_gradient_of_the_objective(setting, n):
     """Step k's score meets the residuals of the ``min(n, k+1)`` windows that it is in, of n."""

@@ -107,6 +107,7 @@ def test_what_is_recommended():
 LADDERS = [None, lambda x: 3.7 - x[:, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LADDERS, ids=["scales", "levels"])
 def test_a_probability_of_1e_8(level):
     problem, log_p = event(3.7, 100)

@@ -155,6 +155,7 @@ def test_samples_have_the_exact_law_and_weights_the_exact_z(particles, independe
     assert torch.equal(solution.sample(100, seed=1), solution.sample(100, seed=1))
 
 
+@pytest.mark.slow
 def test_any_n_weighted_samples_estimate_z_without_bias():
     """n = 1 of a system of 8, resampled at every step: slots of a system are not alike (the first alone has a mean
     weight of 1.37 Z here), so the one must be drawn fairly."""

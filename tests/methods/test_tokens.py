@@ -125,6 +125,7 @@ def test_trained_values_guide_to_the_exact_tilt(value):
     assert JOINT.gap_of(problem, solution.control) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "most"), [({"order": "random"}, 0.01), pytest.param({"steps": 16}, 0.05, marks=pytest.mark.slow)]
 )
@@ -139,6 +140,7 @@ def test_a_density_ratio_guides_to_the_exact_tilt_by_rounds_on_its_own_paths(opt
     assert -1e-9 < gaps[1] < min(most, 0.5 * gaps[0])
 
 
+@pytest.mark.slow
 def test_a_density_ratio_of_a_jump_process_is_the_value():
     """``v/alpha`` at all states and times, in closed form."""
     rates = torch.tensor([[-1.0, 1.0, 0.0], [0.5, -1.5, 1.0], [0.0, 2.0, -2.0]], dtype=F64)

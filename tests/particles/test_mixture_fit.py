@@ -88,6 +88,7 @@ def test_one_dimension_and_more_than_sixty_four():
     assert lacks(wide, law, 4000) < 0.2, lacks(wide, law, 4000)  # 160 means and variances each from 3000 draws
 
 
+@pytest.mark.slow
 def test_weights_stand_for_draws_of_the_tilted_law():
     """Draws of a wide Gaussian with weights towards a mixture, against the mixture; and -inf weights as if the rows
     were not there."""

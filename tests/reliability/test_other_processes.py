@@ -68,6 +68,10 @@ def tokens(x):
     return x.sum(1).to(torch.float32)
 
 
+def angles(x):
+    return x.sin().sum((1, 2))
+
+
 def effort(x, t):
     return 0.1 * x.square().sum(1)
 
@@ -240,6 +244,7 @@ REFERENCES = {
     "SDE": lambda: of(sc.SDE(pull, noise, dim=2)),
     "SDE of torchsde": lambda: of(sc.SDE.from_torchsde(Foreign(), dim=2)),
     "SDE of torchsde, both": lambda: of(sc.SDE.from_torchsde(Both(), dim=2)),
+    "SimplexDiffusion": lambda: sc.ControlProblem(sc.library.SimplexDiffusion(2, 3), reward=angles),
     "LinearSDE": lq,
     "LinearSDE of time": lambda: of(sc.LinearSDE(rate, torch.eye(2))),
     "LinearSDE, a learned start": lambda: lq(initial=sc.Gaussian(torch.zeros(2), 1.0), start="controlled"),
@@ -548,6 +553,7 @@ def test_errors(worker, kind):
         assert getattr(caught.value, name, None) == getattr(error, name, None)
 
 
+@pytest.mark.slow
 def test_an_error_arrives_without_a_solution_that_cannot():
     error = errors.NonFiniteError("reward is not finite", what="reward", rows=1)
     error.solution = sc.solve(lq(reward=lambda x: x[:, 0]), iterations=1, time_steps=K, seed=0, progress=False)

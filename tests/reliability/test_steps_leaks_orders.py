@@ -45,6 +45,7 @@ def test_every_grid_from_1_to_10000_steps_has_that_many_steps_in_both_dtypes():
         assert (np.diff(grid) > 0).all() and (np.diff(grid.astype(np.float32)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_many_steps_keep_nothing(steps):
     """No recursion, no graph, no state kept: late in a run there are as many objects as early in it, and as many after

@@ -53,8 +53,9 @@ def test_a_bad_control_still_has_right_weights():
     assert report.passed and not report.reliable
 
 
-def test_an_unbounded_black_box_has_no_exact_answer():
-    problem = _problem(reward=lambda x: torch.cos(x).sum(-1))
+def test_coordinates_that_noise_of_the_state_couples_have_no_exact_answer_on_a_chain():
+    sde = sc.SDE(lambda x, t: -x.roll(1, 1), lambda x, t: 1 + 0.1 * x.sin(), dim=2)
+    problem = sc.ControlProblem(sde, sc.Dirac(torch.zeros(2, dtype=DOUBLE)), lambda x: torch.cos(x).sum(-1))
     report = verify(problem, Own(lambda x, t: 0.2 * x, time_steps=10), n=1024)
     assert report.passed and "none" in report.exact
     assert "Theorem 1" not in {f.statement for f in report.findings}

@@ -47,6 +47,7 @@ def tuned(p: sc.ControlProblem) -> Solution:
     return Solution(p, TunedControl(p.reference, model), method="mine", settings={"time_steps": STEPS, "scheme": None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paths", slow_but(["teacher", "student", "both"], "teacher"))
 def test_a_copy_that_can_be_the_control_becomes_it(paths: str) -> None:
     teacher = tuned(problem())

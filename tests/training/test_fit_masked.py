@@ -80,6 +80,7 @@ def test_masks_and_times_have_the_joint_law_of_noising(schedule):
     assert torch.allclose(masked.double().mean(0), torch.full((5,), 0.6, dtype=F64), atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_conditional_model_is_conditional_and_dropped_labels_make_it_unconditional_too():
     data = sequences()
     labels = data[:, 0]
