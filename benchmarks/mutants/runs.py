@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def _run(tree: Path, what: str, names: list[str], seconds: float) -> Cell:
 
 def _outcome(code: int, found: dict[str, Any], said: str) -> Cell:
     if found["by"]:
-        return {"outcome": "killed", "by": found["by"], "how": found["how"]}
+        return {"outcome": "killed", "by": found["by"], "how": _without_folders(found["how"])}
     if code < 0:  # ended by a limit, or by a crash of compiled code
         return {"outcome": "hung", "by": found["running"] or "start", "how": f"ended by signal {-code}"}
     if code == _NONE_RAN:  # ids that were not there yet
@@ -120,5 +121,10 @@ def _outcome(code: int, found: dict[str, Any], said: str) -> Cell:
         raise RuntimeError(said)
     if code:
         last = (said.strip().splitlines() or [""])[-1]
-        return {"outcome": "killed", "by": found["running"] or "start", "how": last[:160]}
+        return {"outcome": "killed", "by": found["running"] or "start", "how": _without_folders(last[:160])}
     return {"outcome": "survived"}
+
+
+def _without_folders(text: str) -> str:
+    """A message without the folders of this machine."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..controls.guidance import ValueControl
 from ..controls.ratio_value import RatioValue
+from ..errors import warn
 from ..memory import remembering
 from ..paths.paths import Paths
 from ..paths.weights import effective_number
@@ -43,6 +44,7 @@ _NOISE = 0.3  # added to what the layers see, in standard deviations
 _RIDGES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)
 DECAYS = (1.0, 0.95, 0.85)  # of later steps' part in Y - f: less noise for some bias
 _PAST = 0.6  # part of former rounds in the next one
+_FLOOR = 100.0  # effective paths below which a higher temperature comes first
 _MOST = 1.0  # nats by which one least-squares step may move the paths
 
 
@@ -138,6 +140,19 @@ def exponent_for(whole: Tensor, least: float, beta: float) -> float:
         enough = float(effective_number(middle * gains - ratios)) >= least
         low, high = (middle, high) if enough else (low, middle)
     return low
+
+
+def weighted_exponent(run: Run, whole: Tensor, n: int, past: float) -> float:
+    """The exponent, from ``past`` on, that gains and ratios of whole paths ``(2, paths)`` allow where n of them were
+    asked for; with a warning where that is below 1."""
+    beta = exponent_for(whole, min(_FLOOR, n / 16), past)
+    if beta < 1:
+        few, alpha = float(effective_number((whole[0] - whole[1]).double())), run.problem.alpha
+        warn(
+            f"of the weights of {whole.shape[1]} paths {few:.1f} are effective: the value is for temperature "
+            f"{alpha / max(beta, 1e-12):.3g} so far, not {alpha:.3g}, and lowered in the next iterations."
+        )
+    return beta
 
 
 def fit_values(

@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from ..controls.guidance import ValueControl
 from ..controls.ratio_value import RatioValue
 from ..errors import warn
-from ..paths.weights import effective_number
 from ..processes.modules import copied
 from ..randomness import Place, derive_seed
 from .base import ControlState, Run, path_metrics
-from .ratio_fit import DECAYS, Moments, exponent_for, fit_slopes, fit_values, observed, value_rows
+from .ratio_fit import DECAYS, Moments, fit_slopes, fit_values, observed, value_rows, weighted_exponent
 
 _HIDDEN = (96, 96, 96)
 #: of the regression on paths of the reference
 STEPS = 600
 _ROUND = 3  # a round on its own paths has so many times fewer of them
-_FLOOR = 100.0  # effective paths below which a higher temperature comes first
 _LITTLE = 0.005  # nats that a round must gain for another one
 
 
@@ -86,13 +84,7 @@ def _lower(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
     control, value = state.control if past else None, state.value
     n = max(256, num_paths // _ROUND) if past else num_paths
     rows, whole, shown = value_rows(run, value, control, n)
-    beta = exponent_for(whole, min(_FLOOR, n / 16), past)
-    if beta < 1:
-        few = float(effective_number((whole[0] - whole[1]).double()))
-        warn(
-            f"of the weights of {whole.shape[1]} paths {few:.1f} are effective: the value is for temperature "
-            f"{run.problem.alpha / beta:.3g} so far, not {run.problem.alpha:.3g}, and lowered in the next iterations."
-        )
+    beta = weighted_exponent(run, whole, n, past)
     value.level.copy_((beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1]))
     loss = fit_values(run, value, rows, beta, STEPS)[1]
     state.beta.fill_(beta)

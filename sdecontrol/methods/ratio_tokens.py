@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 from ..controls.guidance import ValueControl
 from ..controls.token_network import TokenValue
-from ..errors import warn
 from ..paths.paths import Paths
-from ..paths.weights import effective_number
 from ..processes.modules import copied
 from .base import ControlState, Run, path_metrics
-from .ratio_fit import Rows, drawn, exponent_for, logistic, steps_stored, to_come
+from .ratio_fit import Rows, drawn, logistic, steps_stored, to_come, weighted_exponent
 
 #: of each regression
 STEPS = 600
 _RATE = 5e-3
 _ROUND = 3  # a round on its own paths has so many times fewer of them
-_FLOOR = 100.0  # effective paths below which a higher temperature comes first
 _ROWS = 16  # steps of a path that are stored
 _LITTLE = 0.005  # nats that a round must gain for another one
 
@@ -64,13 +61,7 @@ def token_ratio_step(state: TokenRatioState, run: Run, num_paths: int) -> dict[s
         shown = path_metrics(paths)
         if past >= 1 and not _better(state, paths):
             return {**shown, "loss": math.nan, "temperature": alpha}
-        beta = exponent_for(whole, min(_FLOOR, n / 16), past)
-        if beta < 1:
-            few = float(effective_number((whole[0] - whole[1]).double()))
-            warn(
-                f"of the weights of {whole.shape[1]} paths {few:.1f} are effective: the value is for temperature "
-                f"{alpha / max(beta, 1e-12):.3g} so far, not {alpha:.3g}, and lowered in the next iterations."
-            )
+        beta = weighted_exponent(run, whole, n, past)
         value = state.value
         value.scale[0] = (beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1])
         loss = logistic(run, value, _ratio(value), float(value.scale[0]), rows, beta, (STEPS, _RATE))[1]
