@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sdecontrol.problems.workers import end_with_parent
+
 from .registry import Check, Measurement, Setting, all_checks
 
 __all__ = ["ControlOutcome", "Outcome", "run", "run_check"]
@@ -100,7 +102,8 @@ def run(
             if progress is not None:
                 progress(done[check.name])
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
             first = {"statistical": 0, "solver": 0, "continuous": 1}  # long ones first
             queue = sorted(checks, key=lambda c: first.get(c.kind, 2))
             for future in as_completed([pool.submit(_run_by_name, c.name, setting, controls) for c in queue]):

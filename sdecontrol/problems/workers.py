@@ -28,16 +28,21 @@ _START_SECONDS = 300.0  # in which a process must have imported what it needs
 Task = tuple[Any, ...]
 
 
+def end_with_parent() -> None:
+    """From here on this process ends with the one that started it, however that ends, in the midst of a call too."""
+    parent: Any = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(pipe: Connection) -> None:
     """A worker process: a call for each task that comes, until there is nobody left to ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and closes the pipe
-    parent: Any = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)  # in the midst of a call, too
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(EOFError, OSError):
         try:
             call: PlainCall = pickle.loads(pipe.recv_bytes())

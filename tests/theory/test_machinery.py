@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -186,6 +187,25 @@ def test_command_fails_with_a_broken_library(monkeypatch):
 
 def test_command_refuses_unknown_checks():
     assert _command("--only", "theorem-9").exit_code == 2
+
+
+KILLED = """
+import os, signal
+from theory_checks import Setting, select
+from theory_checks.runner import run
+if __name__ == "__main__":
+    kill = lambda outcome: os.kill(os.getpid(), signal.SIGKILL)
+    run(select(["erratum-3-variance", "erratum-27-exponent", "markov-chains"]), Setting(), workers=2, progress=kill)
+"""
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_its_run(tmp_path):
+    """They hold its standard output: the pipe ends when the last of them has."""
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9, done.stderr
 
 
 def test_report_formats(own_registry):
