@@ -176,7 +176,7 @@ class Place(enum.IntEnum):
     GUIDANCE_VALUE = 612
     GUIDANCE_ROLL = 613  # perturbed starts and guided steps of value guidance
     RATIO_VALUE = 614  # the network of a log density ratio
-    RATIO_PATHS = 615  # paths on which it is fitted [iteration, chunk]
+    RATIO_PATHS = 615  # paths on which it is fitted, or measured [draw, chunk]
     RATIO_ROWS = 616  # steps of each path that are stored [iteration, chunk]
     RATIO_BATCH = 617  # rows of the regression's batches [iteration]
     DISTILLED_PATHS = 640  # [round, part]

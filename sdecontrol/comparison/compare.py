@@ -17,7 +17,7 @@ from ..evaluation.metrics import control_error, sliced_wasserstein
 from ..evaluation.particle_solution import ParticleSolution
 from ..evaluation.solution import Solution
 from ..exact.base import ExactSolution
-from ..methods.base import Method, find_method, suggested
+from ..methods.base import Method, Suggestion, find_method, suggested
 from ..problems.problem import ControlProblem, check_problem
 from ..problems.rewards import Quadratic
 from ..processes.laws import Dirac
@@ -228,11 +228,11 @@ def compare(
     check_count("batch_size", batch_size)
     check_count("iterations", iterations, optional=True)
     settings = {"time_steps": time_steps, "scheme": scheme}
-    chosen: dict[str, str] = {}
+    chosen: dict[str, Suggestion] = {}
     if methods is None:
         advice = suggested(problem, time_steps=time_steps, batch_size=batch_size)[:_SUGGESTED]
-        chosen = {method_label(s.method): s.reason for s in advice}
-        methods = [s.method for s in advice]
+        chosen = {suggestion_label(s): s for s in advice}
+        methods = {label: s.method for label, s in chosen.items()}
     named = _labelled(methods)
     problem.chain(**settings)  # a bad grid is the caller's error, not every method's
     try:
@@ -250,9 +250,11 @@ def compare(
         more: dict[str, Any] = {"batch_size": batch_size, "progress": progress, **settings}
         if method.default_iterations > 0:
             more.update(iterations=iterations, budget=budget)
+        if label in chosen and "control" in chosen[label].settings:
+            more["control"] = chosen[label].settings["control"]
         _warm_up(method)
         rows.append(_row(problem, label, method, trainings, n, exact, reference, more))
-        rows[-1].chosen = chosen.get(label)
+        rows[-1].chosen = chosen[label].reason if label in chosen else None
     return Comparison(problem, rows, trainings, n, kind, floor, exact_frontier(problem, **settings))
 
 
@@ -351,6 +353,12 @@ def _labelled(methods: Any) -> dict[str, Method]:
     if not out:
         raise ValueError("methods is empty: give at least one method.")
     return out
+
+
+def suggestion_label(suggestion: Suggestion) -> str:
+    """The method's label, with the way of controlling a model where that is not the default."""
+    control = suggestion.settings.get("control")
+    return method_label(suggestion.method) + ("" if control is None else f", control={control!r}")
 
 
 def method_label(method: Method) -> str:

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..chains.base import Chain
 from ..counting import Calls, counting
+from ..problems.problem import ControlProblem
+from ..processes.laws import draw
 
 _MIB = 2.0**20
+_ROWS = 2
 
 
 @dataclass
@@ -66,3 +71,12 @@ def _high_water_mark() -> float:
     """Of this process's resident memory, MiB."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return math.nan if found is None else int(found[1]) / 1024
+
+
+def step_flops(problem: ControlProblem, chain: Chain) -> float:
+    """Floating-point operations of a step of one path of the reference, those of matrix products, convolutions and
+    attention (``torch.utils.flop_counter``): the same on any machine. 0 where the model is not made of these."""
+    x, y = draw(problem.initial, _ROWS, 0), problem.draw_condition(_ROWS, 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), problem.evaluating():
+        chain.kernel(chain.start, x, y)
+    return counter.get_total_flops() / _ROWS

@@ -1,12 +1,14 @@
 """``recommend``: which method, and why, from what a problem offers (the tutorial's Figure 3 and Section 7, with what
 was measured)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from .. import ranks
 from ..chains.base import Chain
 from ..chains.blocks import graph_bytes
 from ..chains.shifts import shift_function
@@ -39,9 +41,12 @@ from ..problems.rewards import modules_of
 from ..processes.laws import draw
 from ..tensors import as_float, check_recording
 from .auto import Auto
-from .compare import method_label
+from .compare import suggestion_label
+from .costs import step_flops
 
 _GIB = 2.0**30
+_LEAST_PATHS = 1024  # to which a value is fitted
+_FEW = 64  # paths per gradient of what is trained beside an expensive model, in each process
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Advice:
 
     def __str__(self) -> str:
         lines = ["The problem: " + "; ".join(self.facts) + "."]
-        lines += [f"{i}. {method_label(s.method)}: {s.reason}" for i, s in enumerate(self.suggestions, 1)]
+        lines += [f"{i}. {suggestion_label(s)}: {s.reason}" for i, s in enumerate(self.suggestions, 1)]
         lines += [f"Note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -88,6 +93,7 @@ def recommend(
     batch_size: int = 256,
     control: nn.Module | Solution | None = None,
     memory: float = 4.0,
+    work: float = 1e12,
 ) -> Advice:
     """Which methods to try on a problem, in order, each with its reason. Where none is named, ``solve`` takes the first
     and ``compare`` the first three.
@@ -100,26 +106,34 @@ def recommend(
             pays.
         time_steps, batch_size, control: as they will be in ``solve``.
         memory: GiB that the graph of a backward pass may take; what it would take is measured on one step.
+        work: floating-point operations that paths of the reference may take to which a value is fitted, where the
+            model is a network to be tuned (the default: about half a minute of one core, and the whole fit some five
+            times that; set it higher where there are more cores, or a GPU). Where they take more, a small network
+            beside the model is trained (``control="frozen"``) if the reward has a gradient, else the value is fitted to
+            fewer paths. They are counted on one step, the same on any machine.
 
     Returns:
         :class:`Advice`.
     """
     check_problem(problem)
     check_recording("recommend(...)")
-    limit = as_float("memory", memory, positive=True)
+    limit, work = as_float("memory", memory, positive=True), as_float("work", work, positive=True)
     chain = problem.chain(time_steps)
     graph, parameters = backward_graph(problem, chain, batch_size, control)
     fits = graph <= limit
     # a method may learn from a random part of the steps: as many as fit
     steps = None if fits else max(1, int(chain.steps * limit / graph))
     found = _trained(problem, chain, fits, steps) if not one_off else _one_off(problem, chain)
+    facts = [f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"]
     if control is None and problem.reference.trainable and problem.reference.gaussian and not one_off:
-        found.insert(0, _FOR_NETWORKS)
+        flops = step_flops(problem, chain) * chain.steps
+        found = [*_for_networks(problem, chain, flops, work, limit), *found]
+        facts.append(f"a path of the model takes {flops:.2g} floating-point operations")
     if problem.density is not None and control is None:
         found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
-        (*_facts(problem, chain, parameters), f"a graph through all {chain.steps} steps takes about {graph:.2g} GiB"),
+        (*_facts(problem, chain, parameters), *facts),
         tuple(kept),
         tuple(_warnings(problem, one_off)),
     )
@@ -166,6 +180,34 @@ _FOR_TOKENS = Suggestion(
     "what is trained on paths in a third of their time (docs/tables/masked.md). A sample costs a value of every "
     "neighbour at each step.",
 )
+
+
+def _for_networks(problem: ControlProblem, chain: Chain, flops: float, work: float, memory: float) -> list[Suggestion]:
+    """Where a path of the model takes so many floating-point operations, and all together may take ``work``."""
+    whole = ValueGuidance("ratio")
+    if flops * whole.num_paths <= work:
+        return [_FOR_NETWORKS]
+    dear = f"{whole.num_paths} paths of the model take {flops * whole.num_paths:.2g} floating-point operations"
+    num_paths = 2 ** math.floor(math.log2(work / flops))
+    fewer = Suggestion(
+        ValueGuidance("ratio", num_paths=num_paths),
+        f"{dear}, so the value is fitted to fewer, as a log density ratio; no gradient of the reward is asked for. A "
+        "sample costs about three of the untuned model's, or after sc.distill one.",
+    )
+    suggestions = [fewer] if num_paths >= _LEAST_PATHS else []
+    if missing_gradients(problem):
+        return suggestions
+    size = _FEW * ranks.size()
+    fits = backward_graph(problem, chain, size, "frozen")[0] <= memory
+    frozen = Suggestion(
+        RewardBackprop(gradient="full" if fits else "adjoint"),
+        f"{dear}, too much for a value fitted to them: the model stays as it is, and a small network beside it that "
+        f"sees the reward at the denoised state is trained by the objective's own gradient, on {size} paths at a time. "
+        "On a U-Net it was far ahead of a tuned copy at equal time (docs/tables/unet.md). sc.distill puts it into one "
+        "network.",
+        {"control": "frozen", "batch_size": size},
+    )
+    return [frozen, *suggestions]
 
 
 def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | None) -> list[Suggestion]:

@@ -327,10 +327,15 @@ def find_method(method: Any) -> Method:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A method and why."""
+    """A method and why.
+
+    Attributes:
+        settings: of ``solve`` beside it ("control", "batch_size"), where they are not its defaults.
+    """
 
     method: Method
     reason: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ADVISERS: list[Callable[..., Iterable[Suggestion]]] = []

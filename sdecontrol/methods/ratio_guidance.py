@@ -2,13 +2,16 @@
 
 The first iteration fits values on the reference's paths (:func:`.ratio_fit.fit_values`); where their weights are too
 uneven it fits a higher temperature, and the next ones go down on its own paths. Every further iteration is a round on
-its own paths that corrects slopes (:func:`.ratio_fit.fit_slopes`). No parameter moves by the training loop's optimiser,
-and paths are functions of the seed and the iteration, so that a run resumes from its parameters alone.
+its own paths that corrects slopes (:func:`.ratio_fit.fit_slopes`). What a fit has done is measured on fresh paths,
+which are those of the next round: a round that has made the guidance worse is halved once, then taken back, and is the
+last. No parameter moves by the training loop's optimiser, and paths are functions of the seed and the iteration, so
+that a run resumes from its parameters alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +22,29 @@ from ..errors import warn
 from ..processes.modules import copied
 from ..randomness import Place, derive_seed
 from .base import ControlState, Run, path_metrics
-from .ratio_fit import DECAYS, Moments, fit_slopes, fit_values, observed, value_rows, weighted_exponent
+from .ratio_fit import fit_values, value_rows, weighted_exponent
+from .ratio_slopes import DECAYS, Moments, Slopes, fit_slopes, observed
 
 _HIDDEN = (96, 96, 96)
 #: of the regression on paths of the reference
 STEPS = 600
 _ROUND = 3  # a round on its own paths has so many times fewer of them
-_LITTLE = 0.005  # nats that a round must gain for another one
+_LITTLE = 0.005  # nats that a round must promise
+_CHANCE = 2.0  # standard errors by which a round may seem worse
 
 
 class RatioState(ControlState):
-    """The guidance; the best value so far and its objective (mean and error, in nats); the part of the reward that it
-    is for, ``alpha/temperature``; moments of the rounds so far; whether rounds still gain."""
+    """The guidance, and what it was before the last round; the best round's objective so far (mean and error, in nats);
+    the part of the reward that it is for, ``alpha/temperature``; moments of the rounds so far; how often paths were
+    drawn; whether rounds still gain.
+
+    Attributes:
+        seen: what fresh paths of the guidance as it is say of it; drawn again after a resume.
+    """
 
     beta: Tensor
     score: Tensor
+    draws: Tensor
     ended: Tensor
 
     def __init__(self, control: ValueControl) -> None:
@@ -43,8 +54,10 @@ class RatioState(ControlState):
         self.second = nn.Buffer(torch.zeros(size, size, dtype=torch.float64))
         self.first = nn.Buffer(torch.zeros(len(DECAYS), size, dtype=torch.float64))
         self.beta = nn.Buffer(torch.zeros((), dtype=torch.float64))
-        self.score = nn.Buffer(torch.full((2,), math.nan, dtype=torch.float64))
+        self.score = nn.Buffer(torch.tensor([-math.inf, 0.0], dtype=torch.float64))
+        self.draws = nn.Buffer(torch.zeros((), dtype=torch.int64))
         self.ended = nn.Buffer(torch.zeros((), dtype=torch.bool))
+        self.seen: Slopes | None = None
 
     @property
     def guidance(self) -> ValueControl:
@@ -56,6 +69,12 @@ class RatioState(ControlState):
         value = self.control.value
         assert isinstance(value, RatioValue)
         return value
+
+    def fresh(self) -> int:
+        """The number of the next draw of paths."""
+        number = int(self.draws)
+        self.draws += 1
+        return number
 
 
 def ratio_state(run: Run) -> RatioState:
@@ -70,20 +89,26 @@ def ratio_state(run: Run) -> RatioState:
 
 
 def ratio_step(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
-    """One iteration."""
+    """One iteration. Its metrics are of the guidance that it leaves, by paths drawn afterwards; on a ladder of
+    temperatures, of the paths that were fitted to."""
+    n = max(256, num_paths // _ROUND)
     with run.problem.evaluating():
+        if float(state.beta) == 1:
+            return _improve(state, run, n)
+        found = _lower(state, run, n if float(state.beta) else num_paths)
         if float(state.beta) < 1:
-            return _lower(state, run, num_paths)
-        return _improve(state, run, num_paths)
+            return found
+        state.seen = observed(run, state.guidance, n, state.fresh())
+        state.score.copy_(torch.tensor(state.seen.objective()))
+        return {**found, **path_metrics(state.seen.paths)}
 
 
-def _lower(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
+def _lower(state: RatioState, run: Run, n: int) -> dict[str, float]:
     """Fit values on paths of the reference, or of the guidance at a higher temperature, at the lowest temperature that
     their weights allow."""
     past = float(state.beta)
     control, value = state.control if past else None, state.value
-    n = max(256, num_paths // _ROUND) if past else num_paths
-    rows, whole, shown = value_rows(run, value, control, n)
+    rows, whole, shown = value_rows(run, value, control, n, state.fresh())
     beta = weighted_exponent(run, whole, n, past)
     value.level.copy_((beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1]))
     loss = fit_values(run, value, rows, beta, STEPS)[1]
@@ -91,23 +116,34 @@ def _lower(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
     return {**path_metrics(shown), "loss": loss, "temperature": run.problem.alpha / beta}
 
 
-def _improve(state: RatioState, run: Run, num_paths: int) -> dict[str, float]:
-    """A round on the guidance's own paths, unless the last one has made it worse: then that is taken back."""
+def _improve(state: RatioState, run: Run, n: int) -> dict[str, float]:
+    """A round on the guidance's own paths, unless it would gain little; halved once, then taken back, where fresh paths
+    say that it has made the guidance worse."""
     value = state.value
-    slopes = observed(run, state.guidance, max(256, num_paths // _ROUND))
-    shown = path_metrics(slopes.paths)
-    objective = torch.cat([(p.reward - p.cost) / p.alpha - p.kl() for p in slopes.paths]).double()
-    mean, error = float(objective.mean()), float(objective.std()) / math.sqrt(len(objective))
-    best, its_error = state.score.tolist()
-    if mean < best - 3 * math.hypot(error, its_error):
-        value.load_state_dict(state.kept.state_dict())
-        state.ended.fill_(True)
-        return {**shown, "loss": math.nan, "temperature": run.problem.alpha}
+    seen = state.seen or observed(run, state.guidance, n, int(state.draws) - 1)
     state.kept.load_state_dict(value.state_dict())
-    state.score.copy_(torch.tensor([mean, error]))
     past = Moments(state.second, state.first) if bool(state.first.any()) else None
-    gain, found = fit_slopes(value, slopes, past)
+    gain, found = fit_slopes(value, seen, past, _LITTLE)
     state.second.copy_(found.second)
     state.first.copy_(found.first)
-    state.ended.fill_(gain < _LITTLE)
-    return {**shown, "loss": -gain, "temperature": run.problem.alpha}
+    part = 1.0 if gain else 0.0
+    while part:
+        fresh = observed(run, state.guidance, n, state.fresh())
+        if not _worse(fresh.objective(), state.score.tolist()):
+            seen = fresh
+            break
+        part = 0.5 if part == 1 else 0.0
+        with torch.no_grad():
+            for now, before in zip(value.parameters(), state.kept.parameters()):
+                now.lerp_(before, 0.5 if part else 1.0)
+    mean, error = seen.objective()
+    if mean > float(state.score[0]):
+        state.score.copy_(torch.tensor([mean, error]))
+    state.seen = seen
+    state.ended.fill_(part == 0)
+    return {**path_metrics(seen.paths), "loss": -gain, "temperature": run.problem.alpha, "kept": part}
+
+
+def _worse(new: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether an objective (mean and error) is below another one by more than chance."""
+    return new[0] < best[0] - _CHANCE * math.hypot(new[1], best[1])

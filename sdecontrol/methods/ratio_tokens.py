@@ -91,7 +91,7 @@ def _rows(run: Run, control: Any, n: int) -> tuple[Rows, Tensor, list[Paths]]:
     without their steps."""
     parts: list[tuple[Tensor, ...]] = []
     kept: list[Paths] = []
-    for chunk, paths in drawn(run, control, n):
+    for chunk, paths in drawn(run, control, n, run.iteration):
         k = steps_stored(run, paths, chunk, run.problem.event_shape.numel(), n, _ROWS)
         index = torch.arange(len(k), device=k.device).unsqueeze(1)
         gains, ratios = to_come(paths)

@@ -36,6 +36,8 @@ from .schedule import LearningRateSchedule, Score
 from .several import Interrupts, check_split, same_numbers, same_problem
 from .trackers import reporting
 
+_BATCH = 256  # paths per gradient
+
 
 @renamed(cooling="anneal")
 @full_precision()
@@ -46,7 +48,7 @@ def solve(
     time_steps: Any = None,
     scheme: str | None = None,
     iterations: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int | None = None,
     control: nn.Module | Solution | str | None = None,
     learning_rate: float | None = None,
@@ -68,7 +70,8 @@ def solve(
 
     Args:
         method: a method such as ``sc.RewardBackprop()``, or its name in kebab case; None: the first choice of
-            ``recommend``, with its reason in ``solution.details["reason"]`` and above the progress bar.
+            ``recommend``, its settings where you give none, and its reason in ``solution.details["reason"]`` and above
+            the progress bar.
         time_steps: number of steps (default 100) or a grid from 0 to the horizon; not with a chain. A number means
             equal steps, for generative references steps that are finer where noise and data are of one size
             (``reference.default_grid``).
@@ -81,8 +84,9 @@ def solve(
             less than half of that). Then the learning rate falls to 0 over half as many iterations as have passed, and
             the run is over. It looks from a hundred iterations on; a run that stands still before it finds more, such
             as a mode that no path has reached yet, ends there: give it ``iterations``.
-        batch_size: paths per gradient; ``accumulate`` such gradients make one step. Of all processes together where
-            ``torchrun`` has started several: a multiple of 64 times their number.
+        batch_size: paths per gradient (default 256, or what ``recommend`` says with a method that it chose);
+            ``accumulate`` such gradients make one step. Of all processes together where ``torchrun`` has started
+            several: a multiple of 64 times their number.
         seed: of parameters and noise; None draws one from torch's global generator. The same seed gives the same
             result, bit for bit, on the same machine and thread count.
         control: your own nn.Module ``(x, t) -> (batch, m)``, or a solution to go on from, of this problem or of one
@@ -126,19 +130,22 @@ def solve(
         RewardError: of a :class:`BlackBox`, naming the sample and the cause; likewise.
     """
     check_problem(problem)
-    check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size, optional=True)
     check_count("accumulate", accumulate)
     check_count("checkpoint_every", checkpoint_every)
     check_count("iterations", iterations, optional=True)
     check_count("images_every", images_every, optional=True)
     same_problem(problem)
-    training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
-    reason = None
+    reason, beside = None, dict[str, Any]()
     if method is None:
-        first = suggested(problem, time_steps=time_steps, batch_size=batch_size, control=control)[0]
-        chosen, reason = first.method, first.reason
+        size = _BATCH if batch_size is None else batch_size
+        first = suggested(problem, time_steps=time_steps, batch_size=size, control=control)[0]
+        chosen, reason, beside = first.method, first.reason, first.settings
     else:
         chosen = find_method(method)
+    control = beside.get("control") if control is None else control
+    batch_size = int(beside.get("batch_size", _BATCH)) if batch_size is None else batch_size
+    training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
     for name, value in training.items():
         if value is not None and chosen.default_iterations == 0:
             raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")

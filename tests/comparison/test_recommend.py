@@ -9,6 +9,7 @@ import torch
 from cases import nonlinear, random_lq
 
 import sdecontrol as sc
+from sdecontrol.methods.base import METRICS
 
 
 def mixture(reward=None) -> sc.ControlProblem:
@@ -70,6 +71,63 @@ def test_a_network_of_ones_own_is_guided_first_then_tuned() -> None:
     given = sc.recommend(problem, time_steps=20, control=Zero())
     assert all(m.takes_control for m in given.methods) and given[0].method == sc.RewardBackprop()
     assert sc.recommend(mixture()).methods[0] == sc.ParticleMatching()
+
+
+class Wide(torch.nn.Module):
+    """A noise prediction whose call takes ``8 width + 2 width^2`` floating-point operations a row."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.body = torch.nn.Linear(2, width), torch.nn.Linear(width, width)
+        self.out = torch.nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return 1e-3 * self.out(self.body(self.into(x)).tanh())
+
+
+def wide(width: int = 8) -> sc.ControlProblem:
+    torch.manual_seed(0)
+    sde = sc.generative_sde(Wide(width), sc.VP(), prediction="noise", shape=(2,))
+    return sc.ControlProblem(sde, reward=sc.Quadratic(torch.eye(2)), alpha=0.7)
+
+
+def test_of_an_expensive_model_a_small_network_is_trained_or_a_value_fitted_to_fewer_paths() -> None:
+    """By floating-point operations, of which there are as many as the layers' sizes say, on any machine; with a
+    gradient and without; the line is where paths of the reference take as many as they may."""
+    problem, steps = wide(), 20
+    one = steps * (8 * 8 + 2 * 8**2)
+    enough = sc.recommend(problem, time_steps=steps, work=16384 * one)
+    assert enough.methods[:2] == [sc.ValueGuidance("ratio"), sc.RewardBackprop()] and not enough[0].settings
+    assert f"takes {one:.2g} floating-point operations" in str(enough)
+    less = sc.recommend(problem, time_steps=steps, work=16384 * one - 1)
+    assert less.methods[:3] == [
+        sc.RewardBackprop(),
+        sc.ValueGuidance("ratio", num_paths=8192),
+        sc.RewardBackprop(),
+    ]
+    assert less[0].settings == {"control": "frozen", "batch_size": 64} and not less[2].settings
+    assert "control='frozen'" in str(less) and f"{16384 * one:.2g} floating-point" in less[0].reason
+    blind = sc.recommend(black_box(problem), time_steps=steps, work=2047 * one)
+    assert blind.methods[0] == sc.ValueGuidance("ratio", num_paths=1024)
+    none = sc.recommend(black_box(problem), time_steps=steps, work=1023 * one)
+    assert not any(isinstance(m, sc.ValueGuidance) for m in none.methods)
+
+
+def test_solve_takes_the_settings_of_what_is_recommended_unless_others_are_given(monkeypatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def step(self, state, run) -> dict[str, float]:
+        seen.append((type(state.control).__name__, run.batch_size))
+        return dict.fromkeys(("loss", *METRICS), 0.0)
+
+    monkeypatch.setattr(sc.RewardBackprop, "step", step)
+    problem, more = wide(2800), {"time_steps": 4, "iterations": 1, "seed": 0, "progress": False}
+    solution = sc.solve(problem, **more)
+    sc.solve(problem, batch_size=192, **more)
+    sc.solve(problem, control="tuned", **more)
+    sc.solve(problem, "reward-backprop", **more)
+    assert seen == [("RewardNetwork", 64), ("RewardNetwork", 192), ("TunedControl", 256), ("TunedControl", 256)]
+    assert "floating-point operations" in solution.details["reason"]
 
 
 def test_little_memory_means_no_graph_of_all_steps() -> None:

@@ -14,7 +14,8 @@ from sdecontrol.controls.guidance import ValueControl
 from sdecontrol.controls.ratio_value import RatioValue
 from sdecontrol.methods import ratio_guidance
 from sdecontrol.methods.base import Run
-from sdecontrol.methods.ratio_fit import exponent_for, fit_slopes, fit_values, observed, to_come, value_rows
+from sdecontrol.methods.ratio_fit import exponent_for, fit_values, to_come, value_rows
+from sdecontrol.methods.ratio_slopes import fit_slopes, observed
 from sdecontrol.problems.reward_view import RewardView
 from sdecontrol.problems.simulate import simulate_chain
 
@@ -234,6 +235,29 @@ def test_guidance_reaches_the_tilt_of_a_mixture():
     log_z = float(log_w.logsumexp(0) - torch.tensor(65536.0).log())
     assert log_z - float(log_w.mean()) > 1.0
     assert abs(log_z - solution.evaluate(2048, seed=1, confirm=False).elbo.value) < 0.1
+
+
+@pytest.mark.parametrize(("length", "kept"), [(1.0, 1.0), (2.5, 0.5), (-3.0, 0.0)], ids=["good", "long", "wrong"])
+def test_a_round_that_makes_the_guidance_worse_is_halved_or_taken_back_the_last_one_too(length, kept, monkeypatch):
+    """A step two and a half times too long is worse than none, and half of it better; of one in the wrong direction
+    nothing is kept. In the first round, which is the last: without a measurement after it, it stands as it is."""
+
+    def scaled(value, slopes, past, least):
+        before = value.slopes.clone()
+        gain, moments = fit_slopes(value, slopes, past, least)
+        with torch.no_grad():
+            value.slopes.copy_(before + length * (value.slopes - before))
+        return max(gain, 1.0), moments  # what it promises is false
+
+    monkeypatch.setattr(ratio_guidance, "STEPS", 1)
+    problem = linear()
+    first = guided(problem, iterations=1, num_paths=2048)
+    monkeypatch.setattr(ratio_guidance, "fit_slopes", scaled)
+    last = guided(problem, iterations=2, num_paths=2048)
+    assert last.history[-1]["kept"] == kept
+    one, other = (s.evaluate(4096, seed=1, confirm=False).elbo.value for s in (first, last))
+    assert other > one + 0.01 if kept else other == one
+    assert abs(last.history[-1]["elbo"] - other) < 5 * last.history[-1]["elbo_stderr"] + 1e-3
 
 
 @pytest.mark.slow
