@@ -18,6 +18,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction, shift_function, shifts_along
 from ..counting import counted_control
 from ..errors import NotDifferentiable
+from ..memory import remembering
 from ..precision import at_least_single, call, full_precision
 from ..problems.problem import ControlProblem
 from ..processes.modules import modules_in
@@ -153,7 +154,8 @@ class Control(nn.Module):
     def along(self, chain: Chain, states: StatePaths, y: Any = None, first: int = 0) -> NoisePaths:
         """Shifts at stored states of steps ``first, first+1, ...``."""
         function = self.on_chain(chain)
-        return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
+        with remembering():  # a model that the control sees is asked by the chain, too
+            return torch.stack([function(first + k, x, y) for k, x in enumerate(states)])
 
     def drawing_on(self, chain: Chain) -> ShiftFunction | None:
         """What moves the steps of a run of the chain as the control does, by shifts of which likelihoods are not asked,

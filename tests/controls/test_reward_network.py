@@ -151,6 +151,20 @@ def test_a_step_calls_the_model_once_and_its_tuned_copy_once(kind: str, way: str
     assert [m.calls for m in (model, *copies)] == [chain.steps] * (1 if way == "frozen" else 2)
 
 
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_shifts_at_stored_states_call_the_model_once_a_step(kind: str) -> None:
+    """Of a discrete model the step's scale is asked for beside the denoised state: of the same prediction."""
+    problem = PROBLEMS[kind]()
+    chain = problem.chain(8 if kind == "sde" else None)
+    control = moved(build_control(problem, chain, "frozen", seed=1))
+    states = sc.simulate(problem, 4, time_steps=8 if kind == "sde" else None, seed=2).states[:-1]
+    model = problem.reference.modules()[0]
+    model.calls = 0
+    with torch.no_grad():
+        control.along(chain, states)
+    assert model.calls == chain.steps
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_saved_pickled_trained_on_and_a_model(tmp_path: Any, way: str) -> None:
     problem = sde_problem()
