@@ -41,8 +41,10 @@ def _tuning(cells: dict[str, Cell]) -> list[str]:
     lines = [
         "## Tuning",
         "",
-        "As `solve` has it: batches of 256, the control a tuned copy of the network. *Frozen*: `control='frozen'`, "
-        "the model as it is and beside it a small network that sees the reward at the denoised state, batches of 64. "
+        "*Default*: `sc.solve(problem)`, no method named: what `recommend` has for a model whose calls cost so much. "
+        "Others as `solve` has them: batches of 256, the control a tuned copy of the network. *Frozen*: "
+        "`control='frozen'`, the model as it is and beside it a small network that sees the reward at the denoised "
+        "state, batches of 64. "
         "So many iterations as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of "
         f"16384 samples of the untuned chain; P({LABEL}) is {tilt['untuned']:.3f} there and {tilt['share']:.3f} under "
         f"the tilt, KL {number_text(tilt['kl'])}). **Step**: the largest KL between the path laws before and after one "
@@ -59,7 +61,9 @@ def _tuning(cells: dict[str, Cell]) -> list[str]:
         history = c["history"]
         steps = [m["kl_step"] for m in history if "kl_step" in m]
         first = ", ".join(f"{m['kl']:.2g}" for m in history[:5] if "kl" in m)
-        label = label if c["name"] == c["method"] else f"{label} ({c['name']})"
+        if c["name"] != c["method"]:
+            beside = "".join(f", {name}={value!r}" for name, value in c["settings"].items() if c["method"] == "default")
+            label = f"{label} ({c['name']}{beside})"
         lines.append(
             f"| {label} | {commit} | {c['cpu_seconds']:.0f} | {c['iterations']} | {number_text(c['gap'])} | "
             f"{number_text(c['kl'])} | {number_text(c['share'])} | {f'{max(steps):.2g}' if steps else '–'} | {first} |"
