@@ -24,6 +24,7 @@ from .posteriors import posteriors
 from .receding_horizon import receding_horizon
 from .sequences import sequences
 from .speed.command import speed
+from .systems import systems
 from .unet import unet_suite
 from .verdicts import verdicts
 
@@ -48,6 +49,7 @@ app.command()(posteriors)
 app.command("receding-horizon")(receding_horizon)
 app.command()(sequences)
 app.command()(speed)
+app.command()(systems)
 app.command("unet")(unet_suite)
 app.command()(verdicts)
 

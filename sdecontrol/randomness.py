@@ -163,6 +163,8 @@ class Place(enum.IntEnum):
     GRID_CHECK = 554  # paths on which a solution is tried
 
     # methods
+    LINEAR_START = 650  # paths of the reference by which a regulator begins
+    LINEAR_START_ROUND = 651  # [round]
     BATCH = 601  # starts, noise and conditions of a batch of training [iteration, part]
     LEARNED_STEPS = 602  # the steps of a batch that are learned from [iteration, part]
     ROLL_IN = 603  # of reward-weighted MLE [iteration, part]

@@ -52,8 +52,8 @@ def solve(
     """Solve a control problem and evaluate the solution, beside the exact one where that is known.
 
     Named problems: ou-quadratic-easy, ou-quadratic-hard, ou-linear,
-    double-well, double-well-1d, double-well-2d, mixture-steering,
-    ring-steering, non-symmetric-quadratic, pendulum-swing-up, unicycle. A TOML file states a linear-quadratic problem:
+    double-well, kuramoto, pendulum-torque and others
+    (docs/control_problems.md). A TOML file states a linear-quadratic problem:
     [bold]\\[sde][/bold] A, sigma, offset, horizon; [bold]\\[initial][/bold] point, or mean and cov;
     [bold]\\[reward][/bold] G, g; [bold]\\[running_cost][/bold] F; alpha; [bold]\\[solve][/bold] time_steps and
     other settings. Or it names a Python object that is one, or a function

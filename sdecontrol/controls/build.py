@@ -15,6 +15,7 @@ from ..problems.simulate import simulate_chain
 from ..processes.modules import copied, load_plain_state, plain_state
 from ..randomness import Place, derive_seed
 from .base import Control, StartedControl, as_control, check_shapes
+from .feedback import AffineFeedback
 from .langevin_term import langevin_scale
 from .mixture import CorrectedControl, MixtureControl
 from .network import Architecture, DefaultControl, Scales, floored, layers_for
@@ -29,7 +30,13 @@ _OWN = ("user", "given")  # kinds of controls that are, or hold, a user's own mo
 
 
 def build_control(
-    problem: ControlProblem, chain: Chain, control: Any = None, *, seed: int = 0, scale_langevin: bool = True
+    problem: ControlProblem,
+    chain: Chain,
+    control: Any = None,
+    *,
+    seed: int = 0,
+    scale_langevin: bool = True,
+    feedback: AffineFeedback | None = None,
 ) -> Control:
     """The control to train: ``control`` if given, else a tuned copy of the model, else the default network.
 
@@ -40,6 +47,7 @@ def build_control(
             "both", that network beside a tuned copy.
         scale_langevin: whether the default network's Langevin term is scaled down where the reward is steep (at the
             price of 256 calls of its gradient).
+        feedback: what the default network begins with; None: with no control.
 
     Raises:
         TypeError, ValueError: a module of the wrong output size, shape or dtype.
@@ -51,7 +59,8 @@ def build_control(
     elif problem.reference.trainable:
         main = TunedControl(problem.reference)  # type: ignore[arg-type]
     else:
-        main = _network(problem, chain, derive_seed(seed, Place.CONTROL_NETWORK), scale_langevin=scale_langevin)
+        place = derive_seed(seed, Place.CONTROL_NETWORK)
+        main = _network(problem, chain, place, scale_langevin=scale_langevin, feedback=feedback)
     if not chain.start or isinstance(main, StartedControl):
         return main
     law = problem.initial
@@ -145,8 +154,10 @@ def _network(
     seed: int,
     denoiser: Any = None,
     scale_langevin: bool = True,
+    feedback: AffineFeedback | None = None,
 ) -> Control:
-    """The default network, normalised by a few paths of the reference; of tokens, one that embeds them."""
+    """The default network, normalised by a few paths of the reference, or of the feedback that it begins with; of
+    tokens, one that embeds them."""
     sde = problem.reference
     if sde.state_dtype is not None:
         return TokenControl.of(problem, token_layers(problem), seed)
@@ -155,7 +166,7 @@ def _network(
         # a mixture's control is near the optimal one: a raw gradient of a sharp reward would throw it far off
         langevin, denoiser = langevin and denoiser is None, denoiser or sde
     with torch.no_grad():
-        pilot = simulate_chain(problem, chain, _PILOT_PATHS, seed=seed)
+        pilot = simulate_chain(problem, chain, _PILOT_PATHS, feedback, seed=seed)
         scales = Scales.of(problem, pilot.states.flatten(0, 1))
         scaled = langevin and scale_langevin and problem.density is None
         scale = langevin_scale(problem, pilot) if scaled else 1.0
@@ -177,4 +188,7 @@ def _network(
         radial_basis=not affine,
         denoised=denoiser is not None,
     )
-    return DefaultControl.of(problem, architecture, scales, denoiser, seed)
+    network = DefaultControl.of(problem, architecture, scales, denoiser, seed)
+    if feedback is not None:
+        network.follow(chain, feedback)
+    return network

@@ -25,6 +25,7 @@ from ..randomness import Place, generator_for
 from ..shapes import Controls, NoisePaths, Noises, StatePaths, States
 from ..tensors import apply_scale_transposed
 from .base import Control, at_each_time
+from .feedback import AffineFeedback
 from .langevin_term import LangevinTerm
 from .linear_part import Gram, LinearPart, gram_of_features
 from .saved import CONTROLS
@@ -329,6 +330,18 @@ class DefaultControl(Control):
             gradient = self.term.gradient(x, y, torch.is_grad_enabled() and x.requires_grad)
             u = u + langevin * apply_scale_transposed(sigma, gradient, len(self.event_shape)).flatten(1)
         return u.unflatten(1, self.control_shape)
+
+    @torch.no_grad()
+    def follow(self, chain: Chain, feedback: AffineFeedback) -> None:
+        """Let the affine path be nearest to a feedback, over the chain's steps."""
+        gains, offsets = feedback.controls(chain)
+        spread, centre = self.spread.double().cpu(), self.centre.double().cpu()
+        wanted = torch.cat((gains * spread, (offsets + gains @ centre).unsqueeze(2)), 2)
+        phi = self._features(chain.times[:-1]).double().cpu()
+        found = torch.linalg.lstsq(phi, wanted.flatten(1), driver="gelsd", rcond=1e-10).solution
+        found = found.unflatten(1, wanted.shape[1:]).to(self.offset)
+        self.affine.copy_(found[..., :-1])
+        self.offset.copy_(found[..., -1])
 
     # ------------------------------------------------------------ linear parameters
 

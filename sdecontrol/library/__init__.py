@@ -16,6 +16,7 @@
 * ``sdecontrol.library.digits`` has scikit-learn's 8x8 digits and a classifier of them.
 """
 
+from . import systems as systems  # adds its problems
 from .inverse import mixture_inverse_problem, mixture_observation
 from .ising import Ising
 from .markov_letters import MarkovLetters

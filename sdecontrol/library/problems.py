@@ -48,7 +48,7 @@ class ProblemCard(Card):
 _CARDS: dict[str, ProblemCard] = {}
 
 
-_card = partial(register, _CARDS, ProblemCard)
+add_problem = partial(register, _CARDS, ProblemCard)
 
 
 def problem_names() -> list[str]:
@@ -79,7 +79,7 @@ def named_problem(name: str, noise: float = 1.0) -> ControlProblem:
     return problem_card(name).make(as_float("noise", noise, positive=True))
 
 
-def _normal(*shape: int, seed: int = 0) -> Tensor:
+def published_normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers of a definition, the ones that ``torch.manual_seed(seed)`` gives on CPU."""
     generator = published_generator(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float32).to(torch.get_default_dtype())
@@ -90,30 +90,30 @@ def _quadratic(drift: float, running: float, terminal: float, noise: float) -> C
     eye = torch.eye(20)
     return ControlProblem(
         LinearSDE(A=drift * eye, sigma=math.sqrt(noise) * eye, horizon=1.0),
-        initial=Dirac(0.5 * _normal(20)),
+        initial=Dirac(0.5 * published_normal(20)),
         reward=Quadratic(G=2 * terminal * eye),
         running_cost=QuadraticCost(F=2 * running * eye),
         alpha=noise,
     )
 
 
-@_card("ou-quadratic-easy", version=1, time_steps=50, batch_size=128)
+@add_problem("ou-quadratic-easy", version=1, time_steps=50, batch_size=128)
 def _ou_quadratic_easy(noise: float = 1.0) -> ControlProblem:
     """d = 20, b = 0.2 x, sigma = I, f = 0.2 |x|^2, g = 0.1 |x|^2; start 0.5 randn(20) with seed 0, |x0|^2 = 6.0257."""
     return _quadratic(0.2, 0.2, 0.1, noise)
 
 
-@_card("ou-quadratic-hard", version=1, time_steps=50, batch_size=128)
+@add_problem("ou-quadratic-hard", version=1, time_steps=50, batch_size=128)
 def _ou_quadratic_hard(noise: float = 1.0) -> ControlProblem:
     """d = 20, b = x, sigma = I, f = |x|^2, g = 0.5 |x|^2; start 0.5 randn(20) with seed 0, |x0|^2 = 6.0257. Published
     on 50 steps with batches of 128, and on 150 steps with batches of 64."""
     return _quadratic(1.0, 1.0, 0.5, noise)
 
 
-@_card("ou-linear", version=1, time_steps=100, batch_size=64)
+@add_problem("ou-linear", version=1, time_steps=100, batch_size=64)
 def _ou_linear(noise: float = 1.0) -> ControlProblem:
     """d = 10, b = (-I + xi) x, sigma = I + xi, f = 0, g = sum x; start 0; xi = 0.1 randn(10, 10) with seed 0."""
-    xi, eye = 0.1 * _normal(10, 10), torch.eye(10)
+    xi, eye = 0.1 * published_normal(10, 10), torch.eye(10)
     return ControlProblem(
         LinearSDE(A=-eye + xi, sigma=math.sqrt(noise) * (eye + xi), horizon=1.0),
         initial=Dirac(torch.zeros(10)),
@@ -122,7 +122,7 @@ def _ou_linear(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("double-well", version=1, time_steps=200, batch_size=128)
+@add_problem("double-well", version=1, time_steps=200, batch_size=128)
 def _double_well(noise: float = 1.0) -> ControlProblem:
     """d = 10, b = -grad sum kappa_i (x_i^2 - 1)^2, sigma = I, f = 0, g = sum nu_i (x_i^2 - 1)^2, kappa = (5, 5, 5, 1,
     ...), nu = (3, 3, 3, 1, ...); start 0."""
@@ -143,7 +143,7 @@ def _double_well(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("double-well-1d", version=1, time_steps=100, batch_size=128)
+@add_problem("double-well-1d", version=1, time_steps=100, batch_size=128)
 def _double_well_1d(noise: float = 1.0) -> ControlProblem:
     """d = 1, b = -grad 2 (x^2 - 1)^2, sigma = 1, f = 0, g = 3 (x - 1)^2; start in the other well, -1."""
 
@@ -161,7 +161,7 @@ def _double_well_1d(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("double-well-2d", version=1, time_steps=100, batch_size=128)
+@add_problem("double-well-2d", version=1, time_steps=100, batch_size=128)
 def _double_well_2d(noise: float = 1.0) -> ControlProblem:
     """d = 2, b = -grad U, U = (x^2 - 1)^2 + (y - x/2)^2 (the coordinates are coupled), sigma = I, f = 0.1 y^2,
     g = 2 ((x - 1)^2 + (y - 1/2)^2); start in the other well, (-1, -1/2)."""
@@ -185,7 +185,7 @@ def _double_well_2d(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("pendulum-swing-up", version=1, time_steps=100, batch_size=128)
+@add_problem("pendulum-swing-up", version=1, time_steps=100, batch_size=128)
 def _pendulum(noise: float = 1.0) -> ControlProblem:
     """A pendulum on a cart that is pushed: state (angle from upright, angular velocity), T = 2, b = (w, 4 sin a - w/5),
     the cart's acceleration as control and noise, sigma = (0, -3 cos a)' (d = 2, m = 1, depends on the state, vanishes
@@ -209,7 +209,7 @@ def _pendulum(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("unicycle", version=1, time_steps=100, batch_size=128)
+@add_problem("unicycle", version=1, time_steps=100, batch_size=128)
 def _unicycle(noise: float = 1.0) -> ControlProblem:
     """A unicycle parks: state (x, y, heading a), T = 1, b = 0, control and noise are speed and turning, sigma = ((cos
     a, 0), (sin a, 0), (0, 2)) (d = 3, m = 2, depends on the state); f = 0, g = 4 (x^2 + y^2) + 1 - cos a; start (0, 1,
@@ -232,7 +232,7 @@ def _unicycle(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("mixture-steering", version=1, time_steps=100, batch_size=256)
+@add_problem("mixture-steering", version=1, time_steps=100, batch_size=256)
 def _mixture_steering(noise: float = 1.0) -> ControlProblem:
     """From a Gaussian towards a mixture: d = 2, Brownian motion from N(0, I), T = 1, so that X_T ~ N(0, 2 I); reward
     log p - log N(0, 2 I), p the equal mixture of N((+-2, +-2), I/4). At lam = 1 log Z = 0, and the tilted end is p for
@@ -250,7 +250,7 @@ def _mixture_steering(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("ring-steering", version=1, time_steps=100, batch_size=256)
+@add_problem("ring-steering", version=1, time_steps=100, batch_size=256)
 def _ring_steering(noise: float = 1.0) -> ControlProblem:
     """From a Gaussian towards a ring: d = 2, Brownian motion from N(0, I/4), T = 1, f = 0, g = (|x|^2 - 4)^2 / 4 (a
     tempered ring of radius 2); the start is fixed, as in a Schroedinger bridge."""
@@ -266,16 +266,16 @@ def _ring_steering(noise: float = 1.0) -> ControlProblem:
     )
 
 
-@_card("non-symmetric-quadratic", version=1, time_steps=50, batch_size=128)
+@add_problem("non-symmetric-quadratic", version=1, time_steps=50, batch_size=128)
 def _non_symmetric_quadratic(noise: float = 1.0) -> ControlProblem:
     """d = 50, b = (-I/2 + N) x, sigma = (I + 0.3 M) without its last ten columns (m = 40), f = |x|^2/4, g = |x|^2/2 -
     sum x; start 0.5 randn(50) with seed 0; N, M = randn(50, 50)/sqrt(50) with seeds 1, 2, neither symmetric nor
     normal."""
-    N, M = _normal(50, 50, seed=1) / math.sqrt(50), _normal(50, 50, seed=2) / math.sqrt(50)
+    N, M = published_normal(50, 50, seed=1) / math.sqrt(50), published_normal(50, 50, seed=2) / math.sqrt(50)
     eye = torch.eye(50)
     return ControlProblem(
         LinearSDE(A=-0.5 * eye + N, sigma=math.sqrt(noise) * (eye + 0.3 * M)[:, :40], horizon=1.0),
-        initial=Dirac(0.5 * _normal(50)),
+        initial=Dirac(0.5 * published_normal(50)),
         reward=Quadratic(G=eye, g=torch.ones(50)),
         running_cost=QuadraticCost(F=0.5 * eye),
         alpha=noise,

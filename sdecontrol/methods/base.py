@@ -25,6 +25,7 @@ from ..problems.differentiability import missing_gradients
 from ..problems.problem import ZERO_WEIGHTS, ControlProblem
 from ..problems.reward_groups import reward_groups
 from ..randomness import Place, SeededNoise, derive_seed
+from .linear_start import linear_start
 
 #: what every method on paths of the current control reports
 METRICS = ("objective", "objective_stderr", "reward", "running_cost", "kl")
@@ -145,6 +146,15 @@ class ControlState(nn.Module):
         self.control = control
 
 
+def first_control(run: Run, *, scale_langevin: bool = True) -> Control:
+    """What a run's control is at first: the user's, or one of the library's, which begins with a regulator of the
+    linearised problem where the drift is unstable (``methods/linear_start.py``)."""
+    feedback = None if run.control is not None else linear_start(run.problem, run.chain, run.seed)
+    return build_control(
+        run.problem, run.chain, run.control, seed=run.seed, scale_langevin=scale_langevin, feedback=feedback
+    )
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods."""
@@ -234,7 +244,7 @@ class Method:
         return self, problem
 
     def setup(self, run: Run) -> nn.Module:
-        return ControlState(build_control(run.problem, run.chain, run.control, seed=run.seed))
+        return ControlState(first_control(run))
 
     def step(self, state: Any, run: Run) -> dict[str, float]:
         raise NotImplementedError

@@ -14,12 +14,12 @@ from ..errors import check_name
 from ..paths.paths import Paths
 from ..paths.weights import leave_one_out, self_normalised
 from ..problems.problem import ControlProblem
+from ..problems.slope import reward_slope
 from ..randomness import Place, generator_for
 from ..tensors import check_count
 from .base import Run, also_named, register
 from .forward_process import Ends, ForwardState, Noised, anchored_target, regress_both, scored_target
 from .on_paths import PathMethod, path_state, steps_of
-from .regression import reward_slope
 
 TARGETS = ("weighted", "reinforce", "adjoint")
 

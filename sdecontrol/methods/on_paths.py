@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import ranks
 from ..controls.base import Control
-from ..controls.build import build_control
 from ..controls.given import given_control
 from ..errors import check_name
 from ..paths.paths import Paths, StepLaws
@@ -20,7 +19,7 @@ from ..problems.simulate import roll_out
 from ..randomness import Place, generator_for
 from ..shapes import PerStep
 from ..tensors import check_count, check_positive
-from .base import METRICS, ControlState, Method, Run, path_metrics
+from .base import METRICS, ControlState, Method, Run, first_control, path_metrics
 from .ladder import PASSES, Ladder
 
 PATHS = ("current", "reference")
@@ -61,7 +60,7 @@ def path_state(run: Run, paths: Any = "current", group_size: int | None = None) 
     behaviour = None
     if paths != "current":
         behaviour = given_control(run.problem, None if isinstance(paths, str) else paths, "paths")
-    return PathState(build_control(run.problem, run.chain, run.control, seed=run.seed), behaviour)
+    return PathState(first_control(run), behaviour)
 
 
 def collect(state: PathState, run: Run, part: int, group_size: int | None = None, until: int | None = None) -> Paths:

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from .. import ranks
 from ..controls.base import Control
-from ..controls.build import build_control
 from ..errors import NonFiniteError
 from ..paths.lean_adjoint import StepJacobians
 from ..paths.paths import Paths
-from ..problems.problem import ControlProblem
 from ..problems.simulate import roll_out
+from ..problems.slope import reward_slope
 from ..tensors import event_sum, nonfinite_rows
-from .base import ControlState, Regression, Run, parameters_of
+from .base import ControlState, Regression, Run, first_control, parameters_of
 
 _AVERAGE = 0.1  # of the last batch in the running residuals
 
@@ -28,7 +27,7 @@ class RegressionState(ControlState):
         chain = run.chain
         if control is None:
             # least squares is damped relative to each feature; with a scaled Langevin term single paths go astray
-            control = build_control(run.problem, chain, run.control, seed=run.seed, scale_langevin=False)
+            control = first_control(run, scale_langevin=False)
         super().__init__(control)
         self.residuals: Tensor
         self.since_taken_back: Tensor
@@ -98,17 +97,6 @@ def _controlled(state: RegressionState, run: Run, part: int) -> tuple[Paths, Ten
     paths = roll_out(run.problem, run.chain, state.control, batch.x0, batch.noise, batch.condition)
     _, slope = reward_slope(run.problem, paths)
     return paths, slope
-
-
-def reward_slope(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
-    """Rewards ``(batch,)`` and ``grad r(x_K)/alpha`` ``(batch, *event)``, through ``decode``. The paths then know their
-    problem and rewards."""
-    with torch.enable_grad():
-        end = paths.end.detach().requires_grad_(True)
-        reward, parts = problem.rewards(paths.chain.decode(end, paths.condition), paths.condition)
-        slope = torch.autograd.grad(reward.sum(), end)[0]
-    paths.towards(problem, reward.detach(), parts)
-    return paths.reward, slope / problem.alpha
 
 
 def regress(

@@ -53,16 +53,9 @@ class ClosedLoop(nn.Module):
         ndim = paths.chain.event_ndim
         kicks = torch.stack([apply_scale(scale, xi, ndim) for scale, xi in zip(scales, paths.noises)])
         moves = paths.states[1:].flatten(2).double() - kicks.flatten(2).double() - states
-        weights = _nearness(states)
-        total = ranks.mean(torch.cat((weights * states, weights), 2).sum(1, keepdim=True))
-        x = states - total[..., :-1] / total[..., -1:]
-        cov, cross = ((weights * x).mT @ torch.cat((x, moves), 2) / batch).split(n, 2)
-        cov, cross = ranks.mean(cov), ranks.mean(cross)
-        level = cov.diagonal(dim1=1, dim2=2).mean(1).reshape(-1, 1, 1)
-        ridge = (1e-6 * level + 1e-10 * level.max() + 1e-30) * torch.eye(n, dtype=cov.dtype, device=cov.device)
-        slopes = torch.linalg.solve(cov + ridge, cross).mT
+        slopes, _, level = _weighted_fit(states, moves)
         # where the states do not vary (a Dirac start; rounding is no variation) the next step's fit is the best guess
-        known = [j for j, size in enumerate(level.flatten().tolist()) if size > 1e-8 * float(level.max())]
+        known = [j for j, size in enumerate(level.tolist()) if size > 1e-8 * float(level.max())]
         for j in reversed(range(len(slopes))):
             if j not in known and j + 1 < len(slopes):
                 slopes[j] = slopes[j + 1] * (paths.chain.step_sizes[j] / paths.chain.step_sizes[j + 1])
@@ -74,6 +67,28 @@ class ClosedLoop(nn.Module):
     def inverse_transposed(self, v: StatePaths) -> StatePaths:
         """``(I + moves_k)^{-T} v_k`` at all steps."""
         return v if self.inverse is None else (v.flatten(2) @ self.inverse).reshape(v.shape)
+
+
+def affine_fit(states: StatePaths, values: StatePaths) -> tuple[Tensor, Tensor]:
+    """Least squares ``values_k = slopes_k states_k + offsets_k`` over a batch of vectors, paths gone far left out:
+    ``(K, p, n)`` and ``(K, p)`` in float64. Where states do not vary the slopes are 0."""
+    slopes, offsets, _ = _weighted_fit(states.double(), values.double())
+    return slopes, offsets
+
+
+def _weighted_fit(states: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes, offsets, and the states' mean variance ``(K,)``, from all processes' rows."""
+    n, batch = states.shape[2], states.shape[1]
+    weights = _nearness(states)
+    total = ranks.mean(torch.cat((weights * states, weights * values, weights), 2).sum(1, keepdim=True))
+    x, y = (part / total[..., -1:] for part in (total[..., :n], total[..., n:-1]))
+    z = states - x
+    cov, cross = ((weights * z).mT @ torch.cat((z, values), 2) / batch).split((n, values.shape[2]), 2)
+    cov, cross = ranks.mean(cov), ranks.mean(cross)
+    level = cov.diagonal(dim1=1, dim2=2).mean(1)
+    floor = (1e-6 * level + 1e-10 * level.max() + 1e-30).reshape(-1, 1, 1)
+    slopes = torch.linalg.solve(cov + floor * torch.eye(n, dtype=cov.dtype, device=cov.device), cross).mT
+    return slopes, (y - x @ slopes.mT).squeeze(1), level
 
 
 def _nearness(states: Tensor) -> Tensor:

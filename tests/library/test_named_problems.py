@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import but_slow
@@ -12,14 +14,27 @@ from sdecontrol.library.problems import problem_card
 
 CARD = ["double-well", "ou-linear", "ou-quadratic-easy", "ou-quadratic-hard"]
 OTHERS = [
+    "allen-cahn",
+    "cart-pole",
+    "committor-mueller-brown",
     "double-well-1d",
+    "double-slit",
     "double-well-2d",
+    "epidemic",
+    "first-exit",
+    "kuramoto",
     "mixture-steering",
     "non-symmetric-quadratic",
+    "obstacles",
     "pendulum-swing-up",
+    "pendulum-torque",
     "ring-steering",
+    "stable-quadratic",
     "unicycle",
+    "unstable-quadratic",
 ]
+HORIZONS = {"committor-mueller-brown": 0.4, "double-slit": 2, "kuramoto": 2, "pendulum-swing-up": 2, "cart-pole": 2}
+HORIZONS |= {"pendulum-torque": 3, "epidemic": 4, "first-exit": 4, "stable-quadratic": 4, "unstable-quadratic": 4}
 
 
 def test_names() -> None:
@@ -34,8 +49,9 @@ def test_global_generator_untouched_and_same_every_time(name: str) -> None:
     problem, again = sc.library.named_problem(name), sc.library.named_problem(name)
     assert torch.equal(state, torch.get_rng_state())
     assert problem.fingerprint() == again.fingerprint()
-    assert problem.alpha == 1 and problem_card(name).version == 1 and problem_card(name).definition
-    assert problem.horizon == (2 if name == "pendulum-swing-up" else 1)
+    assert problem_card(name).version == 1 and problem_card(name).definition
+    assert problem.alpha == (0.5 if name == "pendulum-torque" else 1)
+    assert problem.horizon == pytest.approx(HORIZONS.get(name, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -118,6 +134,32 @@ def test_log_z_of_the_quadratic_cards(name: str, parts: tuple[float, ...]) -> No
     assert float(sc.exact_solution(problem).log_z) == pytest.approx(want, abs=1e-8)
 
 
+@pytest.mark.parametrize("name, drift", [("unstable-quadratic", 1.0), ("stable-quadratic", -1.0)])
+def test_log_z_of_the_long_horizons(name: str, drift: float) -> None:
+    """The chain's recursion of one of 20 equal coordinates: average over the noise, pull back, pay the running cost."""
+    torch.set_default_dtype(torch.float64)
+    problem, steps = sc.library.named_problem(name), problem_card(name).time_steps
+    h, P, c = 4 / steps, 1.0, 0.0
+    for _ in range(steps):
+        c -= 0.5 * math.log(1 + h * P)
+        P = (1 + drift * h) ** 2 * P / (1 + h * P) + 2 * h
+    want = 20 * c - 0.5 * P * float(problem.initial.mean.square().sum())
+    assert float(sc.exact_solution(problem, steps).log_z) == pytest.approx(want, abs=1e-8)
+    assert drift < 0 or want == pytest.approx(-109.471, abs=1e-3)  # as published with the bar
+
+
+def test_where_paths_stop_on_the_mueller_brown_surface() -> None:
+    """At both minima, which are none of the ridge; and forces are slopes of the potential there: none."""
+    problem = sc.library.named_problem("committor-mueller-brown")
+    minima = torch.tensor([[-0.558, 1.442], [0.623, 0.028]])
+    assert (
+        problem.reward(minima).tolist() == [-torch.inf, 0.0]
+        and problem.reference.drift(minima, torch.zeros(())).abs().max() < 0.5
+    )
+    begun = lambda x: sc.simulate(problem, len(x), state=x, time_steps=1, seed=0).stopping_steps  # noqa: E731
+    assert not begun(minima).any() and begun(torch.tensor([[-0.82, 0.62], [-0.05, 0.467]])).all()
+
+
 def test_log_z_of_the_linear_card() -> None:
     """``E exp(-sum X_T)`` of a Gaussian."""
     torch.set_default_dtype(torch.float64)
@@ -153,7 +195,7 @@ def test_noise_is_the_published_lam(name: str) -> None:
         sc.library.named_problem(name, 0.0)
 
 
-@pytest.mark.parametrize("name", ["pendulum-swing-up", "unicycle"])
+@pytest.mark.parametrize("name", ["cart-pole", "pendulum-swing-up", "unicycle"])
 def test_problems_without_an_exact_solution_simulate_and_say_so(name: str) -> None:
     problem, card = sc.library.named_problem(name), problem_card(name)
     assert problem.control_shape[0] < problem.event_shape[0]  # fewer noises than states

@@ -13,12 +13,13 @@ import sdecontrol as sc
 from sdecontrol.chains.shifts import shift_function, shifts_along
 from sdecontrol.methods.base import Run
 from sdecontrol.methods.reciprocal import clipped
-from sdecontrol.methods.regression import RegressionState, longest_residuals, regress, reward_slope
+from sdecontrol.methods.regression import RegressionState, longest_residuals, regress
 from sdecontrol.methods.socm import SOCM, SOCMState, inverse_transposed
 from sdecontrol.paths.closed_loop import ClosedLoop
 from sdecontrol.paths.integrator import integrate
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, own_noise, running_cost_gradients
 from sdecontrol.paths.paths import Record
+from sdecontrol.problems.slope import reward_slope
 from sdecontrol.randomness import SeededNoise
 
 
