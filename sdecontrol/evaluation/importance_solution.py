@@ -180,7 +180,7 @@ def located_draws(
     flat, weights = x.double().flatten(0, 1), log_w.flatten()
     generator = generator_for(x.device, seed, Place.IMPORTANCE_LOCATED)
     typical = flat[resample(weights.unsqueeze(0), _LOCATED, "systematic", generator)[0]]
-    centre, scale = spread_of(typical, typical.mean(0), False)
+    centre, scale = spread_of(typical[None], typical.mean(0), False)
     scale = scale.expand(centre.shape).clamp(min=1e-12 * (1 + float(centre.abs().max())))
     z, place = ((flat - centre) / scale).to(problem.dtype), derive_seed(seed, Place.IMPORTANCE_LAW)
     law = fit_mixture(z, weights, seed=place, most=components)

@@ -12,8 +12,8 @@
 3. *Spread.* Standard deviation of the chains' second half, times 1.25: without the chains whose log density is far
    below the others' (not arrived), and each coordinate winsorised at eight half-widths of its central 68 per cent or
    the width of its central 96 (tails without a variance). One number where the coordinates agree within a factor 1.5,
-   else one for each. Coordinates of the centre that differ from the first guess by less than a quarter of the spread
-   keep it (symmetry).
+   or within four standard errors between chains each, else one for each. Coordinates of the centre that differ from
+   the first guess by less than a quarter of the spread, or four standard errors, keep it (symmetry).
 4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density
    is constant along a direction, as energies of particles under translation, no score has a part in it) and some random
    lines: a proper density is integrable along almost every line, so along none does it fall slower than 1/distance at
@@ -40,6 +40,7 @@ _KEPT = 8  # states of each chain's second half that enter the spread
 _WIDER = 1.25
 _TAIL = 8.0  # half-widths of the central 68 per cent
 _ALIKE = 1.5
+_ERRORS = 4.0  # standard errors between chains within which a difference is none
 _LATE = 3.0  # upper half-widths (plus as many units) below the chains' median log density: not arrived, left out
 _RAY_ENDS, _RAY_STARTS, _RAY_AXES, _RAY_LINES, _RAY_LEVEL = (1e2, 1e4), 4, 64, 16, 4
 _LEAST_SCALE, _MOST_SCALE = 4e-6, 1e7
@@ -204,8 +205,8 @@ def _chains(
     *,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Any, float]:
-    """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States and scores ``(n, d)``
-    of the second half, the last states with their values, the conditions, and the acceptance."""
+    """From points at the distances ``start`` ``(n, 1)`` (None: as the module's head says). States ``(k, n, d)`` and
+    scores ``(k n, d)`` of the second half, the last states with their values, the conditions, and the acceptance."""
     like = {"dtype": guess.dtype, "device": guess.device}
     generator = generator_for(guess.device, seed, Place.PILOT_CHAINS)
     normal = lambda *shape: torch.randn(*shape, generator=generator, **like)  # noqa: E731
@@ -255,26 +256,35 @@ def _chains(
                 kept.append(x)
                 slopes.append(score)
     found = _arrived(value) if y is None else value.isfinite()  # with conditions values do not compare
-    states, scores = (torch.stack(v)[:, found].flatten(0, 1) for v in (kept, slopes))
-    return states, scores, (x, value), y, accepted
+    states, scores = (torch.stack(v)[:, found] for v in (kept, slopes))
+    return states, scores.flatten(0, 1), (x, value), y, accepted
 
 
 def spread_of(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor, Tensor]:
-    """Centre ``(d,)`` and scale (0-d or ``(d,)``) of the chains' states ``(n, d)``."""
-    x = states.double()
+    """Centre ``(d,)`` and scale (0-d or ``(d,)``).
+
+    Args:
+        states: ``(k, n, d)``, k states of each of n chains, which alone are independent: what their averages leave
+            uncertain is no difference between coordinates.
+    """
+    x, n = states.double(), states.shape[1]
     levels = torch.tensor([0.02, 0.16, 0.5, 0.84, 0.98], dtype=x.dtype, device=x.device)
-    lowest, low, middle, high, highest = torch.quantile(x, levels, dim=0)
+    lowest, low, middle, high, highest = torch.quantile(x.flatten(0, 1), levels, dim=0)
     reach = torch.maximum(_TAIL * 0.5 * (high - low), highest - lowest)  # modes that few chains found are no tail
-    reach = torch.where(reach > 0, reach, x.std(0))
+    reach = torch.where(reach > 0, reach, x.flatten(0, 1).std(0))
     x = torch.minimum(torch.maximum(x, middle - reach), middle + reach)
-    centre = guess.double()
+    centre, mean = guess.double(), x.mean((0, 1))
     if not keep_centre:
-        close = (x.mean(0) - centre).abs() < 0.25 * x.std(0)
-        centre = torch.where(close, centre, x.mean(0))
-    scale = _WIDER * (x - centre).square().mean(0).sqrt()
+        unsure = _ERRORS * torch.nan_to_num(x.mean(0).std(0)) / math.sqrt(n)
+        close = (mean - centre).abs() < torch.maximum(0.25 * x.flatten(0, 1).std(0), unsure)
+        centre = torch.where(close, centre, mean)
+    squares = (x - centre).square().mean(0)
+    scale = _WIDER * squares.mean(0).sqrt()
     if not bool((scale > 0).all()):
         scale = scale.clamp(min=float(scale.max()) * 1e-6)
-    if float(scale.max()) <= _ALIKE * float(scale.min()):
+    unsure = 0.5 * torch.nan_to_num(squares.std(0) / squares.mean(0)) / math.sqrt(n)  # of its logarithm
+    apart = (scale.log() - _ERRORS * unsure).max() - (scale.log() + _ERRORS * unsure).min()
+    if float(scale.max()) <= _ALIKE * float(scale.min()) or float(apart) <= 0:
         scale = scale.square().mean().sqrt()
     return centre.to(guess), scale.to(guess)
 

@@ -260,9 +260,9 @@ def test_the_bar_shows_the_last_round_and_no_total_under_a_budget(capsys, monkey
 
     monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
     problem = sc.gibbs_problem(sc.library.named_target("gmm9"), 2, seed=0)
-    solution = sc.solve(problem, sc.Auto(256), budget="0.3s", seed=0, progress=True)
+    solution = sc.solve(problem, sc.Auto(256), budget="1h", seed=0, progress=True)  # not reached, on any machine
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == solution.iterations and not solution.reproducible
+    assert len(lines) == solution.iterations > 1
     for k, (line, row) in enumerate(zip(lines, solution.history), 1):
         assert line.startswith(f"auto {k}, log_z {Estimate(row['log_z'], row['log_z_stderr'])}, ")
 

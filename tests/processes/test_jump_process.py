@@ -210,12 +210,9 @@ def test_a_random_start_is_drawn_with_its_probabilities():
     assert chi2.sf(float(((counts - n * probs).square() / (n * probs))[some].sum()), 2) > 1e-5
     torchs = torch.distributions.Categorical(probs.expand(1, N))
     again = sc.ControlProblem(sc.JumpProcess(birth_death(), initial=torchs), reward=p.reward_function)
-    assert (
-        sc.exact_solution(again).log_z
-        == sc.exact_solution(
-            sc.ControlProblem(sc.JumpProcess(birth_death(), initial=probs), reward=p.reward_function)
-        ).log_z
-    )
+    same = sc.ControlProblem(sc.JumpProcess(birth_death(), initial=probs), reward=p.reward_function)
+    # two products of one matrix by vectors at other addresses may differ in their last bit
+    assert float(sc.exact_solution(again).log_z) == pytest.approx(float(sc.exact_solution(same).log_z), rel=1e-14)
 
 
 def test_laws_on_finite_spaces():
