@@ -32,6 +32,7 @@ from ..chains.noising import NoisingBridge
 from ..chains.shifts import shifts_along
 from ..controls.base import Control
 from ..controls.build import build_control
+from ..controls.guidance import denoiser_on_chain
 from ..paths.weights import leave_one_out
 from ..randomness import Place, derive_seed
 from ..tensors import event_sum
@@ -126,6 +127,31 @@ def anchored_target(z: Tensor, a: Tensor, log_ratio: Tensor) -> Tensor:
     return keep.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 2)) * (z - a)
 
 
+def expected_reward(run: Run, noised: Noised) -> Tensor | None:
+    """``r(x0^)/alpha`` ``(steps, batch)`` at the data that the pre-trained model expects; None of a black box."""
+    problem, chain = run.problem, run.chain
+    if not problem.has_gradient:
+        return None
+    denoise = denoiser_on_chain(problem.reference, chain)
+    data = problem.reference.data_of  # type: ignore[attr-defined]
+    with torch.no_grad():
+        seen = [data(denoise(k, x, noised.y), noised.y) for k, x in zip(noised.steps, noised.states)]
+        return torch.stack([problem.reward(x0, noised.y) for x0 in seen]) / problem.alpha
+
+
+def unexpected(zeta: Tensor, seen: Tensor | None) -> Tensor:
+    """``zeta`` ``(batch,)`` less its least-squares prediction from ``seen`` ``(steps, batch)``, as the other paths have
+    it, step by step: what is taken away is a function of a path's own state and of other paths, by which the mean of
+    ``zeta (z - a)`` given the state does not change. None: less the mean of the others."""
+    if seen is None:
+        return leave_one_out(zeta)
+    zeta, seen = ranks.whole(zeta), ranks.whole(seen, -1)
+    z, b, n = zeta - zeta.mean(), seen - seen.mean(1, keepdim=True), zeta.shape[0]
+    others = lambda v: v.sum(1, keepdim=True) - n / (n - 1) * v  # noqa: E731
+    slope = others(b * z) / others(b * b).clamp(min=torch.finfo(b.dtype).tiny)
+    return ranks.own(n / (n - 1) * (z - slope * b), -1)
+
+
 def scored_target(noised: Noised, zeta: Tensor, a: Tensor, cost: Tensor | None) -> Tensor:
     """``zeta (z_k - a_k)``, less ``sum_{j > k} cost_j (E[xi_k | x_k, x_j] - a_k)``.
 
@@ -137,7 +163,7 @@ def scored_target(noised: Noised, zeta: Tensor, a: Tensor, cost: Tensor | None) 
         cost: ``|c_j|^2/2`` ``(steps, batch)`` on joint paths; None: no path cost.
     """
     wide = (..., *(None,) * (noised.z.ndim - 2))
-    target = zeta[wide] * (noised.z - a)
+    target = zeta[wide] * (noised.z - a)  # zeta of the path, or of each of its steps
     if cost is None:
         return target
     others = max(1, len(noised.steps) - 1)  # of which the later ones stand for all later ones

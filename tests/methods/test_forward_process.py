@@ -16,7 +16,7 @@ from sdecontrol.chains.masking import MaskingBridge
 from sdecontrol.chains.noising import NoisingBridge
 from sdecontrol.chains.shifts import shifts_along
 from sdecontrol.methods.base import Run, find_method
-from sdecontrol.methods.forward_process import WARM_UP, Ends, ForwardState, Noised
+from sdecontrol.methods.forward_process import WARM_UP, Ends, ForwardState, Noised, unexpected
 from sdecontrol.methods.on_paths import collect, steps_of
 from sdecontrol.methods.target_particles import balanced
 from sdecontrol.randomness import Place, generator_for
@@ -303,6 +303,23 @@ def test_the_gradient_vanishes_at_the_closed_fixed_point(target):
     deviations = own.mean(0) / (own.std(0) / 20**0.5)
     assert float(deviations.abs().max()) < 4.5, deviations
     assert float((half.mean(0) / (half.std(0) / 20**0.5)).abs().max()) > 8
+
+
+def test_what_a_state_tells_of_the_reward_is_taken_away_by_the_other_paths_regression():
+    """Path by path ordinary least squares on all others, whose prediction at the path's own state is subtracted: then
+    it does not know the path's own reward, and no mean changes. With the path among them, or one slope for all steps,
+    these are other numbers; equal rewards leave exactly nothing."""
+    steps, n = 3, 9
+    zeta, seen = randn(n, seed=1), randn(steps, n, seed=2)
+    found = unexpected(zeta, seen)
+    for k in range(steps):
+        for i in range(n):
+            rest = torch.arange(n) != i
+            design = torch.stack([torch.ones(n - 1, dtype=F64), seen[k, rest]], 1)
+            a, b = torch.linalg.lstsq(design, zeta[rest].unsqueeze(1)).solution.flatten()
+            assert float(found[k, i]) == pytest.approx(float(zeta[i] - a - b * seen[k, i]), abs=1e-12)
+    assert torch.equal(unexpected(torch.zeros(n), seen.float()), torch.zeros(steps, n))
+    assert torch.equal(unexpected(zeta, 0 * seen)[1], unexpected(zeta, None))
 
 
 @pytest.mark.slow
