@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import sdecontrol as sc
 
 __all__ = ["store", "versions"]
+
+_NAMES = {"nautilus": "nautilus-sampler"}
 
 
 def store(path: Path, cell: dict[str, Any], indent: int | None = 1) -> None:
@@ -27,9 +30,11 @@ def store(path: Path, cell: dict[str, Any], indent: int | None = 1) -> None:
     part.replace(path)
 
 
-def versions() -> dict[str, str | None]:
-    """What is measured, and with what."""
+def versions(peer: str | None = None) -> dict[str, str | None]:
+    """What is measured, and with what; where a peer is, its own version too."""
+    other = {peer: metadata.version(_NAMES.get(peer, peer))} if peer not in (None, "sdecontrol") else {}
     return {
+        **other,
         "sdecontrol": sc.__version__,
         "commit": _commit(),
         "torch": torch.__version__,

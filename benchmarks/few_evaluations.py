@@ -79,8 +79,8 @@ def eight_schools(x: Tensor) -> Tensor:
     return prior.squeeze(1) - misfit - 8.5 * math.log(2 * math.pi)
 
 
-def schools_truth() -> tuple[float, Moments]:
-    """By quadrature over mu and log tau; given these, theta is Gaussian."""
+def schools_truth(centred: bool = True) -> tuple[float, Moments]:
+    """By quadrature over mu and log tau; given these, theta is Gaussian, and so is ``(theta - mu)/tau``."""
     mu, log_tau = np.meshgrid(np.linspace(-40, 50, 901), np.linspace(-14, 8, 1101), indexing="ij")
     tau = np.exp(log_tau)
     level = -0.5 * (mu / 5) ** 2 + log_tau - np.log1p((tau / 5) ** 2) + math.log(2 / (25 * math.pi))
@@ -89,7 +89,8 @@ def schools_truth() -> tuple[float, Moments]:
     for y, se in zip(*_SCHOOLS):
         level -= 0.5 * ((y - mu) ** 2 / (tau**2 + se**2) + np.log(tau**2 + se**2))
         variance = 1 / (1 / tau**2 + 1 / se**2)
-        given.append((variance * (mu / tau**2 + y / se**2), variance))
+        mean = variance * (mu / tau**2 + y / se**2)
+        given.append((mean, variance) if centred else ((mean - mu) / tau, variance / tau**2))
     w = np.exp(level - level.max())
     log_z, w = math.log(w.sum() * 0.1 * 0.02) + level.max(), w / w.sum()
     parts = [(mu, 0.0), (log_tau, 0.0), *given]

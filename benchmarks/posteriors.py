@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
@@ -20,18 +19,20 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from scipy.stats import norm
 from torch import Tensor
 
 import sdecontrol as sc
 
 from .cells import store, versions
 from .few_evaluations import eight_schools, lotka_volterra, schools_truth
+from .peers import PEERS, Likelihood, NotEnded
 
 RESULTS = Path(__file__).parent / "results" / "posteriors"
 PAGE = Path(__file__).parents[1] / "docs" / "tables" / "posteriors.md"
-METHODS = ("sdecontrol", "dynesty")
-_SAMPLES, _LIVE = 100_000, 500
+NOTES = PAGE.with_name("posteriors_notes.md")
+OURS = "sdecontrol"
+METHODS = (OURS, *PEERS)
+_SAMPLES = 100_000
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -71,7 +72,7 @@ def schools_noncentred() -> Posterior:
         return eight_schools(torch.cat((x[:, :2], mu + log_tau.exp() * x[:, 2:]), 1)) + 8 * x[:, 1]
 
     low, high = [-40.0, -9.0, *[-6.0] * 8], [50.0, 5.0, *[6.0] * 8]
-    return Posterior(log_density, 10, low, high, 100_000, schools_truth()[0])
+    return Posterior(log_density, 10, low, high, 100_000, schools_truth()[0], schools_truth(centred=False)[1])
 
 
 def regression() -> Posterior:
@@ -108,7 +109,9 @@ def shells() -> Posterior:
         both = [-0.5 * (((x - c).norm(dim=1) - 2) / 0.1).square() for c in (centre, -centre)]
         return torch.logaddexp(*both) - 0.5 * _LOG_2PI - math.log(0.1)
 
-    return Posterior(log_density, 2, -6.0, 6.0, 30_000, math.log(8 * math.pi))  # 2 pi r of each, to 1e-80
+    square = 4 + 3 * 0.1**2  # mean of r^2, whose law has the density r N(r; 2, 0.1^2)
+    moments = torch.zeros(2), torch.tensor([math.sqrt(3.5**2 + square / 2), math.sqrt(square / 2)])
+    return Posterior(log_density, 2, -6.0, 6.0, 30_000, math.log(8 * math.pi), moments)  # 2 pi r of each, to 1e-80
 
 
 def rosenbrock() -> Posterior:
@@ -137,7 +140,10 @@ def log_gamma() -> Posterior:
         second = torch.logaddexp(normal(x[:, 1], 10.0), normal(x[:, 1], -10.0)) - math.log(2)
         return first + second + sum(skew(x[:, i], 10.0) + normal(x[:, i + 1], 10.0) for i in (2, 4))
 
-    return Posterior(log_density, 6, -30.0, 30.0, 100_000, 0.0)
+    mean, sd = 10 - float(np.euler_gamma), math.pi / math.sqrt(6)
+    means = torch.tensor([-float(np.euler_gamma), 0.0, mean, 10.0, mean, 10.0])
+    sds = torch.tensor([math.hypot(10.0, sd), math.sqrt(101.0), sd, 1.0, sd, 1.0])
+    return Posterior(log_density, 6, -30.0, 30.0, 100_000, 0.0, (means, sds))
 
 
 def phi4() -> Posterior:
@@ -169,37 +175,18 @@ def _ours(case: Posterior, seed: int) -> Answer:
     return found.log_z.value, found.log_z.stderr, used, x, log_w.double().softmax(0), found.verdict
 
 
-def _dynesty(case: Posterior, seed: int) -> Answer:
-    """Static nested sampling with its defaults and 500 live points, one point at a time."""
-    dynesty: Any = importlib.import_module("dynesty")
-    low, high = (np.broadcast_to(np.asarray(v, dtype=float), (case.dim,)) for v in (case.low, case.high))
-
-    mean, sd = (0.0, 1.0) if case.prior is None else case.prior
-
-    def transform(u: np.ndarray) -> np.ndarray:
-        return low + (high - low) * u if case.prior is None else mean + sd * norm.ppf(u)
-
-    def log_likelihood(x: np.ndarray) -> float:
-        found = case.log_density(x) if case.alone else float(case.log_density(torch.from_numpy(x).unsqueeze(0))[0])
-        found -= 0.0 if case.prior is None else float(norm.logpdf(x, mean, sd).sum())
-        return found if found > -1e300 else -1e300
-
-    sampler = dynesty.NestedSampler(
-        log_likelihood, transform, case.dim, nlive=_LIVE, rstate=np.random.default_rng(seed)
-    )
-    sampler.run_nested(print_progress=False)
-    found = sampler.results
-    volume = float(np.log(high - low).sum()) if case.prior is None else 0.0
-    weights = torch.tensor(found.importance_weights())
-    return (
-        *(float(found.logz[-1]) + volume, float(found.logzerr[-1]), int(np.sum(found.ncall))),
-        *(torch.tensor(found.samples), weights / weights.sum(), ""),
-    )
+def _peer(case: Posterior, method: str, seed: int) -> Answer:
+    likelihood = Likelihood(case.log_density, case.dim, case.low, case.high, case.prior, case.alone)
+    log_z, error, x, weights = PEERS[method](likelihood, seed)
+    return log_z + likelihood.log_volume, error, likelihood.asked, x, weights / weights.sum(), ""
 
 
 def run(case: Posterior, method: str, seed: int) -> dict[str, Any]:
     began = time.process_time()
-    log_z, error, used, x, w, verdict = (_ours if method == "sdecontrol" else _dynesty)(case, seed)
+    try:
+        log_z, error, used, x, w, verdict = _ours(case, seed) if method == OURS else _peer(case, method, seed)
+    except NotEnded as failure:
+        return {"failed": str(failure), "cpu_seconds": time.process_time() - began}
     cell: dict[str, Any] = {
         "log_z": {"value": log_z, "stderr": error, "true": case.log_z},
         "evaluations": used,
@@ -217,22 +204,23 @@ def run(case: Posterior, method: str, seed: int) -> dict[str, Any]:
 
 def posteriors(
     only: Annotated[str, typer.Option(help="Posteriors whose name contains this.")] = "",
-    method: Annotated[str, typer.Option(help="sdecontrol or dynesty; empty: both.")] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="Of sdecontrol; of dynesty one.")] = 3,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; empty: all.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Of sdecontrol; of the others one.")] = 3,
     page: Annotated[bool, typer.Option("--page", help="Only write the page from what is there.")] = False,
 ) -> None:
-    """Eight posteriors with ``sc.Auto(evaluations=n)`` and with nested sampling (``pip install 'sdecontrol[bench]'``).
+    """Eight posteriors with ``sc.Auto(evaluations=n)`` and with other samplers that give an evidence (``pip install
+    'sdecontrol[bench]'``).
 
     Example:  OMP_NUM_THREADS=1 python -m benchmarks posteriors --only shells
     """
     torch.set_num_threads(1)
-    wanted = [(n, m, s) for n in POSTERIORS for m in METHODS for s in range(seeds if m == "sdecontrol" else 1)]
+    wanted = [(n, m, s) for n in POSTERIORS for m in METHODS for s in range(seeds if m == OURS else 1)]
     for name, how, seed in () if page else wanted:
         path = RESULTS / f"{name.replace('^', '').replace(', ', '-').replace(' ', '-')}-{how}-{seed}.json"
         if only not in name or method not in ("", how) or path.exists():
             continue
         command = f"OMP_NUM_THREADS=1 python -m benchmarks posteriors --only '{name}' --method {how}"
-        facts = {"name": name, "method": how, "seed": seed, "command": command, "versions": versions()}
+        facts = {"name": name, "method": how, "seed": seed, "command": command, "versions": versions(how)}
         store(path, {**facts, **run(POSTERIORS[name](), how, seed)})
         print(f"{name}, {how}, seed {seed}: done", flush=True)
     PAGE.write_text(_page([json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]))
@@ -240,37 +228,80 @@ def posteriors(
 
 def _page(cells: list[dict[str, Any]]) -> str:
     out = [
-        "# Posteriors beside nested sampling",
+        "# Posteriors beside other samplers",
         "",
         "Written by `OMP_NUM_THREADS=1 python -m benchmarks posteriors` from the cells in "
         "`benchmarks/results/posteriors/` (`--page`: only the page; finished cells are not run again). Cells that are "
         "empty have not been run yet.",
         "",
-        "*sdecontrol*: `sc.Auto(evaluations=n)`, seeds 0, 1, 2. *dynesty*: static nested sampling with its defaults "
-        "and 500 live points, one seed; its prior is the normal one of regression and rates, else a box that holds the "
-        "density. *evaluations*: calls of the log density in rows, a value with its gradient as two. *mean off*: "
-        "largest error of a mean in standard deviations; *sd*: least and largest ratio of a standard deviation to the "
-        "true one; empty where these have no closed form here.",
+        "*sdecontrol*: `sc.Auto(evaluations=n)`, seeds 0, 1, 2; it is told neither prior nor box. *dynesty*: static "
+        "nested sampling, 500 live points; *nautilus* and *pocomc* with their defaults; one seed each. Their prior is "
+        "the normal one of regression and rates, else a box that holds the density. *evaluations*: calls of the log "
+        "density in rows, a value with its gradient as two. *for 0.1*: evaluations that would bring the error to 0.1 "
+        "nats, by `evaluations (error / 0.1)^2` with the larger of the stated error and the root mean square of what "
+        "log Z is off. *mean off*: largest error of a mean in standard deviations; *sd*: least and largest ratio of a "
+        "standard deviation to the true one; empty where these are not known here.",
         "",
-        "| posterior | method | log Z − true | evaluations | mean off | sd | CPU-s |",
-        "|---|---|---|---|---|---|---|",
+        "| posterior | method | log Z − true | evaluations | for 0.1 | mean off | sd | CPU-s |",
+        "|---|---|---|---|---:|---|---|---|",
     ]
-    columns = (_error, _evaluations, _off, _ratio, _seconds)
+    columns = (_off, _ratio, _seconds)
     for name in POSTERIORS:
         for how in METHODS:
-            group = [c for c in cells if c["name"] == name and c["method"] == how]
-            told = (", ".join(filter(None, map(column, group))) for column in columns)
-            out.append(f"| {name} | {how} | {' | '.join(told)} |")
+            group = _of(cells, name, how)
+            ended = [c for c in group if "failed" not in c]
+            errors = ", ".join([*map(_error, ended), *(c["failed"] for c in group if "failed" in c)])
+            used = ", ".join(str(c["evaluations"]) for c in ended)
+            rest = (", ".join(filter(None, map(column, ended))) for column in columns)
+            out.append(f"| {name} | {how} | {errors} | {used} | {_told(_worth(ended))} | {' | '.join(rest)} |")
+    out += ["", *_summary(cells), "", NOTES.read_text().strip()]
     return "\n".join(out) + "\n"
+
+
+def _of(cells: list[dict[str, Any]], name: str, how: str) -> list[dict[str, Any]]:
+    return [c for c in cells if c["name"] == name and c["method"] == how]
+
+
+def _worth(ended: list[dict[str, Any]]) -> float:
+    """Evaluations for an error of 0.1 nats; nan where there is no answer."""
+    if not ended:
+        return math.nan
+    off = [c["log_z"]["value"] - c["log_z"]["true"] for c in ended]
+    stated = [c["log_z"]["stderr"] for c in ended]
+    square = max(float(np.mean(np.square(off))), float(np.mean(np.square(stated))))
+    return float(np.mean([c["evaluations"] for c in ended])) * square / 0.01
+
+
+def _told(worth: float) -> str:
+    return "" if math.isnan(worth) else f"{worth:.0f}"
+
+
+def _summary(cells: list[dict[str, Any]]) -> list[str]:
+    """How many errors are within three of those stated, and who needs fewest evaluations."""
+    out = []
+    for how in METHODS:
+        ended = [c["log_z"] for c in cells if c["method"] == how and "failed" not in c]
+        far = sum(abs(z["value"] - z["true"]) > 3 * z["stderr"] for z in ended)
+        if ended:
+            out.append(f"* *{how}*: {far} of {len(ended)} log Z are off by more than three of the errors stated.")
+    won = []
+    for name in POSTERIORS:
+        worth = {how: _worth([c for c in _of(cells, name, how) if "failed" not in c]) for how in METHODS}
+        others = {how: v for how, v in worth.items() if how != OURS and not math.isnan(v)}
+        if others and not math.isnan(worth[OURS]):
+            best = min(others, key=lambda how: others[how])
+            won.append((name, worth[OURS] / others[best], best))
+    few = sum(ratio <= 1 for _, ratio, _ in won)
+    told = "; ".join(f"{name} {ratio:.2g} ({best})" for name, ratio, best in won)
+    if won:
+        whose = "Evaluations for 0.1 nats over those of the best of the others"
+        out.append(f"* {whose}: {told}. At most 1 on {few} of {len(won)}.")
+    return out
 
 
 def _error(cell: dict[str, Any]) -> str:
     z = cell["log_z"]
     return f"{z['value'] - z['true']:+.3f} ± {z['stderr']:.3f}"
-
-
-def _evaluations(cell: dict[str, Any]) -> str:
-    return str(cell["evaluations"])
 
 
 def _off(cell: dict[str, Any]) -> str:
