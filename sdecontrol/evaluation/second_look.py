@@ -109,7 +109,7 @@ def look_again(
             begun = max(64, paths // _FIRST)
             first = _reference(problem, chain, control, begun, derive_seed(seed, Place.LOOK_FIRST), batch_size)
             elbo = mean_estimate(first[0][:, 0])
-            if _reaches(first[0][:, 0], paths / begun):
+            if _reaches(_unfloored(problem, first[0][:, 0]), paths / begun):
                 place = derive_seed(seed, Place.LOOK_REST)
                 rest = _reference(problem, chain, control, max(64, paths - begun), place, batch_size)
                 return replace(_weighed("the reference's paths", *_joined([first, rest])), reference_elbo=elbo)
@@ -127,6 +127,15 @@ def look_again(
 
 def _reaches(log_w: Tensor, grows: float) -> bool:
     return pareto_k(log_w) < HEAVY and effective_sample_size(log_w) * len(log_w) * grows >= ESS_FLOOR
+
+
+def _unfloored(problem: ControlProblem, log_w: Tensor) -> Tensor:
+    """Log weights of the reference's paths, those of weight 0 where the log density was too low to be a reward: they
+    are all equal, which is not the evenness of weights that reach a target."""
+    if problem.density is None:
+        return log_w
+    lowest = problem.reward_function.lowest  # type: ignore[union-attr]
+    return torch.where(log_w <= lowest + 1e-6 * abs(lowest), -math.inf, log_w)
 
 
 def _weighed(source: str, log_w: Tensor, along: Tensor | None, ends: Tensor | None = None) -> SecondLook:

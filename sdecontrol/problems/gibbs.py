@@ -77,6 +77,11 @@ class GibbsReward:
         self.density, self.centre, self.scale, self.floor = density, centre, scale, floor
         self.log_peak = -float(scale.double().log().expand(centre.shape).sum()) - 0.5 * centre.numel() * _LOG_2PI
 
+    @property
+    def lowest(self) -> float:
+        """The reward of states whose log density is the floor or less."""
+        return self.floor - self.log_peak
+
     def log_density(self, x: States, y: Any = None) -> PerPath:
         """``log rho`` with its zeros floored."""
         value = self.density(x, y)

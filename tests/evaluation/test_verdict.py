@@ -11,7 +11,7 @@ from sdecontrol.controls.mixture import MixtureControl
 from sdecontrol.counting import Calls, counting
 from sdecontrol.evaluation.evaluate import evaluate
 from sdecontrol.evaluation.sample_agreement import bonferroni, shares_of
-from sdecontrol.evaluation.second_look import SecondLook, look_again
+from sdecontrol.evaluation.second_look import SecondLook, Ways, look_again
 from sdecontrol.evaluation.solution import Solution
 from sdecontrol.evaluation.verdict import compared, missed_share
 from sdecontrol.particles.smc import Particles
@@ -98,6 +98,18 @@ def test_running_costs_tell_particles_apart_where_the_references_paths_do_not_re
     found = evaluate(problem, exact.control, problem.chain(40), 4096, 0)
     assert found.verdict == "confirmed" and "particles of the reference" in found.reliability
     assert abs(found.log_z.value - float(exact.log_z)) < 4 * found.log_z.stderr + 1e-6
+
+
+def test_paths_that_are_all_too_low_to_have_a_reward_do_not_reach():
+    """A density far narrower than the reference: the rewards of its paths are all the same, the least there is, which
+    is no evenness of weights."""
+    problem = sc.gibbs_problem(lambda x: -0.5 * (x / 1e-5).square().sum(1), 2)
+    problem = problem.located(torch.zeros(2), torch.tensor(1.0), 0.0)
+    chain = problem.chain(4)
+    rewards = sc.simulate(problem, 64, time_steps=4, seed=0).towards(problem).reward
+    assert float(rewards.min()) == float(rewards.max())
+    look = look_again(problem, chain, None, 4000, 0, ways=Ways(True, False, None))
+    assert look.log_z is None and "do not reach the target" in look.why
 
 
 def test_words_of_the_comparison():
