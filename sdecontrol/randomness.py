@@ -244,6 +244,7 @@ class Place(enum.IntEnum):
     AUTO_TRIED = 913  # draws of its last mixture, by which it decides how to estimate
     AUTO_ESTIMATE = 914  # [first system]
     AUTO_COVERED = 916  # the mixture on a reference that was put where the particles are
+    AUTO_PLAIN_FIT = 918  # of the coordinates themselves, beside one of non-centred ones [rounds]
     AUTO_UNMOVED = 915  # particles of a run that was over before its first round
     RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
     RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]

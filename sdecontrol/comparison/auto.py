@@ -20,6 +20,7 @@ from ..methods.base import Method, Run, register
 from ..particles.adaptive_importance import SYSTEMS
 from ..particles.ascent import Ascent
 from ..particles.mixture_fit import fit_mixture
+from ..particles.noncentred import MappedLaw
 from ..particles.resolution import covers
 from ..particles.tempering import StateTarget, run_tempered, start_points
 from ..paths.weights import effective_fraction
@@ -44,10 +45,10 @@ _LAST_MOVES = 12  # of a round at the target: they go where the mixture does not
 _FIRST_PART, _ROUNDS_PART = 0.45, 0.6
 _ROUND = 0.2  # ... and for one round; of a particle of the first one so many evaluations are expected, and so many
 _EXPECTED, _LEAST = 400, 128  # particles it has at least
-_TRIED_PART, _TRIED = 0.02, 4096  # part of all, and number at most, that try importance sampling from the mixture
+_TRIED_PART, TRIED = 0.02, 4096  # part of all, and number at most, that try importance sampling from the mixture
 _LIGHT = 0.5  # Pareto k of its weights, below which it may be the estimate
 _AT_ONCE = 4  # systems of the estimate
-_FEWEST = 16  # particles of them
+_FEWEST, _FEWEST_SYSTEMS = 16, 4  # particles of them, and of these
 
 
 @register
@@ -178,7 +179,8 @@ class Auto(Method):
         density, centre, scale = problem.density, problem.centre, problem.scale.expand(problem.dim)
         if law is None:
             return StateTarget(density, centre, TemperedSettings.width * scale, problem.has_gradient)
-        return StateTarget(density, centre, scale, problem.has_gradient, law.widened(WIDER))
+        maps = law.maps if law.maps.maps else None
+        return StateTarget(density, centre, scale, problem.has_gradient, law.law.widened(WIDER), maps)
 
     def _size(self, state: Rounds, run: Run) -> int:
         """Particles of the next round."""
@@ -208,7 +210,9 @@ class Auto(Method):
         problem, before = run.problem, run.problem.density.evaluations
         if int(state.way) < 0:
             self._choose(state, run)
-        way, count = int(state.way), min(_AT_ONCE, SYSTEMS - int(state.drawn))
+        if not bool(state.systems_wanted):
+            return {"log_z": float(state.log_z[0]), "systems": 0.0, "evaluations": float(state.spent)}
+        way, count = int(state.way), min(_AT_ONCE, int(state.systems_wanted) - int(state.drawn))
         target = self._target(run, None if way == GAUSSIAN else state.law(run, self.components))
         target.smooth = target.smooth and way != IMPORTANCE
         seed, ladder = derive_seed(run.seed, Place.AUTO_ESTIMATE, int(state.drawn)), state.ladder()
@@ -231,31 +235,39 @@ class Auto(Method):
         }
 
     def _choose(self, state: Rounds, run: Run) -> None:
-        """The way of the estimate that needs fewest evaluations for its error, and how many particles there can be."""
+        """The way of the estimate that needs fewest evaluations for its error, and how many systems of how many
+        particles there can be: fewer than 16 where these would be small, and none where they would be too few."""
         each, worth = 2 if run.problem.has_gradient else 1, state.allowance.worth(state.used)
         costs = {GAUSSIAN: each * float(state.cost[0])}
         if not _lost(state):
             costs[IMPORTANCE] = self._tried(state, run, worth)
             if int(state.rounds) > 1:
                 costs[MIXTURE] = each * float(state.cost[1])
-        left = math.inf if math.isinf(worth) else max(0.0, worth - state.used - _TRIED)
+        left = math.inf if math.isinf(worth) else max(0.0, worth - state.used - TRIED)
 
         def most(way: int) -> float:
+            """Particles in all."""
             state.way.fill_(way)
             ladder = state.ladder()
             work = ladder.work + (int(ladder.moves.sum()) if way == MIXTURE else 0)
-            return left / (SYSTEMS * work * (1 if way == IMPORTANCE else each))
+            return left / (work * (1 if way == IMPORTANCE else each))
 
-        # all in the order of their costs; the last resort asks for the least
-        ways = [w for w in sorted(costs, key=lambda w: costs[w]) if most(w) >= _FEWEST] or [IMPORTANCE]
-        particles = most(ways[0])
-        state.each.fill_(int(max(1, min(particles, state.x.shape[1]))))
+        order = sorted(costs, key=lambda w: costs[w])
+        # the cheapest of those that leave enough particles; the last resort asks for the least
+        enough = (
+            next((w for w in order if most(w) >= systems * _FEWEST), None) for systems in (SYSTEMS, _FEWEST_SYSTEMS)
+        )
+        total = most(next((w for w in enough if w is not None), IMPORTANCE))
+        systems = int(min(SYSTEMS, total / _FEWEST))
+        systems = systems if systems >= _FEWEST_SYSTEMS else 0
+        state.systems_wanted.fill_(systems)
+        state.each.fill_(int(min(total / systems, state.x.shape[1])) if systems else 0)
 
     def _tried(self, state: Rounds, run: Run, worth: float) -> float:
         """Evaluations that bring the error of log Z to one nat by draws of the mixture; inf where weights are heavy."""
         target = self._target(run, state.law(run, self.components))
         target.smooth = False
-        n = int(min(_TRIED, _TRIED_PART * worth))
+        n = int(min(TRIED, _TRIED_PART * worth))
         phi = start_points(target, n, derive_seed(run.seed, Place.AUTO_TRIED)).phi
         if pareto_k(phi) >= _LIGHT:
             return math.inf
@@ -265,13 +277,13 @@ class Auto(Method):
 
     def finished(self, state: Any, run: Run) -> bool:
         if state.allowance.limited:
-            return int(state.drawn) >= SYSTEMS
+            return bool(state.ready) and int(state.drawn) >= int(state.systems_wanted)
         most = _MOST * (2 if run.problem.has_gradient else 1)
         over = int(state.spent) >= most or int(state.rounds) >= _MOST_ROUNDS
         return over or int(state.unchanged) >= _MOST_UNCHANGED
 
     def finish(self, state: Any, run: Run) -> Control:
-        law = state.law(run, self.components)
+        law = state.mixture(run, self.components)
         if law is None or _lost(state) or not float(state.cost[1:].min()) < float(state.cost[0]):
             return given_control(run.problem, None)
         return MixtureControl(run.problem, law)
@@ -280,7 +292,10 @@ class Auto(Method):
         limited, own = state.allowance.limited, run.problem
         if not limited and facts["reproducible"]:
             where, control = self._covered(state, run, self.finish(state, run))
-            return self.make_solution(where, control, **facts)
+            law, mapped = state.law(run, self.components), None
+            if isinstance(control, MixtureControl) and law is not None and law.maps.maps:
+                mapped = law.moved((own.centre - where.centre) / where.scale, own.scale / where.scale)
+            return self.make_solution(where, control, mapped=mapped, **facts)
         if not state.found:  # the time was over before the first round had any: its first particles, unmoved
             target = self._target(run, None)
             ascent = Ascent(target, _LEAST, derive_seed(run.seed, Place.AUTO_UNMOVED))
@@ -288,6 +303,7 @@ class Auto(Method):
         systems = state.systems(own)
         how: dict[str, Any] = {"components": self.components, "highest": systems[1].max()}
         how["estimated"] = state.has_estimate
+        how["unit"] = 1 if state.has_estimate and int(state.way) == IMPORTANCE else None
         draws, law = located_draws(problem, systems, run.seed, **how)
         located: Any = problem.located(draws.centre, draws.scale, float(draws.highest))  # type: ignore[attr-defined]
         return ImportanceSolution(
@@ -314,13 +330,16 @@ class Auto(Method):
         law = fit_mixture(z.to(located.dtype), log_w.flatten(), seed=seed, most=self.components)
         return located, MixtureControl(located, law)
 
-    def make_solution(self, problem: ControlProblem, control: Control, **facts: Any) -> TemperedSolution:
+    def make_solution(
+        self, problem: ControlProblem, control: Control, mapped: MappedLaw | None = None, **facts: Any
+    ) -> TemperedSolution:
         return TemperedSolution(
             problem,
             control,
             particles=ParticleSettings(self.num_particles),
             tempering=TemperedSettings("states", problem.has_gradient, mixture=isinstance(control, MixtureControl)),
-            details={"report": _report(facts["history"], control)},
+            mapped=mapped,
+            details={"report": _report(facts["history"], control, mapped)},
             **facts,
         )
 
@@ -347,8 +366,9 @@ _KEPT = {
 }
 
 
-def _report(history: list[dict[str, float]], kept: Any) -> str:
-    """What each round began with, found and cost, and what was kept: a control, or the law of draws that were made."""
+def _report(history: list[dict[str, float]], kept: Any, mapped: MappedLaw | None = None) -> str:
+    """What each round began with, found and cost, and what was kept: a control, with the law of particles that it only
+    comes near to, or the law of draws that were made."""
     rounds = [row for row in history if "levels" in row]
     lines = []
     for i, row in enumerate(rounds):
@@ -367,7 +387,7 @@ def _report(history: list[dict[str, float]], kept: Any) -> str:
     elif not isinstance(kept, Control):
         lines.append("kept: the particles of the last round, which ended before the estimate")
     elif isinstance(kept, MixtureControl):
-        lines.append(f"kept: tempering from {kept.law!r}")
+        lines.append(f"kept: tempering from {mapped or kept.law!r}")
     else:
         paid = any(row["cost"] < rounds[0]["cost"] for row in rounds)
         why = "rounds from the mixture found less" if paid else "learning did not pay"

@@ -12,6 +12,7 @@ from ..methods.base import Run
 from ..particles.adaptive_importance import SYSTEMS
 from ..particles.ascent import Ascent
 from ..particles.mixture_fit import fit_mixture
+from ..particles.noncentred import MappedLaw, fit_law
 from ..particles.tempering import Ladder, Population, StateTarget
 from ..problems.pilot import search
 from ..processes.laws import GaussianMixture, ProductMixture
@@ -106,6 +107,7 @@ class Rounds(nn.Module):
     factors: Tensor
     way: Tensor
     each: Tensor
+    systems_wanted: Tensor
     drawn: Tensor
     x: Tensor
     log_rho: Tensor
@@ -148,6 +150,7 @@ class Rounds(nn.Module):
                 "factors": torch.zeros(MOST_LEVELS, *square, **like),
                 "way": torch.full((), -1, **counts),  # of the estimate; not known yet
                 "each": torch.zeros((), **counts),  # particles of its systems
+                "systems_wanted": torch.full((), SYSTEMS, **counts),
                 "drawn": torch.zeros((), **counts),  # its systems so far
                 "x": torch.zeros(SYSTEMS, each, dim, **like),
                 "log_rho": torch.zeros(SYSTEMS, each, **numbers),
@@ -157,7 +160,7 @@ class Rounds(nn.Module):
             }
         for name, value in buffers.items():
             self.register_buffer(name, value)
-        self._law: GaussianMixture | ProductMixture | None = None
+        self._law: MappedLaw | None = None
         self.partial: Found | None = None  # of a first round that was interrupted
         self._search(run, chains)
 
@@ -192,16 +195,22 @@ class Rounds(nn.Module):
         """Evaluations so far, those before the run among them."""
         return self.allowance.before + int(self.spent)
 
-    def law(self, run: Run, most: int) -> GaussianMixture | ProductMixture | None:
-        """The mixture fitted to both populations; None before the first round."""
+    def law(self, run: Run, most: int) -> MappedLaw | None:
+        """The mixture fitted to both populations, of non-centred coordinates where these say more of the particles;
+        None before the first round."""
         if self._law is None and bool(self.log_z[0] > -math.inf):
-            self._law = fit_mixture(
-                self.z.flatten(0, 1),
-                self.log_weights.flatten(),
-                seed=derive_seed(run.seed, Place.AUTO_FIT, int(self.rounds)),
-                most=most,
-            )
+            seed = derive_seed(run.seed, Place.AUTO_FIT, int(self.rounds))
+            z, log_w = self.z.flatten(0, 1), self.log_weights.flatten()
+            self._law = fit_law(z, log_w, seed=seed, most=most, settled=math.inf)
         return self._law
+
+    def mixture(self, run: Run, most: int) -> GaussianMixture | ProductMixture | None:
+        """That of the coordinates themselves."""
+        law = self.law(run, most)
+        if law is None or not law.maps.maps:
+            return None if law is None else law.law
+        seed = derive_seed(run.seed, Place.AUTO_PLAIN_FIT, int(self.rounds))
+        return fit_mixture(self.z.flatten(0, 1), self.log_weights.flatten(), seed=seed, most=most)
 
     def add(self, ended: Found) -> float:
         """Keep a round's particles; the variance of its log Z^ times its particles."""

@@ -14,7 +14,7 @@ from ..chains.base import Chain
 from ..chains.shifts import ShiftFunction
 from ..memory import recall
 from ..problems.problem import ControlProblem
-from ..processes.laws import GaussianMixture, ProductMixture, draw
+from ..processes.laws import GaussianMixture, ProductMixture, draw, mixture_of, mixture_tensors
 from ..randomness import Place, derive_seed
 from ..shapes import Controls, NoisePaths, StatePaths, States
 from .base import Control, at_each_time
@@ -54,7 +54,7 @@ class MixtureControl(Control):
     def __init__(self, problem: ControlProblem, law: GaussianMixture | ProductMixture) -> None:
         self._ends = ends_of(problem)
         super().__init__(problem.event_shape, problem.control_shape, 0.0, problem.horizon)
-        for name, value in _tensors_of(law).items():
+        for name, value in mixture_tensors(law).items():
             self.register_buffer(name, value.detach().clone())
         self._laws: dict[float, GaussianMixture | ProductMixture] = {}
 
@@ -67,7 +67,7 @@ class MixtureControl(Control):
     def from_saved(cls, saved: Saved, context: Context) -> MixtureControl:
         problem = context.problem
         like: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
-        return cls(problem, _law_of({name: torch.ones(shape, **like) for name, shape in saved["shapes"].items()}))
+        return cls(problem, mixture_of({name: torch.ones(shape, **like) for name, shape in saved["shapes"].items()}))
 
     @torch.no_grad()
     def move_law(self, other: MixtureControl) -> None:
@@ -86,7 +86,7 @@ class MixtureControl(Control):
     @property
     def law(self) -> GaussianMixture | ProductMixture:
         """Of the end, in coordinates z."""
-        return _law_of(dict(self.named_buffers()))
+        return mixture_of(dict(self.named_buffers()))
 
     def _expected(self, z: Tensor, t: float) -> Tensor:
         """``E[z_T | z_t]``, ``(batch, d)``."""
@@ -191,16 +191,3 @@ class CorrectedControl(Control):
 
     def linear_parts(self) -> list[LinearPart]:
         return self.correction.linear_parts()
-
-
-def _tensors_of(law: GaussianMixture | ProductMixture) -> dict[str, Tensor]:
-    if isinstance(law, ProductMixture):
-        return {"log_weights": law.log_weights, "means": law.means, "variances": law.variances}
-    parts = {"log_weights": law.log_weights, "means": law.means, "values": law.variances}
-    return parts if law._vectors is None else {**parts, "vectors": law._vectors}
-
-
-def _law_of(parts: dict[str, Tensor]) -> GaussianMixture | ProductMixture:
-    if "variances" in parts:
-        return ProductMixture(parts["log_weights"].exp(), parts["means"], parts["variances"])
-    return GaussianMixture._from_parts(parts["log_weights"], parts["means"], parts["values"], parts.get("vectors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from .solution import SOLUTIONS
 from .verdict import SIGMAS, UNRELIABLE
 
 _LOCATED = 4096  # draws that say where the reference is to be
+_HIDDEN, _MOST_K = 0.56, 0.9  # of :func:`hidden`
 _MARGIN = 0.02  # nats within which two estimates need not agree
 
 
@@ -37,6 +39,7 @@ class WeightedDraws:
         x: ``(M, N, d)`` coordinates, dealt into M systems. log_rho: ``(M, N)`` the log density there. log_w: ``(M, N)``
             log weights, whose mean exponential is Z.
         other: log Z and its error by all draws but these, ``(2,)``; nan where there are no others.
+        unit: 0-d, so many draws in a row know nothing of any others: the number of particles of a system, or less.
         estimated: 0-d, 1 where they are independent draws of a law that was fixed before; 0 where they have chosen it.
         centre, scale: ``(d,)`` of the reference, made to cover them. highest: 0-d, the largest log density met.
     """
@@ -45,6 +48,7 @@ class WeightedDraws:
     log_rho: Tensor
     log_w: Tensor
     other: Tensor
+    unit: Tensor
     estimated: Tensor
     centre: Tensor
     scale: Tensor
@@ -118,7 +122,15 @@ class ImportanceSolution(ParticleSolution):
         found = super().evaluate(n, seed, confirm=more or False, batch_size=batch_size)
         return replace(found, pareto_k=self._tail, n=self.draws.log_w.numel())
 
-    @property
+    def _log_z(self, found: Particles) -> Estimate:
+        """With its error over all independent groups of draws, which 16 systems of them would know to a fifth only;
+        larger where the tail of the weights is so heavy that it hides a part of their variance (:func:`hidden`)."""
+        unit = int(self.draws.unit)
+        groups = self.draws.log_w.unflatten(1, (-1, unit)).logsumexp(2) - math.log(unit)
+        plain = log_mean_weight(groups.flatten())
+        return Estimate(plain.value, plain.stderr * hidden(self._tail))
+
+    @functools.cached_property
     def _tail(self) -> float:
         return pareto_k(self.draws.log_w.flatten())
 
@@ -156,6 +168,13 @@ class ImportanceSolution(ParticleSolution):
         return {**super().from_saved(saved, context, tensors), "draws": draws}
 
 
+def hidden(k: float) -> float:
+    """How many times as large as its stated error the error of the logarithm of a mean is, in the root mean square, for
+    weights of a Pareto tail of shape k: by simulation of generalised Pareto weights 1.2, 1.4, 1.9, 2.8 and 4.7 at k =
+    0.5, 0.6, 0.7, 0.8 and 0.9, for 100 as for 10 000 of them."""
+    return max(1.0, _HIDDEN / (1 - min(k, _MOST_K))) if math.isfinite(k) else 1.0
+
+
 def located_draws(
     problem: Any,
     systems: tuple[Tensor, Tensor, Tensor],
@@ -165,13 +184,14 @@ def located_draws(
     highest: Tensor,
     other: Tensor | None = None,
     estimated: bool = True,
+    unit: int | None = None,
 ) -> tuple[WeightedDraws, Any]:
     """Draws in M systems, with centre and scale of a reference that covers them, and a mixture fitted to
     them in its coordinates.
 
     Args:
         systems: x ``(M, N, d)``, their log densities and log weights ``(M, N)``. highest: the largest log density met.
-            other, estimated: of :class:`WeightedDraws`.
+            other, estimated, unit: of :class:`WeightedDraws`; unit None: systems.
 
     Raises:
         ValueError: too few of them have a weight above 0 for a mixture.
@@ -185,7 +205,8 @@ def located_draws(
     z, place = ((flat - centre) / scale).to(problem.dtype), derive_seed(seed, Place.IMPORTANCE_LAW)
     law = fit_mixture(z, weights, seed=place, most=components)
     nothing = log_w.new_full((2,), math.nan)
-    facts = (nothing if other is None else other, log_w.new_tensor(float(estimated)))
+    whole = torch.tensor(log_w.shape[1] if unit is None else unit, device=x.device)
+    facts = (nothing if other is None else other, whole, log_w.new_tensor(float(estimated)))
     where = (centre.to(problem.dtype), scale.to(problem.dtype), highest)
     return WeightedDraws(x.to(problem.dtype), log_rho, log_w, *facts, *where), law
 

@@ -235,7 +235,7 @@ class ParticleSolution(Solution):
         found = self.run(max(_SYSTEMS, -(-n // settings.num_particles)), seed, batch_size=batch_size)
         if not bool((found.log_z < math.inf).all()):  # nan too
             raise NonFiniteError("the weights of a system are not finite.", what="weights")
-        log_z = log_mean_weight(found.log_z)
+        log_z = self._log_z(found)
         exact_z = (self._exact_values() or {}).get("log_z")
         top = log_z if exact_z is None else Estimate(exact_z, 0.0)
         if settings.selection == "best":
@@ -275,6 +275,10 @@ class ParticleSolution(Solution):
             exact=exact_z is not None,
             n=found.log_weights.numel(),
         )
+
+    def _log_z(self, found: Particles) -> Estimate:
+        """With its error, over systems."""
+        return log_mean_weight(found.log_z)
 
     def _expected(self, found: Particles, values: Tensor, independent: bool | None = None) -> Estimate:
         """Expectation of a sample's ``values`` (M, N): the mean over systems, or weighted by their Z^."""

@@ -16,6 +16,7 @@ from ..controls.saved import Context, Saved
 from ..files.contents import part_of, with_part
 from ..particles.ascent import adapt
 from ..particles.levels import EventLadder, climb, run_events
+from ..particles.noncentred import MappedLaw
 from ..particles.smc import Particles, ParticleSettings
 from ..particles.tempering import Ladder, NoiseTarget, Population, StateTarget, run_tempered
 from ..paths.chunks import check_chunk
@@ -51,9 +52,13 @@ class TemperedSettings:
 
 
 def tempered_target(
-    problem: ControlProblem, chain: Chain, control: Any, settings: TemperedSettings
+    problem: ControlProblem, chain: Chain, control: Any, settings: TemperedSettings, mapped: MappedLaw | None = None
 ) -> StateTarget | NoiseTarget:
     """The target of tempered particles for a problem.
+
+    Args:
+        mapped: where there is one, particles begin with it in the place of the mixture of the control, and move in its
+            coordinates.
 
     Raises:
         ValueError: space="states" where the problem is no Gibbs problem; or a problem with conditions.
@@ -65,11 +70,13 @@ def tempered_target(
     else:
         if problem.density is None:
             raise ValueError("space='states' needs a gibbs_problem, whose density is known; use space='noises'.")
-        width, law = settings.width, None
+        width, law, maps = settings.width, None, None
         if settings.mixture:
             assert isinstance(control, MixtureControl)
-            width, law = 1.0, control.law.widened(WIDER)
-        target = StateTarget(problem.density, problem.centre, width * problem.scale.expand(problem.dim), law=law)
+            width, law = 1.0, (control if mapped is None else mapped).law.widened(WIDER)
+            maps = None if mapped is None else mapped.maps
+        scale = width * problem.scale.expand(problem.dim)
+        target = StateTarget(problem.density, problem.centre, scale, law=law, maps=maps)
     target.smooth = settings.gradient
     return target
 
@@ -93,9 +100,11 @@ class TemperedSolution(ParticleSolution):
         ladder: levels and kernels, chosen by a run of its own, so that ``E Z^ = Z`` for every later one.
         evaluations: of the log density or path reward so far (with its gradient where gradients are used), all runs
             together.
+        mapped: the law that particles begin with, where it is one of non-centred coordinates; then the control is
+            towards a mixture that only comes near to it.
     """
 
-    parts = ("twist", "ladder", "located")
+    parts = ("twist", "ladder", "located", "mapped")
 
     def __init__(
         self,
@@ -104,11 +113,12 @@ class TemperedSolution(ParticleSolution):
         tempering: TemperedSettings,
         ladder: Ladder | EventLadder | None = None,
         level: Callable[[Tensor], Tensor] | None = None,
+        mapped: MappedLaw | None = None,
         **facts: Any,
     ) -> None:
         super().__init__(*args, particles=particles, **facts)
-        self.evaluations, self.level = 0, level
-        self.target = tempered_target(self.problem, self.chain, self.control, tempering)
+        self.evaluations, self.level, self.mapped = 0, level, mapped
+        self.target = tempered_target(self.problem, self.chain, self.control, tempering, mapped)
         if ladder is None:
             with self.problem.evaluating():
                 ladder, first = self._adapted(particles.num_particles, fresh_seed(self.seed))
@@ -180,6 +190,8 @@ class TemperedSolution(ParticleSolution):
 
     def _tensors(self) -> dict[str, Tensor]:
         found = super()._tensors() | with_part("ladder", vars(self.ladder))
+        if self.mapped is not None:
+            found |= with_part("mapped", self.mapped.tensors)
         statement = getattr(self.problem, "statement", None)
         if statement is None or statement.highest is None:
             return found
@@ -199,5 +211,7 @@ class TemperedSolution(ParticleSolution):
         kind: Any = EventLadder if tempering.events else Ladder
         ladder = Saved(part_of(tensors, "ladder"), f"{saved.where}'s ladder").settings(kind)
         level = context.own_value("level function") if dict(saved).get("level") else None
+        mapped = part_of(tensors, "mapped")
         found = {"tempering": tempering, "ladder": ladder, "level": level}
+        found["mapped"] = MappedLaw.of(mapped) if mapped else None
         return {**super().from_saved(saved, context, tensors), **found}

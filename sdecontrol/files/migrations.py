@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import BadFileError
 
-SCHEMA = 5  # of files as they are written now; without a number: 1
+SCHEMA = 6  # of files as they are written now; without a number: 1
 
 _SAMPLERS = {  # tensors of solutions that are ways of sampling
     "chains.steps": "chains.step_size",
@@ -32,6 +33,8 @@ def migrated(
         _one_moment_loss(settings)
     if schema < 5:
         _uniform_euler(settings)
+    if schema < 6 and "draws.log_w" in tensors:  # errors were over systems
+        tensors = {**tensors, "draws.unit": torch.tensor(tensors["draws.log_w"].shape[1])}
     return tensors, settings
 
 

@@ -194,6 +194,7 @@ class AdaptiveImportance(Method):
             highest=sampler.values.known[: int(sampler.values.count)].max(),
             other=other_estimate(before) if final else None,
             estimated=final,
+            unit=TURN if final else None,
         )
 
 

@@ -93,6 +93,11 @@ class Ascent:
         self.angle, self.work = 1.0 if target.smooth else 0.5, particles
         self.levels: list[Level] = []
 
+    @property
+    def nearest(self) -> Tensor | None:
+        """The last level's factor."""
+        return self.levels[-1].factor if self.levels else None
+
     def next_move(self) -> int:
         """Evaluations of phi that the next move takes."""
         steps = leapfrog_steps_for(self.angle, self.target.smooth)
@@ -109,7 +114,7 @@ class Ascent:
         log_w = self.now.log_w + increment(beta - self.now.beta, p.phi)
         level = torch.logsumexp(log_w, 0)
         log_w, roots = log_w - level, self.now.roots
-        centre, factor = fit_gaussian(p.z, log_w.exp())
+        centre, factor = fit_gaussian(p.z, log_w.exp(), self.nearest)
         ess = float(effective_fraction(log_w.exp()))
         if resampled := ess < RESAMPLE:
             chosen = resample(log_w.unsqueeze(0), self.particles, "systematic", self.generator)[0]
@@ -159,7 +164,7 @@ class Ascent:
     def _jump(self) -> None:
         """The target as the next level, without moves."""
         p, log_w = self.now.points, self.now.log_w + increment(1 - self.now.beta, self.now.points.phi)
-        level, (centre, factor) = torch.logsumexp(log_w, 0), fit_gaussian(p.z, self.now.log_w.exp())
+        level, (centre, factor) = torch.logsumexp(log_w, 0), fit_gaussian(p.z, self.now.log_w.exp(), self.nearest)
         log_w = log_w - level
         self.now = Standing(p, self.now.roots, log_w, 1.0, self.now.log_z + float(level))
         ess = float(effective_fraction(log_w.exp()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..processes.laws import GaussianMixture, ProductMixture
 from ..randomness import Place, derive_seed, generator_for
 
-_FULL = 64  # largest dimension with whole covariances
+_FULL, _CORRELATED = 64, 256  # largest dimensions with whole covariances, and with one of all samples
 _HELD_OUT = 0.25
 _LEAST, _HIGHEST, _NUMBERS = 4096, 16384, 100_000  # samples that choose: at least, at most, and numbers in all of them
 _PASSES, _FIRST_PASSES, _ENOUGH = (
@@ -22,6 +22,9 @@ _PASSES, _FIRST_PASSES, _ENOUGH = (
 _NARROW = 1e-3  # least standard deviation of a component, relative to the samples' in that direction
 _WIDE, _BESIDE = 3.0, 0.01  # standard deviation and weight of what stands beside a fit while it is judged
 _BETTER = 0.01  # nats per held-out sample that a larger mixture must gain
+_NARROWEST = 0.02  # least eigenvalue of the samples' correlations, below which they are fitted in coordinates without
+_LEAST_CORRELATION = 1e-8  # and at which these stay a covariance in double precision
+_EACH = 4  # effective samples for each dimension, that this takes
 _ROWS = 2048  # samples whose responsibilities are held at once
 _COORDINATE_SIZES = (1, 2, 4, 8)
 
@@ -62,13 +65,15 @@ def fit_mixture(
         raise ValueError(f"log_weights: at least 16 samples must have a weight above 0; {len(v)} of {len(x)} have.")
     mean = (w.unsqueeze(1) * v).sum(0) / w.sum()
     scale = ((w.unsqueeze(1) * (v - mean).square()).sum(0) / w.sum()).sqrt().clamp(min=1e-12)
-    z = (v - mean) / scale
+    root = _correlated(v, w, mean, scale)
+    z = (v - mean) / scale if root is None else torch.linalg.solve_triangular(root, (v - mean).mT, upper=False).mT
     order = torch.randperm(len(z), generator=generator_for(x.device, seed, Place.MIXTURE_SPLIT), device=x.device)
     order = order[: min(_HIGHEST, max(_LEAST, _NUMBERS // z.shape[1]))]
     cut = max(8, round(_HELD_OUT * len(order)))
     held, kept = ((z[rows], w[rows] * len(rows) / w[rows].sum()) for rows in (order[:cut], order[cut:]))
     best, found, chosen = -math.inf, None, ("diagonal", 1)
-    for kind in KINDS if z.shape[1] <= _FULL else KINDS[:2]:
+    kinds = KINDS if z.shape[1] <= _FULL else KINDS[:2]
+    for kind in kinds if root is None else kinds[1:]:
         score, fit, size = _best_size(kind, *kept, *held, most, seed)
         if found is None or score > best + _BETTER:
             best, found, chosen = score, fit, (kind, size)
@@ -83,9 +88,27 @@ def fit_mixture(
         middle, width = mean.unsqueeze(1), scale.unsqueeze(1)
         parts = (found.weights.clamp(min=1e-12), middle + width * found.means, width**2 * found.var)
         return ProductMixture(*(part.to(x) for part in parts))
-    width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
     # axes are found in float64: a narrow direction beside a wide one is below float32's rounding of a covariance
+    if root is not None:
+        cov = root @ (torch.diag_embed(found.cov) if found.cov.ndim == 2 else found.cov) @ root.mT
+        return GaussianMixture(found.weights, mean + found.means @ root.mT, cov).to(x)
+    width = scale**2 if found.cov.ndim == 2 else scale.unsqueeze(1) * scale
     return GaussianMixture(found.weights, mean + scale * found.means, found.cov * width).to(x)
+
+
+def _correlated(v: Tensor, w: Tensor, mean: Tensor, scale: Tensor) -> Tensor | None:
+    """The factor of the covariance of samples so correlated that covariances shrunk towards their diagonals would be
+    far too wide in a direction across the axes; None where they are not, or too few to say so."""
+    d, count = v.shape[1], float(w.sum().square() / w.square().sum())
+    if d == 1 or d > _CORRELATED or count < _EACH * d:
+        return None
+    t = (v - mean) / scale
+    correlation = (w.unsqueeze(1) * t).mT @ t / w.sum()
+    constant = float(correlation.diagonal().min()) < 0.5
+    if constant or float(torch.linalg.eigvalsh(correlation)[0]) > _NARROWEST:
+        return None
+    floor = _LEAST_CORRELATION * torch.eye(d, dtype=v.dtype, device=v.device)
+    return scale.unsqueeze(1) * torch.linalg.cholesky(correlation + floor)
 
 
 def _best_size(

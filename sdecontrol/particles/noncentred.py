@@ -16,13 +16,13 @@ regressions in which the narrowest particles count most, and a part of the law h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..processes.laws import GaussianMixture, ProductMixture, draw
+from ..processes.laws import GaussianMixture, ProductMixture, draw, mixture_of, mixture_tensors
 from .mixture_fit import fit_mixture
 
 _LARGEST = 64  # dimension in which it is looked for
@@ -35,6 +35,7 @@ _STEEP, _EACH = 4.0, 10.0  # largest power of the widths that weights are over; 
 _TAIL, _WIDE = 0.25, 3.0  # part of a law, and how many times its width along w_j
 _MOST_RATIO = 9.0  # squares of residuals over their variance are counted up to this
 _FURTHEST = 30.0  # of an exponent
+_HELD, _NUMBERS = ("scaled", "weights", "start", "slope"), (torch.float64, torch.long)
 
 
 @dataclass(frozen=True)
@@ -120,25 +121,64 @@ class MappedLaw:
     def draw(self, n: int, seed: int) -> Tensor:
         return self.maps(draw(self.law, n, seed))[0]
 
+    def moved(self, shift: Tensor, factor: Tensor) -> MappedLaw:
+        """The law of ``shift + factor z``, with one map or more."""
+        assert self.maps.centre is not None and self.maps.scale is not None
+        where = {"centre": shift + factor * self.maps.centre, "scale": factor * self.maps.scale}
+        return MappedLaw(self.law, replace(self.maps, **where))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file holds of it, with one map or more."""
+        assert self.maps.centre is not None and self.maps.scale is not None
+        maps = self.maps.maps
+        held = {name: torch.stack([getattr(m, name) for m in maps]) for name in _HELD}
+        numbers = [m.mean for m in maps], [m.j for m in maps]
+        means, along = (torch.tensor(v, dtype=t, device=held["weights"].device) for v, t in zip(numbers, _NUMBERS))
+        law = {f"law_{name}": value for name, value in mixture_tensors(self.law).items()}
+        return {**held, **law, "mean": means, "j": along, "centre": self.maps.centre, "scale": self.maps.scale}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> MappedLaw:
+        """That of :attr:`tensors`."""
+        law = {n.removeprefix("law_"): v for n, v in tensors.items() if n.startswith("law_")}
+        rows = zip(tensors["j"].tolist(), tensors["mean"].tolist(), *(tensors[name] for name in _HELD))
+        made = tuple(NonCentred(j, held[0], mean, *held[1:]) for j, mean, *held in rows)
+        return cls(mixture_of(law), Maps(made, tensors["centre"], tensors["scale"]))
+
     def __repr__(self) -> str:
         return f"{self.law!r} of coordinates whose scales depend on none" if self.maps.maps else repr(self.law)
 
 
-def fit_law(z: Tensor, log_weights: Tensor | None, *, seed: int, most: int) -> MappedLaw:
+def fit_law(z: Tensor, log_weights: Tensor | None, *, seed: int, most: int, settled: float = _MUCH) -> MappedLaw:
     """A mixture (:func:`fit_mixture`) of weighted particles, or of their non-centred coordinates where that says more
-    of them."""
+    of them.
+
+    Args:
+        settled: nats of a particle that maps gain, from which a mixture without them is not tried.
+    """
     weights = torch.zeros_like(z[:, 0], dtype=torch.float64) if log_weights is None else log_weights.double()
     maps = fit_noncentred(z, weights)
     if not maps.maps:
         return MappedLaw(fit_mixture(z, weights, seed=seed, most=most), IDENTITY)
     mapped = MappedLaw(fit_mixture(maps.inverse(z), weights, seed=seed, most=most), maps)
-    if maps.gain < _MUCH:
+    if maps.gain < settled:
         plain = MappedLaw(fit_mixture(z, weights, seed=seed, most=most), IDENTITY)
         rows = weights > -math.inf
         share, v = weights[rows].softmax(0), z[rows]
-        if float(share @ (plain.log_prob(v) - mapped.log_prob(v)).double()) > 0:
+        gained = float(share @ (plain.log_prob(v) - mapped.log_prob(v)).double())
+        # what more numbers gain on the particles that they were fitted to (Akaike)
+        if gained > (_numbers(plain.law) - _numbers(mapped.law)) * float(share.square().sum()):
             return plain
     return MappedLaw(_with_tails(mapped.law, [one.j for one in maps.maps]), maps)
+
+
+def _numbers(law: Any) -> int:
+    """How many a mixture has."""
+    if isinstance(law, ProductMixture):
+        return 3 * law.means.numel()
+    k, d = law.means.shape
+    return k * (1 + d + d * (d + 1) // 2)
 
 
 def _with_tails(law: Any, along: list[int]) -> Any:

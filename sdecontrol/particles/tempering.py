@@ -91,12 +91,14 @@ class TemperedTarget(Protocol):
 
 
 class StateTarget:
-    """A log density in its own space: ``x = centre + scale z``.
+    """A log density in its own space: ``x = centre + scale maps(z)``.
 
     Args:
         log_density: ``(n, dim) -> (n,)``, unnormalised.
         centre, scale: ``(dim,)``; wide enough to cover the target.
-        law: of ``(x - centre)/scale``, which particles begin with instead of the Gaussian.
+        law: of z, which particles begin with instead of the Gaussian.
+        maps: one to one, ``z -> (maps(z), log |d maps/dz|)``, ``(n, dim)`` and ``(n,)``: non-centred coordinates
+            (:class:`~.noncentred.Maps`). None: z itself.
     """
 
     def __init__(
@@ -106,32 +108,42 @@ class StateTarget:
         scale: Tensor,
         smooth: bool = True,
         law: GaussianMixture | ProductMixture | None = None,
+        maps: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.log_density, self.centre, self.scale, self.smooth = log_density, centre, scale, smooth
-        self.law = law
+        self.law, self.maps = law, maps
         self.dim, self.dtype, self.device = centre.numel(), centre.dtype, centre.device
         self.batch_size: int | None = None  # evaluations at a time
         self.parts: Tensor | None = None
         self.volume = float(scale.double().log().sum())
-        self.constant = 0.5 * self.dim * math.log(2 * math.pi) + self.volume
 
     def draw_origin(self, n: int, seed: int) -> Tensor:
         return self.centre.new_zeros(n, 0)
 
     def states(self, z: Tensor) -> Tensor:
-        return self.centre + self.scale * z
+        return self._mapped(z)[0]
+
+    def _mapped(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
+        """x, and the logarithm of how much larger a volume is there."""
+        if self.maps is None:
+            return self.centre + self.scale * z, self.volume
+        w, level = self.maps(z)
+        return self.centre + self.scale * w, level + self.volume
 
     def log_ratio(self, z: Tensor, origin: Tensor) -> Tensor:
-        return self.log_density(self.states(z)) + 0.5 * z.square().sum(1) + self.constant
+        return self.log_joint(z, origin) + 0.5 * z.square().sum(1) + 0.5 * self.dim * math.log(2 * math.pi)
 
     def log_joint(self, z: Tensor, origin: Tensor) -> Tensor:
-        return self.log_density(self.states(z)) + self.volume
+        x, volume = self._mapped(z)
+        return self.log_density(x) + volume
 
     def log_density_at(self, z: Tensor, phi: Tensor) -> Tensor:
         """The log density ``(n,)`` at points whose phi (of :class:`Points`) is known, without asking for it again."""
+        volume = self.volume if self.maps is None else self._mapped(z)[1]
+        volume = volume.double() if isinstance(volume, Tensor) else volume
         if self.law is None:
-            return phi.double() - 0.5 * z.double().square().sum(1) - self.constant
-        return phi.double() + self.law.log_prob(z).double() - self.volume
+            return phi.double() - 0.5 * z.double().square().sum(1) - 0.5 * self.dim * math.log(2 * math.pi) - volume
+        return phi.double() + self.law.log_prob(z).double() - volume
 
 
 class NoiseTarget:
@@ -426,19 +438,34 @@ def _redrawn(turn: Tensor, parts: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chosen[:, parts], COARSEST, 0.0).to(turn)
 
 
-def fit_gaussian(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (triangular or diagonal) factor of weighted particles, shrunk towards a diagonal."""
+def fit_gaussian(z: Tensor, weights: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and (triangular or diagonal) factor of weighted particles.
+
+    Correlations are shrunk towards none, by the part of their squares that is noise (Schafer & Strimmer 2005), in the
+    coordinates of the factor ``near`` (of the level before; None: in those of z): shrunk in others, a narrow direction
+    across the axes would take on a part of the wide ones' variance.
+    """
     v, w = z.double(), weights.double().unsqueeze(1)
+    whole = z.shape[1] <= _FULL_COVARIANCE
+    near = None if near is None or near.ndim == 1 else near.double()
+    if near is not None and whole:
+        v = torch.linalg.solve_triangular(near, v.mT, upper=False).mT
     mean = (w * v).sum(0)
     centred = v - mean
     var = (w * centred.square()).sum(0)
-    floor = 1e-8 * var.mean() + 1e-30
-    if z.shape[1] > _FULL_COVARIANCE:
+    floor = 1e-8 * var + 1e-14 * var.mean() + 1e-30
+    if not whole:
         return mean.to(z), (var + floor).sqrt().to(z)
-    count = 1 / float(weights.double().square().sum())
-    shrink = min(1.0, z.shape[1] / count)
-    cov = (1 - shrink) * (w * centred).mT @ centred + torch.diag(shrink * var + floor)
-    return mean.to(z), torch.linalg.cholesky(cov).to(z)
+    cov = (w * centred).mT @ centred
+    scale = (var + floor).sqrt()
+    off = (cov / (scale * scale.unsqueeze(1))).fill_diagonal_(0.0).square().sum()
+    noise = z.shape[1] * (z.shape[1] - 1) * float(weights.double().square().sum())
+    shrink = min(1.0, noise / max(float(off), 1e-300))
+    cov = (1 - shrink) * cov + torch.diag(shrink * var + floor)
+    factor = torch.linalg.cholesky(cov)
+    if near is not None:
+        mean, factor = near @ mean, near @ factor
+    return mean.to(z), factor.to(z)
 
 
 @full_precision()

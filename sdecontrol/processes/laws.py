@@ -443,6 +443,21 @@ def draw(law: Any, n: int, seed: int) -> Tensor:
     return torch.cat(parts)[:n]
 
 
+def mixture_tensors(law: GaussianMixture | ProductMixture) -> dict[str, Tensor]:
+    """What files hold of a mixture, bit for bit what it is made of."""
+    if isinstance(law, ProductMixture):
+        return {"log_weights": law.log_weights, "means": law.means, "variances": law.variances}
+    parts = {"log_weights": law.log_weights, "means": law.means, "values": law.variances}
+    return parts if law._vectors is None else {**parts, "vectors": law._vectors}
+
+
+def mixture_of(parts: dict[str, Tensor]) -> GaussianMixture | ProductMixture:
+    """The mixture of :func:`mixture_tensors`."""
+    if "variances" in parts:
+        return ProductMixture(parts["log_weights"].exp(), parts["means"], parts["variances"])
+    return GaussianMixture._from_parts(parts["log_weights"], parts["means"], parts["values"], parts.get("vectors"))
+
+
 def _device_of(law: Any) -> torch.device:
     for name in ("loc", "means", "point", "mean"):
         try:

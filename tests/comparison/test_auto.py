@@ -1,6 +1,8 @@
 """``auto`` on densities with known log Z: what it finds, keeps, says and counts; and that stopping and going on changes
 nothing."""
 
+import copy
+import dataclasses
 import importlib
 import math
 import types
@@ -286,6 +288,54 @@ def test_a_budget_that_is_over_at_once_gives_something_and_says_what_that_is():
     assert bool(torch.isfinite(ring(solution.sample(10, seed=1))).all())
 
 
+def test_what_is_left_for_the_estimate_makes_fewer_systems_or_none(monkeypatch):
+    """Systems have 16 particles at least and are 4 at least; where that is more than is left there is no estimate, and
+    the particles of the last round say so."""
+    monkeypatch.setattr(auto, "FEW_DIMENSIONS", 0)
+    problem, method = sc.gibbs_problem(ring, 2, scale=2.5), sc.Auto(256, 400_000)
+    run = Run(problem, problem.chain(10), 64, 1, 0)
+    begun = method.setup(run)
+    for run.iteration in range(2):
+        method.step(begun, run)
+    begun.ready.fill_(1)
+    made = []
+    for left in (10, 100, 10_000, 1_000_000):
+        state = copy.deepcopy(begun)
+        state.allowance = dataclasses.replace(begun.allowance, evaluations=begun.used + auto.TRIED + left)
+        run.iteration, rows = 2, problem.density.evaluations
+        while not method.finished(state, run):
+            method.step(state, run)
+            run.iteration += 1
+        systems, each = int(state.drawn), int(state.each)
+        made.append(systems)
+        assert systems == 0 or (systems >= 4 and each >= 16)
+        assert problem.density.evaluations - rows <= auto.TRIED + left
+        assert state.has_estimate == (systems > 0)
+    assert made[0] == 0 and made[-1] == SYSTEMS and made == sorted(made) and 0 < made[1] < SYSTEMS, made
+
+
+@pytest.mark.slow
+def test_particles_in_coordinates_whose_scales_depend_on_none(tmp_path):
+    """A funnel: particles begin with a law of its own coordinates, the control with a mixture that comes near; from a
+    file they are the same, also where the reference had to be put elsewhere."""
+
+    def funnel(x):
+        power = x[:, :1] - 5
+        given = -0.5 * (x[:, 1:].square() * (-power).exp() + power + math.log(2 * math.pi))
+        return torch.distributions.Normal(5.0, 3.0).log_prob(x[:, 0]) + given.sum(1)
+
+    problem = sc.gibbs_problem(funnel, 4, dtype=F64)
+    solution = sc.solve(problem, SMALL, iterations=4, seed=0)
+    assert solution.mapped is not None and "whose scales depend on none" in solution.details["report"]
+    assert isinstance(solution.control, MixtureControl)
+    close(solution.evaluate(8192, seed=1).log_z, 0.0, 0.03)
+    x = solution.sample(8192, seed=2)
+    assert abs(float(x[:, 0].mean()) - 5) < 0.15 and abs(float(x[:, 0].std()) / 3 - 1) < 0.05
+    solution.save(tmp_path / "run")
+    loaded = sc.load(tmp_path / "run", problem)
+    assert torch.allclose(loaded.sample(100, seed=3), solution.sample(100, seed=3), atol=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", slow_but([4.0, 20.0], 4.0))
 def test_a_budget_of_time_bounds_the_estimate_too(seconds, monkeypatch):
@@ -443,7 +493,7 @@ def test_a_round_that_loses_mass_is_not_kept(monkeypatch):
         assert isinstance(method.finish(state, run), MixtureControl if kept else ZeroControl), loss
     state.seen[0], state.cost[0] = state.log_z[0], 0.5
     assert isinstance(method.finish(state, run), ZeroControl)
-    control = MixtureControl(problem, state.law(run, 8))
+    control = MixtureControl(problem, state.law(run, 8).law)
     settings = TemperedSettings("states", True, mixture=True)
     law = tempered_target(problem, run.chain, control, settings).law
     x = torch.randn(20, 2)
