@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sdecontrol as sc
 from sdecontrol.particles.mixture_fit import fit_mixture
 from sdecontrol.particles.tempering import fit_gaussian
-from sdecontrol.processes.laws import GaussianMixture, ProductMixture
+from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
 
 F64 = torch.float64
 
@@ -68,7 +67,7 @@ def test_a_mixture_of_correlated_samples_is_as_narrow_as_they_are(modes: int) ->
     root = rotated(d, 1e6, seed=2)
     far = torch.stack([5.0 * k * torch.ones(d, dtype=F64) for k in range(modes)])
     law = GaussianMixture(torch.ones(modes, dtype=F64), far, (root @ root.mT).expand(modes, d, d))
-    x, held = sc.processes.laws.draw(law, n, 0), sc.processes.laws.draw(law, 1000, 1)
+    x, held = draw(law, n, 0), draw(law, 1000, 1)
     found = fit_mixture(x, seed=0, most=4)
     loss = float((law.log_prob(held) - found.log_prob(held)).mean())
     assert -0.01 < loss < (0.03 if modes == 1 else 0.3) * d, loss
