@@ -48,8 +48,11 @@ _ORDER = {
             "sampling",
             "particles",
             "gradients",
+            "schemes",
             "guidance",
             "evaluation",
+            "answers",
+            "doors",
             "solvers",
             "errata",
         )

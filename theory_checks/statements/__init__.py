@@ -1,8 +1,10 @@
 """The statements, in the order of the tutorial; importing this package registers every check."""
 
 from . import (  # noqa: F401
+    answers,
     chain,
     continuous,
+    doors,
     errata,
     estimators,
     evaluation,
@@ -16,6 +18,7 @@ from . import (  # noqa: F401
     particles,
     paths,
     sampling,
+    schemes,
     solvers,
     stopping,
 )
