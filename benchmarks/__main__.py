@@ -20,11 +20,13 @@ from .mixture import mixture
 from .mutants.command import mutants
 from .optimum import optimum
 from .orders import orders
+from .pictures import pictures
 from .posteriors import posteriors
 from .receding_horizon import receding_horizon
 from .sequences import sequences
 from .speed.command import speed
 from .systems import systems
+from .tutorials import tutorials
 from .unet import unet_suite
 from .verdicts import verdicts
 
@@ -45,11 +47,13 @@ app.command()(mixture)
 app.command()(mutants)
 app.command()(optimum)
 app.command()(orders)
+app.command()(pictures)
 app.command()(posteriors)
 app.command("receding-horizon")(receding_horizon)
 app.command()(sequences)
 app.command()(speed)
 app.command()(systems)
+app.command()(tutorials)
 app.command("unet")(unet_suite)
 app.command()(verdicts)
 

@@ -28,6 +28,8 @@ PAGES = (
     "docs/unknown_rewards.md",
     "docs/design_study.md",
     "docs/which.md",
+    "docs/howto/problems.md",
+    "docs/howto/runs.md",
 )
 QUICK = ("docs/index.md", "docs/getting_started.md", "docs/control_problems.md", "docs/sequences.md")
 
