@@ -112,7 +112,7 @@ def starts() -> Any:
 
     data = sc.GaussianMixture(torch.tensor([0.5, 0.5]), torch.tensor([[-1.5], [1.5]]), torch.full((2, 1, 1), 0.1))
     figure, panels = plt.subplots(1, 3, figsize=(9.5, 3), layout="constrained")
-    little = sc.generative_sde(data, sc.FlowMatching(), noise_level=lambda t: 0.1 + 0 * t)
+    little = sc.generative_sde(data, sc.FlowMatching(), noise_level=lambda t: 0.1)
     memoryless = sc.generative_sde(data, sc.FlowMatching(), noise_level="memoryless")
     tilt = sc.Linear(torch.tensor([1.5]))
     for panel, (name, sde) in zip(panels, (("little noise", little), ("memoryless noise", memoryless))):

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from benchmarks.tutorials import FOLDER, cells, names, run
 
+from benchmarks.tutorials import FOLDER, cells, names, run
 from sdecontrol.methods import base
 
 
