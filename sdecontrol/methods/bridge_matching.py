@@ -49,7 +49,7 @@ class BridgeMatching(PathMethod):
       ``u_k = Cov_u(r/alpha, z_k | x_k) - sum_{j > k} Cov_u(|c_j|^2/2, E[xi_k | x_k, x_j] | x_k)`` on the tuned model's
       own ends, with the path cost that its Section 5 retains. Fixed point: the same. Of the reward what the data that
       the model expects, ``r(x0^)``, tell of it is taken away first (an anchored regression; a black box is not asked):
-      no mean changes, and on digits the loss at the start is a fourteenth.
+      no mean changes, and the noise is less by much (docs/fine_tuning.md).
     * ``target="reinforce", path_cost=False``: its simple form, ``u = Cov_u(r/alpha, z | x)``. Its fixed point is
       ``p_r`` for a linear reward and Gaussian data only: for data N(0, 1) and ``r/alpha = -x^2/2`` the variance is
       .546 (as published, with the control for ``E[z | x]`` and among linear controls, .540; ``p_r`` has .5). On fresh
