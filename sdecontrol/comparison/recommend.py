@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..chains.base import Chain
 from ..chains.blocks import graph_bytes
+from ..chains.finite_start import tilts_starts
 from ..chains.shifts import shift_function
 from ..controls.build import build_control, continued
 from ..errors import NoExactSolution
@@ -363,11 +364,12 @@ def _warnings(problem: ControlProblem, one_off: bool) -> list[str]:
         "learns what its paths visit, and its own estimates do not see the rest: compare its log Z with that of SMC, "
         "or start from several seeds."
     ]
+    finite = problem.reference.state_dtype
     if problem.random_start:
         out.append(
             "the random start keeps its law: the end has the tilted law only where it has forgotten the start "
             "(evaluate's start gap says what is left)."
-            + (" start='controlled' removes that." if problem.reference.state_dtype is None else "")
+            + (" start='controlled' removes that." if finite is None or tilts_starts(problem.reference) else "")
         )
     out += _unknown(problem)
     if not one_off and problem.condition is not None:

@@ -63,10 +63,12 @@ def build_control(
         main = _network(problem, chain, place, scale_langevin=scale_langevin, feedback=feedback)
     if not chain.start or isinstance(main, StartedControl):
         return main
+    place = derive_seed(seed, Place.CONTROL_START)
+    if problem.reference.state_dtype is not None:
+        return StartedControl(TokenControl.of(problem, token_layers(problem), place), main)
     law = problem.initial
     scales = Scales(law.mean, law.variance.sqrt().clamp(min=1e-12))
     architecture = Architecture(**asdict(layers_for(problem)), start=True)
-    place = derive_seed(seed, Place.CONTROL_START)
     return StartedControl(DefaultControl.of(problem, architecture, scales, seed=place), main)
 
 

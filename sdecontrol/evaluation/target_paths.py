@@ -24,7 +24,7 @@ from ..tensors import is_matrix_scale
 
 def bridged(problem: ControlProblem) -> bool:
     """Whether paths to given ends can be drawn: a Gaussian or point start, no running cost, no conditions."""
-    initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
+    initial = problem.origin
     return (
         problem.running_cost_function is None
         and problem.stop is None
@@ -39,7 +39,7 @@ def weights_to(problem: ControlProblem, chain: Chain, control: Any, ends: Tensor
     end = ends.to(chain.times)
     if chain.reverse is not None:
         return run_backwards(problem, chain, control, end, derive_seed(seed, Place.PATHS_BACKWARDS))
-    initial = Dirac(problem.initial.mean) if problem.start == "controlled" else problem.initial
+    initial = problem.origin
     bridge, generator = ChainBridge(chain), generator_for(end.device, seed, Place.PATHS_TO_ENDS)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=end.dtype, device=end.device)  # noqa: E731
     start = bridge.start_given_end(initial, end, draw(*end.shape))

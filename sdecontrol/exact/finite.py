@@ -20,7 +20,7 @@ from ..errors import NoExactSolution
 from ..memory import Remembered
 from ..precision import at_least_single
 from ..problems.problem import ControlProblem
-from ..processes.finite import LARGEST, FiniteLaw, StateSpace
+from ..processes.finite import LARGEST, FiniteLaw, StateSpace, probabilities
 from ..processes.laws import Dirac
 from ..shapes import Controls, PerPath, Scalar, States
 from .base import ExactSolution
@@ -57,7 +57,7 @@ def _kept(matrix: Any, stopped: np.ndarray) -> sparse.csr_array:
 
 class FiniteSolution(ExactSolution):
     """What the chain's and the process's solutions share. ``v/alpha`` is an array over all states, in the order of
-    ``space``; laws are :class:`FiniteLaw`.
+    ``space``; laws are :class:`FiniteLaw`. A controlled start has the law ``nu exp(v_0/alpha)/Z``.
 
     Attributes:
         space: all states.
@@ -75,7 +75,7 @@ class FiniteSolution(ExactSolution):
             )
         super().__init__(problem, settings, chain)
         self.space = space
-        self._start = self._first_law()
+        self._start, self._first = self._first_law(), 0.0 if chain is None else chain.clock[0]
         self._stopped = self._where_stopped()
 
     # ---------------------------------------------------------------- what each of the two provides
@@ -146,33 +146,31 @@ class FiniteSolution(ExactSolution):
         return costs if self._stopped is None else np.where(self._stopped, 0.0, costs)
 
     def _first_law(self) -> np.ndarray:
-        """Probabilities of the first state, ``(n,)``."""
-        law, space = self.problem.origin, self.space
+        """Probabilities of the first state, ``(n,)``: in continuous time of X_0 under the reference, tilted or not."""
+        law, space = self.problem.origin if self.chain is not None else self.problem.initial, self.space
         if isinstance(law, Dirac):
             return np.eye(1, space.size, int(space.index(law.point.cpu())))[0]
-        if isinstance(law, FiniteLaw) and law.probs.ndim == 1:
-            return law.probs.double().cpu().numpy() / float(law.probs.double().sum())
-        with torch.no_grad():
-            parts = [law.log_prob(x).double().cpu().reshape(len(x), -1).sum(1) for x in self._states()]
-        probs = torch.cat(parts).exp().numpy()
-        if abs(probs.sum() - 1) > 1e-4:
-            raise NoExactSolution(
-                f"initial: the probabilities of all states sum to {probs.sum():.4g} under this {type(law).__name__}."
-            )
-        return probs / probs.sum()
+        try:
+            return probabilities(space, law)
+        except ValueError as error:
+            raise NoExactSolution(str(error)) from error
 
     # ---------------------------------------------------------------- the interface
 
     @property
     def log_z(self) -> Scalar:
         known = self._start > 0
-        terms = self._log_psi(0.0)[known] + np.log(self._start[known])
+        terms = self._log_psi(self._first)[known] + np.log(self._start[known])
         return self._out(torch.from_numpy(terms).logsumexp(0))
 
     @property
     def start_log_z(self) -> Scalar:
+        if self.problem.start == "controlled":
+            return self.log_z
         known = self._start > 0
-        return self._out(torch.tensor(float(self._start[known] @ self._log_psi(0.0)[known]), dtype=torch.float64))
+        return self._out(
+            torch.tensor(float(self._start[known] @ self._log_psi(self._first)[known]), dtype=torch.float64)
+        )
 
     def _value_at(self, x: States, time: float) -> PerPath:
         return self.problem.alpha * torch.from_numpy(self._log_psi(time))[self.space.index(x)]
@@ -233,7 +231,7 @@ class FiniteChainSolution(FiniteSolution):
         self._end = self._rewards(self._ends(last))
         if last.nnz * chain.steps <= _HELD:
             self._matrix = Remembered(self._transition, chain.steps)
-        self._costs_by_step = [self._costs(chain.clock[k]) for k in range(chain.steps)]
+        self._costs_by_step = [self._costs(t) if t >= 0 else None for t in chain.clock[:-1]]
         self._values = self._backwards()
         self._laws: list[np.ndarray] = []
         self._product_values: list[np.ndarray] = []

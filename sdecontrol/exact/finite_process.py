@@ -25,9 +25,9 @@ class FiniteProcessSolution(FiniteSolution):
     ``psi(., T) = exp(r/alpha)``, ``v = alpha log psi``.
 
     ``control`` are the tilts ``u*(x, y) = (v(y) - v(x))/alpha`` of the rates. Laws are ``p*_t = phi_t psi_t`` with
-    ``phi`` the forward equation's solution from ``nu/psi_0``. Constant rates and costs: by exponentials, to rounding;
-    else by a time-ordered exponential, to about 1e-11 (in single precision 1e-6). A running cost that is the same at
-    nine times is taken as constant.
+    ``phi`` the forward equation's solution from ``nu/psi_0`` (from ``nu`` where the start is controlled). Constant
+    rates and costs: by exponentials, to rounding; else by a time-ordered exponential, to about 1e-11 (in single
+    precision 1e-6). A running cost that is the same at nine times is taken as constant.
 
     Raises:
         NoExactSolution: psi spans more than double precision does.
@@ -89,7 +89,9 @@ class FiniteProcessSolution(FiniteSolution):
 
     @functools.cached_property
     def _phi(self) -> list[np.ndarray]:
-        y, found = self._start / self._psi[0][0], []
+        y, found = self._start, []
+        if self.problem.start != "controlled":
+            y = y / self._psi[0][0]
         found.append(y / y.max())
         for s, t in zip(self._ends[:-1], self._ends[1:]):
             y = self._flow(s, t, found[-1], forward=True)
@@ -110,12 +112,16 @@ class FiniteProcessSolution(FiniteSolution):
     def _log_psi(self, time: float) -> np.ndarray:
         if time == self.problem.horizon:
             return self._end
+        if time < 0:  # before a learned start
+            return np.full(self.space.size, float(self.log_z))
         y, scale = self._scaled_psi(time)
         return np.log(y) + scale
 
     def _probs(self, time: float) -> np.ndarray:
-        if time == 0.0:
+        if time == 0.0 and self.problem.start != "controlled":
             return self._start
+        if time < 0:
+            raise NoExactSolution("t: a controlled start of tokens has laws from time 0 on; before, there is no state.")
         j = self._piece(time)
         law = self._scaled_psi(time)[0] * self._flow(self._ends[j], time, self._phi[j], forward=True)
         return law / law.sum()
@@ -125,6 +131,8 @@ class FiniteProcessSolution(FiniteSolution):
         return self._flow(s, t, end * after[:, None]) / before[:, None]
 
     def _control_at(self, x: States, time: float) -> Controls:
+        if time < 0:  # the tilt of the start
+            return torch.from_numpy(self._log_psi(0.0) - float(self.log_z)).expand(len(x), 1, -1)
         w, moves = torch.from_numpy(self._log_psi(time)), self._process.moves
         here = w[x[:, 0]].reshape(-1, 1, 1)
         if moves is None:

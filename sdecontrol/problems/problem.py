@@ -14,11 +14,13 @@ from torch.distributions import Distribution
 
 from ..chains.base import Chain
 from ..chains.build import chain_of, make_grid
+from ..chains.finite_start import FiniteStart, StartedTokens, tilts_starts
 from ..chains.segments import LearnedStart, SegmentedChain
 from ..chains.stopped import StoppedChain
 from ..counting import count_reward
 from ..errors import NonFiniteError, NotDifferentiable, RewardError, check_name, warn
 from ..precision import at_least_single, call, full_precision
+from ..processes.finite import StateSpace, probabilities
 from ..processes.laws import Dirac, Gaussian, GaussianMixture, draw
 from ..processes.modules import Definition, evaluating
 from ..processes.reference import Reference
@@ -85,7 +87,8 @@ class ControlProblem(Definition):
         running_cost: ``f(x, t) -> (batch,)`` with t a 0-d tensor (``f(x, t, y)`` with a condition), or None.
         alpha: temperature of the entropy (KL) cost, > 0.
         start: "fixed" (X_0 keeps its law), "controlled" (a learned start: time before 0 makes it part of the
-            control), "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative
+            control; of a Gaussian law or a mixture of them, or of a law on the states of a process on one token),
+            "memoryless" (fixed, and verified to have been forgotten at the end). Default for generative
             references: memoryless if they are, else controlled; fixed for all others.
         condition: what y is drawn from: a torch distribution, a tensor ``(N, ...)`` of values, or ``n -> (n, ...)``.
             Reward, running cost, drift, model and control are then all given y, as their last positional argument.
@@ -161,7 +164,7 @@ class ControlProblem(Definition):
             )
         self.condition = condition
         self.start = self._choose_start(start)
-        self.origin = Dirac(self.initial.mean) if self.start == "controlled" else self.initial
+        self.origin = Dirac(self._before(sample[0])) if self.start == "controlled" else self.initial
         self.from_point = isinstance(self.origin, Dirac)
         self.random_start = self.start == "fixed" and not self.from_point
         self.stop = as_region(stop)
@@ -213,12 +216,28 @@ class ControlProblem(Definition):
             start = "memoryless" if memory is not None and memory <= MEMORYLESS else "controlled"
         if start == "memoryless":
             check_memoryless(self.memory)
-        if start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
+        if start == "controlled" and self.reference.state_dtype is not None:
+            self._check_finite_start()
+        elif start == "controlled" and not isinstance(self.initial, (Gaussian, GaussianMixture)):
             raise ValueError(
                 f"start='controlled' needs a Gaussian (or Gaussian mixture) start, got "
                 f"{type(self.initial).__name__}; pass initial=sc.Gaussian(mean, cov) or start='fixed'."
             )
         return start
+
+    def _check_finite_start(self) -> None:
+        """Raise unless a single step can draw X_0 from its law and a control tilt all of it."""
+        if not tilts_starts(self.reference):
+            raise ValueError(
+                "start='controlled' of tokens tilts the start of a process on one token, whose control has a number "
+                f"for each state; here a control has the shape {tuple(self.reference.control_shape)}. Pass the rates "
+                "of a JumpProcess dense (rates.to_dense()), or start='fixed'."
+            )
+        probabilities(StateSpace(self.reference.values, (1,)), self.initial)
+
+    def _before(self, state: Tensor) -> Tensor:
+        """The point before a learned start: the mean, or of tokens any one, which the start does not depend on."""
+        return self.initial.mean if self.reference.state_dtype is None else torch.zeros_like(state)
 
     @property
     def memory(self) -> float | None:
@@ -364,10 +383,15 @@ class ControlProblem(Definition):
             main = chain_of(reference, time_steps, scheme or "own", self.dtype, self.device)
             main = main if self.stop is None else self._stopped(main, self.stop)
             if self.start == "controlled":
-                learned = LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device)
-                main = SegmentedChain(learned, main)
+                main = self._started(main)
             self._chains[key] = main
         return self._chains[key]
+
+    def _started(self, main: Chain) -> Chain:
+        """After a learned start: of tokens in one step, of numbers in several."""
+        if self.reference.state_dtype is not None:
+            return StartedTokens(FiniteStart(self.initial, self.reference.values, self.dtype, self.device), main)
+        return SegmentedChain(LearnedStart(self.initial, max(5, main.steps // 4), self.dtype, self.device), main)
 
     def _stopped(self, main: Chain, region: Region) -> Chain:
         chain = StoppedChain(main, region)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -13,6 +14,7 @@ from ..randomness import Place, generator_for
 from ..tensors import check_tensor
 
 LARGEST = 10_000_000  #: states that are listed at most
+_ROWS = 1 << 16  # states that a law is asked for at once
 
 
 def check_tokens(name: str, x: Tensor, values: int) -> None:
@@ -121,3 +123,23 @@ class FiniteLaw(Distribution):
         shape = torch.broadcast_shapes(index.shape, self.batch_shape)
         found = self.probs.expand(*shape, -1).gather(-1, index.expand(shape).unsqueeze(-1))
         return found.squeeze(-1).log()
+
+
+def probabilities(space: StateSpace, law: Distribution) -> np.ndarray:
+    """Of all states under any law of tokens, ``(n,)`` float64.
+
+    Raises:
+        ValueError: they do not sum to one.
+    """
+    if isinstance(law, FiniteLaw) and law.probs.ndim == 1:
+        probs = law.probs.double().cpu().numpy()
+        return probs / probs.sum()
+    with torch.no_grad():
+        index = torch.arange(space.size, device=law.sample().device)
+        parts = [law.log_prob(space.states(rows)) for rows in index.split(_ROWS)]
+    probs = torch.cat([part.double().cpu().reshape(len(part), -1).sum(1) for part in parts]).exp().numpy()
+    if abs(probs.sum() - 1) > 1e-4:
+        raise ValueError(
+            f"initial: the probabilities of all states sum to {probs.sum():.4g} under this {type(law).__name__}."
+        )
+    return probs / probs.sum()

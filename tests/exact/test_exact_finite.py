@@ -213,10 +213,10 @@ def rates(n=5, seed=0):
     return q - torch.diag(q.sum(1))
 
 
-def jumps(given, cost=None, initial=1, alpha=0.6, horizon=1.3):
+def jumps(given, cost=None, initial=1, alpha=0.6, horizon=1.3, start=None):
     process = sc.JumpProcess(given, horizon=horizon, initial=initial)
     r = 1.5 * randn(process.values, seed=7)
-    return sc.ControlProblem(process, reward=lambda x: r[x[:, 0]], running_cost=cost, alpha=alpha)
+    return sc.ControlProblem(process, reward=lambda x: r[x[:, 0]], running_cost=cost, alpha=alpha, start=start)
 
 
 def f_constant(x, t):
@@ -282,6 +282,37 @@ def test_continuous_time_against_kolmogorovs_equation(case):
         want = np.where(moves.numpy() < 0, 0.0, w[moves.numpy()] - w[:, None])
         assert np.allclose(u, want, atol=loose)
     assert np.array_equal(exact.value(x, horizon), p.reward(x))
+
+
+NU = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.3], dtype=F64)
+
+
+@pytest.mark.parametrize("cost", [None, f_constant])
+def test_a_controlled_start_is_the_reference_law_times_the_exponential_of_the_value(cost):
+    """And so log Z is reached, of the same chain and of the same process as where the start is fixed."""
+    p, fixed = (jumps(rates(), cost, NU, horizon=0.4, start=start) for start in ("controlled", "fixed"))
+    x = torch.arange(5).unsqueeze(1)
+    end = (p.reward(x) / p.alpha).exp().numpy()
+    for options in ({}, {"time_steps": 6}):
+        exact, other = sc.exact_solution(p, **options), sc.exact_solution(fixed, **options)
+        v, z = (other.value(x, 0.0) / p.alpha).exp(), float(other.log_z)
+        want = NU * v / (NU * v).sum()
+        assert torch.allclose(exact.initial.probs, want, atol=1e-13)
+        assert torch.allclose(exact.value(x, 0.2), other.value(x, 0.2), atol=1e-13)
+        for known in (exact.log_z, exact.start_log_z, exact.elbo, exact.value(x[:1], -1.0)[0] / p.alpha):
+            assert float(known) == pytest.approx(z, abs=1e-12)
+        assert float(other.start_log_z) < z - 0.01
+        tilt = exact.control(x[:2], -1.0)  # of the law, whatever the point before it
+        assert torch.allclose(tilt[:, 0].exp() * NU, want.expand(2, -1), atol=1e-13)
+        if cost is None:  # of the end too, and of bridges
+            kernel = torch.from_numpy(by_ode(p, 0.0, p.horizon)).numpy()
+            joint = NU.numpy()[:, None] * kernel * end
+            assert np.allclose(exact.marginal(p.horizon).probs, joint.sum(0) / joint.sum(), atol=1e-11)
+            assert np.allclose(exact.bridge(0.0, p.horizon, x).probs, (joint / joint.sum(0)).T, atol=1e-11)
+    log_w = sc.simulate(p, 256, exact.control, time_steps=6, seed=0).log_weights()
+    assert torch.allclose(log_w, exact.log_z.expand(256), atol=1e-12)
+    with pytest.raises(sc.NoExactSolution, match="laws from time 0 on"):
+        sc.exact_solution(p).marginal(-0.5)
 
 
 def test_exact_chains_without_costs_have_the_values_of_continuous_time():
