@@ -287,7 +287,11 @@ def test_continuous_time_against_kolmogorovs_equation(case):
 NU = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.3], dtype=F64)
 
 
-@pytest.mark.parametrize("cost", [None, f_constant])
+def f_everywhere(x, t):
+    return 0.4 + f_constant(x, t)
+
+
+@pytest.mark.parametrize("cost", [None, f_everywhere])
 def test_a_controlled_start_is_the_reference_law_times_the_exponential_of_the_value(cost):
     """And so log Z is reached, of the same chain and of the same process as where the start is fixed."""
     p, fixed = (jumps(rates(), cost, NU, horizon=0.4, start=start) for start in ("controlled", "fixed"))

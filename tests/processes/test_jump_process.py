@@ -1,5 +1,7 @@
 """Jump processes: rates as given, kernels against scipy's exponentials, simulation against exact laws, bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from scipy.linalg import expm
 from scipy.stats import chi2
 
 import sdecontrol as sc
+from sdecontrol.chains.categorical import CategoricalChain
 from sdecontrol.processes.finite import FiniteLaw, StateSpace
 from sdecontrol.processes.rates import exponential, exponential_action, moves_between, time_ordered
 
@@ -213,6 +216,31 @@ def test_a_random_start_is_drawn_with_its_probabilities():
     same = sc.ControlProblem(sc.JumpProcess(birth_death(), initial=probs), reward=p.reward_function)
     # two products of one matrix by vectors at other addresses may differ in their last bit
     assert float(sc.exact_solution(again).log_z) == pytest.approx(float(sc.exact_solution(same).log_z), rel=1e-14)
+
+
+def two_tokens():
+    flat = lambda k, x: torch.zeros(*x.shape, N).log_softmax(-1)  # noqa: E731
+    return CategoricalChain(flat, 2, N, torch.zeros(2, dtype=torch.int64))
+
+
+class Short(FiniteLaw):
+    """Whose probabilities sum to a half."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) - math.log(2.0)
+
+
+@pytest.mark.parametrize(
+    ("reference", "law", "match"),
+    [
+        (lambda: sc.JumpProcess(birth_death().to_sparse()), lambda p: FiniteLaw(p), r"has the shape \(1, 3\)"),
+        (two_tokens, lambda p: FiniteLaw(torch.ones(N * N), StateSpace(N, (2,))), r"has the shape \(2, 6\)"),
+        (lambda: sc.JumpProcess(birth_death()), lambda p: torch.distributions.Independent(Short(p), 0), "sum to 0.5"),
+    ],
+)
+def test_a_start_that_no_control_tilts_is_refused_by_name(reference, law, match):
+    with pytest.raises(ValueError, match=match):
+        sc.ControlProblem(reference(), law(torch.ones(N, dtype=F64)), start="controlled")
 
 
 def test_laws_on_finite_spaces():

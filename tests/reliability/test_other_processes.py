@@ -217,10 +217,12 @@ def relaxed():
     return sc.ControlProblem(sc.masked_diffusion(of_probabilities, 2, 3), reward=tokens)
 
 
-def jumps(rates=None, sparse=False, stop=None):
+def jumps(rates=None, sparse=False, stop=None, start=None):
     given = ring() if rates is None else rates
-    process = sc.JumpProcess(given.to_sparse() if sparse else given, initial=1)
-    return sc.ControlProblem(process, reward=tokens, stop=stop)
+    process = sc.JumpProcess(
+        given.to_sparse() if sparse else given, initial=1 if start is None else torch.ones(len(given))
+    )
+    return sc.ControlProblem(process, reward=tokens, stop=stop, start=start)
 
 
 def at_two(x):
@@ -267,6 +269,7 @@ REFERENCES = {
     ),
     "JumpProcess": jumps,
     "JumpProcess, sparse": lambda: jumps(sparse=True),
+    "JumpProcess, a learned start": lambda: jumps(start="controlled"),
     "JumpProcess of time": lambda: jumps(growing),
 }
 CHAINS = {
@@ -290,6 +293,8 @@ CHAINS = {
     "ManifoldChain": lambda: sphere().chain(K),
     "JumpChain": lambda: jumps().chain(K),
     "StoppedChain": lambda: stopping().chain(K),
+    "FiniteStart": lambda: jumps(start="controlled").chain(K).segments[0],
+    "StartedTokens": lambda: jumps(start="controlled").chain(K),
     "StoppedChain of tokens": lambda: jumps(stop=at_two).chain(K),
     "JumpChain, sparse": lambda: jumps(sparse=True).chain(K),
 }

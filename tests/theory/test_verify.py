@@ -80,9 +80,9 @@ def _noise_driven():
     return sc.ControlProblem(chain, sc.Dirac(torch.tensor([0.2], dtype=DOUBLE)), lambda x: -(x[:, 0] ** 2))
 
 
-def _jumps(start: Any = 0):
+def _jumps(start: Any = 0, way: str | None = None):
     rates = torch.tensor([[-1.0, 1.0, 0.0], [0.5, -1.5, 1.0], [0.0, 0.7, -0.7]], dtype=DOUBLE)
-    return sc.ControlProblem(sc.JumpProcess(rates, 1.0, start), reward=lambda x: x[:, 0].double())
+    return sc.ControlProblem(sc.JumpProcess(rates, 1.0, start), reward=lambda x: x[:, 0].double(), start=way)
 
 
 def _masked():
@@ -156,6 +156,12 @@ KINDS = {
         None,
         {"time_steps": 6},
         {"Lemma 2", "E_P[w] = Z"},
+    ),
+    "jump, a controlled start": (
+        lambda: _jumps(torch.tensor([0.2, 0.3, 0.5], dtype=DOUBLE), "controlled"),
+        None,
+        {"time_steps": 6},
+        {"Lemma 2", "Theorem 1", "Theorem 2", "Theorem 3"},
     ),
     "masked": (_masked, None, {}, {"Lemma 2", "Theorem 1", "Theorem 2", "Theorem 3"}),
     "sphere": (_sphere, lambda x, t: 0.3 * x.roll(1, 1), {"time_steps": 4}, {"Lemma 2", "Theorem 1", "Theorem 2"}),
