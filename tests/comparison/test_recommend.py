@@ -9,7 +9,8 @@ import torch
 from cases import nonlinear, random_lq
 
 import sdecontrol as sc
-from sdecontrol.methods.base import METRICS
+import sdecontrol.comparison.compare as compare_room
+from sdecontrol.methods.base import METRICS, Suggestion
 
 
 def mixture(reward=None) -> sc.ControlProblem:
@@ -128,6 +129,20 @@ def test_solve_takes_the_settings_of_what_is_recommended_unless_others_are_given
     sc.solve(problem, "reward-backprop", **more)
     assert seen == [("RewardNetwork", 64), ("RewardNetwork", 192), ("TunedControl", 256), ("TunedControl", 256)]
     assert "floating-point operations" in solution.details["reason"]
+
+
+def test_compare_takes_the_way_of_controlling_a_model_that_is_recommended(monkeypatch) -> None:
+    """One method in two ways: two rows, told apart by their labels, each with its reason."""
+    advice = [
+        Suggestion(sc.RewardBackprop(), "beside it", {"control": "frozen"}),
+        Suggestion(sc.RewardBackprop(), "it"),
+    ]
+    monkeypatch.setattr(compare_room, "suggested", lambda *_, **__: advice)
+    found = sc.compare(wide(), time_steps=3, iterations=1, batch_size=64, n=64, seed=0)
+    assert [row.label for row in found.rows] == ["reward-backprop, control='frozen'", "reward-backprop"]
+    assert [row.chosen for row in found.rows] == ["beside it", "it"]
+    kinds = [type(row.solutions[0].control).__name__ for row in found.rows]
+    assert kinds == ["RewardNetwork", "TunedControl"]
 
 
 def test_little_memory_means_no_graph_of_all_steps() -> None:
