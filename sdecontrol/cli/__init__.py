@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from .common import BAD_INPUT, INTERRUPTED, report
+from .common import BAD_INPUT, INTERRUPTED, paragraphs, report
 from .compare import compare
 from .demo import demo
 from .design import design
@@ -17,7 +17,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="sdecontrol",
-    help="Continuous-time stochastic control in PyTorch: tune diffusion models, steer SDEs, sample densities.",
+    help="Continuous-time stochastic control in PyTorch: tune diffusion models, steer SDEs, sample densities, design "
+    "sequences.\n\nExample: [bold]sdecontrol demo --quick[/bold]\n\nExample: [bold]sdecontrol solve --help[/bold]",
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -43,7 +44,7 @@ def _options(
 
 
 for _command in (demo, solve, sample, compare, design, verify):
-    app.command()(_command)
+    app.command(help=paragraphs(_command))(_command)
 
 
 def main() -> None:

@@ -4,7 +4,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -105,6 +107,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
+
+
+def columns() -> int | None:
+    """Characters of a line of the terminal; None where the output goes to a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_text(text: str) -> None:
+    """Text on standard output; on a terminal, lines that are too long go on below, indented."""
+    width = columns() or sys.maxsize
+    for line in text.splitlines():
+        print(line if len(line) <= width else "\n".join(textwrap.wrap(line, width, subsequent_indent="    ")))
+
+
+def paragraphs(command: Callable[..., None]) -> str:
+    """A command's docstring with each paragraph in one line, so that the terminal alone decides where lines end."""
+    return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]], notes: Iterable[str] = ()) -> None:

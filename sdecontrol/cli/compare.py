@@ -12,10 +12,12 @@ from .common import (
     OwnSeedOption,
     ProblemArgument,
     StepsOption,
+    columns,
     given,
     handles_errors,
     note,
     print_json,
+    print_text,
 )
 
 
@@ -49,9 +51,9 @@ def compare(
     A method that refuses the problem, or diverges, is a row with its reason. Calls are rows; memory is the peak above
     what was in use before.
 
-    Example:  [bold]sdecontrol compare ou-quadratic-easy --methods adjoint-matching,soft-ppo --iterations 100[/bold]
+    Example: [bold]sdecontrol compare ou-linear --methods socm,soft-ppo --iterations 100[/bold]
 
-    Example:  [bold]sdecontrol compare problem.toml --seeds 3 --budget 30s --figure frontier.png --json[/bold]
+    Example: [bold]sdecontrol compare problem.toml --seeds 3 --budget 30s --json[/bold]
     """
     from ..comparison.compare import compare as put_side_by_side
     from .solve import problem_of
@@ -75,6 +77,6 @@ def compare(
             }
         )
         return
-    print(f"{name}\n\n{result}")
+    print_text(f"{name}\n\n{result.text(columns())}")
     if figure is not None:
         note(f"figure in {figure}")

@@ -49,7 +49,7 @@ def demo(
     conditional law p(x | label), which importance sampling from the untuned
     model gives too.
 
-    Example:  [bold]sdecontrol demo --label 3 --output output/demo.png[/bold]
+    Example: [bold]sdecontrol demo --label 3 --output output/demo.png[/bold]
     """
     from .demo_figure import draw_figure
     from .demo_run import FULL, QUICK, run_demo

@@ -59,9 +59,9 @@ def design(
     tuned model draws, to judge it. What of a task is real and what is made is said with the results. Needs the extra
     bio.
 
-    Example:  [bold]sdecontrol design --task dna-8mer --figure designs.png[/bold]
+    Example: [bold]sdecontrol design --task dna-8mer --figure designs.png[/bold]
 
-    Example:  [bold]sdecontrol design --task rna-utr --rounds 3 --folder run/ --json[/bold]
+    Example: [bold]sdecontrol design --task rna-utr --rounds 3 --folder run/ --json[/bold]
     """
     from ..comparison.design import design as run_design
     from ..library.sequences import sequence_task

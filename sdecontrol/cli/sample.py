@@ -21,6 +21,7 @@ from .common import (
     handles_errors,
     note,
     print_json,
+    print_text,
 )
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ def sample(
     Log weights of samples are towards the density: the mean of their exponentials estimates Z. A .npy file holds the
     samples, and a second one beside it, FILE-log-weights.npy, their log weights.
 
-    Example:  [bold]sdecontrol sample gmm9 --figure gmm9.png[/bold]
+    Example: [bold]sdecontrol sample gmm9 --figure gmm9.png[/bold]
 
-    Example:  [bold]sdecontrol sample funnel --method particle-matching --budget 60s --json[/bold]
+    Example: [bold]sdecontrol sample funnel --method particle-matching --budget 60s[/bold]
 
-    Example:  [bold]sdecontrol sample my_model:log_density --dim 10 --samples draws.npy[/bold]
+    Example: [bold]sdecontrol sample my_model:log_density --dim 10 --samples draws.npy[/bold]
 
-    Example:  [bold]sdecontrol sample my_model:log_density --names rate,size --support 0:,0:1 --figure fit.png[/bold]
+    Example: [bold]sdecontrol sample my_model:log_density --names a,b --support 0:,0:1[/bold]
     """
     from ..problems.gibbs import gibbs_problem
     from ..training import solve as training
@@ -268,7 +269,7 @@ class _Judged:
         report = self.solution.details.get("report")
         if report is not None:
             print(f"{report}\n")
-        print(self.evaluation)
+        print_text(str(self.evaluation))
         off, distances = self.deviation, self.distances
         exact = self.exact
         known = "not known"

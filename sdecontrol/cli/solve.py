@@ -23,6 +23,7 @@ from .common import (
     handles_errors,
     note,
     print_json,
+    print_text,
 )
 
 if TYPE_CHECKING:
@@ -59,11 +60,11 @@ def solve(
     other settings. Or it names a Python object that is one, or a function
     that makes one: [bold]\\[problem][/bold] function = "module:object" (its code runs).
 
-    Example:  [bold]sdecontrol solve ou-quadratic-easy --iterations 500 --seed 0[/bold]
+    Example: [bold]sdecontrol solve ou-quadratic-easy --iterations 500 --seed 0[/bold]
 
-    Example:  [bold]sdecontrol solve double-well-1d --figure solution.png[/bold]
+    Example: [bold]sdecontrol solve double-well-1d --figure solution.png[/bold]
 
-    Example:  [bold]sdecontrol solve problem.toml --save runs/first --json[/bold]
+    Example: [bold]sdecontrol solve problem.toml --save runs/first --json[/bold]
     """
     from ..training import solve as training
 
@@ -101,7 +102,7 @@ def solve(
         )
         return
     print(f"{name}, {solution.method}, {solution.iterations} iterations, {seconds:.1f} s\n")
-    print(evaluation)
+    print_text(str(evaluation))
     _print_exact(exact)
     if save is not None:
         note(f"saved in {save}")

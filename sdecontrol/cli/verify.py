@@ -22,7 +22,7 @@ def verify(
 
     The exit status is not zero if a statement fails, or if a negative control does not.
 
-    Example: sdecontrol verify --only theorem-2 --seed 1
+    Example: [bold]sdecontrol verify --only theorem-2 --seed 1[/bold]
     """
     from pathlib import Path
 

@@ -154,13 +154,31 @@ class Comparison:
         return "\n".join([*lines, "", *(f"* {note}" for note in self.notes())])
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The table in columns, with its notes below.
+
+        Args:
+            width: characters of a line. What does not fit beside the methods' names goes on below, under the names
+                again. None: as wide as it is.
+        """
         head, body = self._cells()
         widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-            for row in [head, *body]
-        ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", *self.notes()])
+        parts: list[list[int]] = [[0]]
+        for i, w in enumerate(widths[1:], 1):
+            taken = sum(widths[j] + 2 for j in parts[-1])
+            if width is not None and len(parts[-1]) > 1 and taken + w > width:
+                parts.append([0])
+            parts[-1].append(i)
+        lines = []
+        for part in parts:
+            rows = [
+                "  ".join(row[i].rjust(widths[i]) if i else row[0].ljust(widths[0]) for i in part)
+                for row in [head, *body]
+            ]
+            lines += [rows[0], "-" * len(rows[0]), *rows[1:], ""]
+        return "\n".join([*lines, *self.notes()])
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -94,12 +94,7 @@ def test_python_blocks(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_toml_block(tmp_path: Path) -> None:
     from sdecontrol.cli.problem_file import read_problem_file
 
-    (block,) = blocks("toml")
+    (block,) = blocks("toml", "docs/command_line.md")
     (tmp_path / "problem.toml").write_text(block)
     problem, settings = read_problem_file(tmp_path / "problem.toml")
     assert problem.alpha == 0.5 and settings == {"time_steps": 50, "iterations": 500}
-
-
-@pytest.mark.parametrize("command", ["demo", "solve"])
-def test_commands_named_exist(command: str) -> None:
-    assert any(f"sdecontrol {command}" in block for block in blocks("sh"))
