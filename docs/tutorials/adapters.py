@@ -51,7 +51,14 @@ def bold(x):  # images (batch, 1, 8, 8) in [-1, 1] -> (batch,)
 reference = sc.from_diffusers(unet, scheduler, steps=10, lora=sc.LoRA(4))
 problem = sc.ControlProblem(reference, reward=bold, alpha=1.0, start="fixed")
 solution = sc.solve(
-    problem, sc.RewardBackprop(), control="tuned", iterations=iterations, batch_size=64, seed=0, progress=False
+    problem,
+    sc.RewardBackprop(),
+    control="tuned",
+    iterations=iterations,
+    batch_size=64,
+    learning_rate=1e-2,
+    seed=0,
+    progress=False,
 )
 trained = sum(p.numel() for p in solution.control.parameters() if p.requires_grad)
 print(f"{trained} numbers are trained, of {sum(p.numel() for p in unet.parameters())}")
