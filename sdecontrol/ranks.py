@@ -381,11 +381,6 @@ def mean(values: Tensor) -> Tensor:
     return values if (n := parts()) == 1 else whole_sum(values) / n
 
 
-def mean_number(value: float) -> float:
-    """:func:`mean` of a number."""
-    return value if parts() == 1 else float(mean(torch.tensor(value, dtype=torch.float64)))
-
-
 def mean_numbers(values: dict[str, float]) -> dict[str, float]:
     """:func:`mean` of numbers with names."""
     if parts() == 1:

@@ -49,7 +49,7 @@ def bold(x):  # images (batch, 1, 8, 8) in [-1, 1] -> (batch,)
 
 
 reference = sc.from_diffusers(unet, scheduler, steps=10, lora=sc.LoRA(4))
-problem = sc.ControlProblem(reference, reward=bold, alpha=1.0, start="fixed")
+problem = sc.ControlProblem(reference, reward=bold, alpha=0.2, start="fixed")
 solution = sc.solve(
     problem,
     sc.RewardBackprop(),
