@@ -173,3 +173,16 @@ def test_compare_and_recommend_know_them(kind):
         problem, [sc.LogVariance(), sc.SMC()], time_steps=K, iterations=5, batch_size=64, n=256, seed=0, progress=False
     )
     assert all("control_error" in row.estimates for row in table.rows if row.label == "log-variance")
+
+
+@pytest.mark.parametrize("curved", [pytest.param("sphere, a cost", marks=pytest.mark.slow), "torus, a drift"])
+def test_compare_finds_the_exact_solution_of_a_plain_reward(curved):
+    if curved.startswith("sphere"):
+        reference, start = sc.ManifoldSDE(sc.Sphere(2), sigma=0.8), torch.tensor([0.0, 0.0, 1.0])
+        cost = lambda x, t: x[:, 2]  # noqa: E731
+    else:
+        reference, start, cost = sc.ManifoldSDE(sc.Torus(1), lambda x, t: x.sin()), torch.zeros(1), None
+    problem = sc.ControlProblem(reference, sc.Dirac(start), reward=lambda x: 2 * x[:, 0].cos(), running_cost=cost)
+    options = {"iterations": 1, "time_steps": 5, "seed": 0, "progress": False}
+    text = str(sc.compare(problem, ["log-variance"], **options))
+    assert "Exact solution of the chain" in text and "rel. control error" in text
