@@ -239,7 +239,7 @@ def test_errors_are_one_line(run, arguments: tuple[str, ...], code: int, part: s
 
 def test_help_names_all_targets_and_has_examples(run) -> None:
     text = run("sample", "--help").stdout
-    assert "Example:  sdecontrol sample" in text
+    assert "Example: sdecontrol sample" in text
     for name in sc.library.target_names():
         assert name in text
 

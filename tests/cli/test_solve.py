@@ -147,7 +147,7 @@ def test_debug_shows_the_traceback(run) -> None:
 @pytest.mark.parametrize("command", ["solve", "demo"])
 def test_help_has_an_example(run, command: str) -> None:
     result = run(command, "--help")
-    assert result.exit_code == 0 and f"Example:  sdecontrol {command}" in result.stdout
+    assert result.exit_code == 0 and f"Example: sdecontrol {command}" in result.stdout
 
 
 def test_figure(run, tmp_path: Path) -> None:
