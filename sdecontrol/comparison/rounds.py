@@ -13,7 +13,7 @@ from ..particles.adaptive_importance import SYSTEMS
 from ..particles.ascent import Ascent
 from ..particles.mixture_fit import fit_mixture
 from ..particles.noncentred import MappedLaw, fit_law
-from ..particles.tempering import Ladder, Population, StateTarget
+from ..particles.tempering import FULL_WHERE_CORRELATED, Ladder, Population, StateTarget
 from ..problems.pilot import search
 from ..processes.laws import GaussianMixture, ProductMixture
 from ..randomness import Place, derive_seed
@@ -60,6 +60,14 @@ class Allowance:
         """Whether ``used`` evaluations are within this part of all, and the time is."""
         within = self.evaluations is None or used <= part * self.evaluations
         return within and (self.run.elapsed is None or self.run.elapsed() < part)
+
+
+def _plain(factors: Tensor) -> Tensor:
+    """Diagonals ``(J, dim)`` of matrices that are no more than these."""
+    if factors.ndim == 2:
+        return factors
+    diagonal = factors.diagonal(dim1=1, dim2=2)
+    return diagonal if torch.equal(factors, torch.diag_embed(diagonal)) else factors
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class Rounds(nn.Module):
         }
         if allowance.limited:
             each = min(size, max(64, _HELD // (SYSTEMS * dim)))
-            square = (dim,) if dim > 64 else (dim, dim)
+            square = (dim,) if dim > FULL_WHERE_CORRELATED else (dim, dim)
             buffers |= {
                 "ready": torch.zeros((), **counts),  # whether there are no more rounds
                 "work": torch.zeros((), **numbers),  # evaluations of phi for a particle of the last round
@@ -252,7 +260,9 @@ class Rounds(nn.Module):
         for column, values in zip(self.rungs[row], columns):
             column[:n] = values
         if first:
-            self.centres[:n], self.factors[:n] = ladder.centres, ladder.factors
+            self.centres[:n] = ladder.centres
+            whole = self.factors.ndim > ladder.factors.ndim
+            self.factors[:n] = torch.diag_embed(ladder.factors) if whole else ladder.factors
 
     def ladder(self) -> Ladder:
         """Of the estimate, by :attr:`way`."""
@@ -263,7 +273,7 @@ class Rounds(nn.Module):
             return Ladder(one, self.centres[:1], self.factors[:1], one, nothing + 1, nothing)
         n = int(self.lengths[way])
         betas, angles, steps, moves = self.rungs[way, :, :n]
-        return Ladder(betas, self.centres[:n], self.factors[:n], angles, steps.long().cpu(), moves.long().cpu())
+        return Ladder(betas, self.centres[:n], _plain(self.factors[:n]), angles, steps.long().cpu(), moves.long().cpu())
 
     def add_estimate(self, x: Tensor, log_rho: Tensor, found: Population) -> None:
         """Keep systems of the estimate, ``x`` ``(M, N, dim)``."""

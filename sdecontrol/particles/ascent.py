@@ -181,7 +181,7 @@ class Ascent:
         ladder = Ladder(
             betas,
             torch.stack(columns[1]),
-            torch.stack(columns[2]),
+            _alike(columns[2]),
             angles,
             torch.tensor(columns[4]),
             torch.tensor(columns[5]),
@@ -198,6 +198,13 @@ class Ascent:
             variance=ancestral_variance(roots, log_w.exp()),
         )
         return ladder, population
+
+
+def _alike(factors: tuple[Tensor, ...]) -> Tensor:
+    """Those of all levels, diagonal where all are."""
+    if len({factor.ndim for factor in factors}) > 1:
+        factors = tuple(torch.diag(factor) if factor.ndim == 1 else factor for factor in factors)
+    return torch.stack(factors)
 
 
 @full_precision()

@@ -43,7 +43,9 @@ from ..processes.laws import Gaussian, GaussianMixture, ProductMixture
 from ..randomness import Place, SuppliedNoise, derive_seed, generator_for
 from .smc import resample
 
-_FULL_COVARIANCE = 64  # largest dimension in which a whole covariance is fitted
+# Largest dimension in which a whole covariance is fitted, and in which one is where correlations are more than noise.
+_FULL_COVARIANCE, FULL_WHERE_CORRELATED = 64, 256
+_NOISE = 0.5  # part of the squares of correlations, above which they are
 # a move's angle is the level's, times exp of a uniform number in [-3, 0]: targets may be narrow in places (funnels)
 _JITTER = 3.0
 _MOST_LEAPFROG = 16
@@ -439,28 +441,30 @@ def _redrawn(turn: Tensor, parts: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fit_gaussian(z: Tensor, weights: Tensor, near: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and (triangular or diagonal) factor of weighted particles.
+    """Mean and (triangular or diagonal) factor of weighted particles; diagonal above 64 dimensions where correlations
+    are hardly more than noise, and above 256.
 
     Correlations are shrunk towards none, by the part of their squares that is noise (Schafer & Strimmer 2005), in the
     coordinates of the factor ``near`` (of the level before; None: in those of z): shrunk in others, a narrow direction
     across the axes would take on a part of the wide ones' variance.
     """
-    v, w = z.double(), weights.double().unsqueeze(1)
-    whole = z.shape[1] <= _FULL_COVARIANCE
+    v, w, d = z.double(), weights.double().unsqueeze(1), z.shape[1]
     near = None if near is None or near.ndim == 1 else near.double()
-    if near is not None and whole:
+    if near is not None:
         v = torch.linalg.solve_triangular(near, v.mT, upper=False).mT
     mean = (w * v).sum(0)
     centred = v - mean
     var = (w * centred.square()).sum(0)
     floor = 1e-8 * var + 1e-14 * var.mean() + 1e-30
-    if not whole:
-        return mean.to(z), (var + floor).sqrt().to(z)
-    cov = (w * centred).mT @ centred
     scale = (var + floor).sqrt()
+    if d > FULL_WHERE_CORRELATED:
+        return mean.to(z), scale.to(z)
+    cov = (w * centred).mT @ centred
     off = (cov / (scale * scale.unsqueeze(1))).fill_diagonal_(0.0).square().sum()
-    noise = z.shape[1] * (z.shape[1] - 1) * float(weights.double().square().sum())
+    noise = d * (d - 1) * float(weights.double().square().sum())
     shrink = min(1.0, noise / max(float(off), 1e-300))
+    if near is None and d > _FULL_COVARIANCE and shrink > _NOISE:
+        return mean.to(z), scale.to(z)
     cov = (1 - shrink) * cov + torch.diag(shrink * var + floor)
     factor = torch.linalg.cholesky(cov)
     if near is not None:

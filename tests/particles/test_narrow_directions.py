@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdecontrol.particles.ascent import Ascent
 from sdecontrol.particles.mixture_fit import fit_mixture
-from sdecontrol.particles.tempering import fit_gaussian
+from sdecontrol.particles.tempering import StateTarget, fit_gaussian, run_tempered
 from sdecontrol.processes.laws import GaussianMixture, ProductMixture, draw
 
 F64 = torch.float64
@@ -57,6 +58,37 @@ def test_correlations_that_are_noise_are_left_out() -> None:
     inside = factor / factor.diagonal().unsqueeze(1)
     assert float((inside - torch.eye(d, dtype=F64)).abs().max()) < 0.02
     assert torch.allclose(factor.diagonal(), x.std(0), rtol=0.02)
+
+
+def test_above_64_dimensions_a_covariance_is_whole_where_correlations_are_more_than_noise() -> None:
+    d, n = 80, 1500
+    even, x = torch.full((n,), 1 / n, dtype=F64), normal(n, d)
+    assert fit_gaussian(x, even)[1].shape == (d,)
+    root = rotated(d, 1e4)
+    y = x @ root.mT
+    _, factor = fit_gaussian(y, even)
+    assert factor.shape == (d, d)
+    for _ in range(6):  # from level to level
+        _, factor = fit_gaussian(y, even, factor)
+    ratio = whitened(root, factor)
+    assert float(ratio[0]) > 0.4 and float(ratio[-1]) < 4, ratio
+    assert fit_gaussian(normal(400, 300), torch.full((400,), 1 / 400, dtype=F64))[1].shape == (300,)
+
+
+@pytest.mark.slow
+def test_levels_with_diagonal_and_whole_covariances_are_climbed_together() -> None:
+    """In 70 dimensions, of which correlations grow with the level: E Z^ = Z on the ladder that was chosen."""
+    d = 70
+    root = rotated(d, 30.0)
+    law = GaussianMixture(torch.ones(1, dtype=F64), torch.zeros(1, d, dtype=F64), (root @ root.mT).unsqueeze(0))
+    target = StateTarget(law.log_prob, torch.zeros(d, dtype=F64), torch.full((d,), 1.2, dtype=F64))
+    ascent = Ascent(target, 256, 0)
+    ascent.climb()
+    assert {level.factor.ndim for level in ascent.levels} == {1, 2}
+    ladder, _ = ascent.result()
+    assert ladder.factors.shape == (len(ladder), d, d)
+    found = run_tempered(target, ladder, 8, 128, 1).log_z
+    assert abs(float(found.exp().mean()) - 1) < 4 * float(found.exp().std()) / 8**0.5 < 1.5
 
 
 @pytest.mark.parametrize("modes", [1, 2])
