@@ -66,7 +66,7 @@ print(solution.evaluate(n, seed=1))
 
 # %% [markdown]
 # The KL says what the reward has cost: `alpha` reward points a nat. The gap and the verdict say whether this is the law
-# that was asked for. Here it is not yet: what is saved is an average of the weights over about a hundred iterations, and
+# that was asked for. Here it is not yet: what is saved is an average of the weights over a hundred iterations, and
 # in a run as short as this it lags behind the curve below, which is of the iterations themselves. More are the remedy.
 #
 # ## Back to diffusers
