@@ -85,8 +85,7 @@ def truth_cell(name: str) -> Cell:
     if system.truth == "exact":
         exact = sc.exact_solution(problem, time_steps=card.time_steps)
         cell["log_z"] = asdict(Estimate(float(exact.log_z), 0.0))
-        if system.quadratic:
-            cell["floor"] = float(exact.floor)
+        cell["floor"] = float(exact.floor)
         if system.way is not None:
             paths = sc.simulate(problem, 65536, control=exact.control, time_steps=card.time_steps, seed=0)
             cell["share"] = asdict(_share(system, paths, log_weights(problem, paths)))

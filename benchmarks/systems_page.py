@@ -14,10 +14,11 @@ Written by `OMP_NUM_THREADS=1 python -m benchmarks systems` from the cells in `b
 only the page). Each [named problem](../control_problems.md#named-problems) by `sc.solve(problem)`: the method that
 `recommend` names, no number of iterations given, the steps and the batch of the problem's card. **log Z** of the
 chain: exact, or by 16 systems of reference paths or particles. **Gap**: log Z less the run's lower bound, in nats,
-with the bound's standard error, from 4096 new paths; it contains what no shift of the noise can gain (the floor).
-**log Z here**: by the run's own weights, and how many standard errors it is off. **Way**: the share of the target
-that takes the first of two ways, by the run's weights, and of its paths as they are. CPU-seconds of one thread on a
-machine with other work on it, without what measuring takes.
+with the bound's standard error, from 4096 new paths; it contains the **floor**, what no shift of the noise can gain,
+by the best shifts of exact solutions (on grids of the plane of those nearest to the optimal kernels). **log Z here**:
+by the run's own weights, and how many standard errors it is off. **Way**: the share of the target that takes the
+first of two ways, by the run's weights, and of its paths as they are. CPU-seconds of one thread on a machine with
+other work on it, without what measuring takes.
 """
 
 
@@ -27,15 +28,15 @@ def write_page(order: list[str], cells: list[Cell]) -> str:
     runs = sorted((c for c in cells if "source" not in c), key=lambda c: (order.index(c["problem"]), c["seed"]))
     lines = [
         _HEAD,
-        "| problem | log Z | seed | method | iterations | CPU-s | gap | log Z here | way | verdict | commit |",
-        "|---|---:|---|---|---:|---:|---:|---:|---|---|---|",
+        "| problem | log Z | floor | seed | method | iterations | CPU-s | gap | log Z here | way | verdict | commit |",
+        "|---|---:|---:|---|---|---:|---:|---:|---:|---|---|---|",
     ]
     for c in runs:
         truth = truths[c["problem"]]
+        known = f"{_estimate(truth['log_z'])} | {_floor(truth)}"
         lines.append(
-            f"| {c['problem']} | {_estimate(truth['log_z'])} | {c['seed']} | {c['method']} | {c['iterations']} | "
-            f"{c['cpu_seconds']:.0f} | {_gap(c)} | {_here(c, truth)} | {_way(c, truth)} | {c['verdict']} | "
-            f"{c['versions'].get('commit')} |"
+            f"| {c['problem']} | {known} | {c['seed']} | {c['method']} | {c['iterations']} | {c['cpu_seconds']:.0f} | "
+            f"{_gap(c)} | {_here(c, truth)} | {_way(c, truth)} | {c['verdict']} | {c['versions'].get('commit')} |"
         )
     lines += ["", "## What the verdicts say", ""]
     lines += [f"* {c['problem']}, seed {c['seed']}: {c['verdict']}; {c['reliability']}" for c in runs]
@@ -58,6 +59,10 @@ def write_page(order: list[str], cells: list[Cell]) -> str:
 
 def _estimate(e: dict[str, float]) -> str:
     return f"{e['value']:.3f} ± {e['stderr']:.3f}" if e["stderr"] else f"{e['value']:.4f}"
+
+
+def _floor(truth: Cell) -> str:
+    return f"{truth['floor']:.3f}" if "floor" in truth else ""
 
 
 def _gap(cell: Cell) -> str:

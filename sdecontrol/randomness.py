@@ -248,6 +248,8 @@ class Place(enum.IntEnum):
     AUTO_UNMOVED = 915  # particles of a run that was over before its first round
     RECEDING_HORIZON = 920  # paths by which a plan is updated [rounds before]
     RECEDING_HORIZON_SOLVE = 921  # plans by methods that train [plans before]
+    WAYS = 940  # recommend: paths of the reference, and particles, by which it looks for several ways
+    WAYS_PARTICLES = 941
     DESIGN_FIT = 931  # design [round]
     DESIGN_SOLVE = 932  # [round]
     DESIGN_SAMPLES = 933  # among which the next batch is [round, turn]

@@ -44,6 +44,7 @@ from ..tensors import as_float, check_recording
 from .auto import Auto
 from .compare import suggestion_label
 from .costs import step_flops
+from .ways import smaller_way
 
 _GIB = 2.0**30
 _LEAST_PATHS = 1024  # to which a value is fitted
@@ -100,7 +101,8 @@ def recommend(
     and ``compare`` the first three.
 
     The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the
-    tutorial's.
+    tutorial's. Where the reference's paths do not reach the target, particles look for several ways to it (some
+    seconds; ``comparison/ways.py``).
 
     Args:
         one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training
@@ -132,6 +134,8 @@ def recommend(
         facts.append(f"a path of the model takes {flops:.2g} floating-point operations")
     if problem.density is not None and control is None:
         found.insert(0, Suggestion(Auto(), _FOR_DENSITIES))
+    if not one_off and control is None and (share := smaller_way(problem, chain)) is not None:
+        found.insert(0, _with_ways(share))
     kept = [s for s in found if _accepts(s.method, problem)]
     return Advice(
         (*_facts(problem, chain, parameters), *facts),
@@ -209,6 +213,15 @@ def _for_networks(problem: ControlProblem, chain: Chain, flops: float, work: flo
         {"control": "frozen", "batch_size": size},
     )
     return [frozen, *suggestions]
+
+
+def _with_ways(share: float) -> Suggestion:
+    return Suggestion(
+        ParticleMatching(),
+        "the target has several ways that the reference's paths do not part into: particles find a valley between "
+        f"them, with {share:.0%} of the target on one side. A control that learns from its own paths may take one way "
+        "and never see the others; this one learns from the particles, and has them all (docs/tables/systems.md).",
+    )
 
 
 def _trained(problem: ControlProblem, chain: Chain, fits: bool, steps: int | None) -> list[Suggestion]:

@@ -101,18 +101,18 @@ def _cart_pole(noise: float = 1.0) -> ControlProblem:
 @add_problem("epidemic", version=1, time_steps=100, batch_size=256)
 def _epidemic(noise: float = 1.0) -> ControlProblem:
     """An epidemic among 200 by its diffusion approximation: state (susceptible, infected) as parts of all, infections
-    at the rate 2.5 s i and recoveries at the rate i, each with noise of the root of its rate over 200 (rates clamped at
-    0 within the root); T = 4, f = 20 i, g = 20 i; start (0.95, 0.05)."""
+    at the rate 2.5 s i and recoveries at the rate i, both clamped at 0, each with noise of the root of its rate over
+    200; T = 4, f = 20 i, g = 20 i; start (0.95, 0.05)."""
 
     def rates(x: Tensor) -> tuple[Tensor, Tensor]:
-        return 2.5 * x[:, 0] * x[:, 1], x[:, 1]
+        return (2.5 * x[:, 0] * x[:, 1]).clamp(min=0), x[:, 1].clamp(min=0)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         infected, recovered = rates(x)
         return torch.stack((-infected, infected - recovered), 1)
 
     def diffusion(x: Tensor, t: Tensor) -> Tensor:
-        first, second = ((noise * rate / 200).clamp(min=0).sqrt() for rate in rates(x))
+        first, second = ((noise * rate / 200).sqrt() for rate in rates(x))
         zero = torch.zeros_like(first)
         return torch.stack((torch.stack((-first, zero), 1), torch.stack((first, -second), 1)), 1)
 
