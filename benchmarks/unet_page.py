@@ -41,8 +41,8 @@ def _tuning(cells: dict[str, Cell]) -> list[str]:
     lines = [
         "## Tuning",
         "",
-        "*Default*: `sc.solve(problem)`, no method named: what `recommend` has for a model whose calls cost so much. "
-        "Others as `solve` has them: batches of 256, the control a tuned copy of the network. *Frozen*: "
+        ("*Default*: `sc.solve(problem)`, no method named. " if any(c["method"] == "default" for c in found) else "")
+        + "As `solve` has it: batches of 256, the control a tuned copy of the network. *Frozen*: "
         "`control='frozen'`, the model as it is and beside it a small network that sees the reward at the denoised "
         "state, batches of 64. "
         "So many iterations as the CPU-seconds pay for. **Gap** to the exactly tilted law (importance sampling of "
