@@ -212,7 +212,7 @@ def _page(cells: list[dict[str, Any]]) -> str:
         "deviations of 1e-3, 1 and 1e3 around 0.5, 0 and 2000. *eight schools, centred*: the funnel of a hierarchical "
         "model. *mean off*: largest error of a mean in standard deviations; *sd*: least and largest ratio of a "
         "standard deviation to the true one. Errors of log Z are over all independent groups of draws; in cells of "
-        "*lotka-volterra*, *normal* and *eight schools*, measured before they were, over 16 systems.",
+        "*lotka-volterra* and *eight schools*, measured before they were, over 16 systems.",
         "",
         "| density | evaluations | log Z − true, seeds 0, 1, ... | verdict | effective | mean off | sd | CPU-s |",
         "|---|---:|---|---|---|---|---|---:|",
