@@ -220,7 +220,8 @@ def _with_ways(share: float) -> Suggestion:
         ParticleMatching(),
         "the target has several ways that the reference's paths do not part into: particles find a valley between "
         f"them, with {share:.0%} of the target on one side. A control that learns from its own paths may take one way "
-        "and never see the others; this one learns from the particles, and has them all (docs/tables/systems.md).",
+        "and never see the others; this one learns from the particles, and has those that they find "
+        "(docs/control_problems.md).",
     )
 
 
