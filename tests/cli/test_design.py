@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdecontrol.cli.design import judged
+from sdecontrol.comparison.design import Design
 from sdecontrol.library.logos import information
+from sdecontrol.library.sequences import sequence_task
 
 from .conftest import only_json
 
@@ -46,3 +49,16 @@ def test_heights_of_a_logo_are_bits() -> None:
     assert half.tolist() == [[0.0, 0.5, 0.5, 0.0]]  # one bit in all
     with pytest.raises(ValueError, match=r"tokens must have shape \(n, L\)"):
         information(torch.tensor([1, 2]), 4)
+
+
+def test_what_is_said_of_designs_is_of_the_designs() -> None:
+    """Of one sequence, drawn 16 times."""
+    task = sequence_task("dna-8mer")
+    x = task.encode(["GTAAACAA"]).repeat(16, 1)
+    r = task.reward(x)
+    found = judged(task, Design(x, r, torch.zeros(16, dtype=torch.int64)), x)
+    said = found["designs"]
+    assert said["activity"] == pytest.approx(float(r[0]), abs=1e-5) and said["activity"] > said["natural_activity"] + 5
+    assert said["unique_share"] == 1 / 16 and said["edit_diversity"] == 0.0
+    assert said["log_likelihood"] == pytest.approx(float(task.log_likelihood(x[:1])) / 8, abs=1e-5)
+    assert found["best"][0] == {"sequence": "GTAAACAA", "activity": pytest.approx(float(r[0]))}

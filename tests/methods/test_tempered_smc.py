@@ -432,3 +432,33 @@ def test_the_error_of_one_system_is_that_of_its_families():
     assert spread / 1.5 < stated < spread * 1.5
     ladder_alone = [math.sqrt(float(((1 / p.ess - 1) * p.resampled).sum()) / 256) for p in found]
     assert sum(ladder_alone) / len(found) < 0.7 * spread
+
+
+class Flat:
+    """Nothing but noises of three tokens, of two, two and three numbers: every move is accepted."""
+
+    dim, smooth, dtype, device, law, batch_size = 7, False, F64, torch.device("cpu"), None, None
+    parts = torch.tensor([0, 1, 0, 2, 1, 2, 2])
+
+    def log_ratio(self, z, origin):
+        return torch.zeros(len(z), dtype=F64)
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.5])
+def test_a_move_of_tokens_draws_whole_positions_anew_and_keeps_the_others(angle):
+    """One at least; each other one with a probability of the mean angle over a quarter turn."""
+    n = 1 << 14
+    z = torch.randn(n, 7, generator=torch.Generator().manual_seed(0), dtype=F64)
+    p = Points(z, torch.zeros(n, dtype=F64), torch.zeros_like(z), torch.zeros(n, 0))
+    kernel = Kernel(1.0, torch.zeros(7, dtype=F64), torch.ones(7, dtype=F64), 1)
+    new, accepted = kernel.move(Flat(), p, angle, torch.Generator().manual_seed(1))
+    assert bool(accepted.all())
+    moved = (new.z - z).abs() > 1e-9
+    by_part = torch.stack([moved[:, Flat.parts == j] for j in (0, 1)])
+    assert bool((by_part.all(2) == by_part.any(2)).all())
+    whole = torch.stack([moved[:, Flat.parts == j].all(1) for j in range(3)], 1)
+    assert bool((whole.any(1) & (moved.sum(1) == whole.double() @ torch.tensor([2.0, 2.0, 3.0], dtype=F64))).all())
+    share = angle * (1 - math.exp(-3.0)) / 3.0 / (0.5 * math.pi)
+    assert float(whole.double().mean()) == pytest.approx((1 + 2 * share) / 3, abs=0.01)
+    drawn, old = new.z[moved], z[moved]
+    assert abs(float((drawn * old).mean())) < 0.03 and float(drawn.var()) == pytest.approx(1.0, abs=0.04)
