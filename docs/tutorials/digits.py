@@ -83,7 +83,7 @@ found = {
 figure, panels = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 for panel, (name, x) in zip(panels, found.items()):
     tiles = torch.nn.functional.pad(x[:25, 0].detach(), (1, 1, 1, 1), value=-1).reshape(5, 5, 10, 10)
-    tiles = tiles.permute(0, 2, 1, 3).reshape(50, 50)
+    tiles = tiles.permute(0, 2, 1, 3).reshape(50, 50).numpy()
     panel.imshow(-tiles, cmap="gray", vmin=-1, vmax=1)
     panel.set_title(f"{name}\nink {ink(x).mean():.1f}", fontsize=9)
     panel.axis("off")
