@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from .. import (
 )
 from ..chains.base import Chain
 from ..errors import BadFileError
-from ..evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate
+from ..evaluation.estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, weighted_mean
 from ..evaluation.evaluate import Evaluation, evaluate, log_weights
 from ..evaluation.metrics import sliced_wasserstein
 from ..evaluation.solution import Solution
@@ -308,14 +307,7 @@ def _share(classifier: nn.Module, x: Tensor, label: int, log_w: Tensor | None = 
     """Share of samples whose most probable class is the label."""
     with torch.no_grad():
         hits = (classifier(x).argmax(1) == label).double()
-    return mean_estimate(hits) if log_w is None else _weighted_mean(hits, log_w)
-
-
-def _weighted_mean(values: Tensor, log_w: Tensor) -> Estimate:
-    """Self-normalised importance sampling, with its error by the delta method."""
-    w = log_w.double().softmax(0)
-    mean = float((w * values.double()).sum())
-    return Estimate(mean, math.sqrt(float((w**2 * (values.double() - mean) ** 2).sum())))
+    return mean_estimate(hits) if log_w is None else weighted_mean(hits, log_w)
 
 
 def _drawn(
@@ -348,8 +340,8 @@ def _tilt(
     return Tilt(
         x,
         log_w,
-        _weighted_mean(log_w, log_w),  # alpha = 1 and no running cost: the log weight is the reward
-        _weighted_mean(log_w - log_z.value, log_w),
+        weighted_mean(log_w, log_w),  # alpha = 1 and no running cost: the log weight is the reward
+        weighted_mean(log_w - log_z.value, log_w),
         log_z,
         effective_sample_size(log_w),
         _share(classifier, x, label, log_w),

@@ -22,7 +22,15 @@ from ..particles.smc import resample
 from ..particles.tempering import StateTarget, run_tempered
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..tensors import check_count
-from .estimates import Estimate, as_plain, bridge_log_z, effective_sample_size, log_mean_weight, mean_estimate
+from .estimates import (
+    Estimate,
+    as_plain,
+    bridge_log_z,
+    effective_sample_size,
+    jackknife,
+    log_mean_weight,
+    mean_estimate,
+)
 from .evaluate import log_weights
 from .solution import Solution
 from .target_paths import bridged, run_backwards, weights_to
@@ -150,17 +158,13 @@ def certify(
 
 
 def _forward_ess(reverse: Tensor, forward: Tensor) -> Estimate:
-    """``Z / E_{Q_fine}[w]``, Z from both sides, with a jackknife error over 16 groups of both: Z and the mean come from
+    """``Z / E_{Q_fine}[w]``, Z from both sides, with the error of both together: Z and the mean come from
     the same paths."""
 
     def of(a: Tensor, b: Tensor) -> float:
         return math.exp(min(0.0, bridge_log_z(a, b).value - log_mean_weight(b).value))
 
-    groups = 16
-    parts = [v[: len(v) // groups * groups].reshape(groups, -1) for v in (reverse, forward)]
-    left_out = [of(*(torch.cat((v[:j], v[j + 1 :])).flatten() for v in parts)) for j in range(groups)]
-    spread = torch.tensor(left_out, dtype=torch.float64)
-    return Estimate(of(reverse, forward), float(((groups - 1) * spread.var(correction=0)).sqrt()))
+    return jackknife(of, reverse, forward)
 
 
 def _alarms(found: Certificate, expected: Tensor | None) -> tuple[str, ...]:

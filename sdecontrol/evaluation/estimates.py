@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -57,6 +58,23 @@ def mean_estimate(values: Tensor) -> Estimate:
     """Mean of independent values ``(n,)`` with its standard error."""
     v = values.detach().double()
     return Estimate(float(v.mean()), float(v.std()) / math.sqrt(len(v)) if len(v) > 1 else float("nan"))
+
+
+def weighted_mean(values: Tensor, log_weights: Tensor) -> Estimate:
+    """Mean of ``(n,)`` values under self-normalised weights, with its standard error (delta method)."""
+    weights, v = log_weights.detach().double().softmax(0), values.detach().double()
+    mean = float((weights * v).sum())
+    return Estimate(mean, float((weights * (v - mean)).square().sum().sqrt()))
+
+
+def jackknife(of: Callable[..., float], *samples: Tensor) -> Estimate:
+    """``of(*samples)``, each of independent rows ``(n,)``, with its error from 16 groups of rows, each left out in turn
+    of all samples (what is left of n goes into the value alone)."""
+    groups = 16
+    parts = [v[: len(v) // groups * groups].reshape(groups, -1) for v in samples]
+    left_out = [of(*(torch.cat((v[:j], v[j + 1 :])).flatten() for v in parts)) for j in range(groups)]
+    spread = torch.tensor(left_out, dtype=torch.float64).var(correction=0)
+    return Estimate(of(*samples), float(((groups - 1) * spread).sqrt()))
 
 
 def chain_mean(values: Tensor) -> Estimate:

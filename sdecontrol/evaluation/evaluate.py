@@ -20,7 +20,7 @@ from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed
 from ..shapes import PerPath
 from ..tensors import check_count
-from .estimates import Estimate, as_plain, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .estimates import Estimate, as_plain, effective_sample_size, jackknife, log_mean_weight, mean_estimate, pareto_k
 from .second_look import Ways, look_again
 from .verdict import CONFIRMED, UNRELIABLE, judge
 
@@ -203,7 +203,7 @@ def evaluate(
         objective=Estimate(problem.alpha * elbo.value, problem.alpha * elbo.stderr),
         elbo=elbo,
         log_z=estimated,
-        ess=_ess(log_w),
+        ess=jackknife(effective_sample_size, log_w),
         gap=gap,
         start_gap=start_gap,
         verdict=verdict,
@@ -229,16 +229,6 @@ def gap_estimate(log_w: Tensor, below: Tensor) -> Estimate:
     level = log_mean_weight(log_w).value
     influence = (log_w - level).exp() - below
     return Estimate(level - float(below.mean()), float(influence.std()) / math.sqrt(len(log_w)))
-
-
-def _ess(log_w: Tensor) -> Estimate:
-    """The effective sample size with a jackknife error over 16 groups."""
-    groups = 16
-    kept = len(log_w) // groups * groups
-    parts = log_w[:kept].reshape(groups, -1)
-    left_out = [effective_sample_size(torch.cat((parts[:j], parts[j + 1 :])).flatten()) for j in range(groups)]
-    spread = torch.tensor(left_out, dtype=torch.float64)
-    return Estimate(effective_sample_size(log_w), float(((groups - 1) * spread.var(correction=0)).sqrt()))
 
 
 def _per_start(

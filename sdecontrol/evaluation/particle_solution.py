@@ -21,7 +21,7 @@ from ..problems.simulation_options import SimulationOptions
 from ..randomness import Place, derive_seed, fresh_seed, generator_for
 from ..shapes import PerPath
 from ..tensors import check_count
-from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from .estimates import Estimate, effective_sample_size, log_mean_weight, mean_estimate, pareto_k, weighted_mean
 from .evaluate import Evaluation, budget_of, gap_estimate, log_weights
 from .sample_agreement import bonferroni, shares_of
 from .second_look import ESS_FLOOR, HEAVY, Ways, look_again, search_cost
@@ -287,9 +287,7 @@ class ParticleSolution(Solution):
         each = torch.where(counts, weights * values, 0.0).sum(1)
         if self._one_each if independent is None else independent:
             return mean_estimate(each)
-        shares = found.log_z.softmax(0)
-        mean = float((shares * each).sum())
-        return Estimate(mean, float((shares * (each - mean)).square().sum().sqrt()))  # delta method
+        return weighted_mean(each, found.log_z)
 
     def _verdict(
         self, found: Particles, log_z: Estimate, tail: float, budget: int, seed: int, batch_size: int | None

@@ -234,7 +234,8 @@ def test_interrupted_in_its_first_round_it_gives_the_particles_on_their_way(eval
     assert function.calls == 214 and there.iterations == 0 and there.details["interrupted"]
     found = there.evaluate(seed=1)
     assert found.verdict == "unreliable" and "before the estimate began" in found.reliability
-    assert abs(found.log_z.value - quadrature(ring)) < 6 * found.log_z.stderr < 6
+    # weights in the midst of a level have tails for which the stated error is larger
+    assert abs(found.log_z.value - quadrature(ring)) < 6 * found.log_z.stderr and found.log_z.stderr < 2
     before = rows.rows
     assert bool(torch.isfinite(ring(there.sample(100, seed=1))).all()) and rows.rows == before
 

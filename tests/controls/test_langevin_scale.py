@@ -86,3 +86,21 @@ def test_least_squares_has_the_term_as_it_is(method):
     """Its damping is relative to each feature; a scale let single paths of tuned mixtures go astray."""
     solution = sc.solve(problem_of(200.0), method, iterations=2, **QUICK)
     assert solution.control.langevin_scale == 1.0
+
+
+def test_the_term_of_a_density_is_bounded_at_five_times_its_usual_size():
+    """``z / (1 + |z|/b)``, z the reward's gradient in units of the reference's scale, ``b = 5 rough sqrt(d)``: from
+    near to far out along a ray, in closed form (how it fades in time cancels in the ratios)."""
+    problem = sc.gibbs_problem(
+        lambda x: -8 * x.square().sum(1), 2, centre=torch.zeros(2, dtype=torch.float64), scale=1.0
+    )
+    chain = problem.chain(8)
+    control = build_control(problem, chain, seed=0)
+    away = torch.tensor([0.05, 0.5, 5.0, 500.0], dtype=torch.float64)
+    x = away.unsqueeze(1) * torch.tensor([0.6, 0.8], dtype=torch.float64)
+    with torch.no_grad():
+        control.langevin[0] = 1.0
+        term = shifts_along(chain, control, x.expand(chain.steps, 4, 2))[5].norm(dim=1)
+    z = 15 * away  # -16 x of the density, + x of the reference's end
+    bounded = z / (1 + z / (5 * problem.roughness * 2**0.5))
+    assert torch.allclose(term / term[0], bounded / bounded[0], rtol=1e-6)

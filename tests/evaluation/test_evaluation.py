@@ -8,7 +8,14 @@ from cases import F64, randn, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.given import given_control
-from sdecontrol.evaluation.estimates import effective_sample_size, log_mean_weight, mean_estimate, pareto_k
+from sdecontrol.evaluation.estimates import (
+    effective_sample_size,
+    jackknife,
+    log_mean_weight,
+    mean_estimate,
+    pareto_k,
+    weighted_mean,
+)
 from sdecontrol.evaluation.evaluate import evaluate
 from sdecontrol.evaluation.solution import Solution
 
@@ -213,3 +220,22 @@ def test_with_conditions_the_gap_is_that_of_every_condition(start, spread):
     nothing = evaluate(problem, lambda x, t, y: torch.zeros_like(x), chain, n=8192, seed=4)
     want = spread + 4 - 0.5 * math.log(size) - 4 / size  # -E R - (-E log Z(y))
     assert off_by(nothing.gap, want) < 4, (nothing.gap, want)
+
+
+def test_a_weighted_mean_has_the_error_of_its_ratio():
+    """Of ``sum w v / sum w`` with two weights in closed form; of equal weights that of a mean, but for n - 1."""
+    found = weighted_mean(torch.tensor([1.0, 3.0]), torch.tensor([0.0, math.log(3.0)]))
+    assert found.value == pytest.approx(2.5) and found.stderr == pytest.approx(math.hypot(0.25 * 1.5, 0.75 * 0.5))
+    values = randn(100, seed=1)
+    equal = weighted_mean(values, torch.full((100,), 7.0))
+    assert equal.stderr == pytest.approx(mean_estimate(values).stderr * math.sqrt(99 / 100))
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error_over_groups():
+    """Of a difference of means of two samples too, of which the same groups are left out; the last rows are in no
+    group."""
+    a, b = randn(16 * 5 + 3, seed=1), randn(16 * 5 + 3, seed=2) ** 3
+    groups = [v[:80].reshape(16, 5).mean(1) for v in (a, b)]
+    one, two = jackknife(lambda v: float(v.mean()), a), jackknife(lambda v, w: float(v.mean() - w.mean()), a, b)
+    assert one.value == float(a.mean()) and one.stderr == pytest.approx(float(groups[0].std()) / 4, rel=1e-12)
+    assert two.stderr == pytest.approx(float((groups[0] - groups[1]).std()) / 4, rel=1e-12)

@@ -218,3 +218,16 @@ def test_memory_of_the_schedules():
     assert sc.generative_sde(gm, sc.VP()).memory == pytest.approx(0.0066, abs=2e-4)
     assert sc.generative_sde(gm, sc.VP(1.0, 1.0)).memory == pytest.approx(math.exp(-0.5), rel=1e-6)
     assert sc.generative_sde(gm, sc.FlowMatching(0.01)).memory == pytest.approx(0.01, rel=0.02)
+
+
+def test_the_kernel_of_a_linear_sde_is_its_transition_from_each_state():
+    """Of ``dX = -a X dt + s dW``: mean ``e^{-ah} x``, variance ``s^2 (1 - e^{-2ah})/(2a)``; a batch, and one state."""
+    a, size, h = 1.3, 0.7, 0.4
+    sde = sc.LinearSDE(-a * torch.eye(2, dtype=F64), size * torch.eye(2, dtype=F64))
+    variance = size**2 * -math.expm1(-2 * a * h) / (2 * a)
+    for x in (randn(3, 2, seed=1), randn(2, seed=2)):
+        law = sde.kernel(0.1, 0.1 + h, x)
+        assert torch.allclose(law.mean, math.exp(-a * h) * x, rtol=1e-12)
+        assert torch.allclose(
+            law.scale_root @ law.scale_root, (variance * torch.eye(2, dtype=F64)).expand(*x.shape, 2), rtol=1e-12
+        )

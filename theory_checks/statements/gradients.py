@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from scipy.linalg import expm
 from torch import nn
 
 import sdecontrol as sc
+from sdecontrol.chains.blocks import blocks_of, in_blocks
 from sdecontrol.chains.shifts import shift_function
 from sdecontrol.methods.base import Run
 from sdecontrol.paths.lean_adjoint import StepJacobians, lean_targets, running_cost_gradients
@@ -342,3 +344,68 @@ def conditional(setting: Setting, defect: str) -> Lines:
             method.step(state, run)
             found.append(next(p.grad for p in state.control.parameters() if p.grad is not None))
         yield compare(f"gradient, {method.name}", found[1], found[0], 1e-9)
+
+
+@check(
+    "ratios-of-tokens",
+    "MATH 10: a value is a log density ratio; Remark 1",
+    kind="solver",
+    implements=["sdecontrol.ValueGuidance", "sdecontrol.methods.ratio_tokens.token_ratio_step"],
+    controls=["not trained", "sign of r flipped", "alpha off by 50 %"],
+)
+def token_ratios(setting: Setting, defect: str) -> Lines:
+    """The log density ratio that logistic regression finds between weighted and plain paths of a process on a finite
+    space is its value, alpha log psi, by the matrix exponential, at all states and times."""
+    Q = np.array([[-1.0, 1.0, 0.0], [0.5, -1.5, 1.0], [0.0, 2.0, -2.0]])
+    r, alpha = np.array([0.0, 0.5, 2.0]), 0.8
+    sign = -1.0 if defect.startswith("sign") else 1.0
+    process = sc.JumpProcess(tensor(Q), horizon=1.0, initial=tensor([0.4, 0.3, 0.3]))
+    used = alpha * (1.5 if defect.startswith("alpha") else 1.0)
+    problem = sc.ControlProblem(process, reward=lambda x: sign * tensor(r)[x[:, 0]], alpha=used)
+    count = 256 if defect == "not trained" else 4096
+    method = sc.ValueGuidance("ratio", num_paths=count)
+    options: dict[str, Any] = {"time_steps": 8, "seed": setting.seed, "progress": False}
+    solution = sc.solve(problem, method, iterations=1, **options)
+    value, x = cast(Any, solution.control).value, torch.tensor([[0], [1], [2]])
+    if defect == "not trained":
+        value = cast(Any, sc.solve(problem, sc.ValueGuidance(num_paths=256), iterations=1, **options).control).value
+        for p in value.parameters():
+            p.data.zero_()
+    for t in (0.125, 0.5, 0.875):
+        psi = expm((1 - t) * Q) @ np.exp(r / alpha)
+        found = value.at(x, tensor(t)).detach().numpy()
+        yield within(f"v/alpha at t = {t}", float(np.abs(found - np.log(psi)).max()), 0.12)
+
+
+@check(
+    "gradients-in-blocks",
+    "MATH 3: losses of stored paths",
+    implements=["sdecontrol.chains.blocks.in_blocks", "sdecontrol.chains.blocks.blocks_of"],
+    controls=["a block left out", "rows of another block"],
+)
+def in_blocks_(setting: Setting, defect: str) -> Lines:
+    """A loss of a control at all steps of all paths has the same gradient whether its activations are held at once or
+    some steps, or some rows of one step, at a time: sum_k v_k' A s_k in closed form, v_k s_k' summed."""
+    rng = setting.rng(203)
+    states, slopes = rng.normal(size=(4, 6, 2)), rng.normal(size=(4, 6, 3))
+    A = torch.zeros(3, 2, dtype=torch.float64, requires_grad=True)
+    A.data = tensor(rng.normal(size=(3, 2)))
+    want = np.einsum("kbi,kbj->ij", slopes, states)
+    for most in (24, 12, 7, 3):
+        blocks = blocks_of(4, 6, most)
+        rows = sum((b.steps.stop - b.steps.start) * (b.rows.stop - b.rows.start) for b in blocks)
+        yield compare(f"states in blocks of {most}", float(rows), 24.0, 0.0)
+
+        def evaluate(block: Any) -> torch.Tensor:
+            return block.of(tensor(states)) @ A.T
+
+        values = in_blocks(evaluate, blocks, [A], None)
+        yield compare(f"values, blocks of {most}", values.detach(), states @ A.detach().numpy().T)
+        given = tensor(slopes)
+        if defect.startswith("a block"):
+            given = given.clone()
+            blocks[-1].of(given).zero_()
+        if defect.startswith("rows"):
+            given = given.roll(1, 1)
+        (found,) = torch.autograd.grad((values * given).sum(), [A])
+        yield compare(f"gradient, blocks of {most}", found, want)

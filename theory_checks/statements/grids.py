@@ -269,3 +269,75 @@ def bellman(setting: Setting, defect: str) -> Lines:
             yield compare(f"v_{k}", float(exact.value(x[None], t)) / alpha, math.log(float(psi.sum())) - cost, 1e-8)
             shift = (psi / psi.sum()) @ tensor(z)
             yield compare(f"u_{k}", exact.control(x[None], t)[0], shift / math.sqrt(h), 1e-7)
+
+
+@check(
+    "grids-of-pairs",
+    "MATH 8: one or two dimensions, any r",
+    implements=[f"{EXACT}.value", f"{EXACT}.control", f"{EXACT}.log_z", f"{EXACT}.elbo"],
+    controls=["alpha off by 5 %", "noise off by 1 %", "drift off by 1 %"],
+)
+def grids_of_pairs(setting: Setting, defect: str) -> Lines:
+    """Of a chain of two coordinates that act on each other, with nothing declared, the recursion in the plane has the
+    values, best shifts, log Z and ELBO of the linear-quadratic chain: with noise in one direction alone, too, which
+    reaches the other coordinate by the drift."""
+    A = np.array([[0.0, 1.0], [-2.0, -0.3]])
+    size = 1.01 if defect.startswith("noise") else 1.0
+    rate = 1.01 if defect.startswith("drift") else 1.0
+    alpha = 1.05 if defect.startswith("alpha") else 1.0
+    G, g = np.array([[1.5, 0.4], [0.4, 0.6]]), np.array([1.0, -0.5])
+    point, K = sc.Dirac(tensor([0.4, -0.3])), 8
+    x = np.array([[0.4, -0.3], [0.1, 0.5], [-0.2, 0.2]])
+    for name, sigma in (("one direction", np.array([[0.0], [0.8]])), ("two", np.array([[0.5, 0.0], [0.3, 0.8]]))):
+        if defect and name == "two":
+            continue
+        linear = sc.ControlProblem(sc.LinearSDE(tensor(A), tensor(sigma)), point, sc.Quadratic(tensor(G), tensor(g)))
+        drift = lambda y, t: rate * y @ tensor(A).T  # noqa: E731
+        reward = lambda y: -0.5 * ((y @ tensor(G)) * y).sum(1) + y @ tensor(g)  # noqa: E731
+        plain_ = sc.ControlProblem(sc.SDE(drift, tensor(size * sigma), dim=2), point, reward, alpha=alpha)
+        want, grid = sc.exact_solution(linear, K), sc.exact_solution(plain_, K)
+        yield within("it is no grid", float(not isinstance(grid, GridChainSolution)), 0.0)
+        yield compare(f"log Z, noise in {name}", float(grid.log_z), float(want.log_z), 1e-5)
+        yield compare(f"ELBO, noise in {name}", float(grid.elbo), float(want.elbo), 1e-5)
+        for t in (0.0, 0.5):
+            yield compare(f"v(x, {t}), noise in {name}", grid.value(tensor(x), t), want.value(tensor(x), t), 1e-4)
+            u, best = grid.control(tensor(x), t), want.control(tensor(x), t)
+            yield compare(f"u(x, {t}), noise in {name}", u, best, 1e-3)
+
+
+@check(
+    "laws-on-manifolds",
+    "Theorem 1, MATH 12",
+    kind="statistical",
+    implements=[f"{EXACT}.marginal", f"{EXACT}.sample", "sdecontrol.exact.manifolds.SeriesLaw"],
+    tests=5,
+    controls=["noise off by 20 %", "reward off by 10 %"],
+)
+def laws_on_manifolds(setting: Setting, defect: str) -> Lines:
+    """Draws of the optimum's end on the sphere and on the circle have the moments of the reference's law times psi: of
+    Brownian motion the harmonics of degree l decay as exp(-l (l + 1) s/2), Fourier modes as exp(-k^2 s/2); and a law
+    knows its mean."""
+    n, T, alpha = setting.count(20_000, 200_000), 1.2, 0.6
+    noise = 0.9 * (1.2 if defect.startswith("noise") else 1.0)
+    size = 1.1 if defect.startswith("reward") else 1.0
+    s, way, point = 0.81 * T, np.array([0.6, 0.0, 0.8]), np.array([0.0, 0.6, -0.8])
+    reward = lambda y: alpha * (2 + size * y @ tensor(way)).log()  # noqa: E731
+    sphere = sc.ControlProblem(
+        sc.ManifoldSDE(sc.Sphere(2), None, noise, T), sc.Dirac(tensor(point)), reward, alpha=alpha
+    )
+    law = sc.exact_solution(sphere).marginal(T)
+    one, two = math.exp(-s), math.exp(-3 * s)
+    moment = np.eye(3) / 3 + two * (np.outer(point, point) - np.eye(3) / 3)
+    mean = (2 * one * point + moment @ way) / (2 + one * float(way @ point))
+    yield within("mean of the law on the sphere", float(np.abs(law.mean.numpy() - mean).max()), 1e-8)
+    torch.manual_seed(setting.seed)
+    x = law.sample((n,))
+    for i in range(3):
+        yield z_test(f"E x_{i + 1} on the sphere", x[:, i], float(mean[i]))
+    tilt = lambda y: alpha * (3 + size * y[:, 0].cos()).log()  # noqa: E731
+    circle = sc.ControlProblem(sc.ManifoldSDE(sc.Torus(1), None, noise, T), sc.Dirac(tensor([0.0])), tilt, alpha=alpha)
+    exact = sc.exact_solution(circle)
+    cosine = (3 * math.exp(-s / 2) + 0.5 * (1 + math.exp(-2 * s))) / (3 + math.exp(-s / 2))
+    y = exact.sample(n, seed=setting.seed)
+    yield z_test("E cos x on the circle", y[:, 0].cos(), cosine)
+    yield z_test("E sin x on the circle", y[:, 0].sin(), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from scipy.integrate import solve_ivp
 
 import sdecontrol as sc
+from sdecontrol.chains.diffusion import DiffusionChain, SamplerSteps, Thresholding
+from sdecontrol.chains.masked import MaskSchedule
 
 from ..cases import affine_map, linear_cases, spoil, tensor
 from ..gaussian import Joint, gaussian_kl, path_law
@@ -479,3 +482,84 @@ def mixture_start(setting: Setting, defect: str) -> Lines:
             )
             want = x + (0.0 if defect.startswith("Brownian") else h) * drift
             yield compare(f"step from s={s:g}, d={case.d}", paths.states[1], want, 1e-8)
+
+
+@check(
+    "predictions-and-limits",
+    "Section 1.1.1; Saharia et al. 2205.11487: thresholding",
+    implements=[
+        "sdecontrol.chains.diffusion.DiffusionChain",
+        "sdecontrol.chains.diffusion.Thresholding",
+    ],
+    controls=["limit off by 5 %", "noise off by 1 %", "prediction off by 1 %"],
+)
+def predictions(setting: Setting, defect: str) -> Lines:
+    """A step of a discrete sampler towards another prediction is a shift by the difference of the means over the noise,
+    whatever is predicted, with x0^ clipped, thresholded at a quantile, or as it is, and with eps^ of the limited x0^ or
+    the model's own; and from a shift comes the prediction that makes it, where one does."""
+    rng = setting.rng(204)
+    abar = np.cumprod(1 - np.linspace(0.01, 0.25, 8))
+    x, own, other = (rng.normal(size=(5, 2)) for _ in range(3))
+    size = 1.01 if defect.startswith("prediction") else 1.0
+    quantile = lambda v: np.clip(np.quantile(np.abs(v), 0.9, axis=1, keepdims=True), 1.0, 1.5)  # noqa: E731
+    limits: tuple[tuple[str, Any, Any], ...] = (
+        ("no limit", None, lambda v: v),
+        ("a clip", 0.8 * (1.05 if defect.startswith("limit") else 1.0), lambda v: np.clip(v, -0.8, 0.8)),
+        ("a threshold", Thresholding(0.9, 1.5), lambda v: np.clip(v, -quantile(v), quantile(v)) / quantile(v)),
+    )
+    a, b = abar[::-1][:-1], abar[::-1][1:]
+    var = 0.49 * (1 - b) / (1 - a) * (1 - a / b)
+    noise = np.sqrt(var) * (1.01 if defect.startswith("noise") else 1.0)
+    to_data, to_noise = np.append(np.sqrt(b), 1.0), np.append(np.sqrt(1 - b - var), 0.0)
+    lists = (np.sqrt(abar[::-1]), np.sqrt(1 - abar[::-1]), to_data, to_noise, noise)
+    steps = SamplerSteps(list(range(7, -1, -1)), *(list(map(float, v)) for v in lists))
+    k = 3
+    mu, std = math.sqrt(abar[7 - k]), math.sqrt(1 - abar[7 - k])
+    for kind in ("sample", "noise", "v"):
+        to_x0 = {
+            "sample": lambda p: p,
+            "noise": lambda p: (x - std * p) / mu,
+            "v": lambda p: mu * x - std * p,
+        }[kind]
+        for name, limit, limited in limits:
+            for of_limited in (True, False):
+                model = lambda y, n: size * tensor(own)  # noqa: E731
+                chain = DiffusionChain(model, steps, kind, (2,), tensor(0.0), limit, of_limited)
+
+                def mean(p: np.ndarray) -> np.ndarray:
+                    raw = to_x0(p)
+                    x0 = limited(raw)
+                    eps = (x - mu * (x0 if of_limited or limit is None else raw)) / std
+                    return math.sqrt(b[k]) * x0 + math.sqrt(1 - b[k] - var[k]) * eps
+
+                label = f"{kind}, {name}, eps^ {'of the limited x0^' if of_limited else 'its own'}"
+                c = (mean(other) - mean(own)) / math.sqrt(var[k])
+                got = chain.shift_towards(k, tensor(x), tensor(other))
+                yield compare(f"shift, {label}", got, c)
+                if name == "no limit":
+                    yield compare(f"change, {label}", chain.change_at(k, tensor(x), got), other - own)
+                elif name == "a clip":
+                    back = chain.change_at(k, tensor(x), got).numpy() + own
+                    yield compare(f"mean by the change, {label}", mean(back), mean(other), 1e-8)
+
+
+@check(
+    "schedules-of-masks",
+    "MATH 11: masked diffusion",
+    implements=["sdecontrol.chains.masked.MaskSchedule"],
+    controls=["another schedule", "inverse of the next time"],
+)
+def masks(setting: Setting, defect: str) -> Lines:
+    """The share of tokens that are kept at a noising time is 1 - s, 1 - cos((1 - s) pi/2), or any function that falls
+    from 1 to 0, and the time at which a share is kept is its inverse, by bisection where it is a user's own."""
+    s = np.linspace(0.05, 0.95, 7)
+    late = 0.01 if defect.startswith("inverse") else 0.0
+    ways: dict[str, tuple[Any, np.ndarray]] = {
+        "linear": ("linear", 1 - s),
+        "cosine": ("cosine", 1 - np.cos(0.5 * math.pi * (1 - s))),
+        "a user's": (lambda t: (1 - t) ** 3, (1 - s) ** 3),
+    }
+    for name, (kind, want) in ways.items():
+        schedule = MaskSchedule("linear" if defect.startswith("another") else kind)
+        yield compare(f"share kept, {name}", schedule.kept(tensor(s)), want)
+        yield compare(f"time of a share, {name}", schedule.time(tensor(want)), s + late, 1e-9)

@@ -3,6 +3,7 @@ closed forms of Gaussian chains and of densities whose integral is known."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -278,16 +279,17 @@ def importance(setting: Setting, defect: str) -> Lines:
 )
 def markov(setting: Setting, defect: str) -> Lines:
     """Chains of Langevin and Hamiltonian moves keep a density's law (moments), and the bridge between their draws and a
-    fitted law has its integral; NUTS in a thorough run."""
+    fitted law has its integral; NUTS where pyro is installed."""
     log_density, log_z = density(defect)
     problem = sc.gibbs_problem(log_density, 2, dtype=torch.float64, seed=0)
     methods: list[Any] = [sc.MALA(32), sc.HMC(32)]
-    if setting.thorough:
-        methods.append(sc.NUTS(2))
+    if importlib.util.find_spec("pyro") and not defect:
+        methods.append(sc.NUTS(2, warm_up=setting.count(60, 300)))
     for method in methods:
         solution = sc.solve(problem, method, progress=False, seed=0)
-        n = 8192 if method.name != "nuts" else 2000
-        yield from moments(method.name, solution.sample(n, seed=setting.seed + 1), DENSITY_MEAN, DENSITY_COV, 0.13)
+        n = 8192 if method.name != "nuts" else setting.count(400, 2000)
+        most = 0.13 if method.name != "nuts" else setting.count(30, 13) / 100
+        yield from moments(method.name, solution.sample(n, seed=setting.seed + 1), DENSITY_MEAN, DENSITY_COV, most)
         yield from agrees(
             f"log Z, {method.name}", solution.evaluate(n, seed=setting.seed, confirm=False).log_z, log_z, 0.05
         )

@@ -184,3 +184,52 @@ def passage(setting: Setting, defect: str) -> Lines:
     chain = sc.exact_solution(problem, 30)
     log_w = sc.simulate(problem, 64, control=chain.control, seed=setting.seed).log_weights()
     yield compare("log w of the tilt", log_w, np.full(64, float(chain.log_z)))
+
+
+@check(
+    "shifts-of-stopped-chains",
+    "MATH 13: first exit; MATH 2: the floor",
+    implements=["sdecontrol.exact_solution.control", "sdecontrol.exact_solution.elbo"],
+    controls=["region off by 5 %", "alpha off by 5 %", "reward of the end alone"],
+)
+def stopped_shifts(setting: Setting, defect: str) -> Lines:
+    """The best mean shift of a chain that stops maximises E V_{k+1}(m + s (c + xi)) - c^2/2 at each state, V the reward
+    in the region: of two steps by nodes of its own and a search over c, with the reward's parts in closed form; what it
+    reaches is the ELBO, and no more than log Z."""
+    h, sigma, alpha, prize, edge = 0.25, 0.8, 0.7 * (1.05 if defect.startswith("alpha") else 1.0), 1.1, 0.7
+    a = 1.05 * edge if defect.startswith("region") else edge
+    gain = 0.0 if defect.startswith("reward") else prize
+    reward = lambda x: torch.where(x[:, 0] >= a, gain, -0.4 * x[:, 0] ** 2)  # noqa: E731
+    sde = sc.SDE(lambda x, t: -x, torch.tensor(sigma, dtype=torch.float64), dim=1, horizon=2 * h)
+    problem = sc.ControlProblem(sde, sc.Dirac(tensor([0.1])), reward, alpha=alpha, stop=lambda x: a - x[:, 0])
+    exact, s = sc.exact_solution(problem, 2), sigma * math.sqrt(h)
+    shifts = np.linspace(-3.0, 4.0, 1401)
+
+    def best(level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The largest of ``level - c^2/2 (rows, shifts)`` and where it is, by a parabola through the three nearest."""
+        score = level - 0.5 * shifts**2
+        i, rows, step = score.argmax(1), np.arange(len(score)), shifts[1] - shifts[0]
+        lo, mid, hi = (score[rows, i + j] for j in (-1, 0, 1))
+        move = 0.5 * (lo - hi) / (lo - 2 * mid + hi)
+        return mid - 0.25 * (lo - hi) * move, shifts[i] + step * move
+
+    def last(x: np.ndarray) -> np.ndarray:
+        """E r/alpha after the last step, ``(rows, shifts)``."""
+        m = (1 - h) * x[:, None] + s * shifts
+        z = (edge - m) / s
+        density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+        outside = (m**2 + s**2) * ndtr(z) - s * (m + edge) * density
+        return (prize * ndtr(-z) - 0.4 * outside) / 0.7
+
+    points, weights = np.polynomial.legendre.leggauss(600)
+    y, w = -6.0 + 0.5 * (edge + 6.0) * (points + 1), 0.5 * (edge + 6.0) * weights
+    after = best(last(y))[0]
+    x = np.array([0.1, -0.5, 0.6])
+    m = (1 - h) * x[:, None] + s * shifts
+    kernel = np.exp(-0.5 * ((y - m[..., None]) / s) ** 2) / (s * math.sqrt(2 * math.pi)) * w
+    top, c = best(kernel @ after + prize / 0.7 * ndtr(-(edge - m) / s))
+    yield compare("ELBO", float(exact.elbo), float(top[0]), 1e-6)
+    yield within("ELBO above log Z", float(exact.elbo - exact.log_z), 0.0)
+    yield compare("u(x, 0)", exact.control(tensor(x[:, None]), 0.0)[:, 0], c / math.sqrt(h), 1e-4)
+    late = best(last(x))[1]
+    yield compare("u(x, h)", exact.control(tensor(x[:, None]), h)[:, 0], late / math.sqrt(h), 1e-4)
