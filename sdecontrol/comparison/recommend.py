@@ -102,7 +102,7 @@ def recommend(
 
     The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the
     tutorial's. Where the reference's paths do not reach the target, particles look for several ways to it (some
-    seconds; ``comparison/ways.py``).
+    seconds; ``comparison/ways.py``), by up to 150 000 rewards, and only where the reward has a gradient.
 
     Args:
         one_off: samples are wanted once (guidance and particles, nothing trained); else many times, so that training

@@ -65,10 +65,12 @@ def smaller_way(problem: ControlProblem, chain: Chain) -> float | None:
 
 def _asked(problem: ControlProblem, chain: Chain) -> bool:
     """Whether ways may be missed: a pre-trained model's, a density's and a rare event's first choices look for modes by
-    themselves."""
+    themselves. Nor is a reward without a gradient asked up to 150 000 times before anything is learned: a call of it
+    may be dear."""
     reference = problem.reference
     return (
         chain.gaussian
+        and problem.has_gradient
         and len(chain.event_shape) == 1
         and not (problem.density is not None or reference.pretrained or reference.tangential or problem.vanishes)
         and problem.condition is None

@@ -72,3 +72,18 @@ def test_a_problem_with_a_closed_form_is_not_searched(monkeypatch: pytest.Monkey
     problem = sc.library.named_problem("unstable-quadratic")
     monkeypatch.setattr("sdecontrol.comparison.ways.simulate_chain", None)
     assert smaller_way(problem, problem.chain(20)) is None
+
+
+def test_a_black_box_is_not_asked_for_ways() -> None:
+    """Its calls may be dear: advice takes as many as it did without the look."""
+    rows: list[int] = []
+
+    def reward(x):
+        rows.append(len(x))
+        return (-50 * (abs(x[:, 0]) - 2.4) ** 2).astype("float32")
+
+    plain = to_both_sides(0.0, 2.4)
+    problem = sc.ControlProblem(plain.reference, plain.initial, reward=sc.BlackBox(reward, inputs="numpy"))
+    assert smaller_way(problem, problem.chain(40)) is None
+    sc.recommend(problem, time_steps=40)
+    assert sum(rows) < 2000
