@@ -37,6 +37,7 @@ class Likelihood:
         log_density: ``(n, d) -> (n,)`` of torch's tensors; where ``alone``, ``(d,)`` of numpy's to a number.
         low, high: of the box, a number or ``(d,)``. prior: mean and standard deviation of the normal law that is in
             the density; None: none, and the box is the prior.
+        limit: CPU-seconds that a run may take.
     """
 
     log_density: Any
@@ -45,11 +46,12 @@ class Likelihood:
     high: Any
     prior: Any
     alone: bool
+    limit: float = LIMIT
     asked: int = 0
 
     def __post_init__(self) -> None:
         self.low, self.high = (np.broadcast_to(np.asarray(v, float), (self.dim,)) for v in (self.low, self.high))
-        self.until = time.process_time() + LIMIT
+        self.until = time.process_time() + self.limit
 
     @property
     def log_volume(self) -> float:
@@ -73,7 +75,7 @@ class Likelihood:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """``(n, d) -> (n,)``, or ``(d,)`` to a number."""
         if time.process_time() > self.until:
-            raise NotEnded(f"not ended within {LIMIT:g} CPU-seconds")
+            raise NotEnded(f"more than {self.limit:g} CPU-seconds, {self.asked} evaluations")
         rows = np.atleast_2d(x)
         self.asked += len(rows)
         if self.alone:

@@ -25,7 +25,7 @@ import sdecontrol as sc
 
 from .cells import store, versions
 from .few_evaluations import eight_schools, lotka_volterra, schools_truth
-from .peers import PEERS, Likelihood, NotEnded
+from .peers import LIMIT, PEERS, Likelihood, NotEnded
 
 RESULTS = Path(__file__).parent / "results" / "posteriors"
 PAGE = Path(__file__).parents[1] / "docs" / "tables" / "posteriors.md"
@@ -175,16 +175,16 @@ def _ours(case: Posterior, seed: int) -> Answer:
     return found.log_z.value, found.log_z.stderr, used, x, log_w.double().softmax(0), found.verdict
 
 
-def _peer(case: Posterior, method: str, seed: int) -> Answer:
-    likelihood = Likelihood(case.log_density, case.dim, case.low, case.high, case.prior, case.alone)
+def _peer(case: Posterior, method: str, seed: int, limit: float) -> Answer:
+    likelihood = Likelihood(case.log_density, case.dim, case.low, case.high, case.prior, case.alone, limit)
     log_z, error, x, weights = PEERS[method](likelihood, seed)
     return log_z + likelihood.log_volume, error, likelihood.asked, x, weights / weights.sum(), ""
 
 
-def run(case: Posterior, method: str, seed: int) -> dict[str, Any]:
+def run(case: Posterior, method: str, seed: int, limit: float = LIMIT) -> dict[str, Any]:
     began = time.process_time()
     try:
-        log_z, error, used, x, w, verdict = _ours(case, seed) if method == OURS else _peer(case, method, seed)
+        log_z, error, used, x, w, verdict = _ours(case, seed) if method == OURS else _peer(case, method, seed, limit)
     except NotEnded as failure:
         return {"failed": str(failure), "cpu_seconds": time.process_time() - began}
     cell: dict[str, Any] = {
@@ -206,6 +206,7 @@ def posteriors(
     only: Annotated[str, typer.Option(help="Posteriors whose name contains this.")] = "",
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}; empty: all.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Of sdecontrol; of the others one.")] = 3,
+    limit: Annotated[float, typer.Option(min=1, help="CPU-seconds that a run of another sampler may take.")] = LIMIT,
     page: Annotated[bool, typer.Option("--page", help="Only write the page from what is there.")] = False,
 ) -> None:
     """Eight posteriors with ``sc.Auto(evaluations=n)`` and with other samplers that give an evidence (``pip install
@@ -220,8 +221,9 @@ def posteriors(
         if only not in name or method not in ("", how) or path.exists():
             continue
         command = f"OMP_NUM_THREADS=1 python -m benchmarks posteriors --only '{name}' --method {how}"
+        command += "" if how == OURS else f" --limit {limit:g}"
         facts = {"name": name, "method": how, "seed": seed, "command": command, "versions": versions(how)}
-        store(path, {**facts, **run(POSTERIORS[name](), how, seed)})
+        store(path, {**facts, **run(POSTERIORS[name](), how, seed, limit)})
         print(f"{name}, {how}, seed {seed}: done", flush=True)
     PAGE.write_text(_page([json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]))
 
