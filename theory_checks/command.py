@@ -6,11 +6,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .record import Record
+    from .registry import Check, Setting
+    from .runner import Outcome
 
 __all__ = ["main", "verify_command"]
 
@@ -47,6 +52,12 @@ def verify_command(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: two, or one for a single check.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Keep outcomes in this file as they come; what passed there is not run again."
+        ),
+    ] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Write a figure (convergence, marginals, fixed-start bias) to this file.")
     ] = None,
@@ -61,8 +72,8 @@ def verify_command(
     Example: sdecontrol verify --only theorem-2 --seed 1
     """
     from . import report
+    from .record import Record, run_of
     from .registry import Setting, select
-    from .runner import run
 
     if docs is not None:
         from .page import page
@@ -77,14 +88,16 @@ def verify_command(
         for check in checks:
             print(f"{check.name:34} {check.statement:42} {len(check.controls)} controls")
         return
-    began = time.perf_counter()
-    workers = workers or (1 if len(checks) == 1 else min(2, os.cpu_count() or 1))
-    outcomes = run(
-        checks, Setting(seed, thorough), workers=workers, controls=controls, progress=_progress(len(checks), as_json)
-    )
+    began, setting = time.perf_counter(), Setting(seed, thorough)
+    run = run_of(setting, controls)
+    try:
+        kept = None if record is None else Record(record, run)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--record") from error
+    outcomes = _outcomes(checks, setting, controls, workers, kept, as_json)
     _report(outcomes, as_json, seed, time.perf_counter() - began)
     if markdown is not None:
-        _write(markdown, report.markdown(outcomes))
+        _write(markdown, report.markdown(outcomes, run))
     if figure is not None:
         from .figure import draw
 
@@ -94,13 +107,33 @@ def verify_command(
     raise typer.Exit(0 if good else 1)
 
 
-def _progress(total: int, quiet: bool):
+def _outcomes(
+    checks: Sequence[Check], setting: Setting, controls: bool, workers: int, kept: Record | None, quiet: bool
+) -> list[Outcome]:
+    """Of all checks, in their order: those that a record has, and the others, which are run and kept."""
+    from .runner import run
+
+    known = {} if kept is None else kept.known
+    left = [c for c in checks if c.name not in known]
+    show = _progress(len(left), quiet)
+
+    def done(outcome: Outcome) -> None:
+        if kept is not None:
+            kept.add(outcome)
+        show(outcome)
+
+    workers = workers or (1 if len(left) == 1 else min(2, os.cpu_count() or 1))
+    found = {o.name: o for o in run(left, setting, workers=workers, controls=controls, progress=done)}
+    return [known.get(c.name) or found[c.name] for c in checks]
+
+
+def _progress(total: int, quiet: bool) -> Callable[[Outcome], None]:
     """One line that says how far the run is, on a terminal."""
     if quiet or not sys.stderr.isatty():
-        return None
-    done = []
+        return lambda outcome: None
+    done: list[Outcome] = []
 
-    def show(outcome) -> None:
+    def show(outcome: Outcome) -> None:
         done.append(outcome)
         failed = sum(not o.passed for o in done)
         print(f"\r{len(done)}/{total} checks, {failed} failed: {outcome.name:40}", end="", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 from .registry import FAMILY_WISE_ERROR, Measurement
 from .runner import ControlOutcome, Outcome
 
-__all__ = ["as_dict", "markdown", "problems", "summary", "table"]
+__all__ = ["as_dict", "check_as_dict", "markdown", "outcome_of", "problems", "summary", "table"]
 
 
 def _number(m: Measurement | None) -> str:
@@ -107,36 +107,60 @@ def _plain(m: Measurement | None) -> dict[str, Any] | None:
     return {"what": m.what, "kind": m.kind, "value": value, "tolerance": m.tolerance, "passed": m.passed}
 
 
+def check_as_dict(o: Outcome) -> dict[str, Any]:
+    """One check, for JSON."""
+    return {
+        "name": o.name,
+        "statement": o.statement,
+        "kind": o.kind,
+        "doc": o.doc,
+        "passed": o.passed,
+        "holds": o.holds,
+        "error": o.error or None,
+        "seconds": o.seconds,
+        "measurements": [_plain(m) for m in o.measurements],
+        "controls": [
+            {"defect": c.defect, "caught": c.caught, "error": c.error or None, "worst": _plain(c.worst)}
+            for c in o.controls
+        ],
+    }
+
+
+def outcome_of(kept: dict[str, Any]) -> Outcome:
+    """The outcome of which :func:`check_as_dict` made this; a number that is not finite is nan."""
+    controls = (
+        ControlOutcome(c["defect"], c["worst"] and _measured(c["worst"]), c["error"] or "") for c in kept["controls"]
+    )
+    return Outcome(
+        name=kept["name"],
+        statement=kept["statement"],
+        kind=kept["kind"],
+        doc=kept["doc"],
+        measurements=tuple(map(_measured, kept["measurements"])),
+        controls=tuple(controls),
+        seconds=kept["seconds"],
+        error=kept["error"] or "",
+    )
+
+
+def _measured(m: dict[str, Any]) -> Measurement:
+    return Measurement(m["what"], math.nan if m["value"] is None else m["value"], m["tolerance"], m["kind"])
+
+
 def as_dict(outcomes: Sequence[Outcome], seed: int) -> dict[str, Any]:
     """Everything, for JSON."""
     return {
         "passed": all(o.passed for o in outcomes),
         "seed": seed,
         "family_wise_error": FAMILY_WISE_ERROR,
-        "checks": [
-            {
-                "name": o.name,
-                "statement": o.statement,
-                "kind": o.kind,
-                "doc": o.doc,
-                "passed": o.passed,
-                "holds": o.holds,
-                "error": o.error or None,
-                "seconds": o.seconds,
-                "measurements": [_plain(m) for m in o.measurements],
-                "controls": [
-                    {"defect": c.defect, "caught": c.caught, "error": c.error or None, "worst": _plain(c.worst)}
-                    for c in o.controls
-                ],
-            }
-            for o in outcomes
-        ],
+        "checks": [check_as_dict(o) for o in outcomes],
     }
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table in Markdown."""
+def markdown(outcomes: Sequence[Outcome], run: dict[str, Any] | None = None) -> str:
+    """The table in Markdown; ``run``: what it was made with, said below."""
     clean = lambda cell: cell.replace("|", "\\|")  # noqa: E731
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(clean(cell) for cell in _row(o)) + " |" for o in outcomes]
-    return "\n".join([*lines, "", summary(outcomes), *(f"* {line}" for line in problems(outcomes)), ""])
+    made = [] if run is None else ["", "Made with " + ", ".join(f"{k} {v}" for k, v in run.items()) + "."]
+    return "\n".join([*lines, "", summary(outcomes), *(f"* {line}" for line in problems(outcomes)), *made, ""])

@@ -16,7 +16,7 @@ from .operators import Change, changes
 from .page import seen_by, write_page
 from .runs import tried
 from .share import executed_share
-from .traces import ROOT, Traces, planted_tree
+from .traces import ROOT, Traces, as_it_was, planted_tree
 
 __all__ = ["mutants"]
 
@@ -59,7 +59,7 @@ def _try(cell: Cell, commit: str, cache: Path, most: float, again: bool, checks:
     """Run what is asked for and not known yet; says whether anything ran."""
     folder = cache / commit
     tree = planted_tree(folder, commit)
-    mutant = _mutant(cell, (tree / cell["file"]).read_bytes())
+    mutant = _mutant(cell, as_it_was(tree, commit, cell["file"]))
     ran = False
     if mutant is None:
         raise RuntimeError(f"{cell['name']} is not in {commit}: draw again, in an empty folder of results")
@@ -73,7 +73,7 @@ def _try(cell: Cell, commit: str, cache: Path, most: float, again: bool, checks:
         if seen_by(cell):
             break
         tree = planted_tree(cache / at, at)
-        now = _mutant(cell, (tree / cell["file"]).read_bytes())
+        now = _mutant(cell, as_it_was(tree, at, cell["file"]))
         if now is None:
             print(f"{cell['name']}: its line is not as it was at {at}")
             break

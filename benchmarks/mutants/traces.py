@@ -17,7 +17,7 @@ from typing import Any
 from .draw import Mutant
 from .operators import Change
 
-__all__ = ["PLUGINS", "Traces", "planted_tree", "surroundings"]
+__all__ = ["PLUGINS", "Traces", "as_it_was", "planted_tree", "surroundings"]
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = Path(__file__).parent / "plugins"
@@ -35,6 +35,14 @@ def planted_tree(folder: Path, commit: str) -> Path:
         subprocess.run(["tar", "x", "-C", str(part)], input=packed, check=True)
         part.rename(tree)
     return tree
+
+
+def as_it_was(tree: Path, commit: str, file: str) -> bytes:
+    """A file of the copy, without what a run that was killed has left planted in it."""
+    found = subprocess.run(["git", "show", f"{commit}:{file}"], cwd=ROOT, capture_output=True, check=True).stdout
+    if (tree / file).read_bytes() != found:
+        (tree / file).write_bytes(found)
+    return found
 
 
 def surroundings(tree: Path, **more: str) -> dict[str, str]:

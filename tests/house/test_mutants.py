@@ -7,6 +7,7 @@ import pytest
 from benchmarks.mutants.draw import draw, shares
 from benchmarks.mutants.operators import KINDS, changes, is_program
 from benchmarks.mutants.share import statements
+from benchmarks.mutants.traces import as_it_was
 
 PACKAGE = Path(__file__).parents[2] / "sdecontrol"
 SOURCE = b'''"""A docstring of 2 + 2."""
@@ -129,3 +130,14 @@ def f(x):
     return y
 '''
     assert statements(source) == [(6, 6), (7, 9), (10, 10), (12, 12)]
+
+
+def test_what_a_killed_run_left_planted_is_taken_back(tmp_path):
+    name = "sdecontrol/tensors.py"
+    left = tmp_path / name
+    left.parent.mkdir()
+    left.write_text("raise SystemExit\n")
+    if not (PACKAGE.parent / ".git").exists():
+        pytest.skip("not in a repository")
+    committed = as_it_was(tmp_path, "HEAD", name)
+    assert left.read_bytes() == committed and b"def " in committed

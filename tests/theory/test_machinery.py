@@ -12,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 import sdecontrol as sc
-from theory_checks import Measurement, Setting, check, registry, run_check
+from theory_checks import Measurement, Setting, check, registry, run_check, runner
 from theory_checks.command import main, verify_command
 from theory_checks.executed import codes_of
 from theory_checks.gaussian import Joint, gaussian_kl, path_law
 from theory_checks.page import EQUATIONS, page
+from theory_checks.record import Record, run_of
 from theory_checks.registry import compare, order, p_value, select, within
-from theory_checks.report import as_dict, markdown, problems
+from theory_checks.report import as_dict, check_as_dict, markdown, outcome_of, problems
 
 
 @pytest.fixture
@@ -187,6 +188,51 @@ def test_command_fails_with_a_broken_library(monkeypatch):
 
 def test_command_refuses_unknown_checks():
     assert _command("--only", "theorem-9").exit_code == 2
+
+
+TWO = ("--only", "erratum-3-variance", "--only", "erratum-27-exponent")
+
+
+def test_a_recorded_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    """What passed is not run again; what failed, or was cut off while it was written, is; the report is of all."""
+    file, table, ran = tmp_path / "run.jsonl", tmp_path / "table.md", []
+    assert _command(*TWO, "--workers", "1", "--record", str(file)).exit_code == 0
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    failed = json.dumps({**second, "passed": False}) + "\n"
+    file.write_text(json.dumps(first) + "\n" + failed + json.dumps(second)[:99])
+    true = runner.run_check
+    monkeypatch.setattr(runner, "run_check", lambda check, *a: ran.append(check.name) or true(check, *a))
+    result = _command(*TWO, "--record", str(file), "--markdown", str(table), "--json")
+    assert result.exit_code == 0 and ran == [second["name"]]
+    assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == [first["name"], second["name"]]
+    checks = json.loads(result.stdout)["checks"]
+    assert checks[[c["name"] for c in checks].index(first["name"])] == {k: v for k, v in first.items() if k != "run"}
+    assert first["name"] in table.read_text() and first["run"]["sources"] in table.read_text()
+
+
+@pytest.mark.parametrize("other", [{"seed": 3}, {"thorough": True}, {"sources": "0"}, {"controls": False}])
+def test_a_record_of_another_run_is_refused(tmp_path, other):
+    file = tmp_path / "run.jsonl"
+    mine = run_of(Setting(), True)
+    outcome = run_check(select(["erratum-3-variance"])[0], Setting())
+    Record(file, mine).add(outcome)
+    assert Record(file, mine).known == {outcome.name: outcome}
+    with pytest.raises(ValueError, match=f"another run.*{next(iter(other))}.*another file, or delete"):
+        Record(file, {**mine, **other})
+    if "seed" in other:
+        assert _command("--seed", "3", "--only", "erratum-3-variance", "--record", str(file)).exit_code == 2
+
+
+def test_what_broke_down_or_is_not_finite_is_so_after_it_was_kept(own_registry):
+    def one(setting, defect):
+        """A number that is not finite, and a control that breaks down."""
+        if defect:
+            raise RuntimeError("oh")
+        yield within("nothing", float("inf"), 0.5)
+
+    outcome = run_check(_register(function=one), Setting())
+    again = outcome_of(json.loads(json.dumps(check_as_dict(outcome))))
+    assert not again.passed and again.controls == outcome.controls and again.worst and again.worst.severity == np.inf
 
 
 KILLED = """
