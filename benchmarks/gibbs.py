@@ -39,6 +39,7 @@ VERSION = 1  # of what a cell holds
 _SAMPLES, _EXACT, _EVALUATE, _CERTIFY, _RUNS = range(1, 6)  # indices of Place.OUTSIDE
 _DRAWN, _PATHS = 4096, 4096
 _ROUNDS = 0.6  # of the budget for auto's rounds; the rest is for the particles of its estimate
+_FIRST = 0.3  # of the budget for auto's rounds where another method goes on with its control
 _MOST_SYSTEMS = 64
 
 CORE = ("gmm9", "funnel", "many-well-32", "gmm40-2d", "logistic-regression")
@@ -59,10 +60,11 @@ class Counted:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a method on a reference."""
+    """A row of the table: a method on a reference; ``first``: what begins, whose control the method goes on with."""
 
     method: sc.Method
     reference: str = "ou"
+    first: sc.Auto | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ ROWS: dict[str, Row] = {
     "path integral sampler": Row(sc.RewardBackprop(), "brownian"),
     "log-variance, ou": Row(sc.LogVariance()),
     "adjoint sampling": Row(sc.AdjointMatching(reciprocal=True), "brownian"),
+    "log-variance ladder": Row(sc.LogVariance(trust_region=1.0, replay=4)),
+    "log-variance ladder from auto's mixture": Row(sc.LogVariance(trust_region=1.0, replay=4), first=sc.Auto()),
     "particle-matching": Row(sc.ParticleMatching()),
     "denoising diffusion sampler": Row(sc.RewardBackprop()),
     "annealed, log-variance (CMCD-LV)": Row(sc.LogVariance(), "annealed"),
@@ -102,26 +106,40 @@ def _train(problem: GibbsProblem, row: Row, budget: float, seed: int) -> tuple[A
     them promise."""
     settings: dict[str, Any] = {"seed": seed, "progress": False}
     if isinstance(row.method, sc.Auto):
-        _Timed.until = time.process_time() + _ROUNDS * budget
-        solution = sc.solve(problem, _Timed(**asdict(row.method)), **settings)
+        solution = _rounds(problem, row.method, _ROUNDS * budget, settings)
         return solution, {"rounds": len(solution.history), "report": solution.details["report"]}
     if row.method.default_iterations == 0:
         return sc.solve(problem, row.method, **settings), {}
+    began, facts = time.process_time(), {}
+    if row.first is not None:
+        begun = _rounds(problem, row.first, _FIRST * budget, settings)
+        facts = {"first": begun.details["report"], "first_cpu_seconds": time.process_time() - began}
+        settings["control"], problem = begun.control, begun.problem
     settings["time_steps"] = TIME_STEPS
-    if isinstance(row.method, sc.ParticleMatching):
+    iterations = _affordable(problem, row.method, budget, time.process_time() - began, settings)
+    return sc.solve(problem, row.method, iterations=iterations, **settings), {"iterations": iterations, **facts}
+
+
+def _rounds(problem: GibbsProblem, method: sc.Auto, seconds: float, settings: dict[str, Any]) -> Any:
+    """Auto, whose rounds end when so many CPU-seconds are spent."""
+    _Timed.until = time.process_time() + seconds
+    return sc.solve(problem, _Timed(**asdict(method)), **settings)
+
+
+def _affordable(problem: Any, method: sc.Method, budget: float, spent: float, settings: dict[str, Any]) -> int:
+    """Iterations within a budget of which so much is spent."""
+    if isinstance(method, sc.ParticleMatching):
         costs = []
         for iterations in (1, 11):
             began = time.process_time()
-            sc.solve(problem, row.method, iterations=iterations, **settings)
+            sc.solve(problem, method, iterations=iterations, **settings)
             costs.append(time.process_time() - began)
-        each = max(1e-3, (costs[1] - costs[0]) / 10) + 0.5 * costs[0] / row.method.refresh
-        iterations = max(20, int((budget - costs[0]) / each))
-    else:
-        sc.solve(problem, row.method, iterations=2, **settings)
-        began = time.process_time()
-        sc.solve(problem, row.method, iterations=10, **settings)
-        iterations = max(20, int(budget / ((time.process_time() - began) / 10)))
-    return sc.solve(problem, row.method, iterations=iterations, **settings), {"iterations": iterations}
+        each = max(1e-3, (costs[1] - costs[0]) / 10) + 0.5 * costs[0] / method.refresh
+        return max(20, int((budget - spent - costs[0]) / each))
+    sc.solve(problem, method, iterations=2, **settings)
+    began = time.process_time()
+    sc.solve(problem, method, iterations=10, **settings)
+    return max(20, int((budget - spent) / ((time.process_time() - began) / 10)))
 
 
 def _estimate(solution: Any, left: float, seed: int) -> Any:
