@@ -114,7 +114,11 @@ def verify(problem: sc.ControlProblem, solution: Any, n: int = 8192, seed: int =
     obey them within sampling error whatever the control. The unweighted samples of a learned control are off by what
     its gap allows: their distance is reported and judged against Pinsker's bound, ``distance <= sqrt(gap/2)``. Which of
     these are known depends on the kind of chain: of simulators, discrete diffusion samplers and annealed Langevin only
-    what holds always.
+    what holds always. Of a mixture's chain the optimum is known in one and two dimensions, and in more where it falls
+    apart into single coordinates and pairs, turned or not; where three or more coordinates act on each other (means in
+    space, components of different variances, a reward that is not quadratic) a step's average over the noise is an
+    integral in as many dimensions, which no grid has, and only what holds always is tested. Laws are known along single
+    coordinates; of a pair, log Z and the value.
 
     Args:
         solution: a ``Solution``, an exact solution, or anything with a ``control`` (``control.settings`` says on which

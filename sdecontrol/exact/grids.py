@@ -144,11 +144,24 @@ class GridLaw(Distribution):
 
     Args:
         lows, spacings, densities: of each coordinate; densities ``(*batch, N)``, N of each coordinate's own.
+        axes: ``(d, d)``, the directions of these coordinates as columns; None where they are the state's own.
     """
 
-    def __init__(self, lows: list[float], spacings: list[float], densities: list[Tensor], like: Tensor) -> None:
+    def __init__(
+        self,
+        lows: list[float],
+        spacings: list[float],
+        densities: list[Tensor],
+        like: Tensor,
+        axes: Tensor | None = None,
+    ) -> None:
         self._lows, self._spacings, self._densities, self._like = lows, spacings, densities, like
+        self._axes = torch.eye(len(lows), dtype=torch.float64) if axes is None else axes
         super().__init__(densities[0].shape[:-1], torch.Size((len(lows),)), validate_args=False)
+
+    def along(self, axes: Tensor, like: Tensor) -> "GridLaw":
+        """The law of states whose coordinates along these axes have this one."""
+        return GridLaw(self._lows, self._spacings, self._densities, like, axes @ self._axes)
 
     def _sums(self, power: int, centre: Tensor | None = None) -> Tensor:
         out = []
@@ -160,16 +173,16 @@ class GridLaw(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        return self._sums(1).to(self._like)
+        return (self._sums(1) @ self._axes.mT).to(self._like)
 
     @property
     def variance(self) -> Tensor:
-        return self._sums(2, self._sums(1)).to(self._like)
+        return (self._sums(2, self._sums(1)) @ self._axes.mT.square()).to(self._like)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density ``(...)``; -inf outside of the grid."""
         total: Any = 0.0
-        x = value.detach().to("cpu", torch.float64)
+        x = value.detach().to("cpu", torch.float64) @ self._axes
         for i, (low, dx, density) in enumerate(zip(self._lows, self._spacings, self._densities)):
             count = density.shape[-1]
             index, weights = local_weights(x[..., i], low, dx, count)
@@ -196,7 +209,7 @@ class GridLaw(Distribution):
             inner = 2 * rest / (a + (a * a + 2 * slope * rest).clamp(min=0).sqrt()).clamp(min=1e-300)
             x = low + dx * (cell + inner.clamp(0, 1))
             out.append(x.mT.reshape(u.shape[:-1]))
-        return torch.stack(out, -1).to(self._like)
+        return (torch.stack(out, -1) @ self._axes.mT).to(self._like)
 
     def __repr__(self) -> str:
         return f"GridLaw(batch {tuple(self.batch_shape)}, d={self.event_shape[0]})"

@@ -68,7 +68,7 @@ def tilted_mixture(mixture: GaussianMixture, tilt: Form) -> tuple[GaussianMixtur
     return _mixture(logs, means, torch.stack([part.root @ part.root.mT for part in parts])), logs.logsumexp(0)
 
 
-def _same_law(law: Any, own: Any) -> bool:
+def same_law(law: Any, own: Any) -> bool:
     """Whether a start is the reference's own (an equal one counts)."""
     if law is own or type(law) is not type(own):
         return law is own
@@ -110,7 +110,7 @@ class MixtureSolution(ExactSolution):
                 f"no exact solution is known for the reward {type(problem.reward_function).__name__}: it must be "
                 "Quadratic, Linear or None."
             )
-        self._own_start = _same_law(problem.initial, reference.own_initial)
+        self._own_start = same_law(problem.initial, reference.own_initial)
         if not self._own_start and problem.start != "fixed":
             raise NoExactSolution(
                 f"initial: the exact solution of a mixture needs the reference's own start (leave initial "

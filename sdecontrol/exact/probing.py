@@ -138,7 +138,8 @@ class Interactions:
             changes = torch.stack([(function(x) - base).abs().amax((0, 2)) for x in self.moved])  # (j, i)
             size = torch.cat((base, function(self.y))).abs().amax((0, 2)) + 1e-300
             self._link(name, (changes > 256 * self.functions.eps * size).numpy())
-        used = (torch.cat((base, function(self.y))).abs().amax(0) > 0).numpy().astype(int)  # (d, m)
+        size = torch.cat((base, function(self.y))).abs().amax(0)  # (d, m)
+        used = (size > 256 * self.functions.eps * size.max()).numpy().astype(int)
         self._link(name, used @ used.T > 0)
 
     def add_sum(self, name: str, function: Callable[[Tensor], Tensor]) -> None:

@@ -21,6 +21,7 @@ from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
 from .stopped import StoppedChainSolution
+from .turned import TurnedSolution, axes_of
 
 _FEW = 1024  # states, with which a solution costs as little as a closed form
 
@@ -41,9 +42,11 @@ def exact_solution(
     a linear or quadratic reward, in continuous time; everything with finitely many states (a :class:`JumpProcess` in
     continuous time and on chains; chains on tokens of up to 5e7 transitions a step); and, on grids, any problem that
     falls apart into coordinates, or pairs of them (on chains with noise that does not depend on the state), that do not
-    act on each other, those of pre-trained models that compute in float64 among them; and, as series, any reward on the
-    sphere S^2 without drift and on tori of one or two angles (``ManifoldSDE``). For that nothing is declared: drift,
-    diffusion, reward and running cost are probed. Grid solutions say how exact they are (``error``).
+    act on each other, those of pre-trained models that compute in float64 among them, and chains of mixtures in any
+    dimension that do so along turned axes (two or three components of one variance, with a linear reward, are such);
+    and, as series, any reward on the sphere S^2 without drift and on tori of one or two angles (``ManifoldSDE``). For
+    that nothing is declared: drift, diffusion, reward and running cost are probed. Grid solutions say how exact they
+    are (``error``).
 
     Args:
         time_steps: number of steps or grid of times of the chain; None for continuous time.
@@ -91,8 +94,19 @@ def exact_solution(
     chain = problem.chain(time_steps, scheme)
     settings = _settings(chain, time_steps)
     if terms is None:
-        return GridChainSolution(problem, chain, settings)
+        return _on_grids(problem, chain, settings)
     return ChainSolution(problem, chain, settings, terms)
+
+
+def _on_grids(problem: ControlProblem, chain: Chain, settings: dict[str, Any]) -> ExactSolution:
+    """In the state's own coordinates, or along other axes in which a mixture's chain falls apart."""
+    try:
+        return GridChainSolution(problem, chain, settings)
+    except NoExactSolution:
+        axes = axes_of(problem)
+        if axes is None or len(axes) <= 2:
+            raise
+        return TurnedSolution(problem, chain, settings, axes)
 
 
 def _settings(chain: Chain, time_steps: Any) -> dict[str, Any]:

@@ -348,11 +348,20 @@ EXACT = {
     "MixtureSolution": lambda: sc.exact_solution(generative()),
     "GridSolution": lambda: sc.exact_solution(one_dimensional()),
     "GridChainSolution": lambda: sc.exact_solution(one_dimensional(), time_steps=K),
+    "TurnedSolution": lambda: sc.exact_solution(apart(), time_steps=K),
     "ManifoldSolution": lambda: sc.exact_solution(sphere(), time_steps=K),
     "FiniteChainSolution": lambda: sc.exact_solution(categorical()),
     "FiniteProcessSolution": lambda: sc.exact_solution(jumps()),
     "StoppedChainSolution": lambda: sc.exact_solution(one_dimensional(stop=far), time_steps=K),
 }
+
+
+def apart():
+    """Two components in three dimensions, which differ in one direction."""
+    means = torch.tensor([[0.0, 0.5, 1.0], [1.0, -0.5, 0.4]])
+    mixture = sc.GaussianMixture(torch.ones(2), means, 0.3)
+    start = sc.Dirac(torch.zeros(3))
+    return sc.ControlProblem(sc.generative_sde(mixture, sc.VP()), start, sc.Linear(torch.ones(3)), alpha=1.0)
 
 
 def one_dimensional(**options):
