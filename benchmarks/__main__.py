@@ -30,7 +30,12 @@ from .tutorials import tutorials
 from .unet import unet_suite
 from .verdicts import verdicts
 
-app = typer.Typer(help="Benchmarks of sdecontrol.", add_completion=False, no_args_is_help=True)
+app = typer.Typer(
+    help="Benchmarks of sdecontrol, whose finished cells are kept in benchmarks/results/. Set OMP_NUM_THREADS=1: all "
+    "figures are of one thread.\n\nExample: python -m benchmarks pictures",
+    add_completion=False,
+    no_args_is_help=True,
+)
 app.command()(amortised)
 app.command()(control)
 app.command()(default_runs)

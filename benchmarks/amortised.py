@@ -81,7 +81,7 @@ def amortised(
 ) -> None:
     """One control for a family of posteriors: cost and quality per posterior, against particles run anew for each.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks amortised --cpu-seconds 120
+    Example: python -m benchmarks amortised --cpu-seconds 120
     """
     torch.set_num_threads(1)
     problem = sc.gibbs_problem(log_joint, 3, scale=1.25, centre=0.0, condition=observations, seed=seed)

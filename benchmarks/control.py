@@ -171,7 +171,7 @@ def control(
 ) -> None:
     """The control card: error of the control against CPU-seconds, per method, problem and seed.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks control --problem ou-quadratic-easy --method adjoint-matching
+    Example: python -m benchmarks control --problem ou-linear --method socm
     """
     labels, names = method or list(METHODS), problem or list(PROBLEMS)
     for label in labels:

@@ -149,7 +149,7 @@ def default_runs(
 ) -> None:
     """Where runs without a number of iterations end, and what a longer one gains.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks default-runs --method reward-backprop --seed 0 --longer 3
+    Example: python -m benchmarks default-runs --method reward-backprop --seed 0
     """
     torch.set_num_threads(1)
     if not OPTIMUM.exists():

@@ -306,7 +306,7 @@ def digits(
 ) -> None:
     """Digits: reward against KL, gap, coverage and diversity of all methods, beside the exactly tilted law.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks digits --reward ink --method reward-backprop --alpha 1.2
+    Example: python -m benchmarks digits --reward ink --alpha 1.2
     """
     labels, rewards = method or [TILT, *METHODS], reward or list(digit.ALPHAS)
     for name, given, known in (("method", labels, [TILT, *METHODS]), ("reward", rewards, list(digit.ALPHAS))):

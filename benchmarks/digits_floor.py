@@ -54,7 +54,7 @@ def digits_floor(
 ) -> None:
     """The floor of mean-shift controls on the digits' 50 steps, in nats; then `digits --page`.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks digits-floor --reward ink
+    Example: python -m benchmarks digits-floor --reward ink
     """
     torch.set_num_threads(1)
     check = RESULTS / "gaussian--floor--1.json"

@@ -176,7 +176,7 @@ def few_evaluations(
 ) -> None:
     """Each density with ``sc.AdaptiveImportance``, and what is used where ``auto`` is asked for a number.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks few-evaluations --only lotka
+    Example: python -m benchmarks few-evaluations --only lotka
     """
     torch.set_num_threads(1)
     wanted: list[tuple[str, str, Callable[[], Any], int, int | None]] = [

@@ -240,7 +240,7 @@ def gibbs(
 ) -> None:
     """Sampling of unnormalised densities: errors of log Z, bounds and modes, per method, target and seed.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks gibbs --method auto --target funnel --cpu-seconds 600 --seeds 3
+    Example: python -m benchmarks gibbs --method auto --target funnel --seeds 3
     """
     labels, names = method or list(CORE_ROWS), target or list(CORE)
     _refuse_unknown("--method", labels, ROWS)

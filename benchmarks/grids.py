@@ -171,7 +171,10 @@ def grids(
     only: Annotated[str, typer.Option(help="Models whose cells are run; default: all.")] = "",
     page: Annotated[bool, typer.Option(help="Write the page from the cells there are, and run nothing.")] = False,
 ) -> None:
-    """The law of untuned chains: grids, schemes and schedules (300 CPU-seconds)."""
+    """The law of untuned chains: grids, schemes and schedules (300 CPU-seconds).
+
+    Example: python -m benchmarks grids --page
+    """
     for model, schedule, scheme, grid in _cells():
         path = RESULTS / f"{model}--{schedule}--{scheme}--{grid}.json"
         if page or path.exists() or (only and model not in only.split(",")):

@@ -1524,7 +1524,10 @@ def identity(
     most: Annotated[int, typer.Option(help="Quantities named of a case that differs.")] = 4,
 ) -> None:
     """Many small cases through the public face, bit by bit as they were: for refactorings that must change no
-    number."""
+    number.
+
+    Example: python -m benchmarks identity --write before.json --only solver
+    """
     if (write is None) == (against is None):
         raise typer.BadParameter("give one of --write and --against.")
     pattern = only if only is not None and any(c in only for c in "*?[") else f"*{only or ''}*"

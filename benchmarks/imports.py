@@ -21,6 +21,8 @@ def imports(rounds: int = 9) -> None:
     """The least of ``rounds`` fresh interpreters for each, interleaved; start-up and exit of Python included.
 
     Byte code is cached, as after an installation: the first round writes it (in a temporary folder) and does not count.
+
+    Example: python -m benchmarks imports --rounds 3
     """
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}

@@ -209,7 +209,10 @@ def masked(
     seed: Annotated[int, typer.Option(help="of the training")] = 0,
     page: Annotated[bool, typer.Option("--page", help="Only write docs/tables/masked.md from what is there.")] = False,
 ) -> None:
-    """Gaps of the methods on masked diffusion, exactly, above the floor of tilts of tokens."""
+    """Gaps of the methods on masked diffusion, exactly, above the floor of tilts of tokens.
+
+    Example: python -m benchmarks masked --page
+    """
     if page:
         typer.echo(write_page([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]))
         return

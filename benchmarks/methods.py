@@ -195,7 +195,7 @@ def methods(
 ) -> None:
     """One iteration of each method with a user's own network, against the network calls it must make.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks methods
+    Example: python -m benchmarks methods
     """
     torch.set_num_threads(1)
     card = problem_card(problem)

@@ -310,7 +310,7 @@ def mixture(
 ) -> None:
     """The Gaussian-mixture inverse problem: distance to the exact posterior, per row, number of observations and seed.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks mixture --method 'Tweedie guidance' --dy 1 --seeds 3
+    Example: python -m benchmarks mixture --method 'Tweedie guidance' --dy 1
     """
     labels, numbers = method or list(ROWS), dy or list(OBSERVATIONS)
     for label in labels:

@@ -129,7 +129,7 @@ def optimum(
 ) -> None:
     """The optimum: what every training method needs to reach it, on three chains whose optimum is exact.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks optimum --problem mixture --method socm
+    Example: python -m benchmarks optimum --problem mixture --method socm
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of few effective samples: the error says it

@@ -291,7 +291,10 @@ def orders(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     plot: Annotated[bool, typer.Option(help="Draw docs/images/orders.png.")] = True,
 ) -> None:
-    """Weak and strong orders of every scheme on coupled paths, against theory."""
+    """Weak and strong orders of every scheme on coupled paths, against theory.
+
+    Example: python -m benchmarks orders --paths 4096 --no-plot
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     results = []
     for scheme, case in THEORY:

@@ -132,7 +132,10 @@ def starts() -> Any:
 
 
 def pictures() -> None:
-    """Draw the pictures of docs/concepts.md."""
+    """Draw the pictures of docs/concepts.md.
+
+    Example: python -m benchmarks pictures
+    """
     for draw in (chain, gap, verdict, starts):
         place = FOLDER / f"concept_{draw.__name__}.png"
         draw().savefig(place, dpi=100, facecolor="white")

@@ -209,10 +209,10 @@ def posteriors(
     limit: Annotated[float, typer.Option(min=1, help="CPU-seconds that a run of another sampler may take.")] = LIMIT,
     page: Annotated[bool, typer.Option("--page", help="Only write the page from what is there.")] = False,
 ) -> None:
-    """Eight posteriors with ``sc.Auto(evaluations=n)`` and with other samplers that give an evidence (``pip install
-    'sdecontrol[bench]'``).
+    """Eight posteriors with ``sc.Auto(evaluations=n)`` and with other samplers that give an evidence (the extra
+    bench).
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks posteriors --only shells
+    Example: python -m benchmarks posteriors --only shells
     """
     torch.set_num_threads(1)
     wanted = [(n, m, s) for n in POSTERIORS for m in METHODS for s in range(seeds if m == OURS else 1)]

@@ -163,7 +163,10 @@ def receding_horizon(
     seeds: Annotated[int, typer.Option(help="Runs of each cell.")] = 10,
     page: Annotated[bool, typer.Option("--page", help="Only write the page from the cells there are.")] = False,
 ) -> None:
-    """Receding horizon beside pytorch-mppi on three plants with bounded inputs."""
+    """Receding horizon beside pytorch-mppi on three plants with bounded inputs.
+
+    Example: python -m benchmarks receding-horizon --page
+    """
     torch.set_num_threads(1)
     for plant, planner, n in [] if page else _cells():
         path = _path(plant, planner, n)

@@ -39,7 +39,7 @@ def sequences(
 ) -> None:
     """Design of sequences: known rewards, rewards learned from few data, rounds of measurements.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks sequences --suite offline --seeds 3
+    Example: python -m benchmarks sequences --suite offline --seeds 3
     """
     if page:
         typer.echo(write_page([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]))

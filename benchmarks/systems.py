@@ -194,7 +194,7 @@ def systems(
 ) -> None:
     """Systems to steer by the default method: gap, ways, verdict, CPU-seconds.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks systems --problem pendulum-torque --seed 0
+    Example: python -m benchmarks systems --problem pendulum-torque --seed 0
     """
     context = multiprocessing.get_context("spawn")
     for name in [] if page else problem or SYSTEMS:

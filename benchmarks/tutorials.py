@@ -101,7 +101,10 @@ def write(name: str) -> float:
 def tutorials(
     chosen: Annotated[list[str] | None, typer.Argument(help="Names; without any: all.")] = None,
 ) -> None:
-    """Run the tutorials and write their pages, docs/tutorials/NAME.md, with their figures."""
+    """Run the tutorials and write their pages, docs/tutorials/NAME.md, with their figures.
+
+    Example: python -m benchmarks tutorials own_method
+    """
     unknown = set(chosen or ()) - set(names())
     if unknown:
         raise typer.BadParameter(f"no tutorials: {', '.join(sorted(unknown))}; there are {', '.join(names())}.")

@@ -120,9 +120,10 @@ def unet_suite(
     again: Annotated[bool, typer.Option("--again", help="Run finished cells again.")] = False,
     page: Annotated[bool, typer.Option("--page", help="Only write docs/tables/unet.md from what is there.")] = False,
 ) -> None:
-    """A U-Net of diffusers tuned with default settings, and what an iteration needs. Needs the extra [diffusers].
+    """A U-Net of diffusers tuned with default settings, and what an iteration needs. Needs the extra
+    diffusers.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks unet --method reward-backprop --no-costs
+    Example: python -m benchmarks unet --method reward-backprop --no-costs
     """
     suffix = f"--{tag}" if tag else ""
     jobs: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {}

@@ -61,7 +61,7 @@ def verdicts(
 ) -> None:
     """Verdicts on answers whose truth is known: how many are confirmed and wrong, how many right ones confirmed.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks verdicts --only spike
+    Example: python -m benchmarks verdicts --only spike
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -69,7 +69,7 @@ def verify_command(
     """Check the theory numerically: Theorems 1-3, lemmas, corollaries, estimators and errata, each with negative
     controls.
 
-    Example: sdecontrol verify --only theorem-2 --seed 1
+    Example: python -m theory_checks --only theorem-2 --seed 1
     """
     from . import report
     from .record import Record, run_of

@@ -43,7 +43,7 @@ def mutants(
 ) -> None:
     """Bugs planted at random: does a test, or a check of the theory, see them?
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks mutants --only chains
+    Example: python -m benchmarks mutants --only chains
     """
     if share:
         _measure_share(cache, _short(commit))

@@ -142,7 +142,7 @@ def speed(
 ) -> None:
     """Speed and memory against the network alone, a bare loop and torchsde, interleaved in one run.
 
-    Example:  OMP_NUM_THREADS=1 python -m benchmarks speed
+    Example: python -m benchmarks speed
     """
     torch.set_num_threads(1)
     data: dict[str, Any] = {"settings": {}, "rounds": rounds}

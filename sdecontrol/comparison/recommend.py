@@ -100,8 +100,8 @@ def recommend(
     """Which methods to try on a problem, in order, each with its reason. Where none is named, ``solve`` takes the first
     and ``compare`` the first three.
 
-    The order is that of measured errors at equal work where there are such measurements (docs/methods.md), else the
-    tutorial's. Where the reference's paths do not reach the target, particles look for several ways to it (some
+    The order is that of measured errors at equal work where there are such measurements (docs/methods_closer.md), else
+    the tutorial's. Where the reference's paths do not reach the target, particles look for several ways to it (some
     seconds; ``comparison/ways.py``), by up to 150 000 rewards, and only where the reward has a gradient.
 
     Args:

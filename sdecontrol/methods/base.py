@@ -265,7 +265,8 @@ class Method:
 
 METHODS: dict[str, type[Method]] = {}
 
-#: methods that need no gradient, in the order of their measured errors (docs/methods.md); "auto" for densities alone
+#: methods that need no gradient, in the order of their measured errors (docs/methods_closer.md); "auto" for
+#: densities alone
 GRADIENT_FREE = ("auto", "log-variance", "cross-entropy", "soft-ppo", "particle-matching")
 
 

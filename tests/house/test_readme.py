@@ -66,8 +66,7 @@ def of_diffusers() -> dict[str, object]:
     def encode(prompts: list[str]) -> Tensor:
         return torch.tensor([[[len(text), text.count("a"), 1.0, 0.0, 0.0, 0.0]] for text in prompts])
 
-    own = {"unet": unet, "scheduler": scheduler, "model_folder": "model", "folder": "tuned", "run_folder": "run"}
-    return {**own, "reward": lambda x: x.flatten(1).mean(1), "text_unet": texts, "encode": encode}
+    return {"text_unet": texts, "encode": encode}
 
 
 @pytest.mark.parametrize("page", slow_but(PAGES, *QUICK))
