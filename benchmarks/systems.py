@@ -72,7 +72,7 @@ SYSTEMS = {
     "double-slit": System("exact", way=lambda paths: _at(1.0)(paths)[:, 0] > 0.2),
     "obstacles": System("exact", way=lambda paths: _at(0.35)(paths)[:, 1] > 0.1),
     "first-exit": System("exact"),
-    "committor-mueller-brown": System("paths", size=65536),
+    "committor-mueller-brown": System("exact"),
 }
 
 
@@ -85,7 +85,8 @@ def truth_cell(name: str) -> Cell:
     if system.truth == "exact":
         exact = sc.exact_solution(problem, time_steps=card.time_steps)
         cell["log_z"] = asdict(Estimate(float(exact.log_z), 0.0))
-        cell["floor"] = float(exact.floor)
+        if math.isfinite(floor := float(exact.floor)):
+            cell["floor"] = floor
         if system.way is not None:
             paths = sc.simulate(problem, 65536, control=exact.control, time_steps=card.time_steps, seed=0)
             cell["share"] = asdict(_share(system, paths, log_weights(problem, paths)))

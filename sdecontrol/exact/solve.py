@@ -21,6 +21,8 @@ from .mixtures import MixtureSolution
 from .quadratic import quadratic_terms
 from .riccati import RiccatiSolution
 from .stopped import StoppedChainSolution
+from .stopped_plane import StoppedPlaneSolution
+from .stopping import StoppedSolution
 from .turned import TurnedSolution, axes_of
 
 _FEW = 1024  # states, with which a solution costs as little as a closed form
@@ -118,7 +120,7 @@ def _settings(chain: Chain, time_steps: Any) -> dict[str, Any]:
 
 def _stopped(
     problem: ControlProblem, discrete: bool, time_steps: Any, scheme: str | None, grids: bool
-) -> StoppedChainSolution:
+) -> StoppedSolution:
     """Of a chain that stops, or whose reward is -inf somewhere."""
     what = "stop" if problem.stop is not None else "reward"
     if not grids:
@@ -131,7 +133,14 @@ def _stopped(
     if not (problem.reference.gaussian and problem.reference.continuous):
         raise NoExactSolution(f"reference: no exact solution is known for a {type(problem.reference).__name__}.")
     chain = problem.chain(time_steps, scheme)
-    return StoppedChainSolution(problem, chain, _settings(chain, time_steps))
+    sizes = {1: StoppedChainSolution, 2: StoppedPlaneSolution}
+    size = problem.event_shape.numel()
+    if size not in sizes or len(problem.event_shape) != 1:
+        raise NoExactSolution(
+            f"{what}: where a process stops or a reward is -inf, chains of one or two coordinates are solved, and this "
+            f"one has states of shape {tuple(problem.event_shape)}; estimate (sc.SMC, sc.TemperedSMC)."
+        )
+    return sizes[size](problem, chain, _settings(chain, time_steps))
 
 
 def _finite(

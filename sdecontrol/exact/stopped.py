@@ -12,27 +12,19 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..chains.base import Chain
-from ..chains.shifts import ShiftFunction
 from ..errors import NoExactSolution
 from ..memory import Remembered
-from ..problems.problem import ControlProblem
-from ..processes.laws import Dirac, draw
-from ..randomness import Place, generator_for
-from ..shapes import Controls, PerPath, Scalar, States
-from .base import ExactSolution
-from .probing import Functions
+from .stopping import StoppedSolution
 
 _ORDER = 10  # nodes of a panel
 _WIDTH = 1.5  # of a panel, in standard deviations of the narrowest step
 _MOST = 4000  # nodes
-_PATHS = 512  # that say where the process goes
 _JUMP = 1e-3  # of a reward, relative to its range
 _EDGE = 1e-13  # an edge is known to that, relative to the range
 _STABLE = 1e-9  # change of log Z at which the range is wide enough
@@ -50,6 +42,11 @@ class Nodes(NamedTuple):
     log_weights: np.ndarray
     inside: np.ndarray
     reward: np.ndarray
+
+
+def _column(y: np.ndarray) -> Tensor:
+    """Places as states ``(n, 1)``."""
+    return torch.from_numpy(y)[:, None]
 
 
 class Steps(NamedTuple):
@@ -100,90 +97,39 @@ class Kernel:
         return shift
 
 
-class StoppedChainSolution(ExactSolution):
-    """Exact solution of a one-dimensional chain with a region to stop in, or with a reward that is -inf somewhere.
+class StoppedChainSolution(StoppedSolution):
+    """Exact solution of a one-dimensional chain with a region to stop in, or with a reward that is -inf somewhere, on
+    panels of Gauss-Legendre nodes.
 
-    ``value``, ``log_z`` and ``start_log_z`` are those of the soft-optimal chain. ``control`` and ``elbo`` are the best
-    mean-shift chain's where the reward is a number wherever the chain can go; else there is none (every Gaussian shift
-    has an objective of -inf): ``elbo`` is -inf, and ``control`` the mean shift of the soft-optimal kernel, O(h) from
-    ``sigma grad log psi``. Errors are those of rounding and of edges, about 1e-9. Laws are not computed.
+    ``control`` and ``elbo`` are the best mean-shift chain's where the reward is a number. Errors are those of rounding
+    and of edges, about 1e-9.
     """
 
     kind = "panels"
 
-    def __init__(self, problem: ControlProblem, chain: Chain, settings: dict[str, Any]) -> None:
-        super().__init__(problem, settings, chain)
-        if problem.event_shape.numel() != 1 or not problem.reference.gaussian:
-            raise NoExactSolution(
-                "stop: panels are for one coordinate with Gaussian steps, and this problem has "
-                f"{problem.event_shape.numel()} coordinates of a {type(problem.reference).__name__}."
-            )
-        self._wide = chain.double()
-        self._functions = Functions(problem, getattr(self._wide, "inner", self._wide))
-        self._homogeneous = self._same_steps()
-        self._shifts_of = Remembered(self._shift_at, chain.steps)
-        self._solve()
-
-    # ---------------------------------------------------------------- what the problem says
-
-    def _inside(self, y: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(y)[:, None]
-        with torch.no_grad(), self.problem.evaluating():
-            found = self._wide.inside(x.to(self.problem.device))
-        return np.zeros(len(y), dtype=bool) if found is None else found.cpu().numpy()
-
-    def _reward(self, y: np.ndarray) -> np.ndarray:
-        return self._functions.reward(torch.from_numpy(y)[:, None]).numpy()
-
     def _steps(self, y: np.ndarray, k: int) -> Steps:
         """Step k of the chain from states y, were it not stopped."""
-        x, h, t = torch.from_numpy(y)[:, None], self.chain.step_sizes[k], self.chain.clock[k]  # type: ignore[union-attr]
-        mean, scale = self._functions.step(x, k)
-        rows = self._functions.rows(scale, [0], len(x)).norm(dim=(1, 2)).numpy()
-        return Steps(mean[:, 0].numpy(), rows, h * self._functions.cost(x, t).numpy())
-
-    def _same_steps(self) -> bool:
-        y = np.linspace(-1.7, 1.9, 7)
-        first, *others = (self._steps(y, k) for k in range(self._wide.steps))
-        return all(np.allclose(a, b, rtol=1e-12, atol=0.0) for other in others for a, b in zip(first, other))
-
-    def _range(self) -> tuple[float, float, float]:
-        """Where the reference's paths go, and the narrowest step there."""
-        x = draw(self.problem.origin, _PATHS, 0).to("cpu", torch.float64)
-        generator = generator_for("cpu", 0, Place.STOPPED_WALK)
-        low, high, narrow = float(x.min()), float(x.max()), math.inf
-        for k in range(self._wide.steps):
-            mean, scale = self._functions.step(x, k)
-            rows = self._functions.rows(scale, [0], len(x))
-            narrow = min(narrow, float(rows.norm(dim=(1, 2)).min()))
-            xi = torch.randn(len(x), rows.shape[2], generator=generator, dtype=torch.float64)
-            x = mean + (rows @ xi.unsqueeze(2)).squeeze(2)
-            x = x[torch.isfinite(x).all(1)]
-            if len(x) < _PATHS // 2:
-                raise NoExactSolution("drift: most paths run to infinity, so there are no panels to solve on.")
-            low, high = min(low, float(x.min())), max(high, float(x.max()))
-        if not narrow > 0:
-            raise NoExactSolution("diffusion: it is 0 at some states, and panels need noise everywhere.")
-        return low, high, narrow
+        mean, rows, cost = self._step(_column(y), k)
+        return Steps(mean[:, 0].numpy(), rows.norm(dim=(1, 2)).numpy(), cost)
 
     # ---------------------------------------------------------------- nodes
 
     def _kinds(self, y: np.ndarray) -> np.ndarray:
         """What changes at an edge: whether the state is inside, and whether its reward is a number."""
-        return self._inside(y) + 2 * np.isfinite(self._reward(y))
+        return self._inside(_column(y)) + 2 * np.isfinite(self._reward(_column(y)))
 
     def _edges(self, low: float, high: float, width: float) -> np.ndarray:
         """Where the region, or the set where the reward is a number, begins or ends, or the reward jumps, by bisection
         between points half a panel apart."""
         y = np.linspace(low, high, int(2 * (high - low) / width) + 2)
-        kinds, reward = self._kinds(y), np.nan_to_num(self._reward(y), neginf=0.0)
+        kinds, reward = self._kinds(y), np.nan_to_num(self._reward(_column(y)), neginf=0.0)
         span = np.ptp(reward) + 1e-300
         changes = np.flatnonzero((kinds[1:] != kinds[:-1]) | (np.abs(np.diff(reward)) > _JUMP * span))
         a, b = y[changes], y[changes + 1]
         sides = [[v[changes + i] for v in (kinds, reward)] for i in (0, 1)]
         while len(a) and float((b - a).max()) > _EDGE * (high - low):
             middle = 0.5 * (a + b)
-            here = [self._kinds(middle), np.nan_to_num(self._reward(middle), neginf=0.0)]
+            here = [self._kinds(middle), np.nan_to_num(self._reward(_column(middle)), neginf=0.0)]
             ((kind, value), (other, last)) = sides
             left = np.where(kind != other, here[0] == kind, np.abs(here[1] - value) < np.abs(here[1] - last))
             a, b = np.where(left, middle, a), np.where(left, b, middle)
@@ -210,12 +156,13 @@ class StoppedChainSolution(ExactSolution):
                 f"the steps' noise is so narrow (a standard deviation of {width / _WIDTH:.2g} on [{low:.3g}, "
                 f"{high:.3g}]) that {len(y)} nodes would be needed, of {_MOST} at most; use fewer time steps."
             )
-        return Nodes(y, np.log((half * weights).ravel()), self._inside(y), self._reward(y))
+        return Nodes(y, np.log((half * weights).ravel()), self._inside(_column(y)), self._reward(_column(y)))
 
     # ---------------------------------------------------------------- the recursion
 
     def _solve(self) -> None:
-        low, high, narrow = self._range()
+        self._shifts_of = Remembered(self._shift_at, self._wide.steps)
+        (low,), (high,), (narrow,) = self._range()
         before = math.nan
         for self._tried in range(_WIDEST):
             self._nodes = self._lay(low, high, _WIDTH * narrow)
@@ -233,13 +180,6 @@ class StoppedChainSolution(ExactSolution):
         if self._held is None or not self._homogeneous:
             self._held = Kernel(self._nodes, step.mean, step.scale)
         return self._held, step.cost
-
-    @staticmethod
-    def _lost() -> NoExactSolution:
-        return NoExactSolution(
-            "optimal paths leave every range that was tried: the reward drives them to infinity, or is -inf wherever "
-            "they can go."
-        )
 
     def _backwards(self) -> np.ndarray:
         """``w_k = v_k/alpha`` at the nodes, ``(K+1, N)``."""
@@ -325,41 +265,25 @@ class StoppedChainSolution(ExactSolution):
                 break
         return c, self._derivatives(step, values, c)[0] - 0.5 * c * c, rough
 
-    # ---------------------------------------------------------------- the interface
+    # ---------------------------------------------------------------- anywhere
 
-    def _values(self, y: np.ndarray, k: int) -> np.ndarray:
-        """``w_k`` at any states."""
-        reward, inside = self._reward(y), self._inside(y)
+    def _values(self, x: Tensor, k: int) -> np.ndarray:
+        reward, inside = self._reward(x), self._inside(x)
         if k == self._wide.steps:
             return reward
-        step = self._steps(y, k)
+        step = self._steps(x[:, 0].numpy(), k)
         moved = Kernel(self._nodes, step.mean, step.scale).log_average(self._soft[k + 1])
         return np.where(inside, reward, moved - step.cost)
 
-    def _value_at(self, x: States, time: float) -> PerPath:
-        return self.problem.alpha * torch.from_numpy(self._values(x[:, 0].numpy(), self._state(time)))
-
     def _shift(self, x: Tensor, k: int) -> Tensor:
-        y = x[:, 0].numpy()
-        c = np.where(self._inside(y), 0.0, self._between(self._shifts_of(k), y))
-        # along the noise that reaches the state, of several
-        rows = self._functions.rows(self._functions.step(x, k)[1], [0], len(x))[:, 0]
+        c = np.where(self._inside(x), 0.0, self._between(self._shifts_of(k), x[:, 0].numpy()))
+        rows = self._step(x, k).rows[:, 0]  # along the noise that reaches the state, of several
         return torch.from_numpy(c).unsqueeze(1) * rows / rows.norm(dim=1, keepdim=True)
 
-    def _control_at(self, x: States, time: float) -> Controls:
-        k = self._step_at(time)
-        return self._wide.control(k, self._shift(x, k))
+    def _start_average(self, soft: bool) -> float:
+        return self._averaged(self._soft[0], soft)
 
-    def _shift_function(self, chain: Chain) -> ShiftFunction:
-        if chain is not self.chain:
-            times = [self._snap(t) for t in chain.clock[:-1]]
-            return lambda k, x, condition: chain.shift_at(
-                k, x, self._control_at(x.to("cpu", torch.float64), times[k]).to(x)
-            )
-        return lambda k, x, condition: self._shift(x.to("cpu", torch.float64), k).to(x)
-
-    def _start_average(self, values: np.ndarray, soft: bool) -> float:
-        """``log E exp w(X_0)`` or ``E w(X_0)`` over the start."""
+    def _averaged(self, values: np.ndarray, soft: bool) -> float:
         mean, cov = self._first_moments()
         law = Kernel(self._nodes, mean.numpy().reshape(1), np.array([float(cov[0, 0]) ** 0.5]))
         if soft:
@@ -367,42 +291,9 @@ class StoppedChainSolution(ExactSolution):
         p = law.weights[0]
         return float((p[p > 0] * values[p > 0]).sum())
 
-    @cached_property
-    def _point(self) -> np.ndarray | None:
-        """The start, where it is a point."""
-        law = self.problem.origin
-        return law.mean.double().cpu().numpy().reshape(1) if isinstance(law, Dirac) else None
-
-    def _start_value(self, soft: bool) -> float:
-        if self._point is not None:
-            return float(self._values(self._point, 0)[0])
-        return self._start_average(self._soft[0], soft)
-
-    @property
-    def log_z(self) -> Scalar:
-        return self._out(torch.tensor(self._start_value(soft=True), dtype=torch.float64))
-
-    @property
-    def start_log_z(self) -> Scalar:
-        return self._out(torch.tensor(self._start_value(soft=False), dtype=torch.float64))
-
-    @property
-    def elbo(self) -> Scalar:
-        if not self._numbers:
-            return self._out(torch.tensor(-math.inf, dtype=torch.float64))
+    def _reached(self) -> float:
         values = self._shifted[0]
         if self._point is None:
-            found = self._start_average(values[0], soft=False)
-        else:
-            step = self._steps(self._point, 0)
-            found = float((self._best(step, values[1], self._soft[1])[1] - step.cost)[0])
-        return self._out(torch.tensor(found, dtype=torch.float64))
-
-    def marginal(self, t: float) -> Any:
-        raise NoExactSolution("marginal(t), sample(n): the laws of a chain that stops are not computed; simulate.")
-
-    def bridge(self, s: float, t: float, x_t: Tensor) -> Any:
-        raise NoExactSolution("bridge(s, t, x_t): bridges of a chain that stops are not Gaussian, and not computed.")
-
-    def _kernel_at(self, x: Tensor, k: int) -> Any:
-        raise NoExactSolution("kernel(x, k): the kernels of a chain that stops are not computed; value is exact.")
+            return self._averaged(values[0], soft=False)
+        step = self._steps(self._point[:, 0].numpy(), 0)
+        return float((self._best(step, values[1], self._soft[1])[1] - step.cost)[0])

@@ -353,6 +353,7 @@ EXACT = {
     "FiniteChainSolution": lambda: sc.exact_solution(categorical()),
     "FiniteProcessSolution": lambda: sc.exact_solution(jumps()),
     "StoppedChainSolution": lambda: sc.exact_solution(one_dimensional(stop=far), time_steps=K),
+    "StoppedPlaneSolution": lambda: sc.exact_solution(one_dimensional(stop=far, dim=2), time_steps=K),
 }
 
 
@@ -364,9 +365,9 @@ def apart():
     return sc.ControlProblem(sc.generative_sde(mixture, sc.VP()), start, sc.Linear(torch.ones(3)), alpha=1.0)
 
 
-def one_dimensional(**options):
-    sde = sc.SDE(pull, torch.tensor(1.0), dim=1)
-    return sc.ControlProblem(sde, sc.Dirac(torch.zeros(1)), reward=reward, alpha=1.0, **options)
+def one_dimensional(dim=1, **options):
+    sde = sc.SDE(pull, torch.tensor(1.0), dim=dim)
+    return sc.ControlProblem(sde, sc.Dirac(torch.zeros(dim)), reward=reward, alpha=1.0, **options)
 
 
 def kinds(base):
@@ -376,7 +377,7 @@ def kinds(base):
 
 
 ABSTRACT = {"Pretrained", "PretrainedChain", "OnGrids", "LinearQuadraticSolution"}
-ABSTRACT |= {"CategoricalKernels", "FiniteSolution"}
+ABSTRACT |= {"CategoricalKernels", "FiniteSolution", "StoppedSolution"}
 
 
 @pytest.mark.parametrize("base, cases", [(Reference, REFERENCES), (Chain, CHAINS), (ExactSolution, EXACT)])
