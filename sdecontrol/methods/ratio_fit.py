@@ -28,7 +28,8 @@ from .base import Run
 
 _HELD = 0.2  # of the paths: they choose, and are not fitted to
 _NUMBERS = 1 << 26  # stored at most
-_ROWS = 16  # steps of a path that are stored for values
+#: steps of a path that are stored for values
+ROWS = 16
 _BATCH = 2048  # rows at most
 _LOOKS = 6  # at the held-out rows
 _AVERAGE = 0.99
@@ -74,10 +75,10 @@ def drawn(run: Run, control: Any, n: int, number: int) -> Iterator[tuple[int, Pa
         yield chunk, simulate_chain(run.problem, run.chain, size, control, seed=seed)
 
 
-def steps_stored(run: Run, paths: Paths, chunk: int, width: int, n: int, most: int) -> Tensor:
-    """Which steps of each path are stored, ``(batch, S)``, in order."""
-    count = max(1, min(most, run.chain.steps, _NUMBERS // max(1, n * width)))
-    generator = generator_for("cpu", run.seed, Place.RATIO_ROWS, run.iteration, chunk)
+def steps_stored(run: Run, paths: Paths, draw: tuple[int, int], width: int, n: int) -> Tensor:
+    """Which steps of each path are stored, ``(batch, S)``, in order; ``draw``: its number and the chunk's."""
+    count = max(1, min(ROWS, run.chain.steps, _NUMBERS // max(1, n * width)))
+    generator = generator_for("cpu", run.seed, Place.RATIO_ROWS, *draw)
     places = torch.rand(len(paths), run.chain.steps, generator=generator).argsort(1)[:, :count]
     return places.sort(1).values.to(paths.end.device)
 
@@ -93,7 +94,7 @@ def value_rows(run: Run, value: RatioValue, control: Any, n: int, number: int = 
     parts: list[tuple[Tensor, ...]] = []
     kept: list[Paths] = []
     for chunk, paths in drawn(run, control, n, number):
-        k = steps_stored(run, paths, chunk, len(value.centre), n, _ROWS)
+        k = steps_stored(run, paths, (number, chunk), len(value.centre), n)
         (gains, ratios), x, y = to_come(paths), paths.states, paths.condition
         seen = x.new_zeros(*k.shape, len(value.centre))
         asked = x.new_zeros(*k.shape, len(value.target_centre) * learned)

@@ -10,7 +10,6 @@ asked for.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +68,6 @@ class Slopes:
     to_come: Tensor
     f: Tensor
     paths: list[Paths]
-
-    def objective(self) -> tuple[float, float]:
-        """Mean and standard error of the guidance's log weights: its objective, in nats, with less noise the better it
-        is."""
-        log_w = torch.cat([p.log_weights() for p in self.paths]).double()
-        return float(log_w.mean()), float(log_w.std()) / math.sqrt(len(log_w))
 
     @property
     def whole(self) -> Moments:

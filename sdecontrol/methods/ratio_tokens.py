@@ -8,41 +8,39 @@ better it guides.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..controls.guidance import ValueControl
 from ..controls.token_network import TokenValue
 from ..paths.paths import Paths
-from ..processes.modules import copied
-from .base import ControlState, Run, path_metrics
+from .base import Run, path_metrics
 from .ratio_fit import Rows, drawn, logistic, steps_stored, to_come, weighted_exponent
+from .ratio_rounds import LITTLE, ROUND, RatioRounds
 
 #: of each regression
 STEPS = 600
 _RATE = 5e-3
-_ROUND = 3  # a round on its own paths has so many times fewer of them
-_ROWS = 16  # steps of a path that are stored
-_LITTLE = 0.005  # nats that a round must gain for another one
 
 
-class TokenRatioState(ControlState):
-    """The guidance; the best value so far and its objective (mean and error, in nats); the part of the reward that it
-    is for, ``alpha/temperature``; whether rounds still gain."""
+@dataclass
+class Drawn:
+    """Rows of paths, gains and ratios of whole paths ``(2, paths)``, and the paths without their steps."""
 
-    beta: Tensor
-    score: Tensor
-    ended: Tensor
+    rows: Rows
+    whole: Tensor
+    paths: list[Paths]
+
+
+class TokenRatioState(RatioRounds[Drawn]):
+    """The state of rounds."""
 
     def __init__(self, control: ValueControl) -> None:
-        super().__init__(control)
         control.value.requires_grad_(False)  # but while it is fitted
-        self.kept = copied(control.value)
-        self.beta = nn.Buffer(torch.zeros((), dtype=torch.float64))
-        self.score = nn.Buffer(torch.tensor([-math.inf, 0.0], dtype=torch.float64))
-        self.ended = nn.Buffer(torch.zeros((), dtype=torch.bool))
+        super().__init__(control)
 
     @property
     def value(self) -> TokenValue:
@@ -52,54 +50,53 @@ class TokenRatioState(ControlState):
 
 
 def token_ratio_step(state: TokenRatioState, run: Run, num_paths: int) -> dict[str, float]:
-    """A regression: at the lowest temperature that the paths' weights allow, then at the problem's own; unless the last
-    one has made the guidance worse: then that is taken back."""
+    """A regression: at the lowest temperature that the paths' weights allow, then at the problem's own. Its metrics are
+    of the guidance that it leaves, by paths drawn afterwards; on a ladder of temperatures, of the paths that were
+    fitted to."""
+    past, alpha, few = float(state.beta), run.problem.alpha, max(256, num_paths // ROUND)
+
+    def look(number: int) -> Drawn:
+        return _rows(run, state.control, few, number)
+
     with run.problem.evaluating():
-        past, alpha = float(state.beta), run.problem.alpha
-        control, n = (state.control, max(256, num_paths // _ROUND)) if past else (None, num_paths)
-        rows, whole, paths = _rows(run, control, n)
-        shown = path_metrics(paths)
-        if past >= 1 and not _better(state, paths):
-            return {**shown, "loss": math.nan, "temperature": alpha}
-        beta = weighted_exponent(run, whole, n, past)
-        value = state.value
-        value.scale[0] = (beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1])
-        loss = logistic(run, value, _ratio(value), float(value.scale[0]), rows, beta, (STEPS, _RATE))[1]
-        state.beta.fill_(beta)
-    return {**shown, "loss": loss, "temperature": alpha / max(beta, 1e-12)}
+        if past == 1:
+            before, best = state.begin(look), float(state.score[0])
+            loss = regress_ratio(state, run, before, 1.0)
+            kept = {"kept": state.settle(before, look, 1.0)}
+            if float(state.score[0]) - best < LITTLE:
+                state.ended.fill_(True)
+        else:
+            control, n = (state.control, few) if past else (None, num_paths)
+            found = _rows(run, control, n, state.fresh())
+            beta = weighted_exponent(run, found.whole, n, past)
+            loss, kept = regress_ratio(state, run, found, beta), {}
+            state.beta.fill_(beta)
+            if beta < 1:
+                return {**path_metrics(found.paths), "loss": loss, "temperature": alpha / max(beta, 1e-12)}
+            state.first(look)
+    assert state.seen is not None
+    return {**path_metrics(state.seen.paths), "loss": loss, "temperature": alpha, **kept}
 
 
-def _better(state: TokenRatioState, paths: list[Paths]) -> bool:
-    """Whether the guidance, by its own paths, is no worse than the best before, to which it goes back else; and whether
-    rounds still gain."""
-    objective = torch.cat([(p.reward - p.cost) / p.alpha - p.kl() for p in paths]).double()
-    mean, error = float(objective.mean()), float(objective.std()) / math.sqrt(len(objective))
-    best, its_error = state.score.tolist()
-    if mean < best - 3 * math.hypot(error, its_error):
-        state.value.load_state_dict(state.kept.state_dict())
-        state.ended.fill_(True)
-        return False
-    state.ended.fill_(mean - best < _LITTLE)
-    if mean > best:
-        state.kept.load_state_dict(state.value.state_dict())
-        state.score.copy_(torch.tensor([mean, error]))
-    return True
+def regress_ratio(state: TokenRatioState, run: Run, found: Drawn, beta: float) -> float:
+    value, whole = state.value, found.whole
+    value.scale[0] = (beta * whole[0] - whole[1]).double().logsumexp(0) - math.log(whole.shape[1])
+    return logistic(run, value, _ratio(value), float(value.scale[0]), found.rows, beta, (STEPS, _RATE))[1]
 
 
-def _rows(run: Run, control: Any, n: int) -> tuple[Rows, Tensor, list[Paths]]:
-    """Rows of paths of a control (None: the reference), gains and ratios of whole paths ``(2, paths)``, and the paths
-    without their steps."""
+def _rows(run: Run, control: Any, n: int, number: int) -> Drawn:
+    """Of paths of a control (None: the reference), the ``number``-th ones of a run."""
     parts: list[tuple[Tensor, ...]] = []
     kept: list[Paths] = []
-    for chunk, paths in drawn(run, control, n, run.iteration):
-        k = steps_stored(run, paths, chunk, run.problem.event_shape.numel(), n, _ROWS)
+    for chunk, paths in drawn(run, control, n, number):
+        k = steps_stored(run, paths, (number, chunk), run.problem.event_shape.numel(), n)
         index = torch.arange(len(k), device=k.device).unsqueeze(1)
         gains, ratios = to_come(paths)
         whole = torch.stack((gains[0], ratios[0]), 1)
         parts.append((paths.states[k, index], run.chain.times[k], gains[k, index], ratios[k, index], whole))
         kept.append(paths.without_steps())
     seen, times, gains, ratios, whole = (torch.cat(part) for part in zip(*parts))
-    return Rows(seen, times, gains, ratios), whole.mT, kept
+    return Drawn(Rows(seen, times, gains, ratios), whole.mT, kept)
 
 
 def _ratio(value: TokenValue) -> Any:
