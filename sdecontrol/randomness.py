@@ -69,7 +69,6 @@ class Place(enum.IntEnum):
     PILOT_CHAINS_CONDITION = 223
     PILOT_LINES = 224  # along which a density must fall
     PILOT_AXES = 225
-    PILOT_AGAIN = 227  # [run] from further out
     SEARCH = 226  # distances at which the chains of a search for modes begin
     GRADIENT_DIRECTIONS = 230  # along which gradients are compared with values
     GRADIENT_STATES = 231  # where those of a log density are
@@ -180,7 +179,7 @@ class Place(enum.IntEnum):
     GUIDANCE_ROLL = 613  # perturbed starts and guided steps of value guidance
     RATIO_VALUE = 614  # the network of a log density ratio
     RATIO_PATHS = 615  # paths on which it is fitted, or measured [draw, chunk]
-    RATIO_ROWS = 616  # steps of each path that are stored [iteration, chunk]
+    RATIO_ROWS = 616  # steps of each path that are stored [draw, chunk]
     RATIO_BATCH = 617  # rows of the regression's batches [iteration]
     DISTILLED_PATHS = 640  # [round, part]
     DISTILLED_STATES = 641  # stored ones that are learned from [iteration, part]
@@ -192,6 +191,7 @@ class Place(enum.IntEnum):
     MATCHING_OWN_START = 624
     MATCHING_BATCH = 625  # [iteration, part]
     MATCHING_JUDGE = 626  # bridges on which a correction is judged [iteration, part]
+    MATCHING_GAIN = 643  # bridges to new particles on which the last iterations are judged [iteration, part]
     MATCHING_TOKENS = 627  # rows of particles of tokens, and where their ends are masked [iteration, part]
     BRIDGE_ANCHOR = 628  # the anchor of bridges, where it is a network of its own
     MATCHING_UNTUNED = 629  # ends of the untuned model

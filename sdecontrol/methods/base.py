@@ -169,6 +169,9 @@ class Method:
     same_paths: ClassVar[int] = 1
     #: whether a run has its default length, since no metric of an iteration says when there is no more to gain
     steady: ClassVar[bool] = False
+    #: whether it says itself, in the metrics "gain" and "gain_stderr" of some iterations, how many nats all those since
+    #: the last time have gained
+    measures_gain: ClassVar[bool] = False
     #: a metric that each iteration estimates afresh, which the progress bar then shows; None: the objective, averaged
     estimates: ClassVar[str | None] = None
     #: decay of the average of the parameters over iterations

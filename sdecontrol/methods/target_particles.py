@@ -15,6 +15,7 @@ from ..particles.smc import resample
 from ..particles.tempering import NoiseTarget
 from ..paths.weights import effective_number
 from ..problems.simulate import simulate_chain
+from ..processes.modules import copied
 from ..randomness import Place, derive_seed, generator_for
 from .base import Run, path_metrics
 from .forward_process import Bridge, ForwardState
@@ -33,6 +34,7 @@ class TargetParticles(ForwardState):
                 bridge = bridge_of(chain, problem.start)
         super().__init__(run, _control(run, size), bridge, anchor)
         self.size = size
+        self.last = copied(self.control).requires_grad_(False)  # the control, when the particles were last run
         kept = 2 if self.bridge is not None else chain.steps + 1
         stored = size if self.anchor is None else 2 * size
         self.states: Tensor

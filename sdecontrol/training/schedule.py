@@ -79,6 +79,9 @@ class LearningRateSchedule:
     iterations: false ends late in a run are as rare as its last few independent looks are few. No such rule sees what
     has not begun to show: a mode that no path has reached is no gain.
 
+    A method that measures itself what it gains, in nats, such as on particles drawn anew, is taken at its word: the
+    decay begins where a step of work would change less than ``worth`` by the last ones, with the same confidence.
+
     Losses that are no nats (of paths other than the control's own) have a floor that nobody knows: there the decay
     begins where the last ``step`` iterations are not better than the ``step`` before by two standard errors.
 
@@ -86,6 +89,7 @@ class LearningRateSchedule:
         iterations: exactly, or at most where ``adaptive``.
         same_paths: consecutive iterations whose scores may be of the same paths: the first look waits until every block
             of :class:`Gain` has as many.
+        measured: whether the method says itself what it gains.
     """
 
     step = 100
@@ -93,8 +97,9 @@ class LearningRateSchedule:
     worth = 0.1
     part = 0.05
 
-    def __init__(self, iterations: int, adaptive: bool, same_paths: int = 1) -> None:
-        self.iterations, self.adaptive = iterations, adaptive
+    def __init__(self, iterations: int, adaptive: bool, same_paths: int = 1, measured: bool = False) -> None:
+        self.iterations, self.adaptive, self.measured = iterations, adaptive, measured
+        self.measured_at = 0  # iterations before the method last said so
         self.decay_from: int | None = None if adaptive else int(0.25 * iterations)
         self.last = iterations
         self.next_look = max(self.least, 4 * _BLOCKS * same_paths)
@@ -107,16 +112,22 @@ class LearningRateSchedule:
             part = max(part, (i - self.decay_from + 1) / max(1, self.last - self.decay_from))
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
 
-    def observe(self, i: int, scores: Sequence[Score]) -> None:
+    def observe(self, i: int, scores: Sequence[Score], gain: Gain | None = None) -> None:
         """Look at the scores so far, those at the problem's own temperature, after iteration i; start the decay where
-        there is no more to gain."""
+        there is no more to gain.
+
+        Args:
+            gain: of the iterations before i since the method last measured it.
+        """
         if not self.adaptive or self.decay_from is not None:
             return
         done, enough = i + 1, False
-        if len(scores) >= self.next_look:
+        if self.measured:
+            enough = gain is not None and self._is_little(gain, i)
+        elif len(scores) >= self.next_look:
             self.next_look = max(len(scores) + 1, int(_LOOKS * len(scores)))
             enough = self._not_worth_it(scores)
-        if done % (self.step // 2) == 0 and len(scores) >= 2 * self.step:
+        if not self.measured and done % (self.step // 2) == 0 and len(scores) >= 2 * self.step:
             enough = enough or self._loss_stands_still(scores)
         if enough or done >= 0.7 * self.iterations:
             self.decay_from = done
@@ -132,6 +143,12 @@ class LearningRateSchedule:
         gain = Gain.of(nats)
         return gain.at_most <= seen * worth and not Gain.of(residuals).at_most > seen * math.log(2)
 
+    def _is_little(self, gain: Gain, i: int) -> bool:
+        """Of a gain measured after i iterations. A loss is none either: particles that are not those learned from."""
+        passed, self.measured_at = i - self.measured_at, i
+        seen = min(1.0, passed / max(self.step, i / 4))
+        return i >= self.least and abs(gain.value) + _SURE * gain.stderr <= seen * self.worth
+
     def _loss_stands_still(self, scores: Sequence[Score]) -> bool:
         """Of iterations that do not know the objective."""
         objectives, _, residuals, _ = _columns(scores[-2 * self.step :])
@@ -142,12 +159,18 @@ class LearningRateSchedule:
         return float(new.mean() - old.mean()) < _NOISE * noise
 
     def state(self) -> dict[str, Any]:
-        return {"decay_from": self.decay_from, "last": self.last, "next_look": self.next_look}
+        return {
+            "decay_from": self.decay_from,
+            "last": self.last,
+            "next_look": self.next_look,
+            "measured_at": self.measured_at,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         if self.adaptive:
             self.decay_from, self.last = state["decay_from"], state["last"]
             self.next_look = state.get("next_look", self.next_look)  # checkpoints of earlier versions looked otherwise
+            self.measured_at = state.get("measured_at", self.measured_at)
 
 
 def _columns(scores: Sequence[Score]) -> tuple[Tensor, ...]:

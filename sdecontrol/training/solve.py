@@ -32,7 +32,7 @@ from .least_squares import LinearSteps
 from .optimiser import Descent
 from .path_law import PathLaw
 from .progress import ProgressBar
-from .schedule import LearningRateSchedule, Score
+from .schedule import Gain, LearningRateSchedule, Score
 from .several import Interrupts, check_split, same_numbers, same_problem
 from .trackers import reporting
 
@@ -83,7 +83,8 @@ def solve(
             standard deviation of the paths' log-weights where that is more (and, of a method whose loss is a residual,
             less than half of that). Then the learning rate falls to 0 over half as many iterations as have passed, and
             the run is over. It looks from a hundred iterations on; a run that stands still before it finds more, such
-            as a mode that no path has reached yet, ends there: give it ``iterations``.
+            as a mode that no path has reached yet, ends there: give it ``iterations``. Particle matching asks new
+            particles instead.
         batch_size: paths per gradient (default 256, or what ``recommend`` says with a method that it chose);
             ``accumulate`` such gradients make one step. Of all processes together where ``torchrun`` has started
             several: a multiple of 64 times their number.
@@ -234,7 +235,7 @@ class _Plan:
     def schedule(self, method: Method) -> LearningRateSchedule:
         most = 10**7 if self.by_time else method.default_iterations if self.iterations is None else self.iterations
         adaptive = self.iterations is None and self.budget is None and not method.steady
-        schedule = LearningRateSchedule(most, adaptive, method.same_paths)
+        schedule = LearningRateSchedule(most, adaptive, method.same_paths, method.measures_gain)
         if self.by_time:
             schedule.decay_from = None
         return schedule
@@ -429,7 +430,8 @@ class Trainer:
         self.history.append(metrics)
         if not annealing:
             self.scores.append(self._score(metrics))
-            self.schedule.observe(self.done, self.scores)
+            gain = Gain(metrics["gain"], metrics["gain_stderr"]) if "gain" in metrics else None
+            self.schedule.observe(self.done, self.scores, gain)
         self.done += 1
         self.whole = True
         self.interrupts.check()

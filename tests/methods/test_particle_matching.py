@@ -253,18 +253,17 @@ def test_a_correction_is_kept_where_it_lowers_the_loss_and_dropped_where_not(mon
     state.renew(run)
     right = MixtureControl(problem, law)
     off = MixtureControl(problem, sc.GaussianMixture(law.weights, law.means + 0.2, law.covariances))
-    parts, draw = [], sc.ParticleMatching.draw
+    places, gains = [], sc.ParticleMatching.gains
 
-    def drawn(self, state, run, place, part):
-        parts.append((place, part))
-        return draw(self, state, run, place, part)
+    def compared(self, state, run, before, after, place):
+        places.append(place)
+        return gains(self, state, run, before, after, place)
 
-    monkeypatch.setattr(sc.ParticleMatching, "draw", drawn)
+    monkeypatch.setattr(sc.ParticleMatching, "gains", compared)
     for base, correction, kept in ((right, Difference(off, right), False), (off, Difference(right, off), True)):
         state.control = CorrectedControl(base, correction)
         assert method.finish(state, run) is (state.control if kept else base)
-    # none that training has seen
-    assert len(set(parts)) == len(parts) // 2 == 8 and {place for place, _ in parts} == {Place.MATCHING_JUDGE}
+    assert places == 2 * [Place.MATCHING_JUDGE]  # bridges that training has not seen
 
 
 def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
@@ -293,6 +292,39 @@ def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
     )  # the user's own is kept
     given = sc.solve(small_inverse(), "reward-backprop", **more).control
     assert type(sc.solve(small_inverse(), method, control=given, **more).control) is type(given)
+
+
+def near_its_optimum(steps):
+    """A linear-quadratic problem, and a solution that adjoint matching has taken to the chain's optimum."""
+    problem = random_lq(2, seed=1, start="dirac", running=False, alpha=1.0, dtype=F32)
+    return problem, sc.solve(problem, "adjoint-matching", time_steps=steps, iterations=60, seed=0)
+
+
+def test_what_is_gained_is_forward_kl():
+    """From no control to the chain's optimum on particles of the target: the KL of its paths, in nats."""
+    problem, optimal = near_its_optimum(10)
+    method = sc.ParticleMatching(num_particles=4096)
+    run = Run(problem, problem.chain(10), batch_size=256, accumulate=1, seed=0)
+    state = method.setup(run)
+    nothing, state.control = method.setup(run).control, optimal.control
+    method.step(state, run)  # draws particles, and keeps the control of then; nothing descends
+    assert not bool(method.gains(state, run, state.last, state.control, Place.MATCHING_GAIN).any())
+    found = method.gains(state, run, nothing, state.control, Place.MATCHING_GAIN)
+    kl = float(optimal.evaluate(4096, seed=1).kl.value)
+    assert kl > 0.5 and len(found) == 16
+    assert float(found.mean()) == pytest.approx(kl, abs=float(found.std()) + 0.05 * kl)
+    back = method.gains(state, run, state.control, nothing, Place.MATCHING_GAIN)
+    assert torch.allclose(back, -found)
+
+
+def test_a_run_with_nothing_to_gain_ends_by_itself():
+    """From the exact control: at the first new particles a hundred iterations have gained nothing, and half as many
+    lower the rate."""
+    problem, first = near_its_optimum(5)
+    method = sc.ParticleMatching(num_particles=1024)
+    solution = sc.solve(problem, method, time_steps=5, batch_size=128, control=first, learning_rate=1e-4, seed=0)
+    gains = [i for i, m in enumerate(solution.history) if "gain" in m]
+    assert gains == [100] and len(solution.history) == 151
 
 
 def test_a_resumed_run_ends_with_the_same_numbers(tmp_path):

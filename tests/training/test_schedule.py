@@ -120,6 +120,33 @@ def test_a_residual_that_goes_on_halving_is_no_end():
     assert ended(scores(lambda i: 0.01 / i, residual=lambda i: 0 * i))[0] == 100
 
 
+@pytest.mark.parametrize(
+    ("value", "stderr", "at", "ends"),
+    [
+        (0.02, 0.02, 100, True),
+        (0.12, 0.001, 100, False),  # a gain
+        (-0.12, 0.001, 100, False),  # new particles that are not those learned from
+        (0.02, 0.04, 100, False),  # nothing is sure
+        (0.02, 0.001, 99, False),
+        (0.09, 0.001, 100, True),
+        (0.09, 0.001, 800, False),  # of half a step of work
+        (0.04, 0.001, 800, True),
+    ],
+)
+def test_what_a_method_measures_itself_ends_a_run(value, stderr, at, ends):
+    """A hundred iterations of a gain; scores that would end a run say nothing then. A step of work after 800 is 200."""
+    schedule = LearningRateSchedule(2000, adaptive=True, measured=True)
+    flat = scores(lambda i: 0 * i)
+    for i in range(at + 50):
+        known = Gain(value, stderr) if i == at else Gain(1.0, 0.01) if i == at - 100 else None
+        schedule.observe(i, flat[: i + 1], known)
+    assert schedule.decay_from == (at + 1 if ends else None)
+    assert schedule.last == (at + 1 + max(50, (at + 1) // 2) if ends else 2000)
+    again = LearningRateSchedule(2000, adaptive=True, measured=True)
+    again.restore(schedule.state())
+    assert again.state() == schedule.state() and schedule.state()["measured_at"] == at
+
+
 def test_iterations_of_the_same_paths_count_once():
     """Scores that are repeated twenty times: within a block of few iterations there is no noise."""
 
