@@ -36,11 +36,10 @@ def projections(
     x: np.ndarray,
     cdf: Callable[[np.ndarray, np.ndarray], np.ndarray],
     rng: np.random.Generator,
-    count: int = 3,
 ) -> Iterator[Measurement]:
-    """Kolmogorov-Smirnov tests of random one-dimensional projections (which determine a law: Cramer and Wold);
+    """Kolmogorov-Smirnov tests of three random one-dimensional projections (which determine a law: Cramer and Wold);
     ``cdf(values, direction)`` is the projection's exact distribution function."""
-    for i in range(count):
+    for i in range(3):
         direction = rng.normal(size=x.shape[1])
         direction /= np.linalg.norm(direction)
         test = stats.kstest(x @ direction, lambda v, a=direction: cdf(v, a))

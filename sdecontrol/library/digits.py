@@ -49,19 +49,18 @@ class DigitClassifier(nn.Module):
         return self.body(x)
 
 
+_BATCH, _NOISE, _SMOOTHING = 128, 0.4, 0.02  # of the classifier: images of a step, their noise, that of labels
+
+
 def fit_digit_classifier(
     images: Tensor,
     labels: Tensor,
     *,
     iterations: int = 1500,
-    batch_size: int = 128,
-    learning_rate: float = 3e-3,
-    noise: float = 0.4,
-    smoothing: float = 0.02,
     seed: int | None = None,
     progress: bool | None = None,
 ) -> DigitClassifier:
-    """Cross-entropy on images with Gaussian noise, its standard deviation uniform in [0, noise] per image.
+    """Cross-entropy on images with Gaussian noise, its standard deviation uniform in [0, 0.4] per image.
 
     Noise and label smoothing keep the log-probabilities tame off the data, where a reward is asked too.
     """
@@ -69,15 +68,15 @@ def fit_digit_classifier(
     with global_rng("cpu", seed, Place.CLASSIFIER_WEIGHTS):
         network = DigitClassifier().to(images)
     generator = generator_for("cpu", seed, Place.CLASSIFIER_BATCH)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     with ProgressBar(iterations, "classifier", progress, measure="loss") as bar:
         for i in range(iterations):
-            index = torch.randint(len(images), (batch_size,), generator=generator)
+            index = torch.randint(len(images), (_BATCH,), generator=generator)
             x = images[index]
-            sd = noise * torch.rand((batch_size, 1, 1, 1), generator=generator, dtype=x.dtype)
+            sd = _NOISE * torch.rand((_BATCH, 1, 1, 1), generator=generator, dtype=x.dtype)
             x = x + sd * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-            loss = F.cross_entropy(network(x), labels[index], label_smoothing=smoothing)
+            loss = F.cross_entropy(network(x), labels[index], label_smoothing=_SMOOTHING)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

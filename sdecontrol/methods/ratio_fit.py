@@ -33,6 +33,7 @@ ROWS = 16
 _BATCH = 2048  # rows at most
 _LOOKS = 6  # at the held-out rows
 _AVERAGE = 0.99
+_RATE = 3e-3  # of the logistic regression of a value
 _NOISE = 0.3  # added to what the layers see, in standard deviations
 _FLOOR = 100.0  # effective paths below which a higher temperature comes first
 
@@ -144,9 +145,7 @@ def weighted_exponent(run: Run, whole: Tensor, n: int, past: float) -> float:
     return beta
 
 
-def fit_values(
-    run: Run, value: RatioValue, rows: Rows, beta: float, steps: int, rate: float = 3e-3
-) -> tuple[float, float]:
+def fit_values(run: Run, value: RatioValue, rows: Rows, beta: float, steps: int) -> tuple[float, float]:
     """Logistic regression of the whole network at temperature alpha/beta, kept where the held-out paths' loss is least.
 
     Returns:
@@ -171,7 +170,7 @@ def fit_values(
             value.slopes.grad[:, :hidden] = 0.0
             value.slopes.grad[:, value.slopes.shape[1] - value.layers.inner :] = 0.0
 
-    return logistic(run, value, value.ratio, float(value.level), rows, beta, (steps, rate), (away, beside, frozen))
+    return logistic(run, value, value.ratio, float(value.level), rows, beta, (steps, _RATE), (away, beside, frozen))
 
 
 def logistic(

@@ -68,7 +68,7 @@ class Ascent:
     the target.
 
     Args:
-        target, particles, seed: of :func:`adapt`. fraction, most_moves, last_moves: likewise.
+        target, particles, seed, fraction, most_moves: of :func:`adapt`. last_moves: at the target at least.
 
     Attributes:
         now: where it stands. work: evaluations of phi so far. levels: those that are behind it.
@@ -215,14 +215,13 @@ def adapt(
     *,
     fraction: float = 0.7,
     most_moves: int = _MOST_MOVES,
-    last_moves: int = 1,
     most_evaluations: int | None = None,
 ) -> tuple[Ladder, Population]:
     """Choose levels and kernels on one system of particles.
 
     Args:
         fraction: effective fraction that the incremental weights of a level keep.
-        most_moves: at a level; fewer where phi is forgotten sooner, but at the last one ``last_moves`` at least.
+        most_moves: at a level; fewer where phi is forgotten sooner.
         most_evaluations: that all of it may take; None: as many as it takes.
 
     Returns:
@@ -234,7 +233,7 @@ def adapt(
         NonFiniteError: a log density that is -inf at all particles, nan or +inf. LadderError: no end of levels, or of
             evaluations.
     """
-    ascent = Ascent(target, particles, seed, fraction=fraction, most_moves=most_moves, last_moves=last_moves)
+    ascent = Ascent(target, particles, seed, fraction=fraction, most_moves=most_moves)
     while ascent.now.beta < 1:
         ascent.check()
         if most_evaluations is not None and ascent.work + particles > most_evaluations:

@@ -177,9 +177,9 @@ class _Climb:
     """One system of particles on its way, choosing the ladder as it goes."""
 
     def __init__(
-        self, target: NoiseTarget, level: Callable[[Tensor], Tensor] | None, particles: int, seed: int, most: int | None
+        self, target: NoiseTarget, level: Callable[[Tensor], Tensor] | None, particles: int, seed: int
     ) -> None:
-        self.target, self.level, self.n, self.most = target, level, particles, most
+        self.target, self.level, self.n = target, level, particles
         self.seed, self.generator = seed, generator_for(target.device, seed, Place.EVENT_LADDER)
         self.work, self.log_z, self.angle = 0, 0.0, 0.5
         self.found: list[tuple[float, ...]] = []
@@ -266,8 +266,6 @@ class _Climb:
             self.log_w = torch.full_like(self.log_w, -math.log(self.n))
         began, moves = self._asked(law), 0
         while moves < _MOST_MOVES:
-            if self.most is not None and self.work + self.n > self.most:
-                raise LadderError(f"{self.most} evaluations are spent on the way to the event.")
             self.p, rate = _move(self.target, self.level, law, self.p, self.angle, self.generator)
             self.angle = min(0.5 * math.pi, max(1e-3, self.angle * math.exp(rate - _ACCEPT)))
             moves, self.work = moves + 1, self.work + self.n
@@ -290,22 +288,20 @@ def adapt_events(
     particles: int,
     seed: int,
     level: Callable[[Tensor], Tensor] | None = None,
-    most_evaluations: int | None = None,
 ) -> tuple[EventLadder, Population]:
     """Choose a ladder on one system of particles.
 
     Args:
         level: of the (decoded) ends of paths, ``(n,)``, the smaller the nearer to where the reward is a number; None:
             noise scales.
-        most_evaluations: that it may take.
 
     Returns:
         The ladder, and the particles; their Z^ has a bias of order 1/particles, since they chose it.
 
     Raises:
-        LadderError: nothing shows the way, or the evaluations are spent.
+        LadderError: nothing shows the way.
     """
-    climb = _Climb(target, level, particles, seed, most_evaluations)
+    climb = _Climb(target, level, particles, seed)
     law = climb.begin()
     while law is None or law.exponent < 1 or law.scale > 1:
         if len(climb.found) == _MOST_LEVELS:
@@ -317,7 +313,6 @@ def adapt_events(
     ladder = EventLadder(*columns[:4], moves=columns[4].long())
     ess, resampled = (torch.tensor(v, dtype=torch.float64, device=target.device) for v in zip(*climb.facts))
     log_z = torch.tensor([climb.log_z], dtype=torch.float64, device=target.device)
-    p = climb.p
     p, log_w = climb.p, climb.log_w
     z, phi, origin = (v.unsqueeze(0) for v in (p.z, p.phi, p.origin))
     variance = ancestral_variance(climb.roots, log_w.exp())

@@ -11,7 +11,7 @@ from rooms import FLOORS, IMPORTS, MODULES, ROOT
 LONGEST, MOST = 60, 8
 #: verbs that users call, whose options are their signature
 VERBS = {"compare", "distill", "gibbs_problem", "simulate", "fit_bridge", "fit_masked_diffusion", "fit_score", "solve"}
-VERBS |= {"design", "fit_reward", "sample", "fit_digit_classifier", "diffusion_chain", "from_diffusers"}
+VERBS |= {"design", "fit_reward", "sample", "diffusion_chain", "from_diffusers"}
 #: and a constructor: what a control problem is made of
 CONSTRUCTORS = {"problems.problem.__init__"}
 

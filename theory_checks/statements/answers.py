@@ -29,11 +29,11 @@ Lines = Iterator[Measurement]
 KIND = "statistical"
 
 
-def of_module(case: LinearCase, size: float = 1.0, **options: Any) -> Solution:
-    """A solution of a case whose control is a multiple of its best mean shift."""
+def of_module(case: LinearCase, **options: Any) -> Solution:
+    """A solution of a case whose control is its best mean shift."""
     U, w = case.chain().control()
     problem = case.problem()
-    control = given_control(problem, AffineModule(case, size * U, size * w))
+    control = given_control(problem, AffineModule(case, U, w))
     settings = {"time_steps": list(case.grid), "scheme": None}
     return Solution(problem, control, method="by hand", settings=settings, **options)
 

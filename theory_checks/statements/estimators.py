@@ -32,11 +32,11 @@ Lines = Iterator[Measurement]
 KIND = "estimator"
 
 
-def one_dimensional(setting: Setting, *, cost: bool = True, K: int = 3) -> Iterator[LinearCase]:
+def one_dimensional(setting: Setting, *, cost: bool = True) -> Iterator[LinearCase]:
     """Chains of three uneven steps in one dimension, from a point: small enough for exact quadrature."""
     for case in linear_cases(setting, cost=cost, start="fixed", extra_noise=False, dims=(1,), linear_reward=False):
         T = case.grid[-1]
-        yield replace(case, cov=0 * case.cov, grid=(*(0.9 * T * k / K for k in range(K)), T))
+        yield replace(case, cov=0 * case.cov, grid=(*(0.9 * T * k / 3 for k in range(3)), T))
 
 
 class Policy:

@@ -192,10 +192,10 @@ def start_equation(setting: Setting, defect: str) -> Lines:
         yield compare(f"steps with a control, {label}", paths.controls.shape[0], case.K)
 
 
-def _one_dimensional(setting: Setting, K: int = 3, *, cost: bool = True) -> Iterator[LinearCase]:
-    for case in linear_cases(setting, cost=cost, start="fixed", extra_noise=False, dims=(1,)):
-        h = case.grid[-1] / K
-        yield replace(case, grid=(*(0.9 * h * k for k in range(K)), case.grid[-1]))
+def _one_dimensional(setting: Setting) -> Iterator[LinearCase]:
+    for case in linear_cases(setting, cost=True, start="fixed", extra_noise=False, dims=(1,)):
+        h = case.grid[-1] / 3
+        yield replace(case, grid=(*(0.9 * h * k for k in range(3)), case.grid[-1]))
 
 
 def curved(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
