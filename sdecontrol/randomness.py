@@ -69,6 +69,7 @@ class Place(enum.IntEnum):
     PILOT_CHAINS_CONDITION = 223
     PILOT_LINES = 224  # along which a density must fall
     PILOT_AXES = 225
+    PILOT_AGAIN = 227  # [run] from further out
     SEARCH = 226  # distances at which the chains of a search for modes begin
     GRADIENT_DIRECTIONS = 230  # along which gradients are compared with values
     GRADIENT_STATES = 231  # where those of a log density are

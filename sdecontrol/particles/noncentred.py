@@ -33,6 +33,7 @@ _MUCH = 0.5  # nats that settle it
 _MOST_MAPS, _PASSES = 3, 8
 _STEEP, _EACH = 4.0, 10.0  # largest power of the widths that weights are over; effective particles for each number
 _TAIL, _WIDE = 0.25, 3.0  # part of a law, and how many times its width along w_j
+_BEFORE_TAILS = 16  # components that a law may have before it gets tails, though it has more than ``most`` with them
 _MOST_RATIO = 9.0  # squares of residuals over their variance are counted up to this
 _FURTHEST = 30.0  # of an exponent
 _HELD, _NUMBERS = ("scaled", "weights", "start", "slope"), (torch.float64, torch.long)
@@ -155,13 +156,16 @@ def fit_law(z: Tensor, log_weights: Tensor | None, *, seed: int, most: int, sett
     of them.
 
     Args:
+        most: components at most, tails included where there are more than sixteen.
         settled: nats of a particle that maps gain, from which a mixture without them is not tried.
     """
     weights = torch.zeros_like(z[:, 0], dtype=torch.float64) if log_weights is None else log_weights.double()
     maps = fit_noncentred(z, weights)
     if not maps.maps:
         return MappedLaw(fit_mixture(z, weights, seed=seed, most=most), IDENTITY)
-    mapped = MappedLaw(fit_mixture(maps.inverse(z), weights, seed=seed, most=most), maps)
+    along = list(dict.fromkeys(one.j for one in maps.maps))
+    each = max(_BEFORE_TAILS, most >> len(along))  # tails double them, once for each coordinate
+    mapped = MappedLaw(fit_mixture(maps.inverse(z), weights, seed=seed, most=min(most, each)), maps)
     if maps.gain < settled:
         plain = MappedLaw(fit_mixture(z, weights, seed=seed, most=most), IDENTITY)
         rows = weights > -math.inf
@@ -170,7 +174,7 @@ def fit_law(z: Tensor, log_weights: Tensor | None, *, seed: int, most: int, sett
         # what more numbers gain on the particles that they were fitted to (Akaike)
         if gained > (_numbers(plain.law) - _numbers(mapped.law)) * float(share.square().sum()):
             return plain
-    return MappedLaw(_with_tails(mapped.law, [one.j for one in maps.maps]), maps)
+    return MappedLaw(_with_tails(mapped.law, along), maps)
 
 
 def _numbers(law: Any) -> int:
@@ -183,7 +187,7 @@ def _numbers(law: Any) -> int:
 
 def _with_tails(law: Any, along: list[int]) -> Any:
     """The law with a part of it wider along some of its coordinates, and in what depends on them."""
-    for j in dict.fromkeys(along):
+    for j in along:
         if isinstance(law, ProductMixture):
             share = torch.zeros_like(law.means)
             share[j] = _TAIL

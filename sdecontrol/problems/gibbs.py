@@ -567,9 +567,13 @@ def _check_end(
         best = values.argsort(descending=True)[:4]
         best = best[inside[best]]
         try:
-            check_rays(density, x[best], scale, None if y is None else y[best], seed)
+            further = check_rays(density, x[best], scale, None if y is None else y[best], seed)
         except ImproperTarget as error:
             warn(f"improper target? {error}", UserWarning, stacklevel=3)
+        else:
+            if further is not None:
+                what = f"the log density falls only at distances of {further:.2g} and more"
+                warn(f"{what}: give a larger scale, or leave it out for a pilot run.", UserWarning, stacklevel=3)
     return max(float(values.max()), -math.inf if pilot is None else pilot.highest)
 
 

@@ -17,7 +17,8 @@
 4. *Rays.* From four of the chains' ends along the axes, the directions in which the scores vary least (where a density
    is constant along a direction, as energies of particles under translation, no score has a part in it) and some random
    lines: a proper density is integrable along almost every line, so along none does it fall slower than 1/distance at
-   all four.
+   all four. Where it does not fall along one, but does further out, the chains began in a narrow place (the neck of a
+   funnel) and have not left it: they are run again from as far out as that.
 """
 
 import math
@@ -42,7 +43,9 @@ _TAIL = 8.0  # half-widths of the central 68 per cent
 _ALIKE = 1.5
 _ERRORS = 4.0  # standard errors between chains within which a difference is none
 _LATE = 3.0  # upper half-widths (plus as many units) below the chains' median log density: not arrived, left out
+_RUNS = 3  # of the chains at most
 _RAY_ENDS, _RAY_STARTS, _RAY_AXES, _RAY_LINES, _RAY_LEVEL = (1e2, 1e4), 4, 64, 16, 4
+_RAY_FURTHER = tuple(4.0**k for k in range(1, 9))  # times the outer end
 _LEAST_SCALE, _MOST_SCALE = 4e-6, 1e7
 
 
@@ -81,8 +84,33 @@ def run_pilot(
         ImproperTarget: the density does not fall far out. ValueError: it vanishes wherever the scan looked.
     """
     scan_scale, known, values = _scan(density, guess, conditions, seed)
-    states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, seed)
-    centre, scale = spread_of(states, guess, keep_centre)
+    for again in range(_RUNS):
+        run_seed = derive_seed(seed, Place.PILOT_AGAIN, again) if again else seed
+        states, scores, ends, y, acceptance = _chains(density, guess, scan_scale, (known, values), conditions, run_seed)
+        centre, scale = spread_of(states, guess, keep_centre)
+        _check_spread(scale, scan_scale)
+        high = ends[1].argsort(descending=True)[: _CHAINS // 2]  # the others may not have arrived
+        rows = high[:: len(high) // _RAY_STARTS]
+        rows = rows[ends[1][rows].isfinite()]
+        further = check_rays(density, ends[0][rows], scale, None if y is None else y[rows], seed, scores)
+        if further is None:
+            break
+        scan_scale = further / 2**_DOUBLINGS
+    highest = max(float(values.max()), float(ends[1].max()))
+    steep = float((scores.double() * scale.double()).square().mean().sqrt()) if density.differentiable else math.nan
+    return Pilot(
+        centre=centre,
+        scale=scale,
+        highest=highest,
+        values=density.values,
+        gradients=density.gradients,
+        acceptance=acceptance,
+        roughness=steep,
+    )
+
+
+def _check_spread(scale: Tensor, scan_scale: float) -> None:
+    """Raise where chains have ended in a point, or run away."""
     if float(scale.max()) < _LEAST_SCALE * min(1.0, scan_scale):
         raise ImproperTarget(
             f"log_density is concentrated at a scale of {float(scale.max()):.1e}: it is unbounded (the integral looks "
@@ -94,21 +122,6 @@ def run_pilot(
             "integral looks infinite. Check its sign (a log density, not an energy), or add a prior; if it is proper "
             "and that wide, rescale x or pass centre= and scale=."
         )
-    highest = max(float(values.max()), float(ends[1].max()))
-    high = ends[1].argsort(descending=True)[: _CHAINS // 2]  # the others may not have arrived
-    rows = high[:: len(high) // _RAY_STARTS]
-    rows = rows[ends[1][rows].isfinite()]
-    check_rays(density, ends[0][rows], scale, None if y is None else y[rows], seed, scores)
-    steep = float((scores.double() * scale.double()).square().mean().sqrt()) if density.differentiable else math.nan
-    return Pilot(
-        centre=centre,
-        scale=scale,
-        highest=highest,
-        values=density.values,
-        gradients=density.gradients,
-        acceptance=acceptance,
-        roughness=steep,
-    )
 
 
 def search(density: LogDensity, centre: Tensor, scale: Tensor, n: int, seed: int) -> Tensor:
@@ -289,18 +302,24 @@ def spread_of(states: Tensor, guess: Tensor, keep_centre: bool) -> tuple[Tensor,
     return centre.to(guess), scale.to(guess)
 
 
-def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int, scores: Tensor | None = None) -> None:
+def check_rays(
+    density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int, scores: Tensor | None = None
+) -> float | None:
     """Look along lines through the states x ``(n, d)`` for one on which the density does not fall.
 
     Args:
         scores: ``(many, d)`` at typical states, whose least directions are tried too.
+
+    Returns:
+        None: it falls within ten thousand scales, along all. Else how far out it falls, along a line on which it does
+        later than that.
 
     Raises:
         ImproperTarget: naming the line.
     """
     n, d = x.shape
     if n == 0:
-        return
+        return None
     generator = generator_for(x.device, seed, Place.PILOT_LINES)
     axes = torch.randperm(d, generator=generator_for("cpu", seed, Place.PILOT_AXES))[:_RAY_AXES].sort().values
     unit = torch.eye(d, dtype=x.dtype, device=x.device)[axes.to(x.device)]
@@ -311,25 +330,48 @@ def check_rays(density: LogDensity, x: Tensor, scale: Tensor, y: Any, seed: int,
         scaled = scaled / scaled.norm(dim=1, keepdim=True).clamp(min=1e-300)
         level = torch.linalg.eigh(scaled.mT @ scaled).eigenvectors[:, :_RAY_LEVEL].mT.to(x)
         ways = torch.cat((ways, level * scale, -level * scale))
-    many = None if y is None else y.repeat(len(ways), *(1 for _ in y.shape[1:]))
     start = _finite(density.value(x, y))
-    near, far = (
-        _finite(density.value((x[None] + r * ways[:, None]).flatten(0, 1), many)).reshape(len(ways), n)
-        for r in _RAY_ENDS
-    )
+    near, far = (_along(density, x, y, r * ways) for r in _RAY_ENDS)
     # both, since a line may cross a valley on its way (a funnel's)
-    stays = (near - far < 0.9 * math.log(_RAY_ENDS[1] / _RAY_ENDS[0])) & (start - far < 0.9 * math.log(_RAY_ENDS[1]))
+    stays = (near - far < _fall(_RAY_ENDS[1] / _RAY_ENDS[0])) & (start - far < _fall(_RAY_ENDS[1]))
     flat = (far.isfinite() & near.isfinite() & stays).all(1).nonzero().flatten().tolist()
-    if flat:
-        j = flat[0]
-        line = "a line"
-        if j < 2 * len(axes):
-            line = f"coordinate {int(axes[j % len(axes)])}"
-        elif j >= 2 * len(axes) + _RAY_LINES:
-            way = ways[j] / ways[j].norm()
-            line = f"the direction {[round(v, 2) for v in way[:6].tolist()]}{' ...' if d > 6 else ''}"
-        raise ImproperTarget(
-            f"log_density does not fall along {line}: from {_RAY_ENDS[0]:g} to {_RAY_ENDS[1]:g} scales out it changes "
-            f"by {float((far - near)[j].max()):.3g}, and a density must fall faster than 1/distance, so its integral "
-            "looks infinite. Fix what that direction lacks (a prior, a gauge, a centre of mass)."
-        )
+    if not flat:
+        return None
+    further = [_falls(density, x, y, ways[j], far[j]) for j in flat]
+    if all(math.isfinite(r) for r in further):
+        return max(r * float(ways[j].norm()) for r, j in zip(further, flat))
+    j = next(j for r, j in zip(further, flat) if not math.isfinite(r))
+    line = "a line"
+    if j < 2 * len(axes):
+        line = f"coordinate {int(axes[j % len(axes)])}"
+    elif j >= 2 * len(axes) + _RAY_LINES:
+        way = ways[j] / ways[j].norm()
+        line = f"the direction {[round(v, 2) for v in way[:6].tolist()]}{' ...' if d > 6 else ''}"
+    raise ImproperTarget(
+        f"log_density does not fall along {line}: from {_RAY_ENDS[0]:g} to {_RAY_ENDS[1]:g} scales out it changes "
+        f"by {float((far - near)[j].max()):.3g}, and a density must fall faster than 1/distance, so its integral "
+        "looks infinite. Fix what that direction lacks (a prior, a gauge, a centre of mass)."
+    )
+
+
+def _fall(times: float) -> float:
+    """By how much a log density must fall where the distance grows so many times: faster than 1/distance, nearly."""
+    return 0.9 * math.log(times)
+
+
+def _along(density: LogDensity, x: Tensor, y: Any, ways: Tensor) -> Tensor:
+    """Log densities ``(ways, n)`` that far from each of x ``(n, d)``."""
+    many = None if y is None else y.repeat(len(ways), *(1 for _ in y.shape[1:]))
+    return _finite(density.value((x[None] + ways[:, None]).flatten(0, 1), many)).reshape(len(ways), len(x))
+
+
+def _falls(density: LogDensity, x: Tensor, y: Any, way: Tensor, far: Tensor) -> float:
+    """How many times ``way`` out the density has fallen, from all of x, since the outer end; inf: it does not, or it is
+    no number there."""
+    for times in _RAY_FURTHER:
+        there = _along(density, x, y, (_RAY_ENDS[1] * times * way).unsqueeze(0))[0]
+        if not bool(there.isfinite().all()):
+            break
+        if bool((far - there > _fall(times)).all()):
+            return _RAY_ENDS[1] * times
+    return math.inf

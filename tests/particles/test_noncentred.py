@@ -86,6 +86,16 @@ def test_the_law_of_a_funnel_is_the_funnel() -> None:
     assert abs(float(wide.mean()) - 1) < 4 * float(wide.std()) / len(w) ** 0.5 < 0.2
 
 
+def test_a_law_has_no_more_components_than_asked_tails_included() -> None:
+    """A thin ring in a funnel's coordinates asks for all the components there may be."""
+    generator = torch.Generator().manual_seed(1)
+    angle = 2 * math.pi * torch.rand(4000, generator=generator).double()
+    w = 1.4 * torch.stack((angle.cos(), angle.sin()), 1) + 0.02 * torch.randn(4000, 2, generator=generator).double()
+    law = fit_law(torch.stack((w[:, 0], w[:, 0].exp() * w[:, 1]), 1), None, seed=0, most=32, settled=0.0)
+    assert len(law.maps.maps) == 1
+    assert len(law.law.means) == 32
+
+
 def test_a_law_goes_through_a_file_and_to_other_coordinates() -> None:
     law = fit_law(hierarchy(4000), None, seed=0, most=4)
     x = law.draw(50, 1)

@@ -449,6 +449,24 @@ def test_proper_targets_raise_no_alarm(function: Any, dim: int) -> None:
             sc.gibbs_problem(function, dim, scale=2.0, seed=seed).settle()
 
 
+@pytest.mark.parametrize("dim", [4, 10])
+def test_a_funnel_whose_neck_is_at_the_centre_is_left_by_its_mouth(dim: int) -> None:
+    """The scan sees the neck alone, e^-15 wide, along which the density does not fall within ten thousand such widths;
+    chains that begin as far out as it does fall find the law of the first coordinate, N(30, 9)."""
+
+    def mouth(x: Tensor) -> Tensor:
+        power = x[:, :1] - 30
+        given = -0.5 * (x[:, 1:].square() * (-power).exp() + power)
+        return -0.5 * ((x[:, 0] - 30) / 3).square() + given.sum(1)
+
+    for seed in range(2):
+        pilot = sc.gibbs_problem(mouth, dim, seed=seed).settle().pilot
+        assert pilot is not None
+        assert (pilot.centre[0] - 30).abs() < 2 * pilot.scale.max() and 3 < pilot.scale.max() < 400
+    with pytest.warns(UserWarning, match="falls only at distances"):
+        sc.gibbs_problem(mouth, dim, scale=1e-4).settle()
+
+
 def test_density_that_fails_later_is_named() -> None:
     problem = sc.gibbs_problem(
         lambda x: torch.where(x.abs().amax(1) > 50, math.nan, 0.0) - x.square().sum(1), 2, scale=1.0
