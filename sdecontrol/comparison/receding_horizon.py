@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..chains.base import Chain
 from ..chains.shifts import AllRows, ShiftFunction, shift_function
+from ..controls.bounded import check_bounds
 from ..controls.given import ZeroControl, given_control
 from ..evaluation.solution import Solution
 from ..methods.base import Method, find_method
@@ -123,7 +124,7 @@ class RecedingHorizon:
             raise ValueError(
                 "horizon=None moves a plan along the grid, whose steps must be equal; pass a number of steps."
             )
-        self._bounds = None if self.bounds is None else _checked_bounds(self.bounds, chain)
+        self._bounds = None if self.bounds is None else check_bounds(self.bounds, chain)
         if isinstance(self.method, PathIntegralGuidance):
             self._proposal = given_control(self.problem, self.method.proposal)
             self._plans_alone = isinstance(self._proposal, ZeroControl)
@@ -321,17 +322,3 @@ def _check_chain(problem: ControlProblem, chain: Chain) -> None:
         )
     if chain.start:
         raise ValueError("problem has a learned start, and a plan begins where the system is; make it of sc.Dirac(x0).")
-
-
-def _checked_bounds(bounds: Any, chain: Chain) -> tuple[Tensor, Tensor]:
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"bounds must be a pair (low, high), got {bounds!r}.")
-    low, high = (torch.as_tensor(b, dtype=chain.times.dtype, device=chain.times.device) for b in bounds)
-    for name, b in (("low", low), ("high", high)):
-        if b.shape not in ((), chain.control_shape) or bool(b.isnan().any()):
-            raise ValueError(
-                f"bounds: {name} must be a number or of shape {tuple(chain.control_shape)}, got {tuple(b.shape)}."
-            )
-    if bool((low > 0).any()) or bool((high < 0).any()):
-        raise ValueError(f"bounds must include 0, the control of the reference, got {bounds!r}.")
-    return low, high

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..chains.base import Chain
 from ..controls.base import Control
+from ..controls.bounded import bounded
 from ..controls.build import continued
 from ..errors import NoExactSolution, NonFiniteError, RewardError, renamed, warn
 from ..evaluation import solution as solutions
@@ -51,6 +52,7 @@ def solve(
     batch_size: int | None = None,
     seed: int | None = None,
     control: nn.Module | Solution | str | None = None,
+    bounds: tuple[Any, Any] | None = None,
     learning_rate: float | None = None,
     optimizer: Any = None,
     max_kl_step: float | None = 0.5,
@@ -96,6 +98,11 @@ def solve(
             sampling), "frozen" (the model as it is, and beside it a small network that sees the reward at the denoised
             state) or "both" (that network beside a tuned copy); None: a copy of the pre-trained model if it is
             trainable, else the default network.
+        bounds: ``(low, high)``, numbers or tensors like a control, on either side of 0: the control is squashed into
+            them by tanh (:class:`~sdecontrol.controls.bounded.BoundedControl`), and log-ratios, weights and log Z are
+            exactly those of the squashed one. ``RewardBackprop``, ``SoftPPO`` and ``Reinforce`` minimise the KL among
+            bounded controls; methods that fit the unbounded optimum's shifts (``AdjointMatching``, ``BridgeMatching``,
+            ``ParticleMatching``) come near what of it is within bounds. Where bounds act, the gap to log Z stays.
         learning_rate: of Adam; None: as it is found in the first 50 steps, such that one moves the path law by about
             0.1 nats: a thousandth of the control's own default at least, and at most four times it for a tuned copy, a
             network beside a model or a module of yours, the default itself for a default network.
@@ -146,12 +153,20 @@ def solve(
         chosen = find_method(method)
     control = beside.get("control") if control is None else control
     batch_size = int(beside.get("batch_size", _BATCH)) if batch_size is None else batch_size
-    training = {"iterations": iterations, "budget": budget, "tolerance": tolerance, "control": control}
+    training = {
+        "iterations": iterations,
+        "budget": budget,
+        "tolerance": tolerance,
+        "control": control,
+        "bounds": bounds,
+    }
     for name, value in training.items():
         if value is not None and chosen.default_iterations == 0:
             raise ValueError(f"{name}: {chosen.name} trains nothing, so leave {name} out.")
     if control is not None and not chosen.takes_control:
         raise ValueError(f"control: {chosen.name} trains no control, so leave control out.")
+    if bounds is not None and not chosen.takes_control:
+        raise ValueError(f"bounds: {chosen.name} trains no control that could be bounded, so leave bounds out.")
     chosen, problem = chosen.prepare(problem)
     chosen.check(problem)
     check_split(chosen, batch_size)
@@ -161,6 +176,7 @@ def solve(
         accumulate=accumulate,
         seed=seed,
         control=control,
+        bounds=bounds,
         learning_rate=learning_rate,
         optimizer=optimizer,
         max_kl_step=as_float("max_kl_step", max_kl_step, positive=True) if max_kl_step is not None else None,
@@ -216,6 +232,7 @@ class _Plan:
     accumulate: int
     seed: int | None
     control: nn.Module | Solution | str | None
+    bounds: tuple[Any, Any] | None
     learning_rate: float | None
     optimizer: Any
     max_kl_step: float | None
@@ -272,7 +289,9 @@ class Trainer:
         self.fingerprint = problem.fingerprint() if self.checkpoints is not None else {}
         saved = self._find_checkpoint(resume)
         self.seed = fresh_seed(saved[1]["identity"]["seed"] if saved is not None and plan.seed is None else plan.seed)
-        control = continued(problem, chain, plan.control, seed=self.seed)
+        given = control = continued(problem, chain, plan.control, seed=self.seed)
+        if plan.bounds is not None:
+            control = bounded(problem, chain, given, plan.bounds, self.seed)
         self.run = Run(problem, chain, plan.batch_size, plan.accumulate, self.seed, control)
         self.run.elapsed = None if plan.budget is None else self.elapsed
         with ranks.split_batches(method.splits):
@@ -284,7 +303,7 @@ class Trainer:
         self.annealing = Annealing(
             plan.anneal
             and method.anneals
-            and (control is None or isinstance(control, str))
+            and (given is None or isinstance(given, str))
             and not problem.reference.reverse_target
         )
         self.target = problem if method.zero_weights else problem.with_numbers()
@@ -315,6 +334,7 @@ class Trainer:
             "optimizer": type(self.descent.optimizer).__name__,
             "anneal": self.plan.anneal,
             "max_kl_step": self.plan.max_kl_step,
+            "bounds": None if self.plan.bounds is None else [torch.as_tensor(b).tolist() for b in self.plan.bounds],
         }
 
     def _find_checkpoint(self, resume: bool) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -11,6 +11,7 @@ from cases import SmallControl, but_slow, random_lq
 
 import sdecontrol as sc
 from sdecontrol.controls.base import Control
+from sdecontrol.controls.bounded import bounded
 from sdecontrol.controls.build import build_control, corrected
 from sdecontrol.controls.given import given_control
 from sdecontrol.controls.guidance import (
@@ -120,6 +121,7 @@ CONTROL_CASES = {
     "sum": (generative, lambda p, c: build_control(p, c, "both"), {}),
     "mixture": (gibbs, lambda p, c: mixture(p), {}),
     "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p)), {}),
+    "bounded": (lq, lambda p, c: bounded(p, c, None, (-1.0, 2.0), 0), {}),
     "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c), {}),
     "path-integral": (
         lq,

@@ -17,6 +17,7 @@ from sdecontrol.chains.annealed import ReversedChain
 from sdecontrol.chains.base import Chain
 from sdecontrol.chains.categorical import CategoricalChain
 from sdecontrol.chains.relaxed import RelaxedMasking
+from sdecontrol.controls.bounded import bounded
 from sdecontrol.controls.build import build_control, corrected
 from sdecontrol.controls.given import given_control
 from sdecontrol.controls.guidance import (
@@ -323,6 +324,7 @@ CONTROL_CASES = {
     "sum": (lambda: generative(Denoiser()), lambda p, c: build_control(p, c, "both")),
     "mixture": (gibbs, lambda p, c: mixture(p)),
     "corrected": (gibbs, lambda p, c: corrected(p, c, mixture(p))),
+    "bounded": (lq, lambda p, c: bounded(p, c, None, (-1.0, 2.0), 0)),
     "value": (lq, lambda p, c: ValueControl(value_network(p, c, 0), p, c)),
     "path-integral": (lq, lambda p, c: PathIntegralControl(p, c, given_control(p, push), num_paths=8, seed=5)),
 }
