@@ -1,5 +1,6 @@
 """Design DNA of 8 bases whose activity must be measured, and hold what was found against the exact optimum.
 
+pip install 'sdecontrol[bio]'
 python examples/design.py [--quick]
 """
 

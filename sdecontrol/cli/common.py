@@ -127,7 +127,7 @@ def paragraphs(command: Callable[..., None]) -> str:
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]], notes: Iterable[str] = ()) -> None:
-    """A table on standard output."""
+    """A table on standard output, and notes below it."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -140,5 +140,4 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ..
     width = None if sys.stdout.isatty() else 120  # a file is not cut to 80 columns
     console = Console(highlight=False, width=width)
     console.print(table)
-    for line in notes:
-        console.print(line, soft_wrap=True, markup=False)
+    print_text("\n".join(notes))

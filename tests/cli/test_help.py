@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app as benchmarks
-from sdecontrol.cli import app
+from sdecontrol.cli import app, common
 from sdecontrol.cli.common import paragraphs
 
 GROUP: typer.core.TyperGroup = typer.main.get_command(app)  # type: ignore[assignment]
@@ -130,3 +130,16 @@ def test_the_table_of_compare_fits_a_terminal(run) -> None:
     assert head.startswith("method") and narrow.count("adjoint-matching  ") > 2
     numbers = [re.findall(r"\S+", text.partition("\n\n±")[0]) for text in (wide, narrow)]
     assert set(numbers[0]) >= set(numbers[1]) - {"-" * k for k in range(200)}
+
+
+def test_notes_below_a_table_fit_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = " ".join(["seventeen letters"] * 20)
+    for width, lines in ((80, 5), (None, 1)):  # a terminal; a file, whose lines are whole
+        monkeypatch.setattr(common, "columns", lambda width=width: width)
+        common.print_table("title", ("a", "b"), [("1", "2")], [note, "[3] is no style"])
+        *told, last = capsys.readouterr().out.partition("seventeen")[2].splitlines()
+        assert len(told) == lines and last == "[3] is no style"
+        assert max(map(len, told)) <= (width or len(note))
+        assert " ".join(line.strip() for line in ["seventeen" + told[0], *told[1:]]) == note
