@@ -27,6 +27,7 @@ from .grids import Grid, Table
 from .probing import PROBES, Block, Functions, Interactions, watched
 
 _PATHS = 512  # that say where the process goes
+_AWAY = 1e6  # times as far as the median of paths
 _WATCHED = 40  # times at which they are looked at
 _MARGIN_REFERENCE = 1.0  # of a grid beyond the reference's paths
 COUNTS = {1: (257, 513, 1025, 2049), 2: (33, 65, 97)}  # points of an axis, by dimension and refinement
@@ -133,6 +134,13 @@ class OnGrids(ExactSolution):
     def _reach(paths: list[tuple[int, Tensor]], margin: float | Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The middle 99 % at all times and a margin on both sides, ``(d,)`` each; for a Gaussian 2.6 + 1.6 margin
         standard deviations."""
+        sizes = [x.abs().amax(1) for _, x in paths]
+        usual, most = max(float(size.median()) for size in sizes), max(float(size.max()) for size in sizes)
+        if most > _AWAY * (1 + usual):
+            raise NoExactSolution(
+                f"drift: some paths run away, to {most:.1g} where most are within {usual:.1g}: the steps are too long "
+                "for the drift where those are. Use more time steps."
+            )
         ends = []
         for _, x in paths:
             n, ordered = len(x), x.sort(0).values
