@@ -38,6 +38,14 @@ STEPS = 100
 DIM, COMPONENTS, OBSERVED, SPREAD, WIDTH, NOISE = 6, 4, 2, 2.5, 0.5, 0.5
 _SETS, _EACH, _PATHS, _CURVE = 8, 1000, 4096, 20
 Cell = dict[str, Any]
+_NOTES = (
+    "Particle matching ends where new particles say that the last iterations gained less than 0.1 nats for a step of "
+    "work. Without that rule it made its 1000 iterations: 184 CPU-seconds, W1 1.16, gap 0.057 ± 0.005 (seed 0, commit "
+    "b286680). Here its mixture, fitted to particles before the first iteration (19 CPU-seconds), is all there is to "
+    "have: what the network beside it gains in a hundred iterations is 0 within 0.004 nats.",
+    "Where there is much to gain it goes on: a pendulum by its torque, whose gap falls from 35 nats to 1.5, takes all "
+    "1000 iterations with the rule and without it.",
+)
 
 
 def posterior() -> sc.ControlProblem:
@@ -132,6 +140,7 @@ def _page(cells: list[Cell], optimum: Cell) -> str:
     for c in (c for c in cells if c["curve"]):
         run = "" if c["longer"] is None else f", {c['longer']:g} times as long"
         lines.append(f"* {c['method']}, seed {c['seed']}{run}: " + ", ".join(f"{v:.2f}" for v in c["curve"]))
+    lines += ["", "## What ends them", "", *(f"* {note}" for note in _NOTES)]
     text = "\n".join(lines).rstrip() + "\n"
     PAGE.write_text(text)
     return text
