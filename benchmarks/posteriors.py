@@ -34,6 +34,8 @@ OURS = "sdecontrol"
 METHODS = (OURS, *PEERS)
 _SAMPLES = 100_000
 _LOG_2PI = math.log(2 * math.pi)
+#: of phi^4, ± 0.014: the mean of ``smc`` and ``auto``, 16 systems of 8192 particles each, in the table of densities
+PHI4_LOG_Z = 15.984
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,9 @@ def log_gamma() -> Posterior:
 
 
 def phi4() -> Posterior:
+    """log Z is not known exactly."""
     target = sc.library.named_target("phi4-8")
-    log_z = target.log_z if target.log_z is not None else math.nan
-    return Posterior(target, target.dim, -6.0, 6.0, 2_000_000, log_z)
+    return Posterior(target, target.dim, -6.0, 6.0, 2_000_000, PHI4_LOG_Z)
 
 
 POSTERIORS: dict[str, Callable[[], Posterior]] = {
@@ -225,7 +227,16 @@ def posteriors(
         facts = {"name": name, "method": how, "seed": seed, "command": command, "versions": versions(how)}
         store(path, {**facts, **run(POSTERIORS[name](), how, seed, limit)})
         print(f"{name}, {how}, seed {seed}: done", flush=True)
-    PAGE.write_text(_page([json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]))
+    PAGE.write_text(_page(_cells()))
+
+
+def _cells() -> list[dict[str, Any]]:
+    """Those there are; of phi^4 some are older than the log Z that they are held against."""
+    cells = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
+    for cell in cells:
+        if math.isnan(cell.get("log_z", {}).get("true", 0.0)):
+            cell["log_z"]["true"] = PHI4_LOG_Z
+    return cells
 
 
 def _page(cells: list[dict[str, Any]]) -> str:
@@ -242,7 +253,7 @@ def _page(cells: list[dict[str, Any]]) -> str:
         "density in rows, a value with its gradient as two. *for 0.1*: evaluations that would bring the error to 0.1 "
         "nats, by `evaluations (error / 0.1)^2` with the larger of the stated error and the root mean square of what "
         "log Z is off. *mean off*: largest error of a mean in standard deviations; *sd*: least and largest ratio of a "
-        "standard deviation to the true one; empty where these are not known here.",
+        "standard deviation to the true one; empty where these are not known here. log Z of phi^4 is known to 0.014.",
         "",
         "| posterior | method | log Z − true | evaluations | for 0.1 | mean off | sd | CPU-s |",
         "|---|---|---|---|---:|---|---|---|",
