@@ -1,7 +1,7 @@
 """``sc.metrics``: distances between sets of samples, coverage of modes, the error of a control.
 
-They are written in ``evaluation/metrics.py`` and ``evaluation/sequence_metrics.py``; the file here is the name by which
-users know them.
+They are written in ``evaluation/metrics.py``, ``sequence_metrics.py`` and ``symmetric_metrics.py``; the file here is
+the name by which users know them.
 """
 
 from .evaluation.metrics import (
@@ -16,6 +16,7 @@ from .evaluation.metrics import (
     wasserstein,
 )
 from .evaluation.sequence_metrics import edit_diversity, kmer_correlation, kmer_distance, kmer_spectrum, total_variation
+from .evaluation.symmetric_metrics import symmetric_distances, symmetric_wasserstein
 
 __all__ = [
     "ControlError",
@@ -30,6 +31,8 @@ __all__ = [
     "mode_coverage",
     "sinkhorn",
     "sliced_wasserstein",
+    "symmetric_distances",
+    "symmetric_wasserstein",
     "total_variation",
     "wasserstein",
 ]

@@ -16,7 +16,7 @@ from ..paths.paths import Paths
 from ..problems.simulate import simulate_chain
 from ..randomness import fresh_seed
 from ..shapes import Noises, OtherSamples, PerOther, PerPath, Samples, States
-from ..tensors import as_float, check_tensor, event_sum
+from ..tensors import as_float, check_count, check_tensor, event_sum
 from .estimates import Estimate, mean_estimate
 
 
@@ -185,15 +185,19 @@ def energy_wasserstein(
     log_density: Callable[[Samples], PerPath],
     log_weights_a: PerPath | None = None,
     log_weights_b: PerOther | None = None,
+    *,
+    order: int = 1,
 ) -> float:
-    """1-Wasserstein distance between the laws of the energy ``-log_density`` of samples ``(n, ...)`` and ``(m, ...)``:
-    the distance of their energy histograms without bins (scipy). Invariant under all symmetries of the target.
+    """Wasserstein distance of the given order between the laws of the energy ``-log_density`` of samples ``(n, ...)``
+    and ``(m, ...)``: the distance of their energy histograms without bins. Invariant under all symmetries of the
+    target.
 
     Raises:
         ValueError: an energy that is not finite, with the side and the number of rows.
     """
-    from scipy.stats import wasserstein_distance
+    import ot
 
+    check_count("order", order, 1)
     energies = []
     with torch.no_grad():
         for name, x in (("a", a), ("b", b)):
@@ -205,7 +209,8 @@ def energy_wasserstein(
                 )
             energies.append(values.numpy())
     _, _, w, v = _arrays(a[:, :1], b[:, :1], log_weights_a, log_weights_b)
-    return float(wasserstein_distance(energies[0], energies[1], w, v))
+    distance: Any = ot.wasserstein_1d
+    return max(float(distance(*energies, w, v, p=order)), 0.0) ** (1 / order)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def test_energy_wasserstein_of_gaussians() -> None:
     a, b = normal(20_000, 0, d=4), 1.5 * normal(20_000, 1, d=4)
     assert sc.metrics.energy_wasserstein(a, b, log_density) == pytest.approx(1.25 * 2, rel=0.03)
     assert sc.metrics.energy_wasserstein(a, a.flip(1), log_density) < 1e-12
+    one, many = torch.zeros(1, 1), torch.tensor([[1.0], [2.0]])
+    assert sc.metrics.energy_wasserstein(one, many, lambda x: x[:, 0], order=2) == pytest.approx(math.sqrt(2.5))
     ratio = -0.5 * b.square().sum(1) * (1 - 1 / 1.5**2)
     assert sc.metrics.energy_wasserstein(a, b, log_density, None, ratio) < 0.1  # reweighted to the law of a
     with pytest.raises(ValueError, match="not finite in 1 of the 3 samples b"):

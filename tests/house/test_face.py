@@ -36,6 +36,7 @@ MOVED = {
     "problems.gibbs": ("GibbsProblem",),
     "training.callbacks": ("Callback",),
 }
+_METRICS = ("metrics", "sequence_metrics", "symmetric_metrics")  # files of sc.metrics
 PLACES = [(name, f"sdecontrol.{place}") for place, names in MOVED.items() for name in names]
 
 
@@ -85,7 +86,7 @@ def test_their_lists_are_what_they_have_and_the_page_of_the_library_names_it(mod
     found = getattr(sc, module)
     assert all(hasattr(found, name) for name in found.__all__)
     if module == "metrics":
-        files = [sys.modules[f"sdecontrol.evaluation.{name}"] for name in ("metrics", "sequence_metrics")]
+        files = [sys.modules[f"sdecontrol.evaluation.{name}"] for name in _METRICS]
         functions = {n for file in files for n, f in inspect.getmembers(file, inspect.isfunction)}
         own = {n for n in functions if not n.startswith("_") and getattr(found, n, None) is not None}
         assert own == {n for n in found.__all__ if n.islower()}
