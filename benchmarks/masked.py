@@ -181,9 +181,9 @@ def _affordable(problem: sc.ControlProblem, method: sc.Method, seconds: float, o
     return max(24, first + int((seconds - clock.at[first] + clock.at[0]) / each))
 
 
-def _solve(letters: Letters, order: str, method: sc.Method, seconds: float, seed: int) -> dict[str, Any]:
+def _solve(letters: Letters, order: str, method: sc.Method, seconds: float, seed: int, batch: int) -> dict[str, Any]:
     problem = letters.problem(order)
-    options: dict[str, Any] = {"batch_size": 256, "seed": seed, "progress": False}
+    options: dict[str, Any] = {"batch_size": batch, "seed": seed, "progress": False}
 
     # of the ratio each iteration is a whole regression
     count = method.default_iterations if method.steady else _affordable(problem, method, seconds, options)
@@ -207,6 +207,7 @@ def masked(
     method: Annotated[str, typer.Option(help="one of the table's methods; empty: all")] = "",
     seconds: Annotated[float, typer.Option(help="CPU-seconds of training")] = 60.0,
     seed: Annotated[int, typer.Option(help="of the training")] = 0,
+    batch: Annotated[int, typer.Option(help="paths of a gradient")] = 256,
     page: Annotated[bool, typer.Option("--page", help="Only write docs/tables/masked.md from what is there.")] = False,
 ) -> None:
     """Gaps of the methods on masked diffusion, exactly, above the floor of tilts of tokens.
@@ -222,10 +223,12 @@ def masked(
     letters = Letters(*SIZES[size])
     for name in [method] if method else METHODS:
         short = name.replace(", ", "-").replace(" ", "-").replace("=", "")
-        path = RESULTS / f"{size}-{order}-{short}-{seconds:g}s-{seed}.json"
+        larger = "" if batch == 256 else f"-b{batch}"
+        path = RESULTS / f"{size}-{order}-{short}-{seconds:g}s-{seed}{larger}.json"
         if not path.exists():
-            cell = _solve(letters, order, METHODS[name], seconds, seed)
+            cell = _solve(letters, order, METHODS[name], seconds, seed, batch)
             described = {"size": size, "order": order, "method": name, "seconds": seconds, "seed": seed}
+            described["batch_size"] = batch
             store(path, {**described, **cell, **versions()})
         cell = json.loads(path.read_text())
         spent = f"in {cell['cpu_seconds']:.0f} CPU-s"
