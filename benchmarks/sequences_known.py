@@ -34,7 +34,6 @@ TRAINED: dict[str, sc.Method] = {
     "soft-ppo": sc.SoftPPO(),
     "path-consistency": sc.PathConsistency(),
     "bridge-matching": sc.BridgeMatching(),
-    "particle-matching": sc.ParticleMatching(num_particles=1024),
     "value guidance, soft Q": sc.ValueGuidance("soft-q"),
     "reward-backprop": sc.RewardBackprop(),
     "no KL, no baseline, one update": sc.Reinforce(baseline="none"),

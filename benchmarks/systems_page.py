@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "tables" / "systems.md"
+NOTES = PAGE.with_name("systems_notes.md")
 Cell = dict[str, Any]
 
 _HEAD = """# Systems to steer
@@ -28,6 +29,8 @@ def write_page(order: list[str], cells: list[Cell]) -> str:
     runs = sorted((c for c in cells if "source" not in c), key=lambda c: (order.index(c["problem"]), c["seed"]))
     lines = [
         _HEAD,
+        NOTES.read_text().rstrip(),
+        "",
         "| problem | log Z | floor | seed | method | iterations | CPU-s | gap | log Z here | way | verdict | commit |",
         "|---|---:|---:|---|---|---:|---:|---:|---:|---|---|---|",
     ]
