@@ -6,7 +6,7 @@
 
 # %% tags=["parameters"] small={"pre_training": 5, "iterations": 2, "n": 64}
 pre_training = 250  # iterations
-iterations = 60
+iterations = 150
 n = 512
 
 # %%
@@ -49,7 +49,7 @@ def bold(x):  # images (batch, 1, 8, 8) in [-1, 1] -> (batch,)
 
 
 reference = sc.from_diffusers(unet, scheduler, steps=10, lora=sc.LoRA(4))
-problem = sc.ControlProblem(reference, reward=bold, alpha=0.2, start="fixed")
+problem = sc.ControlProblem(reference, reward=bold, alpha=0.5, start="fixed")
 solution = sc.solve(
     problem,
     sc.RewardBackprop(),
@@ -66,8 +66,7 @@ print(solution.evaluate(n, seed=1))
 
 # %% [markdown]
 # The KL says what the reward has cost: `alpha` reward points a nat. The gap and the verdict say whether this is the law
-# that was asked for. Here it is not yet: what is saved is an average of the weights over a hundred iterations, and
-# in a run as short as this it lags behind the curve below, which is of the iterations themselves. More are the remedy.
+# that was asked for: particles agree on log Z, and half a nat is left to be gained.
 #
 # ## Back to diffusers
 
