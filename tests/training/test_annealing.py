@@ -141,7 +141,7 @@ def test_a_run_stopped_while_it_anneals_resumes_to_the_same_numbers(tmp_path, st
 def test_a_plateau_is_looked_for_after_annealing_only(monkeypatch):
     """The objective falls while a hot target moves: that is no reason to stop."""
     seen = []
-    monkeypatch.setattr(LearningRateSchedule, "observe", lambda self, i, scores: seen.append((i, len(scores))))
+    monkeypatch.setattr(LearningRateSchedule, "observe", lambda self, i, scores, *_: seen.append((i, len(scores))))
     monkeypatch.setattr(sc.RewardBackprop, "default_iterations", 60)
     solution = sc.solve(steep(), sc.RewardBackprop(), **QUICK)
     annealed = len(temperatures(solution))
