@@ -40,8 +40,8 @@ def check_bounds(bounds: Any, chain: Chain) -> tuple[Tensor, Tensor]:
 class BoundedControl(Control):
     """A control v squashed into bounds, ``u = high tanh(v / high)`` where v > 0 and ``low tanh(v / low)`` where v < 0.
 
-    ``u = v`` to first order at 0, the slope is continuous there, and ``u`` stays strictly inside. It is the control of
-    the path law that it makes: log-ratios, weights and log Z are exact for it, as for any other.
+    ``u = v`` to first order at 0, the slope is continuous there, and ``u`` stays inside; an infinite bound is none. It
+    is the control of the path law that it makes: log-ratios, weights and log Z are exact for it, as for any other.
     """
 
     low: Tensor
@@ -65,7 +65,9 @@ class BoundedControl(Control):
 
     def squash(self, v: Controls) -> Controls:
         size = torch.where(v < 0, -self.low, self.high)
-        return size * (v / size).tanh()
+        free = size.isinf()
+        size = size.masked_fill(free, 1.0)
+        return torch.where(free, v, size * (v / size).tanh())
 
     def at(self, x: States, t: Tensor, y: Any = None) -> Controls:
         return self.squash(self.inner.at(x, t, y))

@@ -98,11 +98,12 @@ def solve(
             sampling), "frozen" (the model as it is, and beside it a small network that sees the reward at the denoised
             state) or "both" (that network beside a tuned copy); None: a copy of the pre-trained model if it is
             trainable, else the default network.
-        bounds: ``(low, high)``, numbers or tensors like a control, on either side of 0: the control is squashed into
-            them by tanh (:class:`~sdecontrol.controls.bounded.BoundedControl`), and log-ratios, weights and log Z are
-            exactly those of the squashed one. ``RewardBackprop``, ``SoftPPO`` and ``Reinforce`` minimise the KL among
-            bounded controls; methods that fit the unbounded optimum's shifts (``AdjointMatching``, ``BridgeMatching``,
-            ``ParticleMatching``) come near what of it is within bounds. Where bounds act, the gap to log Z stays.
+        bounds: ``(low, high)``, numbers or tensors like a control, on either side of 0, infinite ones too: the control
+            is squashed into them by tanh (:class:`~sdecontrol.controls.bounded.BoundedControl`), and log-ratios,
+            weights and log Z are exactly its own. ``RewardBackprop``, ``SoftPPO`` and ``Reinforce`` minimise the KL
+            among bounded controls; methods that fit the unbounded optimum's shifts (``AdjointMatching``,
+            ``BridgeMatching``, ``ParticleMatching``) come near what of it is within bounds. Where bounds act, the gap
+            to log Z stays.
         learning_rate: of Adam; None: as it is found in the first 50 steps, such that one moves the path law by about
             0.1 nats: a thousandth of the control's own default at least, and at most four times it for a tuned copy, a
             network beside a model or a module of yours, the default itself for a default network.

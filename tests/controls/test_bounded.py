@@ -70,6 +70,11 @@ def test_the_squash():
     torch.testing.assert_close(slope[90], torch.ones(2, dtype=torch.float64))
     assert bool((u[1:] > u[:-1]).all()) and float(slope.diff(dim=0).abs().max()) < 0.3  # no kink
     torch.testing.assert_close(u[100], high * (v[100] / high).tanh())
+    half = BoundedControl(control.inner, low.double(), torch.tensor(math.inf, dtype=torch.float64))
+    w = half.squash(v)
+    (slope,) = torch.autograd.grad(w.sum(), v)
+    assert torch.equal(w[91:], v[91:]) and torch.equal(slope[91:], torch.ones(90, 2).double())
+    torch.testing.assert_close(w[:90], u[:90])
 
 
 def test_a_chain_moves_as_the_control_says():
