@@ -160,6 +160,7 @@ class Place(enum.IntEnum):
     EXACT_SAMPLES = 551
     GRID_WALK = 552  # paths that show where a grid must reach
     STOPPED_WALK = 555  # of chains that stop: paths that say where panels must be
+    PLANE_WALK = 556  # optimal paths of those, whose shifts are looked at
     GRID_PROBES = 553
     GRID_CHECK = 554  # paths on which a solution is tried
 

@@ -18,17 +18,21 @@ from torch import Tensor
 
 from ..errors import NoExactSolution
 from ..memory import Remembered
+from ..processes.laws import draw
+from ..randomness import Place, generator_for
 from .grids import Grid
 from .stopping import StoppedSolution
 
 FINENESS = (1.6, 2.4)  # cells in a standard deviation of the narrowest step, of the two grids that are compared
 _REACH = 6.0  # standard deviations of a step that are summed over
+_FAR, _FEW = 3.0, 0.01  # largest shift, in standard deviations, but of so few states of optimal paths
 _TILTED = 1.0  # largest shift that weights are tilted by
 _PARTS = (8, 32)  # points a side by which a cell's parts are found: of every cell, and of those with an edge
 _MOST = 60_000  # cells
 _JUMP = 1e-3  # of a reward, relative to its range
 _STABLE = 1e-5  # change of log Z at which the range is wide enough
 _WIDEST = 8  # times that it is widened by a quarter on both sides
+_PATHS = 512  # optimal ones, on which shifts are looked at
 _BLOCK = 1 << 22  # weights that are computed at once
 
 
@@ -51,6 +55,8 @@ class Sums:
         from scipy.spatial import KDTree
 
         half = 0.5 * grid.spacings
+        if np.isnan(mean).any():
+            raise NoExactSolution("drift: it is not a number at some states where the cells of the plane need it.")
         self.mean, self.root = mean.clip(grid.lows - half, grid.highs + half), root
         self.nodes, self.grid = nodes, grid
         inverse = np.linalg.inv(root)
@@ -125,7 +131,7 @@ class StoppedPlaneSolution(StoppedSolution):
     """Exact solution of a chain of two coordinates with a region to stop in, or with a reward that is -inf somewhere.
 
     ``control`` is the mean shift of the soft-optimal kernel, of all shifts the one whose kernel is nearest to that, and
-    ``elbo`` what it reaches where the reward is a number: an upper bound of the best shift's, ``O(h)`` from it. All is
+    ``elbo`` what it reaches where the reward is a number, a little less than the best shift would. All is
     solved on two grids of 1.6 and 2.4 cells a standard deviation.
 
     Attributes:
@@ -152,6 +158,7 @@ class StoppedPlaneSolution(StoppedSolution):
         finer = FINENESS[1] / FINENESS[0]
         counts = np.ceil(counts * finer).astype(int)
         self.error = abs(self._solve_on(low, spacings / finer, counts, False) - now)
+        self._check_reach()
 
     def _solve_on(self, low: np.ndarray, spacings: np.ndarray, counts: np.ndarray, tried: bool) -> float:
         if tried and math.prod(counts.tolist()) > _MOST:
@@ -161,6 +168,27 @@ class StoppedPlaneSolution(StoppedSolution):
         self._nodes = self._lay(self._grid)
         self._soft = self._backwards()
         return self._start_value(soft=True)
+
+    def _check_reach(self) -> None:
+        """Raise where optimal paths move farther in a step than its sums reach."""
+        shifts = [torch.zeros(0, dtype=torch.float64)]
+        x, generator = (
+            draw(self.problem.origin, _PATHS, 1).to("cpu", torch.float64),
+            generator_for("cpu", 0, Place.PLANE_WALK),
+        )
+        for k in range(self._wide.steps):
+            mean, rows, _ = self._step(x, k)
+            c, inside = self._shift(x, k), torch.from_numpy(self._inside(x))
+            shifts.append(c[~inside].norm(dim=1))
+            xi = torch.randn(c.shape, generator=generator, dtype=torch.float64)
+            x = torch.where(inside.unsqueeze(1), x, mean + (rows @ (c + xi).unsqueeze(2)).squeeze(2))
+        sizes = torch.cat(shifts)
+        far = float((sizes > _FAR).double().mean()) if len(sizes) else 0.0
+        if far > _FEW or not math.isfinite(self._start_value(soft=True)):
+            raise NoExactSolution(
+                f"optimal paths move by more than {_FAR:g} standard deviations of a step ({far:.0%} of their steps), "
+                f"or farther than its sums reach ({_REACH:g}): use more time steps, or estimate (sc.TemperedSMC)."
+            )
 
     @staticmethod
     def _check(spacings: np.ndarray, counts: np.ndarray) -> None:

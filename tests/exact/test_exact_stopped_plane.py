@@ -107,6 +107,10 @@ def test_weighted_paths_agree():
     assert abs(float(weights.mean() + solution.start_log_z - solution.elbo)) < 4 * float(weights.std()) / 90 + 2e-3
 
 
+def beyond(a):
+    return lambda x: torch.where(x[:, 0] > a, 0.0, -INF)
+
+
 @pytest.mark.parametrize(
     "problem, says",
     [
@@ -121,8 +125,13 @@ def test_weighted_paths_agree():
             "no noise in some direction",
         ),
         (lambda: line(3), "one or two coordinates"),
+        (lambda: line(2, stop=None, reward=lambda x: torch.where(x[:, 0] > 6, 0.0, -INF)), "use more time steps"),
+        (
+            lambda: line(2, stop=None, reward=lambda x: torch.where(x[:, 0] > 20, 0.0, -INF)),
+            "more time steps|every range",
+        ),
     ],
-    ids=["too far", "degenerate", "three coordinates"],
+    ids=["too far", "degenerate", "three coordinates", "far", "too far to see"],
 )
 def test_refusals(problem, says):
     with pytest.raises(NoExactSolution, match=says):
