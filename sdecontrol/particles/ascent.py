@@ -30,7 +30,7 @@ from .tempering import (
 )
 
 MOST_LEVELS, _MOST_MOVES = 500, 24
-_CORRELATION = 0.3  # of phi, or of its ranks, before and after the moves of a level, at which they are enough
+_CORRELATION = 0.3  # of phi before and after the moves of a level, at which they are enough
 
 
 class LadderError(RuntimeError):
@@ -272,17 +272,6 @@ def ancestral_variance(roots: Tensor, weights: Tensor) -> float:
 
 
 def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> float:
-    """Of numbers or of their ranks, the smaller one: where phi has a long tail, a few particles in it that stay where
-    they are make most of the correlation of numbers. Of particles that have density."""
-    alive = (weights > 0) & before.isfinite() & after.isfinite()
-    a, b, w = before[alive].double(), after[alive].double(), weights[alive] / weights[alive].sum()
-    return min(_correlated(a, b, w), _correlated(_ranks(a), _ranks(b), w))
-
-
-def _ranks(values: Tensor) -> Tensor:
-    return values.argsort().argsort().double()
-
-
-def _correlated(a: Tensor, b: Tensor, weights: Tensor) -> float:
+    a, b = before.double(), after.double()
     a, b = a - (weights * a).sum(), b - (weights * b).sum()
     return float((weights * a * b).sum() / ((weights * a * a).sum() * (weights * b * b).sum()).sqrt().clamp(min=1e-300))
