@@ -45,8 +45,7 @@ _NOTES = (
     "have: what the network beside it gains in a hundred iterations is 0 within 0.004 nats.",
     "Where there is much to gain it goes on: a pendulum by its torque, whose gap falls from 35 nats to 1.5, takes all "
     "1000 iterations with the rule and without it.",
-    "Commit e8a1248 is the rule's working state, which became b003909: the same method and loop, before a level of "
-    "particles took fewer moves.",
+    "Commit e8a1248 is the rule's working state, which became b003909: the same method and loop.",
 )
 
 

@@ -25,7 +25,10 @@ def check_bounds(bounds: Any, chain: Chain) -> tuple[Tensor, Tensor]:
     """
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds must be a pair (low, high), got {bounds!r}.")
-    low, high = (torch.as_tensor(b, dtype=chain.times.dtype, device=chain.times.device) for b in bounds)
+    try:
+        low, high = (torch.as_tensor(b, dtype=chain.times.dtype, device=chain.times.device) for b in bounds)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"bounds must be numbers or tensors, got {bounds!r} ({error}).") from error
     for name, b in (("low", low), ("high", high)):
         if b.shape not in ((), chain.control_shape) or bool(b.isnan().any()):
             raise ValueError(

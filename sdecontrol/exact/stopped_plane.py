@@ -105,10 +105,8 @@ class Sums:
     def shifted_mean(self, values: np.ndarray, c: np.ndarray) -> np.ndarray:
         """``E V(m + S (c + xi))`` of numbers, ``(n,)``, by weights that are tilted towards the shifts ``c (n, 2)``."""
         if np.abs(c).max() > _TILTED:  # what lies that far has no weights here
-            return (
-                Sums(self.nodes, self.grid, self.mean + np.einsum("nij,nj->ni", self.root, c), self.root).weights
-                @ values
-            )
+            moved = self.mean + np.einsum("nij,nj->ni", self.root, c)
+            return Sums(self.nodes, self.grid, moved, self.root).weights @ values
         slope, found = np.linalg.solve(self.root, c[..., None])[..., 0], []
         start, column, weight, y = self.weights.indptr, self.weights.indices, self.weights.data, self.nodes.y
         for low in range(0, len(c), self.size):
@@ -135,7 +133,7 @@ class StoppedPlaneSolution(StoppedSolution):
     solved on two grids of 1.6 and 2.4 cells a standard deviation.
 
     Attributes:
-        error: by how much log Z differs between the two grids; by its order, the finer one's own error is 0.8 of that.
+        error: by how much log Z differs between the two grids; the finer one's own is about as large.
     """
 
     kind = "cells of the plane"
@@ -172,10 +170,8 @@ class StoppedPlaneSolution(StoppedSolution):
     def _check_reach(self) -> None:
         """Raise where optimal paths move farther in a step than its sums reach."""
         shifts = [torch.zeros(0, dtype=torch.float64)]
-        x, generator = (
-            draw(self.problem.origin, _PATHS, 1).to("cpu", torch.float64),
-            generator_for("cpu", 0, Place.PLANE_WALK),
-        )
+        x = draw(self.problem.origin, _PATHS, 1).to("cpu", torch.float64)
+        generator = generator_for("cpu", 0, Place.PLANE_WALK)
         for k in range(self._wide.steps):
             mean, rows, _ = self._step(x, k)
             c, inside = self._shift(x, k), torch.from_numpy(self._inside(x))

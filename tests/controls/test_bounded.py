@@ -120,6 +120,8 @@ def tokens():
         ((0.5, 1.0), {}, ValueError, "must include 0"),
         ((0.0, 1.0), {}, ValueError, "both sides of 0"),
         (1.0, {}, TypeError, "pair"),
+        ((None, 1.0), {}, TypeError, "numbers or tensors"),
+        (("low", "high"), {}, TypeError, "numbers or tensors"),
         ((-torch.ones(3), torch.ones(3)), {}, ValueError, "shape"),
         ((-math.nan, 1.0), {}, ValueError, "low"),
         ((-1.0, 1.0), {"method": sc.SMC(num_particles=16)}, ValueError, "leave bounds out"),
@@ -130,7 +132,7 @@ def tokens():
             "leave bounds out",
         ),
     ],
-    ids=["beside 0", "one side", "a number", "shape", "nan", "no control", "tokens"],
+    ids=["beside 0", "one side", "a number", "open", "words", "shape", "nan", "no control", "tokens"],
 )
 def test_bad_bounds(bounds, options, error, says):
     problem, method = options.pop("problem", linear)(), options.pop("method", sc.RewardBackprop())

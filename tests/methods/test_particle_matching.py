@@ -280,12 +280,12 @@ def test_a_running_cost_a_given_control_and_a_model_to_tune_have_no_mixture():
         running_cost=lambda x, t: x.square().sum(1),
         alpha=1.0,
     )
-    steps = {"time_steps": [k / 5 for k in range(6)], "scheme": "euler"}  # on which a mixture pays with 1024 particles
+    steps = {"time_steps": [k / 5 for k in range(6)], "scheme": "euler"}  # on which a mixture pays with 512 particles
     method, more = sc.ParticleMatching(num_particles=64), {**steps, "iterations": 1, "seed": 0}
     assert isinstance(sc.solve(tuned, method, **more).control, TunedControl)
     assert not isinstance(sc.solve(cost, method, **more).control, (MixtureControl, CorrectedControl))
     run = Run(small_inverse(), small_inverse().chain(**steps), batch_size=64, accumulate=1, seed=0)
-    both = sc.ParticleMatching(num_particles=1024).setup(run).control
+    both = sc.ParticleMatching(num_particles=512).setup(run).control
     assert isinstance(both, CorrectedControl)
     assert isinstance(
         sc.solve(small_inverse(), method, control=both, **more).control, CorrectedControl
