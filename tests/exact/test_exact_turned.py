@@ -125,7 +125,7 @@ def test_a_law_along_turned_axes():
         ),
     ],
 )
-def test_what_does_not_fall_apart_is_refused_for_the_reason_as_before(why, means, covariances, reward):
+def test_what_does_not_fall_apart_is_refused(why, means, covariances, reward):
     weights = torch.ones(len(means), dtype=F64)
     problem = _problem(sc.GaussianMixture(weights, means, covariances), reward)
     assert axes_of(problem) is None
